@@ -60,6 +60,7 @@ TOGETHER: dict[str, Settings] = {
     "moe.allocation": {"moe.allocation": (2, 4)},
     "moe.train_router": {"moe.train_router": True},
     "fssdp.plan: exact": {"fssdp.plan": "exact"},
+    "fssdp.plan: replay": {"fssdp.plan": "replay"},
     "fssdp.rematerialize": {"fssdp.rematerialize": True},
     "fssdp.redundancy: 1": {"fssdp.redundancy": 1},
     "fssdp.shard_size: 2": {"fssdp.shard_size": 2},

@@ -25,8 +25,9 @@ from hecate.parallel.replica_lists import no_replicas
 from hecate.parallel.route_loops import FASTEST, FLAT, SLICED, TWO_LEVEL, exchange_seconds
 from hecate.parallel.topology import Topology
 
-PlanMode = Literal["history", "calibrated", "exact"]
-"""from which loads layers are planned: those of past steps; the same, but re-planned after the router if that pays; the micro-step's own"""
+PlanMode = Literal["history", "calibrated", "exact", "replay"]
+"""from which loads layers are planned: those of past steps; the same, but re-planned after the router if that pays; the micro-step's own,
+counted after each router; the same, known before the micro-step begins"""
 PlanChoice = PlanMode | Literal["auto"]
 """the mode of all layers, or auto: in each step each layer goes by the one that has been fastest (`hecate.engine.measured_modes`)"""
 Route = Literal["flat", "two_level", "sliced"]
@@ -46,7 +47,7 @@ class ExecutionMode:
     """
 
     plan: PlanMode = "history"
-    """exact: the plan is made after the router, when the attention that would hide its gather is over"""
+    """exact: the plan is made after the router, when the attention that would hide its gather is over; replay: before the micro-step"""
     rematerialize: bool = False
     """replicas are freed after a layer's forward pass and gathered again before its backward pass"""
     prefetch: int = 1
@@ -65,6 +66,11 @@ class ExecutionMode:
     def per_micro_step(self) -> bool:
         """Whether each micro-step gathers and reduces for itself."""
         return self.rematerialize or self.plan != "history"
+
+    @property
+    def knows_loads(self) -> bool:
+        """Whether a plan is made from the loads that it will serve."""
+        return self.plan in ("exact", "replay")
 
     @property
     def hides_gather(self) -> bool:

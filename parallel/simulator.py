@@ -3,8 +3,9 @@
 A policy plans each step, and the step's true loads are then served by that plan. In `history` mode a policy plans from what the last steps'
 loads predict, as in training (`hecate.parallel.predictors`). In `exact` mode it plans from the true loads, which are known after the
 routers; attention has ended by then and hides no gather. This holds for `full`, too, which needs no loads: in exact mode the engine plans
-and gathers a layer after its router. In `calibrated` mode a plan from history is replaced, layer by layer, by one from the true loads where
-that pays after the router.
+and gathers a layer after its router. In `replay` mode it plans from the true loads, too, but they are known before the step, so that
+attention hides the gather. In `calibrated` mode a plan from history is replaced, layer by layer, by one from the true loads where that pays
+after the router.
 
 Shapes: L layers, E experts, S = D ranks as sources and as destinations.
 """
@@ -199,9 +200,9 @@ def fullest_owner_bytes(topology: Topology, cost: LayerCost, *, num_layers: int,
 
 def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _Setting) -> Simulated:
     num_steps, num_layers, num_experts, world_size = loads.shape
-    exact = setting.execution.plan == "exact"
-    first_known = 0 if exact else 1
-    interval, averaged = (1, None) if exact else _REPLANS.get(name, (1, None))
+    knows = setting.execution.knows_loads
+    first_known = 0 if knows else 1
+    interval, averaged = (1, None) if knows else _REPLANS.get(name, (1, None))
     reshard_interval = setting.reshard_interval if name in _RESHARDING else None
     owner_LE = np.tile(contiguous_owners(num_experts, world_size), (num_layers, 1))
     placed_LED: np.ndarray | None = None
@@ -212,7 +213,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
     for step in range(num_steps):
         owner_before_LE = owner_LE
         if given is None or plan is None or (step - first_known) % interval == 0:
-            if exact:
+            if knows:
                 known_LED = loads[step].astype(np.float64)
             elif step == 0:
                 known_LED = None

@@ -63,6 +63,7 @@ class PlainMixlora(nn.Module):
         self.valid: Tensor | None = None
         self.prob: Tensor | None = None
         self.expert_TK: Tensor | None = None
+        self.forced_TK: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         assert self.valid is not None
@@ -80,7 +81,10 @@ class PlainMixlora(nn.Module):
     def choose(self, logit_TE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(probabilities [T, E], weights [T, K], experts [T, K]) of tokens with these logits."""
         prob = F.softmax(logit_TE, dim=-1)
-        weight, expert_TK = prob.topk(self.top_k, dim=-1)
+        if self.forced_TK is None:
+            weight, expert_TK = prob.topk(self.top_k, dim=-1)
+        else:
+            weight, expert_TK = prob.gather(1, self.forced_TK), self.forced_TK
         return prob, weight / weight.sum(-1, keepdim=True), expert_TK
 
     def _linear(self, number: int, name: str, x: Tensor) -> Tensor:
@@ -132,9 +136,23 @@ def plain_loss(
         ids[i, : len(sample_ids)], targets[i, : len(sample_ids)], valid[i, : len(sample_ids)] = sample_ids, sample_targets, True
     for layer in layers:
         layer.valid = valid.flatten()
+    if batch.routed is not None:
+        force(layers, batch, length)
     logits = model(input_ids=ids, use_cache=False).logits
     cross = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") / num_labels
     return cross + aux_coef * aux(layers) / micro_steps, float(cross.detach())
+
+
+def force(layers: Sequence[Any], batch: Any, length: int) -> None:
+    """Give each layer its part of the batch's routing, in `plain_loss`'s order of tokens; padding goes to the first experts."""
+    for number, layer in enumerate(layers):
+        rows = []
+        for row in range(len(batch.input_ids)):
+            for segment in range(1, int(batch.segment_ids[row].max()) + 1):
+                of_sample = batch.routed[row, batch.segment_ids[row] == segment, number].long()
+                padding = torch.arange(layer.top_k).expand(length - len(of_sample), -1)
+                rows += [of_sample, padding]
+        layer.forced_TK = torch.cat(rows)
 
 
 def clip(parameters: list[Tensor], limit: float) -> float:

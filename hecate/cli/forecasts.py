@@ -91,6 +91,7 @@ def simulate(
     calibrated: Annotated[
         bool, typer.Option("--calibrated", help="replace a plan from earlier steps after the router where that pays")
     ] = False,
+    replay: Annotated[bool, typer.Option("--replay", help="as --exact, but known before the step: attention hides gathers")] = False,
     rematerialize: Annotated[bool, typer.Option("--rematerialize", help="free replicas between forward and backward pass")] = False,
     prefetch: Annotated[int, typer.Option(min=0, help="decoder layers by which a gather starts early; 0: nothing hides it")] = 1,
     micro_steps: Annotated[int, typer.Option(min=1, help="micro-steps that share a step's tokens, its gather and its reduction")] = 1,
@@ -113,8 +114,8 @@ def simulate(
 
         run_sweep(sweep, wide, json_path, plot_path)
         return
-    if exact and calibrated:
-        raise UserError("--exact and --calibrated: a plan is made once, or replaced after the router; give one of them")
+    if (given := [name for name, value in (("--exact", exact), ("--calibrated", calibrated), ("--replay", replay)) if value])[1:]:
+        raise UserError(f"{' and '.join(given)}: a plan is made from loads of one kind; give one of them")
     if trace is not None:
         others = ("workload", "tokens", "steps", "seed")
         _refuse_beside(context, "--trace", "the trace says them", allowed=tuple(name for name in context.params if name not in others))
@@ -133,7 +134,7 @@ def simulate(
         steps=steps,
         seed=seed,
         execution=ExecutionMode(
-            plan="exact" if exact else "calibrated" if calibrated else "history",
+            plan="replay" if replay else "exact" if exact else "calibrated" if calibrated else "history",
             rematerialize=rematerialize,
             prefetch=prefetch,
             micro_steps=micro_steps,

@@ -26,6 +26,9 @@ def evaluate(
     task_folder: Annotated[Path | None, typer.Option(help="folder with the YAML files of the tasks; default: lm-eval's own")] = None,
     apply_chat_template: Annotated[bool, typer.Option("--apply-chat-template", help="ask the tasks' questions as conversations")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file; - prints them alone")] = None,
+    record_routing: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="write the records of data.eval, each with its routing, for moe.replay")
+    ] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks on this machine that share the work; default: this process alone")] = None,
 ) -> None:
     """Show what a trained model makes of held-out data: loss, exact and verified answers, choices, tasks of lm-eval (docs/answers.md).
@@ -44,6 +47,10 @@ def evaluate(
         raise UserError(f"{'--task-folder' if task_folder else '--apply-chat-template'} was given without --tasks")
     if json_path is not None and not json_path.absolute().parent.is_dir():
         raise UserError(f"--json {json_path}: there is no folder {json_path.parent}; make it first")
+    if record_routing is not None and not record_routing.absolute().parent.is_dir():
+        raise UserError(f"--record-routing {record_routing}: there is no folder {record_routing.parent}; make it first")
+    if record_routing is not None and nproc not in (None, 1):
+        raise UserError("--record-routing and --nproc were given: one process records\n  leave --nproc out")
     read = {path.stem: read_choices(path) for path in choices or ()}
     if len(read) < len(choices or ()):
         raise UserError("--choices: two files have the same name, and figures are shown by name; rename one")
@@ -75,6 +82,7 @@ def evaluate(
         task_folder=None if task_folder is None else str(task_folder),
         apply_chat_template=apply_chat_template,
         json_path=None if json_path is None else str(json_path),
+        record_routing=None if record_routing is None else str(record_routing),
     )
     if nproc in (None, 1):
         evaluate_as_rank(request)

@@ -117,8 +117,10 @@ def _current(key: str, node: Node) -> Node:
 
 
 def _with_defaults(config: Config) -> MoeConfig:
-    """Return the section `moe` with num_experts and top_k filled in, unless the base model will provide them."""
+    """Return the section `moe` with `replay` filled in, and num_experts and top_k, unless the base model will provide them."""
     moe = config.moe
+    if moe.replay is None and config.fssdp.plan == "replay":
+        moe = replace(moe, replay="force")
     if moe.kind.of_moe_base:
         return moe
     experts, top_k = DEFAULT_EXPERTS, DEFAULT_TOP_K

@@ -17,6 +17,7 @@ from hecate.config.paths import ADAPTER_CONFIG, INDEXED_SUFFIXES, adapter_in, da
 from hecate.config.privacy_rules import check_privacy
 from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
+from hecate.config.replay_rules import check_replay
 from hecate.config.round_rules import check_rounds
 from hecate.config.router_rules import check_router
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, RANGES
@@ -46,6 +47,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     check_pairs(values, add)
     check_router(values, add)
     check_privacy(values, add)
+    check_replay(values, add)
     check_rounds(values, add)
     _check_separate(values, add)
     _check_evaluation(values, add)

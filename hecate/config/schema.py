@@ -74,6 +74,7 @@ class FieldNames:
     system: str | None = None
     tools: str | None = None
     user: str | None = None
+    routed_experts: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,6 +279,11 @@ class MoeConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     train_router: bool = field(default=False, metadata=key(family="moe_lora"))
     """With family moe_lora: also train the model's routers. The other families always train their routers."""
+    replay: Literal["force", "check"] | None = None
+    """What layers do with the experts that each sample of data.train names for its tokens, in the key `routed_experts` (docs/data.md).
+    force: tokens go to these, and are weighed by the router's own scores of them, which train it as ever (routing replay, R3). check: the
+    router chooses, and its assignments that differ are counted (`routing_differs` in metrics.jsonl). null: the key is not read; with
+    fssdp.plan replay, force. Held-out data are routed by the router."""
     upcycle_noise: float = field(default=0.01, metadata=key(AT_LEAST_ZERO))
     """With family full: normal noise is added to each copied weight, with this share of its matrix's standard deviation. 0: none."""
     router_aux_loss_coef: float = field(default=0.001, metadata=key(AT_LEAST_ZERO))
@@ -395,11 +401,13 @@ class FssdpConfig:
     topology. static_ep: owners only. full: every rank. hecate_paper: sparse materialization, Algorithm 1 of the Hecate paper; its
     former name, hecate, is still read. megatron_ep, with front_end megatron: Megatron's own MoELayer with expert parallelism, for
     comparison; `hecate plan` prices it as static_ep. The others are the placement rules of the systems they are named after."""
-    plan: Literal["history", "calibrated", "exact", "auto"] = field(default="history", metadata=key(computes=False))
+    plan: Literal["history", "calibrated", "exact", "replay", "auto"] = field(default="history", metadata=key(computes=False))
     """The loads that a layer's plan is made from. history: those that past steps predict. exact: the loads of the micro-step, which the
     ranks exchange after the layer's router, so that no computation hides the gather. calibrated: the history's plan, replaced after the
     router by a better one where the predicted gain exceeds the cost of the transfers that it adds. auto: in each step each layer goes by
-    the one of these three that would have been fastest over the last steps, for which every step is planned again in all three ways."""
+    the one of these three that would have been fastest over the last steps, for which every step is planned again in all three ways.
+    replay: the loads of the micro-step, known before it begins, because its samples bring their routing (moe.replay), so that attention
+    hides the gather as with history."""
     rematerialize: bool = field(default=False, metadata=key(computes=False))
     """Free a layer's replicas after its forward pass and gather them again before its backward pass, so that a rank holds replicas of at
     most max(1, prefetch) layers at a time. Gradients are then reduced in every micro-step."""

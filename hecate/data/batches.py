@@ -45,7 +45,7 @@ class BatchLayout:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """The int64 tensors of one micro-batch. `collate` pads every sequence to the same length S."""
+    """The int64 tensors of one micro-batch, and its routing. `collate` pads every sequence to the same length S."""
 
     input_ids: Tensor  # [B, S]; the pad id at padding
     targets: Tensor  # [B, S]; the token that each position is to predict, already shifted; -100: none
@@ -54,6 +54,7 @@ class Batch:
     token_ids: Tensor  # [B, S]; sequence number * seq_len + position in the sequence, unique in the run; -1 at padding
     task: Tensor  # [B, S]; the index of the sample's source; -1 at padding
     user: Tensor | None = None  # [B, S]; the row of the sample's user in the features; -1 at padding; None: no sample has a user
+    routed: Tensor | None = None  # int16 [B, S, MoE layers, top_k]: the experts that samples name for their tokens; 0 at padding
 
     @cached_property
     def layout(self) -> BatchLayout:
@@ -64,15 +65,17 @@ class Batch:
         return BatchLayout(is_token, labelled, None if most == 1 else packed_samples(self.segment_ids), most)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return this batch, which must be on the CPU, on `device`. The host does not wait for a GPU: the tensors go there in two copies
+        """Return this batch, which must be on the CPU, on `device`. The host does not wait for a GPU: the tensors go there in a few copies
         from pinned memory.
         """
         device = torch.device(device)
         assert self.input_ids.device.type == "cpu", self.input_ids.device
         if device.type == "cpu":
             return self
-        tensors = [tensor for f in fields(self) if (tensor := getattr(self, f.name)) is not None]
-        moved = Batch(*copy_to(torch.stack(tensors), device).unbind())
+        names = [f.name for f in fields(self) if f.name != "routed" and getattr(self, f.name) is not None]
+        stacked = copy_to(torch.stack([getattr(self, name) for name in names]), device)
+        routed = None if self.routed is None else copy_to(self.routed, device)
+        moved = Batch(**dict(zip(names, stacked.unbind(), strict=True)), routed=routed)
         # `cached_property` stores its value here, so the device copy is not computed from device tensors.
         moved.__dict__["layout"] = _moved_layout(self.layout, moved.segment_ids)
         return moved
@@ -111,6 +114,7 @@ def collate(sequences: Sequence[PackedSequence], pad_id: int, seq_len: int, part
     step = lcm(multiple, parts)
     width = max(step, -(-longest // step) * step)
     shape = (len(sequences), width)
+    routed = next((sequence.routed for sequence in sequences if sequence.routed is not None), None)
     batch = Batch(
         input_ids=torch.full(shape, pad_id),
         targets=torch.full(shape, IGNORED),
@@ -119,6 +123,7 @@ def collate(sequences: Sequence[PackedSequence], pad_id: int, seq_len: int, part
         token_ids=torch.full(shape, -1),
         task=torch.full(shape, -1),
         user=torch.full(shape, -1) if any(sequence.user is not None for sequence in sequences) else None,
+        routed=None if routed is None else torch.zeros(*shape, *routed.shape[1:], dtype=torch.int16),
     )
     for b, sequence in enumerate(sequences):
         length = len(sequence.input_ids)
@@ -127,6 +132,8 @@ def collate(sequences: Sequence[PackedSequence], pad_id: int, seq_len: int, part
             getattr(batch, name)[b, :length] = torch.from_numpy(getattr(sequence, name))
         if batch.user is not None and sequence.user is not None:
             batch.user[b, :length] = torch.from_numpy(sequence.user)
+        if batch.routed is not None and sequence.routed is not None:
+            batch.routed[b, :length] = torch.from_numpy(sequence.routed)
     return batch
 
 

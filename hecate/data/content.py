@@ -96,8 +96,9 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def check_mark(source: DataSource, users: UserFeatures | None, folder: Path) -> Path:
+def check_mark(source: DataSource, users: UserFeatures | None, folder: Path, *, routed: bool = False) -> Path:
     """The file that exists once all records of a source have been found good. Raises UserError: a data file cannot be read."""
     described = {"version": _CHECKS, "files": digest_of_files(source.path, folder), "format": source.format}
     described |= {"fields": asdict(source.fields) if source.fields else None, "users": "" if users is None else users.digest()}
+    described |= {"routed": True} if routed else {}
     return folder / "checked" / xxhash.xxh3_128_hexdigest(dump_json(described))

@@ -20,6 +20,7 @@ from hecate.config import DataSource
 from hecate.data.chat import Span, TemplateRefusal, render, require_chat_template
 from hecate.data.formats import Fault, Sample, read_samples
 from hecate.data.quarantine import write_quarantine
+from hecate.data.routed_experts import BadRoutingError, RoutingShape, require_length
 from hecate.data.syntax import bad_sample_error
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
@@ -41,6 +42,7 @@ class Encoded:
     targets: NDArray[np.int32]  # [n]
     line: int  # the sample's number in its source, from 1: the line of a JSONL file
     user: int = -1  # the row of the sample's user in the features; -1: none is known
+    routed: NDArray[np.int16] | None = None  # [n, MoE layers, top_k], the experts that the sample names; None: nothing depends on them
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,13 @@ class EncodedSource(Samples):
     counts: Counts
     users: NDArray[np.int64] | None = None  # [samples], see `Encoded.user`; None: nothing depends on users
     features: str = ""  # the digest of the users' features
+    routed: NDArray[np.int16] | None = None  # [tokens, MoE layers, top_k], see `Encoded.routed`; None: nothing depends on them
     content: str = ""  # what `digest` returns, where that is known already
 
     def sample(self, index: int) -> Encoded:
         part = slice(self.starts[index], self.starts[index + 1])
-        return Encoded(
-            self.input_ids[part], self.targets[part], int(self.lines[index]), -1 if self.users is None else int(self.users[index])
-        )
+        user, routed = -1 if self.users is None else int(self.users[index]), None if self.routed is None else self.routed[part]
+        return Encoded(self.input_ids[part], self.targets[part], int(self.lines[index]), user, routed)
 
     def digest(self) -> str:
         """Return the xxh3-64 hash of all tokens and targets, by which a resume detects that the data or the tokenizer changed."""
@@ -112,6 +114,8 @@ class EncodedSource(Samples):
             digest.update(np.ascontiguousarray(array).data.cast("B"))
         if self.users is not None:
             digest.update(self.users.tobytes() + self.features.encode())
+        if self.routed is not None:
+            digest.update(np.ascontiguousarray(self.routed).data.cast("B"))
         return digest.hexdigest()
 
 
@@ -155,6 +159,7 @@ def encode_source(
     on_bad_sample: str = "error",
     quarantine: str | Path | None = None,
     users: UserFeatures | None = None,
+    routing: RoutingShape | None = None,
     speaks: bool = True,
 ) -> EncodedSource:
     """Read and encode one data source into memory, as `encode_samples` does.
@@ -169,7 +174,8 @@ def encode_source(
     pieces: list[Encoded] = []
     faults: list[Fault] = []
     kept = truncated = 0
-    for item in encode_samples(source, tokenizer, seq_len=seq_len, vocab_size=vocab_size, on_bad_sample=on_bad_sample, users=users):
+    rules: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size, "on_bad_sample": on_bad_sample}
+    for item in encode_samples(source, tokenizer, users=users, routing=routing, **rules):
         if isinstance(item, Fault):
             faults.append(item)
         else:
@@ -191,6 +197,7 @@ def encode_source(
         counts=counts,
         users=None if users is None else np.array([piece.user for piece in pieces], dtype=np.int64),
         features="" if users is None else users.digest(),
+        routed=None if routing is None else np.concatenate([piece.routed for piece in pieces if piece.routed is not None]),
     )
 
 
@@ -202,7 +209,14 @@ def report_counts(path: str, counts: Counts, skipped: Skipped, seq_len: int, *, 
 
 
 def encode_samples(
-    source: DataSource, tokenizer: Any, *, seq_len: int, vocab_size: int, on_bad_sample: str = "error", users: UserFeatures | None = None
+    source: DataSource,
+    tokenizer: Any,
+    *,
+    seq_len: int,
+    vocab_size: int,
+    on_bad_sample: str = "error",
+    users: UserFeatures | None = None,
+    routing: RoutingShape | None = None,
 ) -> Iterator[EncodedSample | Fault]:
     """Read the samples of a source and encode them, in order; one that is left out is a Fault.
 
@@ -218,15 +232,16 @@ def encode_samples(
             to learn. `skip` leaves such samples out; `skip_long` those that are too long, and stops at the other faults. `truncate`
             shortens samples that are too long and stops at the other faults.
         users: features that each sample's user must have; None: samples need no users.
+        routing: what the routing that each sample must bring must fit; None: it is not read.
 
     Raises:
         UserError: a bad sample, as `on_bad_sample` says; an unusable file, tokenizer or template.
     """
     _refuse_unusable(source, tokenizer, on_bad_sample)
-    for item in _tokenized(source, tokenizer, users):
+    for item in _tokenized(source, tokenizer, users, routing):
         try:
             yield _encoded(item, seq_len, vocab_size, may_cut=on_bad_sample == "truncate")
-        except _BadSample as bad:
+        except (_BadSample, BadRoutingError) as bad:
             fault = item if isinstance(item, Fault) else item.sample.fault(str(bad))
             if on_bad_sample != "skip" and not (on_bad_sample == "skip_long" and isinstance(bad, _LongSample)):
                 raise bad_sample_error(fault) from bad
@@ -255,6 +270,8 @@ class _Tokenized:
     targets: NDArray[np.int32]  # [n]
     sample: Sample
     user: int
+    whole: int  # tokens of the sample, with those after its last target
+    routed: NDArray[np.int16] | None  # [tokens, MoE layers, top_k]; not yet known to be as long as the sample
 
 
 def _encoded(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_cut: bool) -> EncodedSample:
@@ -267,10 +284,15 @@ def _encoded(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_cut
     cut = item.sample.messages is not None and len(item.input_ids) > seq_len
     if cut and not may_cut:
         raise _LongSample(f"{len(item.input_ids)} tokens are more than data.seq_len {seq_len}")
-    return EncodedSample([_first_tokens(item, seq_len)] if cut else _pieces(item, seq_len), cut)
+    pieces = [_first_tokens(item, seq_len)] if cut else _pieces(item, seq_len)
+    if item.routed is not None:
+        require_length(item.routed, sum(len(piece.input_ids) for piece in pieces), item.whole)
+    return EncodedSample(pieces, cut)
 
 
-def _tokenized(source: DataSource, tokenizer: Any, users: UserFeatures | None) -> Iterator[_Tokenized | Fault]:
+def _tokenized(
+    source: DataSource, tokenizer: Any, users: UserFeatures | None, routing: RoutingShape | None
+) -> Iterator[_Tokenized | Fault]:
     """Yield each sample, tokenized up to its last target, or a Fault if it is broken or has no target."""
     samples = read_samples(source.path, source.format, users, source.fields)
     while group := list(islice(samples, _SAMPLES_PER_CALL)):
@@ -306,9 +328,14 @@ def _tokenized(source: DataSource, tokenizer: Any, users: UserFeatures | None) -
             end = _end_of_targets(targets)
             if end == 0:
                 yield sample.fault("there is no token to learn")
+                continue
+            user = -1 if users is None else users.row(str(sample.extra["user"]))
+            try:
+                routed = None if routing is None else routing.routing(sample.extra)
+            except BadRoutingError as bad:
+                yield sample.fault(str(bad))
             else:
-                user = -1 if users is None else users.row(str(sample.extra["user"]))
-                yield _Tokenized(ids[:end], targets[:end], sample, user)
+                yield _Tokenized(ids[:end], targets[:end], sample, user, len(ids), routed)
 
 
 def _text_to_tokenize(sample: Sample, tokenizer: Any) -> tuple[Sample, str, list[Span] | None] | Fault:
@@ -353,11 +380,16 @@ def _end_of_targets(targets: NDArray[np.int32]) -> int:
 def _pieces(item: _Tokenized, seq_len: int) -> list[Encoded]:
     """Cut a sample into pieces of at most seq_len tokens. The last target of a piece is the first token of the next."""
     cuts = [slice(start, start + seq_len) for start in range(0, len(item.input_ids), seq_len)]
-    return [Encoded(item.input_ids[cut], item.targets[cut], item.sample.number, item.user) for cut in cuts]
+    return [_part(item, cut) for cut in cuts]
+
+
+def _part(item: _Tokenized, cut: slice) -> Encoded:
+    routed = None if item.routed is None else item.routed[: len(item.input_ids)][cut]
+    return Encoded(item.input_ids[cut], item.targets[cut], item.sample.number, item.user, routed)
 
 
 def _first_tokens(item: _Tokenized, seq_len: int) -> Encoded:
     end = _end_of_targets(item.targets[:seq_len])
     if end == 0:
         raise _BadSample(f"the first {seq_len} tokens (data.seq_len) have no token to learn, so it cannot be truncated")
-    return Encoded(item.input_ids[:end], item.targets[:end], item.sample.number, item.user)
+    return _part(item, slice(end))

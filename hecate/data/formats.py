@@ -12,6 +12,7 @@ from typing import Any
 
 from hecate.config.schema import FieldNames
 from hecate.data.records import Record, json_name, place_of, read_records
+from hecate.data.routed_experts import missing
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 
@@ -83,7 +84,12 @@ class _BadRecord(Exception):
 
 
 def read_samples(
-    path: str | Path, format: str = "auto", users: UserFeatures | None = None, names: FieldNames | None = None
+    path: str | Path,
+    format: str = "auto",
+    users: UserFeatures | None = None,
+    names: FieldNames | None = None,
+    *,
+    routed: bool = False,
 ) -> Iterator[Sample | Fault]:
     """Yield every record of a data file, a folder or a pattern (`hecate.data.records`) in order, as a `Sample` or a `Fault`.
 
@@ -92,6 +98,7 @@ def read_samples(
 
     Args:
         names: the names that the records have for the formats' keys.
+        routed: a record that brings no routing (`hecate.data.routed_experts`) is a Fault, too.
 
     Raises:
         UserError: `format` is unknown, a file cannot be read or is empty, or the first record is of no known format.
@@ -110,6 +117,8 @@ def read_samples(
             sample = parse(value)
             _refuse_lone_surrogates(sample)
             if users is not None and (problem := users.problem(sample["extra"])):
+                raise _BadRecord(problem)
+            if routed and (problem := missing(sample["extra"])):
                 raise _BadRecord(problem)
         except _BadRecord as bad:
             yield Fault(record.file, record.line, str(bad), record.number, record.raw)

@@ -22,6 +22,7 @@ class PackedSequence:
     task: NDArray[np.int64]  # [n], the index of the sample's source
     samples: tuple[tuple[int, int], ...]  # the (source index, sample index) of each segment
     user: NDArray[np.int64] | None = None  # [n], the row of the sample's user in the features; None: nothing depends on users
+    routed: NDArray[np.int16] | None = None  # [n, MoE layers, top_k], see `Encoded.routed`; None: nothing depends on them
 
 
 def piece_of(sources: Sequence[TokenSource], source: int, sample: int) -> Piece:
@@ -35,6 +36,7 @@ def build_sequence(number: int, pieces: Sequence[Piece], sources: Sequence[Token
     parts = [sources[piece.source][piece.sample] for piece in pieces]
     lengths = np.array([len(part.input_ids) for part in parts], dtype=np.int64)
     nothing = np.zeros(0, dtype=np.int64)
+    routed = [part.routed for part in parts if part.routed is not None]
     return PackedSequence(
         number=number,
         input_ids=np.concatenate([nothing, *(part.input_ids for part in parts)]),
@@ -44,6 +46,7 @@ def build_sequence(number: int, pieces: Sequence[Piece], sources: Sequence[Token
         task=np.repeat(np.array([piece.source for piece in pieces], dtype=np.int64), lengths),
         samples=tuple((piece.source, piece.sample) for piece in pieces),
         user=np.repeat(np.array([part.user for part in parts]), lengths) if any(part.user >= 0 for part in parts) else None,
+        routed=np.concatenate(routed) if routed else None,
     )
 
 

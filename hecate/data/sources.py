@@ -7,6 +7,7 @@ from hecate.config import DataSource
 from hecate.config.paths import indexed_prefix
 from hecate.data.encode import EncodedSource, encode_source
 from hecate.data.indexed import IndexedSource, encode_indexed
+from hecate.data.routed_experts import RoutingShape
 from hecate.data.token_cache import cached_source
 from hecate.data.user_features import UserFeatures
 
@@ -22,6 +23,7 @@ def read_source(
     on_bad_sample: str = "error",
     quarantine: str | Path | None = None,
     users: UserFeatures | None = None,
+    routing: RoutingShape | None = None,
     speaks: bool = True,
     cache: Path | None = None,
 ) -> TokenSource:
@@ -43,7 +45,8 @@ def read_source(
     }
     if prefix is None:
         if cache is not None:
-            return cached_source(source, tokenizer, cache, users=users, **options)
-        return encode_source(source, tokenizer, users=users, **options)
+            return cached_source(source, tokenizer, cache, users=users, routing=routing, **options)
+        return encode_source(source, tokenizer, users=users, routing=routing, **options)
     assert users is None, "an indexed data set names no users"
+    assert routing is None, "an indexed data set brings no routing"
     return encode_indexed(source, prefix, tokenizer, **options)

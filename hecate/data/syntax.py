@@ -42,12 +42,15 @@ def _has_template(model: Path) -> bool:
     return not isinstance(settings, dict) or bool(settings.get("chat_template"))
 
 
-def check_syntax(files: Iterable[DataSource], on_bad_sample: str, users: UserFeatures | None = None, cache: Path | None = None) -> None:
+def check_syntax(
+    files: Iterable[DataSource], on_bad_sample: str, users: UserFeatures | None = None, cache: Path | None = None, *, routed: bool = False
+) -> None:
     """Check every record of every file as far as that needs no tokenizer. If bad samples are to be skipped, check only that a file opens.
 
     Args:
         users: features that each sample's user must have; None: samples need no users.
         cache: the folder of tokenized data, which also says what has been checked before and found good; None: all are checked.
+        routed: each sample must bring its routing.
 
     Raises:
         UserError: a file cannot be read, is empty or of no known format, or has a broken record.
@@ -56,17 +59,17 @@ def check_syntax(files: Iterable[DataSource], on_bad_sample: str, users: UserFea
         if prefix := indexed_prefix(file.path):
             open_indexed(prefix)
             continue
-        mark = None if cache is None or on_bad_sample == "skip" else check_mark(file, users, cache)
+        mark = None if cache is None or on_bad_sample == "skip" else check_mark(file, users, cache, routed=routed)
         if mark is not None and mark.exists():
             continue
-        _check(file, on_bad_sample, users)
+        _check(file, on_bad_sample, users, routed=routed)
         if mark is not None:
             with suppress(OSError):  # they are only checked again
                 mark.touch()
 
 
-def _check(file: DataSource, on_bad_sample: str, users: UserFeatures | None) -> None:
-    for item in read_samples(file.path, file.format, users, file.fields):
+def _check(file: DataSource, on_bad_sample: str, users: UserFeatures | None, *, routed: bool) -> None:
+    for item in read_samples(file.path, file.format, users, file.fields, routed=routed):
         if on_bad_sample == "skip":
             break
         if isinstance(item, Fault):

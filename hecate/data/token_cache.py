@@ -5,7 +5,8 @@ rules for samples that are too long or bad. So another run, or the same one afte
 
     KEY/ids.i32, targets.i32        the tokens and targets of all samples, end to end
     KEY/starts.i64, numbers.i64     as `EncodedSource.starts` and `lines`; users.i64 likewise
-    KEY/sums.u64                    checksums of blocks of ids and of targets [2, blocks]
+    KEY/routed.i16                  as `EncodedSource.routed`, if routing is read
+    KEY/sums.u64                    checksums of blocks of ids, of targets and, if routing is read, of routed [2 or 3, blocks]
     KEY/skipped.jsonl               the samples that were left out, if any, as a quarantine file; `file` is the index of its file
     KEY/meta.json                   counts, and the checksums of the other files and of itself; a folder without it is none
     KEY.lock                        locked while the folder is written
@@ -35,6 +36,7 @@ from hecate.data.content import digest_of_files, tokenizer_digest, unwritable
 from hecate.data.encode import Counts, Encoded, EncodedSample, EncodedSource, Skipped, encode_samples, logger, report_counts
 from hecate.data.formats import Fault
 from hecate.data.quarantine import faults_of, quarantined, write_quarantine
+from hecate.data.routed_experts import RoutingShape
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 from hecate.io.durable import delete_files, new_folder, write_durable
@@ -57,7 +59,7 @@ class MappedSource(EncodedSource):
     """An encoded source whose arrays lie on disk, mapped into memory."""
 
     folder: Path
-    sums: NDArray[np.uint64]  # [2, blocks]; checksums of the blocks of ids, and of targets
+    sums: NDArray[np.uint64]  # [2 or 3, blocks]; checksums of the blocks of ids, of targets and, if there is any, of routing
     compared: NDArray[np.bool_]  # [blocks]; which blocks have been compared with their checksums
 
     def sample(self, index: int) -> Encoded:
@@ -69,7 +71,7 @@ class MappedSource(EncodedSource):
 
     def _compare(self, block: int) -> None:
         part = slice(block * _BLOCK, (block + 1) * _BLOCK)
-        if [_sum(self.input_ids[part]), _sum(self.targets[part])] != self.sums[:, block].tolist():
+        if [_sum(array[part]) for array in _by_token(self)] != self.sums[:, block].tolist():
             raise UserError(
                 f"{self.folder}: the tokenized data of {self.path} have changed on the disk since they were written\n"
                 "delete that folder, and resume the run: they are made again"
@@ -87,6 +89,7 @@ def cached_source(
     on_bad_sample: str = "error",
     quarantine: str | Path | None = None,
     users: UserFeatures | None = None,
+    routing: RoutingShape | None = None,
     speaks: bool = True,
 ) -> MappedSource:
     """Open a source that has been tokenized into `folder`, or tokenize it into that first. It holds what `encode_source` returns.
@@ -104,20 +107,22 @@ def cached_source(
     contents = digest_of_files(source.path, folder)
     described = {"version": _VERSION, "files": contents, "format": source.format} | rules
     described |= {"fields": asdict(source.fields) if source.fields else None, "tokenizer": tokenizer_digest(tokenizer), "users": features}
+    described |= {} if routing is None else {"routing": [list(routing.experts_per_layer), routing.top_k]}
     key = xxhash.xxh3_128_hexdigest(dump_json(described))
     place = folder / key
     try:
-        opened = _open(place, source, features)
+        opened = _open(place, source, features, routing)
         if opened is None:
             with _locked(folder / f"{key}.lock"):
-                opened = _open(place, source, features)
+                opened = _open(place, source, features, routing)
                 if opened is None:
                     _clear(place)
-                    samples = _of_contents(contents, encode_samples(source, tokenizer, users=users, **rules), source, folder)
-                    _write(place, samples, source, files, seq_len, features)
-                    opened = _open(place, source, features)
+                    encoded = encode_samples(source, tokenizer, users=users, routing=routing, **rules)
+                    samples = _of_contents(contents, encoded, source, folder)
+                    _write(place, samples, source, files, seq_len, features, routing)
+                    opened = _open(place, source, features, routing)
     except OSError as error:
-        opened = _open(place, source, features)  # a process of another machine, whose locks are not seen, may have come first
+        opened = _open(place, source, features, routing)  # a process of another machine, whose locks are not seen, may have come first
         if opened is None:
             raise unwritable(folder, error) from error
     if opened is None:
@@ -161,18 +166,29 @@ def _clear(place: Path) -> None:
 
 
 def _write(
-    place: Path, samples: Iterator[EncodedSample | Fault], source: DataSource, files: list[str], seq_len: int, features: str
+    place: Path,
+    samples: Iterator[EncodedSample | Fault],
+    source: DataSource,
+    files: list[str],
+    seq_len: int,
+    features: str,
+    routing: RoutingShape | None,
 ) -> None:
     """Write the folder of a source, whole or not at all."""
     with new_folder(place) as staging:
         try:
-            counts, first = _write_samples(staging, samples, source, files, with_users=bool(features))
+            more = (["users.i64"] if features else []) + (["routed.i16"] if routing else [])
+            counts, first = _write_samples(staging, samples, source, files, more)
             report_counts(source.path, counts, Skipped(counts.skipped, first), seq_len, speaks=False)
             ids, targets, starts = (_mapped(staging / name, kind) for name, kind in _TOKENS.items())
-            sums = np.array([[_sum(array[at : at + _BLOCK]) for at in range(0, len(array), _BLOCK)] for array in (ids, targets)], np.uint64)
-            write_durable(staging / "sums.u64", [sums.tobytes()])
             users = _mapped(staging / "users.i64", np.int64) if features else None
-            whole = EncodedSource(source.name, source.path, source.weight, ids, targets, starts, starts, counts, users, features)
+            routed = _routed(staging, routing) if routing else None
+            whole = EncodedSource(
+                source.name, source.path, source.weight, ids, targets, starts, starts, counts, users, features, routed=routed
+            )
+            blocks = range(0, len(ids), _BLOCK)
+            sums = np.array([[_sum(array[at : at + _BLOCK]) for at in blocks] for array in _by_token(whole)], np.uint64)
+            write_durable(staging / "sums.u64", [sums.tobytes()])
             meta = {"key": place.name, "tokens": len(ids), "content": whole.digest(), "counts": asdict(counts)}
             meta["first"] = None if first is None else [files.index(first.file), first.line, first.reason]
             meta["sums"] = {name: _sum(_mapped(staging / name, kind)) for name, kind in _ARRAYS.items() if (staging / name).exists()}
@@ -183,14 +199,18 @@ def _write(
 
 
 def _write_samples(
-    staging: Path, samples: Iterator[EncodedSample | Fault], source: DataSource, files: list[str], *, with_users: bool
+    staging: Path, samples: Iterator[EncodedSample | Fault], source: DataSource, files: list[str], more: list[str]
 ) -> tuple[Counts, Fault | None]:
-    """Write the arrays of all samples; how many there were, and the first that was left out."""
+    """Write the arrays of all samples; how many there were, and the first that was left out.
+
+    Args:
+        more: names of arrays beside those that every source has.
+    """
     kept = truncated = skipped = 0
     first: Fault | None = None
     number = {file: str(i) for i, file in enumerate(files)}
     said = time.monotonic() + _QUIET
-    with _Arrays(staging, with_users=with_users) as arrays, open(staging / "skipped.jsonl", "wb") as left_out:
+    with _Arrays(staging, more) as arrays, open(staging / "skipped.jsonl", "wb") as left_out:
         for item in samples:
             if isinstance(item, Fault):
                 first, skipped = first or item, skipped + 1
@@ -211,8 +231,8 @@ def _write_samples(
 class _Arrays:
     """The arrays of a source that is being written, of which a bounded part is in memory."""
 
-    def __init__(self, staging: Path, *, with_users: bool) -> None:
-        self._paths = [staging / name for name in (*_TOKENS, "numbers.i64", *(["users.i64"] if with_users else []))]
+    def __init__(self, staging: Path, more: list[str]) -> None:
+        self._paths = [staging / name for name in (*_TOKENS, "numbers.i64", *more)]
         self._files: dict[str, BinaryIO] = {}
         self._opened = ExitStack()
         self._pieces: list[Encoded] = []
@@ -234,7 +254,8 @@ class _Arrays:
 
     def add(self, pieces: list[Encoded]) -> None:
         self._pieces += pieces
-        self._waiting += sum(len(piece.input_ids) for piece in pieces)
+        routed = sum(piece.routed.nbytes for piece in pieces if piece.routed is not None)
+        self._waiting += sum(len(piece.input_ids) for piece in pieces) + routed // 8  # a token and its target have 8 bytes
         if self._waiting + 16 * len(self._pieces) > _BUFFERED:  # a piece takes memory of its own, too
             self._flush()
 
@@ -247,6 +268,7 @@ class _Arrays:
             "starts.i64": ends,
             "numbers.i64": np.array([piece.line for piece in pieces], np.int64),
             "users.i64": np.array([piece.user for piece in pieces], np.int64),
+            "routed.i16": np.concatenate([np.zeros(0, np.int16), *(piece.routed.ravel() for piece in pieces if piece.routed is not None)]),
         }
         for name, file in self._files.items():
             file.write(columns[name].tobytes())
@@ -256,7 +278,17 @@ class _Arrays:
 _TOKENS = {"ids.i32": np.int32, "targets.i32": np.int32, "starts.i64": np.int64}
 
 
-def _open(place: Path, source: DataSource, features: str) -> tuple[MappedSource, Fault | None] | None:
+def _by_token(source: EncodedSource) -> list[NDArray[Any]]:
+    """The arrays with a row for each token, which are compared block by block."""
+    return [source.input_ids, source.targets, *([] if source.routed is None else [source.routed])]
+
+
+def _routed(place: Path, routing: RoutingShape) -> NDArray[np.int16]:
+    """Raises ValueError: there is no whole number of tokens."""
+    return _mapped(place / "routed.i16", np.int16).reshape(-1, len(routing.moe_layers), routing.top_k)
+
+
+def _open(place: Path, source: DataSource, features: str, routing: RoutingShape | None) -> tuple[MappedSource, Fault | None] | None:
     """Map the folder of a source; also the first sample that was left out, with the index of its file. None: there is no sound folder."""
     try:
         meta = parse_json((place / "meta.json").read_bytes())
@@ -269,8 +301,11 @@ def _open(place: Path, source: DataSource, features: str) -> tuple[MappedSource,
         numbers, users = arrays["numbers.i64"], arrays.get("users.i64")
         if any(_sum(arrays[name]) != checksum for name, checksum in meta["sums"].items()):
             return None
-        if not len(ids) == len(targets) == meta["tokens"] == starts[-1] or len(numbers) != len(starts) - 1:
+        routed = _routed(place, routing) if routing else None
+        tokens = [len(ids), len(targets), starts[-1], *([] if routed is None else [len(routed)])]
+        if any(count != meta["tokens"] for count in tokens) or len(numbers) != len(starts) - 1:
             return None
+        sums = arrays["sums.u64"].reshape(2 if routed is None else 3, -1)
         first = meta["first"] and Fault(str(meta["first"][0]), meta["first"][1], meta["first"][2])
         mapped = MappedSource(
             name=source.name,
@@ -283,10 +318,11 @@ def _open(place: Path, source: DataSource, features: str) -> tuple[MappedSource,
             counts=Counts(**meta["counts"]),
             users=users,
             features=features,
+            routed=routed,
             content=meta["content"],
             folder=place,
-            sums=arrays["sums.u64"].reshape(2, -1),
-            compared=np.zeros(len(arrays["sums.u64"]) // 2, np.bool_),
+            sums=sums,
+            compared=np.zeros(sums.shape[1], np.bool_),
         )
     except (OSError, ValueError, KeyError, IndexError, TypeError, JsonError):
         return None

@@ -39,7 +39,7 @@ class EvaluationPass:
 
     def note_routing(self, unit: Unit, routing: Routing) -> None:
         if self.stats is not None:
-            self.stats[unit] = routing.stats()
+            self.stats[unit] = replace(routing.stats(), expert_TK=routing.expert_TK)
 
     def experts(self, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
         assert self.shards is not None, "this model's layers compute their experts themselves"

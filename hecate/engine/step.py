@@ -1,7 +1,7 @@
 """One optimizer step of an FSSDP engine, while it lasts.
 
     step = engine.begin_step(number, micro_steps)   plan every layer (a pure function of values that all ranks share; no message)
-    micro = step.begin_micro_step(tokens)
+    micro = step.begin_micro_step(tokens)           where its loads are known (`plan` replay), exchange them and plan every layer from them
     micro.prefetch(*units)                          start the SparseAllGather of layers, before the attention that hides it
     micro.experts(unit, ...)                        wait for the replicas; dispatch what must travel; compute; combine
     micro.backward(loss)                            start the gathers that the backward pass needs first; run it; in the step's last one
@@ -31,6 +31,7 @@ from torch import Tensor
 from hecate.engine.shards import ExpertShards, LayerCall
 from hecate.errors import UserError
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
+from hecate.experts.pass_routing import expert_counts
 from hecate.experts.router import RouterStats, Routing
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.comm.aborts import read
@@ -186,8 +187,14 @@ class Step:
         shards.plans.begin(micro_steps)
 
     def begin_micro_step(self, tokens: PassTokens | None = None) -> MicroStep:
-        """The model's next forward pass is of these tokens; None: of any, without padding."""
+        """The model's next forward pass is of these tokens; None: of any, without padding.
+
+        Raises:
+            OrderError: plans are made from loads that are known ahead, and the tokens bring no routing; or as `StepLedger`.
+        """
         micro = MicroStep(self, self.ledger.begin_micro_step(), tokens or PassTokens())
+        if self._shards.config.plan == "replay":
+            self._plan_ahead(micro.tokens)
         self._current.now = micro
         return micro
 
@@ -220,11 +227,9 @@ class Step:
         shards = self._shards
         self.ledger.require(micro.number)
         if micro.counts:
-            # scatter_add_, because bincount would make the host wait for a GPU.
-            chosen = expert_TK.flatten()
-            count_E = chosen.new_zeros(shards.families[unit].num_experts).scatter_add_(0, chosen, torch.ones_like(chosen))
+            count_E = expert_counts(expert_TK, shards.families[unit].num_experts)
             self.ledger.add(unit, count_E)
-            if shards.plans.mode(unit) != "history":
+            if shards.plans.mode(unit) in ("exact", "calibrated"):
                 self._plan_after_router(unit, count_E)
         self._gather(unit)
         call = LayerCall(
@@ -270,6 +275,20 @@ class Step:
         if self.ledger.in_last_micro_step:
             for unit, store in reversed(trained.items()):
                 store.reduce(self._clipped.pop(unit))
+
+    def _plan_ahead(self, tokens: PassTokens) -> None:
+        """Plan all layers of a micro-step from the routing that its tokens bring, on all ranks of the sharding group."""
+        shards = self._shards
+        if tokens.routing is None:
+            raise OrderError(
+                "fssdp.plan=replay plans each micro-step from the routing of its tokens, but they bring none\n"
+                "  begin the micro-step with `PassTokens(routing=...)`"
+            )
+        count = [expert_counts(tokens.routing.experts(unit), family.num_experts) for unit, family in shards.families.items()]
+        # Through the tokens' group: reductions of the micro-step before may be under way in the other one.
+        loads_ND = by_rank(exchange_counts(torch.cat(count), shards.groups.tokens))
+        cuts = np.cumsum([len(count_E) for count_E in count])[:-1]
+        shards.plans.ahead(dict(zip(shards.families, np.split(loads_ND, cuts), strict=True)))
 
     def _plan_after_router(self, unit: Unit, count_E: Tensor) -> None:
         """Plan a layer's micro-step from what all ranks have chosen."""

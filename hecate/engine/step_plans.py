@@ -161,7 +161,7 @@ class StepPlans:
         return self.config.execution(self.mode(unit)).per_micro_step
 
     def begin(self, micro_steps: int) -> None:
-        """Plan all layers of an optimizer step from the history, or prepare for plans after the router.
+        """Plan all layers of an optimizer step from the history, or prepare for plans from the loads of its micro-steps.
 
         Args:
             micro_steps: in which the step's tokens come.
@@ -174,14 +174,20 @@ class StepPlans:
         for units, given in self.inputs():
             if given.execution.per_micro_step and given.loads_LED is not None:
                 given = replace(given, loads_LED=given.loads_LED / micro_steps)  # a plan serves one of them
-            plan = None if given.execution.plan == "exact" else self._planned(given, units)
+            if not given.execution.knows_loads:
+                self._place_all(units, given)
             for index, unit in enumerate(units):
                 self._given[unit] = given, index
-                if plan is not None:
-                    self._from_history[unit] = layer_plan(plan, given, index)
-                    self._last_planned[unit] = self._from_history[unit].placement
-                    self.place(unit, self._from_history[unit])
+                if not given.execution.knows_loads:
+                    self._from_history[unit] = self._plans[unit]
         self._place_pools()
+
+    def ahead(self, loads: Mapping[Unit, np.ndarray]) -> None:
+        """Plan all layers of a micro-step, which will go by these plans, from its loads, int64 [experts, ranks of the group]."""
+        for units, given in self.inputs():
+            self._place_all(units, replace(given, loads_LED=np.stack([loads[unit] for unit in units]).astype(np.float64)))
+            for unit in units:
+                self.note_served(unit, loads[unit])
 
     def inputs(self, *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
         """What a planner is given for the next step: the layers of one shape and mode together, each with its number.
@@ -324,6 +330,13 @@ class StepPlans:
     def _place_for_any(self, unit: Unit, placement: Placement) -> None:
         # Some tokens of every rank for every expert: what must travel may.
         self.place(unit, LayerPlan(placement, np.ones(placement.where_ED.shape), None))
+
+    def _place_all(self, units: Sequence[Unit], given: PlanInput) -> None:
+        plan = self._planned(given, units)
+        for index, unit in enumerate(units):
+            one = layer_plan(plan, given, index)
+            self._last_planned[unit] = one.placement
+            self.place(unit, one)
 
     def _planned(self, given: PlanInput, units: Sequence[Unit]) -> Plan:
         """Raises PlannerError: the plan has other owners than were given."""

@@ -20,6 +20,7 @@ from typing import Protocol
 
 from torch import Tensor
 
+from hecate.experts.pass_routing import PassRouting
 from hecate.experts.pass_samples import PassSamples
 from hecate.experts.pass_users import PassUsers
 from hecate.experts.router import Routing
@@ -44,6 +45,8 @@ class PassTokens:
     """int64 [B·S], or [1] for all tokens: the number of the source in the training data; None: not known"""
     users: PassUsers | None = None
     """the users of the tokens' samples; None: not known, or nothing depends on them"""
+    routing: PassRouting | None = None
+    """the experts that the samples bring for their tokens; None: routers alone decide"""
 
 
 class ForwardPass(Protocol):

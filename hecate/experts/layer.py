@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hecate.experts.forward_pass import CurrentPass
+from hecate.experts.forward_pass import CurrentPass, OrderError
+from hecate.experts.pass_routing import differing
 from hecate.experts.router import BalanceLoss, Router, TokenFeatures
 from hecate.parallel.units import Unit
 
@@ -63,7 +65,14 @@ class MoeLayer(nn.Module):
         # As for the attention's adapters, a pass with gradients whose tokens have numbers is one of training.
         step = current.step if number is not None and torch.is_grad_enabled() else None
         tokens = current.tokens
-        routing = self.router.route(x_TD, TokenFeatures(valid, tokens.samples, tokens.source, tokens.users, step, decided))
+        known_TK = None if tokens.routing is None else tokens.routing.experts(self.unit)
+        forced_TK = known_TK if tokens.routing is not None and tokens.routing.forced else None
+        if forced_TK is not None and not self.router.replays:
+            raise OrderError(f"layer {self.unit}: its router, {type(self.router).__name__}, cannot be given a choice (`Router.replays`)")
+        features = TokenFeatures(valid, tokens.samples, tokens.source, tokens.users, step, decided, forced_TK)
+        routing = self.router.route(x_TD, features)
+        if known_TK is not None and forced_TK is None:
+            routing = replace(routing, differing=differing(routing.expert_TK, known_TK))
         current.note_routing(self.unit, routing)
         y_TD = current.experts(self.unit, x_TD, routing.expert_TK, routing.weight_TK, token_T)
         if valid is not None:

@@ -33,6 +33,10 @@ class RouterStats:
     """int64: tokens whose k-th expert is expert e"""
     samples: SampleMeans | None = None
     """of each sample; None: nothing balances by samples"""
+    differing: Tensor | None = None
+    """see `Routing.differing`"""
+    expert_TK: Tensor | None = None
+    """see `Routing.expert_TK`; None: it is not kept, as in training"""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,14 @@ class Routing:
     """what each expert's result is multiplied by"""
     samples: SampleMeans | None = None
     """what a loss that balances each sample by itself is made of; made by the router, so that a layer that runs again keeps the same"""
+    differing: Tensor | None = None
+    """int64 scalar: assignments to other experts than those that samples bring (`PassRouting`); None: it is not counted"""
 
     def stats(self) -> RouterStats:
         """What the load-balancing loss needs of it."""
         count_KE = torch.zeros((self.expert_TK.shape[1], self.prob_TE.shape[1]), dtype=torch.int64, device=self.expert_TK.device)
         count_KE.scatter_add_(1, self.expert_TK.T, torch.ones_like(self.expert_TK.T))
-        return RouterStats(self.prob_TE.sum(0), count_KE, self.samples)
+        return RouterStats(self.prob_TE.sum(0), count_KE, self.samples, self.differing)
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,8 @@ class TokenFeatures:
     """the optimizer step, which keys dropout; None outside training"""
     decided: tuple[Tensor, ...] = ()
     """what the model itself has decided for the T tokens: experts [T, K] and weights [T, K]; nothing where the router is to decide"""
+    forced_TK: Tensor | None = None
+    """int64: the experts that tokens go to, whatever the router would choose; None: it chooses. See `Router.replays`"""
 
 
 def load_balancing_loss(stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor:
@@ -141,6 +149,9 @@ class Router(nn.Module, ABC):
     or no loss"""
     separates: ClassVar[bool] = False
     """whether the experts are adapters that must not influence one another: each has its own mean loss and its own gradient norm"""
+
+    replays: ClassVar[bool] = False
+    """whether it gives tokens to `TokenFeatures.forced_TK`, which its `Routing.expert_TK` then is, with its own weights for them"""
 
     user_width: int | None = None
     """numbers in the vectors of the samples' users, by which it decides; None: it decides by something else"""
@@ -220,6 +231,7 @@ class TopKRouter(Router):
     It works in its own dtype (float32 or wider), whatever x comes in.
     """
 
+    replays: ClassVar[bool] = True
     bias: Tensor | None
 
     def __init__(self, site: RouterSite) -> None:
@@ -237,7 +249,7 @@ class TopKRouter(Router):
         self.loss = None if choices.bias == "balancing" else LOSSES[choices.balance]
 
     def route(self, x_TD: Tensor, features: TokenFeatures) -> Routing:
-        routing = self(x_TD)
+        routing = self(x_TD) if features.forced_TK is None else self(x_TD, features.forced_TK)
         if self.loss is sample_balance_loss and features.samples is not None:
             means = features.samples.means(features.valid_T, routing.prob_TE, routing.expert_TK)
             return replace(routing, samples=means)
@@ -246,16 +258,16 @@ class TopKRouter(Router):
     def logits(self, x_TD: Tensor) -> Tensor:
         return wide_linear(x_TD, self.weight)
 
-    def forward(self, x_TD: Tensor) -> Routing:
+    def forward(self, x_TD: Tensor, forced_TK: Tensor | None = None) -> Routing:
         logit_TE = self.logits(x_TD)
         if isinstance(self.bias, nn.Parameter):
             logit_TE = logit_TE + self.bias
         moved_E = self._moved_bias()
         if logit_TE.is_cuda and moved_E is None and (self.choices.score, self.choices.weights) == ("softmax", "renormalised"):
-            return softmax_of_largest(logit_TE, self.top_k)
+            return softmax_of_largest(logit_TE, self.top_k, forced_TK)
         score_TE = SCORES[self.choices.score](logit_TE)
         biased_TE = score_TE if moved_E is None else score_TE + moved_E
-        expert_TK = largest(biased_TE, self.top_k)
+        expert_TK = largest(biased_TE, self.top_k) if forced_TK is None else forced_TK
         weighed_TE = biased_TE if self.choices.bias_in_weights else score_TE
         # The load-balancing loss is made for probabilities that sum to 1.
         prob_TE = score_TE if self.choices.score == "softmax" else score_TE / score_TE.sum(dim=-1, keepdim=True)
@@ -273,10 +285,10 @@ class TopKRouter(Router):
         return None if isinstance(self.bias, nn.Parameter) else self.bias
 
 
-def softmax_of_largest(logit_TE: Tensor, top_k: int) -> Routing:
-    """The largest of a softmax, renormalised, but for rounding, with half the operators in the backward pass, which count on a GPU: softmax
-    over the k largest logits."""
-    expert_TK = largest(logit_TE, top_k)
+def softmax_of_largest(logit_TE: Tensor, top_k: int, forced_TK: Tensor | None = None) -> Routing:
+    """The largest of a softmax, or those given, renormalised, but for rounding, with half the operators in the backward pass, which count
+    on a GPU: softmax over the k largest logits."""
+    expert_TK = largest(logit_TE, top_k) if forced_TK is None else forced_TK
     return Routing(F.softmax(logit_TE, dim=-1), expert_TK, F.softmax(logit_TE.gather(1, expert_TK), dim=-1))
 
 
@@ -310,12 +322,16 @@ class ModelRouter(Router):
     at the first call for the second one: the load-balancing loss needs their probabilities.
     """
 
-    def __init__(self, own: nn.Module, trained_dtype: torch.dtype | None) -> None:
+    replays: ClassVar[bool] = True
+
+    def __init__(self, own: nn.Module, trained_dtype: torch.dtype | None, *, renormalises: bool) -> None:
         """Args:
         own: the model's module with the one weight [E, D]; its first output are the logits [N, E].
         trained_dtype: the dtype to train it in, whatever its input comes in; None: it stays frozen.
+        renormalises: the weights of a token's experts are their softmax probabilities divided by the sum of these; False: without that.
         """
         super().__init__()
+        self._renormalises = renormalises
         (weight,) = own.parameters()
         self._trained: dict[str, nn.Parameter] = {}  # in a dict, for it is the model's parameter and not this module's
         self._logits_NE: Tensor | None = None
@@ -337,6 +353,11 @@ class ModelRouter(Router):
         # This also runs when a checkpointed layer runs again, because autograd needs the same tensors as in the first run.
         prob_TE = torch.softmax(logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32)), dim=-1)
         expert_TK, weight_TK = features.decided
+        if features.forced_TK is not None:
+            # In the type in which models' routers take their softmax.
+            score_TK = torch.softmax(logits_TE.float(), dim=-1).gather(1, features.forced_TK)
+            score_TK = WEIGHTS["renormalised"](score_TK) if self._renormalises else score_TK
+            expert_TK, weight_TK = features.forced_TK, score_TK.to(weight_TK.dtype)
         return Routing(prob_TE, expert_TK, weight_TK)
 
     def _note_logits(self, _own: nn.Module, _inputs: Any, outputs: tuple[Tensor, ...]) -> None:

@@ -52,7 +52,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.execution.micro_steps > 1 and self.execution.per_micro_step:
             raise UserError(
-                f"micro_steps: {self.execution.micro_steps} micro-steps share no plan if it is exact or replicas are rematerialized\n"
+                f"micro_steps: {self.execution.micro_steps} micro-steps share no plan if each has its own, or replicas are rematerialized\n"
                 "  simulate one of them, with its own tokens"
             )
 

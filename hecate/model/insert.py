@@ -30,6 +30,7 @@ from hecate.kernels.common.ffn import FfnShape
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.linears import FoundLinear, target_linears
 from hecate.model.lora import LoraLinear
+from hecate.model.moe_blocks import renormalises
 from hecate.model.moe_model import MoeModel, adapter_dtype
 from hecate.parallel.expert_kinds import PROJECTIONS, ExpertKind, LinearSizes, LoraShape
 from hecate.parallel.units import Unit
@@ -211,7 +212,8 @@ def _router(model: nn.Module, one: FoundUnit, family: UnitExperts, plan: Inserti
         )
         _check_router(router, None if plan.kind.over_linears else (site.num_experts, site.inputs))
         return router
-    return ModelRouter(model.get_submodule(one.router_path), site.master_dtype if plan.train_router else None)
+    own = model.get_submodule(one.router_path)
+    return ModelRouter(own, site.master_dtype if plan.train_router else None, renormalises=renormalises(own))
 
 
 def _check_router(router: Router, shape: tuple[int, int] | None) -> None:

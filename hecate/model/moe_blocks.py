@@ -135,13 +135,8 @@ def _find_router(parent: nn.Module, num_experts: int, hidden: int, where: str) -
 
 def _describe_router(module: nn.Module, num_experts: int, hidden: int) -> int | str:
     """k, or why it is no router that is known."""
-    random = torch.Generator().manual_seed(1)
-    weight = torch.randn(num_experts, hidden, generator=random)
-    x_TD = torch.randn(_TOKENS, hidden, generator=random)
-    (name,) = [name for name, _ in module.named_parameters()]
     try:
-        with torch.no_grad():
-            result = _with_weights(module, {name: weight})(x_TD)
+        x_TD, weight, result = _tried(module, num_experts, hidden)
     except Exception as error:  # noqa: BLE001 - as above
         return f"cannot be called with [tokens, hidden] ({type(error).__name__})"
     if not (isinstance(result, tuple) and len(result) == 3 and all(isinstance(part, Tensor) for part in result)):
@@ -154,6 +149,23 @@ def _describe_router(module: nn.Module, num_experts: int, hidden: int) -> int | 
     if not torch.equal(chosen, indices) or not any(torch.allclose(weights.float(), w, rtol=1e-4) for w in (plain, normalized)):
         return "it does not choose the k largest softmax probabilities"
     return int(indices.shape[1])
+
+
+def renormalises(router: nn.Module) -> bool:
+    """Whether a router that was found here divides the probabilities of a token's experts by their sum."""
+    (weight,) = router.parameters()
+    _, _, (_, weights, _) = _tried(router, *weight.shape)
+    return torch.allclose(weights.float().sum(1), torch.ones(_TOKENS))
+
+
+def _tried(router: nn.Module, num_experts: int, hidden: int) -> tuple[Tensor, Tensor, Any]:
+    """Some tokens, a weight, and what the router makes of them with it."""
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(num_experts, hidden, generator=random)
+    x_TD = torch.randn(_TOKENS, hidden, generator=random)
+    (name,) = [name for name, _ in router.named_parameters()]
+    with torch.no_grad():
+        return x_TD, weight, _with_weights(router, {name: weight})(x_TD)
 
 
 def _with_weights(module: nn.Module, weights: dict[str, Tensor]) -> nn.Module:

@@ -32,6 +32,8 @@ class StepResult:
     """of `bytes_sent`, those that went from one node of the topology to another"""
     peak_bytes: tuple[int, ...]
     """the most memory that each rank has had so far: allocated on its GPU, or else resident on the host"""
+    differing: int | None = None
+    """assignments of all units to other experts than those that samples bring (`moe.replay: check`); None: they are not counted"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,6 +48,7 @@ def step_record(event: StepEvent) -> Record:
         "peak_bytes": [int(peak) for peak in result.peak_bytes],
         "calibrations": int(event.calibrations),
         "plan_modes": {str(unit): mode for unit, mode in sorted(event.plan_modes.items())},
+        "routing_differs": None if result.differing is None else int(result.differing),
         "loads": {str(unit): total_E.tolist() for unit, total_E in totals.items()},
         "layer_balance": {str(unit): max_over_mean(total_E) for unit, total_E in totals.items()},
     }

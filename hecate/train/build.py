@@ -14,6 +14,7 @@ from hecate.adapters.trained_output import TrainedOutput, begin_with_adapter, ou
 from hecate.checkpoint.train_state import TrainedParts
 from hecate.config import Config, DataSource
 from hecate.data.content import cache_folder
+from hecate.data.routed_experts import RoutingShape
 from hecate.data.separate_streams import SeparateStreams, Stream
 from hecate.data.sources import TokenSource, read_source
 from hecate.data.stream import TrainStream
@@ -80,7 +81,9 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     output = output_of(config, base)
     users = users_of(config)
     _say(ranks, "reading the data")
-    train_sources, eval_sources = (encode_sources(data, config, base, ranks, users) for data in (config.data.train, config.data.eval))
+    # Held-out data are routed by the router, whether they bring a routing or not.
+    train_sources = encode_sources(config.data.train, config, base, ranks, users, routing_shape(config, base))
+    eval_sources = encode_sources(config.data.eval, config, base, ranks, users)
     stream = (SeparateStreams if config.data.separate else TrainStream)(
         train_sources,
         seq_len=config.data.seq_len,
@@ -195,13 +198,30 @@ def insertion_plan(config: Config, num_layers: int, user_width: int | None = Non
     )
 
 
+def routing_shape(config: Config, base: BaseModel) -> RoutingShape | None:
+    """What the routing of samples must fit; None: it is not read."""
+    if config.moe.replay is None:
+        return None
+    numbers = [one.unit.layer for one in base.found]
+    counts = [one.own_experts for one in base.found] if base.own_experts else config.moe.experts_per_layer(len(numbers))
+    found = dict(zip(numbers, counts, strict=True))
+    layers = range(len(decoder_layers(base.model)[1]))
+    return RoutingShape(tuple(found.get(layer, 0) for layer in layers), config.moe.experts_per_token)
+
+
 def encode_sources(
-    sources: tuple[DataSource, ...], config: Config, base: BaseModel, ranks: Ranks, users: UserFeatures | None = None
+    sources: tuple[DataSource, ...],
+    config: Config,
+    base: BaseModel,
+    ranks: Ranks,
+    users: UserFeatures | None = None,
+    routing: RoutingShape | None = None,
 ) -> list[TokenSource]:
     """Tokenize data sources. Rank 0 says which samples were left out, and writes them to quarantine files in the run's folder.
 
     Args:
         users: features that each sample's user must have; None: samples need no users.
+        routing: what the routing that each sample must bring must fit; None: it is not read.
     """
     cache = cache_folder(config.data.cache)
     return [
@@ -213,6 +233,7 @@ def encode_sources(
             on_bad_sample=config.data.on_bad_sample,
             quarantine=Path(config.output_dir) / f"quarantine-{source.name}.jsonl" if ranks.is_first else None,
             users=users,
+            routing=routing,
             speaks=ranks.is_first,
             cache=cache,
         )

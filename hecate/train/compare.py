@@ -35,6 +35,7 @@ from hecate.train.evaluate import evaluate
 from hecate.train.likelihood import accuracies
 from hecate.train.lm_eval_tasks import LmEvalTasks, lm_eval_figures
 from hecate.train.opened import as_opened, load_trained, require_users
+from hecate.train.record_routing import RoutingRecord, require_routers
 from hecate.train.trained import find_trained
 
 BASE = "base"
@@ -50,6 +51,8 @@ class Questions:
     choices: Mapping[str, Sequence[ChoiceItem]] = field(default_factory=dict)
     """by the name that the table shows"""
     lm_eval: LmEvalTasks | None = None
+    record_routing: Path | None = None
+    """a file that gets the records of data.eval with what the routers make of them; None: nobody asks"""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,11 @@ def compare(config: Config | None, names: Sequence[str], questions: Questions, r
         )
     if twice := [name for name in named if named.count(name) > 1]:
         raise UserError(f"{twice[0]}: two files or tasks have this name, and figures are shown by name; rename one")
+    if questions.record_routing is not None and (len(sources), len(names), ranks.world_size) != (1, 1, 1):
+        raise UserError(
+            f"--record-routing: records one file by one model in one process, but there are {len(sources)} items of data.eval, "
+            f"{len(names)} models and {ranks.world_size} ranks\n  name one of each"
+        )
     found: list[ModelFigures] = []
     loaded: tuple[Path, BaseModel, MoeModel] | None = None
     lora: Path | None = None
@@ -158,7 +166,7 @@ def _figures(
     opened = as_opened(folder, base, moe, ranks) if asks else None  # first, since it may refuse
     tasks: dict[str, TaskFigures] = {}
     if config is not None and config.data.eval:
-        tasks |= _held_out(config, base, moe, ranks, name)
+        tasks |= _held_out(config, base, moe, ranks, name, questions.record_routing)
     if opened is not None:
         batch_size, most = (_BATCH, None) if config is None else (config.eval.batch_size, config.eval.max_samples)
         with moe.engine.evaluation() as evaluation:
@@ -205,7 +213,11 @@ def _load(config: Config | None, folder: Path | None, ranks: Ranks) -> tuple[Pat
     return folder, *load_trained(folder, ranks, choice)
 
 
-def _held_out(config: Config, base: BaseModel, moe: MoeModel, ranks: Ranks, name: str) -> dict[str, TaskFigures]:
+def _held_out(
+    config: Config, base: BaseModel, moe: MoeModel, ranks: Ranks, name: str, record_routing: Path | None
+) -> dict[str, TaskFigures]:
+    if record_routing is not None:
+        require_routers(moe, name)
     users = users_of(config) if name != BASE else None
     if name != BASE:
         require_users(Path(name), moe, users)
@@ -217,7 +229,12 @@ def _held_out(config: Config, base: BaseModel, moe: MoeModel, ranks: Ranks, name
         if score is not None:
             verified[source] = score
 
-    scores = evaluate(config, ranks, base, moe, sources, None if users is None else on_device(users, ranks), heard).scores
+    record = None if record_routing is None else RoutingRecord()
+    features_UF = None if users is None else on_device(users, ranks)
+    scores = evaluate(config, ranks, base, moe, sources, features_UF, heard, None if record is None else record.note).scores
+    if record is not None and record_routing is not None:
+        written = record.write(record_routing, sources[0], config.data.eval[0])
+        print(f"hecate: {written} records with their routing are in {record_routing}", file=sys.stderr, flush=True)
     found = {}
     for source, score in scores.items():
         figures = {"loss": score.loss}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -13,10 +13,12 @@ from hecate.config import Config
 from hecate.data.batches import collate
 from hecate.data.encode import IGNORED
 from hecate.data.evaluation import GenerationItem, eval_sequences, generation_items, share_of_rank
+from hecate.data.sequences import PackedSequence
 from hecate.data.sources import TokenSource
 from hecate.engine.protocol import EvaluationPasses
 from hecate.experts.forward_pass import PassTokens
 from hecate.experts.pass_users import PassUsers, users_of_rows
+from hecate.experts.router import RouterStats
 from hecate.model.base import BaseModel
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.comm.device_tables import copy_to
@@ -28,6 +30,8 @@ from hecate.train.step import forward_loss, pass_tokens
 
 Heard = Callable[[str, Sequence[GenerationItem], Sequence[str]], None]
 """gets a source's name, the prompts of this rank, and the answers to them"""
+Recorded = Callable[[Sequence[PackedSequence], Mapping[Unit, RouterStats]], None]
+"""gets the rows of a pass, and what the routers have done in it"""
 
 
 def evaluate(
@@ -38,6 +42,7 @@ def evaluate(
     sources: Sequence[TokenSource],
     features_UF: Tensor | None = None,
     heard: Heard | None = None,
+    recorded: Recorded | None = None,
 ) -> Evaluation:
     """Evaluate all sources. Every rank must call it; rows and prompts are shared out.
 
@@ -46,12 +51,13 @@ def evaluate(
     Args:
         features_UF: the vectors of all users, [users, width], on the model's device; None: no router decides by users.
         heard: is told the answers that were counted, if any were.
+        recorded: is told what this rank's routers have done.
     """
     scores, loads = {}, {}
     together = moe.engine.goes_together
     with moe.engine.evaluation(together=together) as evaluation, torch.no_grad():
         for index, source in enumerate(sources):
-            loss, loads[source.name] = _loss_and_loads(config, ranks, base, moe, evaluation, sources, index, features_UF)
+            loss, loads[source.name] = _loss_and_loads(config, ranks, base, moe, evaluation, sources, index, features_UF, recorded)
             accuracy = None
             samples = len(source) if config.eval.max_samples is None else min(len(source), config.eval.max_samples)
             if config.eval.generate:
@@ -80,6 +86,7 @@ def _loss_and_loads(
     sources: Sequence[TokenSource],
     index: int,
     features_UF: Tensor | None,
+    recorded: Recorded | None,
 ) -> tuple[float, dict[Unit, list[int]]]:
     rows = eval_sequences(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
     totals = torch.zeros(2, dtype=torch.float64)
@@ -93,6 +100,8 @@ def _loss_and_loads(
         with evaluation.forward(replace(pass_tokens(base.head, batch, features_UF=features_UF), source=expert)) as routed:
             totals[0] += forward_loss(base.head, batch).cpu()
         totals[1] += (batch.targets != IGNORED).sum().cpu() * ranks.is_first_of_tensor_group
+        if recorded is not None:
+            recorded(share, routed)
         for layer, stats in routed.items():
             counts[layer] += stats.count_KE.sum(0).cpu()
     loss_sum, labels = ranks.all_sum(totals).tolist()

@@ -33,6 +33,8 @@ class EvaluationRequest:
     task_folder: str | None = None
     apply_chat_template: bool = False
     json_path: str | None = None
+    record_routing: str | None = None
+    """file"""
 
     def as_text(self) -> str:
         """For the rank's command."""
@@ -84,7 +86,8 @@ def evaluate_as_rank(request: EvaluationRequest) -> None:
     if request.tasks is not None:
         folder = None if request.task_folder is None else Path(request.task_folder)
         lm_eval = LmEvalTasks(request.tasks, folder, request.apply_chat_template)
-    questions = Questions({Path(name).stem: read_choices(Path(name)) for name in request.choices}, lm_eval)
+    record = None if request.record_routing is None else Path(request.record_routing)
+    questions = Questions({Path(name).stem: read_choices(Path(name)) for name in request.choices}, lm_eval, record)
     evaluate_models(config, models, questions, None if request.json_path is None else Path(request.json_path))
 
 

@@ -85,8 +85,8 @@ def check_data(config: Config) -> None:
     """Check the data files, except for what only a tokenizer can find.
 
     Raises:
-        UserError: a file cannot be read, or has a broken line, or one whose user has no features although the router decides by users; or
-            it holds conversations, and the model's folder has no chat template.
+        UserError: a file cannot be read, or has a broken line, or one whose user has no features although the router decides by users, or
+            one without the routing that is to be replayed; or it holds conversations, and the model's folder has no chat template.
     """
     from hecate.config import find_model
     from hecate.data.content import cache_folder
@@ -96,7 +96,9 @@ def check_data(config: Config) -> None:
     data = config.data
     if config.model.front_end == "transformers":
         check_template([*data.train, *data.eval], find_model(config.model.name_or_path))
-    check_syntax([*data.train, *data.eval], data.on_bad_sample, users_of(config), cache_folder(data.cache))
+    users, cache = users_of(config), cache_folder(data.cache)
+    check_syntax(data.train, data.on_bad_sample, users, cache, routed=config.moe.replay is not None)
+    check_syntax(data.eval, data.on_bad_sample, users, cache)
 
 
 def check_resume(config: Config) -> None:

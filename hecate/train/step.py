@@ -15,7 +15,8 @@ trained by the mean over its samples of their own means (`hecate.train.privacy`)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from hecate.data.batches import Batch
 from hecate.elastic.backups import send_gradients
 from hecate.experts.forward_pass import PassTokens
+from hecate.experts.pass_routing import PassRouting
 from hecate.experts.pass_samples import PassSamples
 from hecate.experts.pass_users import users_of_packed
 from hecate.model.causal_head import CausalHead
@@ -48,6 +50,8 @@ class StepRules:
     """1: the optimizers step backups, too (`hecate.elastic.backups`)"""
     privacy: Privacy | None = None
     """None: samples are not hidden; else each micro-batch is one sample at most"""
+    replay: Literal["force", "check"] | None = None
+    """what layers do with the routing that the batches' samples bring; None: nothing"""
 
 
 def pass_tokens(head: CausalHead, batch: Batch, samples: float | None = None, features_UF: Tensor | None = None) -> PassTokens:
@@ -68,6 +72,18 @@ def pass_tokens(head: CausalHead, batch: Batch, samples: float | None = None, fe
         user = torch.full_like(segment_ids, -1) if batch.user is None else batch.user[:, own]
         of_users = users_of_packed(features_UF, user, segment_ids, token_ids, batch.layout.most_samples)
     return PassTokens(valid, batch.token_ids[:, own].flatten(), of_samples, batch.task[:, own].flatten(), of_users)
+
+
+def with_routing(tokens: PassTokens, moe: MoeModel, batch: Batch, *, forced: bool) -> PassTokens:
+    """The tokens of a batch with the routing that its samples bring."""
+    units = sorted(moe.layers)
+    routed_NUK = batch.routed
+    if routed_NUK is None:
+        assert not bool(batch.layout.is_token.any()), "the batch does not bring its samples' routing"
+        routed_NUK = batch.task.new_zeros((batch.task.numel(), len(units), moe.engine.shards.config.top_k), dtype=torch.int16)
+    else:
+        routed_NUK = routed_NUK.flatten(0, 1)
+    return replace(tokens, routing=PassRouting.of_tokens(routed_NUK, tokens.valid, units, forced=forced))
 
 
 def forward_loss(head: CausalHead, batch: Batch, weight_of_source: Tensor | None = None) -> Tensor:
@@ -120,12 +136,16 @@ def train_step(
     clock.begin()
     this_step = engine.begin_step(step, len(micro_batches))
     clock.ended("plan")
-    losses = torch.zeros(2, dtype=torch.float64, device=device)
+    checks = rules.replay == "check"
+    losses = torch.zeros(2 + checks, dtype=torch.float64, device=device)  # the last one counts assignments that differ
     mean = _means_of_sources(moe, labels_of_source, losses.device) or LossMean(max(num_labels, 1), max(num_labels, 1))
     each = None if num_samples is None else num_samples / len(micro_batches)
     shares = None if rules.privacy is None else SampleShares.of(rules.privacy, samples_of_source, device)
     for batch in micro_batches:
-        micro = this_step.begin_micro_step(pass_tokens(head, batch, each, features_UF))
+        tokens = pass_tokens(head, batch, each, features_UF)
+        if rules.replay is not None:
+            tokens = with_routing(tokens, moe, batch, forced=rules.replay == "force")
+        micro = this_step.begin_micro_step(tokens)
         loss_sum = forward_loss(head, batch, mean.weight_of_source if shares is None else shares.weight_of_source(batch))
         share = loss_sum / mean.trained
         aux = moe.balance_loss(micro.stats, group)
@@ -133,6 +153,8 @@ def train_step(
             losses[1] += aux.detach() / len(micro_batches)
             share = share + aux * (rules.aux_coef / len(micro_batches))
         losses[0] += loss_sum.detach() / mean.reported
+        if checks:
+            losses[2] += torch.stack([stats.differing for stats in micro.stats.values() if stats.differing is not None]).sum()
         clock.ended("forward")
         micro.backward(share, limit=None if shares is None else shares.limit(batch))
         clock.ended("backward")
@@ -159,6 +181,7 @@ def train_step(
         totals.asked,
         bytes_between_nodes=sum(int(far) for far, _ in totals.figures),
         peak_bytes=tuple(int(peak) for _, peak in totals.figures),
+        differing=int(totals.more[0]) if checks else None,
     )
 
 

@@ -31,6 +31,8 @@ class Totals:
     """of each request: whether any rank has made it"""
     figures: tuple[tuple[float, ...], ...] = ()
     """what each rank has given to be known, by rank"""
+    more: tuple[float, ...] = ()
+    """what else was to be added up"""
 
 
 def exchange_totals(
@@ -44,7 +46,7 @@ def exchange_totals(
     """Add up the ranks' shares. Every rank must call it. On a GPU the host waits once, for all that the step has computed.
 
     Args:
-        losses: float64 [2]: this rank's shares of the loss and of the aux loss.
+        losses: float64 [2 or more]: this rank's shares of the loss and of the aux loss, and of whatever else is to be added up.
         squares: float64 of `ExpertOptimizer.squares`.
         bytes_sent: by this rank.
         asked: this rank's requests, equally many on every rank.
@@ -56,9 +58,10 @@ def exchange_totals(
     table_RF = own.new_empty((dist.get_world_size(group), len(own)))
     dist.all_gather(list(table_RF), own, group=group)
     rows = read(table_RF, group).tolist()
-    end = 2 + len(squares) - 1  # of what is added up; after it comes what all ranks have, once
+    end = len(losses) + len(squares) - 1  # of what is added up; after it comes what all ranks have, once
     sums = [sum(column) for column in zip(*([*row[:end], *row[end + 1 :]] for row in rows), strict=True)]
-    (loss, aux_loss), sharded, (sent, *requests) = sums[:2], sums[2:end], sums[end : end + 1 + len(asked)]
+    (loss, aux_loss, *more), sharded, (sent, *requests) = sums[: len(losses)], sums[len(losses) : end], sums[end : end + 1 + len(asked)]
     grad_norm = math.sqrt(sum(sharded) + rows[0][end])
     known = tuple(tuple(row[len(row) - len(figures) :]) for row in rows)
-    return Totals(loss, aux_loss, grad_norm, tuple(map(math.sqrt, sharded)), int(sent), tuple(count > 0 for count in requests), known)
+    norms, any_asked = tuple(map(math.sqrt, sharded)), tuple(count > 0 for count in requests)
+    return Totals(loss, aux_loss, grad_norm, norms, int(sent), any_asked, known, tuple(more))

@@ -155,6 +155,7 @@ class Training:
                 max_grad_norm=config.max_grad_norm,
                 redundancy=config.fssdp.redundancy,
                 privacy=privacy_of(config),
+                replay=config.moe.replay,
             ),
             requests=requests,
             clock=self._clock,

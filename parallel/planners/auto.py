@@ -28,7 +28,7 @@ from hecate.parallel.cost_model import cost_numbers, overlap_degree, topology_nu
 from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
 from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
-from hecate.parallel.planners.rebalancing import fill_up, rebalance
+from hecate.parallel.planners.rebalancing import fill_up, pack, rebalance
 from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, Wishes, deal, replicate, wishes
 from hecate.parallel.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners
 
@@ -52,9 +52,10 @@ SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.05, 0.02
 """of a layer's predicted seconds: how long the search for small changes may take; less where ranks wait for the plan"""
 _LEAST_SEARCH = 0.02
 """seconds times experts times ranks: how long the search may take however fast the layer is, so that small layers are searched through"""
-_BEST, _FILLED, _DEALT, _ALONE = range(4)
-"""plans from which the search begins: the best candidate, each rank filled up to its share, all slots dealt to hot experts, no replicas"""
-_STARTS = 4
+_BEST, _FILLED, _DEALT, _PACKED, _ALONE = range(5)
+"""plans from which the search begins: the best candidate, each rank filled up to its share, all slots dealt to hot experts, whole experts
+packed, no replicas"""
+_STARTS = 5
 _PROMISING = 1.3
 """times the seconds of the best plan: a start that takes longer is not worth the search"""
 _GIVE_SECONDS = 2e-9
@@ -271,6 +272,9 @@ def _start(
     only_owners(plan, owner)
     if start == _FILLED:
         fill_up(owner, room, loads, topology, plan)
+        return
+    if start == _PACKED:
+        pack(owner, room, loads, topology, plan)
         return
     if start == _DEALT:
         deal(owner, room, wish, loads, topology, plan)

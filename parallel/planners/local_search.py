@@ -56,6 +56,20 @@ _MOST_CHANGES = 16
 
 
 @loop
+def no_sums(ranks: int) -> Sums:
+    return Sums(np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks))
+
+
+@loop
+def no_room(ranks: int, experts: int, nodes: int) -> Room:
+    return Room(
+        np.zeros((4, ranks)), np.zeros(2 * ranks + nodes), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(nodes),
+        np.zeros(nodes), np.zeros(nodes), np.zeros((2, ranks), np.int64), np.zeros((2, ranks)), np.zeros(2, np.int64),
+        np.zeros(ranks, np.int64), np.zeros(experts),
+    )  # fmt: skip
+
+
+@loop
 def _count(e: int, sign: float, replicas: Replicas, loads: LayerLoads, topology: TopologyNumbers, sums: Sums, room: Room) -> None:
     """Add what an expert contributes to the sums, or with sign -1 take it away."""
     nodes, rounding = len(topology.uplink_N), ROUNDING * loads.load_E[e]
@@ -332,13 +346,8 @@ def improve(
         allowance: seconds after which no further round begins.
     """
     ranks, experts, nodes = len(topology.node_D), len(owner), len(topology.uplink_N)
-    sums = Sums(np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks))
-    before = Sums(np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks))
-    room = Room(
-        np.zeros((4, ranks)), np.zeros(2 * ranks + nodes), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(nodes),
-        np.zeros(nodes), np.zeros(nodes), np.zeros((2, ranks), np.int64), np.zeros((2, ranks)), np.zeros(2, np.int64),
-        np.zeros(ranks, np.int64), np.zeros(experts),
-    )  # fmt: skip
+    sums, before = no_sums(ranks), no_sums(ranks)
+    room = no_room(ranks, experts, nodes)
     for e in range(experts):
         _count(e, 1.0, replicas, loads, topology, sums, room)
     optimizer = optimizer_seconds(owner, topology, cost)

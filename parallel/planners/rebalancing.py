@@ -121,6 +121,44 @@ def fill_up(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: T
 
 
 @loop
+def pack(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas) -> None:
+    """From owners alone: whole experts by load, each to the least busy rank with room for it, at home if that is as good (SmartMoE's rule).
+
+    A rank computes no more experts than if all had the same number, so that those that get a hot one give cold ones away. Few experts
+    travel, each once. Changes `replicas`, of owners only.
+
+    Args:
+        slots: int64 [ranks]: replicas of other ranks' experts that fit.
+    """
+    experts, ranks = replicas.has_ED.shape
+    room, free = -(-experts // ranks), slots.copy()
+    count_D, busy_D = np.zeros(ranks, np.int64), np.zeros(ranks)
+    order_E = descending_order(loads.load_E)
+    for e in range(experts):
+        busy_D[owner[e]] += loads.load_E[e] / topology.rate_D[owner[e]]  # those still to come count at home
+    for i in range(experts):
+        e = order_E[i]
+        home, load = owner[e], loads.load_E[e]
+        busy_D[home] -= load / topology.rate_D[home]
+        best = home if count_D[home] < room else -1
+        for d in range(ranks):
+            if d != home and count_D[d] < room and free[d] > 0 and load > 0:
+                later, best_later = busy_D[d] + load / topology.rate_D[d], np.inf
+                if best >= 0:
+                    best_later = busy_D[best] + load / topology.rate_D[best]
+                if later < best_later * (1.0 - _LEAST):
+                    best = d
+        best = best if best >= 0 else home
+        if best != home:
+            add(replicas, e, best)
+            free[best] -= 1
+            replicas.quota_ED[e, home] = 0.0
+        replicas.quota_ED[e, best] = load
+        busy_D[best] += load / topology.rate_D[best]
+        count_D[best] += 1
+
+
+@loop
 def _between_nodes(
     free: np.ndarray, fair: float, topology: TopologyNumbers, replicas: Replicas, excess: np.ndarray, spare: np.ndarray
 ) -> None:

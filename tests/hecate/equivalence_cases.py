@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -67,6 +68,8 @@ class Case:
     eta: float | None = None
     router: RouterConfig = field(default_factory=RouterConfig)
     targets: tuple[str, ...] = TARGETS
+    replay: Literal["force", "check"] | None = None
+    """force: tokens go where `recorded` says"""
 
     @property
     def lora(self) -> LoraShape:
@@ -133,6 +136,17 @@ def micro_batch(step: int, micro: int, empty_rows: range) -> Batch:
         targets[row, first : used - 1] = ids[row, first + 1 : used]
     token = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) + (step * MICRO_STEPS + micro) * ROWS * LENGTH
     return Batch(input_ids=ids, targets=targets, position_ids=position, segment_ids=segment, token_ids=token, task=torch.zeros_like(ids))
+
+
+def recorded(batch: Batch, num_experts: int, top_k: int) -> Batch:
+    """The batch with a routing for two layers, which nothing but the numbers of its tokens decides: half of the tokens have one expert
+    alike, another one in each batch."""
+    shape = *batch.input_ids.shape, 2
+    first = int(batch.token_ids.max())
+    random = torch.Generator().manual_seed(first)
+    score = torch.rand(*shape, num_experts, generator=random)
+    score[..., first % num_experts] += torch.randint(0, 2, shape, generator=random)
+    return replace(batch, routed=score.argsort(-1, descending=True)[..., :top_k].to(torch.int16))
 
 
 def rows_of(batch: Batch, rank: int, world: int) -> Batch:

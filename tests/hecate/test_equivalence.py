@@ -18,6 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hecate.data.batches import Batch
 from hecate.experts.nola import Nola
 from hecate.experts.shard_pairs import ShardPairs
 from hecate.model.moe_model import MoeModel
@@ -42,6 +43,7 @@ from tests.hecate.equivalence_cases import (
     initial_values,
     micro_batch,
     random_planner,
+    recorded,
     router_bias,
     rows_of,
     sharded,
@@ -62,6 +64,7 @@ class Reference:
     """The plain model with the same values, and its own optimizer."""
 
     def __init__(self, case: Case, moe: MoeModel) -> None:
+        self.case = case
         self.model = tiny_llama(case.dtype).requires_grad_(False)
         self.layers: list[plain_mixlora.PlainMixlora] = []
         self.chunks: dict[str, list[torch.Tensor]] = {}
@@ -110,7 +113,7 @@ class Reference:
 
     def gradients(self, step: int, empty_rows: range) -> tuple[float, float, set[str]]:
         """(cross-entropy, gradient norm, idle experts); gradients of idle experts are None."""
-        batches = [micro_batch(step, micro, empty_rows) for micro in range(MICRO_STEPS)]
+        batches = micro_batches(self.case, step, empty_rows)
         num_labels = sum(int((b.targets != -100).sum()) for b in batches)
         total, reached = 0.0, set()
         for batch in batches:
@@ -175,6 +178,11 @@ def _distance(name: str, got: torch.Tensor | None, wanted: torch.Tensor | None, 
         assert error <= tolerance, f"{name}: off by {error:.2e}"
 
 
+def micro_batches(case: Case, step: int, empty_rows: range) -> list[Batch]:
+    batches = [micro_batch(step, micro, empty_rows) for micro in range(MICRO_STEPS)]
+    return batches if case.replay is None else [recorded(batch, case.num_experts, case.top_k) for batch in batches]
+
+
 def check_case(rank: int, world: int, case: Case) -> None:
     tolerance = TOLERANCE[case.dtype]
     moe, head = sharded(case, world)
@@ -192,7 +200,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
     for step in range(case.steps):
         before = {name: p.detach().clone() for name, p in owned.items()}
         moments = {name: moments_of(optimizer, name) for name in owned}
-        batches = [micro_batch(step, micro, empty_rows) for micro in range(MICRO_STEPS)]
+        batches = micro_batches(case, step, empty_rows)
         result = train_step(
             moe,
             head,
@@ -200,7 +208,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
             [rows_of(batch, rank, world) for batch in batches],
             num_labels=sum(int((b.targets != -100).sum()) for b in batches),
             step=step,
-            rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
+            rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM, replay=case.replay),
         )
         calibrations += moe.engine.shards.plans.calibrations
         modes |= set(moe.engine.shards.plans.chosen_modes.values())
@@ -319,6 +327,22 @@ def test_whatever_computes_the_experts_it_equals_one_process(world: int) -> None
     cases = [alone if world == 1 else replace(alone, policy="hecate_paper", scenario="empty rank", rematerialize=True, steps=2)]
     cases += [Case("hecate_paper", 3, 2, "empty rank", torch.float32, kernels="reference", steps=2)]
     run_ranks(world, _check_cases, cases, timeout=240)
+
+
+@pytest.mark.parametrize("world", [1, 2, SLOW_3, SLOW_4])
+def test_training_with_forced_routing_equals_one_process_that_is_forced_alike(world: int) -> None:
+    """Planned ahead from the routing, or from the loads of the steps before."""
+    cases = [
+        Case("llep", 8, 2, "empty rank", plan="replay"),
+        Case("random 3", 3, 1, "balanced", plan="replay", rematerialize=True, prefetch=0, checkpointing=True),
+        Case("hecate_paper", 8, 2, "empty rank", plan="replay", rematerialize=True, prefetch=2),
+        Case("hecate_paper", 8, 2, "balanced", checkpointing=True),
+        Case("random 5", 8, 2, "balanced", plan="exact"),
+    ]
+    more = [Case(policy, 8, 2, "balanced", plan="replay") for policy in sorted(POLICIES)] if world > 2 else []
+    if world == 4:
+        more += [Case("hecate_paper", 8, 2, "empty rank", plan="replay", shard_size=2)]
+    run_ranks(world, _check_cases, [replace(case, replay="force") for case in (cases[:2] if world == 1 else cases) + more], timeout=480)
 
 
 SYSTEMS = ({"pairs": "fixed_a"}, {"eta": 1.5}, {"pairs": "fixed_a", "eta": 1.5}, {"pairs": "nola"}, {"pairs": "shards"})

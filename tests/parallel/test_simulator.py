@@ -143,6 +143,16 @@ def test_history_meets_other_loads_than_it_planned_for() -> None:
     assert (exact.seconds.compute, exact.seconds.dispatch) == (3 * 12, 4 * 8)
 
 
+def test_loads_that_are_known_ahead_are_planned_for_and_their_gather_is_hidden() -> None:
+    """As `exact` in all that follows from the plan, and as `history` in what hides its gather."""
+    steps = [[[10, 0], [0, 0]], [[20, 0], [4, 0]]]
+    history, exact, replay = (run(steps, halves, mode=mode) for mode in ("history", "exact", "replay"))
+    assert (replay.seconds.compute, replay.seconds.dispatch) == (exact.seconds.compute, exact.seconds.dispatch) == (3 * 12, 4 * 8)
+    assert replay.seconds.gather == exact.seconds.gather > 0
+    assert (history.seconds.exposed, replay.seconds.exposed) == (0, 0)
+    assert exact.seconds.exposed > 0
+
+
 def test_attention_hides_no_gather_of_a_plan_made_after_the_gate() -> None:
     """4 s of gather come after the router; 4 s of reduction still hide behind the backward pass. The engine makes no exception of `full`,
     which could plan without a router."""

@@ -97,6 +97,7 @@ OTHER_TRAININGS = {
     "moe.num_experts=[8]": ("moe.num_experts", 8, [8]),
     "learning_rate=1e-3": ("learning_rate", 2e-4, 1e-3),
     "data.seq_len=64": ("data.seq_len", 512, 64),
+    "fssdp.plan=replay": ("moe.replay", None, "force"),
 }
 
 
@@ -180,6 +181,7 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "moe.router.score",
         "moe.router.temperature",
         "moe.router.weights",
+        "moe.replay",
         "moe.train_router",
         "moe.unit",
         "moe.upcycle_noise",

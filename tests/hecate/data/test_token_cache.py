@@ -245,12 +245,14 @@ def test_a_source_is_cached_where_a_folder_is_given(data: DataSource, folder: Pa
 def test_records_that_were_found_good_are_not_checked_again(tmp_path: Path, folder: Path) -> None:
     good = DataSource(path=str(write_jsonl(tmp_path / "good.jsonl", RECORDS)))
     with mock.patch("hecate.data.syntax.read_samples") as read:
-        read.side_effect = lambda *_: iter(())
+        read.side_effect = lambda *_, **__: iter(())
         for _ in range(2):
             check_syntax([good], "error", None, folder)
         assert read.call_count == 1
         check_syntax([DataSource(path=good.path, format="messages")], "error", None, folder)
         assert read.call_count == 2
+        check_syntax([good], "error", None, folder, routed=True)
+        assert read.call_count == 3, "without routing they were good"
     bad = DataSource(path=str(write_jsonl(tmp_path / "bad.jsonl", [b"{\n"])))
     for _ in range(2):
         with pytest.raises(UserError, match="not valid JSON"):

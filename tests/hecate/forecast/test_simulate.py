@@ -212,6 +212,11 @@ def sweep(folder: Path, text: str) -> tuple[list[Case], Options]:
     return load_sweep(folder / "sweep.yaml")
 
 
+def test_a_sweep_may_know_loads_ahead(model: str, tmp_path: Path) -> None:
+    _, options = sweep(tmp_path, f"{{replay: true, runs: [{{topologies: two-cpu-ranks, models: {model}}}]}}")
+    assert options.execution == ExecutionMode(plan="replay")
+
+
 def test_a_sweep_multiplies_out(model: str, tmp_path: Path) -> None:
     run = f"{{topologies: [two-cpu-ranks, four-cpu-ranks], models: {model}, workloads: [zipf, burst], tokens_per_rank: 32}}"
     cases, options = sweep(

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from hecate.errors import UserError
-from hecate.model.moe_blocks import MoeBlock, find_moe_blocks
+from hecate.experts.router import ModelRouter, TokenFeatures
+from hecate.model.moe_blocks import MoeBlock, find_moe_blocks, renormalises
 from tests.hecate.model.tiny import tiny
 
 EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 3}
@@ -34,6 +35,35 @@ def test_an_outline_without_weights_is_enough_and_stays_as_it_is() -> None:
 
 def test_a_dense_model_has_none() -> None:
     assert find_moe_blocks(tiny("llama", torch.float32)) == []
+
+
+@pytest.mark.parametrize(("model_type", "sums_to_one"), [("mixtral", True), ("qwen3_moe", False)])
+def test_a_models_router_gives_its_own_choice_its_own_weights_and_another_one_those_of_its_probabilities(
+    model_type: str, sums_to_one: bool
+) -> None:
+    model = tiny(model_type, torch.float32, num_experts=5, **EXPERTS, **({} if sums_to_one else {"norm_topk_prob": False}))
+    own = model.model.layers[0].mlp.gate
+    assert renormalises(own) == sums_to_one
+    router = ModelRouter(own, torch.float32, renormalises=renormalises(own))
+    x_TD = torch.randn(7, 16, generator=torch.Generator().manual_seed(0))
+
+    def routed(forced_TK: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        _, weight_TK, expert_TK = own(x_TD)
+        routing = router.route(x_TD, TokenFeatures(decided=(expert_TK, weight_TK), forced_TK=forced_TK))
+        return routing.expert_TK, routing.weight_TK
+
+    expert_TK, weight_TK = routed(None)
+    again_TK, same_TK = routed(expert_TK)
+    assert torch.equal(again_TK, expert_TK)
+    assert torch.equal(same_TK, weight_TK)
+    other_TK, other_weight_TK = routed((expert_TK + 1) % 5)
+    prob_TE = torch.softmax(x_TD @ own.weight.T, dim=-1)
+    wanted_TK = prob_TE.gather(1, other_TK)
+    wanted_TK = wanted_TK / wanted_TK.sum(1, keepdim=True) if sums_to_one else wanted_TK
+    torch.testing.assert_close(other_weight_TK, wanted_TK)
+    other_weight_TK.square().sum().backward()
+    assert own.weight.grad is not None
+    assert own.weight.grad.abs().sum() > 0, "the router is trained as ever"
 
 
 class NegatedExperts(nn.Module):

@@ -40,9 +40,9 @@ def a_step(step: Any = 1, **changes: Any) -> Record:
         "loads": {Unit(0): np.array([[1, 2], [3, 4]])},
     }
     values |= changes
-    result = StepResult(*(values[name] for name in ("loss", "aux_loss", "grad_norm", "skipped", "loads", "bytes_sent")), (), 16, (300, 200))
-    of_result = ("loss", "aux_loss", "grad_norm", "skipped", "loads", "bytes_sent", "step_seconds")
-    measured = {name: value for name, value in values.items() if name not in of_result}
+    named = ("loss", "aux_loss", "grad_norm", "skipped", "loads", "bytes_sent")
+    result = StepResult(*(values[name] for name in named), (), 16, (300, 200), 5)
+    measured = {name: value for name, value in values.items() if name not in (*named, "step_seconds")}
     return step_record(StepEvent(result=result, seconds=values["step_seconds"], **measured))
 
 
