@@ -12,6 +12,7 @@ from hecate.parallel.gather_bytes import PortBytes
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.planners import PlanInput
 from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners.new_split import split_anew
 from hecate.parallel.topology import local_topology
 from hecate.parallel.transfer_plan import choose_route
 
@@ -24,6 +25,7 @@ def compile_all() -> None:
         given = PlanInput(owners, None, local_topology(1, cuda=False), cost, np.ones(1, dtype=np.int64))
         plan = plan_auto(given)
         plan.seconds(given)
+        split_anew(given, plan.where_LED)
         choose_route(plan.placement(0), ChunkSize(1, 1), given.topology)
         transfer_seconds(PortBytes(*np.zeros((4, 1))), 1.0, given.topology)
 

@@ -9,6 +9,7 @@ Shapes: E experts, D ranks as sources and as destinations.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from hecate.parallel.executed_flows import executed_flows, served
 from hecate.parallel.flows import Flows, nothing_travels, token_split
 from hecate.parallel.placement import Placement
 from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.planners.new_split import split_anew
 from hecate.parallel.topology import Topology
 
 
@@ -70,6 +72,23 @@ def one_layer(given: PlanInput, index: int, loads_ED: np.ndarray, resident_ED: n
         resident_LED=None if resident_ED is None else resident_ED[None],
         present_LED=None if given.present_LED is None else given.present_LED[index : index + 1],
     )
+
+
+def plan_after_router(planner: Callable[[PlanInput], Plan], given: PlanInput, present: LayerPlan, *, splits: bool) -> LayerPlan | None:
+    """What a layer's micro-step should go by in place of `present`, whose replicas have been gathered; None: by `present`.
+
+    The plan that the planner makes of the true loads, or a new split over the replicas that are there, whichever gains more.
+
+    Args:
+        given: one layer under its true loads.
+        splits: whether a new split counts; the policies of other systems go by their own plans alone.
+    """
+    candidates = [layer_plan(planner(given), given, 0)]
+    if splits:
+        candidates.append(layer_plan(split_anew(given, present.placement.where_ED[None]), given, 0))
+    gains = [calibration_gain(given, present, candidate) for candidate in candidates]
+    best = int(np.argmax(gains))
+    return candidates[best] if gains[best] > 0 else None
 
 
 def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan) -> float:

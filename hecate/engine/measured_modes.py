@@ -20,6 +20,7 @@ from hecate.parallel.cost_model import PlanMode, price
 from hecate.parallel.executed_flows import executed_flows
 from hecate.parallel.layer_plan import calibration_gain, layer_plan, one_layer
 from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.planners.new_split import split_anew
 from hecate.parallel.predictors import predicted_loads
 
 MODES: tuple[PlanMode, ...] = ("history", "calibrated", "exact")
@@ -37,12 +38,15 @@ class JudgedStep:
     """bool [layers, experts, ranks]: replicas of the plan made from the step's own loads"""
 
 
-def judge_step(planner: Callable[[PlanInput], Plan], given: PlanInput, true_LED: np.ndarray, before: JudgedStep | None) -> JudgedStep:
+def judge_step(
+    planner: Callable[[PlanInput], Plan], given: PlanInput, true_LED: np.ndarray, before: JudgedStep | None, *, splits: bool = False
+) -> JudgedStep:
     """Plan a step in every mode, and price the plans on its true loads.
 
     Args:
         given: of a whole step, with the loads that were predicted; `PlanInput.execution` says how many micro-steps it had.
         true_LED: of the whole step.
+        splits: see `plan_after_router`.
         before: the step before, whose replicas of frozen parts are there; None: those that a plan needs are there.
     """
     history, calibrated, exact = (_in_mode(given, mode) for mode in ("history", "calibrated", "exact"))
@@ -52,16 +56,22 @@ def judge_step(planner: Callable[[PlanInput], Plan], given: PlanInput, true_LED:
     # Micro-steps that share a gather may get another plan than those that gather for themselves.
     first_alone = first if calibrated.execution.micro_steps == 1 else planner(calibrated)
     true_calibrated = replace(calibrated, loads_LED=true_LED / calibrated.execution.micro_steps)
-    better = planner(true_calibrated)
+    later = [planner(true_calibrated)] + ([split_anew(true_calibrated, first_alone.where_LED)] if splits else [])
     exact = replace(exact, loads_LED=true_LED / exact.execution.micro_steps, resident_LED=held_by_own_LED, present_LED=held_by_own_LED)
     own = planner(exact)
     gain_L = np.array(
         [
-            calibration_gain(one_layer(true_calibrated, at, true_calibrated.expected_LED[at]), layer_plan(first_alone, calibrated, at), new)
-            for at in range(given.num_layers)
-            for new in [layer_plan(better, true_calibrated, at)]
+            [
+                calibration_gain(
+                    one_layer(true_calibrated, at, true_calibrated.expected_LED[at]),
+                    layer_plan(first_alone, calibrated, at),
+                    layer_plan(better, true_calibrated, at),
+                )
+                for at in range(given.num_layers)
+            ]
+            for better in later
         ]
-    )
+    ).max(0)
     seconds_ML = np.stack(
         [
             _seconds(first, history, true_LED),
@@ -78,10 +88,11 @@ class MeasuredModes:
 
     Args:
         window: the most steps from which each of them is predicted.
+        splits: see `plan_after_router`.
     """
 
-    def __init__(self, window: int) -> None:
-        self._window = window
+    def __init__(self, window: int, *, splits: bool = False) -> None:
+        self._window, self._splits = window, splits
         self._judged: list[tuple[object, JudgedStep]] = []
 
     def choose(
@@ -102,7 +113,11 @@ class MeasuredModes:
             if known is None:
                 predicted_LED = predicted_loads(loads_SLED[:at], self._window, lasting=given.cost.frozen_bytes > 0)
                 known = judge_step(
-                    planner, replace(given, loads_LED=predicted_LED), loads_SLED[at].astype(np.float64), judged[-1][1] if judged else None
+                    planner,
+                    replace(given, loads_LED=predicted_LED),
+                    loads_SLED[at].astype(np.float64),
+                    judged[-1][1] if judged else None,
+                    splits=self._splits,
                 )
             judged.append((steps[at], known))
         self._judged = judged

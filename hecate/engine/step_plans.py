@@ -14,12 +14,13 @@ import numpy as np
 from hecate.engine.measured_modes import MeasuredModes
 from hecate.experts.family import ExpertFamily, OwnedChunks
 from hecate.parallel.cost_model import ExecutionMode, PlanChoice, PlanMode
-from hecate.parallel.layer_plan import LayerPlan, calibration_gain, layer_plan, one_layer
+from hecate.parallel.layer_plan import LayerPlan, layer_plan, one_layer, plan_after_router
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.loads import LoadHistory, imbalance
 from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner, plan_with
+from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.residency import FrozenMove, Residency, frozen_move
 from hecate.parallel.topology import Topology
 from hecate.parallel.transfer_plan import TransferPlan, plan_transfer
@@ -254,13 +255,14 @@ class StepPlans:
         """What a layer's micro-step should go by, now that its loads [experts, ranks] are known; None: by what it has."""
         resident_ED = self.residency[unit].held_ED if unit in self.residency else None
         given = one_layer(*self._given[unit], loads_ED, resident_ED)
-        plan = layer_plan(self._planned(given, [unit]), given, 0)
+        planner = partial(self._planned, units=[unit])
         if self.mode(unit) == "exact":
+            plan = layer_plan(planner(given), given, 0)
             self._last_planned[unit] = plan.placement
             return plan
-        pays = calibration_gain(given, self._plans[unit], plan) > 0
-        self.calibrations += pays
-        return plan if pays else None
+        better = plan_after_router(planner, given, self._plans[unit], splits=self.config.planner is plan_auto)
+        self.calibrations += better is not None
+        return better
 
     def fetch_frozen(self, unit: Unit) -> FrozenMove | None:
         """What has to move so that ranks hold the frozen parts that a layer's placement needs, which count as held from now on; what has no
@@ -353,7 +355,7 @@ class StepPlans:
             recent_SLEW = self.history.recent(units)
             if recent_SLEW is None:
                 continue
-            measured = self._measured.setdefault(tuple(units), MeasuredModes(self.history.window))
+            measured = self._measured.setdefault(tuple(units), MeasuredModes(self.history.window, splits=self.config.planner is plan_auto))
             chosen = measured.choose(
                 partial(self._planned, units=units), given, self.history.snapshot(), self._loads_of_groups(recent_SLEW)
             )

@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hecate.config import RouterConfig
 from hecate.data.batches import Batch
-from hecate.engine import step_plans
 from hecate.engine.measured_modes import MeasuredModes
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.router import TopKRouter
@@ -272,6 +271,6 @@ def calibrating_at_whim() -> Iterator[None]:
     whims = itertools.cycle((1.0, 0.0, 1.0, 1.0, 0.0))
     modes: Iterator[PlanMode] = itertools.cycle(("exact", "history", "calibrated", "history", "exact"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_plans, "calibration_gain", lambda *_: next(whims))
+        patch.setattr("hecate.parallel.layer_plan.calibration_gain", lambda *_: next(whims))
         patch.setattr(MeasuredModes, "choose", lambda _, planner, given, *others: [next(modes) for _ in range(given.num_layers)])
         yield

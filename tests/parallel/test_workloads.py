@@ -24,6 +24,9 @@ NAMES = [
     "lognormal",
     "zipf",
     "dirichlet_drift",
+    "trained_steady",
+    "trained_drift",
+    "trained_jump",
 ]
 FULL = [name for name in NAMES if name not in ("ragged_sources", "empty_rank")]
 """every rank has all tokens that it may have"""
@@ -45,7 +48,7 @@ def hot_experts(total_E: np.ndarray) -> list[int]:
     return np.flatnonzero(total_E > 3 * np.median(total_E)).tolist()
 
 
-def test_the_thirteen() -> None:
+def test_their_names() -> None:
     assert list(WORKLOADS) == NAMES
 
 
@@ -185,6 +188,33 @@ def test_dirichlet_drift() -> None:
     assert np.corrcoef(loads[0].T)[0, 1] == pytest.approx(0.5**2, abs=0.06)
     for steps in (1, 35):
         assert np.corrcoef(loads[0, :, 0], loads[steps, :, 0])[0, 1] == pytest.approx(0.98 ** (2 * steps), abs=0.06)
+
+
+def test_trained_routers_are_as_uneven_as_published() -> None:
+    """64 experts, top-8, 8 ranks: 1.3 times the mean on average, 1.7 at worst; steps differ by 0.07, samples by 0.35."""
+    total = totals("trained_steady", 3, 48, 8, 64, 4096, 8)
+    per_rank = total.reshape(3, 48, 8, 8).sum(3)
+    uneven = per_rank.max(-1) / per_rank.mean(-1)
+    assert uneven.mean() == pytest.approx(1.3, abs=0.07)
+    assert 1.5 < uneven.max() < 1.9
+    assert variation(total[:-1], total[1:]).mean() == pytest.approx(0.07, abs=0.015)
+    # A rank's step is eight samples, whose mean varies by the root of 8 less.
+    loads = make("trained_steady", 2, 4, 64, 64, 512 * 8, 8).astype(float)
+    of_ranks = variation(loads[0, :, :, :-1].swapaxes(1, 2), loads[0, :, :, 1:].swapaxes(1, 2)).mean()
+    assert of_ranks * 8**0.5 == pytest.approx(0.35, abs=0.04)
+
+
+def variation(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Total variation of loads [..., experts]."""
+    shares, others = (loads / loads.sum(-1, keepdims=True) for loads in (one, other))
+    return np.abs(shares - others).sum(-1) / 2
+
+
+def test_trained_routers_drift_and_jump() -> None:
+    drift, steady, jump = (totals(f"trained_{kind}", 36, 4, 8, 64, 4096, 8) for kind in ("drift", "steady", "jump"))
+    assert variation(drift[0], drift[35]).mean() > 1.5 * variation(steady[0], steady[35]).mean()
+    steps = variation(jump[:-1], jump[1:]).mean(-1)
+    assert [step + 1 for step in np.flatnonzero(steps > 0.15)] == [8, 16, 24, 32]
 
 
 @pytest.mark.parametrize(

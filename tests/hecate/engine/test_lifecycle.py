@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-import hecate.engine.step_plans as step_plans
 import hecate.parallel.comm.expert_store as expert_store
 from hecate.engine.engine import Engine
 from hecate.engine.step import MicroStep
@@ -137,7 +136,7 @@ def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
     made, asked = engine(LAYERS), []
     made.shards.config = replace(made.shards.config, plan=mode, planner=moving_target(asked))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(step_plans, "calibration_gain", lambda *_: 1.0 if adopt else 0.0)
+        patch.setattr("hecate.parallel.layer_plan.calibration_gain", lambda *_: 1.0 if adopt else 0.0)
         got, _ = step(made, rank)
     for key, grad in got.items():
         torch.testing.assert_close(grad, wanted[key], rtol=1e-12, atol=1e-12)

@@ -1,0 +1,87 @@
+"""A new split of tokens over the replicas that are there: what a plan can still become once its experts have been gathered."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hecate.parallel import jit
+from hecate.parallel.array_loops import largest, total
+from hecate.parallel.cost_loops import busy_seconds, dispatch_seconds, even_quota_into, layer_loads
+from hecate.parallel.cost_model import cost_numbers, topology_numbers
+from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
+from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.rebalancing import rebalance
+from hecate.parallel.replica_lists import Replicas, add, copy_into, foreign, no_replicas, only_owners
+
+_SLACKS = np.array([1.0, 1.05, 1.1, 1.25, 1.5, 2.0])
+"""how far above the mean a device's compute may stay"""
+
+
+def split_anew(given: PlanInput, where_LED: np.ndarray) -> Plan:
+    """The fastest of a few splits of the given loads over a placement: topology-aware dispatch, and the same with busy devices relieved.
+
+    Args:
+        where_LED: bool [layers, experts, ranks], each expert at its owner.
+    """
+    tokens_LSE = np.ascontiguousarray(given.expected_LED.swapaxes(1, 2), dtype=np.float64)
+    quota_LED = np.zeros(where_LED.shape)
+    base, trial, best = (no_replicas(given.num_experts, given.world_size) for _ in range(3))
+    _split_layers(
+        np.array(given.owner_LE, dtype=np.int64),
+        tokens_LSE,
+        np.array(where_LED, dtype=np.bool_),
+        topology_numbers(given.topology),
+        cost_numbers(given.cost, given.topology, given.execution),
+        base,
+        trial,
+        best,
+        _SLACKS,
+        quota_LED,
+    )
+    return Plan(given.owner_LE, where_LED, quota_LED)
+
+
+@jit.entry
+def _split_layers(
+    owner_LE: np.ndarray,
+    tokens_LSE: np.ndarray,
+    where_LED: np.ndarray,
+    topology: TopologyNumbers,
+    cost: CostNumbers,
+    base: Replicas,
+    trial: Replicas,
+    best: Replicas,
+    slacks: np.ndarray,
+    quota_LED: np.ndarray,
+) -> None:
+    """Fills `quota_LED`; `base`, `trial` and `best` are room to work in."""
+    ranks, rates = len(topology.node_D), total(topology.rate_D)
+    for layer in range(len(owner_LE)):
+        owner = owner_LE[layer]
+        loads = layer_loads(tokens_LSE[layer], topology)
+        only_owners(base, owner)
+        for e in range(len(owner)):
+            for d in range(ranks):
+                if where_LED[layer, e, d] and d != owner[e]:
+                    add(base, e, d)
+        even_quota_into(base, loads, topology)
+        copy_into(base, best)
+        busy_D, work = busy_seconds(base, loads, topology, cost), 0.0
+        for d in range(ranks):
+            work += busy_D[d] * topology.rate_D[d]
+        seconds = largest(busy_D) + dispatch_seconds(base, loads, topology, cost, np.inf)
+        held = foreign(base, owner)  # no slot is left
+        for slack in slacks:
+            if largest(busy_D) <= slack * work / rates:
+                break
+            for across in (True, False):
+                copy_into(base, trial)
+                rebalance(owner, busy_D, held, slack, across, topology, trial)
+                found = largest(busy_seconds(trial, loads, topology, cost)) + dispatch_seconds(trial, loads, topology, cost, np.inf)
+                if found < seconds:
+                    seconds = found
+                    copy_into(trial, best)
+        for e in range(len(owner)):
+            for c in range(best.count_E[e]):
+                d = best.rank_EC[e, c]
+                quota_LED[layer, e, d] = best.quota_ED[e, d]

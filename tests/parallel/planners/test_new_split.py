@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.flows import even_quota
+from hecate.parallel.layer_plan import layer_plan, plan_after_router
+from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners.new_split import split_anew
+from hecate.parallel.topology import Link, uniform_topology
+from tests.parallel.planners.auto_inputs import inputs
+
+
+@settings(deadline=None)
+@given(inputs(), st.integers(0, 10**6))
+def test_a_split_of_what_is_there_and_no_slower_than_topology_aware_dispatch(given_: PlanInput, seed: int) -> None:
+    where_LED = given_.owned_LED | (np.random.default_rng(seed).random(given_.owned_LED.shape) < 0.4)
+    plan = split_anew(given_, where_LED)
+    assert plan.quota_LED is not None
+    assert np.array_equal(plan.where_LED, where_LED)
+    assert (plan.quota_LED >= -1e-9).all()
+    assert not plan.quota_LED[~where_LED].any()
+    np.testing.assert_allclose(plan.quota_LED.sum(-1), given_.expected_LED.sum(-1), rtol=1e-9, atol=1e-6)
+    even = dataclasses.replace(plan, quota_LED=even_quota(where_LED, given_.expected_LED, given_.topology))
+    assert (plan.seconds(given_).total <= even.seconds(given_).total * (1 + 1e-9)).all()
+
+
+def moved_tokens() -> tuple[PlanInput, PlanInput, Plan]:
+    """Expert 0 on both ranks, made for tokens of rank 1; then all tokens are rank 0's, and a planner has no slots for replicas."""
+    topology = uniform_topology(1, 2, flops=1e12, memory=1e10, intra_node=Link(1e10, 0.0), inter_node=Link(1e10, 0.0))
+    cost = LayerCost(trainable_bytes=1e6, row_bytes=1.0, assignment_flops=1e7)
+    owner = np.array([[0, 1]])
+    before = PlanInput(owner, np.array([[[0.0, 900.0], [0.0, 100.0]]]), topology, cost, np.array([0, 0]))
+    plan = Plan(owner, np.array([[[True, True], [False, True]]]), np.array([[[0.0, 900.0], [0.0, 100.0]]]))
+    return before, dataclasses.replace(before, loads_LED=np.array([[[1000.0, 0.0], [0.0, 0.0]]])), plan
+
+
+def test_tokens_are_split_anew_over_the_replicas_that_are_there() -> None:
+    before, after, plan = moved_tokens()
+    found = plan_after_router(plan_auto, after, layer_plan(plan, before, 0), splits=True)
+    assert found is not None
+    assert np.array_equal(found.placement.where_ED, plan.where_LED[0])
+    assert found.quota_ED is not None
+    np.testing.assert_allclose(found.quota_ED[0], [500.0, 500.0], rtol=0.06)
+
+
+def test_without_new_splits_the_planner_alone_decides() -> None:
+    before, after, plan = moved_tokens()
+    found = plan_after_router(plan_auto, after, layer_plan(plan, before, 0), splits=False)
+    assert found is None or not found.placement.where_ED[0, 1]
+
+
+def test_nothing_changes_where_the_loads_are_those_that_were_planned() -> None:
+    before, _, _ = moved_tokens()
+    plan = plan_auto(before)
+    assert plan_after_router(plan_auto, before, layer_plan(plan, before, 0), splits=True) is None
