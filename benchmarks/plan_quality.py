@@ -1,69 +1,119 @@
-"""Compare the predicted layer time of every policy with a lower bound, for 13 workloads on 4 clusters and 3 kinds of experts.
+"""Compare the predicted layer time of every policy with a lower bound, and `auto` with the best of the others.
 
-Planners are given the exact loads, so this measures the planners and not the prediction of loads. `hecate_over_auto` and
-`auto_over_best_policy` compare the plans by the cost model; `over_bound` compares them with the linear-programming bound of
-`hecate.parallel.lower_bound`. `grouped_ep` is static expert parallelism in groups, which is what people run; the bound, which is of one
-group, does not hold for it.
+For 16 workloads, 4 clusters, 3 kinds of experts, and the slots that memory gives, or at most 1, 2, 4 or 8 on each device. Planners are
+given the exact loads, so this measures the planners and not the prediction of loads. Policies are compared by the cost model;
+`over_bound` compares them with the linear-programming bound of `hecate.parallel.lower_bound`. `grouped_ep` is static expert parallelism in
+groups, which is what people run; the bound, which is of one group, does not hold for it. `calibrated` is what `auto` makes of the true
+loads after the routers, from a plan from the two steps before (`fssdp.plan: calibrated`), and `history` is that plan itself; both are priced
+on the true loads. Imbalance is the busiest device's expert compute over the mean, after the routers (`fssdp.plan: exact`).
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from benchmarks.report import arguments, finish
 from hecate.forecast.sharding_groups import grouped_ep_seconds
+from hecate.parallel.cost_model import ExecutionMode
 from hecate.parallel.lower_bound import lower_bound
-from hecate.parallel.planners import POLICIES
+from hecate.parallel.planners import POLICIES, PlanInput
+from hecate.parallel.simulator import simulate
 from hecate.parallel.workloads import WORKLOADS
-from testing.plan_cases import EXPERTS, TOKENS, TOP_K, kinds, plan_input, topologies
+from testing.plan_cases import EXPERTS, TOKENS, TOP_K, Kind, kinds, plan_input, topologies
+
+SLOTS = (EXPERTS, 1, 2, 4, 8)
+"""the most replicas on a device; the first: as many as fit into memory"""
+TRAINED_TOP_K = 8
+"""of the workloads like trained routers', whose statistics are of such models"""
+STEPS = 3
 
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--slots", type=int, default=EXPERTS, help="the most replicas on a device (default: as many as fit into memory)")
+    parser.add_argument("--slots", type=int, nargs="*", default=SLOTS, help="the most replicas on a device")
+    parser.add_argument("--no-bound", action="store_true", help="leave out the bound, which takes most of the time")
     options = parser.parse_args()
     rows: list[dict[str, Any]] = []
     for place, topology in topologies().items():
-        for kind in kinds():
-            for workload, make in list(WORKLOADS.items())[:: 4 if options.quick else 1]:
-                loads = make(3, 1, topology.world_size, EXPERTS, TOKENS, TOP_K, 0)[2, 0]
-                given = plan_input(topology, kind.cost, loads, options.slots)
-                row: dict[str, Any] = {"topology": place, "experts": kind.name, "workload": workload}
-                for policy, planner in POLICIES.items():
-                    plan = planner(given)
-                    replicas_D = (plan.where_LED[0] & ~given.owned_LED[0]).sum(0)
-                    # `full` and some others may need more replicas than a device has room for; such a plan does not count.
-                    fits = bool((replicas_D <= given.slots_D).all())
-                    row[policy] = 1e3 * float(plan.seconds(given).total[0]) if fits else math.inf
-                row["grouped_ep"] = 1e3 * grouped_ep_seconds(given, 0)
-                row["bound_ms"] = 1e3 * lower_bound(given, 0, plan_seconds=min(row[policy] for policy in POLICIES) / 1e3)
-                rows.append(row)
-                print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
-    bound = np.array([row["bound_ms"] for row in rows])
-    seconds = {policy: np.array([row[policy] for row in rows]) for policy in POLICIES}
-    best = np.min([seconds[policy] for policy in POLICIES if policy != "auto"], axis=0)
+        for workload, make in list(WORKLOADS.items())[:: 4 if options.quick else 1]:
+            top_k = TRAINED_TOP_K if workload.startswith("trained") else TOP_K
+            loads = make(STEPS, 1, topology.world_size, EXPERTS, TOKENS, top_k, 0)
+            for kind in kinds(top_k):
+                for slots in options.slots[:: 3 if options.quick else 1]:
+                    case = {"topology": place, "experts": kind.name, "workload": workload, "slots": slots}
+                    rows.append(
+                        case | compare(kind, plan_input(topology, kind.cost, loads[-1, 0], slots), loads, bound=not options.no_bound)
+                    )
+                    print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
+    finish("plan_quality", rows, summary(rows), options.json)
+
+
+def compare(kind: Kind, given: PlanInput, loads: np.ndarray, *, bound: bool) -> dict[str, float]:
+    """Milliseconds of every policy in one case, and what else the program reports.
+
+    Args:
+        given: the last step.
+        loads: int64 [steps, 1, experts, ranks].
+    """
+    row: dict[str, float] = {}
+    for policy, planner in POLICIES.items():
+        plan = planner(given)
+        replicas_D = (plan.where_LED[0] & ~given.owned_LED[0]).sum(0)
+        # `full` and some others may need more replicas than a device has room for; such a plan does not count.
+        fits = bool((replicas_D <= given.slots_D).all())
+        row[policy] = 1e3 * float(plan.seconds(given).total[0]) if fits else math.inf
+    row["grouped_ep"] = 1e3 * grouped_ep_seconds(given, 0)
+    if bound:
+        row["bound_ms"] = 1e3 * lower_bound(given, 0, plan_seconds=min(row[policy] for policy in POLICIES) / 1e3)
+    for mode in ("history", "calibrated", "exact"):
+        step = simulated(given, loads, ExecutionMode(plan=mode))
+        row[f"{mode}_ms"], row[f"{mode}_imbalance"] = 1e3 * (step.step_seconds - step.seconds.attention), step.imbalance
+    return row
+
+
+def simulated(given: PlanInput, loads: np.ndarray, execution: ExecutionMode) -> Any:
+    """`auto` in the last of the steps."""
+    only_auto = {"auto": POLICIES["auto"]}
+    cost = replace(given.cost, frozen_bytes=0.0)  # frozen parts stay for many steps, and this is one
+    return simulate(loads[-2:], given.topology, cost, only_auto, slots_D=given.slots_D, execution=execution)[0]
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Geometric means and worst cases over all rows."""
+    seconds = {policy: np.array([row[policy] for row in rows]) for policy in (*POLICIES, "grouped_ep")}
     auto = seconds["auto"]
-    grouped = np.array([row["grouped_ep"] for row in rows])
-    for policy in POLICIES:
-        assert (seconds[policy] >= bound * (1 - 1e-6)).all(), f"{policy} beats the lower bound"
-    hecate = np.isfinite(seconds["hecate_paper"])
-    counted = {policy: np.isfinite(seconds[policy]) for policy in POLICIES}
-    summary = {
-        **{
-            f"{policy}_over_bound_geomean": float(np.exp(np.log(seconds[policy][counted[policy]] / bound[counted[policy]]).mean()))
-            for policy in POLICIES
-            if policy != "auto" and counted[policy].any()
-        },
-        "auto_over_bound_geomean": float(np.exp(np.log(auto / bound).mean())),
-        "auto_over_bound_worst": float((auto / bound).max()),
-        "hecate_paper_over_auto_geomean": float(np.exp(np.log(seconds["hecate_paper"][hecate] / auto[hecate]).mean())),
-        "grouped_ep_over_auto_geomean": float(np.exp(np.log(grouped / auto)[np.isfinite(grouped)].mean())),
-        "auto_over_best_policy_worst": float((auto / best).max()),
-    }
-    finish("plan_quality", rows, summary, options.json)
+    others = np.min([seconds[policy] for policy in POLICIES if policy != "auto"], axis=0)
+    found = {"auto_over_best_policy_geomean": geomean(auto / others), "auto_over_best_policy_worst": float((auto / others).max())}
+    found["auto_over_best_policy_lost_share"] = float((auto > 1.005 * others).mean())
+    for slots in dict.fromkeys(row["slots"] for row in rows):
+        of_slots = np.array([row["slots"] == slots for row in rows])
+        name = "memory" if slots == EXPERTS else slots
+        found[f"auto_over_best_policy_slots_{name}_geomean"] = geomean((auto / others)[of_slots])
+        found[f"auto_over_best_policy_slots_{name}_worst"] = float((auto / others)[of_slots].max())
+    for policy in ("hecate_paper", "grouped_ep"):
+        found[f"{policy}_over_auto_geomean"] = geomean((seconds[policy] / auto)[np.isfinite(seconds[policy])])
+    for mode in ("calibrated", "exact"):
+        ratio = np.array([row[f"{mode}_ms"] / row["history_ms"] for row in rows])
+        found |= {f"{mode}_over_history_geomean": geomean(ratio), f"{mode}_over_history_worst": float(ratio.max())}
+    some_slots = [row["exact_imbalance"] for row in rows if row["slots"] >= 2 and not row["experts"].startswith("full")]
+    found["exact_imbalance_light_experts_mean"] = float(np.mean(some_slots)) if some_slots else math.nan
+    if "bound_ms" in rows[0]:
+        bound = np.array([row["bound_ms"] for row in rows])
+        for policy in POLICIES:
+            assert (seconds[policy] >= bound * (1 - 1e-6)).all(), f"{policy} beats the lower bound"
+            counted = np.isfinite(seconds[policy])
+            if counted.any():
+                found[f"{policy}_over_bound_geomean"] = geomean((seconds[policy] / bound)[counted])
+        found["auto_over_bound_worst"] = float((auto / bound).max())
+    return found
+
+
+def geomean(ratios: np.ndarray) -> float:
+    return float(np.exp(np.log(ratios).mean()))
 
 
 if __name__ == "__main__":

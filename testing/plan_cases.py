@@ -35,7 +35,7 @@ class Kind:
     cost: LayerCost
 
 
-def kinds() -> list[Kind]:
+def kinds(top_k: int = TOP_K) -> list[Kind]:
     """Return full experts, LoRA over a dense base, and LoRA over a frozen MoE base, with layers of the same size.
 
     Their experts are never cut into slices: so the bound, which holds for every route, is nearest to the plans.
@@ -47,21 +47,21 @@ def kinds() -> list[Kind]:
         Kind(
             "full experts",
             LayerCost(
-                trainable_bytes=2 * expert, state_bytes=12 * expert, top_k=TOP_K, row_bytes=row, assignment_flops=2 * expert,
+                trainable_bytes=2 * expert, state_bytes=12 * expert, top_k=top_k, row_bytes=row, assignment_flops=2 * expert,
                 non_moe_flops=attention,
             ),
         ),
         Kind(
             "LoRA, dense base",
             LayerCost(
-                trainable_bytes=2 * pairs, state_bytes=12 * pairs, top_k=TOP_K, row_bytes=row, row_flops=2 * expert,
+                trainable_bytes=2 * pairs, state_bytes=12 * pairs, top_k=top_k, row_bytes=row, row_flops=2 * expert,
                 assignment_flops=2 * pairs, assignment_backward=3.0, non_moe_flops=attention,
             ),
         ),
         Kind(
             "LoRA, frozen MoE base",
             LayerCost(
-                trainable_bytes=2 * pairs, frozen_bytes=2 * expert, state_bytes=12 * pairs, top_k=TOP_K, row_bytes=row,
+                trainable_bytes=2 * pairs, frozen_bytes=2 * expert, state_bytes=12 * pairs, top_k=top_k, row_bytes=row,
                 assignment_flops=2 * (expert + pairs), assignment_backward=1.0, non_moe_flops=attention,
             ),
         ),
