@@ -4,8 +4,8 @@ For 16 workloads, 4 clusters, 3 kinds of experts, and the slots that memory give
 given the exact loads, so this measures the planners and not the prediction of loads. Policies are compared by the cost model;
 `over_bound` compares them with the linear-programming bound of `hecate.parallel.lower_bound`. `grouped_ep` is static expert parallelism in
 groups, which is what people run; the bound, which is of one group, does not hold for it. `calibrated` is what `auto` makes of the true
-loads after the routers, from a plan from the two steps before (`fssdp.plan: calibrated`), and `history` is that plan itself; both are priced
-on the true loads. Imbalance is the busiest device's expert compute over the mean, after the routers (`fssdp.plan: exact`).
+loads after the routers, from a plan from the step before (`fssdp.plan: calibrated`), and `history` is that plan itself; both are priced on
+the true loads. Imbalance is the busiest device's expert compute over the mean, after the routers (`fssdp.plan: exact`).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
 from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.rebalancing import fill_up, pack, rebalance
-from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, Wishes, deal, replicate, wishes
+from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, Wishes, bring_to_nodes, deal, replicate, wishes
 from hecate.parallel.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners
 
 _ALL_BUDGETS = 400
@@ -52,10 +52,10 @@ SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.05, 0.02
 """of a layer's predicted seconds: how long the search for small changes may take; less where ranks wait for the plan"""
 _LEAST_SEARCH = 0.02
 """seconds times experts times ranks: how long the search may take however fast the layer is, so that small layers are searched through"""
-_BEST, _FILLED, _DEALT, _PACKED, _ALONE = range(5)
+_BEST, _FILLED, _DEALT, _PACKED, _COVERED, _ALONE = range(6)
 """plans from which the search begins: the best candidate, each rank filled up to its share, all slots dealt to hot experts, whole experts
-packed, no replicas"""
-_STARTS = 5
+packed, in each node all experts that its tokens chose, no replicas"""
+_STARTS = 6
 _PROMISING = 1.3
 """times the seconds of the best plan: a start that takes longer is not worth the search"""
 _GIVE_SECONDS = 2e-9
@@ -240,6 +240,8 @@ def _search(
         begins_X[start] = np.inf
         if start == _ALONE:
             begins_X[start] = seconds
+        elif start == _COVERED and len(topology.uplink_N) == 1:
+            continue
         elif (_BEGIN_SECONDS + _GIVE_SECONDS * (slots if start == _DEALT else ranks)) * size <= left:
             _start(start, owner, room, wish, loads, topology, trial)
             begins_X[start] = _plan_seconds(owner, resident, loads, topology, cost, 2 * seconds, trial)
@@ -276,6 +278,8 @@ def _start(
     if start == _PACKED:
         pack(owner, room, loads, topology, plan)
         return
+    if start == _COVERED:
+        bring_to_nodes(owner, room, 0.0, wish, loads, topology, plan)
     if start == _DEALT:
         deal(owner, room, wish, loads, topology, plan)
     even_quota_into(plan, loads, topology)

@@ -116,6 +116,43 @@ def test_no_slower_than_any_policy_that_fits(given_: PlanInput) -> None:
         assert not fits or (mine <= plan.seconds(given_).total * (1 + 1e-9)).all(), policy
 
 
+def test_hardly_ever_slower_than_any_policy() -> None:
+    """In small layers of every kind: no slower than 1.005 of the best policy in 98 of 100, and much faster on average.
+
+    Those that are left are layers whose seconds are mostly latencies: to spare one takes several changes at once.
+    """
+    over = []
+    for seed in range(120):
+        given_ = drawn_input(seed)
+        seconds = {
+            policy: float(plan.seconds(given_).total[0])
+            for policy, plan in ((policy, planner(given_)) for policy, planner in POLICIES.items())
+            if ((plan.where_LED & ~given_.owned_LED).sum(1) <= given_.slots_D).all()
+        }
+        mine = seconds.pop("auto")
+        over.append(mine / min(seconds.values()))
+    assert np.mean(np.array(over) <= 1.005) >= 0.98, sorted(over)[-4:]
+    assert max(over) <= 1.15
+    assert np.exp(np.log(over).mean()) <= 0.92
+
+
+def drawn_input(seed: int) -> PlanInput:
+    """One layer of some kind with 1 to 9 experts on 2 to 7 ranks."""
+    random = np.random.default_rng(seed)
+    world, experts = int(random.integers(2, 8)), int(random.integers(1, 10))
+    loads = random.integers(1, 500, (1, experts, world)) * random.random((1, experts, world)) ** random.integers(0, 4)
+    return PlanInput(
+        random.integers(0, world, (1, experts)),
+        loads,
+        topology((0, *random.integers(0, 2, world - 1).tolist()), seed, random.uniform(1, 2)),
+        KINDS[sorted(KINDS)[seed % 3]],
+        random.integers(0, experts + 1, world),
+        execution=ExecutionMode(
+            plan=("history", "exact")[seed % 2], rematerialize=bool(random.integers(2)), prefetch=int(random.integers(3))
+        ),
+    )
+
+
 def test_everything_is_everywhere_where_it_fits_and_spares_the_dispatch() -> None:
     """Rank 1 has no tokens and wants no expert; with expert 0 on it, too, no rank takes part in a dispatch that has nothing to send."""
     loads_LED = np.array([[[425.0, 0.0], [318.0, 0.0]]])

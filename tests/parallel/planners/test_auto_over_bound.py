@@ -19,8 +19,8 @@ pytest.importorskip("scipy.optimize")
 
 EXPERTS, TOKENS, TOP_K = 16, 4096, 2
 WORKLOADS_EACH = 3
-"""of each cluster and kind of experts: the next ones in turn, so that all 13 occur"""
-MEAN, WORST, OVER_BEST = 1.11, 1.50, 1.09
+"""of each cluster and kind of experts: the next ones in turn, so that all 16 occur"""
+MEAN, WORST, OVER_BEST = 1.09, 1.32, 1.005
 """over the bound, and over the best other policy: what is reached and a hair. Few experts are harder to share evenly and to bound than the
 benchmark's 64, to which the goals of 1.05 and 1.25 apply. The bound takes the two exchanges of a gather over leaders side by side, the
 price one after the other, as they are executed."""
