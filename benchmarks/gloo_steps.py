@@ -148,7 +148,7 @@ def attention(x_TD: Tensor, weights: list[Tensor]) -> Tensor:
 
 
 class Wire:
-    """A counter of the bytes that this rank passes to `all_to_all_single` for each other rank of the world."""
+    """A counter of the bytes that this rank passes to `all_to_all_single` and to `isend` in batches, for each other rank of the world."""
 
     def __init__(self, world: int, rank: int) -> None:
         self.bytes_to = [0] * world
@@ -156,7 +156,7 @@ class Wire:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        original = dist.all_to_all_single
+        original, original_batch = dist.all_to_all_single, dist.batch_isend_irecv
 
         def counted(output: Tensor, input: Tensor, output_split_sizes: Any = None, input_split_sizes: Any = None, **rest: Any) -> Any:
             world = len(self.bytes_to)
@@ -166,11 +166,18 @@ class Wire:
                 self.bytes_to[peer] += count * row_bytes if peer != self._rank else 0
             return original(output, input, output_split_sizes, input_split_sizes, **rest)
 
+        def counted_batch(p2p_op_list: list[dist.P2POp]) -> list[dist.Work]:
+            for operation in p2p_op_list:
+                if operation.op is dist.isend:
+                    self.bytes_to[operation.peer] += operation.tensor.numel() * operation.tensor.element_size()
+            return original_batch(p2p_op_list)
+
         dist.all_to_all_single = counted
+        dist.batch_isend_irecv = counted_batch
         try:
             yield
         finally:
-            dist.all_to_all_single = original
+            dist.all_to_all_single, dist.batch_isend_irecv = original, original_batch
 
 
 @dataclass(frozen=True)

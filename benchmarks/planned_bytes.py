@@ -7,15 +7,19 @@ Shapes: L layers, E experts, W ranks, T tokens of a rank, K assignments of a tok
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 
 from benchmarks.gloo_steps import Shape
 from hecate.parallel.comm.dispatch import destinations
+from hecate.parallel.cost_model import Route
 from hecate.parallel.flows import token_split
+from hecate.parallel.layout import ChunkSize
+from hecate.parallel.placement import Placement
 from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.transfer_plan import choose_route
 
 INDEX = 8
 """the bytes of a slot, of a token's number and of a count of tokens"""
@@ -36,10 +40,11 @@ def planned_traffic(
     rows_LW = np.zeros((given.num_layers, world), dtype=np.int64)
     for layer, expert_WTK in enumerate(expert_LWTK):
         where_ED, owner_E = plan.where_LED[layer], plan.owner_LE[layer]
-        for expert, rank in zip(*np.nonzero(where_ED), strict=True):
-            if rank != owner_E[expert]:
-                sent_WW[owner_E[expert], rank] += int(given.cost.trainable_bytes)
-                sent_WW[rank, owner_E[expert]] += int(given.cost.reduced_bytes)
+        chunk = ChunkSize(given.cost.chunk_numel, int(given.cost.trainable_bytes) // given.cost.chunk_numel)
+        route = choose_route(Placement(owner_E.copy(), where_ED.copy()), chunk, given.topology)
+        numbers_WW = gathered_numbers(route, owner_E, where_ED, chunk.numel, given.topology.node_of_rank)
+        sent_WW += numbers_WW * chunk.element_bytes
+        sent_WW += numbers_WW.T * (int(given.cost.reduced_bytes) // chunk.numel)
         quota_ED = None if plan.quota_LED is None else plan.quota_LED[layer]
         known_ED = None if given.loads_LED is None else given.loads_LED[layer]
         splits = [token_split(where_ED, known_ED, quota_ED, given.topology, source) for source in range(world)]
@@ -55,6 +60,40 @@ def planned_traffic(
                     sent_WW[source, rank] += INDEX + rows * (_row(shape) + _weights(shape) + (shape.top_k + 1) * INDEX + _row(shape))
                     sent_WW[rank, source] += rows * (_row(shape) + _row(shape) + _weights(shape))
     return sent_WW, rows_LW
+
+
+def gathered_numbers(route: Route, owner_E: np.ndarray, where_ED: np.ndarray, chunk_numel: int, node_of_rank: Sequence[int]) -> np.ndarray:
+    """Count the numbers that each rank sends to each other in a SparseAllGather, int64 [W, W]; in a reduction they go the other way.
+
+    Args:
+        chunk_numel: the numbers of an expert.
+    """
+    world = len(node_of_rank)
+    wanted = [[rank for rank in range(world) if where_D[rank] and rank != owner] for owner, where_D in zip(owner_E, where_ED, strict=True)]
+    slices = 1
+    if route == "sliced":
+        most = max((sum(node_of_rank[d] == node for d in ranks) for ranks in wanted for node in node_of_rank), default=0)
+        slices = max(number for number in range(1, max(most, 1) + 1) if chunk_numel % number == 0)
+    numbers_WW = np.zeros((world, world), dtype=np.int64)
+    for expert, ranks in enumerate(wanted):
+        for number in range(expert * slices, (expert + 1) * slices):
+            for source, target in _copies(route, number, int(owner_E[expert]), ranks, node_of_rank):
+                numbers_WW[source, target] += chunk_numel // slices
+    return numbers_WW
+
+
+def _copies(route: Route, number: int, owner: int, wanted: Sequence[int], node_of_rank: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """From which rank to which each copy of an expert goes, or of a slice; its leader in a node is the (`number` modulo ranks)-th one."""
+    for node in sorted(set(node_of_rank)):
+        ranks = [rank for rank in wanted if node_of_rank[rank] == node]
+        if not ranks:
+            continue
+        if route == "flat" or (route == "two_level" and node == node_of_rank[owner]):
+            yield from ((owner, rank) for rank in ranks)
+            continue
+        leader = ranks[number % len(ranks)]
+        yield owner, leader
+        yield from ((leader, rank) for rank in ranks if rank != leader)
 
 
 def _row(shape: Shape) -> int:

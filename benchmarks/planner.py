@@ -1,4 +1,7 @@
-"""Time the planning of every policy, per layer, on one core, at three sizes, with Zipf(1.2) loads and LoRA over a frozen MoE base."""
+"""Time the planning of every policy, per layer, on one core, at three sizes, with Zipf(1.2) loads and LoRA over a frozen MoE base.
+
+Then time the choice of a route for one layer's experts (`choose_route`), for placements of few and of many copies.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,18 @@ import numpy as np
 from benchmarks.report import arguments, finish
 from hecate.parallel import jit
 from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.layout import ChunkSize
+from hecate.parallel.placement import Placement, contiguous_owners
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.topology import Link, uniform_topology
+from hecate.parallel.transfer_plan import choose_route
 
 SIZES = ((64, 32, 16), (256, 320, 2), (256, 1024, 1))
 """the experts, the ranks, and the layers that are planned together"""
+ROUTED = (256, 64)
+"""the experts and the ranks, eight a node, of the placements whose routes are chosen"""
+DENSITIES = (0.02, 0.1, 0.3, 1.0)
+"""the shares of ranks that have a copy of an expert of another rank"""
 
 
 def plan_input(experts: int, world: int, layers: int) -> PlanInput:
@@ -40,6 +49,29 @@ def plan_input(experts: int, world: int, layers: int) -> PlanInput:
     )
     owners = np.stack([contiguous_owners(experts, world)] * layers)
     return PlanInput(owners, loads, topology, cost, np.full(world, 8))
+
+
+def route_rows(*, quick: bool) -> list[dict[str, Any]]:
+    """Return a row for each density: the milliseconds that choosing the route of one placement takes."""
+    experts, world = ROUTED
+    given = plan_input(experts, world, 1)
+    owner_E = given.owner_LE[0]
+    numel = int(given.cost.trainable_bytes) // 2
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for density in DENSITIES:
+        where_ED = (rng.random((experts, world)) < density) | given.owned_LED[0]
+        placement = Placement(owner_E.copy(), where_ED)
+        with jit.compiling_here():
+            route = choose_route(placement, ChunkSize(numel, 2), given.topology)
+        times: list[float] = []
+        for _ in range(20 if quick else 500):
+            start = time.perf_counter()
+            choose_route(placement, ChunkSize(numel, 2), given.topology)
+            times.append(1e3 * (time.perf_counter() - start))
+        name = f"choose_route ({route}, {density:.0%})"
+        rows.append({"experts": experts, "ranks": world, "policy": name, "ms_per_layer": statistics.median(times), "ms_all": times})
+    return rows
 
 
 def main() -> None:
@@ -65,7 +97,9 @@ def main() -> None:
             )
     find = {(row["experts"], row["ranks"], row["policy"]): row["ms_per_layer"] for row in rows}
     summary = {f"auto_ms_e{e}_d{d}": find[e, d, "auto"] for e, d, _ in SIZES}
-    finish("planner", rows, summary, options.json)
+    routed = route_rows(quick=options.quick)
+    summary["choose_route_ms_e256_d64_worst"] = max(row["ms_per_layer"] for row in routed)
+    finish("planner", rows + routed, summary, options.json)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from hecate.parallel.route_loops import FASTEST, SLICED
 
 Reach = Literal["everywhere", "stay", "near", "far"]
 """how far tokens travel: none leaves its rank, as each expert is on all; none does anyway; some do, none its node; some leave their node"""
+Copies = Literal["any", "home", "away", "both"]
+"""where replicas are: anywhere; only in their owners' nodes; only in other nodes; some in each. Each waits for other links"""
 MARGIN = 1e-9
 """relative; keeps plans of exactly the cutoff in, whatever the rounding"""
 
@@ -46,6 +48,7 @@ class LayerProblem:
         self.home_ED = self.node_D[self.owner_E][:, None] == self.node_D
         self.home_EN = self.node_D[self.owner_E][:, None] == np.arange(given.topology.num_nodes)
         self.fresh_ED = ~self.owned_ED if given.resident_LED is None else ~self.owned_ED & ~given.resident_LED[0][loaded]
+        self.lent_ED = ~self.owned_ED & (self.slots_D > 0)  # the replicas that there may be
         self.needed_ED = self.owned_ED | (self.loads_ED > 0)  # without these replicas some token travels
         self.may_stay = bool(((self.needed_ED & ~self.owned_ED).sum(0) <= self.slots_D).all())
         self.may_have_all = bool(((~given.owned_LED[0]).sum(0) <= self.slots_D).all())
@@ -56,38 +59,75 @@ class LayerProblem:
         self.numbers = cost_numbers(given.cost, given.topology, given.execution)
         self.balanced = self.load_E.sum() * (self.row_work / given.cost.top_k + self.assignment_work) / self.rate_D.sum()
 
+    def kinds(self, reach: Reach) -> dict[Copies, float]:
+        """Where the replicas of plans of this reach may be, and the seconds that a SparseAllGather then waits for links, at least.
+
+        Only for plans whose tokens travel and which replicate something.
+        """
+        intra, inter = self.topology.intra_node.latency, self.topology.inter_node.latency
+        foreign = bool((self.tokens_EN[~self.home_EN] > 0).any())
+        at_home, away = bool((self.lent_ED & self.home_ED).any()), bool((self.lent_ED & ~self.home_ED).any())
+        # Tokens that stay in their node want a replica there of each expert that they chose. Where all tokens are in the nodes of their
+        # experts' owners, some leave them only for a replica elsewhere.
+        without = at_home and foreign == (reach == "far")
+        possible: dict[Copies, bool] = {"home": without, "away": away, "both": at_home and away}
+        seconds: dict[Copies, float] = {"home": intra, "away": inter, "both": intra + inter}
+        return {kind: seconds[kind] for kind, may_be in possible.items() if may_be}
+
 
 class Relaxation:
-    """The plans that replicate something, are no slower than `cutoff`, and whose tokens reach as far as `reach`."""
+    """The plans that replicate something, are no slower than `cutoff`, whose tokens reach as far as `reach`, with replicas in `copies`.
 
-    def __init__(self, problem: LayerProblem, cutoff: float, reach: Reach) -> None:
+    Where no token leaves its rank, `copies` is "any".
+    """
+
+    def __init__(self, problem: LayerProblem, cutoff: float, reach: Reach, copies: Copies = "any") -> None:
         self.problem, self.cutoff, self.reach = problem, cutoff, reach
         self.program = LinearProgram()
         self.devices_N = problem.member_DN.sum(0)
         self.e_E, self.r_D, self.n_N = np.arange(len(problem.load_E)), np.arange(len(problem.rate_D)), np.arange(len(self.devices_N))
-        intra, inter = problem.topology.intra_node.latency, problem.topology.inter_node.latency
-        waits = {"everywhere": 0.0, "stay": problem.topology.exchange_latency, "near": intra, "far": inter}
+        asks, inter = problem.topology.exchange_latency, problem.topology.inter_node.latency
+        waits = {"everywhere": 0.0, "stay": asks, "near": asks, "far": max(inter, asks)}
         self.stays = reach in ("everywhere", "stay")
         self.fixed = problem.optimizer + problem.numbers.dispatch_messages * waits[reach]
-        latency = self._gather_latency(intra, inter)
+        self.lent_ED = problem.lent_ED & {"home": problem.home_ED, "away": ~problem.home_ED}.get(copies, True)
         # Where nothing is resident, frozen parts go where trainable ones do, in a collective of their own; the busiest port is bounded for
         # any route, and so for both.
         self.all_fresh = bool((problem.fresh_ED == ~problem.owned_ED).all())
-        gathers = 2 if problem.cost.frozen_bytes and self.all_fresh else 1
+        kinds = {} if self.stays else problem.kinds(reach)
+        self.kinds = kinds if copies == "any" else {kind: seconds for kind, seconds in kinds.items() if kind == copies}
+        self.fastest = max(problem.topology.port_bandwidth)
         numbers = problem.numbers
+        self.cuts = problem.cost.chunk_numel > 1 and len(self.r_D) > 2 and numbers.route in (FASTEST, SLICED)
+        self.whole = 0.0 if self.stays else self._whole_replica()
+        latency = self._latency_of_staying() if self.stays else min(self.kinds.values(), default=0.0)
+        frozen = problem.cost.frozen_bytes if self.all_fresh else 0.0
+        gathers = 2 if frozen else 1
         hidden_again = numbers.second_gathers and numbers.hides_second_gather
         shared = numbers.message_share * latency
         gathers_latency = shared + (gathers - 1) * latency
-        self.hidden_by = [(numbers.hides_gather, gathers_latency), (numbers.hides_reduce, latency + shared if hidden_again else latency)]
-        """what each exchange of experts hides behind, and its latency: the gather, the way back, a second gather that nothing hides"""
+        trainable, reduced = problem.cost.trainable_bytes, problem.cost.reduced_bytes
+        self.hidden_by = [
+            (numbers.hides_gather, gathers_latency, trainable + frozen / problem.cost.frozen_lifetime),
+            (numbers.hides_reduce, latency + shared if hidden_again else latency, reduced + trainable if hidden_again else reduced),
+        ]
+        """of each exchange of experts: what it hides behind, its latency, and the bytes of each replica; the exchanges are the gather, the
+        way back, and a second gather that nothing hides"""
         if numbers.second_gathers and not hidden_again:
-            self.hidden_by.append((0.0, shared))
+            self.hidden_by.append((0.0, shared, trainable))
 
     def least(self) -> float:
         """Seconds that none of these plans goes below; infinity if there are none."""
         p = self.problem
-        possible = {"everywhere": p.may_have_all, "stay": p.may_stay, "near": self.devices_N.max() > 1, "far": len(self.devices_N) > 1}
-        exposed = sum(exposed_seconds(work, t, p.topology.overlap_slowdown) for work, t in self.hidden_by)
+        travel = bool(self.kinds)
+        possible = {
+            "everywhere": p.may_have_all,
+            "stay": p.may_stay,
+            "near": travel and self.devices_N.max() > 1,
+            "far": travel and len(self.devices_N) > 1,
+        }
+        per_byte, slowdown = self.whole / self.fastest, p.topology.overlap_slowdown
+        exposed = sum(exposed_seconds(work, wait + nbytes * per_byte, slowdown) for work, wait, nbytes in self.hidden_by)
         budget = self.cutoff * (1 + MARGIN) - self.fixed - exposed
         if not possible[self.reach] or budget < p.balanced:
             return np.inf
@@ -106,9 +146,10 @@ class Relaxation:
         """z_ED: the replicas on each rank; y_EN: whether a node has any replica of an expert."""
         p, lp = self.problem, self.program
         least_ED = {"everywhere": p.owned_ED | True, "stay": p.needed_ED}.get(self.reach, p.owned_ED)
-        self.z_ED = lp.variables(least_ED, p.owned_ED | (p.slots_D > 0))
+        self.z_ED = lp.variables(least_ED, p.owned_ED | self.lent_ED)
         # Tokens that stay in their node want a replica there of each expert that they chose.
-        self.y_EN = lp.variables(p.home_EN | ((p.tokens_EN > 0) & (self.reach == "near")), 1.0)
+        least_EN = p.home_EN | ((p.tokens_EN > 0) & (self.reach == "near"))
+        self.y_EN = lp.variables(least_EN, least_EN | ((self.lent_ED @ p.member_DN) > 0))
         lp.at_most(p.slots_D, (self.z_ED, ~p.owned_ED, self.r_D))
 
     def _assignments(self, caps: _Caps) -> None:
@@ -203,37 +244,35 @@ class Relaxation:
     def _exposed(self) -> None:
         """Seconds that SparseAllGather and SparseReduceScatter add, beyond what hides."""
         p, cost, slowdown = self.problem, self.problem.cost, self.problem.topology.overlap_slowdown
-        fastest = max(p.topology.port_bandwidth)
-        trainable = self._gather(~p.owned_ED, fastest)
+        trainable = self._gather(~p.owned_ED)
         gather = [(trainable, cost.trainable_bytes)]
         if cost.frozen_bytes:
-            frozen = trainable if self.all_fresh else self._gather(p.fresh_ED, fastest)
+            frozen = trainable if self.all_fresh else self._gather(p.fresh_ED)
             gather.append((frozen, cost.frozen_bytes / cost.frozen_lifetime))
         back, again = [(trainable, cost.reduced_bytes)], [(trainable, cost.trainable_bytes)]
         if not p.numbers.second_gathers:
             travels = [gather, back]
         else:
             travels = [gather, back + again] if p.numbers.hides_second_gather else [gather, back, again]
-        for (work, latency), traffic in zip(self.hidden_by, travels, strict=True):
+        for (work, latency, _), traffic in zip(self.hidden_by, travels, strict=True):
             added = self._seconds()
             # Convex: while hidden, a transfer adds slowdown - 1 of itself; the rest of it, all.
             for slope, hidden in ((slowdown - 1, 0.0), (1.0, (2 - slowdown) * work)):
-                terms = [(count, slope * nbytes / (fastest * self.cutoff), 0) for count, nbytes in traffic]
+                terms = [(count, slope * nbytes / (self.fastest * self.cutoff), 0) for count, nbytes in traffic]
                 self.program.at_most([(hidden - slope * latency) / self.cutoff], *terms, (added, -1.0, 0))
 
-    def _gather(self, counted_ED: np.ndarray, fastest: float) -> np.ndarray:
-        """Experts through the busiest port, for the replicas in `counted_ED`, by any route; a slow port counts as more on a `fastest` one.
+    def _gather(self, counted_ED: np.ndarray) -> np.ndarray:
+        """Experts through the busiest port, for the replicas in `counted_ED`, by any route; a slow port counts as more on the fastest one.
 
         Two exchanges that follow each other take no less than all that goes through one port in both of them.
         """
         p, lp, r_D, n_N = self.problem, self.program, self.r_D, self.n_N
-        port_D, nic_D = (np.asarray(b) / fastest for b in (p.topology.port_bandwidth, p.topology.nic_bandwidth))
-        uplink_N = np.asarray(p.topology.uplink_bandwidth) / fastest
-        busiest = lp.variables(0.0, counted_ED.sum() / min(*port_D, *nic_D, *uplink_N))
+        port_D, nic_D, uplink_N = self._rates()
+        whole = self.whole if (counted_ED == ~p.owned_ED).all() else 0.0  # any replica may have its frozen part already
+        busiest = lp.variables(whole, counted_ED.sum() / min(*port_D, *nic_D, *uplink_N))
         home_ED, away_ED, owner_E1 = counted_ED & p.home_ED, counted_ED & ~p.home_ED, p.owner_E[:, None]
-        cuts = p.cost.chunk_numel > 1 and len(r_D) > 2 and p.numbers.route in (FASTEST, SLICED)
         # Whole experts leave their owner once for each replica inside its node, but slices are sent on inside it, too.
-        out = [] if cuts else [(self.z_ED, home_ED / port_D[owner_E1], owner_E1)]
+        out = [] if self.cuts else [(self.z_ED, home_ED / port_D[owner_E1], owner_E1)]
         into = [(self.z_ED, counted_ED / port_D, r_D)]
         if len(n_N) > 1:
             away_EN = ~p.home_EN & ((away_ED @ p.member_DN) > 0)
@@ -248,7 +287,7 @@ class Relaxation:
             lp.at_most(0.0 * n_N, (any_EN, 1.0 * away_EN, n_N), (lead_D, -1.0, p.node_D))
             lp.at_most(0.0 * r_D, (lead_D, 1.0, r_D), (self.z_ED, -1.0 * away_ED, r_D))
             into.append((lead_D, -1 / port_D, r_D))
-            if not cuts:
+            if not self.cuts:
                 pass_D = lp.variables(0.0, np.broadcast_to(away_ED.sum(), r_D.shape))
                 lp.equal(0.0 * n_N, (pass_D, 1.0, p.node_D), (lead_D, 1.0, p.node_D), (self.z_ED, -1.0 * away_ED, p.node_D))
                 lp.at_most(0.0 * r_D, (pass_D, 1.0, r_D), (lead_D, 1.0 - self.devices_N[p.node_D], r_D))
@@ -275,15 +314,34 @@ class Relaxation:
         chosen = [(v[where_ED], np.broadcast_to(c, where_ED.shape)[where_ED], row) for v, c in terms]
         self.program.at_most(0.0 * row, *chosen)
 
-    def _gather_latency(self, intra: float, inter: float) -> float:
-        """Seconds that each such plan waits for links in a SparseAllGather, at least."""
+    def _rates(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """How fast each port, NIC and uplink is, beside the fastest port."""
+        topology = self.problem.topology
+        bandwidths = topology.port_bandwidth, topology.nic_bandwidth, topology.uplink_bandwidth
+        port_D, nic_D, uplink_N = (np.asarray(b) / self.fastest for b in bandwidths)
+        return port_D, nic_D, uplink_N
+
+    def _whole_replica(self) -> float:
+        """Experts through the busiest port, counted as in `_gather`, that the best replica comes to: there is one, and it is whole."""
         p = self.problem
-        if self.stays:
-            wanted_ED = ~p.owned_ED & (p.needed_ED | (self.reach == "everywhere"))
-            far, near = (wanted_ED & ~p.home_ED).any(), (wanted_ED & p.home_ED).any()
-        else:
-            # Tokens that stay in their node want a replica there of each expert that they chose.
-            far, near = self.reach == "near" and (p.tokens_EN[~p.home_EN] > 0).any(), False
+        port_D, nic_D, uplink_N = self._rates()
+        owner_E1, home_E1 = p.owner_E[:, None], p.node_D[p.owner_E][:, None]
+        # Slices come into a node through several NICs at once.
+        into_D = (p.member_DN @ (p.member_DN.T @ np.where(p.slots_D > 0, nic_D, 0.0))) if self.cuts else nic_D
+        near_ED = np.minimum(port_D[owner_E1], port_D)
+        far_ED = np.minimum(np.minimum(nic_D[owner_E1], into_D), np.minimum(uplink_N[home_E1], uplink_N[p.node_D]))
+        home, away = (
+            1 / rate_ED.max(where=self.lent_ED & there_ED, initial=0.0) if (self.lent_ED & there_ED).any() else 0.0
+            for rate_ED, there_ED in ((near_ED, p.home_ED), (far_ED, ~p.home_ED))
+        )
+        seconds: dict[Copies, float] = {"home": home, "away": away, "both": max(home, away)}
+        return min((seconds[kind] for kind in self.kinds), default=0.0)
+
+    def _latency_of_staying(self) -> float:
+        """Seconds that each such plan waits for links in a SparseAllGather, at least, where no token leaves its rank."""
+        p, intra, inter = self.problem, self.problem.topology.intra_node.latency, self.problem.topology.inter_node.latency
+        wanted_ED = ~p.owned_ED & (p.needed_ED | (self.reach == "everywhere"))
+        far, near = (wanted_ED & ~p.home_ED).any(), (wanted_ED & p.home_ED).any()
         if far or near:
             return (inter if far else 0.0) + (intra if near else 0.0)
         kinds = (intra, self.devices_N.max() > 1), (inter, len(self.devices_N) > 1)

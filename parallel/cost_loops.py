@@ -264,9 +264,9 @@ def rows_received(ports: np.ndarray, load: np.ndarray, k: int) -> float:
 @loop
 def dispatch_latency(near: float, far: float, asked: bool, topology: TopologyNumbers, cost: CostNumbers) -> float:
     """Seconds of all messages of a layer's dispatch, by how much travels near and far; `asked`: ranks ask each other what they send, also
-    where that turns out to be nothing."""
+    where that turns out to be nothing. No message is through before an empty one would be, so far rows do not make it any faster."""
     if far > LEAST_TRAFFIC:
-        return cost.dispatch_messages * topology.far_latency
+        return cost.dispatch_messages * max(topology.far_latency, topology.exchange_latency)
     if near > LEAST_TRAFFIC:
         return cost.dispatch_messages * topology.near_latency
     if asked:

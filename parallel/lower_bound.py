@@ -9,6 +9,9 @@ only lower the bound:
   which is linear and nowhere above it.
 - Which assignments of a rank leave its node, and which rank is the leader, is free: only the sums over experts must agree.
 
+What the relaxations give away in part is taken back by bounding groups of plans apart: by how far tokens travel, and by whether replicas
+are in their owners' nodes, in others or in both, which wait for other links. In each group one replica at least travels as a whole.
+
 Plans slower than a *cutoff* need no relaxation, because the cutoff bounds them. The other plans obey further limits; for example, no
 rank serves more assignments than it can compute in that time. So min(cutoff, relaxation of the plans below the cutoff) is a bound for
 any cutoff, and it is best where the two are equal. Without a cutoff, an expert with ten times the load that one rank can serve would be
@@ -22,7 +25,7 @@ from typing import get_args
 
 import numpy as np
 
-from hecate.parallel.bound_relaxation import LayerProblem, Reach, Relaxation
+from hecate.parallel.bound_relaxation import Copies, LayerProblem, Reach, Relaxation
 from hecate.parallel.planners.hecate_paper import plan_hecate_paper
 from hecate.parallel.planners.plan import PlanInput
 
@@ -56,14 +59,14 @@ def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -
     problem = LayerProblem(alone)
     if not problem.load_E.size:
         return problem.static
-    known: dict[Reach, float] = dict.fromkeys(get_args(Reach), 0.0)  # limits of plans below `high`, and so below any lower cutoff
     cutoff = min(problem.static, plan_seconds)  # the first cutoff; the bound holds with any
     if given.cost.expert_bytes and (replicated := float(plan_hecate_paper(alone).seconds(alone).total[0])):
         cutoff = min(cutoff, replicated)
     low, high = 0.0, cutoff  # a plan of `high` seconds exists
+    known = dict.fromkeys(_groups(problem, cutoff), 0.0)  # limits of plans below `high`, and so below any lower cutoff
     points: list[tuple[float, float]] = []
     for _ in range(ROUNDS):
-        found = known | {reach: max(v, Relaxation(problem, cutoff, reach).least()) for reach, v in known.items() if v < cutoff}
+        found = known | {group: max(v, Relaxation(problem, cutoff, *group).least()) for group, v in known.items() if v < cutoff}
         value = min(found.values())
         points.append((cutoff, value))
         low = max(low, min(cutoff, value))
@@ -73,6 +76,16 @@ def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -
             break
         cutoff = _crossing(points[-2:], low, high)
     return low * (1 - UNCOUNTED)
+
+
+def _groups(problem: LayerProblem, cutoff: float) -> list[tuple[Reach, Copies]]:
+    """The groups of plans that are bounded apart: by how far tokens travel, and by where replicas are if that matters to the latency."""
+    groups: list[tuple[Reach, Copies]] = []
+    for reach in get_args(Reach):
+        kinds = {} if reach in ("everywhere", "stay") else problem.kinds(reach)
+        differ = len(kinds) > 1 and max(kinds.values()) - min(kinds.values()) > CLOSE * cutoff / 2
+        groups += [(reach, kind) for kind in kinds] if differ else [(reach, "any")]
+    return groups
 
 
 def _crossing(points: list[tuple[float, float]], low: float, high: float) -> float:

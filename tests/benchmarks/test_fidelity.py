@@ -13,9 +13,10 @@ from benchmarks.fidelity import Measured, loads_of, planned_steps, routing_of, s
 from benchmarks.gloo_steps import Shape, Stack, Wire, draw_routing
 from benchmarks.step_probes import parts, plain_cost
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
+from hecate.parallel.topology import Link, Topology, local_topology
 from hecate.ranks.groups import ExpertGroups
 from testing.ranks import run_ranks
+from testing.unit_cases import unit_topology
 
 SMALL = Shape(layers=2, hidden=8, ffn=12, rank=2, experts=6, top_k=2, tokens=20)
 
@@ -78,19 +79,25 @@ def test_parts_are_those_that_the_probes_are_made_of() -> None:
     assert (found.exchange, found.passed_row, found.byte, found.rest) == pytest.approx((5, 7, 4, 11))
 
 
-CASES = (("static_ep", "zipf"), ("auto", "ragged_sources"), ("full", "empty_rank"))
+CASES = (("static_ep", "zipf"), ("auto", "ragged_sources"), ("full", "empty_rank"), ("full over leaders", "zipf"))
+LEADERS = unit_topology((0, 1, 1), near=Link(1e9, 0.0), far=Link(1e3, 0.0))
+"""copies of rank 0's experts come in halves to the two ranks of the other node"""
 FIRST = slice(3)
 """steps; from the second on, plans follow loads"""
+
+
+def machines(policy: str, world: int) -> Topology:
+    return LEADERS if "leaders" in policy else local_topology(world, cuda=False)
 
 
 def counted_rank(rank: int, world: int) -> list[list[list[int]]]:
     """[cases][steps][ranks]: the bytes on the wire to each rank."""
     default = dist.group.WORLD
     assert default is not None
-    groups, topology = ExpertGroups(default, dist.new_group()), local_topology(world, cuda=False)
+    groups = ExpertGroups(default, dist.new_group())
     counted = []
     for policy, workload in CASES:
-        stack = Stack(SMALL, POLICIES[policy], topology, plain_cost(SMALL), groups)
+        stack = Stack(SMALL, POLICIES[policy.split()[0]], machines(policy, world), plain_cost(SMALL), groups)
         steps = []
         for number, loads_LED in enumerate(loads_of(workload, world, SMALL)[FIRST]):
             drawn = [
@@ -108,8 +115,8 @@ def counted_rank(rank: int, world: int) -> list[list[list[int]]]:
 
 def test_the_wire_carries_what_the_plan_says() -> None:
     by_rank = run_ranks(3, counted_rank)
-    measured = Measured([local_topology(3, cuda=False)], plain_cost(SMALL), [], [])
     for case, (policy, workload) in enumerate(CASES):
-        for number, planned in enumerate(planned_steps(loads_of(workload, 3, SMALL)[FIRST], policy, SMALL, measured)):
+        measured = Measured([machines(policy, 3)], plain_cost(SMALL), [], [])
+        for number, planned in enumerate(planned_steps(loads_of(workload, 3, SMALL)[FIRST], policy.split()[0], SMALL, measured)):
             assert planned.sent_WW.any() or policy == "static_ep"
             assert [counted[case][number] for counted in by_rank] == planned.sent_WW.tolist(), (policy, workload, number)

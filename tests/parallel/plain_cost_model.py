@@ -137,7 +137,8 @@ def dispatch_seconds(rows: Rows, topology: Topology, cost: LayerCost, asked: np.
     ports = PortBytes(rows.near[0], rows.near[1], rows.far[0], rows.far[1])
     once = port_seconds(ports, cost.row_bytes, topology)
     far, near = rows.far[0].sum(-1) > LEAST_TRAFFIC, rows.near[0].sum(-1) > LEAST_TRAFFIC
-    latency = np.where(far, topology.inter_node.latency, np.where(near, topology.intra_node.latency, asked * topology.exchange_latency))
+    across = max(topology.inter_node.latency, topology.exchange_latency)
+    latency = np.where(far, across, np.where(near, topology.intra_node.latency, asked * topology.exchange_latency))
     return 4 * once + DISPATCH_COLLECTIVES * times * latency
 
 

@@ -115,6 +115,8 @@ ALL_RANKS = [[1, 1, 1, 1]]
             [[0, 6, 3, 0]],
             4 * 3.0 + 8.0,
         ),
+        # An exchange inside the nodes waits longer, also if it is empty: rows for the other node make it no faster.
+        ({"near": Link(FAST, 2.0), "far": Link(FAST, 1.0)}, [[9, 0, 0, 0]], [[0, 0, 9, 0]], 8 * 2.0),
     ],
 )
 def test_dispatch_by_hand(machines: dict[str, object], tokens: list[list[float]], quota: list[list[float]], expected: float) -> None:

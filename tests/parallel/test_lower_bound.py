@@ -229,6 +229,33 @@ def test_latencies_between_nodes_and_inside_them() -> None:
     assert lower_bound(frozen, 0) == pytest.approx(1 + 3 * 110, rel=5e-3)
 
 
+@pytest.mark.parametrize(("nodes", "latency"), [((0, 0, 1), 2 * 10), ((0, 1, 0), 0), ((0, 1, 1), 0)])
+def test_replicas_wait_for_the_links_that_they_cross(nodes: tuple[int, ...], latency: float) -> None:
+    # Links wait 10 s inside nodes and not at all between them. Alone, rank 0 takes 200 s, with a replica on rank 1 half of that. Ranks of a
+    # node ask each other in 80 s, and so does every all-to-all, also one of rows for the other node.
+    given_ = plan_input([[10.0], [10.0], [0.0]], work(10.0), owner=[0], slots=0, nodes=nodes, intra=Link(1.0, 10.0))
+    bound = lower_bound(replace(given_, slots_D=np.array([0, 1, 0])), 0)
+    assert bound == pytest.approx(100 + 80 + latency, rel=5e-3)
+    assert bound <= 100 + 80 + latency
+
+
+def test_replicas_in_both_kinds_of_nodes_wait_for_both_kinds_of_links() -> None:
+    # All tokens and both experts are on rank 0; rank 1 of its node and rank 2 of another one have room for a replica each.
+    given_ = plan_input([[20.0, 20.0], [0.0, 0.0], [0.0, 0.0]], work(3.0), owner=[0, 0], slots=1, nodes=(0, 0, 1), intra=Link(1.0, 4.0))
+    given_ = replace(given_, topology=replace(given_.topology, inter_node=Link(1.0, 3.0)))
+    problem = LayerProblem(given_)
+    assert problem.kinds("far") == {"away": 3.0, "both": 7.0}  # tokens leave their node only for a replica elsewhere
+    assert problem.kinds("near") == {"home": 4.0, "away": 3.0, "both": 7.0}
+    # 120 s of work: 60 s on two ranks, 40 s on three; all-to-alls wait 8 * 4 s, and replicas there and back.
+    assert lower_bound(given_, 0) == pytest.approx(40 + 32 + 2 * 7, rel=5e-3)
+
+
+def test_a_replica_travels_as_a_whole() -> None:
+    # 40 s on the owner. Slices of a replica may come from any rank, but a replica takes 10 s there and 10 s back, and four ranks take 10 s.
+    given_ = plan_input([[10.0]] * 4, work(1.0, trainable_bytes=10.0, chunk_numel=12), owner=[0], slots=1)
+    assert 30.0 * (1 - 1e-5) <= lower_bound(given_, 0) <= 40.0
+
+
 def test_rows_are_shared_by_assignments_that_stay() -> None:
     # Two tokens on each rank choose both experts: two rows of 5 s on each rank if replicas keep all where they are. Those take 1 s each way
     # for the link to answer; all-to-alls would take 8 s.
