@@ -240,9 +240,11 @@ def _search(
         begins_X[start] = np.inf
         if start == _ALONE:
             begins_X[start] = seconds
-        elif start == _COVERED and len(topology.uplink_N) == 1:
+        if start == _ALONE or (start == _COVERED and len(topology.uplink_N) == 1):
             continue
-        elif (_BEGIN_SECONDS + _GIVE_SECONDS * (slots if start == _DEALT else ranks)) * size <= left:
+        begins = (_BEGIN_SECONDS + _GIVE_SECONDS * (slots if start == _DEALT else ranks)) * size
+        if begins <= left:
+            left -= begins
             _start(start, owner, room, wish, loads, topology, trial)
             begins_X[start] = _plan_seconds(owner, resident, loads, topology, cost, 2 * seconds, trial)
             if begins_X[start] < seconds:
