@@ -441,7 +441,7 @@ class FssdpConfig:
     def per_micro_step(self) -> bool:
         """Whether experts are gathered and their gradients reduced in every micro-step, not once a step. With plan auto, layers whose loads
         are steady go by history; those that do not are not foreseen here."""
-        return self.rematerialize or self.plan in ("calibrated", "exact")
+        return self.rematerialize or self.plan in ("calibrated", "exact", "replay")
 
 
 @dataclass(frozen=True, kw_only=True)

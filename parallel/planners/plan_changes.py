@@ -23,7 +23,7 @@ EXPERT, SOURCE, TARGET, VICTIM, AMOUNT = range(5)
 NOBODY = -1
 OTHERS, OTHER_NODES = -1, -2
 """instead of the rank that gives assignments: all other ranks that have the expert, or those in other nodes"""
-HAS, FREE, FULL = range(3)
+HAS, FREE, CROWDED = range(3)
 """kinds of ranks for an expert (see `_least_busy`)"""
 LEAST = 1e-6
 """assignments not worth moving"""
@@ -102,7 +102,7 @@ def _note(
 
 @loop
 def _least_busy(e: int, node: int, kind: int, replicas: Replicas, topology: TopologyNumbers, room: Room) -> int:
-    """The least busy rank of a node (-1: of all) that has an expert (`HAS`), has a slot for it (`FREE`) or must make room (`FULL`)."""
+    """The least busy rank of a node (-1: of all) that has an expert (`HAS`), has a slot for it (`FREE`) or must make room (`CROWDED`)."""
     best = NOBODY
     first = 0 if node < 0 else topology.first_N[node]
     last = len(room.busy_D) if node < 0 else topology.first_N[node + 1]
@@ -113,7 +113,7 @@ def _least_busy(e: int, node: int, kind: int, replicas: Replicas, topology: Topo
         elif room.free_D[d] > 0:
             fits = kind == FREE
         else:
-            fits = kind == FULL
+            fits = kind == CROWDED
         if fits and (best < 0 or room.busy_D[d] < room.busy_D[best]):
             best = d
     return best
@@ -160,7 +160,7 @@ def relieve_device(
             _least_busy(e, -1, HAS, replicas, topology, room),
             near,
             far if far != near else NOBODY,
-            _least_busy(e, -1, FULL, replicas, topology, room) if far < 0 else NOBODY,
+            _least_busy(e, -1, CROWDED, replicas, topology, room) if far < 0 else NOBODY,
         )
         busy_D[a] = saved
         for b in targets:
@@ -208,7 +208,7 @@ def _node_that_sends(e: int, n: int, replicas: Replicas, loads: LayerLoads, topo
 
 @loop
 def _best_in_node(e: int, n: int, replicas: Replicas, topology: TopologyNumbers, room: Room) -> int:
-    for kind in (HAS, FREE, FULL):
+    for kind in (HAS, FREE, CROWDED):
         d = _least_busy(e, n, kind, replicas, topology, room)
         if d >= 0:
             return d
