@@ -4,7 +4,7 @@ The simulator plans each step by policy auto from the loads that a predictor exp
 those with hindsight: planned from the true loads, but executed as a plan that was there before. `chosen` is what training and the simulator
 go by: each layer's best predictor so far, and for frozen parts, which stay, the mean of two windows. Hindsight is no bound for these: a
 plan that follows every step's loads moves frozen parts in every step. `judged` is `chosen`, but of several plans of auto, which differ in
-the slots that they use, the one that would have been fastest over the last five steps (`hecate.parallel.planners.robust`).
+the slots that they use, the one that would have been fastest over the last five steps (`benchmarks.recent_steps`).
 
 `plan=history`, `plan=calibrated` and `plan=exact` are the seconds of the experts of all steps but the first one in each mode, over those of
 the fastest of the three, and `plan=auto` those of what it chooses from the steps before (`hecate.engine.measured_modes`).
@@ -19,12 +19,12 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.recent_steps import cheapest_over
 from benchmarks.report import arguments, finish
 from hecate.engine.measured_modes import MODES, MeasuredModes, judge_step
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.planners.auto import plan_auto
-from hecate.parallel.planners.robust import cheapest_over
 from hecate.parallel.predictors import DECAYS, KEPT_WINDOWS, predicted_loads, weights
 from hecate.parallel.simulator import HISTORY_STEPS, Predictor, simulate
 from hecate.parallel.topology import Topology

@@ -9,7 +9,7 @@ Shapes: E experts, D ranks as sources and as destinations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,21 +74,30 @@ def one_layer(given: PlanInput, index: int, loads_ED: np.ndarray, resident_ED: n
     )
 
 
-def plan_after_router(planner: Callable[[PlanInput], Plan], given: PlanInput, present: LayerPlan, *, splits: bool) -> LayerPlan | None:
-    """What a layer's micro-step should go by in place of `present`, whose replicas have been gathered; None: by `present`.
+def best_after_router(
+    planner: Callable[[PlanInput], Plan], given: PlanInput, present: Sequence[LayerPlan], *, splits: bool
+) -> list[tuple[float, LayerPlan]]:
+    """For each layer the best plan that could take the place of `present`, whose replicas have been gathered, and its `calibration_gain`.
 
-    The plan that the planner makes of the true loads, or a new split over the replicas that are there, whichever gains more.
+    It is the plan that the planner makes of the true loads, or a new split over the replicas that are there. It is worth taking if it
+    gains anything.
 
     Args:
-        given: one layer under its true loads.
+        given: the layers under their true loads.
+        present: the plan of each layer.
         splits: whether a new split counts; the policies of other systems go by their own plans alone.
     """
-    candidates = [layer_plan(planner(given), given, 0)]
+    candidates = [planner(given)]
     if splits:
-        candidates.append(layer_plan(split_anew(given, present.placement.where_ED[None]), given, 0))
-    gains = [calibration_gain(given, present, candidate) for candidate in candidates]
-    best = int(np.argmax(gains))
-    return candidates[best] if gains[best] > 0 else None
+        candidates.append(split_anew(given, np.stack([plan.placement.where_ED for plan in present])))
+    found = []
+    for layer, now in enumerate(present):
+        alone = one_layer(given, layer, given.expected_LED[layer])
+        plans = [layer_plan(candidate, given, layer) for candidate in candidates]
+        gains = [calibration_gain(alone, now, plan) for plan in plans]
+        best = int(np.argmax(gains))
+        found.append((gains[best], plans[best]))
+    return found
 
 
 def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan) -> float:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hecate.parallel.predictors import KEPT_WINDOWS, predicted_loads
+from hecate.parallel.predictors import KEPT_WINDOWS, best_weights, weighted_sum
 from hecate.parallel.units import Unit, parse_unit
 
 
@@ -31,10 +31,13 @@ class LoadHistory:
         assert window >= 1, window
         self.window = window
         self._steps: deque[dict[Unit, np.ndarray]] = deque(maxlen=KEPT_WINDOWS * window)
+        self._totals: deque[dict[Unit, np.ndarray]] = deque(maxlen=KEPT_WINDOWS * window)
+        """of all ranks together, int64 [experts]: summed once, for each step is looked at many times"""
 
     def record(self, loads: dict[Unit, np.ndarray]) -> None:
         """Append one iteration: unit -> int64 [experts, source ranks]."""
         self._steps.append(loads)
+        self._totals.append({unit: loads_ED.sum(1) for unit, loads_ED in loads.items()})
 
     def recent(self, units: Sequence[Unit]) -> np.ndarray | None:
         """int64 [iterations, units, experts, source ranks], oldest first, of units with the same number of experts; None before the first
@@ -48,8 +51,14 @@ class LoadHistory:
             units: with the same number of experts.
             lasting: see `predicted_loads`.
         """
-        recent_SLED = self.recent(units)
-        return None if recent_SLED is None else predicted_loads(recent_SLED, self.window, lasting=lasting)
+        steps = list(self._steps)
+        if not steps:
+            return None
+        if lasting:
+            return np.stack([np.mean([step[unit] for step in steps], axis=0) for unit in units])
+        weight_LS = best_weights(np.stack([[totals[unit] for unit in units] for totals in self._totals]), self.window)
+        last = steps[-self.window :]
+        return np.stack([weighted_sum(weight_S, [step[unit] for step in last]) for unit, weight_S in zip(units, weight_LS, strict=True)])
 
     def snapshot(self) -> list[dict[Unit, np.ndarray]]:
         """The iterations held now, for `restore`; loads are never changed in place."""
@@ -58,7 +67,9 @@ class LoadHistory:
     def restore(self, steps: list[dict[Unit, np.ndarray]]) -> None:
         """Hold the iterations of a `snapshot` again."""
         self._steps.clear()
-        self._steps.extend(steps)
+        self._totals.clear()
+        for step in steps:
+            self.record(step)
 
     def redeal(self, world_size: int) -> None:
         """Spread each expert's loads evenly over `world_size` source ranks, in place of those that sent them: totals stay."""
@@ -70,9 +81,7 @@ class LoadHistory:
 
     def load_state_dict(self, state: list[dict[str, list[list[int]]]]) -> None:
         """Hold the iterations of a `state_dict`."""
-        self._steps.clear()
-        for step in state:
-            self.record({parse_unit(text): np.array(loads, dtype=np.int64).T.copy() for text, loads in step.items()})
+        self.restore([{parse_unit(text): np.array(loads, dtype=np.int64).T.copy() for text, loads in step.items()} for step in state])
 
 
 def _redealt(loads_ED: np.ndarray, world_size: int) -> np.ndarray:

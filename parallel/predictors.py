@@ -11,6 +11,9 @@ Shapes: S steps, oldest first; P predictors, L layers, E experts, D ranks as sou
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 DECAYS: dict[str, float] = {"mean": 1.0, "slow": 0.7, "quick": 0.4, "last": 0.0}
@@ -47,15 +50,29 @@ def prediction_errors(loads_SLE: np.ndarray, window: int) -> np.ndarray:
     error_PL = np.zeros((len(DECAYS), layers))
     for step in range(max(1, steps - window), steps):
         before_SLE = loads_SLE[max(0, step - window) : step]
-        predicted_PLE = _weighted_sum(weights(len(before_SLE)).T[..., None, None], before_SLE)
+        predicted_PLE = weighted_sum(weights(len(before_SLE)).T[..., None, None], before_SLE)
         error_PL += np.abs(_shares(predicted_PLE) - _shares(loads_SLE[step])).sum(-1) / 2
     return error_PL
 
 
-def best_predictors(loads_SLED: np.ndarray, window: int) -> list[str]:
-    """The predictor of each layer that has been least wrong about the last steps; of equal ones the first in `DECAYS`."""
+def best_predictors(totals_SLE: np.ndarray, window: int) -> list[str]:
+    """The predictor of each layer that has been least wrong about the last steps; of equal ones the first in `DECAYS`.
+
+    Args:
+        totals_SLE: assignments to each expert, of all ranks together.
+    """
     names = list(DECAYS)
-    return [names[index] for index in prediction_errors(loads_SLED.sum(-1), window).argmin(0)]
+    return [names[index] for index in prediction_errors(totals_SLE, window).argmin(0)]
+
+
+def best_weights(totals_SLE: np.ndarray, window: int) -> np.ndarray:
+    """float64 [layers, steps]: what each of the last steps, `window` of them at most, counts in the prediction that was least wrong.
+
+    Args:
+        totals_SLE: of the last steps, of which there is one at least, and of those by which predictors are judged.
+    """
+    names = list(DECAYS)
+    return weights(min(len(totals_SLE), window))[[names.index(name) for name in best_predictors(totals_SLE, window)]]
 
 
 def predicted_loads(loads_SLED: np.ndarray, window: int, *, lasting: bool = False) -> np.ndarray:
@@ -69,13 +86,11 @@ def predicted_loads(loads_SLED: np.ndarray, window: int, *, lasting: bool = Fals
     kept_SLED = loads_SLED[-KEPT_WINDOWS * window :]
     if lasting:
         return np.asarray(kept_SLED.mean(0))
-    last_SLED = kept_SLED[-window:]
-    names, weight_PS = list(DECAYS), weights(len(last_SLED))
-    weight_LS = weight_PS[[names.index(name) for name in best_predictors(kept_SLED, window)]]
-    return _weighted_sum(weight_LS.T[..., None, None], last_SLED)
+    weight_LS = best_weights(kept_SLED.sum(-1), window)
+    return weighted_sum(weight_LS.T[..., None, None], kept_SLED[-window:])
 
 
-def _weighted_sum(weight_S: np.ndarray, loads_S: np.ndarray) -> np.ndarray:
+def weighted_sum(weight_S: Sequence[Any] | np.ndarray, loads_S: Sequence[np.ndarray] | np.ndarray) -> np.ndarray:
     """float64, over the first dimension; all others are broadcast together."""
     total = weight_S[0] * loads_S[0]
     for weight, loads in zip(weight_S[1:], loads_S[1:], strict=True):

@@ -25,11 +25,10 @@ from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerS
 from hecate.parallel.executed_flows import executed_flows, served
 from hecate.parallel.flows import Flows, flows, node_membership
 from hecate.parallel.gather_bytes import PortBytes, gather_ports
-from hecate.parallel.layer_plan import calibration_gain, layer_plan, one_layer, price_missing
+from hecate.parallel.layer_plan import best_after_router, layer_plan, price_missing
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import Plan, PlanInput, Planner, plan_with
 from hecate.parallel.planners.auto import plan_auto
-from hecate.parallel.planners.new_split import split_anew
 from hecate.parallel.planners.plan import check_loads
 from hecate.parallel.predictors import predicted_loads
 from hecate.parallel.sharding import better_owners, owned_bytes, reshard_seconds
@@ -326,23 +325,13 @@ class _Better:
 def _better(planner: Planner, plan: Plan, given: PlanInput, true_LED: np.ndarray) -> _Better:
     """The plans that training would make after the routers."""
     known = replace(given, owner_LE=plan.owner_LE, loads_LED=true_LED.astype(np.float64))
-    candidates = [plan_with(planner, known)]
-    if planner is plan_auto:
-        candidates.append(split_anew(known, plan.where_LED))
-    gain_CL = np.array(
-        [
-            [
-                calibration_gain(one_layer(known, layer, true_LED[layer]), layer_plan(plan, given, layer), layer_plan(again, known, layer))
-                for layer in range(len(true_LED))
-            ]
-            for again in candidates
-        ]
-    )
-    best_L, layers = gain_CL.argmax(0), np.arange(len(true_LED))
-    where_LED = np.stack([again.where_LED for again in candidates])[best_L, layers]
-    quota_LED = np.stack([again.quotas(known.expected_LED, known.topology) for again in candidates])[best_L, layers]
-    adopted_L = gain_CL.max(0) > 0
-    return _Better(Plan(plan.owner_LE, where_LED, quota_LED), adopted_L, np.where(adopted_L[:, None, None], where_LED, plan.where_LED))
+    present = [layer_plan(plan, given, layer) for layer in range(len(true_LED))]
+    found = best_after_router(partial(plan_with, planner), known, present, splits=planner is plan_auto)
+    adopted_L = np.array([gain > 0 for gain, _ in found])
+    where_LED = np.stack([better.placement.where_ED for _, better in found])
+    quotas = [better.quota_ED for _, better in found if better.quota_ED is not None]
+    again = Plan(plan.owner_LE, where_LED, np.stack(quotas) if quotas else None)
+    return _Better(again, adopted_L, np.where(adopted_L[:, None, None], where_LED, plan.where_LED))
 
 
 def _after_calibration(before: LayerSeconds, after: LayerSeconds, brought_L: np.ndarray, setting: _Setting) -> LayerSeconds:

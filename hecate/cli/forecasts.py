@@ -87,11 +87,9 @@ def simulate(
     policy: Annotated[str, typer.Option(help="a name, several names separated by commas, or all")] = "all",
     steps: Annotated[int, typer.Option(min=1, help="number of steps")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="seed of the workload")] = 0,
-    exact: Annotated[bool, typer.Option("--exact", help="plan with the step's own loads, not with those of earlier steps")] = False,
-    calibrated: Annotated[
-        bool, typer.Option("--calibrated", help="replace a plan from earlier steps after the router where that pays")
-    ] = False,
-    replay: Annotated[bool, typer.Option("--replay", help="as --exact, but known before the step: attention hides gathers")] = False,
+    plan: Annotated[
+        str, typer.Option(help="from which loads layers are planned, as fssdp.plan: history, calibrated, exact, replay")
+    ] = "history",
     rematerialize: Annotated[bool, typer.Option("--rematerialize", help="free replicas between forward and backward pass")] = False,
     prefetch: Annotated[int, typer.Option(min=0, help="decoder layers by which a gather starts early; 0: nothing hides it")] = 1,
     micro_steps: Annotated[int, typer.Option(min=1, help="micro-steps that share a step's tokens, its gather and its reduction")] = 1,
@@ -114,12 +112,10 @@ def simulate(
 
         run_sweep(sweep, wide, json_path, plot_path)
         return
-    if (given := [name for name, value in (("--exact", exact), ("--calibrated", calibrated), ("--replay", replay)) if value])[1:]:
-        raise UserError(f"{' and '.join(given)}: a plan is made from loads of one kind; give one of them")
     if trace is not None:
         others = ("workload", "tokens", "steps", "seed")
         _refuse_beside(context, "--trace", "the trace says them", allowed=tuple(name for name in context.params if name not in others))
-    from hecate.forecast.cases import known_route
+    from hecate.forecast.cases import known_plan, known_route
     from hecate.forecast.simulate import run_simulation
     from hecate.parallel.cost_model import ExecutionMode
 
@@ -134,7 +130,7 @@ def simulate(
         steps=steps,
         seed=seed,
         execution=ExecutionMode(
-            plan="replay" if replay else "exact" if exact else "calibrated" if calibrated else "history",
+            plan=known_plan(plan, "--plan"),
             rematerialize=rematerialize,
             prefetch=prefetch,
             micro_steps=micro_steps,

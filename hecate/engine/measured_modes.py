@@ -18,9 +18,8 @@ import numpy as np
 
 from hecate.parallel.cost_model import PlanMode, price
 from hecate.parallel.executed_flows import executed_flows
-from hecate.parallel.layer_plan import calibration_gain, layer_plan, one_layer
+from hecate.parallel.layer_plan import best_after_router, layer_plan
 from hecate.parallel.planners import Plan, PlanInput
-from hecate.parallel.planners.new_split import split_anew
 from hecate.parallel.predictors import predicted_loads
 
 MODES: tuple[PlanMode, ...] = ("history", "calibrated", "exact")
@@ -46,7 +45,7 @@ def judge_step(
     Args:
         given: of a whole step, with the loads that were predicted; `PlanInput.execution` says how many micro-steps it had.
         true_LED: of the whole step.
-        splits: see `plan_after_router`.
+        splits: see `best_after_router`.
         before: the step before, whose replicas of frozen parts are there; None: those that a plan needs are there.
     """
     history, calibrated, exact = (_in_mode(given, mode) for mode in ("history", "calibrated", "exact"))
@@ -56,22 +55,10 @@ def judge_step(
     # Micro-steps that share a gather may get another plan than those that gather for themselves.
     first_alone = first if calibrated.execution.micro_steps == 1 else planner(calibrated)
     true_calibrated = replace(calibrated, loads_LED=true_LED / calibrated.execution.micro_steps)
-    later = [planner(true_calibrated)] + ([split_anew(true_calibrated, first_alone.where_LED)] if splits else [])
     exact = replace(exact, loads_LED=true_LED / exact.execution.micro_steps, resident_LED=held_by_own_LED, present_LED=held_by_own_LED)
     own = planner(exact)
-    gain_L = np.array(
-        [
-            [
-                calibration_gain(
-                    one_layer(true_calibrated, at, true_calibrated.expected_LED[at]),
-                    layer_plan(first_alone, calibrated, at),
-                    layer_plan(better, true_calibrated, at),
-                )
-                for at in range(given.num_layers)
-            ]
-            for better in later
-        ]
-    ).max(0)
+    present = [layer_plan(first_alone, calibrated, at) for at in range(given.num_layers)]
+    gain_L = np.array([gain for gain, _ in best_after_router(planner, true_calibrated, present, splits=splits)])
     seconds_ML = np.stack(
         [
             _seconds(first, history, true_LED),
@@ -88,7 +75,7 @@ class MeasuredModes:
 
     Args:
         window: the most steps from which each of them is predicted.
-        splits: see `plan_after_router`.
+        splits: see `best_after_router`.
     """
 
     def __init__(self, window: int, *, splits: bool = False) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from hecate.engine.measured_modes import MeasuredModes
 from hecate.experts.family import ExpertFamily, OwnedChunks
 from hecate.parallel.cost_model import ExecutionMode, PlanChoice, PlanMode
-from hecate.parallel.layer_plan import LayerPlan, layer_plan, one_layer, plan_after_router
+from hecate.parallel.layer_plan import LayerPlan, best_after_router, layer_plan, one_layer
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.loads import LoadHistory, imbalance
 from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
@@ -260,9 +260,9 @@ class StepPlans:
             plan = layer_plan(planner(given), given, 0)
             self._last_planned[unit] = plan.placement
             return plan
-        better = plan_after_router(planner, given, self._plans[unit], splits=self.config.planner is plan_auto)
-        self.calibrations += better is not None
-        return better
+        ((gain, plan),) = best_after_router(planner, given, [self._plans[unit]], splits=self.config.planner is plan_auto)
+        self.calibrations += gain > 0
+        return plan if gain > 0 else None
 
     def fetch_frozen(self, unit: Unit) -> FrozenMove | None:
         """What has to move so that ranks hold the frozen parts that a layer's placement needs, which count as held from now on; what has no

@@ -13,7 +13,7 @@ import numpy as np
 from hecate.config.presets import find_preset
 from hecate.errors import UserError
 from hecate.forecast.sharding_groups import ep_group_sizes, simulate_groups, sum_over_groups, with_sum
-from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, RouteChoice
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, PlanMode, RouteChoice
 from hecate.parallel.megatron_traces import load_megatron_trace
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.model_shapes import ModelShape, load_model_shape
@@ -77,8 +77,9 @@ class Case:
             begins: a function that is called with the name of each policy before it is simulated.
         """
         model, topology = self.model, self.topology
-        found = [self._simulate(name, options, options.shard_size, begins) for name in options.policies]
-        baseline = self.baseline(options) if BASELINE in options.policies else None
+        known = replace(self, recorded=self._loads(options))  # loads are drawn once for all policies
+        found = [known._simulate(name, options, options.shard_size, begins) for name in options.policies]
+        baseline = known.baseline(options) if BASELINE in options.policies else None
         facts = {
             "topology": self.topology_name,
             "ranks": topology.world_size,
@@ -282,6 +283,18 @@ def chosen_policies(names: str | Sequence[str], what: str) -> tuple[str, ...]:
 
 def _listed(names: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
+
+
+def known_plan(name: object, what: str) -> PlanMode:
+    """Return the mode of planning of a name.
+
+    Raises:
+        UserError: there is none that can be simulated.
+    """
+    for mode in get_args(PlanMode):
+        if mode == name:
+            return mode
+    raise UserError(f"{what} must be one of {', '.join(get_args(PlanMode))}, got {name!r}")
 
 
 def known_route(name: object, what: str) -> RouteChoice:

@@ -8,12 +8,12 @@ from typing import Any
 import yaml
 
 from hecate.errors import UserError
-from hecate.forecast.cases import Case, Options, chosen, chosen_policies, known_route, synthetic_cases
+from hecate.forecast.cases import Case, Options, chosen, chosen_policies, known_plan, known_route, synthetic_cases
 from hecate.parallel.cost_model import HISTORY, ExecutionMode
 from hecate.parallel.workloads import WORKLOADS
 
 _TOP = (
-    *("policies", "steps", "seed", "exact", "replay", "rematerialize", "prefetch", "micro_steps", "route", "max_imbalance", "shard_size"),
+    *("policies", "steps", "seed", "plan", "rematerialize", "prefetch", "micro_steps", "route", "max_imbalance", "shard_size"),
     "runs",
 )
 _RUN = ("topologies", "models", "workloads", "tokens_per_rank", "experts")
@@ -92,7 +92,7 @@ def _flag(mapping: dict[str, Any], key: str, where: str) -> bool:
 
 def _execution(mapping: dict[str, Any], where: str) -> ExecutionMode:
     return ExecutionMode(
-        plan="replay" if _flag(mapping, "replay", where) else "exact" if _flag(mapping, "exact", where) else "history",
+        plan=known_plan(mapping.get("plan", HISTORY.plan), f"{where}: plan"),
         rematerialize=_flag(mapping, "rematerialize", where),
         prefetch=_count(mapping, "prefetch", where, HISTORY.prefetch, least=0),
         micro_steps=_count(mapping, "micro_steps", where, HISTORY.micro_steps),

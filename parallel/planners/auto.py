@@ -67,7 +67,8 @@ _BEGIN_SECONDS, _ROUND_SECONDS = 4e-7, 1e-6
 def plan_auto(given: PlanInput) -> Plan:
     """The fastest of a few candidate plans under the cost model, layer by layer; with `max_imbalance`, of those that keep to it.
 
-    Never gives a device more replicas than it has slots. Before any load is known every expert counts as equally hot.
+    With `max_imbalance` there is no local search. Never gives a device more replicas than it has slots. Before any load is known every
+    expert counts as equally hot.
 
     The moves are greedy, so with more slots they may end up worse. Where a layer is small all smaller budgets are tried as well, smallest
     first, so that more slots for everyone never cost seconds. Of plans that are equally fast the first, everything everywhere before all
@@ -117,7 +118,8 @@ def plan_auto(given: PlanInput) -> Plan:
 
 
 _AFTER_ROUTER = [0, 3, 4]
-"""the candidates where ranks wait for the plan: half the time, for plans that the search brings near to those of all candidates"""
+"""places in `CANDIDATES` of those that are made where ranks wait for the plan: half the time, and the search brings their plans near to
+those of all candidates"""
 _DEGREES = max(len(slacks) for _, slacks in CANDIDATES)
 _REPLICATIONS = np.array([rule for rule, _ in CANDIDATES])
 _SLACKS = np.array([(0.0, *slacks, *(0.0,) * (_DEGREES - len(slacks))) for _, slacks in CANDIDATES])

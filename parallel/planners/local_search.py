@@ -37,6 +37,7 @@ from hecate.parallel.planners.plan_changes import (
     Room,
     Sums,
     give_up,
+    least_busy_other,
     relieve_device,
     relieve_port,
 )
@@ -226,11 +227,7 @@ def _change(
     e, source, target, victim = int(changes[x, EXPERT]), int(changes[x, SOURCE]), int(changes[x, TARGET]), int(changes[x, VICTIM])
     placed = False
     if victim >= 0:
-        heir = owner[victim]
-        for c in range(replicas.count_E[victim]):
-            d = replicas.rank_EC[victim, c]
-            if d != target and room.busy_before_D[d] < room.busy_before_D[heir]:
-                heir = d
+        heir = least_busy_other(victim, target, owner, room.busy_before_D, replicas)
         replicas.quota_ED[victim, heir] += replicas.quota_ED[victim, target]
         remove(replicas, victim, target)
         placed = True
@@ -306,24 +303,6 @@ def _set_free(slots: np.ndarray, owner: np.ndarray, replicas: Replicas, room: Ro
 
 
 @loop
-def _propose(
-    place: int,
-    giving_up: bool,
-    owner: np.ndarray,
-    sums: Sums,
-    replicas: Replicas,
-    loads: LayerLoads,
-    topology: TopologyNumbers,
-    room: Room,
-    changes: np.ndarray,
-) -> int:
-    """Fill `changes`; returns how many there are."""
-    count = relieve_device(place, owner, sums, replicas, topology, room, changes)
-    count = relieve_port(place, count, owner, replicas, loads, topology, room, changes)
-    return give_up(place, count, owner, replicas, room, changes) if giving_up else count
-
-
-@loop
 def improve(
     owner: np.ndarray,
     slots: np.ndarray,
@@ -358,7 +337,10 @@ def improve(
         _set_free(slots, owner, replicas, room)
         seconds = _surrogate_seconds(sums, loads, topology, cost, room) + fixed
         costly = fixed - optimizer > _EXPOSED * seconds
-        count = _propose(place, costly, owner, sums, replicas, loads, topology, room, changes)
+        count = relieve_device(place, owner, sums, replicas, topology, room, changes)
+        count = relieve_port(place, count, owner, replicas, loads, topology, room, changes)
+        if costly:
+            count = give_up(place, count, owner, replicas, room, changes)
         for d in range(ranks):
             room.busy_before_D[d] = room.busy_D[d]
         _copy_sums(sums, before)

@@ -84,6 +84,17 @@ def _victim(target: int, spared: int, owner: np.ndarray, replicas: Replicas) -> 
 
 
 @loop
+def least_busy_other(e: int, rank: int, owner: np.ndarray, busy_D: np.ndarray, replicas: Replicas) -> int:
+    """Of the ranks that have an expert, apart from one, which is not its owner, the least busy; of equals its owner, then by index."""
+    best = owner[e]
+    for c in range(replicas.count_E[e]):
+        d = replicas.rank_EC[e, c]
+        if d != rank and busy_D[d] < busy_D[best]:
+            best = d
+    return int(best)
+
+
+@loop
 def _note(
     e: int, source: int, target: int, amount: float, count: int, owner: np.ndarray, replicas: Replicas, room: Room, changes: np.ndarray
 ) -> int:
@@ -298,13 +309,10 @@ def give_up(place: int, count: int, owner: np.ndarray, replicas: Replicas, room:
     e = _ranked(room.value_E, place)
     if e < 0:
         return count
-    rank, heir = NOBODY, owner[e]
+    rank = NOBODY
     for c in range(replicas.count_E[e]):
         d = replicas.rank_EC[e, c]
         if d != owner[e] and (rank < 0 or replicas.quota_ED[e, d] < replicas.quota_ED[e, rank]):
             rank = d
-    for c in range(replicas.count_E[e]):
-        d = replicas.rank_EC[e, c]
-        if d != rank and room.busy_D[d] < room.busy_D[heir]:
-            heir = d
+    heir = least_busy_other(e, rank, owner, room.busy_D, replicas)
     return _note(e, rank, heir, max(replicas.quota_ED[e, rank], 2 * LEAST), count, owner, replicas, room, changes)

@@ -38,7 +38,7 @@ def test_each_layer_goes_by_its_own_predictor() -> None:
     swinging = of_one_layer(*[[60, 40], [40, 60]] * 5)
     settling = of_one_layer(*[[90, 10]] * 7, *[[10, 90]] * 3)
     both = np.concatenate([swinging, settling], axis=1)
-    assert best_predictors(both, WINDOW) == ["mean", "last"]
+    assert best_predictors(both.sum(-1), WINDOW) == ["mean", "last"]
     predicted_LED = predicted_loads(both, WINDOW)
     assert predicted_LED[:, :, 0].tolist() == [[pytest.approx(48), pytest.approx(52)], [10, 90]]
 
@@ -51,7 +51,7 @@ def test_what_lasts_is_planned_for_the_mean_of_all_that_is_kept() -> None:
 @pytest.mark.parametrize(("workload", "expected"), [("lognormal", {"mean", "slow"}), ("dirichlet_drift", {"last", "quick"})])
 def test_loads_that_scatter_and_loads_that_drift(workload: str, expected: set[str]) -> None:
     loads = WORKLOADS[workload](10, 4, 4, 16, 4096, 2, 0)
-    assert set(best_predictors(loads, WINDOW)) <= expected
+    assert set(best_predictors(loads.sum(-1), WINDOW)) <= expected
 
 
 def test_a_layer_without_any_token_is_predicted_to_have_none() -> None:

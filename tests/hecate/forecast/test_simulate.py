@@ -213,14 +213,14 @@ def sweep(folder: Path, text: str) -> tuple[list[Case], Options]:
 
 
 def test_a_sweep_may_know_loads_ahead(model: str, tmp_path: Path) -> None:
-    _, options = sweep(tmp_path, f"{{replay: true, runs: [{{topologies: two-cpu-ranks, models: {model}}}]}}")
+    _, options = sweep(tmp_path, f"{{plan: replay, runs: [{{topologies: two-cpu-ranks, models: {model}}}]}}")
     assert options.execution == ExecutionMode(plan="replay")
 
 
 def test_a_sweep_multiplies_out(model: str, tmp_path: Path) -> None:
     run = f"{{topologies: [two-cpu-ranks, four-cpu-ranks], models: {model}, workloads: [zipf, burst], tokens_per_rank: 32}}"
     cases, options = sweep(
-        tmp_path, f"{{exact: true, prefetch: 2, route: flat, steps: 3, policies: full, max_imbalance: 1.5, runs: [{run}]}}"
+        tmp_path, f"{{plan: exact, prefetch: 2, route: flat, steps: 3, policies: full, max_imbalance: 1.5, runs: [{run}]}}"
     )
     execution = ExecutionMode(plan="exact", prefetch=2, route="flat")
     assert options == Options(policies=("full",), steps=3, execution=execution, max_imbalance=1.5)
@@ -242,10 +242,11 @@ def test_a_sweep_multiplies_out(model: str, tmp_path: Path) -> None:
         ("{runs: [{topologies: h100-node, models: x, token: 2}]}", r"runs\[0\]: unknown: token"),
         ("{step: 2, runs: [{topologies: h100-node, models: x}]}", "unknown: step\n  there are policies, steps"),
         ("{steps: 0, runs: [{topologies: h100-node, models: x}]}", "steps must be an integer >= 1, got 0"),
-        ("{exact: 1, runs: [{topologies: h100-node, models: x}]}", "exact must be true or false, got 1"),
+        ("{plan: 1, runs: [{topologies: h100-node, models: x}]}", "plan must be one of history, calibrated, exact, replay, got 1"),
+        ("{rematerialize: 1, runs: [{topologies: h100-node, models: x}]}", "rematerialize must be true or false, got 1"),
         ("{prefetch: -1, runs: [{topologies: h100-node, models: x}]}", "prefetch must be an integer >= 0, got -1"),
         ("{route: near, runs: [{topologies: h100-node, models: x}]}", "route must be one of fastest, flat, two_level, sliced, got 'near'"),
-        ("{micro_steps: 2, exact: true, runs: [{topologies: h100-node, models: x}]}", "2 micro-steps share no plan"),
+        ("{micro_steps: 2, plan: exact, runs: [{topologies: h100-node, models: x}]}", "2 micro-steps share no plan"),
         ("{max_imbalance: 0.5, runs: [{topologies: h100-node, models: x}]}", "max_imbalance must be a number >= 1, got 0.5"),
         ("{runs: [{topologies: h100-node, models: x}]}", r"runs\[0\]: model x: no such preset"),
         ("{runs: [{topologies: [1], models: x}]}", r"runs\[0\].topologies: must be a name or a list of names, got \[1\]"),

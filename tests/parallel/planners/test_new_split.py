@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.flows import even_quota
-from hecate.parallel.layer_plan import layer_plan, plan_after_router
+from hecate.parallel.layer_plan import best_after_router, layer_plan
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.new_split import split_anew
@@ -42,8 +42,8 @@ def moved_tokens() -> tuple[PlanInput, PlanInput, Plan]:
 
 def test_tokens_are_split_anew_over_the_replicas_that_are_there() -> None:
     before, after, plan = moved_tokens()
-    found = plan_after_router(plan_auto, after, layer_plan(plan, before, 0), splits=True)
-    assert found is not None
+    ((gain, found),) = best_after_router(plan_auto, after, [layer_plan(plan, before, 0)], splits=True)
+    assert gain > 0
     assert np.array_equal(found.placement.where_ED, plan.where_LED[0])
     assert found.quota_ED is not None
     np.testing.assert_allclose(found.quota_ED[0], [500.0, 500.0], rtol=0.06)
@@ -51,11 +51,11 @@ def test_tokens_are_split_anew_over_the_replicas_that_are_there() -> None:
 
 def test_without_new_splits_the_planner_alone_decides() -> None:
     before, after, plan = moved_tokens()
-    found = plan_after_router(plan_auto, after, layer_plan(plan, before, 0), splits=False)
-    assert found is None or not found.placement.where_ED[0, 1]
+    ((_, found),) = best_after_router(plan_auto, after, [layer_plan(plan, before, 0)], splits=False)
+    assert not found.placement.where_ED[0, 1]
 
 
-def test_nothing_changes_where_the_loads_are_those_that_were_planned() -> None:
+def test_nothing_is_gained_where_the_loads_are_those_that_were_planned() -> None:
     before, _, _ = moved_tokens()
-    plan = plan_auto(before)
-    assert plan_after_router(plan_auto, before, layer_plan(plan, before, 0), splits=True) is None
+    ((gain, _),) = best_after_router(plan_auto, before, [layer_plan(plan_auto(before), before, 0)], splits=True)
+    assert gain <= 0

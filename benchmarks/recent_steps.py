@@ -1,4 +1,4 @@
-"""Choose among plans by what they would have cost in the last steps, and not by the loads that they were made for.
+"""Choose among plans by what they would have cost in the last steps, for `benchmarks.prediction`; no planner does this.
 
 The loads that come are never those that were predicted. Of two plans that are equally fast under the prediction one may bear a wrong
 prediction better: for example, the one that keeps tokens on their ranks, whatever they are. So candidates are priced on the loads of each

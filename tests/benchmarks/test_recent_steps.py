@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.recent_steps import cheapest_over, seconds_over
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.planners import Plan, PlanInput
-from hecate.parallel.planners.robust import cheapest_over, seconds_over
 from testing.unit_cases import unit_topology
 
 NODE = unit_topology((0, 0), memory_bandwidth=1.0)
