@@ -101,20 +101,22 @@ class Relaxation:
         self.cuts = problem.cost.chunk_numel > 1 and len(self.r_D) > 2 and numbers.route in (FASTEST, SLICED)
         self.whole = 0.0 if self.stays else self._whole_replica()
         latency = self._latency_of_staying() if self.stays else min(self.kinds.values(), default=0.0)
-        frozen = problem.cost.frozen_bytes if self.all_fresh else 0.0
-        gathers = 2 if frozen else 1
         hidden_again = numbers.second_gathers and numbers.hides_second_gather
         shared = numbers.message_share * latency
-        gathers_latency = shared + (gathers - 1) * latency
         trainable, reduced = problem.cost.trainable_bytes, problem.cost.reduced_bytes
         self.hidden_by = [
-            (numbers.hides_gather, gathers_latency, trainable + frozen / problem.cost.frozen_lifetime),
-            (numbers.hides_reduce, latency + shared if hidden_again else latency, reduced + trainable if hidden_again else reduced),
+            (1.0, numbers.hides_reduce, latency + shared if hidden_again else latency, reduced + trainable if hidden_again else reduced),
+            (1.0, numbers.hides_gather, shared, trainable),
         ]
-        """of each exchange of experts: what it hides behind, its latency, and the bytes of each replica; the exchanges are the gather, the
-        way back, and a second gather that nothing hides"""
+        """of each exchange of experts: in which share of the steps, what it hides behind, its latency, and the bytes of each replica; the
+        exchanges are the way back, the gather, the gather with frozen parts, and a second gather that nothing hides"""
+        if problem.cost.frozen_bytes:
+            fetched, frozen = numbers.fetched_share, problem.cost.frozen_bytes
+            self.hidden_by[1] = (1.0 - fetched, *self.hidden_by[1][1:])
+            fresh = (latency, frozen) if self.all_fresh else (0.0, 0.0)
+            self.hidden_by.append((fetched, numbers.hides_gather, shared + fresh[0], trainable + fresh[1]))
         if numbers.second_gathers and not hidden_again:
-            self.hidden_by.append((0.0, shared, trainable))
+            self.hidden_by.append((1.0, 0.0, shared, trainable))
 
     def least(self) -> float:
         """Seconds that none of these plans goes below; infinity if there are none."""
@@ -127,7 +129,7 @@ class Relaxation:
             "far": travel and len(self.devices_N) > 1,
         }
         per_byte, slowdown = self.whole / self.fastest, p.topology.overlap_slowdown
-        exposed = sum(exposed_seconds(work, wait + nbytes * per_byte, slowdown) for work, wait, nbytes in self.hidden_by)
+        exposed = sum(share * exposed_seconds(work, wait + nbytes * per_byte, slowdown) for share, work, wait, nbytes in self.hidden_by)
         budget = self.cutoff * (1 + MARGIN) - self.fixed - exposed
         if not possible[self.reach] or budget < p.balanced:
             return np.inf
@@ -245,21 +247,20 @@ class Relaxation:
         """Seconds that SparseAllGather and SparseReduceScatter add, beyond what hides."""
         p, cost, slowdown = self.problem, self.problem.cost, self.problem.topology.overlap_slowdown
         trainable = self._gather(~p.owned_ED)
-        gather = [(trainable, cost.trainable_bytes)]
+        gather, back = [(trainable, cost.trainable_bytes)], [(trainable, cost.reduced_bytes)]
+        hidden_again = p.numbers.second_gathers and p.numbers.hides_second_gather
+        travels = [back + gather if hidden_again else back, gather]
         if cost.frozen_bytes:
             frozen = trainable if self.all_fresh else self._gather(p.fresh_ED)
-            gather.append((frozen, cost.frozen_bytes / cost.frozen_lifetime))
-        back, again = [(trainable, cost.reduced_bytes)], [(trainable, cost.trainable_bytes)]
-        if not p.numbers.second_gathers:
-            travels = [gather, back]
-        else:
-            travels = [gather, back + again] if p.numbers.hides_second_gather else [gather, back, again]
-        for (work, latency, _), traffic in zip(self.hidden_by, travels, strict=True):
+            travels.append([*gather, (frozen, cost.frozen_bytes)])
+        if p.numbers.second_gathers and not hidden_again:
+            travels.append(gather)
+        for (share, work, latency, _), traffic in zip(self.hidden_by, travels, strict=True):
             added = self._seconds()
             # Convex: while hidden, a transfer adds slowdown - 1 of itself; the rest of it, all.
             for slope, hidden in ((slowdown - 1, 0.0), (1.0, (2 - slowdown) * work)):
-                terms = [(count, slope * nbytes / (self.fastest * self.cutoff), 0) for count, nbytes in traffic]
-                self.program.at_most([(hidden - slope * latency) / self.cutoff], *terms, (added, -1.0, 0))
+                terms = [(count, share * slope * nbytes / (self.fastest * self.cutoff), 0) for count, nbytes in traffic]
+                self.program.at_most([share * (hidden - slope * latency) / self.cutoff], *terms, (added, -1.0, 0))
 
     def _gather(self, counted_ED: np.ndarray) -> np.ndarray:
         """Experts through the busiest port, for the replicas in `counted_ED`, by any route; a slow port counts as more on the fastest one.

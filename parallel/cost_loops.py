@@ -165,13 +165,15 @@ def replica_parts(
     if route != FLAT or cost.reduced_bytes != cost.trainable_bytes:
         reduce = route_seconds(route, slices, True, cost.reduced_bytes, topology, copies, trainable)
     all_exchanges(route, slices, copies, trainable)
-    gather = again  # frozen parts stay, and so `again` is without them
-    if cost.frozen_bytes_a_step > 0:
+    gather, added = again, exposed_seconds(cost.hides_gather, again, topology.slowdown)
+    if cost.frozen_bytes > 0:
+        # Frozen parts travel in one step and stay: that step may have to wait for them, though all steps together would hide as many bytes.
         count_frozen(owner, replicas, resident, topology, frozen)
-        gather += port_seconds(frozen, topology) * cost.frozen_bytes_a_step + transfer_latency(frozen, topology)
+        fetch = port_seconds(frozen, topology) * cost.frozen_bytes + transfer_latency(frozen, topology)
+        gather += cost.fetched_share * fetch
+        added += cost.fetched_share * (exposed_seconds(cost.hides_gather, again + fetch, topology.slowdown) - added)
     else:
         clear(frozen)
-    added = exposed_seconds(cost.hides_gather, gather, topology.slowdown)
     if cost.second_gathers == 0:
         added += exposed_seconds(cost.hides_reduce, reduce, topology.slowdown)
     elif cost.hides_second_gather:

@@ -86,7 +86,7 @@ class LayerCost:
     """The cost of a layer, from which planners plan together with its loads. Bytes are of one expert, FLOPs of one forward pass.
 
     Raises:
-        UserError: a number is negative or not finite, or `top_k` or `frozen_lifetime` is 0.
+        UserError: a number is negative or not finite, or `top_k` or `frozen_lifetime` is less than 1.
     """
 
     trainable_bytes: float
@@ -126,9 +126,9 @@ class LayerCost:
         for name, value in vars(self).items():
             if value is not None and not 0 <= value < np.inf:
                 raise UserError(f"layer cost: {name} must be finite and not negative, got {value}")
-        if self.top_k < 1 or self.frozen_lifetime == 0 or self.chunk_numel < 1:
+        if min(self.top_k, self.frozen_lifetime, self.chunk_numel) < 1:
             raise UserError(
-                "layer cost: top_k and chunk_numel must be >= 1 and frozen_lifetime > 0, "
+                "layer cost: top_k, chunk_numel and frozen_lifetime must be >= 1, "
                 f"got {self.top_k}, {self.chunk_numel} and {self.frozen_lifetime}"
             )
 
@@ -300,7 +300,8 @@ def cost_numbers(cost: LayerCost, topology: Topology, execution: ExecutionMode) 
     return CostNumbers(
         float(cost.trainable_bytes),
         float(cost.reduced_bytes),
-        float(cost.frozen_bytes / cost.frozen_lifetime),
+        float(cost.frozen_bytes),
+        float(1 / cost.frozen_lifetime),
         float(cost.reduced_bytes + 2 * cost.state_bytes),
         int(cost.top_k),
         float(cost.row_bytes),

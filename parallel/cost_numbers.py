@@ -40,7 +40,9 @@ class CostNumbers(NamedTuple):
 
     trainable_bytes: float
     reduced_bytes: float
-    frozen_bytes_a_step: float
+    frozen_bytes: float
+    fetched_share: float
+    """of the steps of a replica that a rank lacks: in those its frozen part travels; 1 over its lifetime"""
     optimizer_bytes: float
     top_k: int
     row_bytes: float

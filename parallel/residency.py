@@ -9,6 +9,7 @@ Shapes: E experts, D ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,13 @@ import numpy as np
 from hecate.parallel.transfer_plan import Exchange, exchange_of
 
 _NEVER = -1
+_MEMORY = 0.95
+"""how much less a step counts than the one after it"""
+_USES_BEFORE_ANY, _FETCHES_BEFORE_ANY = 20.0, 1.0
+"""uses and fetches to begin with, per layer"""
+_OF_MEAN_USES = 0.35
+"""replicas that another plan would bring are used for fewer steps than those that are there, most of which every plan wants"""
+_LEAST_USES, _MOST_USES = 1.5, 200.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +41,10 @@ class Residency:
     last_use_ED: np.ndarray
     """int64 [experts, ranks]: `clock` of the last placement that needed it"""
     clock: int = 0
+    uses: float = _USES_BEFORE_ANY
+    """replicas that steps have computed with, the latest steps counting most"""
+    fetches: float = _FETCHES_BEFORE_ANY
+    """replicas that placements have brought, in the same way"""
 
     @classmethod
     def of_owners(cls, owner_E: np.ndarray, slots_D: np.ndarray) -> Residency:
@@ -58,7 +70,13 @@ class Residency:
         """
         clock = self.clock + 1
         used_ED = np.where(where_ED, clock, self.last_use_ED)
-        return replace(self.hold_for_now(where_ED), needed_ED=where_ED, last_use_ED=used_ED, clock=clock).evict()
+        fetches = self.fetches + int((where_ED & ~self.held_ED).sum())
+        return replace(self.hold_for_now(where_ED), needed_ED=where_ED, last_use_ED=used_ED, clock=clock, fetches=fetches).evict()
+
+    def after_step(self) -> Residency:
+        """After a step that has computed with the last placement."""
+        uses = _MEMORY * self.uses + int((self.needed_ED & ~self.owned_ED).sum())
+        return replace(self, uses=uses, fetches=_MEMORY * self.fetches)
 
     def hold_for_now(self, where_ED: np.ndarray) -> Residency:
         """As `need`, but nothing is given up before the next `evict`, and what is fetched does not count as used."""
@@ -84,6 +102,16 @@ class Residency:
         used_ED = np.where(self.owned_ED, clock, self.last_use_ED)
         moved = replace(self, owner_E=owner_E, last_use_ED=used_ED, clock=clock)
         return replace(moved.hold_for_now(moved.owned_ED), needed_ED=moved.owned_ED).evict()
+
+
+def expected_uses(layers: Sequence[Residency]) -> float:
+    """For how many steps a replica will be computed with if it is brought now, by what the last few tens of steps show of these layers.
+
+    Planners pay a frozen part over so many steps. A number that is too high has them fetch other replicas in each step for gains that do
+    not last; one that is too low has them fetch none.
+    """
+    mean = sum(layer.uses for layer in layers) / sum(layer.fetches for layer in layers)
+    return min(max(_OF_MEAN_USES * mean, _LEAST_USES), _MOST_USES)
 
 
 @dataclass(frozen=True, eq=False)

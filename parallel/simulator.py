@@ -13,7 +13,7 @@ Shapes: L layers, E experts, S = D ranks as sources and as destinations.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -31,12 +31,14 @@ from hecate.parallel.planners import Plan, PlanInput, Planner, plan_with
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.plan import check_loads
 from hecate.parallel.predictors import predicted_loads
+from hecate.parallel.residency import Residency, expected_uses
 from hecate.parallel.sharding import better_owners, owned_bytes, reshard_seconds
 from hecate.parallel.topology import Topology
 
 HISTORY_STEPS = 5
 """from which the next one's loads are predicted, as by `fssdp.load_window` (Hecate §3.2)"""
 Predictor = Callable[[np.ndarray], np.ndarray]
+Lifetime = Callable[[Sequence[Residency]], float]
 """a function of the loads of all steps so far, int64 [steps, layers, experts, source ranks], that returns the next step's, float64"""
 
 
@@ -124,6 +126,7 @@ def simulate(
     execution: ExecutionMode = HISTORY,
     history_steps: int = HISTORY_STEPS,
     predict: Predictor | None = None,
+    lifetime: Lifetime = expected_uses,
     max_imbalance: float | None = None,
     reshard_interval: int | None = None,
     num_layers: int | None = None,
@@ -139,6 +142,7 @@ def simulate(
         execution: how plans are executed; see `ExecutionMode`.
         history_steps: the most steps from which the next one's loads are predicted.
         predict: predicts in place of `predicted_loads`.
+        lifetime: over how many steps planners pay a replica's frozen part.
         max_imbalance: see `PlanInput.max_imbalance`.
         reshard_interval: every so many steps `hecate_paper` and `auto` move experts to better owners where that pays; None: never.
         num_layers: of the model, of which the loads' layers are a sample; seconds, bytes and memory are scaled to them. None: no sample.
@@ -151,7 +155,7 @@ def simulate(
     check_loads(loads, loads.shape)
     if predict is None:
         predict = partial(predicted_loads, window=history_steps, lasting=cost.frozen_bytes > 0)
-    setting = _Setting(topology, cost, slots_D, execution, predict, max_imbalance, reshard_interval, num_layers or loads.shape[1])
+    setting = _Setting(topology, cost, slots_D, execution, predict, lifetime, max_imbalance, reshard_interval, num_layers or loads.shape[1])
     return [_simulate_policy(name, planner, loads, setting) for name, planner in policies.items()]
 
 
@@ -164,6 +168,7 @@ class _Setting:
     slots_D: np.ndarray
     execution: ExecutionMode
     predict: Predictor
+    lifetime: Lifetime
     max_imbalance: float | None
     reshard_interval: int | None
     num_layers: int
@@ -207,12 +212,15 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
     reshard_interval = setting.reshard_interval if name in _RESHARDING else None
     owner_LE = np.tile(contiguous_owners(num_experts, world_size), (num_layers, 1))
     placed_LED: np.ndarray | None = None
+    has_frozen = setting.cost.frozen_bytes > 0
+    residency = [Residency.of_owners(owner_E, setting.slots_D) for owner_E in owner_LE] if has_frozen else []
     steps: list[_Step] = []
     planner_seconds: list[float] = []
     given: PlanInput | None = None
     plan: Plan | None = None
     for step in range(num_steps):
         owner_before_LE = owner_LE
+        held_LED = np.stack([layer.held_ED for layer in residency]) if has_frozen else None
         if given is None or plan is None or (step - first_known) % interval == 0:
             if knows:
                 known_LED = loads[step].astype(np.float64)
@@ -224,9 +232,9 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
                 owner_LE,
                 known_LED,
                 setting.topology,
-                setting.cost,
+                replace(setting.cost, frozen_lifetime=setting.lifetime(residency)) if has_frozen else setting.cost,
                 setting.slots_D,
-                resident_LED=placed_LED,
+                resident_LED=held_LED,
                 max_imbalance=setting.max_imbalance,
                 execution=setting.execution,
                 present_LED=placed_LED,
@@ -240,8 +248,12 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
         better = None
         if setting.execution.plan == "calibrated":
             better = _better(planner, plan, given, loads[step])
-        steps.append(_execute(plan, given.expected_LED, loads[step], owner_before_LE, placed_LED, setting, better))
+        steps.append(_execute(plan, given.expected_LED, loads[step], owner_before_LE, held_LED, setting, better))
         owner_LE, placed_LED = plan.owner_LE, plan.where_LED
+        if has_frozen:
+            if (owner_LE != owner_before_LE).any():
+                residency = [layer.change_owners(owner_E) for layer, owner_E in zip(residency, owner_LE, strict=True)]
+            residency = [layer.need(where_ED).after_step() for layer, where_ED in zip(residency, placed_LED, strict=True)]
     counted = steps[1:] or steps
     scale = setting.num_layers / num_layers
     return Simulated(

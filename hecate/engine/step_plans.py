@@ -21,7 +21,7 @@ from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner, plan_with
 from hecate.parallel.planners.auto import plan_auto
-from hecate.parallel.residency import FrozenMove, Residency, frozen_move
+from hecate.parallel.residency import FrozenMove, Residency, expected_uses, frozen_move
 from hecate.parallel.topology import Topology
 from hecate.parallel.transfer_plan import TransferPlan, plan_transfer
 from hecate.parallel.units import Unit
@@ -168,6 +168,7 @@ class StepPlans:
             micro_steps: in which the step's tokens come.
         """
         self.calibrations = 0
+        self.residency = {unit: held.after_step() for unit, held in self.residency.items()}  # the step before has used its replicas
         self._micro_steps = micro_steps
         self._served.clear()
         if self.config.plan == "auto":
@@ -209,15 +210,19 @@ class StepPlans:
             knows_present = not common and all(unit in self._last_planned for unit in units)
             topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
             hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
+            cost, execution = family.cost(self.config.top_k, hiding), self.config.execution(mode(units[0]), self._micro_steps)
+            if knows_resident:
+                steps = expected_uses([self.residency[unit] for unit in units])
+                cost = replace(cost, frozen_lifetime=steps * (self._micro_steps if execution.per_micro_step else 1))
             given = PlanInput(
                 np.stack([self.owners[unit] for unit in units]),
                 None if predicted_LEW is None else self._loads_of_groups(predicted_LEW, common=common),
                 topology,
-                family.cost(self.config.top_k, hiding),
+                cost,
                 self.slots(family),
                 resident_LED=np.stack([self.residency[unit].held_ED for unit in units]) if knows_resident else None,
                 max_imbalance=self.config.max_imbalance,
-                execution=self.config.execution(mode(units[0]), self._micro_steps),
+                execution=execution,
                 present_LED=np.stack([self._last_planned[unit].where_ED for unit in units]) if knows_present else None,
             )
             inputs.append((units, given))

@@ -40,7 +40,7 @@ def plain_layer_seconds(
     compute = ((rows.computed_D * row_work + assignments_D * assignment_work) / rate_D).max(-1)
 
     shape = where_ED.shape[:-2]
-    again, reduce, frozen = np.empty(shape), np.empty(shape), np.zeros(shape)
+    again, reduce, fetch = np.empty(shape), np.empty(shape), np.zeros(shape)
     for layer in np.ndindex(shape):
         placement = Placement(owner_E[layer].copy(), where_ED[layer].copy())
         route = plain_route(placement, topology, cost) if execution.route == "fastest" else execution.route
@@ -52,11 +52,14 @@ def plain_layer_seconds(
             fresh_ED = placement.where_ED if resident_ED is None else placement.where_ED & ~resident_ED[layer]
             at_owner_ED = placement.owner_E[:, None] == np.arange(topology.world_size)
             fresh = Placement(placement.owner_E, fresh_ED | at_owner_ED)
-            frozen[layer] = route_seconds("flat", fresh, topology, cost.frozen_bytes / cost.frozen_lifetime, 1)
-    gather = again + frozen  # frozen parts stay, and so a second gather is without them
+            fetch[layer] = route_seconds("flat", fresh, topology, cost.frozen_bytes, 1)
     attention = cost.non_moe_flops / rate_D.min()
     slowdown = topology.overlap_slowdown
-    exposed = exposed_seconds(attention if execution.hides_gather and execution.prefetch >= cost.hidden_from else 0.0, gather, slowdown)
+    hides = attention if execution.hides_gather and execution.prefetch >= cost.hidden_from else 0.0
+    # Frozen parts stay, and so one step in a lifetime fetches them, and a second gather is without them.
+    lifetime = cost.frozen_lifetime
+    gather = ((lifetime - 1) * again + (again + fetch)) / lifetime
+    exposed = ((lifetime - 1) * exposed_seconds(hides, again, slowdown) + exposed_seconds(hides, again + fetch, slowdown)) / lifetime
     if execution.rematerialize and execution.prefetch:
         exposed = exposed + exposed_seconds(2 * attention, reduce + again, slowdown)
     else:

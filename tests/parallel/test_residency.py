@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.residency import Residency, frozen_move
+from hecate.parallel.residency import Residency, expected_uses, frozen_move
 
 
 def rows(text: str) -> np.ndarray:
@@ -71,6 +71,19 @@ def test_an_expert_that_leaves_its_rank_stays_as_a_replica() -> None:
     assert [after.replicas_on(rank) for rank in (0, 1)] == [1, 0]
     home = before.change_owners(np.zeros(5, dtype=np.int64))
     assert (home.held_ED == rows("10 10 10 10 11")).all(), "on rank 1, what leaves it counts as used after the replica of 0"
+
+
+def test_a_replica_is_worth_the_steps_that_such_replicas_were_used_for() -> None:
+    """Rank 0 always holds expert 4. In one layer rank 1 fetches another expert in each step; in the other one it keeps one for good."""
+    fickle = constant = residency([1, 1])
+    for step in range(200):
+        fickle = fickle.need(rows("11 10 10 10 11" if step % 2 else "10 11 10 10 11")).after_step()
+        constant = constant.need(rows("11 10 10 10 11")).after_step()
+    assert expected_uses([fickle]) == 1.5, "the fewest that are expected: each is used once"
+    assert expected_uses([constant]) == 200, "the most that are expected"
+    # Each layer has two replicas in use, and one of ten layers fetches one in each step: 20 uses for each fetch, of which a third counts.
+    assert 20 / 3 < expected_uses([fickle] + 9 * [constant]) < 8
+    assert 5 < expected_uses([residency([1, 1])]) < 10, "before any step"
 
 
 def test_a_residency_is_a_value() -> None:
