@@ -116,3 +116,5 @@ class Rebuilt:
     """whether the run went back to a checkpoint, because some experts had no copy left"""
     moved: int
     """number of experts that moved to other owners"""
+    warnings: tuple[str, ...] = ()
+    """checkpoints that were passed over on the way back, and why"""

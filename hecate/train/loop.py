@@ -106,6 +106,8 @@ def train(
         config = training.parts.config
         reports = stack.enter_context(Reports(config, training.facts()))
         reports.begin()
+        for warning in training.warnings:
+            reports.event(training.standing.step, warning)
         for note in training.notes:
             reports.note(note)
         link = ObserverLink(observer, training.parts.moe, ranks.device) if observer else None
@@ -213,10 +215,13 @@ def _evaluate(training: Training, outside: _Outside) -> Evaluation:
 
 def _save(training: Training, outside: _Outside) -> None:
     outside.reports.saving()
-    if path := training.save():
-        outside.reports.saved(training.standing.step, path)
+    saved, step = training.save(), training.standing.step
+    for warning in saved.warnings:
+        outside.reports.event(step, warning)
+    if saved.folder:
+        outside.reports.saved(step, saved.folder)
         if outside.observer and training.ranks.is_first:
-            outside.observer.saved(training.standing.step, path)
+            outside.observer.saved(step, saved.folder)
 
 
 def _is_of_a_loss(error: Exception, ranks: Ranks) -> bool:

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from hecate.checkpoint import remove_stale_staging
-from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, save_state, saved_max_steps
+from hecate.checkpoint.save_run import Saved, save_state
+from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, saved_max_steps
 from hecate.config import Config
 from hecate.data.batches import Batch, collate, sequence_ranges
 from hecate.data.encode import IGNORED
@@ -71,13 +72,16 @@ class Training:
         """sequences of each micro-step, by rank, or by tensor group, whose ranks have the same sequences"""
         self.notes: list[str] = []
         """what was found out while the run was built, for its user"""
+        self.warnings: tuple[str, ...] = ()
+        """checkpoints that were passed over, and why"""
         self.state = None if joins else TrainState.at_start(self.parts.trained)
         """where the run stands; None: not known on this rank, which comes new to a run under way"""
         if config.resume and not joins:
             try:
-                self.state = load_state(self.parts.config, ranks, self.parts.trained)
+                loaded = load_state(self.parts.config, ranks, self.parts.trained)
             except NoCheckpointError as error:
                 raise UserError(f"resume=true, but {error}\n  start a new run with resume=false") from error
+            self.state, self.warnings = loaded.state, loaded.warnings
         if not joins:
             self._settle_length()
         if config.privacy.clip is not None:
@@ -216,8 +220,8 @@ class Training:
             self._copy_backups()
         return done
 
-    def save(self) -> Path | None:
-        """Write a checkpoint; its folder, or None if there is one of this step already."""
+    def save(self) -> Saved:
+        """Write a checkpoint, unless there is a whole one of this step."""
         return save_state(self.parts.config, self.ranks, self.parts.trained, self.standing)
 
     def join(self, group: Group) -> Rebuilt:
@@ -233,6 +237,7 @@ class Training:
         if group.ranks.is_first:
             remove_stale_staging(Path(config.output_dir))
         dealt = None
+        warnings: tuple[str, ...] = ()
         if can_catch_up(standings):
             if self.state is not None:
                 self.state = catch_up(parts, self.state, standings, config.max_grad_norm)
@@ -242,11 +247,12 @@ class Training:
             self.state, moved = dealt
         else:
             self.state = None  # until the checkpoint is loaded, nothing that this rank holds counts
-            self.state, moved = go_back(parts, config, group), 0
+            loaded = go_back(parts, config, group)
+            self.state, warnings, moved = loaded.state, loaded.warnings, 0
         self._settle_length()
         self._copy_backups()
         self.plan_for(group.topology)
-        return Rebuilt(self.state.step, dealt is None, moved)
+        return Rebuilt(self.state.step, dealt is None, moved, warnings)
 
     def facts(self) -> RunFacts:
         """What reports say about the run."""

@@ -45,6 +45,13 @@ def holds(folder: Path, shards: list[dict[str, Tensor]]) -> bool:
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
+def flip_last_bit(file: Path) -> None:
+    """Damage the last tensor of a file of tensors, and nothing that its size or its header tells."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
 def rewrite_manifest(folder: Path, change) -> None:  # type: ignore[no-untyped-def]
     """Give the folder the manifest that `change` makes of its JSON value (in place, or returned), and its COMMIT."""
     value = parse_json((folder / MANIFEST).read_bytes())
