@@ -14,6 +14,8 @@ from hecate.checkpoint.verify import first_damage
 from hecate.io.durable import delete_files, sync_folder
 
 _log = logging.getLogger(__name__)
+SET_ASIDE = ".damaged-"
+_ASIDE = re.compile(r"checkpoint-[0-9]{1,16}\.damaged-[0-9a-f]{1,64}")
 _STAGING = re.compile(r"checkpoint-[0-9]{1,16}\.tmp-[0-9A-Za-z]{1,64}")
 _said: set[tuple[Path, str]] = set()
 """of which checkpoint which damage was told"""
@@ -53,7 +55,7 @@ def set_aside(folder: Path) -> Path:
 
     Nothing lists, counts or deletes it under that name. Raises CheckpointError if it cannot be renamed.
     """
-    aside = folder.with_name(f"{folder.name}.damaged-{secrets.token_hex(4)}")
+    aside = folder.with_name(f"{folder.name}{SET_ASIDE}{secrets.token_hex(4)}")
     try:
         os.rename(folder, aside)
         sync_folder(folder.parent)
@@ -122,6 +124,11 @@ def committed(root: Path) -> list[Path]:
     """Return the folders named `checkpoint-{step}`, newest first."""
     steps = [(step_of(folder.name), folder) for folder in _folders(root)]
     return [folder for step, folder in sorted(((s, f) for s, f in steps if s is not None), reverse=True)]
+
+
+def left_over(root: Path) -> list[Path]:
+    """Return the staging folders of saves that are under way or did not finish, and the damaged checkpoints that were moved aside."""
+    return [folder for folder in _folders(root) if _STAGING.fullmatch(folder.name) or _ASIDE.fullmatch(folder.name)]
 
 
 def _is_whole(folder: Path, warn: Callable[[str], None]) -> bool:

@@ -96,8 +96,13 @@ def _prove_hecate(arguments: list[str], in_sentence: bool) -> None:
     verb, *rest = [word for word in arguments if word not in ("...", "[KEY=VALUE", "...]")]
     commands = getattr(get_command(app), "commands")  # noqa: B009  (a group's; typer does not say in its types that it is one)
     assert verb in commands, f"hecate has no verb {verb}"
+    command = commands[verb]
+    if hasattr(command, "commands"):  # a verb of several verbs
+        assert rest, f"hecate {verb} takes another verb"
+        assert rest[0] in command.commands, f"hecate {verb} has no verb {rest[0]}"
+        command = command.commands[rest.pop(0)]
     try:
-        given = commands[verb].make_context(verb, list(rest)).params
+        given = command.make_context(verb, list(rest)).params
     except _UsageError as error:
         if in_sentence and re.search("Missing|requires an argument", error.format_message()):
             return
