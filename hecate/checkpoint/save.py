@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hecate.checkpoint.file_system import advice
 from hecate.checkpoint.files import CheckpointError, read_small
 from hecate.checkpoint.layout import TensorEntry, file_size, shard_file, shard_sidecar
 from hecate.checkpoint.manifest import (
@@ -28,7 +29,7 @@ from hecate.checkpoint.manifest import (
     parse_entries,
     step_of,
 )
-from hecate.checkpoint.shard import write_safetensors
+from hecate.checkpoint.shard import layout_of, write_safetensors
 from hecate.io.durable import delete_files, sync_folder, write_durable
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
@@ -47,6 +48,12 @@ def staging_folder(root: Path, step: int, nonce: str) -> Path:
     """
     assert _NONCE.fullmatch(nonce), nonce
     return root / f"checkpoint-{step}.tmp-{nonce}"
+
+
+def shard_bytes(rank: int, world_size: int, tensors: Mapping[str, Tensor]) -> int:
+    """Return how many bytes a save of these tensors writes: the shard, its JSON file, and their entries in the manifest."""
+    layout = layout_of(shard_file(rank, world_size), tensors, digest="0" * 32)
+    return file_size(layout) + 2 * len(dump_json({name: entry_value(entry) for name, entry in layout.items()}))
 
 
 def write_shard(staging: Path, rank: int, world_size: int, tensors: Mapping[str, Tensor]) -> None:
@@ -139,6 +146,6 @@ def _gather_entries(staging: Path, world_size: int) -> dict[str, TensorEntry]:
 
 def _failed(staging: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"cannot save {staging.name.partition('.')[0]}: {error.strerror} ({error.filename or staging}).\n"
-        f"Older checkpoints in {staging.parent} are untouched. Free space there, or set output_dir to another disk."
+        f"cannot save {staging.name.partition('.')[0]}: {error.strerror} ({error.filename or staging})\n"
+        f"  older checkpoints in {staging.parent} are untouched; {advice(error)}"
     )

@@ -27,6 +27,17 @@ DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+def layout_of(file: str, tensors: Mapping[str, Tensor], digest: str = "") -> dict[str, TensorEntry]:
+    """Return the entries of tensors in a file, with this digest for all."""
+    layout = {}
+    for name, tensor in tensors.items():
+        assert is_tensor_name(name), f"{name!r} is not a tensor name of a checkpoint"
+        assert tensor.dtype in _DTYPE_NAMES, f"{name}: {tensor.dtype} cannot be stored in a checkpoint"
+        assert is_shape(list(tensor.shape), _DTYPE_NAMES[tensor.dtype]), f"{name}: shape {list(tensor.shape)}"
+        layout[name] = TensorEntry(file, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), digest)
+    return layout
+
+
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
     """Write `tensors`, of any device, to the new safetensors file `path` and fsync it. Returns the entry of each tensor.
 
@@ -34,12 +45,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Te
     change meanwhile. Raises OSError; the caller then removes what has been written.
     """
     digests: dict[str, str] = {}
-    layout = {}
-    for name, tensor in tensors.items():
-        assert is_tensor_name(name), f"{name!r} is not a tensor name of a checkpoint"
-        assert tensor.dtype in _DTYPE_NAMES, f"{name}: {tensor.dtype} cannot be stored in a checkpoint"
-        assert is_shape(list(tensor.shape), _DTYPE_NAMES[tensor.dtype]), f"{name}: shape {list(tensor.shape)}"
-        layout[name] = TensorEntry(path.name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), digest="")
+    layout = layout_of(path.name, tensors)
     head, offsets = file_layout(layout)
 
     def blocks() -> Iterator[memoryview | bytes]:

@@ -17,6 +17,7 @@ from types import FrameType
 
 import torch
 
+from hecate.checkpoint.save_run import require_durable_folder
 from hecate.config import Config
 from hecate.elastic.observer import Observer, ObserverLink
 from hecate.elastic.rebuild import Membership
@@ -102,6 +103,7 @@ def train(
             assert membership is not None
             training = _joined(config, ranks, membership)
         else:
+            require_durable_folder(config, ranks)
             training = Training(config, ranks, topology)
         config = training.parts.config
         reports = stack.enter_context(Reports(config, training.facts()))

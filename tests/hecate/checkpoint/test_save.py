@@ -202,7 +202,7 @@ def test_full_disk_message_names_the_step_and_the_way_out(tmp_path: Path) -> Non
         if operation == "write":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    expected = r"(?s)cannot save checkpoint-7: No space left.*untouched.*Free space"
+    expected = r"(?s)cannot save checkpoint-7: No space left.*untouched.*free space"
     with pytest.raises(UserError, match=expected), watched_disk(fail):
         save(tmp_path, 7, ONE)
     assert list(tmp_path.iterdir()) == []

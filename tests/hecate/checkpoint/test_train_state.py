@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -170,6 +171,35 @@ def test_a_damaged_checkpoint_is_passed_over_named_and_replaced(tmp_path: Path) 
     assert sorted(path.name for path in root.iterdir()) == sorted(["checkpoint-1", "checkpoint-2", "checkpoint-3", *asides])
     assert not [*find_damage(root / "checkpoint-2"), *find_damage(root / "checkpoint-3")]
     assert len(list(find_damage(root / asides[1]))) == 1
+
+
+def saved_without_room(rank: int, world: int, folder: str) -> tuple[str, list[str]]:
+    """Save step 1; save step 2 where one byte less is free than needed, then exactly as much. The error of rank 0, and what it has left."""
+    ranks, parts, config = ranks_of(rank, world), stepped_parts(rank, world), config_of(Path(folder))
+    begun, root = state_of(parts, 1), Path(config.output_dir)
+    save_state(config, ranks, parts, begun)
+    size = sum(file.stat().st_size for file in (root / "checkpoint-1").iterdir() if file.suffix == ".safetensors")
+    text, left = "", []
+    for free in (size, 10 * size):
+        with mock.patch("os.statvfs", return_value=mock.Mock(f_bavail=free, f_frsize=1, f_blocks=10**9)):
+            try:
+                save_state(config, ranks, parts, replace(begun, step=2))
+            except UserError as error:
+                text, left = str(error), sorted(path.name for path in root.iterdir())
+    assert (root / "checkpoint-2").is_dir()
+    return text, left
+
+
+def test_a_save_without_room_writes_nothing_and_says_how_much_is_needed(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    (said, left), (other, _) = run_ranks(2, saved_without_room, str(tmp_path))
+    assert left == ["checkpoint-1"]
+    free, needed = (int(number.replace(",", "")) for number in re.findall(r"([0-9,]+) (?:bytes free|are needed)", said))
+    assert free < needed
+    assert said.startswith(f"cannot save checkpoint-2: {tmp_path}/out has ")
+    assert "save_total_limit" in said
+    assert "output_dir" in said
+    assert "another rank" in other
 
 
 def nothing_to_load(rank: int, world: int, folder: str) -> str:
