@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from hecate.checkpoint.files import CheckpointError
@@ -64,7 +64,18 @@ def set_aside(folder: Path) -> Path:
     return aside
 
 
-def prune(root: Path, keep: int, warn: Callable[[str], None] = _log.warning) -> list[Path]:
+def retained(steps: Iterable[int], every: int) -> set[int]:
+    """Return those of the steps that are kept for good: the first one at or after each multiple of `every` and before the next multiple.
+
+    It stays the same when others are deleted. Source: Megatron-LM's --save-retain-interval, which keeps exact multiples only.
+    """
+    first: dict[int, int] = {}
+    for step in sorted(steps):
+        first.setdefault(step // every, step)
+    return {step for stretch, step in first.items() if stretch > 0}
+
+
+def prune(root: Path, keep: int, retain_steps: int | None = None, warn: Callable[[str], None] = _log.warning) -> list[Path]:
     """Delete the checkpoints older than the `keep` newest whole ones. Returns the deleted folders, oldest last.
 
     Whole means that every digest was verified; of what this process has written or verified before, tensors are not read again. If there
@@ -72,6 +83,7 @@ def prune(root: Path, keep: int, warn: Callable[[str], None] = _log.warning) -> 
     any file that a save does not write is never deleted. Raises CheckpointError if the deletion fails.
 
     Args:
+        retain_steps: see `retained`; these are not deleted. None: none.
         warn: is told of each damaged checkpoint that does not count, once in a process.
     """
     assert keep >= 1, keep
@@ -82,7 +94,10 @@ def prune(root: Path, keep: int, warn: Callable[[str], None] = _log.warning) -> 
     kept = list(itertools.islice((folder for folder in folders if _is_whole(folder, warn)), keep))
     if len(kept) < keep:
         return deleted
+    for_good = retained((_step(folder) for folder in folders), retain_steps) if retain_steps else set()
     for folder in folders[folders.index(kept[-1]) + 1 :]:
+        if _step(folder) in for_good:
+            continue
         if not _is_ours(folder) or not {MANIFEST, COMMIT} <= set(os.listdir(folder)):
             _log.warning("%s holds files that no save wrote, or lacks some: not deleted", folder)
             continue
@@ -122,8 +137,7 @@ def remove_stale_staging(root: Path) -> list[Path]:
 
 def committed(root: Path) -> list[Path]:
     """Return the folders named `checkpoint-{step}`, newest first."""
-    steps = [(step_of(folder.name), folder) for folder in _folders(root)]
-    return [folder for step, folder in sorted(((s, f) for s, f in steps if s is not None), reverse=True)]
+    return sorted((folder for folder in _folders(root) if step_of(folder.name) is not None), key=_step, reverse=True)
 
 
 def left_over(root: Path) -> list[Path]:
@@ -137,6 +151,12 @@ def _is_whole(folder: Path, warn: Callable[[str], None]) -> bool:
         _said.add((folder, damage))
         warn(f"{folder.name} is damaged and does not count as one of the latest checkpoints: {damage}")
     return damage is None
+
+
+def _step(folder: Path) -> int:
+    step = step_of(folder.name)
+    assert step is not None, folder
+    return step
 
 
 def _folders(root: Path) -> list[Path]:

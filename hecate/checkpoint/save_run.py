@@ -70,7 +70,7 @@ def save_state(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainSt
         commit(staging, final, meta, world_size)
         note_damage(final, None)
         if config.save_total_limit is not None:
-            prune(root, config.save_total_limit, warnings.append)
+            prune(root, config.save_total_limit, config.save_retain_steps, warnings.append)
 
     own_bytes = shard_bytes(rank, world_size, tensors) if writes else 0
     needed = int(ranks.all_sum(torch.tensor(own_bytes)))

@@ -627,6 +627,8 @@ class Config:
     """The number of steps between two checkpoints. null: save only at the end."""
     save_total_limit: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """How many of the latest checkpoints to keep. null: all."""
+    save_retain_steps: int | None = field(default=None, metadata=key(COUNT, computes=False))
+    """With save_total_limit: in each stretch of so many steps the first checkpoint is kept for good, beside the latest ones. null: none."""
     report_to: tuple[str, ...] = field(default=(), metadata=key(computes=False))
     """Experiment trackers that get what metrics.jsonl gets, and pictures of the experts' loads: any of tensorboard, wandb, mlflow and
     trackio, which must be installed. One that fails is named and does not stop the run. See docs/trackers.md."""
