@@ -8,7 +8,7 @@ always complete, whenever a process dies.
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,18 +56,21 @@ def shard_bytes(rank: int, world_size: int, tensors: Mapping[str, Tensor]) -> in
     return file_size(layout) + 2 * len(dump_json({name: entry_value(entry) for name, entry in layout.items()}))
 
 
-def write_shard(staging: Path, rank: int, world_size: int, tensors: Mapping[str, Tensor]) -> None:
+def write_shard(staging: Path, rank: int, world_size: int, tensors: Mapping[str, Tensor], go_on: Callable[[], None] = lambda: None) -> None:
     """Write this rank's tensors, and a small JSON file with their digests for the committing rank.
 
     Both are durable when it returns. Every rank calls it, with no tensors if it owns none; each tensor name may come from one rank
     only. The folder is created if it does not exist. Raises CheckpointError if the disk is full or fails; this rank's files are
     then removed, and so is the folder if it is empty.
+
+    Args:
+        go_on: called before each tensor; it raises CheckpointError where the save is to be broken off. What was written stays then.
     """
     assert 0 <= rank < world_size <= MAX_WORLD_SIZE, (rank, world_size)
     shard, sidecar = staging / shard_file(rank, world_size), staging / shard_sidecar(rank, world_size)
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        entries = write_safetensors(shard, tensors)
+        entries = write_safetensors(shard, tensors, go_on)
         write_durable(sidecar, [dump_json({name: entry_value(entry) for name, entry in entries.items()})])
     except FileExistsError as error:
         raise CheckpointError(f"{error.filename}: exists already; each save needs a nonce of its own") from error

@@ -1,7 +1,7 @@
 """Write one rank's tensors to a safetensors file and hash them, and read tensors back with their digests checked."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -38,11 +38,11 @@ def layout_of(file: str, tensors: Mapping[str, Tensor], digest: str = "") -> dic
     return layout
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], go_on: Callable[[], None] = lambda: None) -> dict[str, TensorEntry]:
     """Write `tensors`, of any device, to the new safetensors file `path` and fsync it. Returns the entry of each tensor.
 
     Tensors are copied to the CPU one at a time, so host memory peaks at one tensor, or two if it is not contiguous. They must not
-    change meanwhile. Raises OSError; the caller then removes what has been written.
+    change meanwhile. Raises OSError; the caller then removes what has been written. `go_on` is called before each tensor, and may raise.
     """
     digests: dict[str, str] = {}
     layout = layout_of(path.name, tensors)
@@ -51,6 +51,7 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Te
     def blocks() -> Iterator[memoryview | bytes]:
         yield head
         for name in offsets:
+            go_on()
             data = _bytes_of(tensors[name].detach().cpu().contiguous())
             digests[name] = digest_of(data)
             yield data

@@ -108,7 +108,7 @@ class Resharding:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A change of ranks after which the run goes on; the same on every rank."""
+    """A change of ranks after which the run goes on; the same on every rank, except that a new rank gave up no save."""
 
     step: int
     """number of optimizer steps done"""
@@ -117,4 +117,4 @@ class Rebuilt:
     moved: int
     """number of experts that moved to other owners"""
     warnings: tuple[str, ...] = ()
-    """checkpoints that were passed over on the way back, and why"""
+    """a save under way that was given up, checkpoints that were passed over on the way back, and why"""

@@ -13,22 +13,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from hecate.checkpoint import latest_good
 from hecate.checkpoint.manifest import Manifest, read_manifest
 from hecate.checkpoint.save_run import save_state
 from hecate.checkpoint.shard import read_tensors
-from hecate.checkpoint.train_state import NoCheckpointError, TrainedParts, TrainState, load_state, refuse_other_run
+from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, refuse_other_run
 from hecate.checkpoint.verify import find_damage
 from hecate.config import Config, to_yaml
 from hecate.errors import UserError
-from hecate.optim.adamw import AdamW
-from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.parallel.loads import LoadHistory
 from hecate.parallel.units import Unit
 from testing.ranks import run_ranks
 from tests.hecate.checkpoint.saving import flip_last_bit
+from tests.hecate.checkpoint.stepping import state_of, stepped_parts
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 
 
@@ -56,28 +53,6 @@ def test_a_base_model_is_the_same_by_its_content_or_where_none_is_recorded_by_it
         refuse_other_run(Path("checkpoint-1"), recorded, now, "abd")
     with pytest.raises(UserError, match=r"model.name_or_path: .* then, .*moved\.yaml' now"):
         refuse_other_run(Path("checkpoint-1"), early, now, "abc")
-
-
-def stepped_parts(rank: int, world: int, device: str = "cpu") -> TrainedParts:
-    """A run without experts: one replicated parameter, two data sources' worth of nothing."""
-    parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer = ExpertOptimizer(Trainables({}, {"r": parameter}), AdamW(weight_decay=0.0), LearningRate(0.1), torch.device(device))
-    stream = mock.Mock(sequences_per_step=4)
-    stream.state_dict.return_value = {"rows": 8}
-    history = LoadHistory(2)
-    shards = mock.Mock(named_parameters=dict, stores={}, owners={}, world_size=world, rank=rank, in_first_group=True, history=history)
-    return TrainedParts(mock.Mock(shards=shards), optimizer, stream)
-
-
-def state_of(parts: TrainedParts, steps: int) -> TrainState:
-    state = TrainState.at_start(parts)
-    for _ in range(steps):
-        for parameter in parts.optimizer.replicated.values():
-            parameter.grad = torch.ones(3, dtype=torch.float64)
-        parts.optimizer.step(1.0, None)
-        parts.engine.shards.history.record({Unit(0): np.array([[1, 2], [3, 4]])})
-        state = state.after_step(parts, tokens=10, skipped=False)
-    return state
 
 
 def saved_and_loaded(rank: int, world: int, folder: str, hidden: bool) -> tuple[int, int, list[float], list[float]]:
