@@ -22,16 +22,18 @@ import numpy as np
 
 from hecate.parallel.cost_loops import exposed_seconds
 from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, Priced, Rows, cost_numbers, price
-from hecate.parallel.executed_flows import executed_flows, served
-from hecate.parallel.flows import Flows, flows, node_membership
+from hecate.parallel.executed_flows import served
+from hecate.parallel.flows import Flows, node_membership
 from hecate.parallel.gather_bytes import PortBytes, gather_ports
-from hecate.parallel.layer_plan import best_after_router, layer_plan, price_missing
+from hecate.parallel.layer_plan import LayerPlan, best_after_router, layer_plan, price_missing
 from hecate.parallel.placement import contiguous_owners
-from hecate.parallel.planners import Plan, PlanInput, Planner, plan_with
+from hecate.parallel.planners import Collective, Plan, PlanInput, Planner, plan_with
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.plan import check_loads
 from hecate.parallel.predictors import predicted_loads
+from hecate.parallel.sharded_gather import with_sharded_gather
 from hecate.parallel.sharding import better_owners, owned_bytes, reshard_seconds
+from hecate.parallel.source_split import stacked
 from hecate.parallel.topology import Topology
 
 HISTORY_STEPS = 5
@@ -127,6 +129,7 @@ def simulate(
     max_imbalance: float | None = None,
     reshard_interval: int | None = None,
     num_layers: int | None = None,
+    collectives: Mapping[str, Collective] | None = None,
 ) -> list[Simulated]:
     """Put loads through each policy, all layers alike.
 
@@ -142,6 +145,7 @@ def simulate(
         max_imbalance: see `PlanInput.max_imbalance`.
         reshard_interval: every so many steps `hecate_paper` and `auto` move experts to better owners where that pays; None: never.
         num_layers: of the model, of which the loads' layers are a sample; seconds, bytes and memory are scaled to them. None: no sample.
+        collectives: of policies by name, where they are not those of `execution`, such as `hecate.parallel.planners.COLLECTIVES`.
 
     Raises:
         UserError: a load is negative or not finite.
@@ -152,7 +156,9 @@ def simulate(
     if predict is None:
         predict = partial(predicted_loads, window=history_steps, lasting=cost.frozen_bytes > 0)
     setting = _Setting(topology, cost, slots_D, execution, predict, max_imbalance, reshard_interval, num_layers or loads.shape[1])
-    return [_simulate_policy(name, planner, loads, setting) for name, planner in policies.items()]
+    return [
+        _simulate_policy(name, planner, loads, setting.of_collective((collectives or {}).get(name))) for name, planner in policies.items()
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +173,13 @@ class _Setting:
     max_imbalance: float | None
     reshard_interval: int | None
     num_layers: int
+    sharded: bool = False
+    """experts travel as parts (`sharded_gather`)"""
+
+    def of_collective(self, collective: Collective | None) -> _Setting:
+        if collective is None or self.execution.route != "fastest":  # a route that is given holds for all policies
+            return self
+        return replace(self, sharded=True) if collective == "sharded" else replace(self, execution=replace(self.execution, route="flat"))
 
 
 _RESHARDING = ("hecate_paper", "auto")
@@ -280,12 +293,14 @@ def _execute(
     # Planners pay a frozen part over its lifetime; the simulator pays it in the step in which it travels.
     cost = replace(setting.cost, frozen_lifetime=1.0)
     loads_LED = true_LED.astype(np.float64)
-    flow = executed_flows(plan.where_LED, plan.quota_LED, planned_LED, loads_LED, topology)
+    flow = plan.flow(planned_LED, loads_LED, topology)
     priced = price(plan.owner_LE, plan.where_LED, flow, loads_LED, topology, cost, execution=setting.execution, resident_ED=resident_LED)
+    if setting.sharded and plan.quota_LED is not None:
+        priced = with_sharded_gather(priced, plan.quota_LED > 0, topology, cost, setting.execution)
     seconds, brought = priced.seconds, None
     where_LED, before = plan.where_LED, priced
     if better is not None:
-        where_LED, flow = better.where_LED, better.replace_flows(flow, loads_LED, topology)
+        where_LED, flow = better.where_LED, better.flow(loads_LED, topology)
         priced = price(plan.owner_LE, where_LED, flow, loads_LED, topology, replace(cost, frozen_bytes=0.0), execution=setting.execution)
         brought = price_missing(plan.owner_LE, plan.where_LED, where_LED, topology, cost, resident_LED)
         seconds = _after_calibration(before.seconds, priced.seconds, brought.seconds.gather, setting)
@@ -307,19 +322,17 @@ def _execute(
 
 @dataclass(frozen=True, eq=False)
 class _Better:
-    """The plan of every layer after its router, of which some layers are the present plan's."""
+    """The plan of every layer after its router, which in some layers is the one of before."""
 
-    plan: Plan
-    """made for the true loads"""
-    adopted_L: np.ndarray
-    """bool [layers]: where it replaces the present plan"""
-    where_LED: np.ndarray
-    """bool [layers, experts, ranks]: replicas with which the layers are computed"""
+    layers: list[LayerPlan]
 
-    def replace_flows(self, flow: Flows, loads_LED: np.ndarray, topology: Topology) -> Flows:
-        now = flows(loads_LED, self.plan.quotas(loads_LED, topology), topology)
-        chosen = self.adopted_L[:, None, None]
-        return Flows(*(np.where(chosen, getattr(now, field.name), getattr(flow, field.name)) for field in fields(flow)))
+    @property
+    def where_LED(self) -> np.ndarray:
+        """bool [layers, experts, ranks]"""
+        return np.stack([layer.placement.where_ED for layer in self.layers])
+
+    def flow(self, loads_LED: np.ndarray, topology: Topology) -> Flows:
+        return stacked([layer.flow(loads_ED, topology) for layer, loads_ED in zip(self.layers, loads_LED, strict=True)])
 
 
 def _better(planner: Planner, plan: Plan, given: PlanInput, true_LED: np.ndarray) -> _Better:
@@ -327,11 +340,7 @@ def _better(planner: Planner, plan: Plan, given: PlanInput, true_LED: np.ndarray
     known = replace(given, owner_LE=plan.owner_LE, loads_LED=true_LED.astype(np.float64))
     present = [layer_plan(plan, given, layer) for layer in range(len(true_LED))]
     found = best_after_router(partial(plan_with, planner), known, present, splits=planner is plan_auto)
-    adopted_L = np.array([gain > 0 for gain, _ in found])
-    where_LED = np.stack([better.placement.where_ED for _, better in found])
-    quotas = [better.quota_ED for _, better in found if better.quota_ED is not None]
-    again = Plan(plan.owner_LE, where_LED, np.stack(quotas) if quotas else None)
-    return _Better(again, adopted_L, np.where(adopted_L[:, None, None], where_LED, plan.where_LED))
+    return _Better([better if gain > 0 else now for now, (gain, better) in zip(present, found, strict=True)])
 
 
 def _after_calibration(before: LayerSeconds, after: LayerSeconds, brought_L: np.ndarray, setting: _Setting) -> LayerSeconds:

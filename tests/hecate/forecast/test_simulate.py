@@ -182,6 +182,23 @@ def test_a_policys_former_name_is_chosen_and_a_line_says_so(tmp_path: Path, caps
     assert capsys.readouterr().err == f"hecate: {tmp_path / 'sweep.yaml'}.policies: {told}"
 
 
+def test_a_placement_with_our_split_beside_the_one_of_its_authors(model: str) -> None:
+    """The same experts are in the same places, and fewer tokens travel. LAER-MoE has a gather of its own, unless a route is given."""
+    named = chosen_policies("laer,laer+ours", "--policy")
+    assert named == ("laer", "laer+ours")
+    assert not [name for name in chosen_policies("all", "--policy") if "+" in name]
+    with pytest.raises(UserError, match=r"unknown: auto\+ours\n  there are all, static_ep, .*, laer\+ours"):
+        chosen_policies("auto+ours", "--policy")
+    (case,) = synthetic_cases("h100-node", model, ["one_hot_expert"], 4096)
+    options = Options(policies=named, steps=3)
+    theirs, ours = case.run(options)
+    assert theirs["replica_bytes"] == ours["replica_bytes"] > 0
+    assert ours["seconds"]["dispatch"] < theirs["seconds"]["dispatch"]
+    assert ours["seconds"]["gather"] != theirs["seconds"]["gather"]
+    flat, ours_flat = case.run(replace(options, execution=ExecutionMode(route="flat")))
+    assert flat["seconds"]["gather"] == ours_flat["seconds"]["gather"]
+
+
 @pytest.mark.parametrize(("names", "message"), [("a,x", "--policy: unknown: x\n  there are all, a, b"), ("", "--policy: none given")])
 def test_unknown_names_are_refused(names: str, message: str) -> None:
     with pytest.raises(UserError, match=message):

@@ -20,7 +20,7 @@ from hecate.parallel.cost_model import (
 )
 from hecate.parallel.flows import even_quota
 from hecate.parallel.placement import contiguous_owners
-from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput, price_row
 from hecate.parallel.planners.auto import _plan_layers, plan_auto
 from hecate.parallel.planners.rebalancing import rebalance
 from hecate.parallel.replica_lists import Replicas, add, copy_into, everywhere, fill_lists, foreign, no_replicas, only_owners
@@ -117,7 +117,8 @@ def test_no_slower_than_any_policy_that_fits(given_: PlanInput) -> None:
 
 
 def test_hardly_ever_slower_than_any_policy() -> None:
-    """In small layers of every kind: no slower than 1.005 of the best policy in 98 of 100, and much faster on average.
+    """In small layers of every kind: no slower than 1.005 of the best policy in 98 of 100, and much faster on average. Policies of other
+    systems count with their own split and collectives, and with this project's.
 
     Those that are left are layers whose seconds are mostly latencies: to spare one takes several changes at once.
     """
@@ -125,8 +126,8 @@ def test_hardly_ever_slower_than_any_policy() -> None:
     for seed in range(120):
         given_ = drawn_input(seed)
         seconds = {
-            policy: float(plan.seconds(given_).total[0])
-            for policy, plan in ((policy, planner(given_)) for policy, planner in POLICIES.items())
+            policy: float(price_row(policy, plan, given_).seconds.total[0])
+            for policy, plan in ((policy, planner(given_)) for policy, planner in ROWS.items())
             if ((plan.where_LED & ~given_.owned_LED).sum(1) <= given_.slots_D).all()
         }
         mine = seconds.pop("auto")
