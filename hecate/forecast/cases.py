@@ -45,12 +45,14 @@ class Options:
     seed: int = 0
     execution: ExecutionMode = HISTORY
     """how plans are executed, in all that their seconds depend on"""
+    choose_modes: bool = False
+    """in each step each layer goes by history, calibrated or exact, whichever has been fastest, in place of `execution.plan`"""
     max_imbalance: float | None = None
     shard_size: int | None = None
     """the number of ranks that share one copy of all experts (`fssdp.shard_size`); None: all"""
 
     def __post_init__(self) -> None:
-        if self.execution.micro_steps > 1 and self.execution.per_micro_step:
+        if self.execution.micro_steps > 1 and (self.execution.per_micro_step or self.choose_modes):
             raise UserError(
                 f"micro_steps: {self.execution.micro_steps} micro-steps share no plan if each has its own, or replicas are rematerialized\n"
                 "  simulate one of them, with its own tokens"
@@ -134,6 +136,7 @@ class Case:
                 max_imbalance=options.max_imbalance,
                 num_layers=num_layers,
                 collectives=COLLECTIVES,
+                choose_modes=options.choose_modes,
             )
 
         (one,) = simulate_groups(loads, topology, cost, mesh, of_group)
@@ -288,16 +291,18 @@ def _listed(names: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
 
 
-def known_plan(name: object, what: str) -> PlanMode:
-    """Return the mode of planning of a name.
+def known_plan(name: object, what: str) -> tuple[PlanMode, bool]:
+    """Return the mode of planning of a name, and whether each layer's is chosen in each step: `Options.choose_modes`.
 
     Raises:
         UserError: there is none that can be simulated.
     """
+    if name == "auto":
+        return "history", True
     for mode in get_args(PlanMode):
         if mode == name:
-            return mode
-    raise UserError(f"{what} must be one of {', '.join(get_args(PlanMode))}, got {name!r}")
+            return mode, False
+    raise UserError(f"{what} must be one of {', '.join((*get_args(PlanMode), 'auto'))}, got {name!r}")
 
 
 def known_route(name: object, what: str) -> RouteChoice:
