@@ -141,7 +141,7 @@ class Executed:
 
 
 @dataclass(frozen=True)
-class Step:
+class SimulatedStep:
     seconds: StepSeconds
     bytes: StepBytes
     imbalance: float
@@ -191,12 +191,12 @@ def execute(
     )
 
 
-def all_layers(executed: list[Executed], setting: Setting) -> Step:
+def all_layers(executed: list[Executed], setting: Setting) -> SimulatedStep:
     """All layers together."""
     replicas_LD, computed_LD = (np.concatenate([getattr(part, name) for part in executed]) for name in ("replicas_LD", "computed_LD"))
     near_out, near_in, far_out, far_in = (sum(getattr(part.ports, field.name) for part in executed) for field in fields(PortBytes))
     member_DN = node_membership(setting.topology)
-    return Step(
+    return SimulatedStep(
         StepSeconds(**{field.name: sum(getattr(part.seconds, field.name) for part in executed) for field in fields(StepSeconds)}),
         StepBytes(
             near=float(np.sum(near_out)),

@@ -32,7 +32,7 @@ from hecate.parallel.simulated_step import (
     Planned,
     Predictor,
     Setting,
-    Step,
+    SimulatedStep,
     StepBytes,
     StepSeconds,
     all_layers,
@@ -189,7 +189,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: Se
     reshard_interval = setting.reshard_interval if name in _RESHARDING else None
     owner_LE = np.tile(contiguous_owners(num_experts, world_size), (num_layers, 1))
     placed_LED: np.ndarray | None = None
-    steps: list[Step] = []
+    steps: list[SimulatedStep] = []
     planner_seconds: list[float] = []
     modes: list[list[PlanMode]] = []
     measured = MeasuredModes(setting.window, splits=planner is plan_auto)
