@@ -400,7 +400,8 @@ class FssdpConfig:
     """Which ranks hold each expert in a step, and which of them serve which tokens. auto: the plan that is predicted to be fastest on the
     topology. static_ep: owners only. full: every rank. hecate_paper: sparse materialization, Algorithm 1 of the Hecate paper; its
     former name, hecate, is still read. megatron_ep, with front_end megatron: Megatron's own MoELayer with expert parallelism, for
-    comparison; `hecate plan` prices it as static_ep. The others are the placement rules of the systems they are named after."""
+    comparison; `hecate plan` prices it as static_ep. The others are the placement rules of the systems they are named after, with their
+    split of tokens."""
     plan: Literal["history", "calibrated", "exact", "replay", "auto"] = field(default="history", metadata=key(computes=False))
     """The loads that a layer's plan is made from. history: those that past steps predict. exact: the loads of the micro-step, which the
     ranks exchange after the layer's router, so that no computation hides the gather. calibrated: the history's plan, replaced after the

@@ -25,7 +25,7 @@ from hecate.config.presets import find_preset, run_presets
 from hecate.config.schema import REQUIRED
 from hecate.data.synthetic_tasks import TASKS
 from hecate.parallel.model_shapes import load_model_shape
-from hecate.parallel.planners import POLICIES
+from hecate.parallel.planners import ROWS
 from hecate.parallel.topology_file import load_topology
 from hecate.parallel.workloads import WORKLOADS
 from hecate.sweep.sweep_file import load_run_sweep
@@ -135,7 +135,7 @@ def _prove_names(verb: str, given: dict[str, Any]) -> None:
         assert name in {*WORKLOADS, "all"}, f"no workload {name}"
     if verb == "simulate":
         for name in given["policy"].split(","):
-            assert name in {*POLICIES, "all"}, f"no policy {name}"
+            assert name in {*ROWS, "all"}, f"no policy {name}"
         if given["model"] is not None:
             load_model_shape(find_preset("models", "model", given["model"]))
         if given["topology"] is not None:
