@@ -33,7 +33,7 @@ from benchmarks.step_probes import Parts, Probes, measured_cost, measured_topolo
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
 from hecate.parallel.cost_model import LayerCost, rows_served
-from hecate.parallel.executed_flows import executed_flows, served
+from hecate.parallel.executed_flows import served
 from hecate.parallel.layer_plan import layer_plan
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
@@ -204,7 +204,7 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
     for loads_LED, planned in zip(loads, planned_steps(loads, policy, shape, measured), strict=True):
         plan = planned.plan
         loads_LED = loads_LED.astype(np.float64)
-        flow = executed_flows(plan.where_LED, plan.quota_LED, planned.given.expected_LED, loads_LED, topology)
+        flow = plan.flow(planned.given.expected_LED, loads_LED, topology)
         rows, assignments_LED = rows_served(flow, loads_LED, cost, topology), served(flow)
         rows_LD = rows.computed_D
         passed_L = np.array([layer_plan(plan, planned.given, layer).dispatches(topology) for layer in range(len(loads_LED))])

@@ -14,7 +14,8 @@ import numpy as np
 from benchmarks.report import arguments, finish
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.residency import expected_uses
-from hecate.parallel.simulator import Lifetime, simulate
+from hecate.parallel.simulated_step import Lifetime
+from hecate.parallel.simulator import simulate
 from hecate.parallel.workloads import WORKLOADS
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, kinds, plan_input, topologies
 

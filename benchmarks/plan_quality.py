@@ -1,11 +1,13 @@
 """Compare the predicted layer time of every policy with a lower bound, and `auto` with the best of the others.
 
 For 16 workloads, 4 clusters, 3 kinds of experts, and the slots that memory gives, or at most 1, 2, 4 or 8 on each device. Planners are
-given the exact loads, so this measures the planners and not the prediction of loads. Policies are compared by the cost model;
-`over_bound` compares them with the linear-programming bound of `hecate.parallel.lower_bound`. `grouped_ep` is static expert parallelism in
-groups, which is what people run; the bound, which is of one group, does not hold for it. `calibrated` is what `auto` makes of the true
-loads after the routers, from a plan from the step before (`fssdp.plan: calibrated`), and `history` is that plan itself; both are priced on
-the true loads. Imbalance is the busiest device's expert compute over the mean, after the routers (`fssdp.plan: exact`).
+given the exact loads, so this measures the planners and not the prediction of loads. Policies are compared by the cost model; `over_bound`
+compares them with the linear-programming bound of `hecate.parallel.lower_bound`. `grouped_ep` is static expert parallelism in groups,
+which is what people run; the bound, which is of one group, does not hold for it. Policies named after other systems have the split and the
+collectives of these, for which the bound does not hold either; `laer+ours` is the placement of `laer` with this project's. `calibrated` is
+what `auto` makes of the true loads after the routers, from a plan from the step before (`fssdp.plan: calibrated`), and `history` is that
+plan itself; both are priced on the true loads. Imbalance is the busiest device's expert compute over the mean, after the routers
+(`fssdp.plan: exact`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from benchmarks.report import arguments, finish
 from hecate.forecast.sharding_groups import grouped_ep_seconds
 from hecate.parallel.cost_model import ExecutionMode
 from hecate.parallel.lower_bound import lower_bound
-from hecate.parallel.planners import POLICIES, PlanInput
+from hecate.parallel.planners import POLICIES, ROWS, WITH_OURS, PlanInput, price_row
 from hecate.parallel.simulator import simulate
 from hecate.parallel.workloads import WORKLOADS
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, Kind, kinds, plan_input, topologies
@@ -30,6 +32,8 @@ SLOTS = (EXPERTS, 1, 2, 4, 8)
 TRAINED_TOP_K = 8
 """of the workloads like trained routers', whose statistics are of such models"""
 STEPS = 3
+BOUNDED = tuple(policy for policy in ROWS if f"{policy}+ours" not in ROWS)
+"""those with this project's split and collectives, for which the bound holds"""
 
 
 def main() -> None:
@@ -48,8 +52,14 @@ def main() -> None:
                     rows.append(
                         case | compare(kind, plan_input(topology, kind.cost, loads[-1, 0], slots), loads, bound=not options.no_bound)
                     )
-                    print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
+                    print(shown(rows[-1]), flush=True)
     finish("plan_quality", rows, summary(rows), options.json)
+
+
+def shown(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row for people, in which a policy with this project's split and collectives is left out where these make no difference."""
+    rounded = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+    return {key: value for key, value in rounded.items() if key not in WITH_OURS or value != rounded[key.removesuffix("+ours")]}
 
 
 def compare(kind: Kind, given: PlanInput, loads: np.ndarray, *, bound: bool) -> dict[str, float]:
@@ -60,15 +70,15 @@ def compare(kind: Kind, given: PlanInput, loads: np.ndarray, *, bound: bool) -> 
         loads: int64 [steps, 1, experts, ranks].
     """
     row: dict[str, float] = {}
-    for policy, planner in POLICIES.items():
+    for policy, planner in ROWS.items():
         plan = planner(given)
         replicas_D = (plan.where_LED[0] & ~given.owned_LED[0]).sum(0)
         # `full` and some others may need more replicas than a device has room for; such a plan does not count.
         fits = bool((replicas_D <= given.slots_D).all())
-        row[policy] = 1e3 * float(plan.seconds(given).total[0]) if fits else math.inf
+        row[policy] = 1e3 * float(price_row(policy, plan, given).seconds.total[0]) if fits else math.inf
     row["grouped_ep"] = 1e3 * grouped_ep_seconds(given, 0)
     if bound:
-        row["bound_ms"] = 1e3 * lower_bound(given, 0, plan_seconds=min(row[policy] for policy in POLICIES) / 1e3)
+        row["bound_ms"] = 1e3 * lower_bound(given, 0, plan_seconds=min(row[policy] for policy in BOUNDED) / 1e3)
     for mode in ("history", "calibrated", "exact"):
         step = simulated(given, loads, ExecutionMode(plan=mode))
         row[f"{mode}_ms"], row[f"{mode}_imbalance"] = 1e3 * (step.step_seconds - step.seconds.attention), step.imbalance
@@ -84,9 +94,9 @@ def simulated(given: PlanInput, loads: np.ndarray, execution: ExecutionMode) -> 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Geometric means and worst cases over all rows."""
-    seconds = {policy: np.array([row[policy] for row in rows]) for policy in (*POLICIES, "grouped_ep")}
+    seconds = {policy: np.array([row[policy] for row in rows]) for policy in (*ROWS, "grouped_ep")}
     auto = seconds["auto"]
-    others = np.min([seconds[policy] for policy in POLICIES if policy != "auto"], axis=0)
+    others = np.min([seconds[policy] for policy in ROWS if policy != "auto"], axis=0)
     found = {"auto_over_best_policy_geomean": geomean(auto / others), "auto_over_best_policy_worst": float((auto / others).max())}
     found["auto_over_best_policy_lost_share"] = float((auto > 1.005 * others).mean())
     for slots in dict.fromkeys(row["slots"] for row in rows):
@@ -96,6 +106,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
         found[f"auto_over_best_policy_slots_{name}_worst"] = float((auto / others)[of_slots].max())
     for policy in ("hecate_paper", "grouped_ep"):
         found[f"{policy}_over_auto_geomean"] = geomean((seconds[policy] / auto)[np.isfinite(seconds[policy])])
+    for policy in WITH_OURS:
+        original = policy.removesuffix("+ours")
+        counted = np.isfinite(seconds[policy])
+        found[f"{original}_over_{policy}_geomean"] = geomean((seconds[original] / seconds[policy])[counted])
     for mode in ("calibrated", "exact"):
         ratio = np.array([row[f"{mode}_ms"] / row["history_ms"] for row in rows])
         found |= {f"{mode}_over_history_geomean": geomean(ratio), f"{mode}_over_history_worst": float(ratio.max())}
@@ -103,7 +117,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     found["exact_imbalance_light_experts_mean"] = float(np.mean(some_slots)) if some_slots else math.nan
     if "bound_ms" in rows[0]:
         bound = np.array([row["bound_ms"] for row in rows])
-        for policy in POLICIES:
+        for policy in BOUNDED:
             assert (seconds[policy] >= bound * (1 - 1e-6)).all(), f"{policy} beats the lower bound"
             counted = np.isfinite(seconds[policy])
             if counted.any():

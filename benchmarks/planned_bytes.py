@@ -15,7 +15,7 @@ import torch
 from benchmarks.gloo_steps import Shape
 from hecate.parallel.comm.dispatch import destinations
 from hecate.parallel.cost_model import Route
-from hecate.parallel.flows import token_split
+from hecate.parallel.layer_plan import layer_plan
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement
 from hecate.parallel.planners import Plan, PlanInput
@@ -45,9 +45,8 @@ def planned_traffic(
         numbers_WW = gathered_numbers(route, owner_E, where_ED, chunk.numel, given.topology.node_of_rank)
         sent_WW += numbers_WW * chunk.element_bytes
         sent_WW += numbers_WW.T * (int(given.cost.reduced_bytes) // chunk.numel)
-        quota_ED = None if plan.quota_LED is None else plan.quota_LED[layer]
-        known_ED = None if given.loads_LED is None else given.loads_LED[layer]
-        splits = [token_split(where_ED, known_ED, quota_ED, given.topology, source) for source in range(world)]
+        of_layer = layer_plan(plan, given, layer)
+        splits = [of_layer.split(given.topology, source) for source in range(world)]
         if all((split_EW[:, source] == 1).all() for source, split_EW in enumerate(splits)):  # no token leaves its rank
             rows_LW[layer] = [len(expert_TK) for expert_TK in expert_WTK]
             continue

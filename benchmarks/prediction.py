@@ -7,7 +7,7 @@ plan that follows every step's loads moves frozen parts in every step. `judged` 
 the slots that they use, the one that would have been fastest over the last five steps (`benchmarks.recent_steps`).
 
 `plan=history`, `plan=calibrated` and `plan=exact` are the seconds of the experts of all steps but the first one in each mode, over those of
-the fastest of the three, and `plan=auto` those of what it chooses from the steps before (`hecate.engine.measured_modes`).
+the fastest of the three, and `plan=auto` those of what it chooses from the steps before (`hecate.parallel.measured_modes`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 
 from benchmarks.recent_steps import cheapest_over
 from benchmarks.report import arguments, finish
-from hecate.engine.measured_modes import MODES, MeasuredModes, judge_step
+from hecate.parallel.measured_modes import MODES, MeasuredModes, judge_step
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.planners.auto import plan_auto

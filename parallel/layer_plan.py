@@ -21,6 +21,7 @@ from hecate.parallel.flows import Flows, nothing_travels, token_split
 from hecate.parallel.placement import Placement
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.planners.new_split import split_anew
+from hecate.parallel.source_split import SourceSplit, flows_of_shares
 from hecate.parallel.topology import Topology
 
 
@@ -33,28 +34,46 @@ class LayerPlan:
     """float64 [experts, source ranks]"""
     quota_ED: np.ndarray | None
     """see `Plan.quota_LED`"""
+    source_split: SourceSplit | None = None
+    """see `Plan.source_split`"""
 
     def dispatches(self, topology: Topology) -> bool:
         """Whether a token may have to leave its rank."""
+        share_ESD = self._shares(topology)
+        if share_ESD is not None:
+            return not (self.placement.where_ED.all() and (np.diagonal(share_ESD, axis1=1, axis2=2) == 1).all())
         return not nothing_travels(self.placement.where_ED, self.loads_ED, self.quota_ED, topology)
 
     def split(self, topology: Topology, source: int) -> np.ndarray:
         """float64 [experts, ranks]: see `token_split`."""
+        share_ESD = self._shares(topology)
+        if share_ESD is not None:
+            return share_ESD[:, source]
         return token_split(self.placement.where_ED, self.loads_ED, self.quota_ED, topology, source)
 
     def flow(self, loads_ED: np.ndarray, topology: Topology) -> Flows:
         """How the assignments of these loads travel under the plan, which may have been made for other loads."""
+        share_ESD = self._shares(topology)
+        if share_ESD is not None:
+            return flows_of_shares(share_ESD, loads_ED.astype(np.float64), topology)
         return executed_flows(self.placement.where_ED, self.quota_ED, self.loads_ED, loads_ED.astype(np.float64), topology)
 
     def served(self, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
         """float64 [ranks]: number of assignments that each rank serves under these loads."""
         return served(self.flow(loads_ED, topology)).sum(0)
 
+    def _shares(self, topology: Topology) -> np.ndarray | None:
+        """float64 [experts, sources, ranks]; None: by the quotas."""
+        if self.source_split is None or self.quota_ED is None:
+            return None
+        return self.source_split.shares(self.placement.where_ED, self.quota_ED, self.loads_ED, topology)
+
 
 def layer_plan(plan: Plan, given: PlanInput, index: int) -> LayerPlan:
     """A layer's part of a plan; `index` is its place in the input."""
     quota_ED = None if plan.quota_LED is None else plan.quota_LED[index]
-    return LayerPlan(plan.placement(index), given.expected_LED[index], quota_ED)
+    source_split = None if plan.source_split is None else plan.source_split.of_layer(index)
+    return LayerPlan(plan.placement(index), given.expected_LED[index], quota_ED, source_split)
 
 
 def one_layer(given: PlanInput, index: int, loads_ED: np.ndarray, resident_ED: np.ndarray | None = None) -> PlanInput:

@@ -5,7 +5,7 @@ loads predict, as in training (`hecate.parallel.predictors`). In `exact` mode it
 routers; attention has ended by then and hides no gather. This holds for `full`, too, which needs no loads: in exact mode the engine plans
 and gathers a layer after its router. In `replay` mode it plans from the true loads, too, but they are known before the step, so that
 attention hides the gather. In `calibrated` mode a plan from history is replaced, layer by layer, by one from the true loads where that pays
-after the router.
+after the router. Layers may also go by different modes, each by the one that has been fastest (`hecate.parallel.measured_modes`).
 
 Shapes: L layers, E experts, S = D ranks as sources and as destinations.
 """
@@ -13,73 +13,39 @@ Shapes: L layers, E experts, S = D ranks as sources and as destinations.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from hecate.parallel.cost_loops import exposed_seconds
-from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, Priced, Rows, cost_numbers, price
-from hecate.parallel.executed_flows import executed_flows, served
-from hecate.parallel.flows import Flows, flows, node_membership
-from hecate.parallel.gather_bytes import PortBytes, gather_ports
-from hecate.parallel.layer_plan import best_after_router, layer_plan, price_missing
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, PlanMode
+from hecate.parallel.measured_modes import MODES, MeasuredModes
 from hecate.parallel.placement import contiguous_owners
-from hecate.parallel.planners import Plan, PlanInput, Planner, plan_with
+from hecate.parallel.planners import Collective, PlanInput, Planner, plan_with
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.plan import check_loads
-from hecate.parallel.predictors import predicted_loads
+from hecate.parallel.predictors import KEPT_WINDOWS, predicted_loads
 from hecate.parallel.residency import Residency, expected_uses
-from hecate.parallel.sharding import better_owners, owned_bytes, reshard_seconds
+from hecate.parallel.sharding import better_owners, owned_bytes
+from hecate.parallel.simulated_step import (
+    Lifetime,
+    Planned,
+    Predictor,
+    Setting,
+    SimulatedStep,
+    StepBytes,
+    StepSeconds,
+    all_layers,
+    better_after_router,
+    execute,
+    plan_layers,
+)
 from hecate.parallel.topology import Topology
 
 HISTORY_STEPS = 5
 """from which the next one's loads are predicted, as by `fssdp.load_window` (Hecate §3.2)"""
-Predictor = Callable[[np.ndarray], np.ndarray]
-Lifetime = Callable[[Sequence[Residency]], float]
-"""a function of the loads of all steps so far, int64 [steps, layers, experts, source ranks], that returns the next step's, float64"""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepSeconds:
-    """Where the seconds of a step go, all layers together."""
-
-    attention: float
-    """forward and backward, on the slowest device"""
-    compute: float
-    """experts, on the slowest device of each layer"""
-    dispatch: float
-    gather: float
-    """SparseAllGather, hidden or not"""
-    reduce: float
-    """SparseReduceScatter, hidden or not"""
-    exposed: float
-    """what gather and reduce add"""
-    optimizer: float
-    reshard: float
-    """moving experts to new owners"""
-    all_reduce: float = 0.0
-    """summing the owners' gradients over sharding groups, as if nothing hid it"""
-
-    @property
-    def total(self) -> float:
-        return self.attention + self.compute + self.dispatch + self.exposed + self.optimizer + self.reshard + self.all_reduce
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepBytes:
-    """Bytes of a step, all layers together: parameters, gradients, tokens' rows and what re-sharding moves."""
-
-    near: float
-    """between ranks of a node, sent by all of them"""
-    far: float
-    """between nodes, sent by all of them"""
-    busiest_port: float
-    """through one rank's port inside its node, in its busier direction"""
-    busiest_uplink: float
-    """through one node's uplink, in its busier direction"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +65,8 @@ class Simulated:
     """the same of its fullest layer"""
     planner_ms_per_layer: float
     """measured, on this machine"""
+    plan_modes: dict[str, float] | None = None
+    """share of the layers and steps that went by each of `MODES`, where these are chosen; None: all went by the same"""
 
     @property
     def step_seconds(self) -> float:
@@ -116,6 +84,14 @@ class Simulated:
         return whole | {name: value for name, value in asdict(self).items() if name not in beside}
 
 
+def mean_modes(shares: Sequence[dict[str, float] | None], weights: Sequence[float] | None = None) -> dict[str, float] | None:
+    """Return the mean of several `Simulated.plan_modes`, such as those of sharding groups or of layers of several shapes."""
+    known = [one for one in shares if one is not None]
+    if not known:
+        return None
+    return {mode: float(np.average([one[mode] for one in known], weights=weights)) for mode in MODES}
+
+
 def simulate(
     loads: np.ndarray,
     topology: Topology,
@@ -130,6 +106,8 @@ def simulate(
     max_imbalance: float | None = None,
     reshard_interval: int | None = None,
     num_layers: int | None = None,
+    collectives: Mapping[str, Collective] | None = None,
+    choose_modes: bool = False,
 ) -> list[Simulated]:
     """Put loads through each policy, all layers alike.
 
@@ -146,6 +124,10 @@ def simulate(
         max_imbalance: see `PlanInput.max_imbalance`.
         reshard_interval: every so many steps `hecate_paper` and `auto` move experts to better owners where that pays; None: never.
         num_layers: of the model, of which the loads' layers are a sample; seconds, bytes and memory are scaled to them. None: no sample.
+        collectives: of policies by name, where they are not those of `execution`, such as `hecate.parallel.planners.COLLECTIVES`.
+        choose_modes: in each step each layer goes by history, calibrated or exact, whichever would have been fastest over the last steps,
+            as with `fssdp.plan: auto`; `execution.plan` is history. Loads are those of all micro-steps, each of which gathers the layers of
+            the latter two modes for itself.
 
     Raises:
         UserError: a load is negative or not finite.
@@ -153,25 +135,25 @@ def simulate(
     assert loads.ndim == 4, loads.shape
     assert loads.shape[3] == topology.world_size, (loads.shape, topology.world_size)
     check_loads(loads, loads.shape)
+    assert not choose_modes or execution.plan == "history", execution
     if predict is None:
         predict = partial(predicted_loads, window=history_steps, lasting=cost.frozen_bytes > 0)
-    setting = _Setting(topology, cost, slots_D, execution, predict, lifetime, max_imbalance, reshard_interval, num_layers or loads.shape[1])
-    return [_simulate_policy(name, planner, loads, setting) for name, planner in policies.items()]
-
-
-@dataclass(frozen=True, eq=False)
-class _Setting:
-    """What all policies have in common: the arguments of `simulate`."""
-
-    topology: Topology
-    cost: LayerCost
-    slots_D: np.ndarray
-    execution: ExecutionMode
-    predict: Predictor
-    lifetime: Lifetime
-    max_imbalance: float | None
-    reshard_interval: int | None
-    num_layers: int
+    setting = Setting(
+        topology,
+        cost,
+        slots_D,
+        execution,
+        predict,
+        lifetime,
+        max_imbalance,
+        reshard_interval,
+        num_layers or loads.shape[1],
+        choose_modes,
+        history_steps,
+    )
+    return [
+        _simulate_policy(name, planner, loads, setting.of_collective((collectives or {}).get(name))) for name, planner in policies.items()
+    ]
 
 
 _RESHARDING = ("hecate_paper", "auto")
@@ -204,24 +186,27 @@ def fullest_owner_bytes(topology: Topology, cost: LayerCost, *, num_layers: int,
     return num_layers * each_layer * (cost.trainable_bytes + owned_bytes(cost))
 
 
-def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _Setting) -> Simulated:
+def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: Setting) -> Simulated:
     num_steps, num_layers, num_experts, world_size = loads.shape
     knows = setting.execution.knows_loads
     first_known = 0 if knows else 1
-    interval, averaged = (1, None) if knows else _REPLANS.get(name, (1, None))
+    interval, averaged = (1, None) if knows or setting.choose_modes else _REPLANS.get(name, (1, None))
     reshard_interval = setting.reshard_interval if name in _RESHARDING else None
     owner_LE = np.tile(contiguous_owners(num_experts, world_size), (num_layers, 1))
     placed_LED: np.ndarray | None = None
     has_frozen = setting.cost.frozen_bytes > 0
     residency = [Residency.of_owners(owner_E, setting.slots_D) for owner_E in owner_LE] if has_frozen else []
-    steps: list[_Step] = []
+    steps: list[SimulatedStep] = []
     planner_seconds: list[float] = []
-    given: PlanInput | None = None
-    plan: Plan | None = None
+    modes: list[list[PlanMode]] = []
+    measured = MeasuredModes(setting.window, splits=planner is plan_auto)
+    names = [object() for _ in range(num_steps)]
+    parts: list[Planned] = []
     for step in range(num_steps):
         owner_before_LE = owner_LE
         held_LED = np.stack([layer.held_ED for layer in residency]) if has_frozen else None
-        if given is None or plan is None or (step - first_known) % interval == 0:
+        modes.append([setting.execution.plan] * num_layers)
+        if not parts or (step - first_known) % interval == 0:
             if knows:
                 known_LED = loads[step].astype(np.float64)
             elif step == 0:
@@ -242,14 +227,20 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
             if reshard_interval and (step - first_known) % reshard_interval == 0:
                 found = better_owners(planner, [given], reshard_interval)
                 given = given if found is None else replace(given, owner_LE=found[0][0])
+            if setting.choose_modes:
+                recent = slice(max(step - KEPT_WINDOWS * setting.window, 0), step)
+                modes[-1] = measured.choose(partial(plan_with, planner), given, names[recent], loads[recent])
             started = time.perf_counter()
-            plan = plan_with(planner, given)
+            parts = [plan_layers(planner, given, layer_M, loads[step], mode, setting) for mode, layer_M in _by_mode(modes[-1])]
             planner_seconds.append(time.perf_counter() - started)
-        better = None
-        if setting.execution.plan == "calibrated":
-            better = _better(planner, plan, given, loads[step])
-        steps.append(_execute(plan, given.expected_LED, loads[step], owner_before_LE, held_LED, setting, better))
-        owner_LE, placed_LED = plan.owner_LE, plan.where_LED
+        executed = [
+            execute(part, loads[step], owner_before_LE, held_LED, setting, better_after_router(planner, part, loads[step]))
+            for part in parts
+        ]
+        steps.append(all_layers(executed, setting))
+        owner_LE, placed_LED = np.empty_like(owner_LE), np.empty(loads.shape[1:], dtype=bool)
+        for part in parts:
+            owner_LE[part.layer_M], placed_LED[part.layer_M] = part.plan.owner_LE, part.plan.where_LED
         if has_frozen:
             if (owner_LE != owner_before_LE).any():
                 residency = [layer.change_owners(owner_E) for layer, owner_E in zip(residency, owner_LE, strict=True)]
@@ -265,158 +256,19 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: _S
         served_tokens_D=tuple(np.max([one.served_tokens_D for one in counted], axis=0).tolist()),
         most_tokens_D=tuple(np.max([one.most_tokens_D for one in counted], axis=0).tolist()),
         planner_ms_per_layer=1e3 * float(np.median(planner_seconds)) / num_layers,
+        plan_modes=_shares(modes[-len(counted) :]) if setting.choose_modes else None,
     )
 
 
-@dataclass(frozen=True)
-class _Step:
-    seconds: StepSeconds
-    bytes: StepBytes
-    imbalance: float
-    replica_bytes_D: np.ndarray
-    served_tokens_D: np.ndarray
-    most_tokens_D: np.ndarray
+def _by_mode(modes: list[PlanMode]) -> list[tuple[PlanMode, np.ndarray]]:
+    """The layers of each mode, int64 [layers of it]."""
+    return [(mode, np.array([layer for layer, one in enumerate(modes) if one == mode])) for mode in dict.fromkeys(modes)]
 
 
-def _execute(
-    plan: Plan,
-    planned_LED: np.ndarray,
-    true_LED: np.ndarray,
-    owner_before_LE: np.ndarray,
-    resident_LED: np.ndarray | None,
-    setting: _Setting,
-    better: _Better | None,
-) -> _Step:
-    """What the step's true loads come to under a plan made for `planned_LED`, and in some layers, after the router, a better one."""
-    topology = setting.topology
-    # Planners pay a frozen part over its lifetime; the simulator pays it in the step in which it travels.
-    cost = replace(setting.cost, frozen_lifetime=1.0)
-    loads_LED = true_LED.astype(np.float64)
-    flow = executed_flows(plan.where_LED, plan.quota_LED, planned_LED, loads_LED, topology)
-    priced = price(plan.owner_LE, plan.where_LED, flow, loads_LED, topology, cost, execution=setting.execution, resident_ED=resident_LED)
-    seconds, brought = priced.seconds, None
-    where_LED, before = plan.where_LED, priced
-    if better is not None:
-        where_LED, flow = better.where_LED, better.replace_flows(flow, loads_LED, topology)
-        priced = price(plan.owner_LE, where_LED, flow, loads_LED, topology, replace(cost, frozen_bytes=0.0), execution=setting.execution)
-        brought = price_missing(plan.owner_LE, plan.where_LED, where_LED, topology, cost, resident_LED)
-        seconds = _after_calibration(before.seconds, priced.seconds, brought.seconds.gather, setting)
-    moved = (plan.owner_LE != owner_before_LE).any()
-    step_seconds = StepSeconds(
-        attention=3 * cost.non_moe_flops / min(topology.flops) * len(loads_LED),
-        reshard=reshard_seconds(owner_before_LE, plan.owner_LE, topology, cost) if moved else 0.0,
-        **{field.name: float(getattr(seconds, field.name).sum()) for field in fields(seconds)},
-    )
-    return _Step(
-        step_seconds,
-        _bytes(plan, before, priced, brought, owner_before_LE, topology, cost, setting.execution.rematerialize),
-        _imbalance(priced.rows, served(flow), topology, cost),
-        _replica_bytes(plan.owner_LE, plan.where_LED | where_LED, setting),
-        priced.rows.computed_D.mean(0),
-        priced.rows.computed_D.max(0),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Better:
-    """The plan of every layer after its router, of which some layers are the present plan's."""
-
-    plan: Plan
-    """made for the true loads"""
-    adopted_L: np.ndarray
-    """bool [layers]: where it replaces the present plan"""
-    where_LED: np.ndarray
-    """bool [layers, experts, ranks]: replicas with which the layers are computed"""
-
-    def replace_flows(self, flow: Flows, loads_LED: np.ndarray, topology: Topology) -> Flows:
-        now = flows(loads_LED, self.plan.quotas(loads_LED, topology), topology)
-        chosen = self.adopted_L[:, None, None]
-        return Flows(*(np.where(chosen, getattr(now, field.name), getattr(flow, field.name)) for field in fields(flow)))
-
-
-def _better(planner: Planner, plan: Plan, given: PlanInput, true_LED: np.ndarray) -> _Better:
-    """The plans that training would make after the routers."""
-    known = replace(given, owner_LE=plan.owner_LE, loads_LED=true_LED.astype(np.float64))
-    present = [layer_plan(plan, given, layer) for layer in range(len(true_LED))]
-    found = best_after_router(partial(plan_with, planner), known, present, splits=planner is plan_auto)
-    adopted_L = np.array([gain > 0 for gain, _ in found])
-    where_LED = np.stack([better.placement.where_ED for _, better in found])
-    quotas = [better.quota_ED for _, better in found if better.quota_ED is not None]
-    again = Plan(plan.owner_LE, where_LED, np.stack(quotas) if quotas else None)
-    return _Better(again, adopted_L, np.where(adopted_L[:, None, None], where_LED, plan.where_LED))
-
-
-def _after_calibration(before: LayerSeconds, after: LayerSeconds, brought_L: np.ndarray, setting: _Setting) -> LayerSeconds:
-    """The gather is that of the plan before, hidden as it is, and what the plan after needs besides, which nothing hides."""
-    hides = cost_numbers(setting.cost, setting.topology, setting.execution).hides_gather
-    slowdown = setting.topology.overlap_slowdown
-    exposed = [
-        total + exposed_seconds(hides, first, slowdown) - exposed_seconds(hides, own, slowdown)
-        for total, first, own in zip(after.exposed, before.gather, after.gather, strict=True)
-    ]
-    return replace(after, gather=before.gather + brought_L, exposed=np.array(exposed) + brought_L)
-
-
-def _bytes(
-    plan: Plan,
-    before: Priced,
-    priced: Priced,
-    brought: Priced | None,
-    owner_before_LE: np.ndarray,
-    topology: Topology,
-    cost: LayerCost,
-    rematerialize: bool,
-) -> StepBytes:
-    """Bytes of the gather `before` the router, what is `brought` after it, and all that follows with the plan that is priced."""
-    gather, row_ports = priced.gathered, PortBytes(*priced.rows.near, *priced.rows.far)
-    parts = [
-        (before.gathered, cost.trainable_bytes),
-        (gather, cost.trainable_bytes if rematerialize else 0.0),
-        (gather.reversed(), cost.reduced_bytes),
-        # Rows go out and their gradients back, results come back and theirs go out.
-        (row_ports, 2 * cost.row_bytes),
-        (row_ports.reversed(), 2 * cost.row_bytes),
-        (before.gathered_frozen, cost.frozen_bytes),
-    ]
-    if brought is not None:
-        parts += [(brought.gathered, cost.trainable_bytes), (brought.gathered_frozen, cost.frozen_bytes)]
-    if (plan.owner_LE != owner_before_LE).any():
-        owned_LED = _at(plan.owner_LE, topology)
-        moved = gather_ports(owner_before_LE, owned_LED | _at(owner_before_LE, topology), topology)
-        parts.append((moved, cost.state_bytes + cost.frozen_bytes))
-    near_out, near_in, far_out, far_in = (
-        sum(size * getattr(ports, name).sum(0) for ports, size in parts) for name in ("near_out_D", "near_in_D", "far_out_D", "far_in_D")
-    )
-    member_DN = node_membership(topology)
-    return StepBytes(
-        near=float(near_out.sum()),
-        far=float(far_out.sum()),
-        busiest_port=float(np.maximum(near_out, near_in).max()),
-        busiest_uplink=float(np.maximum(far_out @ member_DN, far_in @ member_DN).max()),
-    )
-
-
-def _imbalance(rows: Rows, quota_LED: np.ndarray, topology: Topology, cost: LayerCost) -> float:
-    rate_D = np.asarray(topology.flops)
-    work_LD = rows.computed_D * cost.row_flops * (1 + cost.row_backward)
-    work_LD = work_LD + quota_LED.sum(1) * cost.assignment_flops * (1 + cost.assignment_backward)
-    even_L = work_LD.sum(1) / rate_D.sum()
-    busiest_L = (work_LD / rate_D).max(1)
-    return float(np.divide(busiest_L, even_L, out=np.ones_like(even_L), where=even_L > 0).mean())
-
-
-def _replica_bytes(owner_LE: np.ndarray, where_LED: np.ndarray, setting: _Setting) -> np.ndarray:
-    replicas_LD = (where_LED & ~_at(owner_LE, setting.topology)).sum(1)
-    every_D = replicas_LD.sum(0) * setting.num_layers / len(replicas_LD)
-    at_once_D = replicas_LD.max(0) if setting.execution.rematerialize else every_D
-    frozen, moving = setting.cost.frozen_bytes, setting.cost.replica_bytes - setting.cost.frozen_bytes
-    return np.asarray(at_once_D * moving + every_D * frozen)
+def _shares(modes: list[list[PlanMode]]) -> dict[str, float]:
+    flat = [mode for of_step in modes for mode in of_step]
+    return {mode: flat.count(mode) / len(flat) for mode in MODES}
 
 
 def _mean(records: list[Any], scale: float) -> dict[str, float]:
     return {field.name: scale * float(np.mean([getattr(one, field.name) for one in records])) for field in fields(records[0])}
-
-
-def _at(owner_LE: np.ndarray, topology: Topology) -> np.ndarray:
-    """bool [layers, experts, ranks]"""
-    return np.asarray(owner_LE[..., None] == np.arange(topology.world_size))

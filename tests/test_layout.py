@@ -269,6 +269,7 @@ def _is_false(node: ast.expr) -> bool:
 WRITES_PLAINLY = {
     "hecate/io/durable.py": "it is the room",
     "hecate/checkpoint/save.py": "the rename of a staging folder commits a checkpoint",
+    "hecate/checkpoint/file_system.py": "it tries whether a folder can be renamed",
     "hecate/checkpoint/history.py": "a folder is renamed before it is deleted",
     "hecate/data/token_cache.py": "arrays grow beside one another in a staging folder, which `new_folder` renames; they have checksums",
     "hecate/report/metrics.py": "lines are appended while the run goes on; one that is torn is removed at a resume",

@@ -1,18 +1,24 @@
-"""List the sound checkpoints in a run's folder, and delete old ones and what failed saves left behind."""
+"""List the sound checkpoints in a run's folder, move damaged ones aside, and delete old ones and what failed saves left behind."""
 
 import itertools
 import logging
 import os
 import re
-from collections.abc import Iterator
+import secrets
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, Manifest, read_manifest, step_of
+from hecate.checkpoint.verify import first_damage
 from hecate.io.durable import delete_files, sync_folder
 
 _log = logging.getLogger(__name__)
+SET_ASIDE = ".damaged-"
+_ASIDE = re.compile(r"checkpoint-[0-9]{1,16}\.damaged-[0-9a-f]{1,64}")
 _STAGING = re.compile(r"checkpoint-[0-9]{1,16}\.tmp-[0-9A-Za-z]{1,64}")
+_said: set[tuple[Path, str]] = set()
+"""of which checkpoint which damage was told"""
 _OUR_FILE = re.compile(r"rank-[0-9]{5}-of-[0-9]{5}\.(safetensors|json)|" + re.escape(MANIFEST) + "|" + COMMIT)
 
 
@@ -22,19 +28,21 @@ def good_checkpoints(root: Path) -> Iterator[Path]:
     Each damaged one is logged as a warning with the reason. Tensors are not read: if `read_tensors` fails for one checkpoint, try
     the next.
     """
-    for folder, _ in sound_manifests(root):
-        yield folder
+    for folder, read in manifests(root):
+        if isinstance(read, CheckpointError):
+            _log.warning("checkpoint passed over: %s", read)
+        else:
+            yield folder
 
 
-def sound_manifests(root: Path) -> Iterator[tuple[Path, Manifest]]:
-    """`good_checkpoints` with their manifests, each read once."""
+def manifests(root: Path) -> Iterator[tuple[Path, Manifest | CheckpointError]]:
+    """Yield the committed checkpoints in `root`, newest step first, each with its manifest, or with what is wrong with it."""
     for folder in committed(root):
         try:
-            manifest = read_manifest(folder)
+            read: Manifest | CheckpointError = read_manifest(folder)
         except CheckpointError as error:
-            _log.warning("checkpoint passed over: %s", error)
-        else:
-            yield folder, manifest
+            read = error
+        yield folder, read
 
 
 def latest_good(root: Path) -> Path | None:
@@ -42,19 +50,54 @@ def latest_good(root: Path) -> Path | None:
     return next(good_checkpoints(root), None)
 
 
-def prune(root: Path, keep: int) -> list[Path]:
-    """Delete the checkpoints older than the `keep` newest good ones. Returns the deleted folders, oldest last.
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that its step can be saved again. Returns its new path, `checkpoint-{step}.damaged-{nonce}`.
 
-    A damaged checkpoint newer than those is kept for inspection, and a folder with any file that a save does not write is never
-    deleted. With `keep` = 1, a flipped bit in a tensor leaves no sound checkpoint. Raises CheckpointError if the deletion fails.
+    Nothing lists, counts or deletes it under that name. Raises CheckpointError if it cannot be renamed.
+    """
+    aside = folder.with_name(f"{folder.name}{SET_ASIDE}{secrets.token_hex(4)}")
+    try:
+        os.rename(folder, aside)
+        sync_folder(folder.parent)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: is damaged and cannot be moved aside: {error.strerror}\n  remove or rename it") from error
+    return aside
+
+
+def retained(steps: Iterable[int], every: int) -> set[int]:
+    """Return those of the steps that are kept for good: the first one at or after each multiple of `every` and before the next multiple.
+
+    It stays the same when others are deleted. Source: Megatron-LM's --save-retain-interval, which keeps exact multiples only.
+    """
+    first: dict[int, int] = {}
+    for step in sorted(steps):
+        first.setdefault(step // every, step)
+    return {step for stretch, step in first.items() if stretch > 0}
+
+
+def prune(root: Path, keep: int, retain_steps: int | None = None, warn: Callable[[str], None] = _log.warning) -> list[Path]:
+    """Delete the checkpoints older than the `keep` newest whole ones. Returns the deleted folders, oldest last.
+
+    Whole means that every digest was verified; of what this process has written or verified before, tensors are not read again. If there
+    are fewer than `keep` whole ones, nothing is deleted. A damaged checkpoint newer than those is kept for inspection, and a folder with
+    any file that a save does not write is never deleted. Raises CheckpointError if the deletion fails.
+
+    Args:
+        retain_steps: see `retained`; these are not deleted. None: none.
+        warn: is told of each damaged checkpoint that does not count, once in a process.
     """
     assert keep >= 1, keep
-    kept = list(itertools.islice(good_checkpoints(root), keep))
     deleted: list[Path] = []
-    if not kept:
-        return deleted
     folders = committed(root)
+    if len(folders) <= keep:
+        return deleted
+    kept = list(itertools.islice((folder for folder in folders if _is_whole(folder, warn)), keep))
+    if len(kept) < keep:
+        return deleted
+    for_good = retained((_step(folder) for folder in folders), retain_steps) if retain_steps else set()
     for folder in folders[folders.index(kept[-1]) + 1 :]:
+        if _step(folder) in for_good:
+            continue
         if not _is_ours(folder) or not {MANIFEST, COMMIT} <= set(os.listdir(folder)):
             _log.warning("%s holds files that no save wrote, or lacks some: not deleted", folder)
             continue
@@ -94,8 +137,26 @@ def remove_stale_staging(root: Path) -> list[Path]:
 
 def committed(root: Path) -> list[Path]:
     """Return the folders named `checkpoint-{step}`, newest first."""
-    steps = [(step_of(folder.name), folder) for folder in _folders(root)]
-    return [folder for step, folder in sorted(((s, f) for s, f in steps if s is not None), reverse=True)]
+    return sorted((folder for folder in _folders(root) if step_of(folder.name) is not None), key=_step, reverse=True)
+
+
+def left_over(root: Path) -> list[Path]:
+    """Return the staging folders of saves that are under way or did not finish, and the damaged checkpoints that were moved aside."""
+    return [folder for folder in _folders(root) if _STAGING.fullmatch(folder.name) or _ASIDE.fullmatch(folder.name)]
+
+
+def _is_whole(folder: Path, warn: Callable[[str], None]) -> bool:
+    damage = first_damage(folder)
+    if damage is not None and (folder, damage) not in _said:
+        _said.add((folder, damage))
+        warn(f"{folder.name} is damaged and does not count as one of the latest checkpoints: {damage}")
+    return damage is None
+
+
+def _step(folder: Path) -> int:
+    step = step_of(folder.name)
+    assert step is not None, folder
+    return step
 
 
 def _folders(root: Path) -> list[Path]:

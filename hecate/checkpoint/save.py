@@ -8,12 +8,13 @@ always complete, whenever a process dies.
 import contextlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from hecate.checkpoint.file_system import advice
 from hecate.checkpoint.files import CheckpointError, read_small
 from hecate.checkpoint.layout import TensorEntry, file_size, shard_file, shard_sidecar
 from hecate.checkpoint.manifest import (
@@ -28,7 +29,7 @@ from hecate.checkpoint.manifest import (
     parse_entries,
     step_of,
 )
-from hecate.checkpoint.shard import write_safetensors
+from hecate.checkpoint.shard import layout_of, write_safetensors
 from hecate.io.durable import delete_files, sync_folder, write_durable
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
@@ -49,18 +50,27 @@ def staging_folder(root: Path, step: int, nonce: str) -> Path:
     return root / f"checkpoint-{step}.tmp-{nonce}"
 
 
-def write_shard(staging: Path, rank: int, world_size: int, tensors: Mapping[str, Tensor]) -> None:
+def shard_bytes(rank: int, world_size: int, tensors: Mapping[str, Tensor]) -> int:
+    """Return how many bytes a save of these tensors writes: the shard, its JSON file, and their entries in the manifest."""
+    layout = layout_of(shard_file(rank, world_size), tensors, digest="0" * 32)
+    return file_size(layout) + 2 * len(dump_json({name: entry_value(entry) for name, entry in layout.items()}))
+
+
+def write_shard(staging: Path, rank: int, world_size: int, tensors: Mapping[str, Tensor], go_on: Callable[[], None] = lambda: None) -> None:
     """Write this rank's tensors, and a small JSON file with their digests for the committing rank.
 
     Both are durable when it returns. Every rank calls it, with no tensors if it owns none; each tensor name may come from one rank
     only. The folder is created if it does not exist. Raises CheckpointError if the disk is full or fails; this rank's files are
     then removed, and so is the folder if it is empty.
+
+    Args:
+        go_on: called before each tensor; it raises CheckpointError where the save is to be broken off. What was written stays then.
     """
     assert 0 <= rank < world_size <= MAX_WORLD_SIZE, (rank, world_size)
     shard, sidecar = staging / shard_file(rank, world_size), staging / shard_sidecar(rank, world_size)
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        entries = write_safetensors(shard, tensors)
+        entries = write_safetensors(shard, tensors, go_on)
         write_durable(sidecar, [dump_json({name: entry_value(entry) for name, entry in entries.items()})])
     except FileExistsError as error:
         raise CheckpointError(f"{error.filename}: exists already; each save needs a nonce of its own") from error
@@ -139,6 +149,6 @@ def _gather_entries(staging: Path, world_size: int) -> dict[str, TensorEntry]:
 
 def _failed(staging: Path, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"cannot save {staging.name.partition('.')[0]}: {error.strerror} ({error.filename or staging}).\n"
-        f"Older checkpoints in {staging.parent} are untouched. Free space there, or set output_dir to another disk."
+        f"cannot save {staging.name.partition('.')[0]}: {error.strerror} ({error.filename or staging})\n"
+        f"  older checkpoints in {staging.parent} are untouched; {advice(error)}"
     )

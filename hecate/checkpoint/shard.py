@@ -1,7 +1,7 @@
 """Write one rank's tensors to a safetensors file and hash them, and read tensors back with their digests checked."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -27,24 +27,31 @@ DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, TensorEntry]:
-    """Write `tensors`, of any device, to the new safetensors file `path` and fsync it. Returns the entry of each tensor.
-
-    Tensors are copied to the CPU one at a time, so host memory peaks at one tensor, or two if it is not contiguous. They must not
-    change meanwhile. Raises OSError; the caller then removes what has been written.
-    """
-    digests: dict[str, str] = {}
+def layout_of(file: str, tensors: Mapping[str, Tensor], digest: str = "") -> dict[str, TensorEntry]:
+    """Return the entries of tensors in a file, with this digest for all."""
     layout = {}
     for name, tensor in tensors.items():
         assert is_tensor_name(name), f"{name!r} is not a tensor name of a checkpoint"
         assert tensor.dtype in _DTYPE_NAMES, f"{name}: {tensor.dtype} cannot be stored in a checkpoint"
         assert is_shape(list(tensor.shape), _DTYPE_NAMES[tensor.dtype]), f"{name}: shape {list(tensor.shape)}"
-        layout[name] = TensorEntry(path.name, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), digest="")
+        layout[name] = TensorEntry(file, _DTYPE_NAMES[tensor.dtype], tuple(tensor.shape), digest)
+    return layout
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], go_on: Callable[[], None] = lambda: None) -> dict[str, TensorEntry]:
+    """Write `tensors`, of any device, to the new safetensors file `path` and fsync it. Returns the entry of each tensor.
+
+    Tensors are copied to the CPU one at a time, so host memory peaks at one tensor, or two if it is not contiguous. They must not
+    change meanwhile. Raises OSError; the caller then removes what has been written. `go_on` is called before each tensor, and may raise.
+    """
+    digests: dict[str, str] = {}
+    layout = layout_of(path.name, tensors)
     head, offsets = file_layout(layout)
 
     def blocks() -> Iterator[memoryview | bytes]:
         yield head
         for name in offsets:
+            go_on()
             data = _bytes_of(tensors[name].detach().cpu().contiguous())
             digests[name] = digest_of(data)
             yield data

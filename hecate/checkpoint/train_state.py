@@ -1,4 +1,4 @@
-"""Where a run stands between two optimizer steps, as a value; and how a checkpoint of it is saved and loaded over all ranks.
+"""Where a run stands between two optimizer steps, as a value; and how a checkpoint of it is loaded by all ranks.
 
 A checkpoint holds each owner's experts with their moments, the replicated parameters once, and the `TrainState`. A rank that joins a run
 under way receives the same `TrainState` from another rank (`hecate.elastic.rebuild`).
@@ -6,8 +6,7 @@ under way receives the same `TrainState` from another rank (`hecate.elastic.rebu
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ import yaml
 from torch import Tensor
 
 from hecate.checkpoint.files import CheckpointError
-from hecate.checkpoint.history import prune, remove_stale_staging, sound_manifests
+from hecate.checkpoint.history import manifests, remove_stale_staging
 from hecate.checkpoint.manifest import Manifest, read_manifest
-from hecate.checkpoint.save import checkpoint_folder, commit, discard, staging_folder, write_shard
+from hecate.checkpoint.save import checkpoint_folder
 from hecate.checkpoint.shard import read_tensors
-from hecate.config import Config, changed_computation, to_yaml
+from hecate.checkpoint.verify import note_damage
+from hecate.config import Config, changed_computation
 from hecate.config.effective import other_configuration
 from hecate.data.separate_streams import Stream
 from hecate.engine.protocol import ExpertEngine
@@ -30,8 +30,6 @@ from hecate.optim.optimizer import ExpertOptimizer, owned_parameters
 from hecate.parallel.loads import LoadHistory
 from hecate.parallel.units import Unit, parse_unit
 from hecate.ranks.ranks import Ranks
-
-_NONCE_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -134,51 +132,16 @@ class NoCheckpointError(UserError):
     """There is no checkpoint that all ranks can read; the text says where, and why each one was passed over."""
 
 
-def save_state(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainState) -> Path | None:
-    """Write the checkpoint of `state.step`; None if it exists already.
+@dataclass(frozen=True)
+class LoadedState:
+    """Where the loaded checkpoint stands, and what else was seen on the way to it; the same on every rank."""
 
-    Every rank must call it. The first sharding group, which has a whole copy of the state, writes.
-
-    Raises:
-        CheckpointError: a rank could not write; no rank then has a checkpoint of this step, older ones are untouched.
-    """
-    root = Path(config.output_dir)
-    final = checkpoint_folder(root, state.step)
-    if ranks.all_max(float(final.exists())):
-        return None
-    staging = staging_folder(root, state.step, ranks.broadcast_bytes(secrets.token_bytes(_NONCE_BYTES)).hex())
-    engine = parts.engine
-    tensors = parts.optimizer.state_tensors()
-    if not ranks.is_first:
-        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("owned/")}
-    owners = {str(unit): owner_E.tolist() for unit, owner_E in engine.shards.owners.items()}
-    meta = {"config": to_yaml(config), "owners": owners, "base_model": parts.base_digest, "drawn": parts.drawn_digest, **state.to_json()}
-
-    def write() -> None:
-        if engine.shards.in_first_group:
-            write_shard(staging, engine.shards.rank, engine.shards.world_size, tensors)
-
-    def finish() -> None:
-        commit(staging, final, meta, engine.shards.world_size)
-        if config.save_total_limit is not None:
-            prune(root, config.save_total_limit)
-
-    failure = _failure_of(write)
-    failed = ranks.all_max(float(failure is not None))
-    if ranks.is_first:
-        if failed:
-            discard(staging)
-        else:
-            failure = _failure_of(finish)
-    failed = max(failed, ranks.all_max(float(failure is not None)))
-    if failure is not None:
-        raise failure
-    if failed:
-        raise CheckpointError(f"{final}: another rank could not write its part; its own message says why")
-    return final
+    state: TrainState
+    warnings: tuple[str, ...]
+    """one for each newer checkpoint that was passed over: which file and tensor of it is damaged, and where training goes on"""
 
 
-def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> TrainState:
+def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState:
     """Load the newest checkpoint that all ranks can read into `parts`, and return where it stands. Every rank must call it.
 
     Any number of ranks may have written the checkpoint: experts are dealt anew where a sharding group had another number of ranks. A step
@@ -191,29 +154,45 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> TrainState:
     root = Path(config.output_dir)
     if ranks.is_first:
         remove_stale_staging(root)
-    reasons: list[str] = []
+    passed_over: list[tuple[str, str]] = []
     # Rank 0 says which checkpoint is tried next: each rank's own listing of the folder might name others, and then ranks would wait for
     # each other in different collectives.
-    candidates = sound_manifests(root) if ranks.is_first else None
+    candidates = manifests(root) if ranks.is_first else None
     while True:
         found = next(candidates, None) if candidates else None
         own_name = found[0].name.encode() if found else b""
         name = ranks.broadcast_from(0, own_name if ranks.is_first else None).decode()
         if not name:
-            raise NoCheckpointError("\n".join([f"{root} has no checkpoint that can be read", *(f"  {reason}" for reason in reasons[:4])]))
+            reasons = [f"  {reason}" for _, reason in passed_over[:4]]
+            raise NoCheckpointError("\n".join([f"{root} has no checkpoint that can be read", *reasons]))
         folder = root / name
         read: tuple[Manifest, dict[str, Tensor]] | CheckpointError
         try:
             manifest = found[1] if found else read_manifest(folder)
+            if isinstance(manifest, CheckpointError):
+                raise manifest
             read = manifest, _read_own_tensors(folder, manifest, config, parts)
         except CheckpointError as error:
             read = error
         # A checkpoint that any rank cannot read is passed over by all.
-        if ranks.all_max(float(isinstance(read, CheckpointError))):
-            reasons.append(str(read) if isinstance(read, CheckpointError) else f"{folder}: another rank cannot read its part")
+        reason = _first_reason(ranks, read if isinstance(read, CheckpointError) else None)
+        note_damage(folder, reason)  # if there is none: every tensor of it is one that some rank needs
+        if reason is not None:
+            passed_over.append((name, reason))
             continue
         assert not isinstance(read, CheckpointError)
-        return _install(*read, ranks, parts)
+        state = _install(*read, ranks, parts)
+        goes_on = f"training goes on from {name}"
+        return LoadedState(state, tuple(f"{bad} is damaged and was passed over: {why}; {goes_on}" for bad, why in passed_over))
+
+
+def _first_reason(ranks: Ranks, error: CheckpointError | None) -> str | None:
+    """Why the lowest of the ranks that cannot read a checkpoint cannot, in one line; None: all can. Every rank must call it."""
+    count = int(ranks.all_max(0.0 if error is None else float(ranks.world_size - ranks.rank)))
+    if count == 0:
+        return None
+    source = ranks.world_size - count
+    return ranks.broadcast_from(source, str(error).splitlines()[0].encode() if ranks.rank == source else None).decode()
 
 
 def saved_max_steps(root: Path, step: int) -> int:
@@ -289,11 +268,3 @@ def _install(manifest: Manifest, tensors: Mapping[str, Tensor], ranks: Ranks, pa
     state.put_back(parts)
     parts.engine.shards.history.redeal(ranks.world_size)
     return state.with_positions_of(parts)
-
-
-def _failure_of(action: Callable[[], None]) -> CheckpointError | None:
-    try:
-        action()
-    except CheckpointError as error:
-        return error
-    return None

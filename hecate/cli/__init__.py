@@ -1,7 +1,8 @@
 """The command line, `hecate`. Each verb is a function in the room of its subject; the modules it needs are imported inside it.
 
 `jobs` starts training and watches it, `sweeps` trains many runs and rounds of clients, `forecasts` measures and predicts, `machine` tells
-what one needs before a run, `models` writes data for a model and uses what a run has trained, `answers` asks it.
+what one needs before a run, `checkpoints` tells of those that a run has saved, `models` writes data for a model and uses what a run has
+trained, `answers` asks it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import hecate
-from hecate.cli import answers, forecasts, jobs, machine, models, sweeps
+from hecate.cli import answers, checkpoints, forecasts, jobs, machine, models, sweeps
 from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.io.process_end import run_and_end
 
@@ -55,6 +56,7 @@ for _panel, _functions in _VERBS.items():
         # A verb that takes KEY=VALUE gets --key=value, too, and answers it with the key that is meant.
         _settings = {"ignore_unknown_options": "overrides" in signature(_function).parameters}
         app.command(name=_name, rich_help_panel=_panel, context_settings=_settings)(_function)
+app.add_typer(checkpoints.verbs, name="checkpoint", rich_help_panel="Train")
 
 
 def main() -> NoReturn:

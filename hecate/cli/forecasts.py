@@ -88,7 +88,7 @@ def simulate(
     steps: Annotated[int, typer.Option(min=1, help="number of steps")] = 12,
     seed: Annotated[int, typer.Option(min=0, help="seed of the workload")] = 0,
     plan: Annotated[
-        str, typer.Option(help="from which loads layers are planned, as fssdp.plan: history, calibrated, exact, replay")
+        str, typer.Option(help="from which loads layers are planned, as fssdp.plan: history, calibrated, exact, replay, auto")
     ] = "history",
     rematerialize: Annotated[bool, typer.Option("--rematerialize", help="free replicas between forward and backward pass")] = False,
     prefetch: Annotated[int, typer.Option(min=0, help="decoder layers by which a gather starts early; 0: nothing hides it")] = 1,
@@ -119,6 +119,7 @@ def simulate(
     from hecate.forecast.simulate import run_simulation
     from hecate.parallel.cost_model import ExecutionMode
 
+    mode, choose_modes = known_plan(plan, "--plan")
     run_simulation(
         topology=topology,
         price_per_hour=price_per_hour,
@@ -130,12 +131,13 @@ def simulate(
         steps=steps,
         seed=seed,
         execution=ExecutionMode(
-            plan=known_plan(plan, "--plan"),
+            plan=mode,
             rematerialize=rematerialize,
             prefetch=prefetch,
             micro_steps=micro_steps,
             route=known_route(route, "--route"),
         ),
+        choose_modes=choose_modes,
         max_imbalance=max_imbalance,
         shard_size=shard_size,
         wide=wide,

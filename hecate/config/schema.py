@@ -400,7 +400,8 @@ class FssdpConfig:
     """Which ranks hold each expert in a step, and which of them serve which tokens. auto: the plan that is predicted to be fastest on the
     topology. static_ep: owners only. full: every rank. hecate_paper: sparse materialization, Algorithm 1 of the Hecate paper; its
     former name, hecate, is still read. megatron_ep, with front_end megatron: Megatron's own MoELayer with expert parallelism, for
-    comparison; `hecate plan` prices it as static_ep. The others are the placement rules of the systems they are named after."""
+    comparison; `hecate plan` prices it as static_ep. The others are the placement rules of the systems they are named after, with their
+    split of tokens."""
     plan: Literal["history", "calibrated", "exact", "replay", "auto"] = field(default="history", metadata=key(computes=False))
     """The loads that a layer's plan is made from. history: those that past steps predict. exact: the loads of the micro-step, which the
     ranks exchange after the layer's router, so that no computation hides the gather. calibrated: the history's plan, replaced after the
@@ -627,6 +628,10 @@ class Config:
     """The number of steps between two checkpoints. null: save only at the end."""
     save_total_limit: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """How many of the latest checkpoints to keep. null: all."""
+    save_retain_steps: int | None = field(default=None, metadata=key(COUNT, computes=False))
+    """With save_total_limit: in each stretch of so many steps the first checkpoint is kept for good, beside the latest ones. null: none."""
+    save_async: bool = field(default=False, metadata=key(computes=False))
+    """Write checkpoints in a thread beside the training. It takes host memory for one more copy of what is saved (docs/survival.md)."""
     report_to: tuple[str, ...] = field(default=(), metadata=key(computes=False))
     """Experiment trackers that get what metrics.jsonl gets, and pictures of the experts' loads: any of tensorboard, wandb, mlflow and
     trackio, which must be installed. One that fails is named and does not stop the run. See docs/trackers.md."""

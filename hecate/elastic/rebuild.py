@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hecate.checkpoint.train_state import NoCheckpointError, TrainedParts, TrainState, load_state
+from hecate.checkpoint.train_state import LoadedState, NoCheckpointError, TrainedParts, TrainState, load_state
 from hecate.config import Config
 from hecate.errors import UserError
 from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
@@ -146,7 +146,7 @@ def redeal(parts: TrainedParts, state: TrainState | None, standings: Sequence[St
     return replace(state.with_positions_of(parts), completed=completed), moved
 
 
-def go_back(parts: TrainedParts, config: Config, group: Group) -> TrainState:
+def go_back(parts: TrainedParts, config: Config, group: Group) -> LoadedState:
     """Load the last checkpoint on all ranks of the group. Every rank must call it; until it returns, the values in `parts` are undefined.
 
     Raises:

@@ -11,12 +11,12 @@ from functools import partial
 
 import numpy as np
 
-from hecate.engine.measured_modes import MeasuredModes
 from hecate.experts.family import ExpertFamily, OwnedChunks
 from hecate.parallel.cost_model import ExecutionMode, PlanChoice, PlanMode
 from hecate.parallel.layer_plan import LayerPlan, best_after_router, layer_plan, one_layer
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.loads import LoadHistory, imbalance
+from hecate.parallel.measured_modes import MeasuredModes
 from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner, plan_with

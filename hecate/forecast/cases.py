@@ -18,7 +18,7 @@ from hecate.parallel.megatron_traces import load_megatron_trace
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.model_shapes import ModelShape, load_model_shape
 from hecate.parallel.placement import contiguous_owners
-from hecate.parallel.planners import POLICIES
+from hecate.parallel.planners import COLLECTIVES, POLICIES, ROWS, WITH_OURS
 from hecate.parallel.policy_names import FORMER_NAMES, current_name, renamed
 from hecate.parallel.simulator import Simulated, fullest_owner_bytes, replica_slots, simulate
 from hecate.parallel.topology import Topology
@@ -45,12 +45,14 @@ class Options:
     seed: int = 0
     execution: ExecutionMode = HISTORY
     """how plans are executed, in all that their seconds depend on"""
+    choose_modes: bool = False
+    """in each step each layer goes by history, calibrated or exact, whichever has been fastest, in place of `execution.plan`"""
     max_imbalance: float | None = None
     shard_size: int | None = None
     """the number of ranks that share one copy of all experts (`fssdp.shard_size`); None: all"""
 
     def __post_init__(self) -> None:
-        if self.execution.micro_steps > 1 and self.execution.per_micro_step:
+        if self.execution.micro_steps > 1 and (self.execution.per_micro_step or self.choose_modes):
             raise UserError(
                 f"micro_steps: {self.execution.micro_steps} micro-steps share no plan if each has its own, or replicas are rematerialized\n"
                 "  simulate one of them, with its own tokens"
@@ -128,11 +130,13 @@ class Case:
                 loads,
                 part,
                 cost,
-                {name: POLICIES[name]},
+                {name: ROWS[name]},
                 slots_D=replica_slots(part, cost, **sizes, other_bytes=other_bytes, rematerialize=options.execution.rematerialize),
                 execution=options.execution,
                 max_imbalance=options.max_imbalance,
                 num_layers=num_layers,
+                collectives=COLLECTIVES,
+                choose_modes=options.choose_modes,
             )
 
         (one,) = simulate_groups(loads, topology, cost, mesh, of_group)
@@ -253,8 +257,8 @@ def _recorded(path: Path, shape: ModelShape) -> Trace:
     return load_megatron_trace(path, shape.experts, model=shape.name) if is_megatron else load_trace(path)
 
 
-def chosen(names: str | Sequence[str], known: Sequence[str], what: str) -> tuple[str, ...]:
-    """Return names out of `known`, given as a list or as text: `all`, or names separated by commas.
+def chosen(names: str | Sequence[str], known: Sequence[str], what: str, *, more: Sequence[str] = ()) -> tuple[str, ...]:
+    """Return names out of `known` and `more`, given as a list or as text: `all`, which is those of `known`, or names separated by commas.
 
     Raises:
         UserError: a name is unknown, or there is none; the text lists the known ones.
@@ -262,14 +266,16 @@ def chosen(names: str | Sequence[str], known: Sequence[str], what: str) -> tuple
     listed = _listed(names)
     if listed == ["all"]:
         return tuple(known)
-    unknown = [str(name) for name in listed if name not in known]
+    unknown = [str(name) for name in listed if name not in (*known, *more)]
     if unknown or not listed:
-        raise UserError(f"{what}: {'unknown: ' + ', '.join(unknown) if unknown else 'none given'}\n  there are all, {', '.join(known)}")
+        found = f"unknown: {', '.join(unknown)}" if unknown else "none given"
+        raise UserError(f"{what}: {found}\n  there are all, {', '.join((*known, *more))}")
     return tuple(dict.fromkeys(listed))
 
 
 def chosen_policies(names: str | Sequence[str], what: str) -> tuple[str, ...]:
-    """Return the names of policies, as `chosen`. A former name is taken for the present one, and a line on stderr says so.
+    """Return the names of policies, as `chosen`; rows such as `laer+ours` only if they are named. A former name is taken for the present
+    one, and a line on stderr says so.
 
     Raises:
         UserError: a name is unknown, or there is none; the text lists the known ones.
@@ -278,23 +284,25 @@ def chosen_policies(names: str | Sequence[str], what: str) -> tuple[str, ...]:
     for name in dict.fromkeys(listed):
         if name in FORMER_NAMES:
             print(f"hecate: {renamed(what, name)}", file=sys.stderr, flush=True)
-    return chosen([current_name(name) for name in listed], tuple(POLICIES), what)
+    return chosen([current_name(name) for name in listed], tuple(POLICIES), what, more=tuple(WITH_OURS))
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
 
 
-def known_plan(name: object, what: str) -> PlanMode:
-    """Return the mode of planning of a name.
+def known_plan(name: object, what: str) -> tuple[PlanMode, bool]:
+    """Return the mode of planning of a name, and whether each layer's is chosen in each step: `Options.choose_modes`.
 
     Raises:
         UserError: there is none that can be simulated.
     """
+    if name == "auto":
+        return "history", True
     for mode in get_args(PlanMode):
         if mode == name:
-            return mode
-    raise UserError(f"{what} must be one of {', '.join(get_args(PlanMode))}, got {name!r}")
+            return mode, False
+    raise UserError(f"{what} must be one of {', '.join((*get_args(PlanMode), 'auto'))}, got {name!r}")
 
 
 def known_route(name: object, what: str) -> RouteChoice:

@@ -15,7 +15,8 @@ from hecate.forecast.sharding_groups import simulate_groups, sum_over_groups
 from hecate.parallel.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.expert_cost import STATE_NUMBERS
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.simulator import Simulated, StepBytes, simulate
+from hecate.parallel.simulated_step import StepBytes
+from hecate.parallel.simulator import Simulated, mean_modes, simulate
 from hecate.parallel.topology import Topology
 from hecate.parallel.traces import Trace
 from hecate.parallel.workloads import WORKLOADS
@@ -34,6 +35,8 @@ class PolicyForecast:
     bytes: StepBytes
     imbalance: float
     memory: list[MemoryPart]
+    plan_modes: dict[str, float] | None
+    """see `Simulated.plan_modes`"""
 
     @property
     def step_seconds(self) -> float:
@@ -73,6 +76,7 @@ class Forecast:
                     "seconds": one.parts,
                     "bytes": asdict(one.bytes),
                     "imbalance": one.imbalance,
+                    "plan_modes": one.plan_modes,
                     "memory": {
                         phase: {part.name: part.bytes_PD[index].tolist() for part in one.memory} for index, phase in enumerate(PHASES)
                     },
@@ -84,7 +88,7 @@ class Forecast:
 
 
 def forecast(run: RunShape, loads: str | Trace) -> Forecast:
-    """Predict an optimizer step under every policy. `fssdp.plan: auto` is predicted as history.
+    """Predict an optimizer step under every policy.
 
     Args:
         loads: the name of synthetic loads, or recorded ones, of which the last steps are taken.
@@ -132,6 +136,7 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
             max_imbalance=config.fssdp.max_imbalance,
             history_steps=config.fssdp.load_window,
             num_layers=group.number,
+            choose_modes=config.fssdp.plan == "auto",
         )
 
     return simulate_groups(loads, run.topology, group.cost, run.mesh, of_one_group)
@@ -181,8 +186,10 @@ def _simulate_pool(run: RunShape, pool: PoolShape) -> Simulated:
 
 
 def _micro_steps_together(run: RunShape) -> int:
-    """Return the number of micro-steps that share one gather and one reduction."""
-    return 1 if run.config.fssdp.per_micro_step else run.config.gradient_accumulation_steps
+    """Return the number of micro-steps that are simulated at once: those that share one gather and one reduction. Where some layers' do and
+    others' do not, it is all of them, and the simulator counts the others' gathers."""
+    fssdp = run.config.fssdp
+    return 1 if fssdp.per_micro_step and fssdp.plan != "auto" else run.config.gradient_accumulation_steps
 
 
 def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools: list[Simulated]) -> PolicyForecast:
@@ -234,6 +241,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
             [_others_frozen(one, group, run) for one, group in zip(groups, run.groups, strict=True)],
             most_tokens_D,
         ),
+        plan_modes=mean_modes([one.plan_modes for one in groups], [group.number for group in run.groups]),
     )
 
 

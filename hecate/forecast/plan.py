@@ -13,6 +13,7 @@ from hecate.config import Config
 from hecate.errors import UserError
 from hecate.forecast.dry_run import Forecast, PolicyForecast, fits, forecast
 from hecate.forecast.memory import PHASES
+from hecate.forecast.report import modes_table
 from hecate.forecast.run_shape import run_shape
 from hecate.parallel.traces import load_trace
 from hecate.parallel.workloads import WORKLOADS
@@ -43,6 +44,8 @@ def run_plan(config: Config, *, topology: str | None, ranks: int | None, workloa
     console.print(_memory_table(found))
     for part in _policy_tables(found, console.width):
         console.print(part)
+    if modes := modes_table([(one.policy, one.plan_modes) for one in found.policies]):
+        console.print(modes)
     if json_path is not None:
         try:
             json_path.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from hecate.errors import UserError
 from hecate.forecast.cases import BASELINE
+from hecate.parallel.simulator import mean_modes
 
 Row = dict[str, Any]
 
@@ -33,6 +34,30 @@ def print_rows(rows: Sequence[Row], *, wide: bool = False) -> None:
     """
     width = None if Console().is_terminal else _NARROW
     console = Console(width=_WIDE if wide else width, highlight=False)
+    _print_tables(console, rows, wide=wide)
+    by_policy = [(group[0]["policy"], mean_modes([row.get("plan_modes") for row in group])) for group in grouped(rows, ("policy",))]
+    if modes := modes_table(by_policy):
+        console.print(modes)
+
+
+def modes_table(shares: Sequence[tuple[str, dict[str, float] | None]]) -> Table | None:
+    """Return a table of the share of layers that each policy planned in each mode; None: modes were not chosen.
+
+    Args:
+        shares: of each policy by name (`Simulated.plan_modes`).
+    """
+    known = [(policy, of_policy) for policy, of_policy in shares if of_policy is not None]
+    if not known:
+        return None
+    table = Table(title="From which loads layers were planned, in %")
+    for name in ("policy", *known[0][1]):
+        table.add_column(name, justify="left" if name == "policy" else "right")
+    for policy, of_policy in known:
+        table.add_row(policy, *(f"{100 * share:.0f}" for share in of_policy.values()))
+    return table
+
+
+def _print_tables(console: Console, rows: Sequence[Row], *, wide: bool) -> None:
     cases = grouped(rows, ("topology", "model", "experts", "tokens_per_rank", "workload"))
     if len(cases) == 1:
         console.print(_detail(rows) if wide else _policies(rows))

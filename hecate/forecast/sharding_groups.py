@@ -13,7 +13,8 @@ from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import PlanInput
 from hecate.parallel.planners.static_ep import plan_static_ep
 from hecate.parallel.sharding import owned_bytes
-from hecate.parallel.simulator import Simulated, StepBytes
+from hecate.parallel.simulated_step import StepBytes
+from hecate.parallel.simulator import Simulated, mean_modes
 from hecate.parallel.topology import Topology
 
 SimulateGroup = Callable[[np.ndarray, Topology, LayerCost], list[Simulated]]
@@ -100,6 +101,7 @@ def _together(of_groups: Sequence[Simulated], groups: list[list[int]], topology:
         served_tokens_D=tuple(rows for one in of_groups for rows in one.served_tokens_D),
         most_tokens_D=tuple(rows for one in of_groups for rows in one.most_tokens_D),
         planner_ms_per_layer=max(one.planner_ms_per_layer for one in of_groups),
+        plan_modes=mean_modes([one.plan_modes for one in of_groups]),
     )
 
 

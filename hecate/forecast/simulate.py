@@ -31,6 +31,7 @@ def run_simulation(
     steps: int,
     seed: int,
     execution: ExecutionMode,
+    choose_modes: bool,
     max_imbalance: float | None,
     shard_size: int | None,
     wide: bool,
@@ -55,6 +56,7 @@ def run_simulation(
         steps=steps,
         seed=seed,
         execution=execution,
+        choose_modes=choose_modes,
         max_imbalance=max_imbalance,
         shard_size=shard_size,
     )

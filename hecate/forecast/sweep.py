@@ -37,6 +37,7 @@ def load_sweep(path: Path) -> tuple[list[Case], Options]:
         steps=_count(raw, "steps", str(path), Options.steps),
         seed=_count(raw, "seed", str(path), Options.seed, least=0),
         execution=_execution(raw, str(path)),
+        choose_modes=known_plan(raw.get("plan", HISTORY.plan), f"{path}: plan")[1],
         max_imbalance=_max_imbalance(raw, str(path)),
         shard_size=_count(raw, "shard_size", str(path), 1) if "shard_size" in raw else None,
     )
@@ -92,7 +93,7 @@ def _flag(mapping: dict[str, Any], key: str, where: str) -> bool:
 
 def _execution(mapping: dict[str, Any], where: str) -> ExecutionMode:
     return ExecutionMode(
-        plan=known_plan(mapping.get("plan", HISTORY.plan), f"{where}: plan"),
+        plan=known_plan(mapping.get("plan", HISTORY.plan), f"{where}: plan")[0],
         rematerialize=_flag(mapping, "rematerialize", where),
         prefetch=_count(mapping, "prefetch", where, HISTORY.prefetch, least=0),
         micro_steps=_count(mapping, "micro_steps", where, HISTORY.micro_steps),

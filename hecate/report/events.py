@@ -108,7 +108,7 @@ class Resharding:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A change of ranks after which the run goes on; the same on every rank."""
+    """A change of ranks after which the run goes on; the same on every rank, except that a new rank gave up no save."""
 
     step: int
     """number of optimizer steps done"""
@@ -116,3 +116,5 @@ class Rebuilt:
     """whether the run went back to a checkpoint, because some experts had no copy left"""
     moved: int
     """number of experts that moved to other owners"""
+    warnings: tuple[str, ...] = ()
+    """a save under way that was given up, checkpoints that were passed over on the way back, and why"""

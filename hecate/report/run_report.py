@@ -160,6 +160,8 @@ class Reports:
         text = f"{facts.mesh.world_size} {REGROUPED} after step {done.step}, {done.moved} experts moved, {seconds:.3f} s"
         self._record(event_record(done.step, text + (", back at the last checkpoint" if done.went_back else "")))
         self._progress.note(text + ("; back at the last checkpoint, because some experts have no copy left" if done.went_back else ""))
+        for warning in done.warnings:
+            self.event(done.step, warning)
 
     def _open(self, facts: RunFacts) -> None:
         if not facts.is_first:

@@ -25,7 +25,17 @@ from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 from hecate.sweep.sweep_file import STATE_FOLDER, Sweep
 
-FREE = ("output_dir", "resume", "save_steps", "save_total_limit", "logging_steps", "report_to", "data.cache")
+FREE = (
+    "output_dir",
+    "resume",
+    "save_steps",
+    "save_total_limit",
+    "save_retain_steps",
+    "save_async",
+    "logging_steps",
+    "report_to",
+    "data.cache",
+)
 """keys that may change between two calls, and all of `ray`: they change no figure that runs are compared by"""
 
 

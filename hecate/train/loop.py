@@ -17,6 +17,8 @@ from types import FrameType
 
 import torch
 
+from hecate.checkpoint.manifest import step_of
+from hecate.checkpoint.save_run import Saved, require_durable_folder
 from hecate.config import Config
 from hecate.elastic.observer import Observer, ObserverLink
 from hecate.elastic.rebuild import Membership
@@ -43,6 +45,10 @@ class Agreement:
     """ranks have come: form a new group"""
     replan: bool
     """the first rank's observer has an order"""
+    writing: bool
+    """a rank is still writing its part of a checkpoint"""
+    save_failed: bool
+    """a rank could not write its part"""
 
 
 @dataclass(frozen=True)
@@ -102,10 +108,14 @@ def train(
             assert membership is not None
             training = _joined(config, ranks, membership)
         else:
+            require_durable_folder(config, ranks)
             training = Training(config, ranks, topology)
+        stack.callback(training.drop_save)
         config = training.parts.config
         reports = stack.enter_context(Reports(config, training.facts()))
         reports.begin()
+        for warning in training.warnings:
+            reports.event(training.standing.step, warning)
         for note in training.notes:
             reports.note(note)
         link = ObserverLink(observer, training.parts.moe, ranks.device) if observer else None
@@ -145,6 +155,8 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
     else:  # ranks were lost in what follows the step
         asked = [value > 0 for value in training.ranks.all_most([float(value) for value in _requests(training, outside)])]
     agreement = Agreement(*asked)
+    if training.saving and (agreement.save_failed or not agreement.writing):
+        _end_save(training, outside, failed=agreement.save_failed)
     if agreement.replan:
         _replan(training, outside)
     step = training.standing.step
@@ -154,7 +166,7 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
     if training.parts.eval_sources and not agreement.stop and (done or (config.eval_steps and step % config.eval_steps == 0)):
         measured.last = _evaluate(training, outside)
     if done or agreement.stop or (config.save_steps and step % config.save_steps == 0):
-        _save(training, outside)
+        _save(training, outside, last=done or agreement.stop)
     training.complete_step()
     if agreement.stop:
         outside.note(outside.profile.merge(at_end=True))
@@ -162,6 +174,7 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
         outside.reports.event(step, f"{STOPPED} after step {step}; go on with: {resume}")
         return False
     if agreement.regroup and outside.membership is not None:
+        _end_save(training, outside)
         _regroup(training, outside.membership, outside, together=True)
     return True
 
@@ -179,13 +192,13 @@ def _train_one(training: Training, outside: _Outside, measured: _Measured) -> tu
     return event.result.asked
 
 
-def _requests(training: Training, outside: _Outside) -> tuple[bool, bool, bool]:
+def _requests(training: Training, outside: _Outside) -> tuple[bool, bool, bool, bool, bool]:
     """What this rank asks for, in the order of `Agreement`. What any rank asks for, all ranks do; only the first rank's orders count."""
     observer, membership = outside.observer, outside.membership
     stop = outside.stopping.is_set or (observer is not None and observer.stop_requested())
     regroup = membership is not None and membership.regroup_requested()
     replan = observer is not None and training.ranks.is_first and observer.has_new_order()
-    return stop, regroup, replan
+    return stop, regroup, replan, *(training.saving.requests() if training.saving else (False, False))
 
 
 def _replan(training: Training, outside: _Outside) -> None:
@@ -201,6 +214,7 @@ def _replan(training: Training, outside: _Outside) -> None:
 
 
 def _reshard(training: Training, steps: int, outside: _Outside) -> None:
+    _end_save(training, outside)  # its copies of tensors and the experts that move would both be in the host's memory
     if done := training.reshard(steps):
         outside.reports.resharded(training.standing.step, done)
 
@@ -211,12 +225,32 @@ def _evaluate(training: Training, outside: _Outside) -> Evaluation:
     return found
 
 
-def _save(training: Training, outside: _Outside) -> None:
+def _save(training: Training, outside: _Outside, *, last: bool) -> None:
+    """Save, or begin to; `last`: no step follows, so that there is nothing to train meanwhile."""
+    _end_save(training, outside)
     outside.reports.saving()
-    if path := training.save():
-        outside.reports.saved(training.standing.step, path)
-        if outside.observer and training.ranks.is_first:
-            outside.observer.saved(training.standing.step, path)
+    if training.parts.config.save_async and not last:
+        training.begin_save()
+    else:
+        _tell_saved(training, outside, training.save())
+
+
+def _end_save(training: Training, outside: _Outside, *, failed: bool = False) -> None:
+    """Wait for the save under way, if there is one, and commit it."""
+    if training.saving:
+        _tell_saved(training, outside, training.end_save(failed=failed))
+
+
+def _tell_saved(training: Training, outside: _Outside, saved: Saved) -> None:
+    for warning in saved.warnings:
+        outside.reports.event(training.standing.step, warning)
+    if saved.folder is None:
+        return
+    step = step_of(saved.folder.name)
+    assert step is not None
+    outside.reports.saved(step, saved.folder)
+    if outside.observer and training.ranks.is_first:
+        outside.observer.saved(step, saved.folder)
 
 
 def _is_of_a_loss(error: Exception, ranks: Ranks) -> bool:

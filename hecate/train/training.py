@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from hecate.checkpoint import remove_stale_staging
-from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, save_state, saved_max_steps
+from hecate.checkpoint.save_run import Saved, SaveUnderWay, begin_save, end_save, save_state
+from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, saved_max_steps
 from hecate.config import Config
 from hecate.data.batches import Batch, collate, sequence_ranges
 from hecate.data.encode import IGNORED
@@ -40,6 +41,7 @@ from hecate.train.step import StepRules, train_step
 from hecate.train.step_clock import StepClock
 
 _MOST_SKIPPED_IN_A_ROW = 10
+_GIVEN_UP = "the checkpoint that was being written is given up, because a rank was lost; the next one comes as planned"
 
 
 class Training:
@@ -71,13 +73,18 @@ class Training:
         """sequences of each micro-step, by rank, or by tensor group, whose ranks have the same sequences"""
         self.notes: list[str] = []
         """what was found out while the run was built, for its user"""
+        self.warnings: tuple[str, ...] = ()
+        """checkpoints that were passed over, and why"""
+        self.saving: SaveUnderWay | None = None
+        """the save whose writing goes on beside the steps; there is one on all ranks or on none"""
         self.state = None if joins else TrainState.at_start(self.parts.trained)
         """where the run stands; None: not known on this rank, which comes new to a run under way"""
         if config.resume and not joins:
             try:
-                self.state = load_state(self.parts.config, ranks, self.parts.trained)
+                loaded = load_state(self.parts.config, ranks, self.parts.trained)
             except NoCheckpointError as error:
                 raise UserError(f"resume=true, but {error}\n  start a new run with resume=false") from error
+            self.state, self.warnings = loaded.state, loaded.warnings
         if not joins:
             self._settle_length()
         if config.privacy.clip is not None:
@@ -216,9 +223,28 @@ class Training:
             self._copy_backups()
         return done
 
-    def save(self) -> Path | None:
-        """Write a checkpoint; its folder, or None if there is one of this step already."""
+    def save(self) -> Saved:
+        """Write a checkpoint, unless there is a whole one of this step. No other save may be under way."""
+        assert self.saving is None
         return save_state(self.parts.config, self.ranks, self.parts.trained, self.standing)
+
+    def begin_save(self) -> None:
+        """Begin to write a checkpoint beside the steps that follow. No other save may be under way."""
+        assert self.saving is None
+        self.saving = begin_save(self.parts.config, self.ranks, self.parts.trained, self.standing, background=True)
+
+    def end_save(self, *, failed: bool = False) -> Saved:
+        """Wait until the save under way is written, and commit it; `failed`: see `hecate.checkpoint.save_run.end_save`."""
+        assert self.saving is not None
+        save, self.saving = self.saving, None
+        return end_save(self.ranks, save, failed=failed)
+
+    def drop_save(self) -> bool:
+        """Break off the save under way; whether there was one. It sends no messages."""
+        save, self.saving = self.saving, None
+        if save is not None:
+            save.break_off()
+        return save is not None
 
     def join(self, group: Group) -> Rebuilt:
         """Go on with the ranks of a group, from the beginning of a step. All of them must call it; they have left their old groups.
@@ -228,6 +254,8 @@ class Training:
             UserError: some experts have no copy left, and there is no checkpoint to go back to.
         """
         parts, config = self.parts.trained, self.parts.config
+        # Before the first message, after which rank 0 deletes what is left of it.
+        warnings: tuple[str, ...] = (_GIVEN_UP,) if self.drop_save() else ()
         self.ranks = group.ranks
         standings = exchange_standings(group.ranks, self.state, parts.optimizer)
         if group.ranks.is_first:
@@ -242,11 +270,13 @@ class Training:
             self.state, moved = dealt
         else:
             self.state = None  # until the checkpoint is loaded, nothing that this rank holds counts
-            self.state, moved = go_back(parts, config, group), 0
+            loaded = go_back(parts, config, group)
+            self.state, moved = loaded.state, 0
+            warnings += loaded.warnings
         self._settle_length()
         self._copy_backups()
         self.plan_for(group.topology)
-        return Rebuilt(self.state.step, dealt is None, moved)
+        return Rebuilt(self.state.step, dealt is None, moved, warnings)
 
     def facts(self) -> RunFacts:
         """What reports say about the run."""

@@ -1,5 +1,13 @@
-"""Placement policies by name. Each is a pure function in its own file; none needs torch."""
+"""Placement policies by name. Each is a pure function in its own file; none needs torch.
 
+A policy that is named after another system divides tokens among replicas as that system does, and `NAME+ours` is the same placement with
+this project's split and collectives, where those differ.
+"""
+
+from dataclasses import replace
+from typing import Literal
+
+from hecate.parallel.cost_model import Priced
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.echo import plan_echo
 from hecate.parallel.planners.eplb import plan_eplb
@@ -10,10 +18,14 @@ from hecate.parallel.planners.hecate_paper import plan_hecate_paper
 from hecate.parallel.planners.laer import plan_laer
 from hecate.parallel.planners.llep import plan_llep
 from hecate.parallel.planners.moonep import plan_moonep
-from hecate.parallel.planners.plan import Plan, PlanInput, Planner
+from hecate.parallel.planners.plan import Plan, PlanInput, Planner, with_our_split
 from hecate.parallel.planners.smartmoe import plan_smartmoe
 from hecate.parallel.planners.static_ep import plan_static_ep
 from hecate.parallel.planners.ultraep import plan_ultraep
+from hecate.parallel.sharded_gather import with_sharded_gather
+
+Collective = Literal["flat", "sharded"]
+"""how experts travel in other systems: each owner sends to each replica, or every rank a part of each (`sharded_gather`)"""
 
 POLICIES: dict[str, Planner] = {
     "static_ep": plan_static_ep,
@@ -31,4 +43,26 @@ POLICIES: dict[str, Planner] = {
     "auto": plan_auto,
 }
 
-__all__ = ["POLICIES", "Plan", "PlanInput", "Planner", "plan_with"]
+COLLECTIVES: dict[str, Collective] = {"laer": "sharded", "llep": "flat", "moonep": "flat"}
+"""how experts travel in the systems whose collectives differ from this project's, which takes the fastest of its routes: LLEP's owners send
+their experts to each rank, MoonEP's ranks read them where they lie, LAER-MoE restores them from parts"""
+WITH_OURS: dict[str, Planner] = {
+    f"{name}+ours": with_our_split(POLICIES[name]) for name in ("flexmoe", "eplb", "llep", "echo", "laer", "moonep")
+}
+"""the policies whose split or collectives are not this project's, with these"""
+ROWS: dict[str, Planner] = POLICIES | WITH_OURS
+"""what a simulation can compare"""
+
+
+def price_row(name: str, plan: Plan, given: PlanInput) -> Priced:
+    """Price a plan of one of `ROWS`, made from `given`, with the collectives of its system. A route that is given holds for all systems."""
+    collective = COLLECTIVES.get(name) if given.execution.route == "fastest" else None
+    if collective == "flat":
+        return plan.price(replace(given, execution=replace(given.execution, route="flat")))
+    priced = plan.price(given)
+    if collective == "sharded" and plan.quota_LED is not None:
+        return with_sharded_gather(priced, plan.quota_LED > 0, given.topology, given.cost, given.execution)
+    return priced
+
+
+__all__ = ["COLLECTIVES", "POLICIES", "ROWS", "WITH_OURS", "Collective", "Plan", "PlanInput", "Planner", "plan_with", "price_row"]

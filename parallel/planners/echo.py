@@ -5,15 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.source_split import SourceSplit
 
 
 def plan_echo(given: PlanInput) -> Plan:
     """What each rank has above the mean is laid over what the others have below it; each slot keeps one of the largest chunks.
 
-    A rank keeps its coldest experts up to the mean and spills the rest. Spills and spare capacities are sorted descending and laid side
-    by side; where an expert's spill overlaps a rank's capacity is a chunk. A rank keeps as many of its chunks as it has slots, the
-    largest; the others stay at home. ECHO also says which sources' tokens a chunk holds; here that follows from the quotas. For exact
-    loads. Devices count as equally fast.
+    A rank keeps its coldest experts up to the mean and spills the rest. Spills and spare capacities are sorted descending and laid side by
+    side; where an expert's spill overlaps a rank's capacity is a chunk. A rank keeps as many of its chunks as it has slots, the largest;
+    the others stay at home. Each source gives to a chunk in proportion to its assignments of the expert; ECHO rounds these down and deals
+    out what is left, which here it does not. For exact loads. Devices count as equally fast.
     """
     load_LE, owned_LED, owner_LE = given.expected_LED.sum(-1), given.owned_LED, given.owner_LE
     home_LD = (owned_LED * load_LE[..., None]).sum(1)
@@ -27,7 +28,7 @@ def plan_echo(given: PlanInput) -> Plan:
     place_LED = np.argsort(np.argsort(-chunk_LED, axis=1, kind="stable"), axis=1, kind="stable")
     kept_LED = np.where(place_LED < given.slots_D, chunk_LED, 0.0)
     quota_LED = kept_LED + owned_LED * np.maximum(load_LE - kept_LED.sum(-1), 0)[..., None]
-    return Plan(owner_LE, owned_LED | (kept_LED > 0), quota_LED)
+    return Plan(owner_LE, owned_LED | (kept_LED > 0), quota_LED, SourceSplit("alike", quota_LED))
 
 
 def _spill(load_LE: np.ndarray, owner_LE: np.ndarray, home_LD: np.ndarray, mean_L1: np.ndarray) -> np.ndarray:

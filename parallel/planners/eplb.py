@@ -7,6 +7,7 @@ import numpy as np
 from hecate.parallel.flows import node_index
 from hecate.parallel.planners.expert_packing import even_split, pack_copies, spare_copies
 from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.source_split import SourceSplit
 
 
 def plan_eplb(given: PlanInput) -> Plan:
@@ -17,12 +18,14 @@ def plan_eplb(given: PlanInput) -> Plan:
     user. Its budget is as many spare copies as there are slots. EPLB also moves experts away from where they were, which here takes a
     slot, too; so plans with spares in half of the slots are made as well. Of all these each layer takes the one whose busiest device has
     least. Devices and nodes count as equally fast and large.
+
+    EPLB does not say which copy a token goes to. Here it is as in vLLM: any of them, wherever the token is.
     """
     load_LE = given.expected_LED.sum(-1)
     found = [pack(given, load_LE, share) for pack in (_pack_in_nodes, _pack) for share in (1.0, 0.5)]
     busiest_CL = np.stack([even_split(load_LE, where_LED).sum(1).max(-1) for where_LED in found])
     where_LED = np.stack(found)[busiest_CL.argmin(0), np.arange(given.num_layers)]
-    return Plan(given.owner_LE, where_LED | given.owned_LED, even_split(load_LE, where_LED))
+    return Plan(given.owner_LE, where_LED | given.owned_LED, even_split(load_LE, where_LED), SourceSplit("alike", where_LED))
 
 
 def _pack(given: PlanInput, load_LE: np.ndarray, share: float) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 from hecate.parallel.planners.copy_places import CopyPlaces, copy_places
 from hecate.parallel.planners.expert_packing import even_split_in_node
 from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.source_split import SourceSplit
 from hecate.parallel.topology import Topology
 
 ROUNDS = 10
@@ -28,8 +29,8 @@ def plan_flexmoe(given: PlanInput) -> Plan:
     The placement that is there is `present_LED`, the hottest of it if the slots hold less. Where that has owners alone, changes go on from
     these, and from places that are all filled evenly, as in the artifact. A layer takes the budget and start whose busiest device has
     least. FlexMoE converges over the steps; where `present_LED` is None nothing is known of the steps before, and there is up to one
-    change for each expert. Assignments are split evenly over the replicas in their own node, else over all; here a rank serves its own
-    first, which flatters FlexMoE's traffic. A replica that serves nothing is not made. Devices count as equally fast.
+    change for each expert. Assignments are split evenly over the replicas in their own node, else over all. A replica that serves nothing
+    is not made. Devices count as equally fast.
     """
     loads_LED, owned_LED = given.expected_LED, given.owned_LED
     quota_LED = np.empty_like(loads_LED)
@@ -48,7 +49,7 @@ def plan_flexmoe(given: PlanInput) -> Plan:
                 quota_ED = even_split_in_node(where_ED, loads_ED, given.topology)
                 if quota_ED.sum(0).max() < least * (1 - 1e-9):
                     least, quota_LED[layer] = quota_ED.sum(0).max(), quota_ED
-    return Plan(given.owner_LE, owned_LED | (quota_LED > 0), quota_LED)
+    return Plan(given.owner_LE, owned_LED | (quota_LED > 0), quota_LED, SourceSplit("in_node", quota_LED > 0))
 
 
 def _starts(

@@ -10,6 +10,7 @@ from hecate.parallel.flows import node_index, node_membership
 from hecate.parallel.planners.copy_places import CopyPlaces, copy_places, place_copies
 from hecate.parallel.planners.expert_packing import even_split_in_node
 from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.source_split import SourceSplit
 
 
 def plan_laer(given: PlanInput) -> Plan:
@@ -26,11 +27,10 @@ def plan_laer(given: PlanInput) -> Plan:
 
     What differs from LAER-MoE: where an even number is not whole, the hottest get one more; its random swaps of two copies are left out;
     shares are not rounded; a copy that serves nothing is not made. Since an expert away from its owner takes a slot, layers with copies in
-    half of the slots are candidates, too. Its tokens go to all copies of their node alike, while here a rank
-    serves its own first, which flatters LAER-MoE's traffic. LAER-MoE plans from the sum of the last passes, which is the caller's affair.
+    half of the slots are candidates, too. LAER-MoE plans from the sum of the last passes, which is the caller's affair.
     """
     loads_LED = given.expected_LED
-    quota_LED = np.empty_like(loads_LED)
+    quota_LED, weight_LED = np.empty_like(loads_LED), np.empty_like(loads_LED)
     for layer, (loads_ED, owner_E) in enumerate(zip(loads_LED, given.owner_LE, strict=True)):
         load_E, least = loads_ED.sum(-1), np.inf
         for places in copy_places(given.slots_D, owner_E):
@@ -39,8 +39,8 @@ def plan_laer(given: PlanInput) -> Plan:
                 quota_ED = even_split_in_node(copies_ED, loads_ED, given.topology)
                 cost = _cost(given, loads_ED, copies_ED, quota_ED)
                 if cost < least:
-                    least, quota_LED[layer] = cost, quota_ED
-    return Plan(given.owner_LE, given.owned_LED | (quota_LED > 0), quota_LED)
+                    least, quota_LED[layer], weight_LED[layer] = cost, quota_ED, copies_ED * (quota_ED > 0)
+    return Plan(given.owner_LE, given.owned_LED | (quota_LED > 0), quota_LED, SourceSplit("in_node", weight_LED))
 
 
 def _numbers(load_E: np.ndarray, places: CopyPlaces, num_nodes: int) -> list[np.ndarray]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.whole_loads import Moves, plan_whole_loads
+from hecate.parallel.source_split import SourceSplit
 
 
 def plan_moonep(given: PlanInput) -> Plan:
@@ -13,19 +15,20 @@ def plan_moonep(given: PlanInput) -> Plan:
 
     The rule is MoonEP's (its Triton port, commit 43ac94c, quotas). The rank with the most above the mean fills the one with the most
     below it, even if it then falls below the mean itself and is filled by another. A rank gives its own experts only, the one with the
-    most assignments left to the receiver that lacks most. Ties go to the lowest index. The owner may keep nothing of an expert.
+    most assignments left to the receiver that lacks most. Ties go to the lowest index. The owner may keep nothing of an expert. An expert's
+    assignments, in the order of the source ranks, are dealt to its ranks in their order, without regard to where they are.
 
     What differs from MoonEP:
     - Its budget is as many foreign experts as a rank owns, which always suffices, and what does not fit there it reads over the link while
       it computes. Here a rank keeps as many foreign experts as it has slots, those with the most assignments (of equals the higher
       index), and their owners keep the others' assignments.
-    - It deals an expert's assignments to ranks in the order of the source ranks, without regard to where they are. Here a rank serves its
-      own first, as in every plan (`hecate.parallel.flows`). This flatters MoonEP's traffic.
     - Sources may have different numbers of tokens, and ranks may own any number of experts. The mean is rounded up.
 
     For exact loads; the fractions of expected ones are rounded to whole assignments. Devices count as equally fast, and nodes as one.
     """
-    return plan_whole_loads(given, partial(_moved, slots_D=given.slots_D.tolist()))
+    plan = plan_whole_loads(given, partial(_moved, slots_D=given.slots_D.tolist()))
+    assert plan.quota_LED is not None
+    return replace(plan, source_split=SourceSplit("in_order", plan.quota_LED.cumsum(-1) - plan.quota_LED))
 
 
 def _moved(whole_E: list[int], owner_E: list[int], slots_D: list[int]) -> Moves:

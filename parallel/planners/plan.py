@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, layer_seconds
-from hecate.parallel.flows import even_quota
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, Priced, price
+from hecate.parallel.executed_flows import executed_flows
+from hecate.parallel.flows import Flows, even_quota, flows
 from hecate.parallel.placement import Placement
+from hecate.parallel.source_split import SourceSplit, flows_of_shares, stacked
 from hecate.parallel.topology import Topology
 
 
@@ -95,6 +97,9 @@ class Plan:
     """bool [layers, experts, ranks]: replicas, always one at the owner"""
     quota_LED: np.ndarray | None = field(default=None)
     """float64 [layers, experts, ranks]: assignments served at each replica, summing to the expert's load; None: topology-aware dispatch"""
+    source_split: SourceSplit | None = None
+    """the rule of another system by which each source divides its assignments, made for the same loads as the quotas, which it has and
+    which it serves exactly under these loads; None: a rank serves its own first (`hecate.parallel.flows`)"""
 
     def placement(self, layer: int) -> Placement:
         return Placement(self.owner_LE[layer].copy(), self.where_LED[layer].copy())
@@ -103,15 +108,35 @@ class Plan:
         """The quotas; computed by topology-aware dispatch where the plan has none."""
         return even_quota(self.where_LED, loads_LED, topology) if self.quota_LED is None else self.quota_LED
 
+    def flow(self, planned_LED: np.ndarray, loads_LED: np.ndarray, topology: Topology) -> Flows:
+        """How the assignments of these loads, float64 [layers, experts, source ranks], travel under the plan, which was made for others."""
+        if self.source_split is None or self.quota_LED is None:
+            return executed_flows(self.where_LED, self.quota_LED, planned_LED, loads_LED, topology)
+        layers = zip(self.where_LED, self.quota_LED, planned_LED, loads_LED, strict=True)
+        return stacked(
+            [
+                flows_of_shares(self.source_split.of_layer(layer).shares(where_ED, quota_ED, planned_ED, topology), loads_ED, topology)
+                for layer, (where_ED, quota_ED, planned_ED, loads_ED) in enumerate(layers)
+            ]
+        )
+
     def seconds(self, given: PlanInput) -> LayerSeconds:
         """The predicted seconds of the plan under the loads that it was made for, executed as `given.execution` says."""
-        loads_LED = given.expected_LED
-        return layer_seconds(
+        return self.price(given).seconds
+
+    def price(self, given: PlanInput) -> Priced:
+        """The same, and what travels."""
+        loads_LED, topology = given.expected_LED, given.topology
+        if self.source_split is None:
+            flow = flows(loads_LED, self.quotas(loads_LED, topology), topology)
+        else:
+            flow = self.flow(loads_LED, loads_LED, topology)
+        return price(
             self.owner_LE,
             self.where_LED,
-            self.quotas(loads_LED, given.topology),
+            flow,
             loads_LED,
-            given.topology,
+            topology,
             given.cost,
             execution=given.execution,
             resident_ED=given.resident_LED,
@@ -120,3 +145,12 @@ class Plan:
 
 Planner = Callable[[PlanInput], Plan]
 """A pure function: the same input gives the same plan, and ties are broken by index."""
+
+
+def with_our_split(planner: Planner) -> Planner:
+    """The same placement and quotas, but a rank serves its own assignments first."""
+
+    def planned(given: PlanInput) -> Plan:
+        return replace(planner(given), source_split=None)
+
+    return planned

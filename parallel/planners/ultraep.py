@@ -22,8 +22,9 @@ def plan_ultraep(given: PlanInput) -> Plan:
     is planned alone, and no copy leaves its expert's node. Its budget is the slots, as UltraEP's are redundant slots beside the owned
     experts.
 
-    UltraEP splits an expert's assignments as plans do here: a rank's own first, the rest in proportion to the quotas; but each source
-    rounds to whole assignments. Here ranks may own any number of experts, and have different numbers of slots.
+    UltraEP splits an expert's assignments as plans do here: a rank's own first, the rest in proportion to what is left of the quotas,
+    which is all in one node; but each source rounds to whole assignments. Here ranks may own any number of experts, and have different
+    numbers of slots.
 
     For exact loads; the fractions of expected ones are rounded to whole assignments. Devices count as equally fast.
     """

@@ -25,7 +25,7 @@ from hecate.config.presets import find_preset, run_presets
 from hecate.config.schema import REQUIRED
 from hecate.data.synthetic_tasks import TASKS
 from hecate.parallel.model_shapes import load_model_shape
-from hecate.parallel.planners import POLICIES
+from hecate.parallel.planners import ROWS
 from hecate.parallel.topology_file import load_topology
 from hecate.parallel.workloads import WORKLOADS
 from hecate.sweep.sweep_file import load_run_sweep
@@ -96,8 +96,13 @@ def _prove_hecate(arguments: list[str], in_sentence: bool) -> None:
     verb, *rest = [word for word in arguments if word not in ("...", "[KEY=VALUE", "...]")]
     commands = getattr(get_command(app), "commands")  # noqa: B009  (a group's; typer does not say in its types that it is one)
     assert verb in commands, f"hecate has no verb {verb}"
+    command = commands[verb]
+    if hasattr(command, "commands"):  # a verb of several verbs
+        assert rest, f"hecate {verb} takes another verb"
+        assert rest[0] in command.commands, f"hecate {verb} has no verb {rest[0]}"
+        command = command.commands[rest.pop(0)]
     try:
-        given = commands[verb].make_context(verb, list(rest)).params
+        given = command.make_context(verb, list(rest)).params
     except _UsageError as error:
         if in_sentence and re.search("Missing|requires an argument", error.format_message()):
             return
@@ -130,7 +135,7 @@ def _prove_names(verb: str, given: dict[str, Any]) -> None:
         assert name in {*WORKLOADS, "all"}, f"no workload {name}"
     if verb == "simulate":
         for name in given["policy"].split(","):
-            assert name in {*POLICIES, "all"}, f"no policy {name}"
+            assert name in {*ROWS, "all"}, f"no policy {name}"
         if given["model"] is not None:
             load_model_shape(find_preset("models", "model", given["model"]))
         if given["topology"] is not None:

@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hecate.config import RouterConfig
 from hecate.data.batches import Batch
-from hecate.engine.measured_modes import MeasuredModes
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.router import TopKRouter
 from hecate.kernels.backend import Backend
@@ -28,6 +27,7 @@ from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.cost_model import PlanChoice, PlanMode
 from hecate.parallel.expert_kinds import MIXLORA, LoraShape, ShardShape
+from hecate.parallel.measured_modes import MeasuredModes
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.topology import Link, Topology

@@ -11,7 +11,8 @@ import pytest
 from hecate.parallel.cost_model import ExecutionMode, LayerCost, PlanMode
 from hecate.parallel.flows import token_split
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
-from hecate.parallel.simulator import Simulated, StepSeconds, replica_slots, simulate
+from hecate.parallel.simulated_step import StepSeconds
+from hecate.parallel.simulator import Simulated, replica_slots, simulate
 from hecate.parallel.topology import Link, Topology
 from testing.unit_cases import unit_topology
 
@@ -281,3 +282,45 @@ def test_smartmoe_plans_every_tenth_step_from_the_last_two() -> None:
     loads[:, 0, 0, 0] = np.arange(24)
     simulate(loads, NODE, COST, {"smartmoe": planner}, slots_D=np.zeros(2, dtype=int))
     assert seen == [0, 0, 9.5, 19.5]  # steps 0, 1, 11 and 21, the means of steps 9 and 10, 19 and 20
+
+
+EVEN = [[8, 0], [8, 0]], [[0, 8], [0, 8]]
+"""in one step both ranks choose expert 0, in the other expert 1: 16 assignments, which take 3 s each on one rank"""
+
+
+def hottest_everywhere(given: PlanInput) -> Plan:
+    """The expert with the most assignments on both ranks, each of which serves its own."""
+    hot_LE1 = (given.expected_LED.sum(-1) == given.expected_LED.sum(-1).max(-1, keepdims=True))[..., None]
+    at_home_LED = given.expected_LED.sum(-1, keepdims=True) * given.owned_LED
+    return Plan(given.owner_LE, given.owned_LED | hot_LE1, np.where(hot_LE1, given.expected_LED, at_home_LED))
+
+
+@pytest.mark.parametrize(
+    ("attention", "micro_steps", "late", "gathers", "exposed"),
+    [
+        # A late gather and its reduction take 4 s each. Calibrated, the first plan's gather would come on top.
+        (0.0, 1, "exact", 4 + 4, 8 + 8),
+        # Attention hides the steady layer's, and the first plan's. What the better plan needs takes 4 s in three of four steps.
+        (5.0, 1, "calibrated", 4 + (4 + 3 * 8) / 4, 3),
+        # In three of four steps two micro-steps gather the jumping layer, each for itself.
+        (0.0, 2, "exact", 4 + (4 + 3 * 8) / 4, 8 + (8 + 3 * 16) / 4),
+    ],
+)
+def test_each_layer_goes_by_the_mode_that_was_fastest(
+    attention: float, micro_steps: int, late: str, gathers: float, exposed: float
+) -> None:
+    """Layer 0 always has the same loads, and those of layer 1 jump. So history costs it 48 s.
+
+    Nothing is measured before the third of five steps, and the first is not counted: history is 5 of 8, compute 4 · 24, 48 and 3 · 24 s.
+    """
+    loads = np.array([[EVEN[0], EVEN[step % 2]] for step in range(5)]).swapaxes(2, 3)
+    cost = LayerCost(trainable_bytes=4.0, assignment_flops=1.0, non_moe_flops=attention)
+    execution = ExecutionMode(micro_steps=micro_steps)
+    (row,) = simulate(
+        loads, NODE, cost, {"tried": hottest_everywhere}, slots_D=np.full(2, 2), execution=execution, history_steps=1, choose_modes=True
+    )
+    assert row.plan_modes == {"history": 5 / 8, "calibrated": 0, "exact": 0} | {late: 3 / 8}
+    assert row.seconds.compute == (4 * 24 + 48 + 3 * 24) / 4
+    assert (row.seconds.gather, row.seconds.exposed, row.seconds.optimizer) == (gathers, exposed, 8)
+    assert row.bytes.near == gathers + (8 if late == "calibrated" else gathers), "and the gradients"
+    assert row.replica_bytes_D == (8.0, 16.0), "the steady layer's is on rank 1"

@@ -1,5 +1,6 @@
 """Small checkpoints with known contents for the tests beside this file."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from hecate.checkpoint import read_manifest
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, commit_line
 from hecate.checkpoint.save import checkpoint_folder, commit, staging_folder, write_shard
 from hecate.checkpoint.shard import read_tensors
+from hecate.checkpoint.write_thread import WriteThread
 from hecate.io.strict_json import dump_json, parse_json
 
 META = {"config": "abc", "data": {"position": 12, "rng": [1, 2.5, None, True]}, "loads": [[1, 0], [3, 4]]}
@@ -26,10 +28,16 @@ def shards_of(value: float, world_size: int = 2) -> list[dict[str, Tensor]]:
     ]
 
 
-def save(root: Path, step: int, shards: list[dict[str, Tensor]], nonce: str = "a", meta: dict[str, Any] = META) -> Path:
+def save(
+    root: Path, step: int, shards: list[dict[str, Tensor]], nonce: str = "a", meta: dict[str, Any] = META, *, in_threads: bool = False
+) -> Path:
     staging, final = staging_folder(root, step, nonce), checkpoint_folder(root, step)
     for rank, tensors in enumerate(shards):
-        write_shard(staging, rank, len(shards), tensors)
+        write = partial(write_shard, staging, rank, len(shards), tensors)
+        if in_threads:
+            WriteThread(write).wait()
+        else:
+            write()
     commit(staging, final, meta, len(shards))
     return final
 
@@ -43,6 +51,13 @@ def holds(folder: Path, shards: list[dict[str, Tensor]]) -> bool:
     found = load(folder)
     wanted = {name: tensor for shard in shards for name, tensor in shard.items()}
     return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def flip_last_bit(file: Path) -> None:
+    """Damage the last tensor of a file of tensors, and nothing that its size or its header tells."""
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
 
 
 def rewrite_manifest(folder: Path, change) -> None:  # type: ignore[no-untyped-def]

@@ -4,14 +4,15 @@ import errno
 import logging
 import os
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from hecate.checkpoint.files import CheckpointError
-from hecate.checkpoint.history import good_checkpoints, latest_good, prune, remove_stale_staging
+from hecate.checkpoint.history import good_checkpoints, latest_good, prune, remove_stale_staging, set_aside
 from hecate.checkpoint.save import write_shard
 from tests.hecate.checkpoint.disk import OPERATIONS, Killed, watched_disk
-from tests.hecate.checkpoint.saving import holds, save, shards_of
+from tests.hecate.checkpoint.saving import flip_last_bit, holds, save, shards_of
 
 
 def names(root: Path) -> list[str]:
@@ -74,6 +75,45 @@ def test_prune_counts_good_ones_only(tmp_path: Path) -> None:
     damage(tmp_path / "checkpoint-3")
     assert prune(tmp_path, 1) == []
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-4"]
+
+
+def test_prune_counts_no_checkpoint_with_a_bad_tensor_and_reads_each_once(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(tmp_path, step, shards_of(float(step)))
+    for step in (2, 4):
+        flip_last_bit(tmp_path / f"checkpoint-{step}" / "rank-00001-of-00002.safetensors")
+    said: list[str] = []
+    assert prune(tmp_path, 3, warn=said.append) == []
+    assert names(tmp_path) == ["checkpoint-1", "checkpoint-2", "checkpoint-3", "checkpoint-4"]
+    assert [text.split(" ")[0] for text in said] == ["checkpoint-4", "checkpoint-2"]
+    assert "checkpoint-2/rank-00001-of-00002.safetensors: tensor expert.1.master" in said[1]
+    with mock.patch("hecate.checkpoint.verify.find_damage", side_effect=AssertionError("read again")):
+        assert [path.name for path in prune(tmp_path, 1, warn=said.append)] == ["checkpoint-2", "checkpoint-1"]
+    assert len(said) == 2
+    assert holds(tmp_path / "checkpoint-3", shards_of(3.0))
+
+
+def test_one_in_each_stretch_of_steps_is_kept_for_good_and_stays_the_same_one(tmp_path: Path) -> None:
+    kept = {}
+    for step in range(2, 25, 2):
+        save(tmp_path, step, shards_of(float(step)))
+        prune(tmp_path, 2, 5)
+        kept[step] = sorted(int(path.name.partition("-")[2]) for path in tmp_path.iterdir())
+    assert kept[8] == [6, 8]
+    assert kept[10] == [6, 8, 10]
+    assert kept[16] == [6, 10, 14, 16]
+    assert kept[24] == [6, 10, 16, 20, 22, 24]
+
+
+def test_what_was_set_aside_is_neither_listed_nor_deleted(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step, shards_of(float(step)))
+    aside = set_aside(tmp_path / "checkpoint-3")
+    assert aside.name.startswith("checkpoint-3.damaged-")
+    assert latest_good(tmp_path) == tmp_path / "checkpoint-2"
+    assert [path.name for path in prune(tmp_path, 1)] == ["checkpoint-1"]
+    assert remove_stale_staging(tmp_path) == []
+    assert names(tmp_path) == ["checkpoint-2", aside.name]
 
 
 def test_prune_leaves_what_is_not_ours(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ for fatal in range(1, 100):
             if number == fatal:
                 os.kill(os.getpid(), signal.SIGKILL)
         with watched_disk(die):
-            save(root, 2, shards_of(2.0))
+            save(root, 2, shards_of(2.0), in_threads=sys.argv[2] == "True")
         os._exit(0)
     _, status = os.waitpid(child, 0)
     newest = latest_good(root)
@@ -118,9 +118,10 @@ print(fatal - 1)
 """
 
 
-def test_sigkill_of_a_real_process_at_every_operation(tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_threads", [False, True])
+def test_sigkill_of_a_real_process_at_every_operation(tmp_path: Path, in_threads: bool) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, str(tmp_path / "runs")],
+        [sys.executable, "-c", KILLER, str(tmp_path / "runs"), str(in_threads)],
         capture_output=True,
         text=True,
         timeout=120,
@@ -202,7 +203,7 @@ def test_full_disk_message_names_the_step_and_the_way_out(tmp_path: Path) -> Non
         if operation == "write":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    expected = r"(?s)cannot save checkpoint-7: No space left.*untouched.*Free space"
+    expected = r"(?s)cannot save checkpoint-7: No space left.*untouched.*free space"
     with pytest.raises(UserError, match=expected), watched_disk(fail):
         save(tmp_path, 7, ONE)
     assert list(tmp_path.iterdir()) == []

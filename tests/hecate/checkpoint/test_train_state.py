@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,17 +13,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
-from hecate.checkpoint.manifest import read_manifest
-from hecate.checkpoint.train_state import NoCheckpointError, TrainedParts, TrainState, load_state, refuse_other_run, save_state
+from hecate.checkpoint import latest_good
+from hecate.checkpoint.manifest import Manifest, read_manifest
+from hecate.checkpoint.save_run import save_state
+from hecate.checkpoint.shard import read_tensors
+from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, refuse_other_run
+from hecate.checkpoint.verify import find_damage
 from hecate.config import Config, to_yaml
 from hecate.errors import UserError
-from hecate.optim.adamw import AdamW
-from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.parallel.loads import LoadHistory
 from hecate.parallel.units import Unit
 from testing.ranks import run_ranks
+from tests.hecate.checkpoint.saving import flip_last_bit
+from tests.hecate.checkpoint.stepping import state_of, stepped_parts
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 
 
@@ -52,28 +55,6 @@ def test_a_base_model_is_the_same_by_its_content_or_where_none_is_recorded_by_it
         refuse_other_run(Path("checkpoint-1"), early, now, "abc")
 
 
-def stepped_parts(rank: int, world: int, device: str = "cpu") -> TrainedParts:
-    """A run without experts: one replicated parameter, two data sources' worth of nothing."""
-    parameter = nn.Parameter(torch.ones(3, dtype=torch.float64))
-    optimizer = ExpertOptimizer(Trainables({}, {"r": parameter}), AdamW(weight_decay=0.0), LearningRate(0.1), torch.device(device))
-    stream = mock.Mock(sequences_per_step=4)
-    stream.state_dict.return_value = {"rows": 8}
-    history = LoadHistory(2)
-    shards = mock.Mock(named_parameters=dict, stores={}, owners={}, world_size=world, rank=rank, in_first_group=True, history=history)
-    return TrainedParts(mock.Mock(shards=shards), optimizer, stream)
-
-
-def state_of(parts: TrainedParts, steps: int) -> TrainState:
-    state = TrainState.at_start(parts)
-    for _ in range(steps):
-        for parameter in parts.optimizer.replicated.values():
-            parameter.grad = torch.ones(3, dtype=torch.float64)
-        parts.optimizer.step(1.0, None)
-        parts.engine.shards.history.record({Unit(0): np.array([[1, 2], [3, 4]])})
-        state = state.after_step(parts, tokens=10, skipped=False)
-    return state
-
-
 def saved_and_loaded(rank: int, world: int, folder: str, hidden: bool) -> tuple[int, int, list[float], list[float]]:
     """Save steps 1 and 2; rank 1 then lists no checkpoint (`hidden`), as where folders are seen late; load on new parts.
 
@@ -82,15 +63,15 @@ def saved_and_loaded(rank: int, world: int, folder: str, hidden: bool) -> tuple[
     ranks = ranks_of(rank, world)
     config = config_of(Path(folder))
     parts = replace(stepped_parts(rank, world), drawn_digest="ab")
-    assert save_state(config, ranks, parts, state_of(parts, 1)) is not None
+    assert save_state(config, ranks, parts, state_of(parts, 1)).folder is not None
     state = replace(state_of(parts, 1), step=2)
-    assert save_state(config, ranks, parts, state) is not None
-    assert save_state(config, ranks, parts, state) is None
+    assert save_state(config, ranks, parts, state).folder is not None
+    assert save_state(config, ranks, parts, state).folder is None
     loaded = replace(stepped_parts(rank, world), drawn_digest="ab")
     with pytest.raises(UserError, match="drew other matrices from seed 0"):
         load_state(config, ranks, replace(loaded, drawn_digest="cd"))
     with mock.patch("hecate.checkpoint.history.committed", return_value=[]) if hidden and rank == 1 else nullcontext():
-        found = load_state(config, ranks, loaded)
+        found = load_state(config, ranks, loaded).state
     values = [part.optimizer.replicated["r"].tolist() for part in (parts, loaded)]
     return found.step, found.tokens, values[0], values[1]
 
@@ -106,7 +87,7 @@ def test_ranks_load_the_checkpoint_that_rank_0_names_though_listings_differ(tmp_
 def manifests_read(rank: int, world: int, folder: str) -> int:
     """How often a rank reads, and hashes, a manifest to load the only checkpoint."""
     ranks, parts, config = ranks_of(rank, world), stepped_parts(rank, world), config_of(Path(folder))
-    assert save_state(config, ranks, parts, state_of(parts, 1)) is not None
+    assert save_state(config, ranks, parts, state_of(parts, 1)).folder is not None
     read = mock.Mock(wraps=read_manifest)
     with mock.patch("hecate.checkpoint.history.read_manifest", read), mock.patch("hecate.checkpoint.train_state.read_manifest", read):
         load_state(config, ranks, parts)
@@ -116,6 +97,84 @@ def manifests_read(rank: int, world: int, folder: str) -> int:
 def test_a_rank_reads_a_manifest_once(tmp_path: Path) -> None:
     write_parts(tmp_path)
     assert run_ranks(2, manifests_read, str(tmp_path)) == [1, 1]
+
+
+def resumed_past_damage(rank: int, world: int, folder: str) -> tuple[int, tuple[str, ...], str, tuple[str, ...]]:
+    """Save steps 1 to 3; damage a tensor of step 3, which only rank 1 needs, and the manifest of step 2. Load; save steps 2 and 3 again.
+
+    The step that was loaded and what was said; the name of the newest checkpoint in the end and what was said.
+    """
+    ranks, parts, config = ranks_of(rank, world), stepped_parts(rank, world), config_of(Path(folder))
+    root, begun = Path(config.output_dir), state_of(parts, 1)
+    for step in (1, 2, 3):
+        save_state(config, ranks, parts, replace(begun, step=step))
+    if ranks.is_first:
+        flip_last_bit(root / "checkpoint-3/rank-00000-of-00002.safetensors")
+        (root / "checkpoint-2/COMMIT").write_text("0" * 32 + "\n")
+    ranks.barrier()
+
+    def read(folder: Path, manifest: Manifest, names: list[str]) -> dict[str, torch.Tensor]:
+        return {} if rank == 0 and manifest.step == 3 else read_tensors(folder, manifest, names)
+
+    with mock.patch("hecate.checkpoint.train_state.read_tensors", read):
+        loaded = load_state(config, ranks, parts)
+    said: list[str] = []
+    for step in (2, 3):
+        saved = save_state(config, ranks, parts, replace(loaded.state, step=step))
+        assert saved.folder == root / f"checkpoint-{step}"
+        said += saved.warnings
+    newest = latest_good(root)
+    assert newest is not None
+    return loaded.state.step, loaded.warnings, newest.name, tuple(said)
+
+
+def test_a_damaged_checkpoint_is_passed_over_named_and_replaced(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    first, second = run_ranks(2, resumed_past_damage, str(tmp_path))
+    root = tmp_path / "out"
+    assert first[:3] == second[:3]
+    assert first[0] == 1
+    bad_tensor, bad_manifest = first[1]
+    file = root / "checkpoint-3/rank-00000-of-00002.safetensors"
+    assert bad_tensor.startswith(f"checkpoint-3 is damaged and was passed over: {file}: tensor replicated/")
+    assert bad_manifest.startswith(f"checkpoint-2 is damaged and was passed over: {root}/checkpoint-2/manifest.json: ")
+    assert all(text.endswith("training goes on from checkpoint-1") for text in first[1])
+    assert first[2] == "checkpoint-3"
+    asides = sorted(path.name for path in root.glob("*.damaged-*"))
+    assert [text.split(": ")[0] for text in first[3]] == [f"{name[:12]} is damaged and was moved aside to {name}" for name in asides]
+    assert second[3] == ()
+    assert sorted(path.name for path in root.iterdir()) == sorted(["checkpoint-1", "checkpoint-2", "checkpoint-3", *asides])
+    assert not [*find_damage(root / "checkpoint-2"), *find_damage(root / "checkpoint-3")]
+    assert len(list(find_damage(root / asides[1]))) == 1
+
+
+def saved_without_room(rank: int, world: int, folder: str) -> tuple[str, list[str]]:
+    """Save step 1; save step 2 where one byte less is free than needed, then exactly as much. The error of rank 0, and what it has left."""
+    ranks, parts, config = ranks_of(rank, world), stepped_parts(rank, world), config_of(Path(folder))
+    begun, root = state_of(parts, 1), Path(config.output_dir)
+    save_state(config, ranks, parts, begun)
+    size = sum(file.stat().st_size for file in (root / "checkpoint-1").iterdir() if file.suffix == ".safetensors")
+    text, left = "", []
+    for free in (size, 10 * size):
+        with mock.patch("os.statvfs", return_value=mock.Mock(f_bavail=free, f_frsize=1, f_blocks=10**9)):
+            try:
+                save_state(config, ranks, parts, replace(begun, step=2))
+            except UserError as error:
+                text, left = str(error), sorted(path.name for path in root.iterdir())
+    assert (root / "checkpoint-2").is_dir()
+    return text, left
+
+
+def test_a_save_without_room_writes_nothing_and_says_how_much_is_needed(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    (said, left), (other, _) = run_ranks(2, saved_without_room, str(tmp_path))
+    assert left == ["checkpoint-1"]
+    free, needed = (int(number.replace(",", "")) for number in re.findall(r"([0-9,]+) (?:bytes free|are needed)", said))
+    assert free < needed
+    assert said.startswith(f"cannot save checkpoint-2: {tmp_path}/out has ")
+    assert "save_total_limit" in said
+    assert "output_dir" in said
+    assert "another rank" in other
 
 
 def nothing_to_load(rank: int, world: int, folder: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +110,44 @@ def test_survivors_go_on_without_losing_a_step(workshop: str, whole: Losses) -> 
         for phase, (done, restarted, losses) in zip(PHASES, results[rank], strict=True):
             assert done == restarted == DEATH_STEP, phase
             assert torch.tensor([losses[step] for step in sorted(losses)]).sub(torch.tensor(whole)).abs().max() <= 1e-10, phase
+
+
+def losing_while_saving(rank: int, world: int, workshop: str) -> tuple[list[str], bool]:
+    """A rank is lost while all write a checkpoint that never ends; what is in the run's folder after the survivors have saved again."""
+
+    def write(staging: Path, rank: int, world_size: int, tensors: object, go_on: Callable[[], None]) -> None:
+        staging.mkdir(parents=True, exist_ok=True)
+        while True:
+            go_on()
+            time.sleep(0.01)
+
+    run = make_run(workshop, "losing-while-saving", rank, world, "fssdp.redundancy=1")
+    steps_until(run, 1, {})
+    with mock.patch("hecate.checkpoint.save_run.write_shard", write):
+        run.begin_save()
+    try:
+        if rank == VICTIM:
+            raise Dead
+        steps_until(run, 2, {})
+    except Dead:
+        run.drop_save()
+        run.ranks.leave()
+        return [], False
+    except RuntimeError:
+        regroup(run, f"{workshop}/losing-while-saving", rank - (rank > VICTIM), world - 1)
+    assert run.saving is None
+    steps_until(run, 2, {})
+    run.begin_save()
+    folder = run.end_save().folder
+    assert folder is not None
+    writing = any(thread.name == "checkpoint writer" for thread in threading.enumerate())
+    return sorted(path.name for path in folder.parent.glob("checkpoint-*")), writing
+
+
+@pytest.mark.slow
+def test_a_save_under_way_is_given_up_with_the_rank_and_the_next_one_is_whole(workshop: str) -> None:
+    for found in [one for rank, one in enumerate(run_ranks(4, losing_while_saving, workshop)) if rank != VICTIM]:
+        assert found == (["checkpoint-2"], False)
 
 
 @pytest.mark.slow

@@ -51,6 +51,21 @@ def test_simulate(model: str, tmp_path: Path) -> None:
     assert [row["workload"] for row in record["rows"]] == ["zipf", "zipf"]
 
 
+def test_simulate_chooses_the_mode_of_each_layer(model: str, tmp_path: Path) -> None:
+    """And names rows such as llep+ours."""
+    arguments = ["simulate", *SMALL, model, "--plan", "auto", "--policy", "llep,llep+ours", "--json", str(tmp_path / "rows.json")]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0
+    assert "From which loads layers were planned" in result.output
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert (record["settings"]["choose_modes"], record["settings"]["execution"]["plan"]) == (True, "history")
+    assert [row["policy"] for row in record["rows"]] == ["llep", "llep+ours"]
+    assert all(set(row["plan_modes"]) == {"history", "calibrated", "exact"} for row in record["rows"])
+    assert refused("simulate", *SMALL, model, "--plan", "late").startswith(
+        "--plan must be one of history, calibrated, exact, replay, auto, "
+    )
+
+
 def test_simulate_a_sweep(model: str, tmp_path: Path) -> None:
     run = f"{{topologies: two-cpu-ranks, models: {model}, workloads: [zipf, burst], tokens_per_rank: 8}}"
     (tmp_path / "sweep.yaml").write_text(f"{{steps: 2, policies: full, runs: [{run}]}}")

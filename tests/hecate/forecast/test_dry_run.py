@@ -149,6 +149,28 @@ def test_exact_plans_know_the_loads(folder: Path) -> None:
     assert of(exact, "llep").imbalance < of(history, "llep").imbalance
 
 
+@pytest.mark.parametrize("micro_steps", [1, 2])
+def test_a_run_whose_layers_choose_their_mode(folder: Path, micro_steps: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where loads jump a policy for exact loads is planned late. What is the same in every mode is predicted as from history."""
+    found = {}
+    for plan in ("history", "auto"):
+        config = config_for(folder, "data.seq_len=512", f"fssdp.plan={plan}", f"gradient_accumulation_steps={micro_steps}")
+        found[plan] = forecast(replace(run_shape(config, None, 2), topology=slow_node()), "rotating")
+    assert of(found["history"], "llep").plan_modes is None
+    late = of(found["auto"], "llep").plan_modes
+    assert late is not None
+    assert late["history"] < 0.5
+    assert of(found["auto"], "llep").step_seconds < of(found["history"], "llep").step_seconds
+    for policy in ("static_ep", "full"):
+        assert of(found["auto"], policy).plan_modes == {"history": 1, "calibrated": 0, "exact": 0}
+        assert of(found["auto"], policy).parts == pytest.approx(of(found["history"], policy).parts)
+        assert of(found["auto"], policy).bytes == of(found["history"], policy).bytes
+        np.testing.assert_allclose(of(found["auto"], policy).memory_PD, of(found["history"], policy).memory_PD)
+    assert found["auto"].as_dict()["policies"][0]["plan_modes"] == found["auto"].policies[0].plan_modes
+    run_plan(found["auto"].run.config, topology="two-cpu-ranks", ranks=None, workload="rotating", trace=None, json_path=None)
+    assert "From which loads layers were planned" in capsys.readouterr().out
+
+
 def test_layers_without_experts_keep_their_ffn(folder: Path) -> None:
     some = of(dry_run(folder, "moe.num_experts=[4,0,0]"), "full")
     assert some.parts["experts"] == 16 * (2 * 2304 + 2 * 4 * 480) + 2 * 16 * 2 * 2304
@@ -201,7 +223,7 @@ def test_json_and_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     record = json.loads((tmp_path / "plan.json").read_text())
     assert set(record) == {"model", "topology", "ranks", "shard_size", "workload", "policy", "device_memory_bytes", "policies"}
     first = record["policies"][0]
-    assert set(first) == {"policy", "step_seconds", "seconds", "bytes", "imbalance", "memory", "fits_memory"}
+    assert set(first) == {"policy", "step_seconds", "seconds", "bytes", "imbalance", "plan_modes", "memory", "fits_memory"}
     assert set(first["memory"]) == {"forward", "backward", "optimizer"}
     assert all(len(by_rank) == 2 for parts in first["memory"].values() for by_rank in parts.values())
     assert first["step_seconds"] == pytest.approx(sum(first["seconds"].values()))

@@ -11,7 +11,8 @@ from hecate.forecast.sharding_groups import ep_group_sizes, grouped_ep_seconds, 
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.planners.static_ep import plan_static_ep
-from hecate.parallel.simulator import Simulated, StepBytes, StepSeconds
+from hecate.parallel.simulated_step import StepBytes, StepSeconds
+from hecate.parallel.simulator import Simulated
 from hecate.parallel.topology import Link, Topology, uniform_topology
 from testing.unit_cases import layer_input, unit_topology
 

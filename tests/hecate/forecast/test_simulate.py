@@ -38,7 +38,7 @@ ROW_KEYS = {
         "imbalance",
     ),
     *("replica_bytes", "memory_bytes", "fits_memory", "planner_ms_per_layer", "tokens_per_second", COST, SPEEDUP),
-    *("shard_size", "baseline_shard_size"),
+    *("shard_size", "baseline_shard_size", "plan_modes"),
 }
 
 
@@ -87,6 +87,29 @@ def test_speedups_are_over_expert_parallelism_in_groups(model: str, capsys: pyte
         assert row[SPEEDUP] == pytest.approx(grouped["step_seconds"] / row["step_seconds"])
     print_rows([grouped, auto])
     assert "in groups of 4 ranks" in " ".join(capsys.readouterr().out.split())
+
+
+def test_layers_go_by_the_mode_that_was_fastest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Loads that jump are planned late, and a table says so; where all layers have one mode there is no such table."""
+    run = "runs: [{topologies: h100-node, models: gpt-moe-s, workloads: rotating, tokens_per_rank: 4096, experts: 16}]"
+    (case,), options = sweep(tmp_path, f"{{plan: auto, policies: [static_ep, auto], steps: 4, {run}}}")
+    assert (options.execution, options.choose_modes) == (ExecutionMode(), True)
+    static, by_layer = case.run(options)
+    assert static["plan_modes"] == {"history": 1, "calibrated": 0, "exact": 0}, "of equally fast ones the first"
+    modes = by_layer["plan_modes"]
+    assert sum(modes.values()) == pytest.approx(1)
+    assert 1 / 3 <= modes["history"] < 1, "in the first of three counted steps nothing is measured"
+    (history,) = case.run(replace(options, choose_modes=False, policies=("auto",)))
+    assert by_layer["step_seconds"] < history["step_seconds"]
+    assert history["plan_modes"] is None
+    for wide in (False, True):
+        print_rows([static, by_layer], wide=wide)
+        table = capsys.readouterr().out.split("From which loads layers were planned")[1]
+        assert f"{100 * modes['history']:.0f}" in table
+        print_rows([history], wide=wide)
+        assert "From which loads" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="2 micro-steps share no plan"):
+        replace(options, execution=ExecutionMode(micro_steps=2))
 
 
 def test_a_group_size_that_does_not_divide_the_ranks_is_refused(model: str) -> None:
@@ -182,6 +205,23 @@ def test_a_policys_former_name_is_chosen_and_a_line_says_so(tmp_path: Path, caps
     assert capsys.readouterr().err == f"hecate: {tmp_path / 'sweep.yaml'}.policies: {told}"
 
 
+def test_a_placement_with_our_split_beside_the_one_of_its_authors(model: str) -> None:
+    """The same experts are in the same places, and fewer tokens travel. LAER-MoE has a gather of its own, unless a route is given."""
+    named = chosen_policies("laer,laer+ours", "--policy")
+    assert named == ("laer", "laer+ours")
+    assert not [name for name in chosen_policies("all", "--policy") if "+" in name]
+    with pytest.raises(UserError, match=r"unknown: auto\+ours\n  there are all, static_ep, .*, laer\+ours"):
+        chosen_policies("auto+ours", "--policy")
+    (case,) = synthetic_cases("h100-node", model, ["one_hot_expert"], 4096)
+    options = Options(policies=named, steps=3)
+    theirs, ours = case.run(options)
+    assert theirs["replica_bytes"] == ours["replica_bytes"] > 0
+    assert ours["seconds"]["dispatch"] < theirs["seconds"]["dispatch"]
+    assert ours["seconds"]["gather"] != theirs["seconds"]["gather"]
+    flat, ours_flat = case.run(replace(options, execution=ExecutionMode(route="flat")))
+    assert flat["seconds"]["gather"] == ours_flat["seconds"]["gather"]
+
+
 @pytest.mark.parametrize(("names", "message"), [("a,x", "--policy: unknown: x\n  there are all, a, b"), ("", "--policy: none given")])
 def test_unknown_names_are_refused(names: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -242,7 +282,7 @@ def test_a_sweep_multiplies_out(model: str, tmp_path: Path) -> None:
         ("{runs: [{topologies: h100-node, models: x, token: 2}]}", r"runs\[0\]: unknown: token"),
         ("{step: 2, runs: [{topologies: h100-node, models: x}]}", "unknown: step\n  there are policies, steps"),
         ("{steps: 0, runs: [{topologies: h100-node, models: x}]}", "steps must be an integer >= 1, got 0"),
-        ("{plan: 1, runs: [{topologies: h100-node, models: x}]}", "plan must be one of history, calibrated, exact, replay, got 1"),
+        ("{plan: 1, runs: [{topologies: h100-node, models: x}]}", "plan must be one of history, calibrated, exact, replay, auto, got 1"),
         ("{rematerialize: 1, runs: [{topologies: h100-node, models: x}]}", "rematerialize must be true or false, got 1"),
         ("{prefetch: -1, runs: [{topologies: h100-node, models: x}]}", "prefetch must be an integer >= 0, got -1"),
         ("{route: near, runs: [{topologies: h100-node, models: x}]}", "route must be one of fastest, flat, two_level, sliced, got 'near'"),

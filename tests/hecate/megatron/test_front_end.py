@@ -81,7 +81,7 @@ def test_masters_begin_as_in_float32_and_are_what_is_trained_and_saved(folder: P
         assert torch.equal(master, wide.parts.moe.others[name]), name
     run.train_one()
     saved = run.save()
-    assert saved is not None
+    assert saved.folder is not None
     tensors = run.parts.optimizer.state_tensors()
     for name, master in run.parts.moe.others.items():
         assert not torch.equal(master, wide.parts.moe.others[name]), f"{name} has not moved"

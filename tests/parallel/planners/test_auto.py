@@ -20,7 +20,7 @@ from hecate.parallel.cost_model import (
 )
 from hecate.parallel.flows import even_quota
 from hecate.parallel.placement import contiguous_owners
-from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput, price_row
 from hecate.parallel.planners.auto import _plan_layers, plan_auto
 from hecate.parallel.planners.rebalancing import rebalance
 from hecate.parallel.replica_lists import Replicas, add, copy_into, everywhere, fill_lists, foreign, no_replicas, only_owners
@@ -119,20 +119,22 @@ def test_no_slower_than_any_policy_that_fits(given_: PlanInput) -> None:
 def test_hardly_ever_slower_than_any_policy() -> None:
     """In small layers of every kind: no slower than 1.005 of the best policy in 98 of 100, and much faster on average.
 
-    Those that are left are layers whose seconds are mostly latencies: to spare one takes several changes at once.
+    Those that are left are layers whose seconds are mostly latencies: to spare one takes several changes at once. Policies of other systems
+    count with their own split and with this project's. LAER-MoE's gather, from parts of experts that are on all ranks, is no route that
+    `auto` could take. With it `laer` is faster in a few more layers, in which no attention hides a gather.
     """
-    over = []
+    over, over_systems = [], []
     for seed in range(120):
         given_ = drawn_input(seed)
-        seconds = {
-            policy: float(plan.seconds(given_).total[0])
-            for policy, plan in ((policy, planner(given_)) for policy, planner in POLICIES.items())
-            if ((plan.where_LED & ~given_.owned_LED).sum(1) <= given_.slots_D).all()
-        }
+        plans = {policy: planner(given_) for policy, planner in ROWS.items()}
+        fitting = [name for name, plan in plans.items() if ((plan.where_LED & ~given_.owned_LED).sum(1) <= given_.slots_D).all()]
+        seconds = {name: float(plans[name].seconds(given_).total[0]) for name in fitting}
         mine = seconds.pop("auto")
         over.append(mine / min(seconds.values()))
+        over_systems.append(mine / min(float(price_row(name, plans[name], given_).seconds.total[0]) for name in fitting if name != "auto"))
     assert np.mean(np.array(over) <= 1.005) >= 0.98, sorted(over)[-4:]
-    assert max(over) <= 1.15
+    assert np.mean(np.array(over_systems) <= 1.005) >= 0.94, sorted(over_systems)[-8:]
+    assert max(over_systems) <= 1.15
     assert np.exp(np.log(over).mean()) <= 0.92
 
 

@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hecate.parallel.cost_model import PlanMode, price
-from hecate.parallel.executed_flows import executed_flows
 from hecate.parallel.layer_plan import best_after_router, layer_plan
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.predictors import predicted_loads
@@ -124,7 +123,7 @@ def _seconds(plan: Plan, made_from: PlanInput, true_LED: np.ndarray) -> np.ndarr
     execution = made_from.execution
     times = execution.micro_steps if execution.per_micro_step else 1
     loads_LED = true_LED / times
-    flow = executed_flows(plan.where_LED, plan.quota_LED, made_from.expected_LED, loads_LED, made_from.topology)
+    flow = plan.flow(made_from.expected_LED, loads_LED, made_from.topology)
     seconds = price(
         plan.owner_LE,
         plan.where_LED,

@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hecate.engine.measured_modes import MODES, MeasuredModes, judge_step
 from hecate.parallel.cost_model import ExecutionMode, LayerCost
+from hecate.parallel.measured_modes import MODES, MeasuredModes, judge_step
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.workloads import WORKLOADS

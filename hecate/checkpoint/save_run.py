@@ -1,0 +1,177 @@
+"""Save the state of a run, by all ranks together.
+
+    rank 0 looks what is there, and whether there is room -> the ranks of the first sharding group write -> rank 0 commits, and prunes
+
+Only the writing may be done by a thread beside the training (`begin_save` with `background`). It sends no messages.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hecate.checkpoint.file_system import require_durable, require_room
+from hecate.checkpoint.files import CheckpointError
+from hecate.checkpoint.history import prune, set_aside
+from hecate.checkpoint.save import checkpoint_folder, commit, discard, shard_bytes, staging_folder, write_shard
+from hecate.checkpoint.train_state import TrainedParts, TrainState
+from hecate.checkpoint.verify import first_damage, note_damage
+from hecate.checkpoint.write_thread import WriteThread
+from hecate.config import Config, to_yaml
+from hecate.ranks.ranks import Ranks
+
+_NONCE_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a save has done."""
+
+    folder: Path | None
+    """the new checkpoint; None: there was a whole one of this step"""
+    warnings: tuple[str, ...] = ()
+    """what a user should know of other checkpoints; on rank 0 only"""
+
+
+@dataclass(frozen=True)
+class SaveUnderWay:
+    """A save that was begun on all ranks and that `end_save` ends."""
+
+    config: Config
+    final: Path
+    """the checkpoint that it will be"""
+    staging: Path
+    meta: dict[str, Any]
+    world_size: int
+    """how many ranks write"""
+    write: Callable[[], None]
+    """writes this rank's part, or waits until its thread has; raises CheckpointError"""
+    thread: WriteThread | None
+    """None: nothing is written before `write` is called"""
+
+    def requests(self) -> tuple[bool, bool]:
+        """Whether this rank is still writing, and whether it has failed; `end_save` is due once no rank writes, or any has failed."""
+        return (False, False) if self.thread is None else (self.thread.is_writing, self.thread.has_failed)
+
+    def break_off(self) -> None:
+        """Stop writing. What was written is deleted as the leftover of an unfinished save."""
+        if self.thread is not None:
+            self.thread.break_off()
+
+
+def save_state(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainState) -> Saved:
+    """Write the checkpoint of `state.step`, unless there is a whole one. A damaged one is moved aside. Every rank must call it.
+
+    Raises:
+        CheckpointError: as `begin_save` and `end_save`.
+    """
+    begun = begin_save(config, ranks, parts, state)
+    return Saved(None) if begun is None else end_save(ranks, begun)
+
+
+def begin_save(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainState, *, background: bool = False) -> SaveUnderWay | None:
+    """Begin to write the checkpoint of `state.step`; None: there is a whole one.
+
+    Every rank must call it. The first sharding group, which has a whole copy of the state, writes.
+
+    Args:
+        background: a thread writes copies of the tensors, in the host's memory, so that training may go on. Otherwise nothing is written
+            before `end_save`, and no tensor may change until then.
+
+    Raises:
+        CheckpointError: there is no room; nothing was written.
+    """
+    root = Path(config.output_dir)
+    final = checkpoint_folder(root, state.step)
+    nonce = _agreed_nonce(ranks, final)
+    if nonce is None:
+        return None
+    staging = staging_folder(root, state.step, nonce)
+    shards = parts.engine.shards
+    writes, rank, world_size = shards.in_first_group, shards.rank, shards.world_size
+    tensors = parts.optimizer.state_tensors()
+    if not ranks.is_first:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("owned/")}
+    owners = {str(unit): owner_E.tolist() for unit, owner_E in shards.owners.items()}
+    meta = {"config": to_yaml(config), "owners": owners, "base_model": parts.base_digest, "drawn": parts.drawn_digest, **state.to_json()}
+    needed = int(ranks.all_sum(torch.tensor(shard_bytes(rank, world_size, tensors) if writes else 0)))
+    _together(ranks, final, (lambda: require_room(final, needed)) if ranks.is_first else _nothing)
+    if not writes:
+        return SaveUnderWay(config, final, staging, meta, world_size, _nothing, None)
+    if not background:
+        return SaveUnderWay(config, final, staging, meta, world_size, lambda: write_shard(staging, rank, world_size, tensors), None)
+    copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+    thread = WriteThread(lambda go_on: write_shard(staging, rank, world_size, copies, go_on))
+    return SaveUnderWay(config, final, staging, meta, world_size, thread.wait, thread)
+
+
+def end_save(ranks: Ranks, save: SaveUnderWay, *, failed: bool = False) -> Saved:
+    """Wait until all ranks have written, then commit, and delete old checkpoints as the configuration says. Every rank must call it.
+
+    Args:
+        failed: a rank has said that it has failed (`SaveUnderWay.requests`); the others need not write on.
+
+    Raises:
+        CheckpointError: a rank could not write. No rank then has a checkpoint of this step, and older ones are untouched.
+    """
+    if failed:
+        save.break_off()
+    try:
+        _together(ranks, save.final, save.write)
+    except CheckpointError:
+        if ranks.is_first:
+            discard(save.staging)
+        raise
+    warnings: list[str] = []
+    _together(ranks, save.final, (lambda: _commit(save, warnings)) if ranks.is_first else _nothing)
+    return Saved(save.final, tuple(warnings))
+
+
+def require_durable_folder(config: Config, ranks: Ranks) -> None:
+    """Have rank 0 try whether checkpoints can be saved in output_dir. Every rank must call it. Raises CheckpointError, on all ranks."""
+    root = Path(config.output_dir)
+    _together(ranks, root, (lambda: require_durable(root)) if ranks.is_first else _nothing)
+
+
+def _commit(save: SaveUnderWay, warnings: list[str]) -> None:
+    final, config = save.final, save.config
+    if os.path.lexists(final):  # it is damaged, or else nothing would have been written
+        damage = first_damage(final)
+        warnings.append(f"{final.name} is damaged and was moved aside to {set_aside(final).name}: {damage}")
+    commit(save.staging, final, save.meta, save.world_size)
+    note_damage(final, None)
+    if config.save_total_limit is not None:
+        prune(final.parent, config.save_total_limit, config.save_retain_steps, warnings.append)
+
+
+def _agreed_nonce(ranks: Ranks, final: Path) -> str | None:
+    """The nonce of a new save, as rank 0 has drawn it; None: rank 0 sees a whole checkpoint there. Every rank must call it."""
+    own = None
+    if ranks.is_first:
+        is_there = os.path.lexists(final) and first_damage(final) is None
+        own = b"" if is_there else secrets.token_bytes(_NONCE_BYTES).hex().encode()
+    return ranks.broadcast_from(0, own).decode() or None
+
+
+def _together(ranks: Ranks, final: Path, action: Callable[[], None]) -> None:
+    """Do this rank's part of a save. Every rank must call it; if one fails, all raise CheckpointError, after all have ended their parts."""
+    failure: CheckpointError | None = None
+    try:
+        action()
+    except CheckpointError as error:
+        failure = error
+    failed = ranks.all_max(float(failure is not None))
+    if failure is not None:
+        raise failure
+    if failed:
+        raise CheckpointError(f"{final}: another rank could not write its part; its own message says why")
+
+
+def _nothing() -> None:
+    pass
