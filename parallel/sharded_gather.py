@@ -46,13 +46,14 @@ def with_sharded_gather(priced: Priced, copies_ED: np.ndarray, topology: Topolog
     numbers, ports = cost_numbers(cost, topology, execution), shard_ports(copies_ED, topology)
     again = transfer_seconds(ports, cost.trainable_bytes, topology)
     reduce = transfer_seconds(ports.reversed(), cost.reduced_bytes, topology)
-    gather = again + transfer_seconds(priced.gathered_frozen, numbers.frozen_bytes_a_step, topology)
+    fetch, share = transfer_seconds(priced.gathered_frozen, numbers.frozen_bytes, topology), numbers.fetched_share
     back, alone = reduce, np.zeros_like(reduce)
     if execution.rematerialize:
         back, alone = (reduce + again, alone) if numbers.hides_second_gather else (reduce, again)
     slowdown = topology.overlap_slowdown
-    exposed = _exposed(numbers.hides_gather, gather, slowdown) + _exposed(numbers.hides_reduce, back, slowdown) + alone
-    return replace(priced, seconds=replace(priced.seconds, gather=gather, reduce=reduce, exposed=exposed), gathered=ports)
+    hidden, fetched = _exposed(numbers.hides_gather, again, slowdown), _exposed(numbers.hides_gather, again + fetch, slowdown)
+    exposed = hidden + share * (fetched - hidden) + _exposed(numbers.hides_reduce, back, slowdown) + alone
+    return replace(priced, seconds=replace(priced.seconds, gather=again + share * fetch, reduce=reduce, exposed=exposed), gathered=ports)
 
 
 def _exposed(compute: float, transfer: np.ndarray, slowdown: float) -> np.ndarray:

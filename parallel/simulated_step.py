@@ -125,6 +125,7 @@ def plan_layers(planner: Planner, given: PlanInput, layer_M: np.ndarray, true_LE
         loads_LED=None if whole_LED is None else whole_LED[layer_M] / times,
         resident_LED=None if given.resident_LED is None else given.resident_LED[layer_M],
         present_LED=None if given.present_LED is None else given.present_LED[layer_M],
+        cost=replace(given.cost, frozen_lifetime=given.cost.frozen_lifetime * times),
         execution=execution,
     )
     return Planned(layer_M, plan_with(planner, part), part, times)
