@@ -144,7 +144,11 @@ class SurvivingRanks:
         for member, since in self._stopped.items():
             if now - since > _STOPPED_SECONDS and self._processes[member].poll() is None:
                 rank = self._now.members.index(member)
-                print(f"hecate: rank {rank} has been stopped for {now - since:.1f} s, as by SIGSTOP, and is ended", file=sys.stderr, flush=True)
+                print(
+                    f"hecate: rank {rank} has been stopped for {now - since:.1f} s, as by SIGSTOP, and is ended",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 self._processes[member].kill()
                 self._processes[member].wait()
 

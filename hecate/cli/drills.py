@@ -7,14 +7,16 @@ from typing import Annotated
 
 import typer
 
+from hecate.cli.arguments import write_json
+
 
 def drill(
-    names: Annotated[list[str] | None, typer.Argument(metavar="NAME ...", help="drills such as R1 R8; default: a short form of most")] = None,
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME ...", help="such as R1 R8; default: all in a short form")] = None,
     everything: Annotated[bool, typer.Option("--all", help="all drills in full; takes up to half an hour on two cores")] = False,
     listed: Annotated[bool, typer.Option("--list", help="only show what the drills are")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
 ) -> None:
-    """Inject faults into tiny runs on this machine - killed ranks, full disks, flipped bits - and show what became of them (docs/drills.md).
+    """Inject faults into tiny runs on this machine, such as killed ranks and full disks, and show what became of them (docs/drills.md).
 
     Named drills run in full. Nothing is downloaded, and no other run is touched. Exit status 1 if a drill has failed.
     """
@@ -30,7 +32,5 @@ def drill(
     reports = run_drills(wanted, quick=not (names or everything), tell=lambda report: print(report_text(report), flush=True))
     print(summary_text(reports))
     if json_path is not None:
-        from hecate.cli.arguments import write_json
-
         write_json(json_path, as_json(reports))
     raise typer.Exit(0 if all(report.outcome.ok for report in reports) else 1)

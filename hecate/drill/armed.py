@@ -18,11 +18,12 @@ from hecate.drill.disk import watched_disk
 from hecate.faults import Place
 
 Action = Literal["kill", "stop", "sleep", "fill", "scale", "one_expert", "flip"]
-"""kill and stop: the process sends itself SIGKILL or SIGSTOP. sleep: for `value` seconds. fill: the subject's first number becomes `value`.
-scale: the whole subject is multiplied by it. one_expert: the logits send every token to expert `value` first. flip: the lowest bit of
-the exponent of one number of one owned expert changes."""
+"""kill and stop: the process sends itself SIGKILL or SIGSTOP. sleep: for `value` seconds. fill: the subject's first number becomes `value`;
+of an optimizer, that of its first gradient. scale: the whole subject is multiplied by it. one_expert: the logits send every token to expert
+`value` first. flip: one bit of the first expert that the rank owns changes."""
 
 _TRACED = ("step", "stepped", "trained", "lost", "regrouped")
+"""places whose times are written down"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +59,7 @@ class Armed:
         if place in _TRACED:
             self._note(place, samples_of(subject) if place == "trained" else None)
         for one in self.injected:
-            if (
-                one.place == place
-                and one.rank in (None, self.rank)
-                and one.step in (None, self._step)
-                and one.call in (0, number)
-            ):
+            if one.place == place and one.rank in (None, self.rank) and one.step in (None, self._step) and one.call in (0, number):
                 self._note(one.action, place)
                 carry_out(one, subject)
 
@@ -84,7 +80,10 @@ def carry_out(one: Injected, subject: Any) -> None:
         time.sleep(one.value)
     elif one.action == "flip":
         flip_a_bit(subject)
-    elif isinstance(subject, torch.Tensor):
+    elif not isinstance(subject, torch.Tensor):  # an optimizer
+        held = {**subject.owned, **subject.replicated}.values()
+        carry_out(one, next(parameter.grad for parameter in held if parameter.grad is not None))
+    else:
         numbers = subject.data  # autograd must not notice
         if one.action == "scale":
             numbers.mul_(one.value)

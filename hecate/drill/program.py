@@ -85,7 +85,8 @@ def _call(function: str, arguments: str, result: str) -> None:
         with join_ranks() as ranks:
             value = found(function)(ranks, *json.loads(arguments))
             _leave(Path(result), {"value": value})
-            ranks.barrier()  # a rank that leaves earlier would break the others off
+            if not ranks.aborted:
+                ranks.barrier()  # a rank that leaves earlier would break the others off
     except BaseException:
         if not Path(result).exists():
             _leave(Path(result), {"failed": traceback.format_exc()})
@@ -94,13 +95,12 @@ def _call(function: str, arguments: str, result: str) -> None:
 
 def name_of(function: Callable[..., Any]) -> str:
     """The text by which `found` finds a function at the top of a module of this room."""
-    return f"{function.__module__}:{function.__name__}"
+    return f"{function.__module__.rpartition('.')[2]}:{function.__name__}"
 
 
 def found(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
-    assert module.startswith("hecate.drill."), name
-    return getattr(import_module(module), function)  # type: ignore[no-any-return]
+    return getattr(import_module(f"hecate.drill.{module}"), function)  # type: ignore[no-any-return]
 
 
 def _leave(path: Path, value: Any) -> None:

@@ -44,6 +44,11 @@ OVERRIDES = (
 """settings with which results do not depend on when a run stops or on the number of ranks; five experts never share out evenly"""
 
 
+def settings(*own: str) -> list[str]:
+    """OVERRIDES, and over them these, key by key."""
+    return list({one.partition("=")[0]: one for one in (*OVERRIDES, *own)}.values())
+
+
 class RankFailed(AssertionError):
     """A rank of a drill failed by itself; the text is its traceback, or says how its process ended."""
 
@@ -148,16 +153,24 @@ class Running:
 
 
 def begin_run(
-    scope: Scope, name: str, ranks: int, *overrides: str, injected: Sequence[Injected] = (), survives: bool = True, joins: bool = False
+    scope: Scope,
+    name: str,
+    ranks: int,
+    *overrides: str,
+    injected: Sequence[Injected] = (),
+    survives: bool = True,
+    joins: bool = False,
+    output: Path | None = None,
 ) -> Running:
     """Start the tiny run under the local launcher, with backups if it survives.
 
     Args:
+        output: the run's folder; None: a new one.
         joins: ranks that the launcher starts in the place of lost ones join; else they wait for the end of the run.
     """
     folder = _new_folder(scope, name)
-    output = folder / "out"
-    given = [*OVERRIDES, f"output_dir={output}", *([] if not survives else ["fssdp.redundancy=1"]), *overrides]
+    output = output or folder / "out"
+    given = settings(f"output_dir={output}", *([] if not survives else ["fssdp.redundancy=1"]), *overrides)
     request = {
         "start": scope.start,
         "injected": to_text(injected),
@@ -180,10 +193,11 @@ def begin_command(scope: Scope, name: str, ranks: int, *overrides: str, temporar
     """
     folder = _new_folder(scope, name)
     output = folder / "out"
-    command = [sys.executable, "-m", "hecate", "train", f"{scope.workshop}/config.yaml", *OVERRIDES, f"output_dir={output}"]
+    given = settings(f"output_dir={output}", f"nproc={ranks}", *overrides)
+    command = [sys.executable, "-m", "hecate", "train", f"{scope.workshop}/config.yaml", *given]
     variables = environment() | ({"TMPDIR": str(temporary)} if temporary else {})
     with open(folder / "log", "wb") as log:
-        process = subprocess.Popen([*command, f"nproc={ranks}", *overrides], env=variables, stdout=log, stderr=log)
+        process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)
     return Running(process, folder / "log", output, folder / "trace.jsonl")
 
 

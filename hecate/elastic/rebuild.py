@@ -130,7 +130,9 @@ class NoCopyLeft:
     """their names"""
 
 
-def redeal(parts: TrainedParts, state: TrainState | None, standings: Sequence[Standing], group: Group) -> tuple[TrainState, int] | NoCopyLeft:
+def redeal(
+    parts: TrainedParts, state: TrainState | None, standings: Sequence[Standing], group: Group
+) -> tuple[TrainState, int] | NoCopyLeft:
     """Deal all experts anew over the group, and send everything else to ranks without a state. Every rank must call it.
 
     Returns:
