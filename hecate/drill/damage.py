@@ -45,9 +45,8 @@ def bit_flips(scope: Scope) -> Outcome:
             counts[path.name] += 1
             cases.append(Case(f"{path.name}, bit {bit}", "" if found else "was not found"))
     cases.append(Case("the sound checkpoint", "is refused" if refused(folder) else ""))
-    return outcome_of(
-        cases, "every flipped bit is found, in tensors, headers, manifest and COMMIT", {"flips": sum(counts.values()), **counts}
-    )
+    seen = "every flipped bit is found, in tensors, headers, manifest and COMMIT"
+    return outcome_of(cases, seen, {"flips": sum(counts.values()), **counts})
 
 
 def refused(folder: Path) -> bool:
@@ -169,9 +168,7 @@ def _header(folder: Path) -> None:
 
 
 REPLACED: dict[str, Callable[[Path], None]] = {
-    **{
-        f"{kind} in the place of {name}": _replaced(kind, name) for kind in ("link", "pipe", "folder") for name in (SHARD, MANIFEST, COMMIT)
-    },
+    **{f"{kind} for {name}": _replaced(kind, name) for kind in ("link", "pipe", "folder") for name in (SHARD, MANIFEST, COMMIT)},
     "a file of 32 TB that has no bytes": _promising,
     "a header of 2**60 bytes": _header,
 }
@@ -236,8 +233,8 @@ def _hostile(scope: Scope, name: str, change: Callable[[Path], None]) -> Case:
             load(folder)
 
     problem = _not_refused(scope, read)
-    outside = [path for path in opened if path.parent != folder]
-    return Case(name, problem or (f"{outside[0]} was opened" if outside else ""))
+    elsewhere = [path for path in opened if path.parent != folder]
+    return Case(name, problem or (f"{elsewhere[0]} was opened" if elsewhere else ""))
 
 
 def _rewrite(folder: Path, change: Callable[[Any], Any]) -> None:

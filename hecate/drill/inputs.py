@@ -96,11 +96,8 @@ def bad_data(scope: Scope) -> Outcome:
         path = scope.path / file
         path.write_bytes(content)
         cases.append(Case(name, _refused_with(lambda path=path: encode(path, "error"), str(path), "")))  # type: ignore[misc]
-    return outcome_of(
-        cases,
-        "file and line named, or the sample skipped and quarantined, and the others as they were",
-        {"files": len(_LINES) + len(_FILES)},
-    )
+    seen = "file and line named, or the sample skipped and quarantined, and the others as they were"
+    return outcome_of(cases, seen, {"files": len(_LINES) + len(_FILES)})
 
 
 def _refused_with(read: Callable[[], Any], *words: str) -> str:

@@ -43,7 +43,8 @@ def only_loopback(scope: Scope) -> Outcome:
 
 def killed_launcher(scope: Scope) -> Outcome:
     """R22"""
-    cases, settled = [], []
+    cases: list[Case] = []
+    settled: list[float] = []
     temporary = scope.path / "tmp"
     temporary.mkdir()
     for cycle in range(4 if scope.quick else 44):
@@ -131,6 +132,5 @@ def signals(scope: Scope) -> Outcome:
         elif seconds > _EXIT_SECONDS and not scope.quick:
             problem = f"it took {seconds:.1f} s"
         cases.append(Case(name, problem))
-    return outcome_of(
-        cases, "the step under way is finished and saved, exit status 128 + the signal's number", {"exit_worst_ms": worst(took)}
-    )
+    seen = "the step under way is finished and saved, exit status 128 + the signal's number"
+    return outcome_of(cases, seen, {"exit_worst_ms": worst(took)})

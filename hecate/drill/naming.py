@@ -36,7 +36,7 @@ def mismatched(scope: Scope) -> Outcome:
 
 
 def mismatch(ranks: Ranks, workshop: str, output: str, kind: str) -> tuple[float, str]:
-    """The seconds until this rank had an error, and its text, where rank 1 does another collective than the others in the midst of a step."""
+    """The seconds until this rank had an error, and its text, where rank 1 does another collective in the midst of a step."""
     ranks.leave()
     os.environ[_CHECKS] = "DETAIL"
     dist.set_debug_level_from_env()

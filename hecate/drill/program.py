@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hecate.io.process_end import run_and_end
 
@@ -35,7 +35,14 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
-    {"drill": _drill, "workshop": _workshop, "launch": _launch, "rank": _rank, "call": _call}[arguments[0]](*arguments[1:])
+    kinds: dict[str, Callable[..., None]] = {
+        "drill": _drill,
+        "workshop": _workshop,
+        "launch": _launch,
+        "rank": _rank,
+        "call": _call,
+    }
+    kinds[arguments[0]](*arguments[1:])
 
 
 def _workshop(folder: str) -> None:
@@ -100,7 +107,7 @@ def name_of(function: Callable[..., Any]) -> str:
 
 def found(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
-    return getattr(import_module(f"hecate.drill.{module}"), function)  # type: ignore[no-any-return]
+    return cast(Callable[..., Any], getattr(import_module(f"hecate.drill.{module}"), function))
 
 
 def _leave(path: Path, value: Any) -> None:

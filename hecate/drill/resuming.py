@@ -30,9 +30,8 @@ def save_here_load_there(scope: Scope) -> Outcome:
     for size in sizes:
         call_on_ranks(scope, size, load_and_save, scope.workshop, [str(scope.path / f"saved-{other}") for other in sizes], timeout=300)
         for other in sizes:
-            saved, again = (
-                digests(scope.path / name / f"checkpoint-{_SAVED_AT}") for name in (f"saved-{other}", f"saved-{other}-on-{size}")
-            )
+            folders = (f"saved-{other}", f"saved-{other}-on-{size}")
+            saved, again = (digests(scope.path / name / f"checkpoint-{_SAVED_AT}") for name in folders)
             wrong = [name for name in saved.keys() | again.keys() if saved.get(name) != again.get(name)]
             cases.append(Case(f"{other} ranks to {size}", f"{len(wrong)} tensors differ, such as {wrong[0]}" if wrong else ""))
     return outcome_of(cases, f"every tensor bitwise the same, {sizes[0]} to {sizes[-1]} ranks", {"world_sizes": len(sizes)})
@@ -77,9 +76,8 @@ def resume_each(ranks: Ranks, workshop: str, folder: str, steps: int, after: lis
         begun = run.standing.step
         train_until(run, steps)
         same = digests(output / f"checkpoint-{steps}") == wanted
-        found.append(
-            (step, "" if same and begun == step else f"resumed at step {begun}, and the end differs" if not same else "not resumed")
-        )
+        text = f"resumed at step {begun}; the end is {'' if same else 'not '}the same"
+        found.append((step, "" if same and begun == step else text))
     return found
 
 

@@ -71,7 +71,7 @@ def _digest(row: dict[str, Tensor]) -> int:
     """63 bits of all numbers of an expert's parameters and moments; never 0."""
     hashed = xxhash.xxh3_64()
     for key in sorted(row):
-        hashed.update(row[key].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        hashed.update(row[key].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return (hashed.intdigest() >> 1) or 1
 
 
