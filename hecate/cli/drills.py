@@ -26,10 +26,13 @@ def drill(
     if listed:
         print(list_text(DRILLS.values()))
         return
-    from hecate.drill.run import chosen, run_drills
+    from hecate.drill.run import chosen, ground
 
-    wanted = chosen(names or (), everything=everything)
-    reports = run_drills(wanted, quick=not (names or everything), tell=lambda report: print(report_text(report), flush=True))
+    wanted, reports = chosen(names or (), everything=everything), []
+    with ground() as made:
+        for one in wanted:
+            reports.append(made.run(one, quick=not (names or everything)))
+            print(report_text(reports[-1]), flush=True)
     print(summary_text(reports))
     if json_path is not None:
         write_json(json_path, as_json(reports))

@@ -18,7 +18,7 @@ from hecate.checkpoint.manifest import COMMIT, MANIFEST, commit_line, parse_entr
 from hecate.config import load_config
 from hecate.data.formats import Fault, read_samples
 from hecate.drill.disk import watched_disk
-from hecate.drill.outcome import Case, Outcome, Scope, outcome_of
+from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of
 from hecate.drill.ranks import call_on_ranks
 from hecate.drill.resuming import save_at
 from hecate.drill.saves import load, save
@@ -28,7 +28,7 @@ _ROOM = 2**30
 """bytes of memory that reading a hostile file may take beside what the process has"""
 
 
-def bit_flips(scope: Scope) -> Outcome:
+def bit_flips(scope: Scope) -> DrillOutcome:
     """R8. Of a checkpoint that a run of two ranks has saved; the small files are hit as often as the large ones."""
     call_on_ranks(scope, 2, save_at, scope.workshop, str(scope.path / "run"))
     folder = scope.path / "run" / "checkpoint-2"
@@ -43,8 +43,8 @@ def bit_flips(scope: Scope) -> Outcome:
             found = refused(folder)
             _write_byte(path, bit // 8, sound[bit // 8])
             counts[path.name] += 1
-            cases.append(Case(f"{path.name}, bit {bit}", "" if found else "was not found"))
-    cases.append(Case("the sound checkpoint", "is refused" if refused(folder) else ""))
+            cases.append(DrillCase(f"{path.name}, bit {bit}", "" if found else "was not found"))
+    cases.append(DrillCase("the sound checkpoint", "is refused" if refused(folder) else ""))
     seen = "every flipped bit is found, in tensors, headers, manifest and COMMIT"
     return outcome_of(cases, seen, {"flips": sum(counts.values()), **counts})
 
@@ -174,7 +174,7 @@ REPLACED: dict[str, Callable[[Path], None]] = {
 }
 
 
-def hostile_files(scope: Scope) -> Outcome:
+def hostile_files(scope: Scope) -> DrillOutcome:
     """R9"""
     _limit_memory()
     cases = []
@@ -185,9 +185,9 @@ def hostile_files(scope: Scope) -> Outcome:
     for name, content, read in _OTHERS:
         path = scope.path / name
         path.write_bytes(content)
-        cases.append(Case(f"{name}: {content[:30]!r}", _not_refused(scope, lambda path=path, read=read: read(path))))  # type: ignore[misc]
+        cases.append(DrillCase(f"{name}: {content[:30]!r}", _not_refused(scope, lambda path=path, read=read: read(path))))  # type: ignore[misc]
     ran = [str(path) for path in (Path("ran"), scope.path / "ran", Path("/tmp/ran")) if path.exists()]
-    cases.append(Case("no code has run", f"{ran[0]} is there" if ran else ""))
+    cases.append(DrillCase("no code has run", f"{ran[0]} is there" if ran else ""))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     return outcome_of(cases, "all refused; no code run, no file outside opened, memory bounded", {"most_memory_mib": grown})
 
@@ -214,7 +214,7 @@ _OTHERS: tuple[tuple[str, bytes, Callable[[Path], None]], ...] = (
 """hostile configurations and data files: name, bytes, and who reads them"""
 
 
-def _hostile(scope: Scope, name: str, change: Callable[[Path], None]) -> Case:
+def _hostile(scope: Scope, name: str, change: Callable[[Path], None]) -> DrillCase:
     root = scope.path / "hostile"
     shutil.rmtree(root, ignore_errors=True)
     folder = save(root / "run", 3, 3.0)
@@ -234,7 +234,7 @@ def _hostile(scope: Scope, name: str, change: Callable[[Path], None]) -> Case:
 
     problem = _not_refused(scope, read)
     elsewhere = [path for path in opened if path.parent != folder]
-    return Case(name, problem or (f"{elsewhere[0]} was opened" if elsewhere else ""))
+    return DrillCase(name, problem or (f"{elsewhere[0]} was opened" if elsewhere else ""))
 
 
 def _rewrite(folder: Path, change: Callable[[Any], Any]) -> None:

@@ -17,7 +17,7 @@ from hecate.config import ConfigError, load_config
 from hecate.config.schema import LEAVES, RANGES, DataSource
 from hecate.data.encode import EncodedSource
 from hecate.data.sources import read_source
-from hecate.drill.outcome import Case, Outcome, Scope, outcome_of, worst
+from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of, worst
 from hecate.drill.tiny_run import build_byte_tokenizer
 from hecate.errors import UserError
 
@@ -66,7 +66,7 @@ _FILES: dict[str, tuple[str, bytes]] = {
 """a file that cannot be read at all"""
 
 
-def bad_data(scope: Scope) -> Outcome:
+def bad_data(scope: Scope) -> DrillOutcome:
     """R16"""
     tokenizer = build_byte_tokenizer()
 
@@ -90,12 +90,14 @@ def bad_data(scope: Scope) -> Outcome:
     for name, (line, words) in _LINES.items():
         path = scope.path / "data.jsonl"
         path.write_bytes(b"".join([*_GOOD[:2], line, *_GOOD[2:]]))
-        cases.append(Case(name, _refused_with(lambda path=path: encode(path, "error"), f"{path}:3", words)))  # type: ignore[misc]
-        cases.append(Case(f"{name}, skipped", _skipped(lambda path=path: encode(path, "skip"), wanted, scope.path / "quarantine.jsonl")))  # type: ignore[misc]
+        cases.append(DrillCase(name, _refused_with(lambda path=path: encode(path, "error"), f"{path}:3", words)))  # type: ignore[misc]
+        cases.append(
+            DrillCase(f"{name}, skipped", _skipped(lambda path=path: encode(path, "skip"), wanted, scope.path / "quarantine.jsonl"))
+        )  # type: ignore[misc]
     for name, (file, content) in _FILES.items():
         path = scope.path / file
         path.write_bytes(content)
-        cases.append(Case(name, _refused_with(lambda path=path: encode(path, "error"), str(path), "")))  # type: ignore[misc]
+        cases.append(DrillCase(name, _refused_with(lambda path=path: encode(path, "error"), str(path), "")))  # type: ignore[misc]
     seen = "file and line named, or the sample skipped and quarantined, and the others as they were"
     return outcome_of(cases, seen, {"files": len(_LINES) + len(_FILES)})
 
@@ -123,7 +125,7 @@ def _skipped(read: Callable[[], EncodedSource], wanted: list[list[int]], quarant
     return "" if [json.loads(one)["line"] for one in lines] == [3] else "it is not in the quarantine file"
 
 
-def bad_configs(scope: Scope) -> Outcome:
+def bad_configs(scope: Scope) -> DrillOutcome:
     """R17. For every key of the schema: other types, numbers outside its range, another spelling."""
     made, seconds, cases = list(_bad_values()), [], []
     os.chdir(scope.path)
@@ -133,10 +135,10 @@ def bad_configs(scope: Scope) -> Outcome:
         started = time.perf_counter()
         problem = _config_problem(scope, key, value)
         seconds.append(time.perf_counter() - started)
-        cases.append(Case(f"{key}={value}"[:80], problem))
+        cases.append(DrillCase(f"{key}={value}"[:80], problem))
     slowest = worst(seconds)
     if not scope.quick:
-        cases.append(Case("each in 1 s", "" if slowest < 1.0 else f"one took {slowest:.2f} s"))
+        cases.append(DrillCase("each in 1 s", "" if slowest < 1.0 else f"one took {slowest:.2f} s"))
     counts = {"median_ms": 1000 * median(seconds), "slowest_ms": 1000 * slowest, "keys": len(LEAVES)}
     return outcome_of(cases, "all refused before any process starts, and the key is named", counts)
 

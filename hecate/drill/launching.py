@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hecate.checkpoint import committed, read_manifest
 from hecate.drill.armed import Injected
-from hecate.drill.outcome import Case, Outcome, Scope, outcome_of, worst
+from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of, worst
 from hecate.drill.processes import tcp_addresses, wait_until_gone
 from hecate.drill.ranks import begin_command, begin_run, environment
 from hecate.launch.run_folder import processes_below
@@ -21,7 +21,7 @@ _EXIT_SECONDS = 10.0
 _ENDLESS = "max_steps=100000"
 
 
-def only_loopback(scope: Scope) -> Outcome:
+def only_loopback(scope: Scope) -> DrillOutcome:
     """R21"""
     cases, seen = [], 0
     for overrides in ((),) if scope.quick else ((), ("fssdp.redundancy=1",)):
@@ -33,17 +33,17 @@ def only_loopback(scope: Scope) -> Outcome:
                 found = tcp_addresses(pids, listening=listening)
                 seen += len(found)
                 others = sorted(found - _LOOPBACK)
-                cases.append(Case(f"{what} loopback only {' '.join(overrides)}".strip(), f"{others} beside it" if others else ""))
-            cases.append(Case("there are ranks to look at", "" if len(pids) > 3 else f"only {len(pids)} processes"))
+                cases.append(DrillCase(f"{what} loopback only {' '.join(overrides)}".strip(), f"{others} beside it" if others else ""))
+            cases.append(DrillCase("there are ranks to look at", "" if len(pids) > 3 else f"only {len(pids)} processes"))
         finally:
             run.process.kill()
             run.process.wait()
     return outcome_of(cases, "every TCP socket of launcher, server and ranks is bound to loopback", {"addresses": seen})
 
 
-def killed_launcher(scope: Scope) -> Outcome:
+def killed_launcher(scope: Scope) -> DrillOutcome:
     """R22"""
-    cases: list[Case] = []
+    cases: list[DrillCase] = []
     settled: list[float] = []
     temporary = scope.path / "tmp"
     temporary.mkdir()
@@ -54,7 +54,7 @@ def killed_launcher(scope: Scope) -> Outcome:
     return outcome_of(cases, "no process, socket or file is left", {"cycles": len(cases), "gone_after_worst_ms": 1000 * worst(settled)})
 
 
-def _idle_cycle(scope: Scope, temporary: Path, cycle: int, settled: list[float]) -> Case:
+def _idle_cycle(scope: Scope, temporary: Path, cycle: int, settled: list[float]) -> DrillCase:
     """Start a launcher with two idle ranks; end it in one of four ways, sometimes before its ranks are there."""
     folder = scope.path / f"idle-{cycle}"
     folder.mkdir()
@@ -77,10 +77,10 @@ def _idle_cycle(scope: Scope, temporary: Path, cycle: int, settled: list[float])
         process.wait(timeout=30)
         left = wait_until_gone(below, temporary)
         settled.append(time.monotonic() - began)
-    return Case(f"cycle {cycle + 1}, {way}", f"left: {left[:3]}" if left else "")
+    return DrillCase(f"cycle {cycle + 1}, {way}", f"left: {left[:3]}" if left else "")
 
 
-def _training_cycle(scope: Scope, temporary: Path, cycle: int, settled: list[float]) -> Case:
+def _training_cycle(scope: Scope, temporary: Path, cycle: int, settled: list[float]) -> DrillCase:
     """Start a run of two ranks, and end it in one of three ways."""
     way = ("its own end", "SIGTERM", "SIGKILL")[cycle % 3]
     run = begin_command(scope, "cycle", 2, "max_steps=3" if way == "its own end" else _ENDLESS, temporary=temporary)
@@ -98,10 +98,10 @@ def _training_cycle(scope: Scope, temporary: Path, cycle: int, settled: list[flo
     finally:
         run.process.kill()
         run.process.wait()
-    return Case(f"training, {way}", f"left: {left[:3]}" if left else "")
+    return DrillCase(f"training, {way}", f"left: {left[:3]}" if left else "")
 
 
-def signals(scope: Scope) -> Outcome:
+def signals(scope: Scope) -> DrillOutcome:
     """R23"""
     late = Injected(action="sleep", place="backward", rank=1, step=3, value=0.3)
     death = Injected(action="kill", place="norm", rank=1, step=1)
@@ -131,6 +131,6 @@ def signals(scope: Scope) -> Outcome:
             problem = "a traceback was printed"
         elif seconds > _EXIT_SECONDS and not scope.quick:
             problem = f"it took {seconds:.1f} s"
-        cases.append(Case(name, problem))
+        cases.append(DrillCase(name, problem))
     seen = "the step under way is finished and saved, exit status 128 + the signal's number"
     return outcome_of(cases, seen, {"exit_worst_ms": worst(took)})

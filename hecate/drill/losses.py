@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from hecate.drill.armed import Injected
-from hecate.drill.outcome import Case, Outcome, Scope, outcome_of, worst
+from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of, worst
 from hecate.drill.ranks import TOLERANCE, Launched, begin_run, difference, loss_difference
 from hecate.faults import Place
 
@@ -25,7 +25,7 @@ _NOTICED, _RECOVERED, _EVICTED = 250.0, 1000.0, 3000.0
 """ms, for the median of the cases"""
 
 
-def kill_any_rank(scope: Scope) -> Outcome:
+def kill_any_rank(scope: Scope) -> DrillOutcome:
     """R1"""
     whole = begin_run(scope, "whole", RANKS).end()
     assert whole.status == 0, whole.log
@@ -38,18 +38,18 @@ def kill_any_rank(scope: Scope) -> Outcome:
             place, call = PHASES[phase]
             fault = Injected(action="kill", place=place, call=call, rank=rank, step=step)
             run = begin_run(scope, "killed", RANKS, injected=[fault]).end()
-            cases.append(Case(f"rank {rank}, step {step}, {phase}", problem := _problem(run, whole, lost=1)))
+            cases.append(DrillCase(f"rank {rank}, step {step}, {phase}", problem := _problem(run, whole, lost=1)))
             times.add(run, [] if problem else run.when("kill"))
     for rank, call in () if scope.quick else ((1, 1), (1, 5), (0, 3), (0, 12), (0, 18)):
         fault = Injected(action="kill", place="file", call=call, rank=rank, step=2)
         run = begin_run(scope, "saving", RANKS, "save_steps=3", injected=[fault]).end()
-        cases.append(Case(f"rank {rank}, operation {call} of a save", problem := _problem(run, whole, lost=1)))
+        cases.append(DrillCase(f"rank {rank}, operation {call} of a save", problem := _problem(run, whole, lost=1)))
         times.add(run, [] if problem else run.when("kill"))
     cases += times.judged(scope)
     return outcome_of(cases, f"{RANKS - 1} ranks go on, 0 steps lost, results within {TOLERANCE:g} of the undisturbed run", times.counts())
 
 
-def two_deaths(scope: Scope) -> Outcome:
+def two_deaths(scope: Scope) -> DrillOutcome:
     """R2. The backups of rank r are on rank r + 1."""
     whole = begin_run(scope, "whole", RANKS).end()
     times, cases = Times(), []
@@ -65,15 +65,15 @@ def two_deaths(scope: Scope) -> Outcome:
     }
     for name, deaths in list(survived.items())[: 1 if scope.quick else None]:
         run = begin_run(scope, "two", RANKS, injected=deaths).end()
-        cases.append(Case(name, problem := _problem(run, whole, lost=len(deaths))))
+        cases.append(DrillCase(name, problem := _problem(run, whole, lost=len(deaths))))
         times.add(run, [] if problem else run.when("kill")[-1:])
     neighbours = [dying(1, 3), dying(2, 3)]
     run = begin_run(scope, "back", RANKS, "save_steps=2", injected=neighbours).end()
-    cases.append(Case("at once, neighbours, with a checkpoint", _fell_back(run, whole)))
+    cases.append(DrillCase("at once, neighbours, with a checkpoint", _fell_back(run, whole)))
     run = begin_run(scope, "nothing", RANKS, injected=neighbours).end()
     names_lost = "only copy of expert" in run.log and "save_steps" in run.log
     problem = "" if run.status == 2 and names_lost else f"status {run.status}: {_last_line(run.log)}"
-    cases.append(Case("at once, neighbours, without a checkpoint", problem))
+    cases.append(DrillCase("at once, neighbours, without a checkpoint", problem))
     return outcome_of(cases, "goes on while each expert has a copy; else names the lost experts and goes back, or ends", times.counts())
 
 
@@ -86,7 +86,7 @@ def _fell_back(run: Launched, whole: Launched) -> str:
     return "" if off <= TOLERANCE else f"the result is off by {off:.2g}"
 
 
-def stopped_rank(scope: Scope) -> Outcome:
+def stopped_rank(scope: Scope) -> DrillOutcome:
     """R3"""
     whole = begin_run(scope, "whole", RANKS).end()
     cases, evicted = [], []
@@ -94,7 +94,7 @@ def stopped_rank(scope: Scope) -> Outcome:
         fault = Injected(action="stop", place="backward", rank=rank, step=2)
         run = begin_run(scope, "stopped", RANKS, injected=[fault]).end()
         problem = _problem(run, whole, lost=1) or ("" if f"rank {rank} has been stopped" in run.log else "the rank was not named")
-        cases.append(Case(f"rank {rank}", problem))
+        cases.append(DrillCase(f"rank {rank}", problem))
         if not problem:
             evicted.append(1000 * (worst(run.when("lost")) - run.when("stop")[0]))
     counts = {"evicted_ms": _median(evicted), "evicted_worst_ms": worst(evicted)}
@@ -103,7 +103,7 @@ def stopped_rank(scope: Scope) -> Outcome:
     return outcome_of(cases, "the launcher names the stopped rank and ends it; the others go on without losing a step", counts)
 
 
-def each_sample_once(scope: Scope) -> Outcome:
+def each_sample_once(scope: Scope) -> DrillOutcome:
     """R12. One source of 120 samples, 8 a step: 15 steps an epoch."""
     epochs, an_epoch, samples = (1 if scope.quick else 3), 15, 120
     given = (
@@ -120,16 +120,16 @@ def each_sample_once(scope: Scope) -> Outcome:
     cases = []
     for one in run.trace:
         if one["what"] == "trained" and by_step.setdefault(one["step"], one["more"]) != one["more"]:
-            cases.append(Case(f"step {one['step']}", "ranks trained on different samples"))
+            cases.append(DrillCase(f"step {one['step']}", "ranks trained on different samples"))
     for epoch in range(epochs):
         steps = [by_step.get(step, []) for step in range(epoch * an_epoch, (epoch + 1) * an_epoch)]
         seen = Counter(sample for step in steps for _, sample in step)
         for sample in range(samples):
-            cases.append(Case(f"epoch {epoch + 1}, sample {sample}", "" if seen[sample] == 1 else f"trained {seen[sample]} times"))
+            cases.append(DrillCase(f"epoch {epoch + 1}, sample {sample}", "" if seen[sample] == 1 else f"trained {seen[sample]} times"))
     return outcome_of(cases, f"{len(kills)} ranks killed in {epochs} epochs", {"kills": len(kills), "steps": len(by_step)})
 
 
-def no_rank_is_special(scope: Scope) -> Outcome:
+def no_rank_is_special(scope: Scope) -> DrillOutcome:
     """R24"""
     whole = begin_run(scope, "whole", RANKS).end()
     chains = {"rank 0 dies": [0], "each first rank dies in turn": [0, 1, 2]}
@@ -142,7 +142,7 @@ def no_rank_is_special(scope: Scope) -> Outcome:
             problem = f"metrics.jsonl has steps {sorted(run.losses)}"
         if not problem and not (run.output / "adapter").is_dir():
             problem = "no adapter was left"
-        cases.append(Case(name, problem))
+        cases.append(DrillCase(name, problem))
     return outcome_of(cases, "the next rank reports, saves and exports; metrics.jsonl has every step once")
 
 
@@ -170,15 +170,15 @@ class Times:
         found = {f"{name}_ms": _median(values) for name, values in named.items()}
         return found | {f"{name}_worst_ms": worst(values) for name, values in named.items()} | {"next_step_ms": _median(self._next)}
 
-    def judged(self, scope: Scope) -> list[Case]:
+    def judged(self, scope: Scope) -> list[DrillCase]:
         """A case for each limit. In the short form no times are judged."""
         if scope.quick:
             return []
         return [timely("noticed", _median(self._noticed), _NOTICED), timely("recovered", _median(self._recovered), _RECOVERED)]
 
 
-def timely(what: str, took: float, limit: float) -> Case:
-    return Case(f"{what} in {limit:.0f} ms", "" if took <= limit else f"took {took:.0f} ms")
+def timely(what: str, took: float, limit: float) -> DrillCase:
+    return DrillCase(f"{what} in {limit:.0f} ms", "" if took <= limit else f"took {took:.0f} ms")
 
 
 def _problem(run: Launched, whole: Launched, lost: int) -> str:

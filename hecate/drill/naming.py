@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hecate import faults
-from hecate.drill.outcome import Case, Outcome, Scope, not_built, outcome_of, worst
+from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, not_built, outcome_of, worst
 from hecate.drill.ranks import call_on_ranks
 from hecate.drill.tiny_training import tiny_training
 from hecate.faults import Place
@@ -20,7 +20,7 @@ _CHECKS = "TORCH_DISTRIBUTED_DEBUG"
 _LIMIT_SECONDS = 2.0
 
 
-def mismatched(scope: Scope) -> Outcome:
+def mismatched(scope: Scope) -> DrillOutcome:
     """R18. Where torch checks collectives: with TORCH_DISTRIBUTED_DEBUG=DETAIL."""
     cases, took = [], []
     for kind in ("shape",) if scope.quick else ("shape", "operation", "order"):
@@ -30,7 +30,7 @@ def mismatched(scope: Scope) -> Outcome:
             problem = "" if named and "1" in named.groups() and "OpType" in text else f"neither rank nor operation is named: {text[:100]}"
             if not problem and not scope.quick and seconds > _LIMIT_SECONDS:
                 problem = f"after {seconds:.1f} s"
-            cases.append(Case(f"another {kind}, as rank {rank} says it", problem))
+            cases.append(DrillCase(f"another {kind}, as rank {rank} says it", problem))
             took.append(1000 * seconds)
     return outcome_of(cases, f"all ranks name rank 1 and its operation, with {_CHECKS}=DETAIL", {"named_worst_ms": worst(took)})
 
@@ -64,7 +64,7 @@ def mismatch(ranks: Ranks, workshop: str, output: str, kind: str) -> tuple[float
     return time.monotonic() - began, "no error"
 
 
-def straggler(scope: Scope) -> Outcome:
+def straggler(scope: Scope) -> DrillOutcome:
     """R19"""
     del scope
     return not_built("under the local launcher no slow rank is named; under Ray the controller measures ranks and names the slow one")

@@ -9,7 +9,7 @@ import numpy as np
 
 from hecate import faults
 from hecate.drill.armed import Action, Armed, Injected
-from hecate.drill.outcome import Case, Outcome, Scope, outcome_of
+from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of
 from hecate.drill.ranks import call_on_ranks
 from hecate.drill.tiny_training import Held, tiny_training
 from hecate.faults import Place
@@ -20,7 +20,7 @@ _BROKEN: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf
 _POISONED: tuple[Place, ...] = ("loss", "router", "experts", "gradients")
 
 
-def poisoned(scope: Scope) -> Outcome:
+def poisoned(scope: Scope) -> DrillOutcome:
     """R13"""
     world = 2 if scope.quick else 4
     values = ["nan"] if scope.quick else list(_BROKEN)
@@ -29,9 +29,9 @@ def poisoned(scope: Scope) -> Outcome:
     cases = []
     for number, (place, value, rank) in enumerate(wanted):
         problems = [f"rank {where}: {found[number]}" for where, found in enumerate(told) if found[number]]
-        cases.append(Case(f"{value} at {place} of rank {rank}", "; ".join(problems)))
+        cases.append(DrillCase(f"{value} at {place} of rank {rank}", "; ".join(problems)))
     (stopped,) = {text for (text,) in call_on_ranks(scope, world, too_many, scope.workshop, str(scope.path / "many"), timeout=300)}
-    cases.append(Case("ten in a row", "" if "10 steps in a row" in stopped else f"the run did not stop: {stopped}"))
+    cases.append(DrillCase("ten in a row", "" if "10 steps in a row" in stopped else f"the run did not stop: {stopped}"))
     return outcome_of(cases, "skipped by all ranks, every bit of the state unchanged, counted; the next step trains", {"world_size": world})
 
 
@@ -86,7 +86,7 @@ SPIKES: dict[str, tuple[Place, Action, float]] = {
 }
 
 
-def spiked(scope: Scope) -> Outcome:
+def spiked(scope: Scope) -> DrillOutcome:
     """R14"""
     sizes = (1, 3) if scope.quick else (1, 2, 3, 4)
     told = {}
@@ -96,11 +96,11 @@ def spiked(scope: Scope) -> Outcome:
     for number, name in enumerate(SPIKES):
         decisions = {size: [rank[number][:2] for rank in told[size]] for size in sizes}
         same = {str(one) for of_size in decisions.values() for one in of_size}
-        cases.append(Case(name, "" if len(same) == 1 else f"(skipped, clipped) by number of ranks: {decisions}"))
+        cases.append(DrillCase(name, "" if len(same) == 1 else f"(skipped, clipped) by number of ranks: {decisions}"))
     kinds = [told[sizes[0]][0][number][:2] for number in range(len(SPIKES))]
     counts = {"skipped": sum(one[0] for one in kinds), "clipped": sum(one[1] for one in kinds)}
     missing = [name for name, count in counts.items() if not count]
-    cases.append(Case("there are skipped and clipped steps", f"none was {missing[0]}" if missing else ""))
+    cases.append(DrillCase("there are skipped and clipped steps", f"none was {missing[0]}" if missing else ""))
     return outcome_of(cases, f"the same steps are skipped and clipped on {', '.join(map(str, sizes))} ranks", counts)
 
 
@@ -132,7 +132,7 @@ EXTREMES: dict[str, tuple[str, ...]] = {
 }
 
 
-def one_way(scope: Scope) -> Outcome:
+def one_way(scope: Scope) -> DrillOutcome:
     """R15"""
     world = 3
     chosen = ["all experts everywhere", "one slot"] if scope.quick else list(EXTREMES)
@@ -140,7 +140,7 @@ def one_way(scope: Scope) -> Outcome:
     for number, name in enumerate(chosen):
         told = call_on_ranks(scope, world, all_to_one, scope.workshop, str(scope.path / f"out-{number}"), *EXTREMES[name], timeout=300)
         problem = next((text for text, _ in told if text), "")
-        cases.append(Case(name, problem))
+        cases.append(DrillCase(name, problem))
         most = max(most, *(foreign for _, foreign in told))
     return outcome_of(cases, "finite; no more replicas than slots; idle experts bitwise unchanged", {"most_replicas": most})
 

@@ -26,7 +26,7 @@ class Scope:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DrillOutcome:
     """What became of a drill's cases."""
 
     seen: str
@@ -45,13 +45,13 @@ class Outcome:
         return self.built and self.total > 0 and self.passed == self.total
 
 
-def not_built(what: str) -> Outcome:
+def not_built(what: str) -> DrillOutcome:
     """The outcome of a drill that asks for something that does not exist yet."""
-    return Outcome(f"not built: {what}", 0, 1, built=False)
+    return DrillOutcome(f"not built: {what}", 0, 1, built=False)
 
 
 @dataclass(frozen=True)
-class Case:
+class DrillCase:
     """One fault of a drill, and whether what followed was expected."""
 
     name: str
@@ -59,19 +59,19 @@ class Case:
     """empty: all was as expected"""
 
 
-def outcome_of(cases: Sequence[Case], seen: str, counts: Mapping[str, float] | None = None) -> Outcome:
+def outcome_of(cases: Sequence[DrillCase], seen: str, counts: Mapping[str, float] | None = None) -> DrillOutcome:
     """Sum cases up."""
     failures = tuple(f"{one.name}: {one.problem}" for one in cases if one.problem)
-    return Outcome(seen, len(cases) - len(failures), len(cases), dict(counts or {}), failures)
+    return DrillOutcome(seen, len(cases) - len(failures), len(cases), dict(counts or {}), failures)
 
 
-def tried(name: str, check: Callable[[], None]) -> Case:
+def tried(name: str, check: Callable[[], None]) -> DrillCase:
     """The case of a check that raises an AssertionError, or any other error, where something is not as expected."""
     try:
         check()
     except Exception as error:  # noqa: BLE001 - whatever it is, the case has failed, and the others are tried all the same
-        return Case(name, f"{type(error).__name__}: {error}".splitlines()[0][:300])
-    return Case(name)
+        return DrillCase(name, f"{type(error).__name__}: {error}".splitlines()[0][:300])
+    return DrillCase(name)
 
 
 def worst(values: Sequence[float]) -> float:

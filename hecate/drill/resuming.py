@@ -9,7 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from hecate.checkpoint.train_state import load_state, save_state
-from hecate.drill.outcome import Case, Outcome, Scope, outcome_of
+from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of
 from hecate.drill.ranks import TOLERANCE, call_on_ranks, difference
 from hecate.drill.saves import load
 from hecate.drill.tiny_training import digests, tiny_config, tiny_training, train_until
@@ -21,7 +21,7 @@ from hecate.train.training import Training
 _SAVED_AT = 2
 
 
-def save_here_load_there(scope: Scope) -> Outcome:
+def save_here_load_there(scope: Scope) -> DrillOutcome:
     """R10"""
     sizes = (1, 2, 3) if scope.quick else tuple(range(1, 9))
     cases = []
@@ -33,7 +33,7 @@ def save_here_load_there(scope: Scope) -> Outcome:
             folders = (f"saved-{other}", f"saved-{other}-on-{size}")
             saved, again = (digests(scope.path / name / f"checkpoint-{_SAVED_AT}") for name in folders)
             wrong = [name for name in saved.keys() | again.keys() if saved.get(name) != again.get(name)]
-            cases.append(Case(f"{other} ranks to {size}", f"{len(wrong)} tensors differ, such as {wrong[0]}" if wrong else ""))
+            cases.append(DrillCase(f"{other} ranks to {size}", f"{len(wrong)} tensors differ, such as {wrong[0]}" if wrong else ""))
     return outcome_of(cases, f"every tensor bitwise the same, {sizes[0]} to {sizes[-1]} ranks", {"world_sizes": len(sizes)})
 
 
@@ -49,7 +49,7 @@ def load_and_save(ranks: Ranks, workshop: str, outputs: list[str]) -> None:
         save_state(replace(run.parts.config, output_dir=f"{output}-on-{ranks.world_size}"), ranks, run.parts.trained, state)
 
 
-def resume_after_each_step(scope: Scope) -> Outcome:
+def resume_after_each_step(scope: Scope) -> DrillOutcome:
     """R11"""
     steps = 6
     after = (1, 4) if scope.quick else tuple(range(1, steps))
@@ -58,7 +58,7 @@ def resume_after_each_step(scope: Scope) -> Outcome:
     for size in sizes:
         folder = scope.path / f"on-{size}"
         for step, wrong in call_on_ranks(scope, size, resume_each, scope.workshop, str(folder), steps, list(after), timeout=300)[0]:
-            cases.append(Case(f"{size} ranks, after step {step}", wrong))
+            cases.append(DrillCase(f"{size} ranks, after step {step}", wrong))
     return outcome_of(cases, f"the last checkpoint is bitwise that of a run that never stopped, on {', '.join(map(str, sizes))} ranks")
 
 
@@ -87,7 +87,7 @@ _HANDED_OVER = 1
 """steps that each group trains"""
 
 
-def resized(scope: Scope) -> Outcome:
+def resized(scope: Scope) -> DrillOutcome:
     """R4"""
     groups = [*RESIZES[:4]] if scope.quick else [*RESIZES]
     steps = len(groups) * _HANDED_OVER
@@ -95,8 +95,8 @@ def resized(scope: Scope) -> Outcome:
     told = call_on_ranks(scope, 4, change_groups, scope.workshop, str(scope.path / "changed"), groups)
     whole, changed = (load(scope.path / name / f"checkpoint-{steps}") for name in ("whole", "changed"))
     off = difference(changed, whole)
-    cases = [Case(f"resize {number}, to {len(group)} ranks", told[group[0]][number]) for number, group in enumerate(groups) if number]
-    cases.append(Case("the last checkpoint", "" if off <= TOLERANCE else f"is off by {off:.2g}"))
+    cases = [DrillCase(f"resize {number}, to {len(group)} ranks", told[group[0]][number]) for number, group in enumerate(groups) if number]
+    cases.append(DrillCase("the last checkpoint", "" if off <= TOLERANCE else f"is off by {off:.2g}"))
     return outcome_of(cases, f"{len(groups) - 1} resizes between 1 and 4 ranks, result within {TOLERANCE:g} of 4 ranks that never changed")
 
 

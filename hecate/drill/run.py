@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from hecate.drill.catalogue import DRILLS, Drill
-from hecate.drill.outcome import Outcome, Scope
+from hecate.drill.outcome import DrillOutcome, Scope
 from hecate.errors import UserError
 from hecate.launch.fork_server import forking
 from hecate.launch.run_folder import run_folder
@@ -21,11 +24,11 @@ _LIMIT = 900.0
 
 
 @dataclass(frozen=True)
-class Report:
+class DrillReport:
     """A drill that was run."""
 
     drill: Drill
-    outcome: Outcome
+    outcome: DrillOutcome
     seconds: float
 
 
@@ -42,32 +45,40 @@ def chosen(names: Sequence[str], *, everything: bool) -> list[Drill]:
     return [drill for drill in DRILLS.values() if everything or drill.quick]
 
 
-def run_drills(drills: Sequence[Drill], *, quick: bool, tell: Callable[[Report], None] = lambda report: None) -> list[Report]:
-    """Run drills in their order.
+@dataclass(frozen=True)
+class Ground:
+    """Where drills are run: a fork server, and the tiny run."""
 
-    Args:
-        quick: in their short form.
-        tell: is called after each of them.
+    folder: Path
+    start: tuple[str, ...]
+    """see `Scope.start`"""
+
+    @property
+    def workshop(self) -> Path:
+        return self.folder / "workshop"
+
+    def run(self, drill: Drill, *, quick: bool) -> DrillReport:
+        """Run one drill, in its short form or in full."""
+        own = Path(tempfile.mkdtemp(prefix=f"{drill.name}-", dir=self.folder))
+        return _run_one(drill, Scope(str(own), str(self.workshop), quick, self.start))
+
+
+@contextmanager
+def ground() -> Iterator[Ground]:
+    """Make the ground for drills; all of it is gone after the block.
 
     Raises:
         UserError: the tiny run cannot be made on this machine.
     """
-    reports = []
     with run_folder() as folder, forking(folder, {**os.environ, "OMP_NUM_THREADS": "1"}, PROGRAM) as start:
-        workshop = folder / "workshop"
-        made = subprocess.run([*start, "workshop", str(workshop)], capture_output=True, text=True, check=False)
-        if made.returncode:
-            raise UserError(f"the tiny run of the drills cannot be made here:\n  {(made.stderr.strip().splitlines() or ['?'])[-1]}")
-        for drill in drills:
-            own = folder / drill.name
-            own.mkdir()
-            report = _run_one(drill, Scope(str(own), str(workshop), quick, start))
-            reports.append(report)
-            tell(report)
-    return reports
+        made = Ground(folder, start)
+        done = subprocess.run([*start, "workshop", str(made.workshop)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise UserError(f"the tiny run of the drills cannot be made here:\n  {(done.stderr.strip().splitlines() or ['?'])[-1]}")
+        yield made
 
 
-def _run_one(drill: Drill, scope: Scope) -> Report:
+def _run_one(drill: Drill, scope: Scope) -> DrillReport:
     result, log = scope.path / "outcome.json", scope.path / "log"
     started = time.monotonic()
     with open(log, "wb") as output:
@@ -83,7 +94,7 @@ def _run_one(drill: Drill, scope: Scope) -> Report:
     seconds = time.monotonic() - started
     if result.exists():
         value = json.loads(result.read_text(encoding="utf-8"))
-        return Report(drill, Outcome(**{**value, "failures": tuple(value["failures"])}), seconds)
+        return DrillReport(drill, DrillOutcome(**{**value, "failures": tuple(value["failures"])}), seconds)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     reason = f"had not ended after {_LIMIT:.0f} s" if status is None else f"ended with status {status}"
-    return Report(drill, Outcome(f"the drill itself {reason}", 0, 1, failures=tuple(lines[-3:])), seconds)
+    return DrillReport(drill, DrillOutcome(f"the drill itself {reason}", 0, 1, failures=tuple(lines[-3:])), seconds)

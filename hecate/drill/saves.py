@@ -18,7 +18,7 @@ from hecate.checkpoint.save import checkpoint_folder, commit, staging_folder, wr
 from hecate.checkpoint.shard import read_tensors
 from hecate.drill.armed import Injected
 from hecate.drill.disk import watched_disk, write_half
-from hecate.drill.outcome import Case, Outcome, Scope, outcome_of
+from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of
 from hecate.drill.ranks import begin_run
 
 _META = {"config": "abc", "data": {"position": 12, "rng": [1, 2.5, None, True]}}
@@ -62,7 +62,7 @@ def value_of(folder: Path) -> float:
     return value
 
 
-def kill_at_each_operation(scope: Scope) -> Outcome:
+def kill_at_each_operation(scope: Scope) -> DrillOutcome:
     """R5"""
     total = operations_of_a_save(scope.path / "count")
     cases, old, new = [], 0, 0
@@ -77,14 +77,14 @@ def kill_at_each_operation(scope: Scope) -> Outcome:
                 newest = latest_good(root)
                 old, new = old + (newest == root / "checkpoint-1"), new + (newest == root / "checkpoint-2")
                 problem = _goes_on(root)
-            cases.append(Case(f"{'in' if inside else 'before'} operation {fatal}, {total[fatal - 1]}", problem))
+            cases.append(DrillCase(f"{'in' if inside else 'before'} operation {fatal}, {total[fatal - 1]}", problem))
             shutil.rmtree(root)
     for rank, call in () if scope.quick else ((0, 4), (1, 6), (0, 14), (0, 17)):
-        cases.append(Case(f"rank {rank} of a run, operation {call}", _killed_in_a_run(scope, rank, call)))
+        cases.append(DrillCase(f"rank {rank} of a run, operation {call}", _killed_in_a_run(scope, rank, call)))
     return outcome_of(cases, "0 torn", {"operations": len(total), "old_kept": old, "new_whole": new})
 
 
-def same_step_twice(scope: Scope) -> Outcome:
+def same_step_twice(scope: Scope) -> DrillOutcome:
     """R6"""
     total = len(operations_of_a_save(scope.path / "count"))
     stride = (5, 6) if scope.quick else (1, 2)
@@ -96,12 +96,12 @@ def same_step_twice(scope: Scope) -> Outcome:
             problem = _killed(lambda root=root: save(root, 2, 2.0, "a"), fatal)  # type: ignore[misc]
             if not problem and not (root / "checkpoint-2").exists():
                 problem = _killed(lambda root=root: save(root, 2, 200.0, "b"), again)  # type: ignore[misc]
-            cases.append(Case(f"killed at {fatal}, and again at {again}", problem or check_whole(root, (2.0, 200.0))))
+            cases.append(DrillCase(f"killed at {fatal}, and again at {again}", problem or check_whole(root, (2.0, 200.0))))
             shutil.rmtree(root)
     return outcome_of(cases, "never mixed", {"operations": total})
 
 
-def failing_disk(scope: Scope) -> Outcome:
+def failing_disk(scope: Scope) -> DrillOutcome:
     """R7"""
     operations = operations_of_a_save(scope.path / "count")
     cases = []
@@ -112,7 +112,7 @@ def failing_disk(scope: Scope) -> Outcome:
                 save(root, 1, 1.0)
                 problem = _failed(root, code, first, lasting=lasting, operation=operations[first - 1]) or check_whole(root, (2.0,))
                 name = f"{errno.errorcode[code]} {'from' if lasting else 'at'} operation {first}, {operations[first - 1]}"
-                cases.append(Case(name, problem))
+                cases.append(DrillCase(name, problem))
                 shutil.rmtree(root)
     return outcome_of(cases, "the old checkpoint intact, the reason said", {"operations": len(operations)})
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import hecate
 from hecate.drill.catalogue import Drill
-from hecate.drill.outcome import Outcome
-from hecate.drill.run import Report
+from hecate.drill.outcome import DrillOutcome
+from hecate.drill.run import DrillReport
 
 _WIDTH = 110
 _MOST_FAILURES = 5
@@ -20,7 +20,7 @@ def list_text(drills: Iterable[Drill]) -> str:
     return "\n".join(f"{drill.name:4} {drill.fault}: {drill.expected}" for drill in drills)
 
 
-def report_text(report: Report) -> str:
+def report_text(report: DrillReport) -> str:
     """The rows of one drill: its state and counts, fault, what was expected, what was seen, and what failed."""
     drill, outcome = report.drill, report.outcome
     lines = [f"{drill.name:4} {state_of(outcome):9} {outcome.passed:>6}/{outcome.total:<6} {report.seconds:6.1f} s  {drill.fault}"]
@@ -35,7 +35,7 @@ def report_text(report: Report) -> str:
     return "\n".join(lines)
 
 
-def summary_text(reports: Sequence[Report]) -> str:
+def summary_text(reports: Sequence[DrillReport]) -> str:
     passed = sum(report.outcome.ok for report in reports)
     failed = ", ".join(f"{report.drill.name} ({state_of(report.outcome)})" for report in reports if not report.outcome.ok)
     seconds = sum(report.seconds for report in reports)
@@ -43,11 +43,11 @@ def summary_text(reports: Sequence[Report]) -> str:
     return text + (f"; not passed: {failed}" if failed else "")
 
 
-def state_of(outcome: Outcome) -> str:
+def state_of(outcome: DrillOutcome) -> str:
     return "passed" if outcome.ok else "failed" if outcome.built else "not built"
 
 
-def as_json(reports: Sequence[Report]) -> dict[str, Any]:
+def as_json(reports: Sequence[DrillReport]) -> dict[str, Any]:
     """All figures."""
     drills = {
         report.drill.name: {
