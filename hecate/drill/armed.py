@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 
 from hecate import faults
-from hecate.drill.disk import watched_disk
+from hecate.drill.disk import watch_disk
 from hecate.faults import Place
 
 Action = Literal["kill", "stop", "sleep", "fill", "scale", "one_expert", "flip"]
@@ -110,8 +110,7 @@ def arm_process(injected: Sequence[Injected], rank: int, trace: Path | None = No
     armed = Armed(injected, rank, trace)
     faults.arm(armed)
     if any(one.place == "file" for one in injected):
-        # Until the process ends.
-        watched_disk(lambda _number, operation, _args: faults.at("file", operation), only=lambda path: "/checkpoint-" in path).__enter__()
+        watch_disk(lambda _number, operation, _args: faults.at("file", operation), only=lambda path: "/checkpoint-" in path)
 
 
 def to_text(injected: Sequence[Injected]) -> str:

@@ -16,23 +16,24 @@ Before = Callable[[int, str, tuple[Any, ...]], None]
 """before(number, operation, arguments): is called before each operation, which are numbered from 1"""
 
 
-@contextlib.contextmanager
-def watched_disk(before: Before, only: Callable[[str], bool] = lambda path: True) -> Iterator[None]:
-    """Call `before` ahead of each file operation of the block.
+def watch_disk(before: Before, only: Callable[[str], bool] = lambda path: True) -> Callable[[], None]:
+    """Call `before` ahead of each file operation of this process from now on.
 
     Args:
         only: says of a path whether operations on it count; those on a descriptor count if its path did.
+
+    Returns:
+        A function that ends this.
     """
     real = {operation: getattr(os, operation) for operation in OPERATIONS}
     count = 0
     paths: dict[int, str] = {}
 
-    def watch(operation: str) -> Callable[..., Any]:
+    def watched(operation: str) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal count
             path = paths.get(args[0], "") if isinstance(args[0], int) else os.fspath(args[0])
-            counted = only(path) if path or not isinstance(args[0], int) else only("")
-            if counted:
+            if only(path):
                 count += 1
                 before(count, operation, args)
             done = real[operation](*args, **kwargs)
@@ -43,12 +44,23 @@ def watched_disk(before: Before, only: Callable[[str], bool] = lambda path: True
         return call
 
     for operation in OPERATIONS:
-        setattr(os, operation, watch(operation))
+        setattr(os, operation, watched(operation))
+
+    def end() -> None:
+        for operation, function in real.items():
+            setattr(os, operation, function)
+
+    return end
+
+
+@contextlib.contextmanager
+def watched_disk(before: Before, only: Callable[[str], bool] = lambda path: True) -> Iterator[None]:
+    """`watch_disk` for a block."""
+    end = watch_disk(before, only)
     try:
         yield
     finally:
-        for operation, function in real.items():
-            setattr(os, operation, function)
+        end()
 
 
 def write_half(args: tuple[Any, ...], real: Callable[..., int] = os.write) -> None:

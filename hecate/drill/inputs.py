@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 from types import UnionType
@@ -87,17 +88,16 @@ def bad_data(scope: Scope) -> DrillOutcome:
     good = scope.path / "good.jsonl"
     good.write_bytes(b"".join(_GOOD))
     wanted = [sample.input_ids.tolist() for sample in encode(good, "error")]
+    quarantine = scope.path / "quarantine.jsonl"
     for name, (line, words) in _LINES.items():
         path = scope.path / "data.jsonl"
         path.write_bytes(b"".join([*_GOOD[:2], line, *_GOOD[2:]]))
-        cases.append(DrillCase(name, _refused_with(lambda path=path: encode(path, "error"), f"{path}:3", words)))  # type: ignore[misc]
-        cases.append(
-            DrillCase(f"{name}, skipped", _skipped(lambda path=path: encode(path, "skip"), wanted, scope.path / "quarantine.jsonl"))
-        )  # type: ignore[misc]
+        cases.append(DrillCase(name, _refused_with(partial(encode, path, "error"), f"{path}:3", words)))
+        cases.append(DrillCase(f"{name}, skipped", _skipped(partial(encode, path, "skip"), wanted, quarantine)))
     for name, (file, content) in _FILES.items():
         path = scope.path / file
         path.write_bytes(content)
-        cases.append(DrillCase(name, _refused_with(lambda path=path: encode(path, "error"), str(path), "")))  # type: ignore[misc]
+        cases.append(DrillCase(name, _refused_with(partial(encode, path, "error"), str(path), "")))
     seen = "file and line named, or the sample skipped and quarantined, and the others as they were"
     return outcome_of(cases, seen, {"files": len(_LINES) + len(_FILES)})
 
