@@ -32,17 +32,17 @@ def bit_flips(scope: Scope) -> DrillOutcome:
     """R8. Of a checkpoint that a run of two ranks has saved; the small files are hit as often as the large ones."""
     call_on_ranks(scope, 2, save_at, scope.workshop, str(scope.path / "run"))
     folder = scope.path / "run" / "checkpoint-2"
-    files = sorted(folder.iterdir())
-    draw, each = random.Random(0), (200 if scope.quick else 10_000) // len(files)
-    counts = {path.name: 0 for path in files}
-    cases = []
-    for path in files:
+    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_size)
+    draw, left = random.Random(0), 200 if scope.quick else 10_000
+    counts, cases = {}, []
+    for number, path in enumerate(files):
         sound = path.read_bytes()
-        for bit in draw.sample(range(8 * len(sound)), min(each, 8 * len(sound))):
+        bits = draw.sample(range(8 * len(sound)), min(left // (len(files) - number), 8 * len(sound)))
+        counts[path.name], left = len(bits), left - len(bits)
+        for bit in bits:
             _write_byte(path, bit // 8, sound[bit // 8] ^ 1 << bit % 8)
             found = refused(folder)
             _write_byte(path, bit // 8, sound[bit // 8])
-            counts[path.name] += 1
             cases.append(DrillCase(f"{path.name}, bit {bit}", "" if found else "was not found"))
     cases.append(DrillCase("the sound checkpoint", "is refused" if refused(folder) else ""))
     seen = "every flipped bit is found, in tensors, headers, manifest and COMMIT"
