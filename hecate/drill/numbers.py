@@ -18,13 +18,16 @@ from hecate.train.training import Training
 
 _BROKEN: dict[str, float] = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _POISONED: tuple[Place, ...] = ("loss", "router", "experts", "gradients")
+_SOUND = ("router", "-inf")
+"""a logit of -inf is an expert that a token never goes to; all that follows is finite"""
 
 
 def poisoned(scope: Scope) -> DrillOutcome:
     """R13"""
     world = 2 if scope.quick else 4
     values = ["nan"] if scope.quick else list(_BROKEN)
-    wanted = [[place, value, rank] for place in _POISONED for value in values for rank in ((1,) if scope.quick else range(world))]
+    pairs = [(place, value) for place in _POISONED for value in values if (place, value) != _SOUND]
+    wanted = [[place, value, rank] for place, value in pairs for rank in ((1,) if scope.quick else range(world))]
     told = call_on_ranks(scope, world, poison, scope.workshop, str(scope.path / "out"), wanted, timeout=300)
     cases = []
     for number, (place, value, rank) in enumerate(wanted):
