@@ -60,8 +60,13 @@ class DrillCase:
 
 
 def outcome_of(cases: Sequence[DrillCase], seen: str, counts: Mapping[str, float] | None = None) -> DrillOutcome:
-    """Sum cases up."""
+    """Sum cases up.
+
+    Args:
+        seen: what was seen if all went as expected.
+    """
     failures = tuple(f"{one.name}: {one.problem}" for one in cases if one.problem)
+    seen = f"{len(failures)} of {len(cases)} went otherwise" if failures else seen
     return DrillOutcome(seen, len(cases) - len(failures), len(cases), dict(counts or {}), failures)
 
 
