@@ -11,12 +11,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hecate.drill.processes import paths_below, tcp_addresses, wait_until_gone
+from hecate.drill.processes import paths_below, wait_until_gone
+from hecate.drill.processes import tcp_addresses as listening
 from hecate.launch.run_folder import processes_below
 
-__all__ = ["paths_below", "wait_until_gone"]
-
-listening = tcp_addresses
+__all__ = ["listening", "paths_below", "wait_until_gone"]
 
 OVERRIDES = (
     "model.dtype=float64",

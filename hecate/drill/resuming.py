@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
 import torch.distributed as dist
 
 from hecate.checkpoint.train_state import load_state, save_state
+from hecate.drill.armed import Injected
 from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of
-from hecate.drill.ranks import TOLERANCE, call_on_ranks, difference
+from hecate.drill.ranks import TOLERANCE, begin_run, call_on_ranks, difference, loss_difference
 from hecate.drill.saves import load
 from hecate.drill.tiny_training import digests, tiny_config, tiny_training, train_until
 from hecate.elastic.rebuild import Group
@@ -83,6 +85,8 @@ def resume_each(ranks: Ranks, workshop: str, folder: str, steps: int, after: lis
 
 RESIZES = ([0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3], [0, 2], [0, 1, 2], [0, 1], [1], [0, 1], [0, 1, 2, 3], [0, 1, 3], [0, 1, 2, 3])
 """the members of each group in turn. A member that is not in one has lost all it had; never an expert together with its backup."""
+_DRIFT = 1e-6
+"""by how much a result may differ after some hundred steps of which other numbers of ranks took part"""
 _HANDED_OVER = 1
 """steps that each group trains"""
 
@@ -97,7 +101,25 @@ def resized(scope: Scope) -> DrillOutcome:
     off = difference(changed, whole)
     cases = [DrillCase(f"resize {number}, to {len(group)} ranks", told[group[0]][number]) for number, group in enumerate(groups) if number]
     cases.append(DrillCase("the last checkpoint", "" if off <= TOLERANCE else f"is off by {off:.2g}"))
+    if not scope.quick:
+        cases.append(DrillCase("a new process in the place of a killed one", _replaced(scope)))
     return outcome_of(cases, f"{len(groups) - 1} resizes between 1 and 4 ranks, result within {TOLERANCE:g} of 4 ranks that never changed")
+
+
+def _replaced(scope: Scope) -> str:
+    """What is wrong with a run under the launcher, which starts a new process for a lost rank and lets it join when it has loaded."""
+    given = ("learning_rate=1e-4",)  # with small steps the order of sums matters little, however many steps there are
+    slowly = Injected(action="sleep", place="step", value=0.1)  # so that there are few while the new process loads
+    death = Injected(action="kill", place="backward", rank=1, step=2)
+    run = begin_run(scope, "replaced", 4, "max_steps=100000", *given, injected=[slowly, death], joins=True)
+    run.wait_for("4 ranks go on", 120)
+    run.process.send_signal(signal.SIGTERM)
+    ended = run.end()
+    steps = max(ended.losses)
+    whole = begin_run(scope, "stayed", 4, f"max_steps={steps}", *given).end()
+    off = loss_difference(ended.losses, {step: whole.losses[step] for step in ended.losses})
+    off = max(off, difference(ended.tensors, whole.tensors))
+    return "" if ended.status == 143 and off <= _DRIFT else f"status {ended.status}, off by {off:.2g} after {steps} steps"
 
 
 def save_after(ranks: Ranks, workshop: str, output: str, steps: int) -> None:

@@ -87,7 +87,7 @@ def kill_at_each_operation(scope: Scope) -> DrillOutcome:
 def same_step_twice(scope: Scope) -> DrillOutcome:
     """R6"""
     total = len(operations_of_a_save(scope.path / "count"))
-    stride = (5, 6) if scope.quick else (1, 2)
+    stride = (5, 6) if scope.quick else (2, 3)
     cases = []
     for fatal in range(1, total, stride[0]):
         for again in range(1, total, stride[1]):
