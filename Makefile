@@ -60,7 +60,7 @@ test: lint
 test-slow: install browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m slow
 
-# Faults, and what becomes of them: all drills in full, some ten minutes on two free cores (docs/drills.md).
+# Faults, and what becomes of them: all drills in full, fifteen minutes of processor time (docs/drills.md).
 drills: install
 	$(BIN)/hecate drill --all
 
