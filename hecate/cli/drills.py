@@ -28,7 +28,7 @@ def drill(
         return
     from hecate.drill.run import chosen, ground
 
-    wanted, reports = chosen(names or (), everything=everything), []
+    wanted, reports = chosen(names or ()), []
     with ground() as made:
         for one in wanted:
             reports.append(made.run(one, quick=not (names or everything)))

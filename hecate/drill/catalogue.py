@@ -14,8 +14,6 @@ class Drill:
     expected: str
     function: str
     """MODULE:FUNCTION, in this room"""
-    quick: bool = True
-    """whether it has a short form, of seconds"""
 
 
 _ALL = (

@@ -32,17 +32,15 @@ class DrillReport:
     seconds: float
 
 
-def chosen(names: Sequence[str], *, everything: bool) -> list[Drill]:
-    """The drills of these names; without names all, or those that have a short form.
+def chosen(names: Sequence[str]) -> list[Drill]:
+    """The drills of these names; without names all.
 
     Raises:
         UserError: there is no drill of a name.
     """
     if unknown := [name for name in names if name.upper() not in DRILLS]:
         raise UserError(f"no drill is called {unknown[0]}\n  hecate drill --list shows all {len(DRILLS)}: R1 to R{len(DRILLS)}")
-    if names:
-        return [DRILLS[name.upper()] for name in names]
-    return [drill for drill in DRILLS.values() if everything or drill.quick]
+    return [DRILLS[name.upper()] for name in names] or list(DRILLS.values())
 
 
 @dataclass(frozen=True)

@@ -59,10 +59,10 @@ def test_there_are_24_and_each_has_a_function() -> None:
 
 
 def test_drills_are_chosen_by_name() -> None:
-    assert [drill.name for drill in chosen(["r8", "R1"], everything=False)] == ["R8", "R1"]
-    assert len(chosen([], everything=True)) == 24
+    assert [drill.name for drill in chosen(["r8", "R1"])] == ["R8", "R1"]
+    assert len(chosen([])) == 24
     with pytest.raises(UserError, match="no drill is called R25"):
-        chosen(["R25"], everything=False)
+        chosen(["R25"])
     listed = CliRunner().invoke(app, ["drill", "--list"])
     assert (listed.exit_code, len(listed.output.splitlines())) == (0, 24)
 
