@@ -8,7 +8,7 @@ FIRST := $(VENV)/.installed-quickstart
 # longer than importing.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install install-quickstart quickstart test test-slow gpu-check browser docs lint format clean
+.PHONY: install install-quickstart quickstart test test-slow drills gpu-check browser docs lint format clean
 
 install: $(STAMP)
 
@@ -59,6 +59,10 @@ test: lint
 # The slow tests, about an hour: Ray clusters, two nodes in network namespaces (needs root), trainings on mock GPUs, further world sizes.
 test-slow: install browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m slow
+
+# Faults, and what becomes of them: all drills in full, fifteen minutes of processor time (docs/drills.md).
+drills: install
+	$(BIN)/hecate drill --all
 
 # A headless Chromium for the test that opens a run's page. Without npm that test is skipped.
 browser: install

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 
-from hecate.io.process_end import run_and_end
+from hecate.io.process_end import die_with_parent, run_and_end
 from hecate.ranks.launcher_files import LAUNCHED_VARIABLE
 
 _SERVER = (sys.executable, "-m", "hecate.launch.fork_server")
@@ -166,7 +166,8 @@ def _become(order: StartOrder, descriptors: list[int], server: int) -> None:
     os.chdir(order.folder)
     os.environ.clear()
     os.environ.update(order.environment)
-    os.environ[LAUNCHED_VARIABLE] = str(server)  # the rank dies when the server dies
+    os.environ[LAUNCHED_VARIABLE] = str(server)
+    die_with_parent(server)  # also before it joins the other ranks
     with suppress(OSError):
         Path("/proc/self/comm").write_text(f"hecate-rank-{order.environment.get('RANK')}", encoding="ascii")
 

@@ -30,6 +30,7 @@ from hecate.ranks.launcher_files import (
     SURVIVAL_SETTINGS,
     Generation,
     error_file,
+    pid_file,
     ready_file,
     write_generation,
 )
@@ -38,6 +39,8 @@ Process = subprocess.Popen[bytes]
 STOPPING = "hecate: stopping: the ranks finish their step and save; a second signal ends them at once\n"
 """the answer to a first Ctrl-C or SIGTERM"""
 
+_STOPPED_SECONDS = 1.5
+"""how long a rank may be stopped, as by SIGSTOP, before the others go on without it"""
 _MOST_REPLACED = 3
 """largest number of ranks that a run starts in place of lost ones"""
 ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
@@ -56,28 +59,36 @@ def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, surv
             has loaded.
     """
     with run_folder() as folder, forking(folder, _environment(num_ranks), program) as start:
-        store, command = folder / "store", [*start, *arguments]
-        ranks = {rank: _start(command, rank, num_ranks, store, survives=survives) for rank in range(num_ranks)}
-        surviving = SurvivingRanks(command, num_ranks, store, ranks) if survives else None
-        signals: list[int] = []
+        return start_and_watch([*start, *arguments], num_ranks, folder / "store", survives=survives)
 
-        def pass_on(number: int, _frame: FrameType | None) -> None:
-            signals.append(number)
-            if surviving:
-                surviving.stopping = True
-            if len(signals) == 1:  # a step may take long; not print, which the signal may have interrupted
-                with suppress(OSError):
-                    os.write(2, STOPPING.encode())
-            for process in ranks.values():
-                if process.poll() is None:
-                    process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
 
-        try:
-            with on_signals(pass_on):
-                status = _wait(ranks, store, surviving)
-            return 128 + signals[0] if signals and status == 0 else status
-        finally:
-            _stop(ranks)
+def start_and_watch(command: Sequence[str], num_ranks: int, store: Path, *, survives: bool) -> int:
+    """`launch_local` with a command that starts a rank.
+
+    Args:
+        store: the path that the files between launcher and ranks are named after; in a folder of this run's own.
+    """
+    ranks = {rank: _start(command, rank, num_ranks, store, survives=survives) for rank in range(num_ranks)}
+    surviving = SurvivingRanks(command, num_ranks, store, ranks) if survives else None
+    signals: list[int] = []
+
+    def pass_on(number: int, _frame: FrameType | None) -> None:
+        signals.append(number)
+        if surviving:
+            surviving.stopping = True
+        if len(signals) == 1:  # a step may take long; not print, which the signal may have interrupted
+            with suppress(OSError):
+                os.write(2, STOPPING.encode())
+        for process in ranks.values():
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
+
+    try:
+        with on_signals(pass_on):
+            status = _wait(ranks, store, surviving)
+        return 128 + signals[0] if signals and status == 0 else status
+    finally:
+        _stop(ranks)
 
 
 class SurvivingRanks:
@@ -98,6 +109,8 @@ class SurvivingRanks:
         self._loading: dict[int, int] = {}
         """member that has not joined yet -> the device that it will use"""
         self._replaced = 0
+        self._stopped: dict[int, float] = {}
+        """member whose process is stopped -> when this was seen first"""
         self.stopping = False
         """True: lost ranks are not replaced any more"""
         write_generation(store, self._now)
@@ -110,6 +123,7 @@ class SurvivingRanks:
         """Let members that have loaded join, and let the living members go on without those that have died. It returns at once."""
         if not self.stopping:
             self._fill_up()
+        self._evict_stopped()
         dead = [member for member in self._now.members if self._processes[member].poll() not in (None, 0, USER_ERROR_EXIT)]
         left = [member for member in self._now.members if member not in dead]
         if not dead or not any(self._processes[member].poll() is None for member in left):
@@ -121,6 +135,22 @@ class SurvivingRanks:
         if not self.stopping:
             for member in dead:
                 self._replace(device_of[member])
+
+    def _evict_stopped(self) -> None:
+        """Kill members that have been stopped for a while: their peers wait for them, and nothing else would end that."""
+        now = time.monotonic()
+        stopped = [member for member in self._now.members if _is_stopped(pid_file(self._store, member))]
+        self._stopped = {member: self._stopped.get(member, now) for member in stopped}
+        for member, since in self._stopped.items():
+            if now - since > _STOPPED_SECONDS and self._processes[member].poll() is None:
+                rank = self._now.members.index(member)
+                print(
+                    f"hecate: rank {rank} has been stopped for {now - since:.1f} s, as by SIGSTOP, and is ended",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                self._processes[member].kill()
+                self._processes[member].wait()
 
     def _fill_up(self) -> None:
         for member in [m for m in self._loading if ready_file(self._store, m).exists()]:
@@ -213,6 +243,15 @@ def _wait(ranks: dict[int, Process], store: Path, surviving: SurvivingRanks | No
         file=sys.stderr,
     )
     return 1
+
+
+def _is_stopped(file: Path) -> bool:
+    """Whether the process whose id is in the file is stopped by a signal. A debugger that holds it does not count. Linux only."""
+    try:
+        stat = Path(f"/proc/{int(file.read_text(encoding='ascii'))}/stat").read_text(encoding="utf-8", errors="replace")
+    except (OSError, ValueError):  # the process has not written it yet, or has ended
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
 
 
 def _cause(code: int) -> str:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from hecate.drill.processes import paths_below, wait_until_gone
+from hecate.drill.processes import tcp_addresses as listening
 from hecate.launch.run_folder import processes_below
+
+__all__ = ["listening", "paths_below", "wait_until_gone"]
 
 OVERRIDES = (
     "model.dtype=float64",
@@ -77,23 +79,6 @@ def command_line(pid: int) -> str:
     return ""
 
 
-def listening(pids: Sequence[int]) -> set[str]:
-    """Return the addresses, without ports, at which the processes accept TCP connections."""
-    mine = set()
-    for path in (path for pid in pids for path in Path(f"/proc/{pid}/fd").glob("*")):
-        with suppress(OSError):  # the file has been closed meanwhile
-            mine.add(os.readlink(path))
-    found = set()
-    for family, table in ((socket.AF_INET, "tcp"), (socket.AF_INET6, "tcp6")):
-        for line in Path(f"/proc/net/{table}").read_text(encoding="ascii").splitlines()[1:]:
-            _, local, _, state, *rest = line.split()
-            if state == "0A" and f"socket:[{rest[5]}]" in mine:
-                words = bytes.fromhex(local.partition(":")[0])
-                address = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
-                found.add(socket.inet_ntop(family, address).removeprefix("::ffff:"))
-    return found
-
-
 def rank_process(launcher: int, rank: int) -> int:
     """Return the process id of a rank below a launcher."""
     for pid in processes_below(launcher):
@@ -107,27 +92,7 @@ def kill_rank(launcher: int, rank: int) -> None:
     os.kill(rank_process(launcher, rank), signal.SIGKILL)
 
 
-def wait_until_gone(pids: Sequence[int], temporary: Path, seconds: float = 20.0) -> list[str]:
-    """Wait until the processes and the files in `temporary` are gone, and return those that are left after `seconds`."""
-    deadline = time.monotonic() + seconds
-    while (left := [*(str(pid) for pid in pids if _runs(pid)), *paths_below(temporary)]) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return left
-
-
-def paths_below(folder: Path) -> list[str]:
-    """Return the paths of all files and folders below `folder`. Some may vanish meanwhile."""
-    return [os.path.join(where, name) for where, folders, files in os.walk(folder) for name in (*folders, *files)]
-
-
 def losses(folder: Path) -> dict[int, tuple[float, float]]:
     """Return the loss and gradient norm of each step, from metrics.jsonl."""
     records = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {record["step"]: (record["loss"], record["grad_norm"]) for record in records if record["kind"] == "step"}
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False

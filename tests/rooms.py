@@ -23,6 +23,7 @@ ALL_SOURCES = sources("hecate", "parallel", "kernels", "launch", "benchmarks")
 
 ROOMS = (
     "hecate.errors",
+    "hecate.faults",
     "hecate.io",
     "hecate.parallel",
     "hecate.parallel.comm",
@@ -46,6 +47,7 @@ ROOMS = (
     "hecate.sweep",
     "hecate.launch",
     "hecate.federate",
+    "hecate.drill",
     "hecate.cli",
     "hecate.__main__",
 )

@@ -12,6 +12,7 @@ TIERS: dict[str, dict[str, str]] = {
         "sweep": "many runs,\none table",
         "launch": "start ranks, watch them,\nreplace lost ones",
         "federate": "rounds of clients\nand a server",
+        "drill": "faults, and what\nbecame of them",
         "cli": "the verbs of\nthe command line",
     },
     "measure": {
@@ -40,6 +41,7 @@ TIERS: dict[str, dict[str, str]] = {
     },
     "ground": {
         "errors": "what a user\nreads",
+        "faults": "where drills\nput faults",
         "io": "durable\nfiles",
         "parallel": "placement, cost,\nplanners (numpy)",
         "parallel.comm": "collectives, dispatch,\nexpert store (torch)",

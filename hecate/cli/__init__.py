@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 import typer
 
 import hecate
-from hecate.cli import answers, checkpoints, forecasts, jobs, machine, models, sweeps
+from hecate.cli import answers, checkpoints, drills, forecasts, jobs, machine, models, sweeps
 from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.io.process_end import run_and_end
 
@@ -40,6 +40,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "simulate": forecasts.simulate,
         "profile": forecasts.profile,
         "doctor": machine.doctor,
+        "drill": drills.drill,
         "schema": machine.schema,
     },
     "Data and trained models": {

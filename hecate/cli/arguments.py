@@ -1,11 +1,14 @@
-"""The two arguments that most verbs take."""
+"""The two arguments that most verbs take, and what --json writes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import typer
+
+from hecate.errors import UserError
 
 
 def complete_override(incomplete: str) -> list[str]:
@@ -32,3 +35,17 @@ ConfigFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="values that replace those of the file", autocompletion=complete_override)
 ]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write the figures of a command to the file that its user names.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    from hecate.io.durable import replace_file
+
+    try:
+        replace_file(path, [json.dumps(value, indent=1).encode() + b"\n"], durable=False)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hecate.cli.arguments import ConfigFile, Overrides
+from hecate.cli.arguments import ConfigFile, Overrides, write_json
 from hecate.errors import UserError
 
 if TYPE_CHECKING:
@@ -156,9 +155,4 @@ def _show(loaded: Sweep, json_path: Path | None) -> None:
         if result.reason:
             print(f"{result.name}: failed with {result.reason}")
     if json_path is not None:
-        from hecate.io.durable import replace_file
-
-        try:
-            replace_file(json_path, [json.dumps(table_json(rows, results, loaded.file), indent=1).encode() + b"\n"], durable=False)
-        except OSError as error:
-            raise UserError(f"{json_path}: cannot be written: {error.strerror or error}") from error
+        write_json(json_path, table_json(rows, results, loaded.file))

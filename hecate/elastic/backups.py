@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.distributed as dist
+import xxhash
 from torch import Tensor, nn
 
 from hecate.engine.protocol import ExpertEngine
 from hecate.optim.optimizer import MASTER, ExpertOptimizer
 from hecate.parallel.backup_ranks import backup_ranks
+from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.units import Unit, expert_name
 
@@ -45,6 +47,32 @@ def copy_to_backup_ranks(engine: ExpertEngine, optimizer: ExpertOptimizer) -> in
             num_bytes += done.num_bytes
     optimizer.replace_backups(backups, states)
     return num_bytes
+
+
+def differing_backups(engine: ExpertEngine, optimizer: ExpertOptimizer) -> list[str]:
+    """The experts whose backups are not equal to them bit for bit, by name; the same on every rank. Every rank must call it between steps.
+
+    Owner and backup take the same steps from the same numbers, so a difference means that the memory of one of them has changed by itself.
+    Only digests travel: 8 bytes an expert.
+    """
+    names = [expert_name(unit, expert) for unit, chunked in engine.shards.chunked.items() for expert in range(chunked.num_experts)]
+    own = torch.zeros((2, len(names)), dtype=torch.int64)
+    for place, name in enumerate(names):
+        for row, held in enumerate((optimizer.owned, optimizer.backups)):
+            if name in held:
+                own[row, place] = _digest(optimizer.row(held[name]))
+    both = own.to(engine.shards.device)
+    dist.all_reduce(both, group=engine.shards.groups.experts)  # each number comes from one rank
+    owned_E, backup_E = read(both, engine.shards.groups.experts)
+    return [names[place] for place in torch.nonzero((owned_E != backup_E) & (backup_E != 0)).flatten().tolist()]
+
+
+def _digest(row: dict[str, Tensor]) -> int:
+    """63 bits of all numbers of an expert's parameters and moments; never 0."""
+    hashed = xxhash.xxh3_64()
+    for key in sorted(row):
+        hashed.update(row[key].detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return (hashed.intdigest() >> 1) or 1
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from hecate.ranks.launcher_files import (
     STORE_VARIABLE,
     Generation,
     here_file,
+    pid_file,
     read_generation,
     ready_file,
     store_of,
@@ -54,6 +55,7 @@ class LocalMembership:
         self._number = 0
         self._announced = False
         self._watch = PeerWatch(self._store)
+        pid_file(self._store, self._member).write_text(str(os.getpid()), encoding="ascii")
         if JOIN_VARIABLE not in os.environ:  # a rank that is to join is alone until then
             self._watch.begin(range(ranks.world_size), ranks)
 

@@ -34,6 +34,8 @@ from hecate.parallel.units import Unit, expert_name
 from hecate.ranks.ranks import Ranks
 
 _OWNED, _BACKUP = 2, 1
+_MOST_NAMED = 8
+"""experts that a text lists by name"""
 
 ExpertStates = dict[Unit, dict[int, dict[str, Tensor]]]
 """unit -> expert -> master chunk and its state (`ExpertOptimizer.row`)"""
@@ -120,16 +122,26 @@ def catch_up(parts: TrainedParts, state: TrainState, standings: Sequence[Standin
     return state
 
 
-def redeal(parts: TrainedParts, state: TrainState | None, standings: Sequence[Standing], group: Group) -> tuple[TrainState, int] | None:
+@dataclass(frozen=True)
+class NoCopyLeft:
+    """Experts cannot be dealt anew, because the ranks that held them and their backups are lost."""
+
+    experts: tuple[str, ...]
+    """their names"""
+
+
+def redeal(
+    parts: TrainedParts, state: TrainState | None, standings: Sequence[Standing], group: Group
+) -> tuple[TrainState, int] | NoCopyLeft:
     """Deal all experts anew over the group, and send everything else to ranks without a state. Every rank must call it.
 
     Returns:
-        The state of the run, and the number of experts that moved; None: an expert has no copy left, and nothing was changed.
+        The state of the run, and the number of experts that moved; or which experts have no copy left, and nothing was changed.
     """
     ranks = group.ranks
     holders = _holders(parts, ranks, has_state=state is not None)
-    if any((holder_E < 0).any() for holder_E in holders.values()):
-        return None
+    if lost := tuple(expert_name(unit, int(e)) for unit, holder_E in holders.items() for e in np.flatnonzero(holder_E < 0)):
+        return NoCopyLeft(lost)
     owners = dict(zip(holders, redealt_owners(list(holders.values()), ranks.world_size), strict=True))
     dealt = _deal(parts, ranks, holders, owners)
     source = next(rank for rank, standing in enumerate(standings) if standing.has_state)
@@ -146,8 +158,11 @@ def redeal(parts: TrainedParts, state: TrainState | None, standings: Sequence[St
     return replace(state.with_positions_of(parts), completed=completed), moved
 
 
-def go_back(parts: TrainedParts, config: Config, group: Group) -> LoadedState:
+def go_back(parts: TrainedParts, config: Config, group: Group, lost: Sequence[str] = ()) -> LoadedState:
     """Load the last checkpoint on all ranks of the group. Every rank must call it; until it returns, the values in `parts` are undefined.
+
+    Args:
+        lost: the experts without a copy, for the text of an error.
 
     Raises:
         UserError: there is no checkpoint.
@@ -165,9 +180,17 @@ def go_back(parts: TrainedParts, config: Config, group: Group) -> LoadedState:
         return load_state(config, ranks, parts)
     except NoCheckpointError as error:
         raise UserError(
-            f"ranks were lost with the only copy of some experts, and {error}\n"
+            f"ranks were lost with the only copy of {named(lost)}, and {error}\n"
             "  start the run anew; fssdp.redundancy=1 keeps a second copy of each expert, save_steps writes checkpoints to go back to"
         ) from error
+
+
+def named(experts: Sequence[str]) -> str:
+    """The experts in words, the first few by name. Where none are known, some experts are."""
+    if not experts:
+        return "some experts"
+    more = f" and {len(experts) - _MOST_NAMED} more" if len(experts) > _MOST_NAMED else ""
+    return f"expert{'s' if len(experts) > 1 else ''} {', '.join(experts[:_MOST_NAMED])}{more}"
 
 
 def _holders(parts: TrainedParts, ranks: Ranks, *, has_state: bool) -> dict[Unit, np.ndarray]:

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hecate import faults
 from hecate.engine.shards import ExpertShards, LayerCall
 from hecate.errors import UserError
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
@@ -232,6 +233,7 @@ class Step:
             if shards.plans.mode(unit) in ("exact", "calibrated"):
                 self._plan_after_router(unit, count_E)
         self._gather(unit)
+        faults.at("experts", x_TD)
         call = LayerCall(
             step=self.ledger.number,
             backward_follows=micro.counts and torch.is_grad_enabled(),
@@ -344,6 +346,7 @@ class Step:
 
     def _gradient_complete(self, unit: Unit) -> None:
         """The backward pass is through with a layer's experts, or with all that draw on a pool."""
+        faults.at("backward")
         shards, in_last = self._shards, self.ledger.in_last_micro_step
         # A gradient that is to be clipped is complete when that of all layers is.
         if self._clips or not (in_last or shards.plans.gathers_for_itself(unit)):

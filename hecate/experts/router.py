@@ -15,6 +15,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hecate import faults
 from hecate.config import RouterConfig
 from hecate.experts.pass_samples import PassSamples, SampleMeans
 from hecate.experts.pass_users import PassUsers
@@ -262,6 +263,7 @@ class TopKRouter(Router):
         logit_TE = self.logits(x_TD)
         if isinstance(self.bias, nn.Parameter):
             logit_TE = logit_TE + self.bias
+        faults.at("router", logit_TE)
         moved_E = self._moved_bias()
         if logit_TE.is_cuda and moved_E is None and (self.choices.score, self.choices.weights) == ("softmax", "renormalised"):
             return softmax_of_largest(logit_TE, self.top_k, forced_TK)

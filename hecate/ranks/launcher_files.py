@@ -68,6 +68,11 @@ def here_file(store: Path, generation: int, member: int) -> Path:
     return store.with_name(f"here-{generation}-{member}")
 
 
+def pid_file(store: Path, member: int) -> Path:
+    """The file with the id of a member's process. Its launcher may have started only a process that stands for it."""
+    return store.with_name(f"pid-{member}")
+
+
 def store_of(store: Path, generation: int) -> Path:
     """The file store of a generation."""
     return store.with_name(f"{store.name}-{generation}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.errors import UserError
+from hecate.io.process_end import die_with_parent
 from hecate.parallel.comm.aborts import is_aborted, note_abort, read
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.backend import (
@@ -31,8 +31,6 @@ from hecate.ranks.backend import (
 from hecate.ranks.groups import TIMEOUT, ExpertGroups, TensorGroups, expert_groups, own_group, tensor_groups
 from hecate.ranks.launcher_files import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
 from hecate.ranks.sockets import Connection, notice_lost_machines, ports, shut_down, tcp_sockets
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -210,7 +208,7 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1) -> Iterator[Rank
     else:
         store = None
     if LAUNCHED_VARIABLE in os.environ:
-        die_with_launcher(int(os.environ[LAUNCHED_VARIABLE]))
+        die_with_parent(int(os.environ[LAUNCHED_VARIABLE]))
     try:
         ranks = connect(store, rank, world_size, shard_size, tp_size)
         try:
@@ -303,13 +301,3 @@ def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:
     table = ranks.all_gather(torch.tensor(mine + [0] * (most - len(mine)), dtype=torch.int64))
     listening = {port for port in table.flatten().tolist() if port}
     return frozenset(c for c in new if c.peer is not None and {c.local[1], c.peer[1]} & listening)
-
-
-def die_with_launcher(launcher: int) -> None:
-    """Have the kernel kill this process when its parent, the launcher, dies in any way. Linux only; elsewhere it does nothing."""
-    try:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    except (OSError, AttributeError):
-        return
-    if os.getppid() != launcher:  # the launcher died before the call
-        os.kill(os.getpid(), signal.SIGKILL)

@@ -112,8 +112,8 @@ class Rebuilt:
 
     step: int
     """number of optimizer steps done"""
-    went_back: bool
-    """whether the run went back to a checkpoint, because some experts had no copy left"""
+    lost: str
+    """the experts that had no copy left, in words, so that the run went back to a checkpoint; empty: it did not"""
     moved: int
     """number of experts that moved to other owners"""
     warnings: tuple[str, ...] = ()

@@ -152,14 +152,14 @@ class Reports:
             self._progress = self._metrics = self._trace = self._trackers = None
         if not (self._progress and self._metrics):
             return
-        if done.went_back:
+        if done.lost:
             self._metrics.truncate_after(done.step)
             self._trace = self._open_trace(facts)
             self._open_trackers(facts)
         self._write_description(facts)
         text = f"{facts.mesh.world_size} {REGROUPED} after step {done.step}, {done.moved} experts moved, {seconds:.3f} s"
-        self._record(event_record(done.step, text + (", back at the last checkpoint" if done.went_back else "")))
-        self._progress.note(text + ("; back at the last checkpoint, because some experts have no copy left" if done.went_back else ""))
+        self._record(event_record(done.step, text + (", back at the last checkpoint" if done.lost else "")))
+        self._progress.note(text + (f"; back at the last checkpoint, because no copy is left of {done.lost}" if done.lost else ""))
         for warning in done.warnings:
             self.event(done.step, warning)
 

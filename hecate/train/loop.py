@@ -17,6 +17,7 @@ from types import FrameType
 
 import torch
 
+from hecate import faults
 from hecate.checkpoint.manifest import step_of
 from hecate.checkpoint.save_run import Saved, require_durable_folder
 from hecate.config import Config
@@ -265,6 +266,7 @@ def _regroup(training: Training, membership: Membership, outside: _Outside, *, t
         together: the ranks have agreed on it, and none was lost.
     """
     started = time.monotonic()
+    faults.at("lost")
     outside.note(outside.profile.give_up())
     training.ranks.leave(together=together)
     while group := membership.next_group():
@@ -275,6 +277,7 @@ def _regroup(training: Training, membership: Membership, outside: _Outside, *, t
                 raise
             group.ranks.leave()
         else:
+            faults.at("regrouped")
             outside.reports.regrouped(done, training.facts(), time.monotonic() - started)
             _tell_beginning(training, outside)
             return True

@@ -14,6 +14,7 @@ trained by the mean over its samples of their own means (`hecate.train.privacy`)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -21,6 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hecate import faults
 from hecate.data.batches import Batch
 from hecate.elastic.backups import send_gradients
 from hecate.experts.forward_pass import PassTokens
@@ -134,6 +136,7 @@ def train_step(
     sent, sent_far = engine.shards.bytes_sent, engine.shards.bytes_between_nodes
     clock = clock or StepClock(device)
     clock.begin()
+    faults.at("step", step)
     this_step = engine.begin_step(step, len(micro_batches))
     clock.ended("plan")
     checks = rules.replay == "check"
@@ -142,11 +145,13 @@ def train_step(
     each = None if num_samples is None else num_samples / len(micro_batches)
     shares = None if rules.privacy is None else SampleShares.of(rules.privacy, samples_of_source, device)
     for batch in micro_batches:
+        faults.at("forward")
         tokens = pass_tokens(head, batch, each, features_UF)
         if rules.replay is not None:
             tokens = with_routing(tokens, moe, batch, forced=rules.replay == "force")
         micro = this_step.begin_micro_step(tokens)
         loss_sum = forward_loss(head, batch, mean.weight_of_source if shares is None else shares.weight_of_source(batch))
+        faults.at("loss", loss_sum)
         share = loss_sum / mean.trained
         aux = moe.balance_loss(micro.stats, group)
         if aux is not None:
@@ -161,16 +166,23 @@ def train_step(
     loads = this_step.finish()
     if rules.privacy is not None:
         add_noise(engine.shards, rules.privacy, samples_of_source, step)
+    faults.at("reduce")
     on_its_way = send_gradients(engine, optimizer, loads) if rules.redundancy else None
     optimizer.reduce_replicated(group)
     if on_its_way:
         on_its_way.wait()
+    faults.at("gradients", optimizer)
     squares = optimizer.squares(counts_owned=engine.shards.in_first_group)
     clock.ended("gradients")
     figures = (engine.shards.bytes_between_nodes - sent_far, peak_bytes(device))
+    faults.at("norm")
     totals = exchange_totals(losses, squares, engine.shards.bytes_sent - sent, requests(), group, figures)
     clock.host_waited("waiting")
-    taken = optimizer.step(totals.grad_norm, rules.max_grad_norm, loads, totals.grad_norms)
+    faults.at("optimizer")
+    # Gradients can be finite where the loss is not: such a step is skipped, too.
+    norm = totals.grad_norm if math.isfinite(totals.loss + totals.aux_loss) else math.nan
+    taken = optimizer.step(norm, rules.max_grad_norm, loads, totals.grad_norms)
+    faults.at("stepped")
     return StepResult(
         totals.loss,
         totals.aux_loss,

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from hecate import faults
 from hecate.checkpoint import remove_stale_staging
 from hecate.checkpoint.save_run import Saved, SaveUnderWay, begin_save, end_save, save_state
 from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, saved_max_steps
@@ -19,9 +20,9 @@ from hecate.data.encode import IGNORED
 from hecate.data.separate_streams import Stream
 from hecate.data.sequences import PackedSequence, empty_sequence
 from hecate.data.sources import TokenSource
-from hecate.elastic.backups import copy_to_backup_ranks
+from hecate.elastic.backups import copy_to_backup_ranks, differing_backups
 from hecate.elastic.move_experts import reshard_if_it_pays
-from hecate.elastic.rebuild import Group, can_catch_up, catch_up, exchange_standings, go_back, redeal
+from hecate.elastic.rebuild import Group, NoCopyLeft, can_catch_up, catch_up, exchange_standings, go_back, named, redeal
 from hecate.errors import UserError
 from hecate.optim.from_config import learning_rate
 from hecate.parallel import jit
@@ -169,6 +170,7 @@ class Training:
         )
         parts_seconds = self._clock.seconds()  # the host has just waited for the device
         self.state = self.standing.after_step(parts.trained, tokens=tokens, skipped=result.skipped)
+        faults.at("trained", sequences)
         _refuse_endless_skipping(self.state)
         # Waiting for the planner's machine code happens once a machine and is none of the training's speed.
         seconds = time.monotonic() - started - (jit.waited_seconds() - waited)
@@ -224,13 +226,19 @@ class Training:
         return done
 
     def save(self) -> Saved:
-        """Write a checkpoint, unless there is a whole one of this step. No other save may be under way."""
+        """Write a checkpoint, unless there is a whole one of this step. No other save may be under way.
+
+        Raises:
+            UserError: an expert's backup differs from it, so that one of the two is damaged; or as `save_state`.
+        """
         assert self.saving is None
+        self._refuse_differing_backups()
         return save_state(self.parts.config, self.ranks, self.parts.trained, self.standing)
 
     def begin_save(self) -> None:
         """Begin to write a checkpoint beside the steps that follow. No other save may be under way."""
         assert self.saving is None
+        self._refuse_differing_backups()
         self.saving = begin_save(self.parts.config, self.ranks, self.parts.trained, self.standing, background=True)
 
     def end_save(self, *, failed: bool = False) -> Saved:
@@ -246,6 +254,14 @@ class Training:
             save.break_off()
         return save is not None
 
+    def _refuse_differing_backups(self) -> None:
+        faults.at("save")
+        if self.parts.config.fssdp.redundancy and (damaged := differing_backups(self.parts.moe.engine, self.parts.optimizer)):
+            raise UserError(
+                f"{named(damaged)}: the copies on two ranks differ, so the memory of one of them has changed by itself; nothing was saved\n"
+                "  check the memory of this job's machines; resume=true goes on from the last checkpoint, which was saved before"
+            )
+
     def join(self, group: Group) -> Rebuilt:
         """Go on with the ranks of a group, from the beginning of a step. All of them must call it; they have left their old groups.
 
@@ -260,23 +276,23 @@ class Training:
         standings = exchange_standings(group.ranks, self.state, parts.optimizer)
         if group.ranks.is_first:
             remove_stale_staging(Path(config.output_dir))
-        dealt = None
+        dealt: tuple[TrainState, int] | NoCopyLeft = NoCopyLeft(())
         if can_catch_up(standings):
             if self.state is not None:
                 self.state = catch_up(parts, self.state, standings, config.max_grad_norm)
                 _refuse_endless_skipping(self.state)
             dealt = redeal(parts, self.state, standings, group)
-        if dealt is not None:
-            self.state, moved = dealt
-        else:
+        if isinstance(dealt, NoCopyLeft):
             self.state = None  # until the checkpoint is loaded, nothing that this rank holds counts
-            loaded = go_back(parts, config, group)
-            self.state, moved = loaded.state, 0
+            loaded = go_back(parts, config, group, dealt.experts)
+            self.state, moved, lost = loaded.state, 0, named(dealt.experts)
             warnings += loaded.warnings
+        else:
+            (self.state, moved), lost = dealt, ""
         self._settle_length()
         self._copy_backups()
         self.plan_for(group.topology)
-        return Rebuilt(self.state.step, dealt is None, moved, warnings)
+        return Rebuilt(self.state.step, lost, moved, warnings)
 
     def facts(self) -> RunFacts:
         """What reports say about the run."""

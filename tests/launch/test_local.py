@@ -19,8 +19,8 @@ import os, sys, time, pathlib
 what, folder = sys.argv[1:3]
 rank = os.environ["RANK"]
 if what == "wait":
-    from hecate.ranks.ranks import die_with_launcher
-    die_with_launcher(os.getppid())
+    from hecate.io.process_end import die_with_parent
+    die_with_parent(os.getppid())
 given = [os.environ.get(name) for name in ("WORLD_SIZE", "GLOO_SOCKET_IFNAME", "PYTORCH_ALLOC_CONF")]
 pathlib.Path(folder, f"rank-{rank}").write_text(f"{os.getpid()} {' '.join(map(str, given))}")
 store = pathlib.Path(os.environ["HECATE_STORE"])

@@ -14,20 +14,25 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hecate import faults
 from hecate.elastic.backups import copy_to_backup_ranks
-from hecate.engine.step import Step
 from hecate.parallel.backup_ranks import backup_ranks
 from hecate.ranks.ranks import connect
 from hecate.ranks.sockets import tcp_sockets
-from hecate.train import step as step_module
-from hecate.train.step_totals import Totals, exchange_totals
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import STEPS, make_workshop
 from tests.hecate.elastic.losing import DEATH_STEP, VICTIM, Dead, make_run, regroup
 from tests.hecate.train.in_process import Losses, ranks_of_default_group
 
-PHASES = ("forward", "backward", "gradients", "norm", "stepped")
+PHASES = {
+    "forward": ("experts", 2),
+    "backward": ("backward", 2),
+    "gradients": ("reduce", 1),
+    "norm": ("gradients", 1),
+    "stepped": ("step", 1),
+}
+"""name -> a place (`hecate.faults`), and at which of its calls a rank dies"""
 
 
 @pytest.fixture(scope="module")
@@ -52,28 +57,18 @@ def uninterrupted(rank: int, world: int, workshop: str, name: str = "whole", *ov
     return [losses[step] for step in sorted(losses)]
 
 
-def die_in(run: Training, phase: str) -> None:
-    """Let the function of a phase raise `Dead`; if a step calls it several times, from the second call on."""
-    where: dict[str, tuple[Any, str]] = {
-        "forward": (Step, "experts"),
-        "backward": (Step, "_gradient_complete"),
-        "gradients": (run.parts.optimizer, "reduce_replicated"),
-        "norm": (run.parts.optimizer, "squares"),
-    }
-    if phase == "stepped":
-        raise Dead
-    holder, name = where[phase]
-    calls, before = 0, getattr(holder, name)
+def die_in(phase: str) -> None:
+    """Let this rank raise `Dead` in a phase of its next step."""
+    wanted, left = PHASES[phase]
 
-    def die(*arguments: Any, **named: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == 2 or phase in ("gradients", "norm"):
-            setattr(holder, name, before)
+    def die(place: str, _subject: object) -> None:
+        nonlocal left
+        left -= place == wanted
+        if left == 0:
+            faults.arm(None)
             raise Dead
-        return before(*arguments, **named)
 
-    setattr(holder, name, die)
+    faults.arm(die)
 
 
 def shrinking(rank: int, world: int, workshop: str, name: str, phases: list[str], overrides: tuple[str, ...]) -> list[Any]:
@@ -88,7 +83,7 @@ def shrinking(rank: int, world: int, workshop: str, name: str, phases: list[str]
             steps_until(run, DEATH_STEP + 1, losses)
         try:
             if rank == VICTIM:
-                die_in(run, phase)
+                die_in(phase)
             steps_until(run, STEPS, losses)
         except (Dead, RuntimeError):
             done = run.standing.step
@@ -175,18 +170,16 @@ def half_stepped(rank: int, world: int, workshop: str) -> tuple[int, Losses]:
     losses: dict[int, tuple[float, float, float]] = {}
     steps_until(run, DEATH_STEP, losses)
 
-    def fail(*shares: Any) -> Totals:
-        totals = exchange_totals(*shares)
-        if rank == VICTIM:
-            raise Dead
-        if rank > VICTIM:
-            raise RuntimeError("a peer is lost")
-        return totals
+    def fail(place: str, _subject: object) -> None:
+        if place == "optimizer" and rank >= VICTIM:
+            faults.arm(None)
+            raise Dead if rank == VICTIM else RuntimeError("a peer is lost")
 
+    faults.arm(fail)
     try:
-        with mock.patch.object(step_module, "exchange_totals", fail):
-            steps_until(run, STEPS, losses)
+        steps_until(run, STEPS, losses)
     except (Dead, RuntimeError):
+        faults.arm(None)
         done = run.standing.step
         if rank == VICTIM:
             run.ranks.leave()

@@ -53,9 +53,9 @@ def test_another_rank_writes_nothing_until_it_becomes_the_first(tmp_path: Path, 
         reports.begin()
         reports.step(a_step(1))
         assert not list(folder.iterdir())
-        reports.regrouped(Rebuilt(1, False, 3), replace(FACTS, step=1), seconds=0.1)
+        reports.regrouped(Rebuilt(1, "", 3), replace(FACTS, step=1), seconds=0.1)
         reports.step(a_step(2))
-        reports.regrouped(Rebuilt(2, False, 0), replace(FACTS, step=2, is_first=False), seconds=0.1)
+        reports.regrouped(Rebuilt(2, "", 0), replace(FACTS, step=2, is_first=False), seconds=0.1)
         reports.step(a_step(3))
     assert kinds(folder) == ["event", "step"]
     assert "2 ranks go on after step 1, 3 experts moved" in capsys.readouterr().out

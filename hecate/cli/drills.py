@@ -1,0 +1,39 @@
+"""The verb drill: faults on this machine, and what became of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hecate.cli.arguments import write_json
+
+
+def drill(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME ...", help="such as R1 R8; default: all in a short form")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="all drills in full; takes up to half an hour on two cores")] = False,
+    listed: Annotated[bool, typer.Option("--list", help="only show what the drills are")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
+) -> None:
+    """Inject faults into tiny runs on this machine, such as killed ranks and full disks, and show what became of them (docs/drills.md).
+
+    Named drills run in full. Nothing is downloaded, and no other run is touched. Exit status 1 if a drill has failed.
+    """
+    from hecate.drill.catalogue import DRILLS
+    from hecate.drill.table import as_json, list_text, report_text, summary_text
+
+    if listed:
+        print(list_text(DRILLS.values()))
+        return
+    from hecate.drill.run import chosen, ground
+
+    wanted, reports = chosen(names or ()), []
+    with ground() as made:
+        for one in wanted:
+            reports.append(made.run(one, quick=not (names or everything)))
+            print(report_text(reports[-1]), flush=True)
+    print(summary_text(reports))
+    if json_path is not None:
+        write_json(json_path, as_json(reports))
+    raise typer.Exit(0 if all(report.outcome.ok for report in reports) else 1)

@@ -1,0 +1,121 @@
+"""Faults as values, and the handler that carries them out in one process (`hecate.faults`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+
+from hecate import faults
+from hecate.drill.disk import watch_disk
+from hecate.faults import Place
+
+Action = Literal["kill", "stop", "sleep", "fill", "scale", "one_expert", "flip"]
+"""kill and stop: the process sends itself SIGKILL or SIGSTOP. sleep: for `value` seconds. fill: the subject's first number becomes `value`;
+of an optimizer, that of its first gradient. scale: the whole subject is multiplied by it. one_expert: the logits send every token to expert
+`value` first. flip: one bit of the first expert that the rank owns changes."""
+
+_TRACED = ("step", "stepped", "trained", "lost", "regrouped")
+"""places whose times are written down"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Injected:
+    """One fault: what happens, where, when and on which rank."""
+
+    action: Action
+    place: Place
+    rank: int | None = None
+    """the rank's number when the run began; None: every rank"""
+    step: int | None = None
+    """the number of the step, from 0; None: every one"""
+    call: int = 1
+    """at which of the step's calls of this place, from 1; 0: at each"""
+    value: float = 0.0
+
+
+@dataclass
+class Armed:
+    """The handler of one process: carries faults out, and writes what it came by to a file of lines of JSON."""
+
+    injected: Sequence[Injected]
+    rank: int
+    trace: Path | None = None
+    """None: nothing is written"""
+    _step: int = -1
+    _calls: dict[str, int] = field(default_factory=dict)
+
+    def __call__(self, place: Place, subject: Any) -> None:
+        if place == "step":
+            self._step, self._calls = subject, {}
+        self._calls[place] = number = self._calls.get(place, 0) + 1
+        if place in _TRACED:
+            self._note(place, samples_of(subject) if place == "trained" else None)
+        for one in self.injected:
+            if one.place == place and one.rank in (None, self.rank) and one.step in (None, self._step) and one.call in (0, number):
+                self._note(one.action, place)
+                carry_out(one, subject)
+
+    def _note(self, what: str, more: Any) -> None:
+        if self.trace is None:
+            return
+        line = {"what": what, "rank": self.rank, "step": self._step, "time": time.monotonic(), "more": more}
+        descriptor = os.open(self.trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        os.write(descriptor, json.dumps(line).encode() + b"\n")
+        os.close(descriptor)
+
+
+def carry_out(one: Injected, subject: Any) -> None:
+    """Do what a fault says, to the process or to the subject."""
+    if one.action in ("kill", "stop"):
+        os.kill(os.getpid(), signal.SIGKILL if one.action == "kill" else signal.SIGSTOP)
+    elif one.action == "sleep":
+        time.sleep(one.value)
+    elif one.action == "flip":
+        flip_a_bit(subject)
+    elif not isinstance(subject, torch.Tensor):  # an optimizer
+        held = {**subject.owned, **subject.replicated}.values()
+        carry_out(one, next(parameter.grad for parameter in held if parameter.grad is not None))
+    else:
+        numbers = subject.data  # autograd must not notice
+        if one.action == "scale":
+            numbers.mul_(one.value)
+        elif one.action == "one_expert":
+            numbers[:, int(one.value)] = numbers.abs().max() + 1 if numbers.numel() else 0
+        else:
+            numbers.view(-1)[:1] = one.value
+
+
+def flip_a_bit(optimizer: Any) -> None:
+    """Change one bit of the first owned expert's parameters, as a broken memory would: no gradient and no moment tells of it."""
+    parameter = next(iter(optimizer.owned.values()))
+    raw = parameter.data.view(-1)[:1].view(torch.uint8)
+    raw[-1] ^= 1
+
+
+def samples_of(sequences: Any) -> list[list[int]]:
+    """[source, sample] of everything that a step has trained on."""
+    return [[int(source), int(sample)] for sequence in sequences for source, sample in sequence.samples]
+
+
+def arm_process(injected: Sequence[Injected], rank: int, trace: Path | None = None) -> None:
+    """Have this process carry out the faults from now on, those at operations on files of checkpoints included."""
+    armed = Armed(injected, rank, trace)
+    faults.arm(armed)
+    if any(one.place == "file" for one in injected):
+        watch_disk(lambda _number, operation, _args: faults.at("file", operation), only=lambda path: "/checkpoint-" in path)
+
+
+def to_text(injected: Sequence[Injected]) -> str:
+    return json.dumps([vars(one) for one in injected])
+
+
+def from_text(text: str) -> list[Injected]:
+    return [Injected(**cast(dict[str, Any], one)) for one in json.loads(text)]

@@ -1,0 +1,70 @@
+"""Ranks that do something else than the others, or are slow: R18, R19."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+
+import torch
+import torch.distributed as dist
+
+from hecate import faults
+from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, not_built, outcome_of, worst
+from hecate.drill.ranks import call_on_ranks
+from hecate.drill.tiny_training import tiny_training
+from hecate.faults import Place
+from hecate.ranks.ranks import Ranks, connect
+
+_CHECKS = "TORCH_DISTRIBUTED_DEBUG"
+_LIMIT_SECONDS = 2.0
+
+
+def mismatched(scope: Scope) -> DrillOutcome:
+    """R18. Where torch checks collectives: with TORCH_DISTRIBUTED_DEBUG=DETAIL."""
+    cases, took = [], []
+    for kind in ("shape",) if scope.quick else ("shape", "operation", "order"):
+        told = call_on_ranks(scope, 3, mismatch, scope.workshop, str(scope.path / kind), kind)
+        for rank, (seconds, text) in enumerate(told):
+            named = re.search(r"Rank (\d+) is running collective.*Rank (\d+) is running collective", text, re.DOTALL)
+            problem = "" if named and "1" in named.groups() and "OpType" in text else f"neither rank nor operation is named: {text[:100]}"
+            if not problem and not scope.quick and seconds > _LIMIT_SECONDS:
+                problem = f"after {seconds:.1f} s"
+            cases.append(DrillCase(f"another {kind}, as rank {rank} says it", problem))
+            took.append(1000 * seconds)
+    return outcome_of(cases, f"all ranks name rank 1 and its operation, with {_CHECKS}=DETAIL", {"named_worst_ms": worst(took)})
+
+
+def mismatch(ranks: Ranks, workshop: str, output: str, kind: str) -> tuple[float, str]:
+    """The seconds until this rank had an error, and its text, where rank 1 does another collective in the midst of a step."""
+    ranks.leave()
+    os.environ[_CHECKS] = "DETAIL"
+    dist.set_debug_level_from_env()
+    checked = connect(dist.FileStore(f"{output}-store", ranks.world_size), ranks.rank, ranks.world_size)
+    run = tiny_training(checked, workshop, output)
+    run.train_one()
+
+    def go_astray(place: Place, _subject: object) -> None:
+        if place != "reduce" or ranks.rank != 1:
+            return
+        group = checked.groups.world
+        if kind == "shape":
+            dist.all_reduce(torch.ones(7), group=group)
+        elif kind == "operation":
+            dist.broadcast(torch.ones(7), src=0, group=group)
+        else:
+            dist.barrier(group=group)
+
+    faults.arm(go_astray)
+    began = time.monotonic()
+    try:
+        run.train_one()
+    except RuntimeError as error:
+        return time.monotonic() - began, str(error)[:2000]
+    return time.monotonic() - began, "no error"
+
+
+def straggler(scope: Scope) -> DrillOutcome:
+    """R19"""
+    del scope
+    return not_built("under the local launcher no slow rank is named; under Ray the controller measures ranks and names the slow one")

@@ -1,0 +1,62 @@
+"""Drills and their outcomes as text and as JSON."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import hecate
+from hecate.drill.catalogue import Drill
+from hecate.drill.outcome import DrillOutcome
+from hecate.drill.run import DrillReport
+
+_WIDTH = 110
+_MOST_FAILURES = 5
+
+
+def list_text(drills: Iterable[Drill]) -> str:
+    """A line for each drill."""
+    return "\n".join(f"{drill.name:4} {drill.fault}: {drill.expected}" for drill in drills)
+
+
+def report_text(report: DrillReport) -> str:
+    """The rows of one drill: its state and counts, fault, what was expected, what was seen, and what failed."""
+    drill, outcome = report.drill, report.outcome
+    lines = [f"{drill.name:4} {state_of(outcome):9} {outcome.passed:>6}/{outcome.total:<6} {report.seconds:6.1f} s  {drill.fault}"]
+    figures = ", ".join(f"{name} {value:.4g}" for name, value in outcome.counts.items())
+    for label, text in (("expected", drill.expected), ("seen", outcome.seen), ("figures", figures)):
+        if text:
+            lines += textwrap.wrap(f"{label}: {text}", _WIDTH, initial_indent=" " * 5, subsequent_indent=" " * 8)
+    shown = outcome.failures[:_MOST_FAILURES]
+    lines += [f"     failed: {text}" for text in shown]
+    if len(outcome.failures) > len(shown):
+        lines.append(f"     and {len(outcome.failures) - len(shown)} more")
+    return "\n".join(lines)
+
+
+def summary_text(reports: Sequence[DrillReport]) -> str:
+    passed = sum(report.outcome.ok for report in reports)
+    failed = ", ".join(f"{report.drill.name} ({state_of(report.outcome)})" for report in reports if not report.outcome.ok)
+    seconds = sum(report.seconds for report in reports)
+    text = f"hecate {hecate.__version__}: {passed} of {len(reports)} drills passed in {seconds:.0f} s"
+    return text + (f"; not passed: {failed}" if failed else "")
+
+
+def state_of(outcome: DrillOutcome) -> str:
+    return "passed" if outcome.ok else "failed" if outcome.built else "not built"
+
+
+def as_json(reports: Sequence[DrillReport]) -> dict[str, Any]:
+    """All figures."""
+    drills = {
+        report.drill.name: {
+            "fault": report.drill.fault,
+            "expected": report.drill.expected,
+            "state": state_of(report.outcome),
+            "seconds": report.seconds,
+            **vars(report.outcome),
+        }
+        for report in reports
+    }
+    return {"hecate": hecate.__version__, "passed": all(report.outcome.ok for report in reports), "drills": drills}

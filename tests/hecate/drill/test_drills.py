@@ -1,0 +1,84 @@
+"""Each drill passes in its short form, and fails where the product does not do what it asks for.
+
+Those that start runs are slow; `make drills` runs all in full.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from typer.testing import CliRunner
+
+from hecate.cli import app
+from hecate.drill import damage, inputs, launching, losses, memory, naming, numbers, resuming, saves
+from hecate.drill.catalogue import DRILLS
+from hecate.drill.outcome import DrillCase, DrillOutcome, outcome_of
+from hecate.drill.program import found, name_of
+from hecate.drill.run import DrillReport, Ground, chosen, ground
+from hecate.drill.table import as_json, report_text, state_of, summary_text
+from hecate.errors import UserError
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
+IN_EVERY_TEST = ("R5", "R6", "R7", "R8", "R9", "R13", "R16", "R17", "R18", "R20")
+"""of a few seconds of processor time"""
+NOT_BUILT = ("R19",)
+MODULES = (damage, inputs, launching, losses, memory, naming, numbers, resuming, saves)
+
+
+@pytest.fixture(scope="module")
+def made() -> Iterator[Ground]:
+    with ground() as it:
+        yield it
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in IN_EVERY_TEST else pytest.mark.slow) for name in DRILLS])
+def test_a_drill_passes(made: Ground, name: str) -> None:
+    report = made.run(DRILLS[name], quick=True)
+    if name in NOT_BUILT:
+        assert state_of(report.outcome) == "not built"
+    else:
+        assert report.outcome.ok, report_text(report)
+        assert report.outcome.total > 0
+
+
+def test_a_drill_that_breaks_down_has_failed_with_its_last_words(made: Ground) -> None:
+    broken = made.run(replace(DRILLS["R5"], function="saves:no_such_function"), quick=True)
+    assert not broken.outcome.ok
+    assert "no_such_function" in broken.outcome.failures[-1]
+
+
+def test_there_are_24_and_each_has_a_function() -> None:
+    assert list(DRILLS) == [f"R{number}" for number in range(1, 25)]
+    functions = [found(drill.function) for drill in DRILLS.values()]
+    assert [name_of(function) for function in functions] == [drill.function for drill in DRILLS.values()]
+    assert {function.__module__ for function in functions} == {module.__name__ for module in MODULES}
+    assert [function.__doc__.partition(".")[0] for function in functions] == list(DRILLS)
+
+
+def test_drills_are_chosen_by_name() -> None:
+    assert [drill.name for drill in chosen(["r8", "R1"])] == ["R8", "R1"]
+    assert len(chosen([])) == 24
+    with pytest.raises(UserError, match="no drill is called R25"):
+        chosen(["R25"])
+    listed = CliRunner().invoke(app, ["drill", "--list"])
+    assert (listed.exit_code, len(listed.output.splitlines())) == (0, 24)
+
+
+def test_what_failed_and_what_is_not_built_is_said() -> None:
+    good = outcome_of([DrillCase("a"), DrillCase("b")], "all well", {"noticed_ms": 12.0})
+    bad = outcome_of([DrillCase("a"), DrillCase("rank 1, norm", "was lost")], "mostly well")
+    reports = [DrillReport(DRILLS["R1"], good, 1.0), DrillReport(DRILLS["R2"], bad, 2.0)]
+    assert good.ok
+    assert not bad.ok
+    assert not DrillOutcome("nothing was tried", 0, 0).ok
+    text = report_text(reports[1])
+    assert "failed" in text.splitlines()[0]
+    assert "     1/2  " in text.splitlines()[0]
+    assert "failed: rank 1, norm: was lost" in text
+    assert summary_text(reports).endswith("1 of 2 drills passed in 3 s; not passed: R2 (failed)")
+    value = as_json(reports)
+    assert not value["passed"]
+    assert value["drills"]["R1"]["counts"] == {"noticed_ms": 12.0}
