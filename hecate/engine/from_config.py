@@ -31,9 +31,10 @@ def engine_config(
         max_imbalance=config.fssdp.max_imbalance,
         top_k=config.moe.experts_per_token,
         non_moe_flops=non_moe_flops,
-        plan=config.fssdp.plan,
+        plan="history" if config.deterministic else config.fssdp.plan,  # all plans are the same, and need no loads
         rematerialize=config.fssdp.rematerialize,
         prefetch=config.fssdp.prefetch,
+        deterministic=config.deterministic,
     )
 
 

@@ -29,8 +29,9 @@ Losses = list[tuple[float, float, float]]
 
 
 def train_until(rank: int, world: int, workshop: str, name: str, until: int, overrides: tuple[str, ...]) -> Losses:
-    """Begin or continue a run and save at `until`; (loss, aux loss, gradient norm) of the steps done."""
-    given = (*OVERRIDES, *(override.format(workshop=workshop) for override in overrides), f"output_dir={workshop}/runs/{name}")
+    """Begin or continue a run and save at `until`; (loss, aux loss, gradient norm) of the steps done. `overrides` outweigh `OVERRIDES`."""
+    named = dict(override.split("=", 1) for override in (*OVERRIDES, *overrides))
+    given = (*(f"{key}={value}".format(workshop=workshop) for key, value in named.items()), f"output_dir={workshop}/runs/{name}")
     config = load_config(f"{workshop}/config.yaml", given, claim_output=False)
     run = Training(config, ranks_of_default_group(rank, world, config.fssdp.shard_size))
     steps = []
