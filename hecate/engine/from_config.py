@@ -31,7 +31,7 @@ def engine_config(
         max_imbalance=config.fssdp.max_imbalance,
         top_k=config.moe.experts_per_token,
         non_moe_flops=non_moe_flops,
-        plan="history" if config.deterministic else config.fssdp.plan,  # all plans are the same, and need no loads
+        plan=config.fssdp.plan,
         rematerialize=config.fssdp.rematerialize,
         prefetch=config.fssdp.prefetch,
         deterministic=config.deterministic,

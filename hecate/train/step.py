@@ -225,9 +225,7 @@ class _StepWork:
         """See `forward_loss`."""
         return forward_loss(self.head, batch, self.mean.weight_of_source if self.shares is None else self.shares.weight_of_source(batch))
 
-    def backward(
-        self, micro: TrainingPass, batch: Batch, loss_sum: Tensor, stats: Mapping[Unit, RouterStats], position: int = 0
-    ) -> None:
+    def backward(self, micro: TrainingPass, batch: Batch, loss_sum: Tensor, stats: Mapping[Unit, RouterStats], position: int = 0) -> None:
         """Add the aux loss of all ranks, and run the backward pass.
 
         Args:

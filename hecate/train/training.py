@@ -294,10 +294,10 @@ class Training:
 
 
 def require_cpu(device: torch.device) -> None:
-    """Raises UserError: the device is not one on which equal inputs of equal shapes always give equal bits."""
+    """Raises UserError: the device is none on which equal inputs of equal shapes always give equal bits."""
     if device.type != "cpu":
         raise UserError(
-            "deterministic: holds on CPUs only; on a GPU some kernels add up in an order that differs from run to run\n"
+            "deterministic: holds on CPUs only; on a GPU the backward pass of attention adds up in an order that differs from run to run\n"
             "  leave deterministic out, or train on CPUs: set CUDA_VISIBLE_DEVICES to nothing"
         )
 

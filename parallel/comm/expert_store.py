@@ -117,7 +117,7 @@ class ExpertStore:
 
     @property
     def reduce_started(self) -> bool:
-        return self._reducing is not None or self._in_order is not None or self._sum_nC is not None
+        return self._reducing is not None or self._order is not None or self._sum_nC is not None
 
     def change_owners(self, owner_E: list[int], chunks: Mapping[int, Tensor]) -> None:
         """Own other experts from now on, between two iterations, with parameters that are new.

@@ -28,11 +28,15 @@ def ranks_of_default_group(rank: int, world: int, shard_size: int | None = None)
 Losses = list[tuple[float, float, float]]
 
 
-def train_until(rank: int, world: int, workshop: str, name: str, until: int, overrides: tuple[str, ...]) -> Losses:
-    """Begin or continue a run and save at `until`; (loss, aux loss, gradient norm) of the steps done. `overrides` outweigh `OVERRIDES`."""
+def settings_of(workshop: str, name: str, overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """The settings of a run, of which `overrides` outweigh `OVERRIDES`."""
     named = dict(override.split("=", 1) for override in (*OVERRIDES, *overrides))
-    given = (*(f"{key}={value}".format(workshop=workshop) for key, value in named.items()), f"output_dir={workshop}/runs/{name}")
-    config = load_config(f"{workshop}/config.yaml", given, claim_output=False)
+    return *(f"{key}={value}".format(workshop=workshop) for key, value in named.items()), f"output_dir={workshop}/runs/{name}"
+
+
+def train_until(rank: int, world: int, workshop: str, name: str, until: int, overrides: tuple[str, ...]) -> Losses:
+    """Begin or continue a run and save at `until`; (loss, aux loss, gradient norm) of the steps done."""
+    config = load_config(f"{workshop}/config.yaml", settings_of(workshop, name, overrides), claim_output=False)
     run = Training(config, ranks_of_default_group(rank, world, config.fssdp.shard_size))
     steps = []
     while run.standing.step < until:
