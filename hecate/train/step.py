@@ -182,7 +182,7 @@ def train_step(
     clock.ended("gradients")
     figures = (engine.shards.bytes_between_nodes - sent_far, peak_bytes(device))
     sent = engine.shards.bytes_sent - sent
-    totals = exchange_totals(work.losses, squares, sent, requests(), group, figures, together=partial(optimizer.together, names=names))
+    totals = exchange_totals(work.losses, squares, sent, requests(), group, figures, partial(optimizer.together, names=names))
     clock.host_waited("waiting")
     taken = optimizer.step(totals.grad_norm, rules.max_grad_norm, loads, totals.grad_norms)
     return StepResult(

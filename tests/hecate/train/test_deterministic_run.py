@@ -40,6 +40,13 @@ KINDS: dict[str, tuple[str, ...]] = {
     "shards of pools": ("moe.unit=linear", "lora.pairs=shards", "lora.r=5"),
     "packed sequences in bfloat16": ("data.packing=true", "model.dtype=bfloat16"),
 }
+PLACES = {
+    "two sharding groups": ("fssdp.shard_size=2",),
+    "four sharding groups": ("fssdp.shard_size=1",),
+    "backups": ("fssdp.redundancy=1", "fssdp.policy=smartmoe"),
+    "freed between passes": ("fssdp.rematerialize=true", "fssdp.prefetch=2"),
+    "freed and computed again": ("fssdp.rematerialize=true", "gradient_checkpointing=true", "fssdp.shard_size=2"),
+}
 
 Bits = tuple[Losses, dict[str, str]]
 """losses and norms of the steps, and digests of parameters and moments by name"""
@@ -85,19 +92,9 @@ def test_any_number_of_ranks(workshop: str, alone: Bits, world: int, policy: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("fssdp.shard_size=2",),
-        ("fssdp.shard_size=1",),
-        ("fssdp.redundancy=1", "fssdp.policy=smartmoe"),
-        ("fssdp.rematerialize=true", "fssdp.prefetch=2"),
-        ("fssdp.rematerialize=true", "gradient_checkpointing=true", "fssdp.shard_size=2"),
-    ],
-    ids=" ".join,
-)
-def test_wherever_experts_and_their_copies_are(workshop: str, alone: Bits, overrides: tuple[str, ...]) -> None:
-    assert trained(workshop, "-".join(overrides).replace("=", "-"), 4, *overrides) == alone
+@pytest.mark.parametrize("where", PLACES)
+def test_wherever_experts_and_their_copies_are(workshop: str, alone: Bits, where: str) -> None:
+    assert trained(workshop, where, 4, *PLACES[where]) == alone
 
 
 @pytest.mark.slow
