@@ -225,12 +225,8 @@ class _StepWork:
         """See `forward_loss`."""
         return forward_loss(self.head, batch, self.mean.weight_of_source if self.shares is None else self.shares.weight_of_source(batch))
 
-    def backward(self, micro: TrainingPass, batch: Batch, loss_sum: Tensor, stats: Mapping[Unit, RouterStats], position: int = 0) -> None:
-        """Add the aux loss of all ranks, and run the backward pass.
-
-        Args:
-            stats: of the pass, for the aux loss.
-        """
+    def share(self, loss_sum: Tensor, stats: Mapping[Unit, RouterStats], position: int = 0) -> Tensor:
+        """A pass's share of the loss that is trained for, aux loss included, and note it. Every rank must call it."""
         share, losses = loss_sum / self.mean.trained, self.losses[:, position]
         aux = self.moe.balance_loss(stats, self.moe.engine.shards.groups.world)
         if aux is not None:
@@ -240,6 +236,9 @@ class _StepWork:
         if self.rules.replay == "check":
             losses[2] += torch.stack([one.differing for one in stats.values() if one.differing is not None]).sum()
         self.clock.ended("forward")
+        return share
+
+    def backward(self, micro: TrainingPass, batch: Batch, share: Tensor) -> None:
         micro.backward(share, limit=None if self.shares is None else self.shares.limit(batch))
         self.clock.ended("backward")
 
@@ -250,7 +249,7 @@ def _run(work: _StepWork, step: int, micro_batches: Sequence[Batch]) -> dict[Uni
     work.clock.ended("plan")
     for batch in micro_batches:
         micro = this_step.begin_micro_step(work.tokens(batch))
-        work.backward(micro, batch, work.forward(batch), micro.stats)
+        work.backward(micro, batch, work.share(work.forward(batch), micro.stats))
     return this_step.finish()
 
 
@@ -274,12 +273,16 @@ def _run_in_order(
         for one, batch in zip(passes, batches, strict=True):
             with engine.current.set_to(one):
                 sums.append(work.forward(batch))
-        # The share of tokens in the aux loss is that of the whole micro-step.
+        # The share of tokens in the aux loss is that of the whole micro-step. All ranks exchange it before the first backward pass, so that
+        # none waits for another between two of them.
         counts = {unit: torch.stack([one.stats[unit].count_KE for one in passes]).sum(0) for unit in passes[0].stats}
-        last = first + order.passes == len(sequences)
-        for one, batch, loss_sum in zip(passes, batches, sums, strict=True):
+        shares = []
+        for one, loss_sum in zip(passes, sums, strict=True):
             stats = {unit: replace(of_unit, count_KE=counts[unit]) for unit, of_unit in one.stats.items()}
-            work.backward(one, batch, loss_sum, stats, one.position or 0)
+            shares.append(work.share(loss_sum, stats, one.position or 0))
+        last = first + order.passes == len(sequences)
+        for one, batch, share in zip(passes, batches, shares, strict=True):
+            work.backward(one, batch, share)
             replicated.add(one.position, optimizer.take_replicated(), last=last)
     return this_step.finish()
 
