@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hecate.config.deterministic_rules import check_deterministic
 from hecate.config.hub import hub_hint
 from hecate.config.megatron_rules import check_megatron, check_megatron_ep
 from hecate.config.pair_rules import check_pairs, largest_rank
@@ -48,6 +49,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     check_router(values, add)
     check_privacy(values, add)
     check_replay(values, add)
+    check_deterministic(values, add)
     check_rounds(values, add)
     _check_separate(values, add)
     _check_evaluation(values, add)

@@ -644,6 +644,9 @@ class Config:
     """Continue from the latest checkpoint in output_dir."""
     gradient_checkpointing: bool = field(default=False, metadata=key(computes=False))
     """Recompute activations in the backward pass instead of storing them."""
+    deterministic: bool = False
+    """Compute the same bits at every number of ranks, wherever experts are: each sequence by itself, on one thread a rank, with sums in an
+    order that no rank decides (docs/deterministic.md). Every rank then has all experts, whatever fssdp.policy says. On CPUs only."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     fssdp: FssdpConfig = field(default_factory=FssdpConfig)

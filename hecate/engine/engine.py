@@ -14,6 +14,7 @@ from hecate.engine.step import Step, StepLedger, require_nothing_under_way
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily
 from hecate.experts.forward_pass import CurrentPass
+from hecate.parallel.summation import SumOrder
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
@@ -33,9 +34,14 @@ class Engine:
     def goes_together(self) -> bool:
         return bool(self.shards.frozen) and self.shards.world_size > 1
 
-    def begin_step(self, number: int, micro_steps: int = 1) -> Step:
+    def begin_step(self, number: int, micro_steps: int = 1, order: SumOrder | None = None) -> Step:
+        """See `ExpertEngine.begin_step`.
+
+        Args:
+            order: in which gradients are summed, with `EngineConfig.deterministic`; see `Step`.
+        """
         require_nothing_under_way(self._last, self.current)
-        step = Step(self.shards, self.current, number, micro_steps)
+        step = Step(self.shards, self.current, number, micro_steps, order)
         self._last = step.ledger
         return step
 

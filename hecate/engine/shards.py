@@ -31,7 +31,7 @@ from hecate.parallel.mesh import Mesh, make_mesh, owners_topology
 from hecate.parallel.placement import Placement, contiguous_owners, owners_by_memory, redealt_owners
 from hecate.parallel.planners import PlanInput
 from hecate.parallel.topology import Topology
-from hecate.parallel.units import Unit
+from hecate.parallel.units import Unit, expert_name
 from hecate.ranks.groups import ExpertGroups
 
 
@@ -156,6 +156,11 @@ class ExpertShards:
     def trained(self) -> dict[Unit, ExpertStore]:
         """The stores that are gathered and reduced in a step, in the order of their first use."""
         return {unit: self.stores[unit] for unit in self.trained_in.values()}
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Those of all experts and blocks of the job in checkpoints, in one order on every rank."""
+        return [expert_name(unit, expert) for unit, of_unit in self.chunked.items() for expert in range(of_unit.num_experts)]
 
     def reached(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, np.ndarray]:
         """Of each of `trained`, bool [chunks]: whether a token has reached the expert or, of a pool, any expert that draws on it.

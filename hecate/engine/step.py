@@ -15,12 +15,16 @@ Parameters do not change between the micro-steps of one step, so the replicas li
 where replicas are freed between forward and backward (`rematerialize`), or where plans follow each micro-step's own loads (`plan`): there
 each micro-step gathers and reduces for itself, and the owners add up.
 
+Where results must not depend on the ranks (`EngineConfig.deterministic`), a micro-step has a pass for each of a rank's sequences: all
+forward passes come first (`begin_passes`), then the backward passes, each with gradients of its own, which are added up as a `SumOrder`
+says.
+
 Whatever is called out of this order is refused (`OrderError`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -38,6 +42,7 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.comm.host_read import HostRead
+from hecate.parallel.summation import PositionSums, SumOrder
 from hecate.parallel.transfer_plan import plan_change
 from hecate.parallel.units import Unit
 
@@ -127,6 +132,10 @@ class StepLedger:
         if self._counts:
             self._loads_RN = exchange_counts(torch.cat(list(self._counts.values())), self._shards.groups.world)
 
+    @property
+    def exchange_started(self) -> bool:
+        return self._loads_RN is not None
+
     def exchange_loads(self) -> dict[Unit, np.ndarray]:
         """Per layer the step's loads, int64 [experts, ranks of the job]. Every rank must call it."""
         if self._loads_RN is None:
@@ -167,18 +176,22 @@ def require_nothing_under_way(last: StepLedger | None, current: CurrentPass) -> 
 class Step:
     """One optimizer step, from its plans to its gradients."""
 
-    def __init__(self, shards: ExpertShards, current: CurrentPass, number: int, micro_steps: int) -> None:
+    def __init__(self, shards: ExpertShards, current: CurrentPass, number: int, micro_steps: int, order: SumOrder | None = None) -> None:
         """Plans all layers from the history. Every rank must make one.
 
         Args:
             micro_steps: in which the step's tokens come.
+            order: in which the gradients of positions are summed; None: as they come, by rank.
         """
         self.ledger = StepLedger(shards, number, micro_steps)
         self.peak_replica_bytes = shards.replica_bytes
         """most bytes of replicas that this rank had or waited for at once since the step began"""
         self._shards, self._current = shards, current
-        self._awaiting_backward: list[Unit] = []
-        """units whose replicas were freed after their forward pass, in its order"""
+        self._present: MicroStep | None = None
+        """whose backward pass is under way"""
+        self._order = order
+        self._sums: dict[Unit, PositionSums[Tensor]] = {} if order is None else {u: PositionSums(order.size) for u in shards.trained}
+        """of the gradients of this rank's positions; nothing where gradients are summed as they come"""
         self._reduced_last: Unit | None = None
         """the layer or pool whose reduction was started last in the step's last backward pass"""
         self._clips = False
@@ -198,6 +211,22 @@ class Step:
             self._plan_ahead(micro.tokens)
         self._current.now = micro
         return micro
+
+    def begin_passes(self, tokens: Sequence[PassTokens], positions: Sequence[int]) -> list[MicroStep]:
+        """The passes of a micro-step with an order, equally many on every rank. Each is to be made the current one while the model runs its
+        forward pass, in their order; then their backward passes follow in the same order, of which the last ends the micro-step.
+
+        Args:
+            tokens: of each pass.
+            positions: of this rank, ascending; passes beyond them are of padding, and count nowhere.
+        """
+        assert self._order is not None
+        assert len(tokens) == self._order.passes, (len(tokens), self._order.passes)
+        number, last = self.ledger.begin_micro_step(), len(tokens) - 1
+        return [
+            MicroStep(self, number, one, position=positions[i] if i < len(positions) else None, ends=i == last)
+            for i, one in enumerate(tokens)
+        ]
 
     def finish(self) -> dict[Unit, np.ndarray]:
         """Complete the step: gradients summed onto the owners' parameters, loads recorded. Every rank must call it.
@@ -237,7 +266,7 @@ class Step:
         call = LayerCall(
             step=self.ledger.number,
             backward_follows=micro.counts and torch.is_grad_enabled(),
-            computed=lambda y_RD: self._free_until_backward(unit, y_RD) if micro.counts else None,
+            computed=lambda y_RD: self._free_until_backward(micro, unit, y_RD) if micro.counts else None,
         )
         return shards.compute(unit, self._replicas(unit), RoutedTokens(x_TD, expert_TK, weight_TK, token_T), call)
 
@@ -247,14 +276,17 @@ class Step:
         self._clips = limit is not None
         if self._clips:
             self._require_own_tokens()
-        if self.ledger.in_last_micro_step:
+        if self.ledger.in_last_micro_step and not self.ledger.exchange_started:
             self.ledger.start_exchange()
+        self._present = micro
         self._prefetch_backward()
         torch.autograd.backward(loss, gradient)
+        self._present = None
         if limit is not None:
             self._add_clipped(limit)
-        self.ledger.end_micro_step()
-        self._current.now = None
+        if micro.ends:
+            self.ledger.end_micro_step()
+            self._current.now = None
 
     def _require_own_tokens(self) -> None:
         """Raises UserError: what is on a rank after a backward pass are not the gradients of that rank's tokens, of one micro-step."""
@@ -324,13 +356,13 @@ class Step:
         source = self._shards.trained_in[unit]
         return self._shards.stores[source].replicas(lambda: self._gradient_complete(source))
 
-    def _free_until_backward(self, unit: Unit, y_RD: Tensor) -> None:
+    def _free_until_backward(self, micro: MicroStep, unit: Unit, y_RD: Tensor) -> None:
         """With `rematerialize`, give the replicas' memory back now that the layer has computed."""
         if self._shards.config.rematerialize and y_RD.requires_grad:
             # Called before the backward of whatever has made y, and so before its saved views of the replicas are used.
             y_RD.register_hook(lambda _: self._gather_again(unit))
             self._shards.stores[unit].free()
-            self._awaiting_backward.append(unit)
+            micro.awaiting_backward.append(unit)
 
     def _gather_again(self, unit: Unit) -> None:
         """The backward pass has come to a layer whose replicas were freed; a checkpointed layer may have gathered them itself."""
@@ -339,26 +371,34 @@ class Step:
 
     def _prefetch_backward(self) -> None:
         count = self._shards.config.prefetch
-        if count:
+        if count and self._present is not None:
             # The units of a decoder layer come together, the last layers' first.
-            coming = list(dict.fromkeys(unit.layer for unit in reversed(self._awaiting_backward)))[:count]
-            self._gather(*(unit for unit in reversed(self._awaiting_backward) if unit.layer in coming))
+            awaiting = self._present.awaiting_backward
+            coming = list(dict.fromkeys(unit.layer for unit in reversed(awaiting)))[:count]
+            self._gather(*(unit for unit in reversed(awaiting) if unit.layer in coming))
 
     def _gradient_complete(self, unit: Unit) -> None:
         """The backward pass is through with a layer's experts, or with all that draw on a pool."""
         faults.at("backward")
         shards, in_last = self._shards, self.ledger.in_last_micro_step
         # A gradient that is to be clipped is complete when that of all layers is.
-        if self._clips or not (in_last or shards.plans.gathers_for_itself(unit)):
+        if self._clips or not (in_last or self._order is not None or shards.plans.gathers_for_itself(unit)):
             return
+        assert self._present is not None
         if shards.config.rematerialize:
             # The layer before needs its replicas sooner than the owners need gradients; of those one layer's are held at a time.
             shards.stores[unit].free()
-            self._awaiting_backward.remove(unit)
+            self._present.awaiting_backward.remove(unit)
             self._prefetch_backward()
             for store in shards.stores.values():
                 store.wait_for_reduction()
-        shards.stores[unit].reduce()
+        if self._order is None:
+            shards.stores[unit].reduce()
+        else:
+            self._sums[unit].add(self._present.position, shards.stores[unit].take_gradient(), last=in_last)
+            if not (in_last and self._present.ends):
+                return
+            shards.stores[unit].reduce_in_order(self._sums.pop(unit).sums, self._order)
         if in_last:
             # The reduction before has had a layer's backward pass to arrive in; the sum over the groups has the rest of the step. Waiting
             # for it frees the replicas' gradients, and what was sent and received of them: only the owners' sums are left.
@@ -381,6 +421,12 @@ class MicroStep:
     """False: a checkpointed layer runs again, and what it does has been counted"""
     stats: dict[Unit, RouterStats] = field(default_factory=dict)
     """what the routers of the layers that have run have done"""
+    position: int | None = None
+    """of its sequence in the micro-step, where gradients are summed in order; None: it has no sequence there, or no order matters"""
+    ends: bool = True
+    """its backward pass ends the micro-step"""
+    awaiting_backward: list[Unit] = field(default_factory=list)
+    """units whose replicas were freed after their forward pass, in its order"""
 
     @property
     def step(self) -> int:

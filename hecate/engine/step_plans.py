@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 
 from hecate.experts.family import ExpertFamily, OwnedChunks
-from hecate.parallel.cost_model import ExecutionMode, PlanChoice, PlanMode
+from hecate.parallel.cost_model import ExecutionMode, LayerCost, PlanChoice, PlanMode
 from hecate.parallel.layer_plan import LayerPlan, best_after_router, layer_plan, one_layer
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.loads import LoadHistory, imbalance
@@ -59,6 +59,8 @@ class EngineConfig:
     prefetch: int = 1
     """how many decoder layers early a layer's gather starts in the forward pass (1: at the start of its own decoder layer), and, with
     `rematerialize`, how many layers are gathered ahead in the backward pass"""
+    deterministic: bool = False
+    """what is computed may depend neither on ranks nor on placements: every rank has all experts, and no token leaves its rank"""
 
     def execution(self, plan: PlanMode, micro_steps: int = 1) -> ExecutionMode:
         """How a layer's plans are executed in a step of so many micro-steps."""
@@ -210,7 +212,7 @@ class StepPlans:
             knows_present = not common and all(unit in self._last_planned for unit in units)
             topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
             hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
-            cost, execution = family.cost(self.config.top_k, hiding), self.config.execution(mode(units[0]), self._micro_steps)
+            cost, execution = self._cost(family, hiding), self.config.execution(mode(units[0]), self._micro_steps)
             if knows_resident:
                 steps = expected_uses([self.residency[unit] for unit in units])
                 cost = replace(cost, frozen_lifetime=steps * (self._micro_steps if execution.per_micro_step else 1))
@@ -371,9 +373,13 @@ class StepPlans:
         """The layers, those of one shape and mode together."""
         alike: dict[tuple[int, object, PlanMode], list[Unit]] = {}
         for unit, family in self._families.items():
-            key = (family.num_experts, family.cost(self.config.top_k, self.config.non_moe_flops), mode(unit))
+            key = (family.num_experts, self._cost(family, self.config.non_moe_flops), mode(unit))
             alike.setdefault(key, []).append(unit)
         return list(alike.values())
+
+    def _cost(self, family: ExpertFamily, non_moe_flops: float) -> LayerCost:
+        cost = family.cost(self.config.top_k, non_moe_flops)
+        return replace(cost, undivided=True) if self.config.deterministic else cost
 
     def _served_here(self, unit: Unit, loads_EW: np.ndarray) -> np.ndarray:
         """float64 [ranks]: assignments that each rank of this group has computed of a step's loads."""

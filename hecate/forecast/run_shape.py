@@ -297,7 +297,7 @@ def unit_costs(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
             top_k=config.moe.experts_per_token,
             number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
             non_moe_flops=2.0 * weights * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
-            undivided=kind.over_linears and config.moe.router.mixes in UNDIVIDED_MIXES,
+            undivided=config.deterministic or (kind.over_linears and config.moe.router.mixes in UNDIVIDED_MIXES),
         )
         costs.append((inputs, cost, pairs.made))
     return costs

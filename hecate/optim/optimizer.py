@@ -136,7 +136,19 @@ class ExpertOptimizer:
         if self.parts:
             _sum_gradients(list(self.parts.parameters.values()), self.parts.groups.data)
 
-    def squares(self, *, counts_owned: bool = True) -> Tensor:
+    def take_replicated(self) -> Tensor:
+        """[numbers of all replicated parameters]: their gradients, one after another. They have none afterwards."""
+        parameters = list(self.replicated.values())
+        flat = _flat_gradients(parameters) if parameters else torch.empty(0, device=self._device)
+        for parameter in parameters:
+            parameter.grad = None
+        return flat
+
+    def give_replicated(self, flat: Tensor) -> None:
+        """Give the replicated parameters gradients, laid out as `take_replicated` returns them."""
+        _give_gradients(list(self.replicated.values()), flat)
+
+    def squares(self, *, counts_owned: bool = True, names: Sequence[str] = ()) -> Tensor:
         """float64 [2], on the device: the squares of this rank's gradients summed, of what only some ranks have and of what all have.
 
         The square of the global norm is the first of all ranks added up, and the second of one rank. With separate experts the first is
@@ -144,9 +156,13 @@ class ExpertOptimizer:
 
         Args:
             counts_owned: false in all sharding groups but one, which own the same.
+            names: of all experts of the job; given, the first is one number for each of these: float64 [names + 1].
         """
         self.gradients_complete = True
         owned = self.owned if counts_owned else {}
+        if names:
+            each = [_sum_of_squares({name: owned[name]} if name in owned else {}, self._device) for name in names]
+            return torch.stack([*each, _sum_of_squares(self.replicated, self._device)])
         if self.separate:
             parts = [{name: one for name, one in owned.items() if _number(name) == expert} for expert in range(self.separate)]
             return torch.stack([_sum_of_squares(part, self._device) for part in [*parts, self.replicated]])
@@ -154,6 +170,12 @@ class ExpertOptimizer:
         if self.parts and self.parts.groups.dp_rank == 0:
             total += _sum_of_squares(self.parts.parameters, self._device)
         return torch.stack([total, _sum_of_squares(self.replicated, self._device)])
+
+    def together(self, squares: Sequence[float], names: Sequence[str]) -> Sequence[float]:
+        """Of sums of squares by these names, those of separate experts, over all layers; else, and without names, what was given."""
+        if not self.separate or not names:
+            return squares
+        return [sum(one for name, one in zip(names, squares, strict=True) if _number(name) == expert) for expert in range(self.separate)]
 
     @property
     def alike(self) -> dict[str, Tensor]:
@@ -344,8 +366,16 @@ def _spec(parameter: Tensor) -> RowSpec:
 def _sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
     if not parameters:
         return
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    flat = _flat_gradients(parameters)
     dist.all_reduce(flat, group=group)
+    _give_gradients(parameters, flat)
+
+
+def _flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+
+
+def _give_gradients(parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
     for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = total.view_as(parameter)
 

@@ -10,29 +10,41 @@ the micro-steps of the aux loss. Each rank computes its share; gradients are sum
 Where each expert is an adapter of its own (`Router.separates`), it is trained by the mean over its own label tokens, so that the others'
 numbers do not matter to it; the loss that is reported is the mean over the experts that have label tokens. With `StepRules.privacy` it is
 trained by the mean over its samples of their own means (`hecate.train.privacy`).
+
+With `StepRules.order` a micro-batch is one sequence, which has a position in its micro-step. Gradients, losses and norms of positions,
+parameters and experts are kept apart until they are added in an order that depends on no rank (`hecate.parallel.summation`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hecate import faults
 from hecate.data.batches import Batch
 from hecate.elastic.backups import send_gradients
+from hecate.engine.engine import Engine
+from hecate.engine.protocol import TrainingPass
 from hecate.experts.forward_pass import PassTokens
 from hecate.experts.pass_routing import PassRouting
 from hecate.experts.pass_samples import PassSamples
 from hecate.experts.pass_users import users_of_packed
+from hecate.experts.router import RouterStats
 from hecate.model.causal_head import CausalHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.comm.device_tables import copy_to
+from hecate.parallel.comm.ordered_sums import sum_in_order
+from hecate.parallel.summation import PositionSums, SumOrder
+from hecate.parallel.units import Unit
 from hecate.ranks.peak_memory import peak_bytes
 from hecate.report.events import StepResult
 from hecate.train.privacy import Privacy, SampleShares, add_noise
@@ -54,6 +66,8 @@ class StepRules:
     """None: samples are not hidden; else each micro-batch is one sample at most"""
     replay: Literal["force", "check"] | None = None
     """what layers do with the routing that the batches' samples bring; None: nothing"""
+    order: SumOrder | None = None
+    """in which sums are made that must not depend on the ranks; None: by rank"""
 
 
 def pass_tokens(head: CausalHead, batch: Batch, samples: float | None = None, features_UF: Tensor | None = None) -> PassTokens:
@@ -123,6 +137,7 @@ def train_step(
     """Forward, backward, reduce, clip, step. Every rank must call it with as many micro-batches, whose rows may be all padding.
 
     Args:
+        micro_batches: one for each micro-step; with `StepRules.order` one sequence for each pass of each micro-step.
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
         num_samples: samples of the whole step, likewise; None: no loss of the model is a mean over samples.
         labels_of_source: label tokens of the whole step by source; needed where each expert has a mean loss of its own.
@@ -132,51 +147,48 @@ def train_step(
         requests: returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once.
         clock: times the parts plan, forward, backward, gradients and waiting of this step; None: nobody asks.
     """
-    group, engine, device = moe.engine.shards.groups.world, moe.engine, micro_batches[0].input_ids.device
+    group, engine, device, order = moe.engine.shards.groups.world, moe.engine, micro_batches[0].input_ids.device, rules.order
     sent, sent_far = engine.shards.bytes_sent, engine.shards.bytes_between_nodes
     clock = clock or StepClock(device)
     clock.begin()
     faults.at("step", step)
-    this_step = engine.begin_step(step, len(micro_batches))
-    clock.ended("plan")
-    checks = rules.replay == "check"
-    losses = torch.zeros(2 + checks, dtype=torch.float64, device=device)  # the last one counts assignments that differ
-    mean = _means_of_sources(moe, labels_of_source, losses.device) or LossMean(max(num_labels, 1), max(num_labels, 1))
-    each = None if num_samples is None else num_samples / len(micro_batches)
-    shares = None if rules.privacy is None else SampleShares.of(rules.privacy, samples_of_source, device)
-    for batch in micro_batches:
-        faults.at("forward")
-        tokens = pass_tokens(head, batch, each, features_UF)
-        if rules.replay is not None:
-            tokens = with_routing(tokens, moe, batch, forced=rules.replay == "force")
-        micro = this_step.begin_micro_step(tokens)
-        loss_sum = forward_loss(head, batch, mean.weight_of_source if shares is None else shares.weight_of_source(batch))
-        faults.at("loss", loss_sum)
-        share = loss_sum / mean.trained
-        aux = moe.balance_loss(micro.stats, group)
-        if aux is not None:
-            losses[1] += aux.detach() / len(micro_batches)
-            share = share + aux * (rules.aux_coef / len(micro_batches))
-        losses[0] += loss_sum.detach() / mean.reported
-        if checks:
-            losses[2] += torch.stack([stats.differing for stats in micro.stats.values() if stats.differing is not None]).sum()
-        clock.ended("forward")
-        micro.backward(share, limit=None if shares is None else shares.limit(batch))
-        clock.ended("backward")
-    loads = this_step.finish()
+    micro_steps = len(micro_batches) // (1 if order is None else order.passes)
+    work = _StepWork(
+        moe,
+        head,
+        rules,
+        clock,
+        micro_steps,
+        _means_of_sources(moe, labels_of_source, device) or LossMean(max(num_labels, 1), max(num_labels, 1)),
+        None if rules.privacy is None else SampleShares.of(rules.privacy, samples_of_source, device),
+        None if num_samples is None else num_samples / micro_steps,
+        features_UF,
+        torch.zeros(2 + (rules.replay == "check"), 1 if order is None else order.size, dtype=torch.float64, device=device),
+    )
+    replicated: PositionSums[Tensor] | None = None
+    if order is None:
+        loads = _run(work, step, micro_batches)
+    else:
+        replicated = PositionSums(order.size)
+        loads = _run_in_order(work, step, micro_batches, order, optimizer, replicated)
     if rules.privacy is not None:
         add_noise(engine.shards, rules.privacy, samples_of_source, step)
     faults.at("reduce")
     on_its_way = send_gradients(engine, optimizer, loads) if rules.redundancy else None
-    optimizer.reduce_replicated(group)
+    if order is None or replicated is None:
+        optimizer.reduce_replicated(group)
+    else:
+        optimizer.give_replicated(sum_in_order(replicated.sums, order, optimizer.take_replicated(), group))
     if on_its_way:
         on_its_way.wait()
     faults.at("gradients", optimizer)
-    squares = optimizer.squares(counts_owned=engine.shards.in_first_group)
+    names = () if order is None else engine.shards.expert_names
+    squares = optimizer.squares(counts_owned=engine.shards.in_first_group, names=names)
     clock.ended("gradients")
     figures = (engine.shards.bytes_between_nodes - sent_far, peak_bytes(device))
+    sent = engine.shards.bytes_sent - sent
     faults.at("norm")
-    totals = exchange_totals(losses, squares, engine.shards.bytes_sent - sent, requests(), group, figures)
+    totals = exchange_totals(work.losses, squares, sent, requests(), group, figures, partial(optimizer.together, names=names))
     clock.host_waited("waiting")
     faults.at("optimizer")
     # Gradients can be finite where the loss is not: such a step is skipped, too.
@@ -193,8 +205,101 @@ def train_step(
         totals.asked,
         bytes_between_nodes=sum(int(far) for far, _ in totals.figures),
         peak_bytes=tuple(int(peak) for _, peak in totals.figures),
-        differing=int(totals.more[0]) if checks else None,
+        differing=int(totals.more[0]) if totals.more else None,
     )
+
+
+@dataclass(frozen=True)
+class _StepWork:
+    """What all micro-steps of a step are computed with, and the losses that they add up."""
+
+    moe: MoeModel
+    head: CausalHead
+    rules: StepRules
+    clock: StepClock
+    micro_steps: int
+    mean: LossMean
+    shares: SampleShares | None
+    samples: float | None
+    """see `pass_tokens`"""
+    features_UF: Tensor | None
+    losses: Tensor
+    """float64 [2 or 3, positions]: the loss, the aux loss and, if that is checked, the number of assignments that differ; without
+    `StepRules.order` there is one position"""
+
+    def tokens(self, batch: Batch) -> PassTokens:
+        faults.at("forward")
+        tokens = pass_tokens(self.head, batch, self.samples, self.features_UF)
+        return tokens if self.rules.replay is None else with_routing(tokens, self.moe, batch, forced=self.rules.replay == "force")
+
+    def forward(self, batch: Batch) -> Tensor:
+        """See `forward_loss`."""
+        loss_sum = forward_loss(
+            self.head, batch, self.mean.weight_of_source if self.shares is None else self.shares.weight_of_source(batch)
+        )
+        faults.at("loss", loss_sum)
+        return loss_sum
+
+    def share(self, loss_sum: Tensor, stats: Mapping[Unit, RouterStats], position: int = 0) -> Tensor:
+        """A pass's share of the loss that is trained for, aux loss included, and note it. Every rank must call it."""
+        share, losses = loss_sum / self.mean.trained, self.losses[:, position]
+        aux = self.moe.balance_loss(stats, self.moe.engine.shards.groups.world)
+        if aux is not None:
+            losses[1] += aux.detach() / self.micro_steps
+            share = share + aux * (self.rules.aux_coef / self.micro_steps)
+        losses[0] += loss_sum.detach() / self.mean.reported
+        if self.rules.replay == "check":
+            losses[2] += torch.stack([one.differing for one in stats.values() if one.differing is not None]).sum()
+        self.clock.ended("forward")
+        return share
+
+    def backward(self, micro: TrainingPass, batch: Batch, share: Tensor) -> None:
+        micro.backward(share, limit=None if self.shares is None else self.shares.limit(batch))
+        self.clock.ended("backward")
+
+
+def _run(work: _StepWork, step: int, micro_batches: Sequence[Batch]) -> dict[Unit, np.ndarray]:
+    """All passes of a step; its loads."""
+    this_step = work.moe.engine.begin_step(step, work.micro_steps)
+    work.clock.ended("plan")
+    for batch in micro_batches:
+        micro = this_step.begin_micro_step(work.tokens(batch))
+        work.backward(micro, batch, work.share(work.forward(batch), micro.stats))
+    return this_step.finish()
+
+
+def _run_in_order(
+    work: _StepWork, step: int, sequences: Sequence[Batch], order: SumOrder, optimizer: ExpertOptimizer, replicated: PositionSums[Tensor]
+) -> dict[Unit, np.ndarray]:
+    """As `_run`, with a pass for each sequence.
+
+    Args:
+        replicated: gets the gradients of the replicated parameters, which have none afterwards.
+    """
+    engine = work.moe.engine
+    assert isinstance(engine, Engine), "only hecate's own engine sums in an order"
+    this_step = engine.begin_step(step, work.micro_steps, order)
+    positions = order.ranges[dist.get_rank(engine.shards.groups.world)]
+    work.clock.ended("plan")
+    for first in range(0, len(sequences), order.passes):
+        batches = sequences[first : first + order.passes]
+        passes = this_step.begin_passes([work.tokens(batch) for batch in batches], positions)
+        sums = []
+        for one, batch in zip(passes, batches, strict=True):
+            with engine.current.set_to(one):
+                sums.append(work.forward(batch))
+        # The share of tokens in the aux loss is that of the whole micro-step. All ranks exchange it before the first backward pass, so that
+        # none waits for another between two of them.
+        counts = {unit: torch.stack([one.stats[unit].count_KE for one in passes]).sum(0) for unit in passes[0].stats}
+        shares = []
+        for one, loss_sum in zip(passes, sums, strict=True):
+            stats = {unit: replace(of_unit, count_KE=counts[unit]) for unit, of_unit in one.stats.items()}
+            shares.append(work.share(loss_sum, stats, one.position or 0))
+        last = first + order.passes == len(sequences)
+        for one, batch, share in zip(passes, batches, shares, strict=True):
+            work.backward(one, batch, share)
+            replicated.add(one.position, optimizer.take_replicated(), last=last)
+    return this_step.finish()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Every rank adds up the shares in the order of the ranks, on the host. So all ran
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,26 +42,31 @@ def exchange_totals(
     asked: Sequence[bool],
     group: dist.ProcessGroup,
     figures: Sequence[float] = (),
+    together: Callable[[Sequence[float]], Sequence[float]] = lambda squares: squares,
 ) -> Totals:
     """Add up the ranks' shares. Every rank must call it. On a GPU the host waits once, for all that the step has computed.
 
     Args:
-        losses: float64 [2 or more]: this rank's shares of the loss and of the aux loss, and of whatever else is to be added up.
+        losses: float64 [2 or more]: this rank's shares of the loss and of the aux loss, and of whatever else is to be added up. Or
+            [2 or more, positions]: those of positions that one rank has each, zeros elsewhere, so that the ranks' order does not matter.
         squares: float64 of `ExpertOptimizer.squares`.
         bytes_sent: by this rank.
         asked: this rank's requests, equally many on every rank.
         group: of all ranks.
         figures: numbers of this rank that all ranks are to know, equally many on every rank.
+        together: makes of the sums of squares, without that of what all ranks have, those whose roots are `Totals.grad_norms`.
     """
     device = losses.device
-    own = torch.cat([losses, squares, copy_to(torch.tensor([bytes_sent, *asked, *figures], dtype=torch.float64), device)])
+    own = torch.cat([losses.flatten(), squares, copy_to(torch.tensor([bytes_sent, *asked, *figures], dtype=torch.float64), device)])
     table_RF = own.new_empty((dist.get_world_size(group), len(own)))
     dist.all_gather(list(table_RF), own, group=group)
     rows = read(table_RF, group).tolist()
-    end = len(losses) + len(squares) - 1  # of what is added up; after it comes what all ranks have, once
+    end = losses.numel() + len(squares) - 1  # of what is added up; after it comes what all ranks have, once
     sums = [sum(column) for column in zip(*([*row[:end], *row[end + 1 :]] for row in rows), strict=True)]
-    (loss, aux_loss, *more), sharded, (sent, *requests) = sums[: len(losses)], sums[len(losses) : end], sums[end : end + 1 + len(asked)]
+    each, sharded, (sent, *requests) = sums[: losses.numel()], sums[losses.numel() : end], sums[end : end + 1 + len(asked)]
+    positions = losses.numel() // len(losses)
+    loss, aux_loss, *more = (sum(each[start : start + positions]) for start in range(0, len(each), positions))
     grad_norm = math.sqrt(sum(sharded) + rows[0][end])
     known = tuple(tuple(row[len(row) - len(figures) :]) for row in rows)
-    norms, any_asked = tuple(map(math.sqrt, sharded)), tuple(count > 0 for count in requests)
+    norms, any_asked = tuple(map(math.sqrt, together(sharded))), tuple(count > 0 for count in requests)
     return Totals(loss, aux_loss, grad_norm, norms, int(sent), any_asked, known, tuple(more))

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hecate import faults
 from hecate.checkpoint import remove_stale_staging
@@ -29,6 +30,7 @@ from hecate.parallel import jit
 from hecate.parallel.placement import Placement, new_copies
 from hecate.parallel.sequence_shares import dense_seconds, sequences_by_speed, slowest_of_each
 from hecate.parallel.static_ep import static_ep_imbalance
+from hecate.parallel.summation import SumOrder
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
@@ -66,6 +68,9 @@ class Training:
         built = replace(config, resume=False, fssdp=replace(config.fssdp, reshard_interval=None)) if joins else config
         parts = build_parts(built, ranks, topology)
         self.parts = replace(parts, config=replace(parts.config, resume=config.resume, fssdp=config.fssdp))
+        if config.deterministic:
+            require_cpu(ranks.device)
+            torch.set_num_threads(1)  # how sums are cut depends on the number of threads
         self.ranks = ranks
         self._clock = StepClock(ranks.device)
         self._placed: dict[Unit, Placement] = {}
@@ -119,14 +124,14 @@ class Training:
         of that.
 
         A micro-step has `micro_batch_size` sequences for each rank that there was when the run began, however many ranks there are now.
-        With `privacy.clip` each of a rank's sequences, which is a sample, is a micro-batch of its own.
+        With `privacy.clip` each of a rank's sequences, which is a sample, is a micro-batch of its own; with `deterministic`, too.
         """
         config, ranks = self.parts.config, self.ranks
         size = len(sequences) // config.gradient_accumulation_steps
         own = sequence_ranges(size, self.shares)[ranks.dp_rank]
         pad_id = self.parts.base.tokenizer.pad_token_id or 0
         shares = [sequences[start + own.start : start + own.stop] or [empty_sequence()] for start in range(0, len(sequences), size)]
-        if config.privacy.clip is not None:
+        if config.privacy.clip is not None or config.deterministic:
             most = max(len(every) for every in sequence_ranges(size, self.shares))  # all ranks run as many micro-steps
             alone = [share + [empty_sequence()] * (most - len(share)) for share in shares]
             shares = [[sequence] for share in alone for sequence in share]
@@ -164,6 +169,7 @@ class Training:
                 redundancy=config.fssdp.redundancy,
                 privacy=privacy_of(config),
                 replay=config.moe.replay,
+                order=self._sum_order(),
             ),
             requests=requests,
             clock=self._clock,
@@ -189,6 +195,13 @@ class Training:
             new_copies=new,
             parts=parts_seconds,
         )
+
+    def _sum_order(self) -> SumOrder | None:
+        config = self.parts.config
+        if not config.deterministic:
+            return None
+        size = self.parts.stream.sequences_per_step // config.gradient_accumulation_steps
+        return SumOrder(tuple(sequence_ranges(size, self.shares)))
 
     def _count_copies(self, units: Collection[Unit]) -> tuple[int, int]:
         """How many replicas of these units' experts are on other ranks than their owners', and how many of them the step before lacked."""
@@ -324,6 +337,15 @@ class Training:
     def _copy_backups(self) -> None:
         if self.parts.config.fssdp.redundancy:
             copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer)
+
+
+def require_cpu(device: torch.device) -> None:
+    """Raises UserError: the device is none on which equal inputs of equal shapes always give equal bits."""
+    if device.type != "cpu":
+        raise UserError(
+            "deterministic: holds on CPUs only; on a GPU the backward pass of attention adds up in an order that differs from run to run\n"
+            "  leave deterministic out, or train on CPUs: set CUDA_VISIBLE_DEVICES to nothing"
+        )
 
 
 def data_in_words(stream: Stream, steps: int) -> str:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from hecate.parallel.comm.collectives import Handle, sparse_all_gather, sparse_all_gather_many, sparse_reduce_scatter
 from hecate.parallel.comm.device_tables import to_device
+from hecate.parallel.comm.ordered_sums import gather_in_order, reduce_in_order
 from hecate.parallel.layout import ChunkSize
+from hecate.parallel.summation import SumOrder, TreeSum
 from hecate.parallel.transfer_plan import PlacementChange, TransferPlan, fused_gathers
 
 
@@ -28,6 +30,8 @@ class ExpertStore:
 
     Other sharding groups may have the same experts (`hecate.parallel.mesh`). Then, after a step's last `reduce`, `sum_over_groups` starts
     adding what the other groups' owners have, so that `reduced` returns the same bits in all of them.
+
+    Where sums must not depend on ranks, `reduce_in_order` takes the place of `reduce`, once a step.
     """
 
     def __init__(
@@ -73,6 +77,12 @@ class ExpertStore:
         """sum of the gradients of earlier iterations"""
         self._summing: dist.Work | None = None
         """of those, over the sharding groups"""
+        self._in_order: Handle[TreeSum[Tensor]] | None = None
+        """takes the place of `_reducing`"""
+        self._gathering_sums: Handle[Tensor] | None = None
+        """takes the place of `_summing`"""
+        self._order: SumOrder | None = None
+        """of those two"""
 
     @property
     def bytes_sent(self) -> int:
@@ -107,7 +117,7 @@ class ExpertStore:
 
     @property
     def reduce_started(self) -> bool:
-        return self._reducing is not None or self._sum_nC is not None
+        return self._reducing is not None or self._order is not None or self._sum_nC is not None
 
     def change_owners(self, owner_E: list[int], chunks: Mapping[int, Tensor]) -> None:
         """Own other experts from now on, between two iterations, with parameters that are new.
@@ -198,6 +208,28 @@ class ExpertStore:
         self.bytes_to += self._reducing.bytes_to
         self.drop()
 
+    def reduce_in_order(self, sums: TreeSum[Tensor], order: SumOrder) -> None:
+        """Start summing gradients of experts that are all replicated everywhere onto the owners, as `order` says, and drop the replicas.
+
+        Args:
+            sums: those of this rank's positions, [experts, C] each; they must not change before `reduced` returns.
+        """
+        assert self._plan is not None
+        assert self._plan.chunks.num_slots == len(self._plan.placement.owner_E), "an expert is missing"
+        rank, world, first = dist.get_rank(self._group), dist.get_world_size(self._group), self._first_of_group()
+        rows_of: list[list[int]] = [[] for _ in range(world)]
+        for expert, owner in enumerate(self._plan.placement.owner_E.tolist()):
+            rows_of[owner].append(expert)
+        assert rows_of[rank] == self.experts, (rows_of[rank], self.experts)
+        blocks_of = [order.blocks([first + peer]) for peer in range(world)]
+        self._order, self._in_order = order, reduce_in_order(sums, rows_of, blocks_of, order.size, self._owned_nC, self._group)
+        self.bytes_to += self._in_order.bytes_to
+        self.drop()
+
+    def _first_of_group(self) -> int:
+        """The number in the job of the sharding group's first rank."""
+        return 0 if self._replicate_group is None else dist.get_rank(self._replicate_group) * dist.get_world_size(self._group)
+
     def add_gradients(self, grad_nC: Tensor) -> None:
         """Add gradients of the owned experts, by expert ascending, that were summed elsewhere: no replicas were gathered. Kept."""
         self.wait_for_reduction()
@@ -215,17 +247,37 @@ class ExpertStore:
 
         Every rank of the replicate group must call it for all layers in the same order, once the step's last `reduce` was called.
         """
+        if self._in_order is not None:
+            self._sum_groups_in_order()
         self.wait_for_reduction()
-        if self._replicate_group is None or self._summing is not None or not self.experts:
+        if self._replicate_group is None or self._summing is not None or self._order is not None or not self.experts:
             return
         assert self._sum_nC is not None, "sum_over_groups() before reduce()"
         self._summing = dist.all_reduce(self._sum_nC, group=self._replicate_group, async_op=True)
         groups = dist.get_world_size(self._replicate_group)
         self.ring_bytes += 2 * (groups - 1) * self._sum_nC.numel() * self._sum_nC.element_size() // groups  # in a ring
 
+    def _sum_groups_in_order(self) -> None:
+        """Wait for the sums of this sharding group's positions, and start exchanging them with those of the other groups."""
+        assert self._in_order is not None
+        assert self._order is not None
+        sums, self._in_order = self._in_order.wait(), None
+        if self._replicate_group is None:
+            self._sum_nC = sums.total
+        elif self.experts:
+            size, groups = dist.get_world_size(self._group), dist.get_world_size(self._replicate_group)
+            blocks_of = [self._order.blocks(range(group * size, (group + 1) * size)) for group in range(groups)]
+            self._gathering_sums = gather_in_order(sums, blocks_of, self._order.size, self._owned_nC, self._replicate_group)
+            self.ring_bytes += sum(self._gathering_sums.bytes_to)
+        else:
+            self._sum_nC = self._owned_nC
+
     def reduced(self) -> Tensor:
         """[owned experts, C]: the summed gradients, by expert ascending."""
         self.sum_over_groups()
+        if self._gathering_sums is not None:
+            self._sum_nC, self._gathering_sums = self._gathering_sums.wait(), None
+        self._order = None
         if self._summing is not None:
             self._summing.wait()
             self._summing = None

@@ -146,6 +146,16 @@ def test_a_save_under_way_is_given_up_with_the_rank_and_the_next_one_is_whole(wo
 
 
 @pytest.mark.slow
+def test_survivors_end_with_the_same_bits_where_sums_have_an_order(workshop: str) -> None:
+    ordered = ("fssdp.redundancy=1", "deterministic=true")
+    whole = run_ranks(4, uninterrupted, workshop, "whole-ordered", *ordered)[0]
+    phases = [phase for phase in PHASES if phase != "gradients"]  # there is no such all-reduce
+    for done, restarted, losses in run_ranks(4, shrinking, workshop, "shrunk-ordered", phases, ordered)[0]:
+        assert done == restarted == DEATH_STEP
+        assert [losses[step] for step in sorted(losses)] == whole
+
+
+@pytest.mark.slow
 def test_without_copies_they_go_back_to_the_checkpoint(workshop: str, whole: Losses) -> None:
     done, restarted, losses = run_ranks(4, shrinking, workshop, "back", ["backward"], ("fssdp.redundancy=0",))[0][0]
     assert (done, restarted) == (DEATH_STEP + 1, DEATH_STEP)

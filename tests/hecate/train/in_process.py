@@ -28,10 +28,15 @@ def ranks_of_default_group(rank: int, world: int, shard_size: int | None = None)
 Losses = list[tuple[float, float, float]]
 
 
+def settings_of(workshop: str, name: str, overrides: tuple[str, ...]) -> tuple[str, ...]:
+    """The settings of a run, of which `overrides` outweigh `OVERRIDES`."""
+    named = dict(override.split("=", 1) for override in (*OVERRIDES, *overrides))
+    return *(f"{key}={value}".format(workshop=workshop) for key, value in named.items()), f"output_dir={workshop}/runs/{name}"
+
+
 def train_until(rank: int, world: int, workshop: str, name: str, until: int, overrides: tuple[str, ...]) -> Losses:
     """Begin or continue a run and save at `until`; (loss, aux loss, gradient norm) of the steps done."""
-    given = (*OVERRIDES, *(override.format(workshop=workshop) for override in overrides), f"output_dir={workshop}/runs/{name}")
-    config = load_config(f"{workshop}/config.yaml", given, claim_output=False)
+    config = load_config(f"{workshop}/config.yaml", settings_of(workshop, name, overrides), claim_output=False)
     run = Training(config, ranks_of_default_group(rank, world, config.fssdp.shard_size))
     steps = []
     while run.standing.step < until:

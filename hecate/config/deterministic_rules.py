@@ -1,0 +1,35 @@
+"""Check what goes together with `deterministic`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from hecate.config.problems import Add
+from hecate.config.schema import LEAVES
+
+_REFUSED: tuple[tuple[str, str, str], ...] = (
+    ("model.front_end", "builds layers whose gradients are summed by rank", "use model.front_end=transformers"),
+    (
+        "privacy.clip",
+        "clips the gradient of each sample before it is added, for which there is no such order yet",
+        "leave one of the two out",
+    ),
+    ("rounds.clients", "is of runs that follow each other, which nothing has held to the same bits yet", "leave deterministic out"),
+    (
+        "fssdp.plan",
+        "has nothing to decide, because every rank has all experts",
+        "leave it out; moe.replay=force replays a routing without it",
+    ),
+    ("fssdp.memory_slots", "says how many experts a rank may have, but every rank has all of them", "leave it out"),
+)
+"""key, why another value than the default does not go together with it, and what to do"""
+
+
+def check_deterministic(values: Mapping[str, Any], add: Add) -> None:
+    """Add every problem of `deterministic`, given the typed values of all dotted keys. Absent keys have a problem already."""
+    if not values.get("deterministic"):
+        return
+    for key, why, hint in _REFUSED:
+        if key in values and values[key] != LEAVES[key].default:
+            add(key, f"does not go together with deterministic: it {why}", hint)
+    if values.get("kernels") == "triton":
+        add("kernels", "triton does not go together with deterministic, which holds on CPUs only", "leave one of the two out")
