@@ -23,7 +23,7 @@ from hecate.drill.outcome import Scope
 from hecate.drill.program import name_of
 from hecate.ranks.launcher_files import STORE_VARIABLE
 
-DETERMINISTIC: tuple[str, ...] = ()
+DETERMINISTIC: tuple[str, ...] = ("deterministic=true",)
 """the setting with which a run has the same bits at every number of ranks"""
 TOLERANCE = 0.0 if DETERMINISTIC else 1e-10
 """by how much results at other numbers of ranks may differ"""
