@@ -111,7 +111,7 @@ class Reports:
                 event.imbalance,
                 event.static_imbalance,
                 event.seconds,
-                result.skipped,
+                result.why_skipped,
             )
         )
 

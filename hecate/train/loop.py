@@ -184,6 +184,8 @@ def _train_one(training: Training, outside: _Outside, measured: _Measured) -> tu
     with outside.profile.step():
         event = training.train_one(lambda: _requests(training, outside))
     outside.reports.step(event)
+    if event.result.skipped:
+        outside.reports.event(event.step, f"step {event.step} was skipped: {event.result.why_skipped}")
     outside.note(outside.profile.merge())
     if outside.observer:
         outside.observer.stepped(event)

@@ -24,6 +24,7 @@ from hecate.elastic.move_experts import reshard_if_it_pays
 from hecate.elastic.rebuild import Group, can_catch_up, catch_up, exchange_standings, go_back, redeal
 from hecate.errors import UserError
 from hecate.optim.from_config import learning_rate
+from hecate.optim.norm_limit import norm_limit
 from hecate.parallel import jit
 from hecate.parallel.placement import Placement, new_copies
 from hecate.parallel.sequence_shares import dense_seconds, sequences_by_speed, slowest_of_each
@@ -164,11 +165,12 @@ class Training:
                 privacy=privacy_of(config),
                 replay=config.moe.replay,
             ),
+            norm_limit=norm_limit(self.standing.grad_norms, config.skip_step_sigma_factor),
             requests=requests,
             clock=self._clock,
         )
         parts_seconds = self._clock.seconds()  # the host has just waited for the device
-        self.state = self.standing.after_step(parts.trained, tokens=tokens, skipped=result.skipped)
+        self.state = self.standing.after_step(parts.trained, tokens=tokens, skipped=result.skipped, grad_norm=result.grad_norm)
         _refuse_endless_skipping(self.state)
         # Waiting for the planner's machine code happens once a machine and is none of the training's speed.
         seconds = time.monotonic() - started - (jit.waited_seconds() - waited)
@@ -263,7 +265,7 @@ class Training:
         dealt = None
         if can_catch_up(standings):
             if self.state is not None:
-                self.state = catch_up(parts, self.state, standings, config.max_grad_norm)
+                self.state = catch_up(parts, self.state, standings, config)
                 _refuse_endless_skipping(self.state)
             dealt = redeal(parts, self.state, standings, group)
         if dealt is not None:
