@@ -186,6 +186,9 @@ def _train_one(training: Training, outside: _Outside, measured: _Measured) -> tu
     outside.reports.step(event)
     if event.result.skipped:
         outside.reports.event(event.step, f"step {event.step} was skipped: {event.result.why_skipped}")
+        if training.skipped_too_often:
+            _end_save(training, outside)
+            raise training.too_many_skipped(event.result)
     outside.note(outside.profile.merge())
     if outside.observer:
         outside.observer.stepped(event)
