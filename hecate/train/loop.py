@@ -7,11 +7,13 @@ Each phase happens on all ranks alike. When a rank is lost, the others regroup a
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -118,7 +120,7 @@ def train(
             reports.event(training.standing.step, warning)
         for note in training.notes:
             reports.note(note)
-        link = ObserverLink(observer, training.parts.moe, ranks.device) if observer else None
+        link = ObserverLink(observer, training.parts.moe, ranks.device, partial(_say, training, reports)) if observer else None
         profile = StepProfile(Path(config.output_dir), training.ranks, wanted=config.profile and not joins)
         outside = _Outside(reports, membership, link, stopping, profile)
         _tell_beginning(training, outside)
@@ -306,6 +308,14 @@ def _tell_beginning(training: Training, outside: _Outside) -> None:
     if outside.observer:
         engine, config = training.parts.moe.engine, training.parts.config
         outside.observer.begins(step=training.standing.step, max_steps=config.max_steps, shares=training.shares, engine=engine)
+
+
+def _say(training: Training, reports: Reports, text: str) -> None:
+    """Record and show an event of this rank alone."""
+    if training.ranks.is_first:
+        reports.event(training.standing.step, text)
+    else:
+        print(f"hecate: rank {training.ranks.rank}: {text}", file=sys.stderr, flush=True)
 
 
 class _Stopping:
