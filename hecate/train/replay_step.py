@@ -40,8 +40,8 @@ class Replayed:
         for label, key in (("loss", "loss"), ("aux loss", "aux_loss"), ("gradient norm", "grad_norm")):
             before = self.then[key]
             rows.append((label, "not finite" if before is None else f"{before:.6g}", f"{getattr(self.now, key):.6g}"))
-        limit = self.then["norm_limit"]
-        rows.append(("limit of the norm", "none" if limit is None else f"{limit:.6g}", f"{self.now.norm_limit:.6g}"))
+        if self.then["norm_limit"] is not None:
+            rows.append(("limit of the norm", f"{self.then['norm_limit']:.6g}", f"{self.now.norm_limit:.6g}"))
         return "\n".join(
             [
                 f"step {self.then['step']}, skipped on {self.then['ranks']} ranks: {self.then['why']}",
