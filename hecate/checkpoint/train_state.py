@@ -6,6 +6,7 @@ under way receives the same `TrainState` from another rank (`hecate.elastic.rebu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from hecate.config.effective import other_configuration
 from hecate.data.separate_streams import Stream
 from hecate.engine.protocol import ExpertEngine
 from hecate.errors import UserError
+from hecate.optim.norm_limit import with_norm
 from hecate.optim.optimizer import ExpertOptimizer, owned_parameters
 from hecate.parallel.loads import LoadHistory
 from hecate.parallel.units import Unit, parse_unit
@@ -56,28 +58,33 @@ class TrainState:
     tokens: int
     """tokens trained so far, padding not counted"""
     skipped: int
-    """steps so far whose gradients were not finite"""
+    """steps so far that changed nothing: gradients were not finite, or their norm a spike"""
     skipped_in_a_row: int
     stream: Mapping[str, Any]
     """position in the data: `Stream.state_dict`"""
     sequences_per_step: int
     history: list[dict[Unit, np.ndarray]]
     """loads of the last steps: `LoadHistory.snapshot`"""
+    grad_norms: tuple[float, ...] = ()
+    """the last finite gradient norms, oldest first (`hecate.optim.norm_limit`)"""
 
     @staticmethod
     def at_start(parts: TrainedParts) -> TrainState:
         """The state of a run that begins."""
-        counts = dict.fromkeys(("step", "completed", "tokens", "skipped", "skipped_in_a_row"), 0)
-        return TrainState(**counts, stream={}, sequences_per_step=0, history=[]).with_positions_of(parts)
+        nothing = TrainState(
+            step=0, completed=0, tokens=0, skipped=0, skipped_in_a_row=0, stream={}, sequences_per_step=0, history=[], grad_norms=()
+        )
+        return nothing.with_positions_of(parts)
 
-    def after_step(self, parts: TrainedParts, *, tokens: int, skipped: bool) -> TrainState:
-        """The state when one more step is done, of so many tokens."""
+    def after_step(self, parts: TrainedParts, *, tokens: int, skipped: bool, grad_norm: float = math.nan) -> TrainState:
+        """The state when one more step is done, of so many tokens and with this gradient norm; one that is not finite is not kept."""
         counted = replace(
             self,
             step=self.step + 1,
             tokens=self.tokens + tokens,
             skipped=self.skipped + skipped,
             skipped_in_a_row=self.skipped_in_a_row + 1 if skipped else 0,
+            grad_norms=with_norm(self.grad_norms, grad_norm),
         )
         return counted.with_positions_of(parts)
 
@@ -109,11 +116,12 @@ class TrainState:
             "rows_per_step": self.sequences_per_step,
             "stream": dict(self.stream),
             "history": history.state_dict(),
+            "grad_norms": list(self.grad_norms),
         }
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> TrainState:
-        """The state that `to_json` gave. Checkpoints of early versions do not count skipped steps."""
+        """The state that `to_json` gave. Checkpoints of early versions have neither counts of skipped steps nor gradient norms."""
         history = LoadHistory(max(1, len(value["history"])))
         history.load_state_dict(value["history"])
         return TrainState(
@@ -125,6 +133,7 @@ class TrainState:
             stream=value["stream"],
             sequences_per_step=int(value["rows_per_step"]),
             history=history.snapshot(),
+            grad_norms=tuple(map(float, value.get("grad_norms", ()))),
         )
 
 

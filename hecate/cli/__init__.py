@@ -29,6 +29,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "train": jobs.train,
         "sweep": sweeps.sweep,
         "federate": sweeps.federate,
+        "replay-step": jobs.replay_step,
         "launch": jobs.launch,
         "ray": jobs.ray,
         "submit": jobs.submit,

@@ -66,6 +66,17 @@ def check_local(config: Config, check_data: Callable[[Config], None]) -> int:
     return count
 
 
+def replay_step(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="skipped-step-N in output_dir of a run that has stopped")],
+) -> None:
+    """Do a step that was skipped again, in one process, and show its loss, its gradient norm, and where numbers stop to be finite."""
+    from hecate.ranks.ranks import join_ranks
+    from hecate.train.replay_step import replay_step as replay
+
+    with join_ranks() as ranks:
+        print(replay(folder, ranks).in_words())
+
+
 def launch(
     config: ConfigFile,
     overrides: Overrides = None,

@@ -54,6 +54,9 @@ def _check_given(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add
     if values.get("moe.router_aux_loss_coef"):
         what = f"must be 0 with {given}, where nothing can balance the loads, got {values['moe.router_aux_loss_coef']}"
         add("moe.router_aux_loss_coef", what, "set moe.router_aux_loss_coef=0")
+    if values.get("skip_step_sigma_factor") is not None:
+        what = f"must be null with {given}, where no adapter depends on another's gradients, got {values['skip_step_sigma_factor']}"
+        add("skip_step_sigma_factor", what, "leave it out")
     if "moe.top_k" in values and values["moe.top_k"] != 1:
         add("moe.top_k", f"must be 1 with {given}: a sample has one source, got {values['moe.top_k'] or DEFAULT_TOP_K}", "set moe.top_k=1")
     sources = values.get("data.train")

@@ -620,6 +620,12 @@ class Config:
     """The constant that AdamW adds to the root of the mean squared gradient before dividing by it."""
     max_grad_norm: float | None = field(default=1.0, metadata=key(POSITIVE))
     """The limit to which the global norm of all gradients is clipped. null: no clipping."""
+    skip_step_sigma_factor: float | None = field(default=None, metadata=key(POSITIVE))
+    """Skip a step whose gradient norm is a spike: above median + skip_step_sigma_factor * 1.4826 * MAD (the median absolute deviation) of
+    the last 128 finite norms, once there are 32. 6 is a usual value. null: only steps whose loss or gradient is not finite are skipped.
+    Must be null with moe.router.input given. See docs/training.md."""
+    max_skipped_steps: int = field(default=10, metadata=key(COUNT, computes=False))
+    """How many steps in a row may be skipped. Then the run stops, and leaves the last of them in output_dir for hecate replay-step."""
     logging_steps: int = field(default=1, metadata=key(COUNT, computes=False))
     """The number of steps between two records of metrics."""
     eval_steps: int | None = field(default=None, metadata=key(COUNT, computes=False))

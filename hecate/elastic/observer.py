@@ -5,10 +5,10 @@ Training calls its `Observer` between steps, on every rank, and never waits for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from hecate.model.moe_model import MoeModel
 from hecate.parallel.topology import Topology
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import StepEvent
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,61 +112,81 @@ class Observer(Protocol):
 
 
 class ObserverLink:
-    """Reports a run to an observer, and sends the observer's orders from the first rank to all."""
+    """Reports a run to an observer, and sends the observer's orders from the first rank to all.
 
-    def __init__(self, observer: Observer, moe: MoeModel, device: torch.device) -> None:
-        self._observer = observer
+    An observer that raises is named once and called no more; the run goes on as without one.
+    """
+
+    def __init__(self, observer: Observer, moe: MoeModel, device: torch.device, say: Callable[[str], None]) -> None:
+        """Args:
+        say: called with what the user must know.
+        """
+        self._observer: Observer | None = observer
+        self._say = say
         self._timer = LayerTimer(moe, device)
         self._carried_out = 0
         """number of the last order that was carried out"""
+        self._order: ReplanOrder | None = None
+        """the first rank's, which is not carried out yet"""
 
     def begins(self, *, step: int, max_steps: int, shares: Sequence[int], engine: ExpertEngine) -> None:
         """See `Observer.begins`."""
         self._timer.take()
         owners = np.concatenate([*engine.shards.owners.values(), []]).astype(int)
-        self._observer.begins(
-            BeginFacts(
-                step=step,
-                max_steps=max_steps,
-                sequences=tuple(shares),
-                owned=tuple(np.bincount(owners, minlength=len(shares)).tolist()),
-                topology=engine.shards.config.topology,
-            )
+        facts = BeginFacts(
+            step=step,
+            max_steps=max_steps,
+            sequences=tuple(shares),
+            owned=tuple(np.bincount(owners, minlength=len(shares)).tolist()),
+            topology=engine.shards.config.topology,
         )
+        self._ask(lambda observer: observer.begins(facts))
 
     def stepped(self, event: StepEvent) -> None:
         """See `Observer.stepped`."""
         dense_tokens, dense_seconds = self._timer.take()
-        self._observer.stepped(
-            StepFacts(
-                step=event.step,
-                seconds=event.seconds,
-                dense_tokens=dense_tokens,
-                dense_seconds=dense_seconds,
-                loss=event.result.loss,
-                tokens=event.tokens,
-                imbalance=event.imbalance,
-                bytes_sent=event.result.bytes_sent,
-                loads={str(unit): loads_ED.sum(1).tolist() for unit, loads_ED in event.result.loads.items()},
-            )
+        facts = StepFacts(
+            step=event.step,
+            seconds=event.seconds,
+            dense_tokens=dense_tokens,
+            dense_seconds=dense_seconds,
+            loss=event.result.loss,
+            tokens=event.tokens,
+            imbalance=event.imbalance,
+            bytes_sent=event.result.bytes_sent,
+            loads={str(unit): loads_ED.sum(1).tolist() for unit, loads_ED in event.result.loads.items()},
         )
+        self._ask(lambda observer: observer.stepped(facts))
 
     def saved(self, step: int, path: Path) -> None:
         """See `Observer.saved`."""
-        self._observer.saved(step, path)
+        self._ask(lambda observer: observer.saved(step, path))
 
     def stop_requested(self) -> bool:
         """See `Observer.stop_requested`."""
-        return self._observer.stop_requested()
+        return bool(self._ask(lambda observer: observer.stop_requested()))
 
     def has_new_order(self) -> bool:
         """Whether this rank's observer has an order that is not carried out yet."""
-        order = self._observer.replan_order()
-        return order is not None and order.number > self._carried_out
+        order = self._ask(lambda observer: observer.replan_order())
+        self._order = order if order is not None and order.number > self._carried_out else None
+        return self._order is not None
 
     def receive_order(self, ranks: Ranks) -> ReplanOrder:
         """The first rank's order, to be carried out now. Every rank must call it, when the first rank has a new one."""
-        newest = self._observer.replan_order() if ranks.is_first else None
-        order = ReplanOrder.from_bytes(ranks.broadcast_from(0, None if newest is None else newest.to_bytes()))
+        order = ReplanOrder.from_bytes(ranks.broadcast_from(0, None if self._order is None else self._order.to_bytes()))
         self._carried_out = order.number
         return order
+
+    def _ask(self, call: Callable[[Observer], T]) -> T | None:
+        """What the observer returns; None if there is none any more."""
+        if self._observer is None:
+            return None
+        try:
+            return call(self._observer)
+        except Exception as error:  # noqa: BLE001 - whatever an observer raises, the run goes on
+            self._observer = None
+            self._say(
+                f"the run's observer failed: {' '.join((str(error) or type(error).__name__).split())[:200]}; the run goes on without it"
+            )
+            return None

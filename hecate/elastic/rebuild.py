@@ -26,6 +26,7 @@ from torch import Tensor
 from hecate.checkpoint.train_state import LoadedState, NoCheckpointError, TrainedParts, TrainState, load_state
 from hecate.config import Config
 from hecate.errors import UserError
+from hecate.optim.norm_limit import norm_limit
 from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
 from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.placement import contiguous_owners, redealt_owners
@@ -111,13 +112,14 @@ def can_catch_up(standings: Sequence[Standing]) -> bool:
     return len(with_state) > 0 and all(s.step == last or (s.step == last - 1 and s.gradients_complete) for s in with_state)
 
 
-def catch_up(parts: TrainedParts, state: TrainState, standings: Sequence[Standing], max_grad_norm: float | None) -> TrainState:
+def catch_up(parts: TrainedParts, state: TrainState, standings: Sequence[Standing], config: Config) -> TrainState:
     """Take this rank to the beginning of the step that the most advanced rank is at (`can_catch_up`), and return its state there."""
     ahead = max((standing for standing in standings if standing.has_state), key=lambda standing: standing.step)
     if state.step < ahead.step:
         # The step's forward and backward passes have already advanced the stream and the history, whose last loads are the step's.
-        taken = parts.optimizer.step(ahead.norm, max_grad_norm, parts.engine.shards.history.snapshot()[-1], ahead.norms)
-        state = state.after_step(parts, tokens=ahead.tokens - state.tokens, skipped=not taken)
+        loads, limit = parts.engine.shards.history.snapshot()[-1], norm_limit(state.grad_norms, config.skip_step_sigma_factor)
+        taken = parts.optimizer.step(ahead.norm, config.max_grad_norm, loads, ahead.norms, limit)
+        state = state.after_step(parts, tokens=ahead.tokens - state.tokens, skipped=not taken, grad_norm=ahead.norm)
     state.put_back(parts)
     return state
 

@@ -188,8 +188,9 @@ class ExpertOptimizer:
         max_grad_norm: float | None,
         loads: Mapping[Unit, np.ndarray] | None = None,
         norms: Sequence[float] = (),
+        skip_above: float = math.inf,
     ) -> bool:
-        """Clip by the global norm and step. With a norm that is not finite nothing is changed, but the schedule moves on.
+        """Clip by the global norm and step. With a norm that is not finite or a spike nothing is changed, but the schedule moves on.
 
         Parameters without a gradient (idle experts) are left untouched. Separate experts are clipped, or left untouched, by norms of
         their own.
@@ -197,13 +198,15 @@ class ExpertOptimizer:
         Args:
             loads: of the step, as `TrainingStep.finish` returns them, for the routers; needed if there are any.
             norms: of the separate experts; needed if there are any.
+            skip_above: a larger global norm is a spike (`hecate.optim.norm_limit`); no limit where there are separate experts.
 
         Returns:
             Whether a step was taken; of separate experts, by all of them.
         """
-        taken = steps = math.isfinite(grad_norm)
+        taken = steps = math.isfinite(grad_norm) and grad_norm <= skip_above
         if self.separate:
             assert len(norms) == self.separate, (norms, self.separate)
+            assert math.isinf(skip_above), skip_above
             taken, steps = all(map(math.isfinite, norms)), any(map(math.isfinite, norms))
             self._clip_each(norms, max_grad_norm)
             self.last_norms = tuple(norms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,9 +20,9 @@ class StepResult:
     aux_loss: float
     """load-balancing loss before its coefficient; top_k when a batch is balanced"""
     grad_norm: float
-    """norm of all gradients before clipping"""
+    """norm of all gradients before clipping; NaN if the loss or the aux loss was not finite"""
     skipped: bool
-    """whether a gradient was not finite, so that no parameter was changed, or none of an adapter of its own"""
+    """whether the norm was not finite or a spike, so that no parameter was changed, or none of an adapter of its own"""
     loads: dict[Unit, np.ndarray]
     """per unit, int64 [experts, ranks of the job]"""
     bytes_sent: int
@@ -34,6 +35,17 @@ class StepResult:
     """the most memory that each rank has had so far: allocated on its GPU, or else resident on the host"""
     differing: int | None = None
     """assignments of all units to other experts than those that samples bring (`moe.replay: check`); None: they are not counted"""
+    norm_limit: float = math.inf
+    """what makes a larger gradient norm a spike"""
+
+    @property
+    def why_skipped(self) -> str:
+        """Why the step was skipped, in a few words; empty if it was taken."""
+        if not self.skipped:
+            return ""
+        if not math.isfinite(self.grad_norm):
+            return "the loss or a gradient was not finite"
+        return f"gradient norm {self.grad_norm:.4g} is a spike, above {self.norm_limit:.4g}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -96,12 +99,16 @@ class MetricsWriter:
         self._file = self._open()
 
     def write(self, record: Record) -> None:
-        """Append one line, which a kill of this process right afterwards does not lose."""
+        """Append one line, which a kill of this process right afterwards does not lose. If the disk refuses, no part of it stays."""
         line = json.dumps(record, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+        end = os.fstat(self._file.fileno()).st_size
         try:
-            self._file.write(line)
-            self._file.flush()
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:])
         except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(end)
             raise self._refused(error) from error
 
     def truncate_after(self, step: int) -> int:
@@ -143,9 +150,9 @@ class MetricsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _open(self) -> BinaryIO:
+    def _open(self) -> FileIO:
         try:
-            return open(self.path, "ab")
+            return open(self.path, "ab", buffering=0)
         except OSError as error:
             raise self._refused(error) from error
 

@@ -98,7 +98,7 @@ def _overview(run: RunRecords) -> str:
         ),
     ]
     if skipped is not None and skipped.sum():
-        tiles.append(("steps skipped", f"{int(skipped.sum())}: a gradient was not finite"))
+        tiles.append(("steps skipped", f"{int(skipped.sum())}: a loss or gradient was not finite, or a norm was a spike"))
     facts = [
         (label, current_name(str(value)))
         for label, key in (

@@ -35,8 +35,8 @@ class StepLine:
     static_imbalance: float
     """what it would have been under static expert parallelism"""
     step_seconds: float
-    skipped: bool = False
-    """a gradient was not finite, so that nothing was changed"""
+    skipped: str = ""
+    """why nothing was changed; empty: the step was taken"""
 
 
 def duration_text(seconds: float) -> str:
@@ -54,7 +54,7 @@ def step_text(values: StepLine, max_steps: int, eta: float) -> str:
         f"step {values.step}/{max_steps}",
         *(f"{label} {text}" for label, text in _figures(values)),
         f"eta {duration_text(eta)}",
-        *(["skipped: a gradient was not finite"] if values.skipped else []),
+        *([f"skipped: {values.skipped}"] if values.skipped else []),
     ]
     return "  ".join(parts)
 
@@ -150,7 +150,7 @@ class Progress:
             figures = [Text.assemble((f"{label} ", "dim"), (text, "bold")) for label, text in _figures(self._last)]
             rows.append(Columns(figures, padding=(0, 3)))
             if self._last.skipped:
-                rows.append(Text("skipped: a gradient was not finite", style="yellow"))
+                rows.append(Text(f"skipped: {self._last.skipped}", style="yellow"))
         if self._eval is not None:
             step, scores = self._eval
             rows.append(Text(f"eval at step {step}: {_measures(scores)}", style="dim"))

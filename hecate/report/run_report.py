@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
 import yaml
 
 from hecate.config import Config, to_yaml
+from hecate.errors import UserError
 from hecate.io.durable import replace_file
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.mesh import Mesh
@@ -61,6 +64,8 @@ class Reports:
         self._facts = facts
         self._step = facts.step
         """of the last record"""
+        self._lost = 0
+        """how many of the last records the disk has refused"""
 
     def __enter__(self) -> Reports:
         self._open(self._facts)
@@ -97,7 +102,7 @@ class Reports:
         """Record a step, and show it if it is one of every `logging_steps`."""
         result = event.result
         if self._trace:
-            self._trace.append(event.step, result.loads)
+            self._recording_loads(event.step, partial(self._trace.append, event.step, result.loads))
         if not (self._progress and self._metrics) or event.step % self._config.logging_steps:
             return
         self._record(step_record(event))
@@ -111,7 +116,7 @@ class Reports:
                 event.imbalance,
                 event.static_imbalance,
                 event.seconds,
-                result.skipped,
+                result.why_skipped,
             )
         )
 
@@ -135,7 +140,7 @@ class Reports:
     def saving(self) -> None:
         """Write the loads recorded since the last call. A run that resumes from the checkpoint that follows finds them up to its step."""
         if self._trace:
-            self._trace.save()
+            self._recording_loads(self._step, self._trace.save)
 
     def saved(self, step: int, path: Path) -> None:
         """Record and show that a checkpoint is complete."""
@@ -176,9 +181,37 @@ class Reports:
         """Write a record to metrics.jsonl, and send it to the trackers. What they do to it, they do later."""
         self._step = record["step"]
         if self._metrics:
-            self._metrics.write(record)
+            self._write(self._metrics, record)
         if self._trackers:
             self._trackers.record(record)
+
+    def _write(self, metrics: MetricsWriter, record: Record) -> None:
+        """Write a record, or note once that the disk refuses; as soon as it does not, an event says how many records are missing."""
+        try:
+            if self._lost:
+                text = f"{self._lost} records before this one are missing, because the disk has refused them"
+                metrics.write(event_record(record["step"], text))
+                self._lost = 0
+                self.note(f"metrics.jsonl is written again; {text}")
+            metrics.write(record)
+        except UserError as error:
+            if not self._lost:
+                self.note(f"{error}; the run goes on, and later records are tried")
+            self._lost += 1
+
+    def _recording_loads(self, step: int, action: Callable[[], None]) -> None:
+        """Record loads; where the disk refuses, the run goes on without them.
+
+        Raises:
+            UserError: the folder holds loads of another run.
+        """
+        try:
+            action()
+        except UserError as error:
+            if not isinstance(error.__cause__, OSError):
+                raise
+            self._trace = None
+            self.event(step, f"{error}; the run goes on and records no more loads")
 
     def _open_trackers(self, facts: RunFacts) -> None:
         """Begin to report to the trackers, or again: they forget what they have of steps after those that are done."""

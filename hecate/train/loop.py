@@ -7,11 +7,13 @@ Each phase happens on all ranks alike. When a rank is lost, the others regroup a
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -119,7 +121,7 @@ def train(
             reports.event(training.standing.step, warning)
         for note in training.notes:
             reports.note(note)
-        link = ObserverLink(observer, training.parts.moe, ranks.device) if observer else None
+        link = ObserverLink(observer, training.parts.moe, ranks.device, partial(_say, training, reports)) if observer else None
         profile = StepProfile(Path(config.output_dir), training.ranks, wanted=config.profile and not joins)
         outside = _Outside(reports, membership, link, stopping, profile)
         _tell_beginning(training, outside)
@@ -185,6 +187,11 @@ def _train_one(training: Training, outside: _Outside, measured: _Measured) -> tu
     with outside.profile.step():
         event = training.train_one(lambda: _requests(training, outside))
     outside.reports.step(event)
+    if event.result.skipped:
+        outside.reports.event(event.step, f"step {event.step} was skipped: {event.result.why_skipped}")
+        if training.skipped_too_often:
+            _end_save(training, outside)
+            raise training.too_many_skipped(event.result)
     outside.note(outside.profile.merge())
     if outside.observer:
         outside.observer.stepped(event)
@@ -304,6 +311,14 @@ def _tell_beginning(training: Training, outside: _Outside) -> None:
     if outside.observer:
         engine, config = training.parts.moe.engine, training.parts.config
         outside.observer.begins(step=training.standing.step, max_steps=config.max_steps, shares=training.shares, engine=engine)
+
+
+def _say(training: Training, reports: Reports, text: str) -> None:
+    """Record and show an event of this rank alone."""
+    if training.ranks.is_first:
+        reports.event(training.standing.step, text)
+    else:
+        print(f"hecate: rank {training.ranks.rank}: {text}", file=sys.stderr, flush=True)
 
 
 class _Stopping:

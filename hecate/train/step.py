@@ -131,6 +131,7 @@ def train_step(
     features_UF: Tensor | None = None,
     step: int,
     rules: StepRules,
+    norm_limit: float = math.inf,
     requests: Callable[[], Sequence[bool]] = tuple,
     clock: StepClock | None = None,
 ) -> StepResult:
@@ -144,6 +145,7 @@ def train_step(
         samples_of_source: samples of the whole step by source; needed with `StepRules.privacy`.
         features_UF: the vectors of all users, [users, width], on the batches' device; None: no router decides by users.
         step: its number, from 0.
+        norm_limit: the step is skipped if its gradient norm is larger.
         requests: returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once.
         clock: times the parts plan, forward, backward, gradients and waiting of this step; None: nobody asks.
     """
@@ -191,14 +193,15 @@ def train_step(
     totals = exchange_totals(work.losses, squares, sent, requests(), group, figures, partial(optimizer.together, names=names))
     clock.host_waited("waiting")
     faults.at("optimizer")
-    # Gradients can be finite where the loss is not: such a step is skipped, too.
-    norm = totals.grad_norm if math.isfinite(totals.loss + totals.aux_loss) else math.nan
-    taken = optimizer.step(norm, rules.max_grad_norm, loads, totals.grad_norms)
+    grad_norm = totals.grad_norm
+    if not moe.separate_experts and not (math.isfinite(totals.loss) and math.isfinite(totals.aux_loss)):
+        grad_norm = math.nan  # router logits that are not finite are in the aux loss even where no gradient depends on them
+    taken = optimizer.step(grad_norm, rules.max_grad_norm, loads, totals.grad_norms, norm_limit)
     faults.at("stepped")
     return StepResult(
         totals.loss,
         totals.aux_loss,
-        totals.grad_norm,
+        grad_norm,
         not taken,
         loads,
         totals.bytes_sent,
@@ -206,6 +209,7 @@ def train_step(
         bytes_between_nodes=sum(int(far) for far, _ in totals.figures),
         peak_bytes=tuple(int(peak) for _, peak in totals.figures),
         differing=int(totals.more[0]) if totals.more else None,
+        norm_limit=norm_limit,
     )
 
 

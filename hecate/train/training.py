@@ -26,6 +26,7 @@ from hecate.elastic.move_experts import reshard_if_it_pays
 from hecate.elastic.rebuild import Group, NoCopyLeft, can_catch_up, catch_up, exchange_standings, go_back, named, redeal
 from hecate.errors import UserError
 from hecate.optim.from_config import learning_rate
+from hecate.optim.norm_limit import norm_limit
 from hecate.parallel import jit
 from hecate.parallel.placement import Placement, new_copies
 from hecate.parallel.sequence_shares import dense_seconds, sequences_by_speed, slowest_of_each
@@ -34,16 +35,16 @@ from hecate.parallel.summation import SumOrder
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
-from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent
+from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent, StepResult
 from hecate.report.run_report import RunFacts, trainable_rows
 from hecate.train.build import build_parts
 from hecate.train.evaluate import evaluate
 from hecate.train.privacy import privacy_of
 from hecate.train.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
+from hecate.train.skipped_steps import StepInputs, too_many_skipped
 from hecate.train.step import StepRules, train_step
 from hecate.train.step_clock import StepClock
 
-_MOST_SKIPPED_IN_A_ROW = 10
 _GIVEN_UP = "the checkpoint that was being written is given up, because a rank was lost; the next one comes as planned"
 
 
@@ -81,6 +82,8 @@ class Training:
         """what was found out while the run was built, for its user"""
         self.warnings: tuple[str, ...] = ()
         """checkpoints that were passed over, and why"""
+        self._last: StepInputs | None = None
+        """of the step that was done last, or is under way"""
         self.saving: SaveUnderWay | None = None
         """the save whose writing goes on beside the steps; there is one on all ranks or on none"""
         self.state = None if joins else TrainState.at_start(self.parts.trained)
@@ -143,14 +146,12 @@ class Training:
 
         Args:
             requests: see `train_step`.
-
-        Raises:
-            UserError: too many steps in a row had gradients that were not finite.
         """
         parts, config, engine = self.parts, self.parts.config, self.parts.moe.engine
         started, rate = time.monotonic(), parts.optimizer.learning_rate
         waited = jit.waited_seconds()
         sequences = parts.stream.next_step()
+        self._last = StepInputs(self.standing, sequences)
         tokens = sum(len(sequence.input_ids) for sequence in sequences)
         result = train_step(
             parts.moe,
@@ -171,13 +172,13 @@ class Training:
                 replay=config.moe.replay,
                 order=self._sum_order(),
             ),
+            norm_limit=norm_limit(self.standing.grad_norms, config.skip_step_sigma_factor),
             requests=requests,
             clock=self._clock,
         )
         parts_seconds = self._clock.seconds()  # the host has just waited for the device
-        self.state = self.standing.after_step(parts.trained, tokens=tokens, skipped=result.skipped)
+        self.state = self.standing.after_step(parts.trained, tokens=tokens, skipped=result.skipped, grad_norm=result.grad_norm)
         faults.at("trained", sequences)
-        _refuse_endless_skipping(self.state)
         # Waiting for the planner's machine code happens once a machine and is none of the training's speed.
         seconds = time.monotonic() - started - (jit.waited_seconds() - waited)
         copies, new = self._count_copies(result.loads)
@@ -202,6 +203,16 @@ class Training:
             return None
         size = self.parts.stream.sequences_per_step // config.gradient_accumulation_steps
         return SumOrder(tuple(sequence_ranges(size, self.shares)))
+
+    @property
+    def skipped_too_often(self) -> bool:
+        """Whether the last `max_skipped_steps` steps were all skipped; the same on every rank."""
+        return self.standing.skipped_in_a_row >= self.parts.config.max_skipped_steps
+
+    def too_many_skipped(self, result: StepResult) -> UserError:
+        """See `hecate.train.skipped_steps`; of the step that was done last, with its result."""
+        assert self._last is not None
+        return too_many_skipped(self.parts.config, self.ranks, self.parts.trained, self._last, result)
 
     def _count_copies(self, units: Collection[Unit]) -> tuple[int, int]:
         """How many replicas of these units' experts are on other ranks than their owners', and how many of them the step before lacked."""
@@ -292,8 +303,7 @@ class Training:
         dealt: tuple[TrainState, int] | NoCopyLeft = NoCopyLeft(())
         if can_catch_up(standings):
             if self.state is not None:
-                self.state = catch_up(parts, self.state, standings, config.max_grad_norm)
-                _refuse_endless_skipping(self.state)
+                self.state = catch_up(parts, self.state, standings, config)
             dealt = redeal(parts, self.state, standings, group)
         if isinstance(dealt, NoCopyLeft):
             self.state = None  # until the checkpoint is loaded, nothing that this rank holds counts
@@ -392,11 +402,3 @@ def _taken_by_step(stream: Stream, config: Config) -> list[tuple[TokenSource, fl
     whole = sum(source.weight for source in stream.sources)
     shares = [1 / len(stream.sources) if config.data.separate else source.weight / whole for source in stream.sources]
     return [(source, share * stream.sequences_per_step) for source, share in zip(stream.sources, shares, strict=True)]
-
-
-def _refuse_endless_skipping(state: TrainState) -> None:
-    if state.skipped_in_a_row == _MOST_SKIPPED_IN_A_ROW:
-        raise UserError(
-            f"{_MOST_SKIPPED_IN_A_ROW} steps in a row, up to step {state.step}, had gradients that were not finite; all were skipped.\n"
-            "  lower learning_rate, or resume from an earlier checkpoint"
-        )

@@ -155,6 +155,7 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "adam_beta2",
         "adam_epsilon",
         "max_grad_norm",
+        "skip_step_sigma_factor",
         "lora.r",
         "lora.alpha",
         "lora.dropout",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -46,7 +47,9 @@ class Recorder:
         return self.rank == 1 and len(self.steps) == self.until
 
 
-def watched(rank: int, world: int, workshop: str, name: str, order: ReplanOrder | None, until: int) -> tuple[bool, Recorder]:
+def watched(
+    rank: int, world: int, workshop: str, name: str, order: ReplanOrder | None, until: int, kind: type[Recorder] = Recorder
+) -> tuple[bool, Recorder]:
     overrides = (
         "model.dtype=float64",
         "data.eval=[]",
@@ -57,7 +60,7 @@ def watched(rank: int, world: int, workshop: str, name: str, order: ReplanOrder 
     default = dist.group.WORLD
     assert default is not None
     ranks = Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
-    recorder = Recorder(rank, order, until)
+    recorder = kind(rank, order, until)
     ended = train(load_config(f"{workshop}/config.yaml", overrides, claim_output=False), ranks, observer=recorder)
     return ended, recorder
 
@@ -95,6 +98,33 @@ def test_one_rank_that_wants_to_stop_stops_all_with_a_checkpoint(workshop: str) 
     assert [ended for ended, _ in results] == [False, False]
     assert [len(recorder.steps) for _, recorder in results] == [4, 4]
     assert results[0][1].checkpoints == [(4, "checkpoint-4")]
+
+
+class Failing(Recorder):
+    """Raises on the first rank when a step has ended, and on the second when it is asked."""
+
+    def stepped(self, facts: StepFacts) -> None:
+        super().stepped(facts)
+        if self.rank == 0 and facts.step == 2:
+            raise OSError(28, "No space left on device")
+
+    def stop_requested(self) -> bool:
+        if self.rank == 1 and len(self.steps) == 3:
+            raise KeyError("gone")
+        return False
+
+
+def failing(rank: int, world: int, workshop: str) -> tuple[bool, Recorder]:
+    return watched(rank, world, workshop, "failing", None, 99, Failing)
+
+
+def test_an_observer_that_fails_is_named_once_and_stops_nothing(workshop: str) -> None:
+    results = run_ranks(2, failing, workshop)
+    assert [ended for ended, _ in results] == [True, True]
+    assert [len(recorder.steps) for _, recorder in results] == [2, 3]
+    records = [json.loads(line) for line in Path(workshop, "runs/failing/metrics.jsonl").read_text().splitlines()]
+    said = [(record["step"], record["text"]) for record in records if "observer" in record.get("text", "")]
+    assert said == [(2, "the run's observer failed: [Errno 28] No space left on device; the run goes on without it")]
 
 
 def test_an_order_travels_as_json() -> None:

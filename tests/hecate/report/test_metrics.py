@@ -205,5 +205,4 @@ def test_a_full_disk_is_a_user_error() -> None:
     writer = MetricsWriter(Path("/dev/full"))
     with pytest.raises(UserError, match="/dev/full: metrics cannot be written: No space left"):
         writer.write(event_record(1, "x"))
-    with pytest.raises(UserError, match="No space left"):
-        writer.close()
+    writer.close()

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +45,51 @@ def test_the_first_rank_writes_and_shows(tmp_path: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     assert "step 1/3" in shown
     assert "trains 128 parameters" in shown
+
+
+@contextmanager
+def full_disk(path: Path, room: int) -> Iterator[None]:
+    """No file of this process may become longer than this one is now and `room` bytes more; part of a longer write is done."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_stops_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_parts(tmp_path)
+    config = config_of(tmp_path, "trace=true")
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    with Reports(config, FACTS) as reports:
+        reports.step(a_step(1))
+        with full_disk(folder / "metrics.jsonl", room=40):
+            reports.step(a_step(2))
+            reports.step(a_step(3))
+            records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            assert [record["step"] for record in records] == [1], "a part of a record is left"
+        reports.step(a_step(4))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["kind"], record["step"]) for record in records] == [("step", 1), ("event", 4), ("step", 4)]
+    assert records[1]["text"] == "2 records before this one are missing, because the disk has refused them"
+    assert capsys.readouterr().out.count("metrics cannot be written") == 1
+
+
+def test_loads_that_the_disk_refuses_are_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_parts(tmp_path)
+    config = config_of(tmp_path, "trace=true")
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    with Reports(config, FACTS) as reports:
+        reports.step(a_step(1))
+        (folder / "loads").write_text("a file where a folder is to be")
+        reports.saving()
+        reports.step(a_step(2))
+        reports.saving()
+    assert kinds(folder) == ["step", "event", "step"]
+    assert capsys.readouterr().out.count("records no more loads") == 1
 
 
 def test_another_rank_writes_nothing_until_it_becomes_the_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

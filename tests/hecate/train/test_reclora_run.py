@@ -95,7 +95,7 @@ def test_from_recipe_to_one_users_lora(workshop: Path, one_rank: dist.ProcessGro
     scores = training.evaluate().scores["users.eval"]
     assert scores.accuracy is not None
     folder = training.parts.output.replace(workshop / "runs" / mix, training.parts.moe, ranks)
-    saved = training.save()
+    saved = training.save().folder
     assert saved is not None
     of_checkpoint = load_file(write_checkpointed(saved, workshop / mix, ranks) / "adapter_model.safetensors")
     tensors = load_file(folder / "adapter_model.safetensors")

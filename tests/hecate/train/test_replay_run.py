@@ -45,7 +45,7 @@ def test_what_is_recorded_is_what_the_routers_choose_and_can_be_forced(workshop:
     first = Training(config_of(workshop, "first", f"data.train=[{data}]"), ranks)
     for _ in range(2):
         first.train_one()
-    checkpoint, adapter, routed = first.save(), workshop / "adapter", workshop / "routed.jsonl"
+    checkpoint, adapter, routed = first.save().folder, workshop / "adapter", workshop / "routed.jsonl"
     assert checkpoint is not None
     first.parts.output.write(adapter, first.parts.moe, ranks)
     compare(config_of(workshop, "any", f"data.eval=[{data}]"), [str(checkpoint)], Questions(record_routing=routed), ranks)

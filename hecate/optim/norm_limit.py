@@ -1,0 +1,37 @@
+"""The limit above which a gradient norm counts as a spike, so that the step is skipped; a pure function of the norms before it.
+
+As in `SkipStepAdamW` of OLMo-core (`sigma_factor`, an interval of 128 steps), but with median and MAD in place of mean and standard
+deviation, so that a few spikes among the last steps do not raise the limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import median
+
+WINDOW = 128
+"""how many of the last finite norms the limit is computed from"""
+LEAST = 32
+"""with fewer norms there is no limit"""
+_SIGMA_OF_MAD = 1.4826
+"""the standard deviation of a normal distribution over its median absolute deviation"""
+_LEAST_SIGMA = 0.01
+"""of the median: norms that are all nearly equal make no spike of a small change"""
+
+
+def with_norm(norms: tuple[float, ...], norm: float) -> tuple[float, ...]:
+    """The last finite norms, when a step with this norm is done. Norms of skipped steps count, so that a lasting change is no spike."""
+    return (*norms, norm)[-WINDOW:] if math.isfinite(norm) else norms
+
+
+def norm_limit(norms: Sequence[float], sigma_factor: float | None) -> float:
+    """median + sigma_factor * 1.4826 * MAD of the norms; inf if `sigma_factor` is None, or if there are too few norms.
+
+    It is the same, bit for bit, wherever the norms are the same.
+    """
+    if sigma_factor is None or len(norms) < LEAST:
+        return math.inf
+    middle = median(norms)
+    deviation = median(abs(norm - middle) for norm in norms)
+    return middle + sigma_factor * max(_SIGMA_OF_MAD * deviation, _LEAST_SIGMA * middle)
