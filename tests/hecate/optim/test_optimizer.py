@@ -45,6 +45,28 @@ def test_the_norm_counts_a_sharded_parameter_once_and_a_replicated_one_once() ->
     assert run_ranks(3, _norm_over_ranks) == [math.sqrt(1 + 4 + 9 + 36)] * 3
 
 
+EXPERTS = [f"0.{expert:02}" for expert in range(16)]
+GRADIENTS = dict(zip(EXPERTS, [1e8] + 15 * [1.0], strict=True))
+"""by expert: one square that swallows any other one, but not eight of them that were added up before"""
+
+
+def _norm_of_named(rank: int, world: int, owners: list[list[str]], by_name: bool) -> float:
+    group = dist.group.WORLD
+    assert group is not None
+    owned = {name: parameter(1.0) for name in owners[rank]}
+    for name, one in owned.items():
+        one.grad = torch.tensor([GRADIENTS[name]], dtype=torch.float64)
+    squares = make(owned, {}).squares(names=EXPERTS if by_name else ())
+    return exchange_totals(torch.zeros(2, dtype=torch.float64), squares, 0, (), group).grad_norm
+
+
+@pytest.mark.parametrize("owners", [[EXPERTS[:7], EXPERTS[7:]], [EXPERTS[3:], [], EXPERTS[:3]]])
+def test_by_names_the_norm_has_the_same_bits_whoever_owns_what(owners: list[list[str]]) -> None:
+    alone = math.sqrt(sum(value * value for value in GRADIENTS.values()))
+    assert run_ranks(len(owners), _norm_of_named, owners, True) == [alone] * len(owners)
+    assert run_ranks(len(owners), _norm_of_named, owners, False) != [alone] * len(owners), "the order does not show"
+
+
 def test_a_rank_without_experts_adds_its_zero_where_the_others_sums_are() -> None:
     optimizer = ExpertOptimizer(Trainables({}, {}), AdamW(weight_decay=0.0), LearningRate(0.1), torch.device("meta"))
     assert optimizer.squares().device.type == "meta"  # a device that is not the CPU
