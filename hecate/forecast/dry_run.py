@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from hecate.forecast.sharding_groups import simulate_groups, sum_over_groups
 from hecate.parallel.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.expert_cost import STATE_NUMBERS
 from hecate.parallel.planners import POLICIES
+from hecate.parallel.residency import Residency
 from hecate.parallel.simulated_step import StepBytes
 from hecate.parallel.simulator import Simulated, mean_modes, simulate
 from hecate.parallel.topology import Topology
@@ -135,6 +137,7 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
             ),
             max_imbalance=config.fssdp.max_imbalance,
             history_steps=config.fssdp.load_window,
+            lifetime=_of_long_runs,
             num_layers=group.number,
             choose_modes=config.fssdp.plan == "auto",
         )
@@ -183,6 +186,12 @@ def _simulate_pool(run: RunShape, pool: PoolShape) -> Simulated:
         return simulate(loads, topology, cost, {"full": POLICIES["full"]}, slots_D=np.full(topology.world_size, pool.blocks))
 
     return simulate_groups(no_tokens, run.topology, cost, run.mesh, of_one_group)[0]
+
+
+def _of_long_runs(layers: Sequence[Residency]) -> float:
+    """Over how many steps a replica's frozen part is paid: the few steps of a forecast do not show how long replicas last, and a run that
+    comes to keep more of them must still fit into memory."""
+    return 20.0
 
 
 def _micro_steps_together(run: RunShape) -> int:

@@ -33,7 +33,15 @@ SMALL = [
     *("gradient_accumulation_steps=1", "nproc=2", "model.dtype=float32"),
 ]
 OVER_LLAMA = "hecate train finetune model.name_or_path=/models/SmolLM2-1.7B data.train=chats.jsonl output_dir=runs/mistral"
-STORY = ("README.md", "docs/moe_lora.md", "docs/adapters.md", "docs/answers.md", "docs/data.md", "docs/report.md", "docs/launch.md")
+STORY = (
+    "README.md",
+    "docs/moe_lora.md",
+    "docs/adapters.md",
+    "docs/answers.md",
+    "docs/data.md",
+    "docs/report.md",
+    "docs/launch.md",
+)
 """the pages whose commands follow each other: a later page uses what those of an earlier one have left"""
 ALONE = ("docs/doctor.md", "docs/topology.md")
 NOT_RUN = {
@@ -43,6 +51,9 @@ NOT_RUN = {
     r"--address": "needs a Ray cluster: tests/launch has one",
     r"^hecate status": "shows a run of a Ray cluster: tests/launch has one",
     r"^hecate federate|runs/lora_fair": "tests/hecate/federate runs rounds of recipes; test_blocks.py looks up each name in it",
+    r"^hecate checkpoint": "tests/hecate/cli/test_checkpoints.py runs all three",
+    r"^hecate drill": "takes minutes: tests/hecate/drill runs drills",
+    r"^hecate replay-step": "needs a run that has stopped: tests/hecate/train/test_skipped_steps.py has one",
     r"^hecate simulate": "takes a minute for 16 ranks; test_blocks.py looks up each name in it",
     r"^hecate eval .*--tasks": "needs lm-eval: tests/hecate/train/test_compare.py has it where it is installed",
     r"^data\.train=": "an argument alone: tests/hecate/data reads such a file",

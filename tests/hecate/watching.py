@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,11 +17,13 @@ def gradients_of(optimizer: ExpertOptimizer) -> dict[str, Tensor | None]:
     seen: dict[str, Tensor | None] = {}
     clip_and_step = optimizer.step
 
-    def step_and_look(grad_norm: float, limit: float | None, loads: dict[Unit, np.ndarray], norms: Sequence[float] = ()) -> bool:
+    def step_and_look(
+        grad_norm: float, limit: float | None, loads: dict[Unit, np.ndarray], norms: Sequence[float] = (), skip_above: float = math.inf
+    ) -> bool:
         scale = limit / (grad_norm + 1e-6) if limit is not None and grad_norm > limit else 1.0
         for name, parameter in {**optimizer.owned, **optimizer.replicated}.items():
             seen[name] = None if parameter.grad is None else parameter.grad.detach() * scale
-        return clip_and_step(grad_norm, limit, loads, norms)
+        return clip_and_step(grad_norm, limit, loads, norms, skip_above)
 
     optimizer.step = step_and_look  # type: ignore[method-assign]
     return seen

@@ -144,6 +144,7 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "data.seq_len",
         "data.packing",
         "seed",
+        "deterministic",
         "micro_batch_size",
         "gradient_accumulation_steps",
         "learning_rate",
