@@ -256,12 +256,18 @@ class Training:
             UserError: an expert's backup differs from it, so that one of the two is damaged; or as `save_state`.
         """
         assert self.saving is None
+        faults.at("save")
         self._refuse_differing_backups()
         return save_state(self.parts.config, self.ranks, self.parts.trained, self.standing)
 
     def begin_save(self) -> None:
-        """Begin to write a checkpoint beside the steps that follow. No other save may be under way."""
+        """Begin to write a checkpoint beside the steps that follow. No other save may be under way.
+
+        Raises:
+            UserError: as `save`.
+        """
         assert self.saving is None
+        faults.at("save")
         self._refuse_differing_backups()
         self.saving = begin_save(self.parts.config, self.ranks, self.parts.trained, self.standing, background=True)
 
@@ -279,7 +285,6 @@ class Training:
         return save is not None
 
     def _refuse_differing_backups(self) -> None:
-        faults.at("save")
         if self.parts.config.fssdp.redundancy and (damaged := differing_backups(self.parts.moe.engine, self.parts.optimizer)):
             raise UserError(
                 f"{named(damaged)}: the copies on two ranks differ, so the memory of one of them has changed by itself; nothing was saved\n"

@@ -33,15 +33,7 @@ SMALL = [
     *("gradient_accumulation_steps=1", "nproc=2", "model.dtype=float32"),
 ]
 OVER_LLAMA = "hecate train finetune model.name_or_path=/models/SmolLM2-1.7B data.train=chats.jsonl output_dir=runs/mistral"
-STORY = (
-    "README.md",
-    "docs/moe_lora.md",
-    "docs/adapters.md",
-    "docs/answers.md",
-    "docs/data.md",
-    "docs/report.md",
-    "docs/launch.md",
-)
+STORY = ("README.md", "docs/moe_lora.md", "docs/adapters.md", "docs/answers.md", "docs/data.md", "docs/report.md", "docs/launch.md")
 """the pages whose commands follow each other: a later page uses what those of an earlier one have left"""
 ALONE = ("docs/doctor.md", "docs/topology.md")
 NOT_RUN = {
