@@ -12,6 +12,7 @@ from typing import Any, Literal
 Place = Literal[
     "step",  # a step begins; with its number
     "forward",  # a micro-step's forward pass begins
+    "layer",  # a decoder layer begins
     "router",  # a router has its logits, [tokens, experts]
     "experts",  # a layer's tokens are about to be computed, [tokens, hidden]
     "loss",  # a micro-step's summed loss, a scalar

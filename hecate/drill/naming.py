@@ -10,14 +10,17 @@ import torch
 import torch.distributed as dist
 
 from hecate import faults
-from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, not_built, outcome_of, worst
-from hecate.drill.ranks import call_on_ranks
+from hecate.drill.armed import Injected
+from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of, worst
+from hecate.drill.ranks import begin_run, call_on_ranks
 from hecate.drill.tiny_training import tiny_training
 from hecate.faults import Place
 from hecate.ranks.ranks import Ranks, connect
 
 _CHECKS = "TORCH_DISTRIBUTED_DEBUG"
 _LIMIT_SECONDS = 2.0
+_STEPS = 10
+"""within which a slow rank is to be named"""
 
 
 def mismatched(scope: Scope) -> DrillOutcome:
@@ -65,6 +68,16 @@ def mismatch(ranks: Ranks, workshop: str, output: str, kind: str) -> tuple[float
 
 
 def straggler(scope: Scope) -> DrillOutcome:
-    """R19"""
-    del scope
-    return not_built("under the local launcher no slow rank is named; under Ray the controller measures ranks and names the slow one")
+    """R19. All ranks wait in each layer as long as a device of theirs would compute, so that the load of the machine does not matter."""
+    world, seconds = 3, 0.03
+    everyone = Injected(action="sleep", place="layer", call=0, value=seconds)
+    cases = []
+    for slow in (1,) if scope.quick else (None, *range(world)):
+        more = [] if slow is None else [Injected(action="sleep", place="layer", rank=slow, call=0, value=2 * seconds)]
+        run = begin_run(scope, f"slow-{slow}", world, f"max_steps={_STEPS}", injected=[everyone, *more]).end()
+        said = {int(rank) for rank in re.findall(r"straggler: rank (\d+)", run.log)}
+        problem = "" if said == ({slow} - {None}) else f"named: {sorted(said)}"
+        if run.status:
+            problem = f"status {run.status}: {run.log.strip().splitlines()[-1]}"
+        cases.append(DrillCase("no slow rank" if slow is None else f"rank {slow} three times as slow", problem))
+    return outcome_of(cases, "the first rank names the slow one, and no other, within ten steps")

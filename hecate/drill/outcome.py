@@ -37,17 +37,10 @@ class DrillOutcome:
     """details, such as times in ms; the same names in every run"""
     failures: tuple[str, ...] = ()
     """what went otherwise than expected, a line each"""
-    built: bool = True
-    """False: the product lacks what the drill asks for, and `seen` says what that is"""
 
     @property
     def ok(self) -> bool:
-        return self.built and self.total > 0 and self.passed == self.total
-
-
-def not_built(what: str) -> DrillOutcome:
-    """The outcome of a drill that asks for something that does not exist yet."""
-    return DrillOutcome(f"not built: {what}", 0, 1, built=False)
+        return self.total > 0 and self.passed == self.total
 
 
 @dataclass(frozen=True)

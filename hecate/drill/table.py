@@ -44,7 +44,7 @@ def summary_text(reports: Sequence[DrillReport]) -> str:
 
 
 def state_of(outcome: DrillOutcome) -> str:
-    return "passed" if outcome.ok else "failed" if outcome.built else "not built"
+    return "passed" if outcome.ok else "failed"
 
 
 def as_json(reports: Sequence[DrillReport]) -> dict[str, Any]:

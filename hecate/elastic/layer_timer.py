@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hecate import faults
 from hecate.experts.linear import MoeLinear
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_model import MoeModel
+from hecate.report.events import DenseWork
 
 
 class LayerTimer:
@@ -36,18 +38,19 @@ class LayerTimer:
                 layers[unit.layer].register_forward_pre_hook(self._begin)
                 experts.register_forward_pre_hook(self._end)
 
-    def take(self) -> tuple[int, float]:
-        """Return (tokens, seconds) since the last call. A token counts once for each unit with experts; padding counts, too."""
+    def take(self) -> DenseWork:
+        """The work since the last call."""
         if self._spans:
             self._spans[-1][1].synchronize()
             self._seconds += sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
             self._spans.clear()
-        taken = self._tokens, self._seconds
+        taken = DenseWork(self._tokens, self._seconds)
         self._tokens, self._seconds = 0, 0.0
         return taken
 
     def _begin(self, _module: nn.Module, _inputs: Any) -> None:
         self._started = self._now() if torch.is_grad_enabled() else None
+        faults.at("layer")
 
     def _end(self, _module: nn.Module, inputs: tuple[torch.Tensor, ...], _output: torch.Tensor | None = None) -> None:
         if self._started is None:

@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
-import torch
 
-from hecate.elastic.layer_timer import LayerTimer
 from hecate.engine.protocol import ExpertEngine
 from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.strict_json import dump_json, parse_json
-from hecate.model.moe_model import MoeModel
 from hecate.parallel.topology import Topology
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import StepEvent
@@ -117,13 +114,12 @@ class ObserverLink:
     An observer that raises is named once and called no more; the run goes on as without one.
     """
 
-    def __init__(self, observer: Observer, moe: MoeModel, device: torch.device, say: Callable[[str], None]) -> None:
+    def __init__(self, observer: Observer, say: Callable[[str], None]) -> None:
         """Args:
         say: called with what the user must know.
         """
         self._observer: Observer | None = observer
         self._say = say
-        self._timer = LayerTimer(moe, device)
         self._carried_out = 0
         """number of the last order that was carried out"""
         self._order: ReplanOrder | None = None
@@ -131,7 +127,6 @@ class ObserverLink:
 
     def begins(self, *, step: int, max_steps: int, shares: Sequence[int], engine: ExpertEngine) -> None:
         """See `Observer.begins`."""
-        self._timer.take()
         owners = np.concatenate([*engine.shards.owners.values(), []]).astype(int)
         facts = BeginFacts(
             step=step,
@@ -144,12 +139,11 @@ class ObserverLink:
 
     def stepped(self, event: StepEvent) -> None:
         """See `Observer.stepped`."""
-        dense_tokens, dense_seconds = self._timer.take()
         facts = StepFacts(
             step=event.step,
             seconds=event.seconds,
-            dense_tokens=dense_tokens,
-            dense_seconds=dense_seconds,
+            dense_tokens=event.work.tokens,
+            dense_seconds=event.work.seconds,
             loss=event.result.loss,
             tokens=event.tokens,
             imbalance=event.imbalance,

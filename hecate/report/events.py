@@ -12,6 +12,18 @@ from hecate.parallel.units import Unit
 
 
 @dataclass(frozen=True)
+class DenseWork:
+    """Work that one rank has done in its layers up to their experts, where it waits for no other rank."""
+
+    tokens: int = 0
+    """a token counts once for each unit with experts; padding counts, too"""
+    seconds: float = 0.0
+
+    def __add__(self, other: DenseWork) -> DenseWork:
+        return DenseWork(self.tokens + other.tokens, self.seconds + other.seconds)
+
+
+@dataclass(frozen=True)
 class StepResult:
     """What one optimizer step did; the same on every rank."""
 
@@ -37,6 +49,8 @@ class StepResult:
     """assignments of all units to other experts than those that samples bring (`moe.replay: check`); None: they are not counted"""
     norm_limit: float = math.inf
     """what makes a larger gradient norm a spike"""
+    work_before: tuple[DenseWork, ...] = ()
+    """each rank's work in the step before, by rank"""
 
     @property
     def why_skipped(self) -> str:
@@ -51,7 +65,7 @@ class StepResult:
 @dataclass(frozen=True, kw_only=True)
 class StepEvent:
     """One optimizer step that has ended, with its figures; the same on every rank, except `seconds`, `copies`, `new_copies`,
-    `plan_modes` and `parts`."""
+    `plan_modes`, `work` and `parts`."""
 
     step: int
     """number of optimizer steps done, this one included"""
@@ -73,6 +87,8 @@ class StepEvent:
     """number of replicas, all units together, that were on other ranks than their owners', in the reporting rank's sharding group"""
     new_copies: int
     """of these, those that were not there in the step before"""
+    work: DenseWork = DenseWork()
+    """of this rank in this step"""
     parts: dict[str, float]
     """seconds of the step's parts on this rank, in their order (`StepClock`); what is missing from `seconds` belongs to none of them"""
 

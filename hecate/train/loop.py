@@ -25,6 +25,7 @@ from hecate.checkpoint.save_run import Saved, require_durable_folder
 from hecate.config import Config
 from hecate.elastic.observer import Observer, ObserverLink
 from hecate.elastic.rebuild import Membership
+from hecate.elastic.stragglers import SlowRanks
 from hecate.io.signals import on_signals
 from hecate.parallel.topology import Topology, local_topology
 from hecate.ranks.peak_memory import peak_memory
@@ -63,6 +64,8 @@ class _Outside:
     observer: ObserverLink | None
     stopping: _Stopping
     profile: StepProfile
+    slow: SlowRanks | None
+    """None: whoever observes the run names slow ranks"""
 
     def note(self, text: str | None) -> None:
         """Show a line on the terminal; None: there is none."""
@@ -121,9 +124,9 @@ def train(
             reports.event(training.standing.step, warning)
         for note in training.notes:
             reports.note(note)
-        link = ObserverLink(observer, training.parts.moe, ranks.device, partial(_say, training, reports)) if observer else None
+        link = ObserverLink(observer, partial(_say, training, reports)) if observer else None
         profile = StepProfile(Path(config.output_dir), training.ranks, wanted=config.profile and not joins)
-        outside = _Outside(reports, membership, link, stopping, profile)
+        outside = _Outside(reports, membership, link, stopping, profile, None if observer else SlowRanks())
         _tell_beginning(training, outside)
         measured = _Measured()
         if config.eval.on_start and training.parts.eval_sources and training.standing.step == 0 and not joins:
@@ -195,6 +198,11 @@ def _train_one(training: Training, outside: _Outside, measured: _Measured) -> tu
     outside.note(outside.profile.merge())
     if outside.observer:
         outside.observer.stepped(event)
+    if outside.slow:
+        tp_size = training.ranks.tp_size
+        work = {rank: done for rank, done in enumerate(event.result.work_before) if done.tokens and training.shares[rank // tp_size]}
+        for line in outside.slow.after_step(work, training.parts.moe.engine.shards.config.topology):
+            outside.reports.event(event.step, line)
     measured.train_seconds += event.seconds
     measured.tokens += event.tokens
     return event.result.asked
@@ -285,6 +293,8 @@ def _regroup(training: Training, membership: Membership, outside: _Outside, *, t
             group.ranks.leave()
         else:
             faults.at("regrouped")
+            if outside.slow:
+                outside.slow.begin()
             outside.reports.regrouped(done, training.facts(), time.monotonic() - started)
             _tell_beginning(training, outside)
             return True

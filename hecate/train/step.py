@@ -46,7 +46,7 @@ from hecate.parallel.comm.ordered_sums import sum_in_order
 from hecate.parallel.summation import PositionSums, SumOrder
 from hecate.parallel.units import Unit
 from hecate.ranks.peak_memory import peak_bytes
-from hecate.report.events import StepResult
+from hecate.report.events import DenseWork, StepResult
 from hecate.train.privacy import Privacy, SampleShares, add_noise
 from hecate.train.step_clock import StepClock
 from hecate.train.step_totals import exchange_totals
@@ -133,6 +133,7 @@ def train_step(
     rules: StepRules,
     norm_limit: float = math.inf,
     requests: Callable[[], Sequence[bool]] = tuple,
+    work_before: DenseWork | None = None,
     clock: StepClock | None = None,
 ) -> StepResult:
     """Forward, backward, reduce, clip, step. Every rank must call it with as many micro-batches, whose rows may be all padding.
@@ -147,6 +148,7 @@ def train_step(
         step: its number, from 0.
         norm_limit: the step is skipped if its gradient norm is larger.
         requests: returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once.
+        work_before: this rank's in the step before, which all ranks are to know; None: there was none.
         clock: times the parts plan, forward, backward, gradients and waiting of this step; None: nobody asks.
     """
     group, engine, device, order = moe.engine.shards.groups.world, moe.engine, micro_batches[0].input_ids.device, rules.order
@@ -187,7 +189,8 @@ def train_step(
     names = () if order is None else engine.shards.expert_names
     squares = optimizer.squares(counts_owned=engine.shards.in_first_group, names=names)
     clock.ended("gradients")
-    figures = (engine.shards.bytes_between_nodes - sent_far, peak_bytes(device))
+    before = work_before or DenseWork()
+    figures = (engine.shards.bytes_between_nodes - sent_far, peak_bytes(device), before.tokens, before.seconds)
     sent = engine.shards.bytes_sent - sent
     faults.at("norm")
     totals = exchange_totals(work.losses, squares, sent, requests(), group, figures, partial(optimizer.together, names=names))
@@ -206,10 +209,11 @@ def train_step(
         loads,
         totals.bytes_sent,
         totals.asked,
-        bytes_between_nodes=sum(int(far) for far, _ in totals.figures),
-        peak_bytes=tuple(int(peak) for _, peak in totals.figures),
+        bytes_between_nodes=sum(int(far) for far, *_ in totals.figures),
+        peak_bytes=tuple(int(peak) for _, peak, *_ in totals.figures),
         differing=int(totals.more[0]) if totals.more else None,
         norm_limit=norm_limit,
+        work_before=tuple(DenseWork(int(tokens), seconds) for *_, tokens, seconds in totals.figures),
     )
 
 

@@ -22,6 +22,7 @@ from hecate.data.separate_streams import Stream
 from hecate.data.sequences import PackedSequence, empty_sequence
 from hecate.data.sources import TokenSource
 from hecate.elastic.backups import copy_to_backup_ranks, differing_backups
+from hecate.elastic.layer_timer import LayerTimer
 from hecate.elastic.move_experts import reshard_if_it_pays
 from hecate.elastic.rebuild import Group, NoCopyLeft, can_catch_up, catch_up, exchange_standings, go_back, named, redeal
 from hecate.errors import UserError
@@ -35,7 +36,7 @@ from hecate.parallel.summation import SumOrder
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
-from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent, StepResult
+from hecate.report.events import DenseWork, Evaluation, Rebuilt, Resharding, StepEvent, StepResult
 from hecate.report.run_report import RunFacts, trainable_rows
 from hecate.train.build import build_parts
 from hecate.train.evaluate import evaluate
@@ -74,6 +75,9 @@ class Training:
             torch.set_num_threads(1)  # how sums are cut depends on the number of threads
         self.ranks = ranks
         self._clock = StepClock(ranks.device)
+        self._timer = LayerTimer(parts.moe, ranks.device)
+        self._work = DenseWork()
+        """of the step before"""
         self._placed: dict[Unit, Placement] = {}
         """of the step before"""
         self.shares: tuple[int, ...] = ()
@@ -174,9 +178,11 @@ class Training:
             ),
             norm_limit=norm_limit(self.standing.grad_norms, config.skip_step_sigma_factor),
             requests=requests,
+            work_before=self._work,
             clock=self._clock,
         )
         parts_seconds = self._clock.seconds()  # the host has just waited for the device
+        self._work = self._timer.take()
         self.state = self.standing.after_step(parts.trained, tokens=tokens, skipped=result.skipped, grad_norm=result.grad_norm)
         faults.at("trained", sequences)
         # Waiting for the planner's machine code happens once a machine and is none of the training's speed.
@@ -194,6 +200,7 @@ class Training:
             static_imbalance=static_ep_imbalance(result.loads, engine.shards.mesh.shard_size),
             copies=copies,
             new_copies=new,
+            work=self._work,
             parts=parts_seconds,
         )
 
@@ -302,6 +309,8 @@ class Training:
         # Before the first message, after which rank 0 deletes what is left of it.
         warnings: tuple[str, ...] = (_GIVEN_UP,) if self.drop_save() else ()
         self.ranks = group.ranks
+        self._timer.take()  # of a step that was broken off
+        self._work = DenseWork()
         standings = exchange_standings(group.ranks, self.state, parts.optimizer)
         if group.ranks.is_first:
             remove_stale_staging(Path(config.output_dir))

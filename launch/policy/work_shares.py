@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hecate.launch.policy.stragglers import MIN_SECONDS, DenseWork, changed_ranks, relative_speeds, with_speeds, without_ranks
+from hecate.elastic.stragglers import SpeedWindows, with_speeds, without_ranks
 from hecate.parallel.sequence_shares import sequences_by_speed
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import parse_topology
+from hecate.report.events import DenseWork
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,7 @@ class WorkShares:
         """number of sequences in a micro-step, by rank; empty until the ranks have begun"""
         self.speeds: dict[int, float] = {}
         """device -> real over planned speed, in the last full window"""
-        self._windows: list[dict[int, float]] = []
-        self._work: dict[int, DenseWork] = {}
-        """rank -> its work in the window that is not full yet"""
+        self._windows = SpeedWindows()
         self._reports: dict[int, dict[int, DenseWork]] = {}
         """step -> rank -> its report, until all ranks have reported"""
         self._changes = 0
@@ -58,7 +57,7 @@ class WorkShares:
     def begin_generation(self, members: Sequence[int]) -> Topology | None:
         """Begin a generation with these devices, and forget earlier measurements. Returns the devices' topology, if it is known."""
         self._members, self.sequences, self.speeds = list(members), (), {}
-        self._windows, self._work, self._reports = [], {}, {}
+        self._windows, self._reports = SpeedWindows(), {}
         return self._of_members()
 
     def generation_begun(self, sequences: tuple[int, ...], topology: str) -> None:
@@ -87,15 +86,11 @@ class WorkShares:
         topology = self._of_members()
         if topology is None:
             return {}
-        for its_rank, found in reports.items():
-            if self.sequences[its_rank]:
-                self._work[its_rank] = self._work.get(its_rank, DenseWork()) + found
-        if min(work.seconds for work in self._work.values()) < MIN_SECONDS:
+        changed = self._windows.add({of: found for of, found in reports.items() if self.sequences[of]}, topology)
+        if changed is None:
             return {}
-        self._windows.append(relative_speeds(self._work, topology))
-        self._work = {}
-        self.speeds = {self._members[its_rank]: speed for its_rank, speed in self._windows[-1].items()}
-        return changed_ranks(self._windows)
+        self.speeds = {self._members[of]: speed for of, speed in self._windows.speeds.items()}
+        return changed
 
     def share_anew(self, changed: Mapping[int, float]) -> NewShares:
         """Share out the sequences by the speeds that the devices have now.
@@ -111,7 +106,7 @@ class WorkShares:
         for rank, device in enumerate(self._members):
             flops[self._described.index(device)] = ours.flops[rank]
         self.topology = replace(whole, flops=tuple(flops))
-        self._windows, self._work = [], {}
+        self._windows = SpeedWindows()
         self.sequences = tuple(sequences_by_speed(sum(self.sequences), ours.flops))
         self._changes += 1
         return NewShares(self._changes, ours.flops, self.sequences)

@@ -21,7 +21,6 @@ from hecate.launch.policy.failures import Cause, Decision, FailurePolicy
 from hecate.launch.policy.job_generation import JobGeneration, RankEnd
 from hecate.launch.policy.job_states import ENDED, NEXT, State
 from hecate.launch.policy.scaling import Scaling, ScalingPolicy
-from hecate.launch.policy.stragglers import DenseWork
 from hecate.launch.policy.work_shares import WorkShares
 from hecate.launch.ray_job.awake_clock import AwakeClock
 from hecate.launch.ray_job.job_report import JobReport, JobView
@@ -50,6 +49,7 @@ from hecate.launch.ray_job.status import JobStatus
 from hecate.launch.ray_job.worker_group import JobDevice, WorkerGroup, check_versions
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import topology_text
+from hecate.report.events import DenseWork
 
 _PING_SECONDS = 10.0
 """after which a worker that does not answer counts as hung"""

@@ -7,15 +7,16 @@ from typing import Any
 
 import pytest
 
+from hecate.elastic.stragglers import changed_ranks, relative_speeds, with_speeds, without_ranks
 from hecate.errors import UserError
 from hecate.launch.policy.devices import ACCELERATOR_LABEL, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.policy.failures import Cause, Decision, FailurePolicy
 from hecate.launch.policy.job_states import ENDED, NEXT, State
 from hecate.launch.policy.scaling import Scaling, ScalingPolicy
-from hecate.launch.policy.stragglers import DenseWork, changed_ranks, relative_speeds, with_speeds, without_ranks
 from hecate.launch.policy.work_shares import NewShares, WorkShares
 from hecate.parallel.topology import Link, Topology
 from hecate.parallel.topology_file import topology_text
+from hecate.report.events import DenseWork
 
 
 def node(name: str, *, cpus: float = 4, gpus: float = 0, address: str = "10.0.0.1", alive: bool = True, **labels: str) -> dict[str, Any]:

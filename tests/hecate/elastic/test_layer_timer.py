@@ -12,6 +12,7 @@ from hecate.elastic.layer_timer import LayerTimer
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.linear import MoeLinear
 from hecate.parallel.units import Unit
+from hecate.report.events import DenseWork
 
 
 class Layer(nn.Module):
@@ -42,9 +43,9 @@ def test_linears_with_experts_are_timed_by_their_own_products() -> None:
     timer = LayerTimer(moe, torch.device("cpu"))
     for linear in linears.values():
         linear(torch.zeros(3, 4, 8))
-    tokens, seconds = timer.take()
-    assert tokens == 2 * 12
-    assert seconds > 0
+    work = timer.take()
+    assert work.tokens == 2 * 12
+    assert work.seconds > 0
 
 
 def test_tokens_and_seconds_of_training_alone_are_counted() -> None:
@@ -52,11 +53,11 @@ def test_tokens_and_seconds_of_training_alone_are_counted() -> None:
     moe: Any = SimpleNamespace(model=model, layers={Unit(number): layer.experts for number, layer in enumerate(model.layers)})
     timer = LayerTimer(moe, torch.device("cpu"))
     model(torch.zeros(3, 5, 8))
-    tokens, seconds = timer.take()
-    assert tokens == 2 * 15
-    assert seconds > 0
+    work = timer.take()
+    assert work.tokens == 2 * 15
+    assert work.seconds > 0
     with torch.no_grad():  # as evaluation and generation run
         model(torch.zeros(3, 5, 8))
     with torch.inference_mode():
         model(torch.zeros(3, 5, 8))
-    assert timer.take() == (0, 0.0)
+    assert timer.take() == DenseWork(0, 0.0)
