@@ -1,4 +1,4 @@
-"""Choose each rank's backup rank, which holds the backups of its experts."""
+"""Choose each rank's backup ranks, which hold the backups of its experts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import numpy as np
 from hecate.parallel.topology import Topology
 
 
-def backup_ranks(topology: Topology) -> np.ndarray:
-    """Return the backup rank of each rank, int64 [ranks].
+def backup_ranks(topology: Topology, backups: int) -> np.ndarray:
+    """Return the backup ranks of each rank, int64 [ranks, backups]; there are no more columns than other ranks.
 
-    It is on another node if there are several, so that the backups survive the loss of a node. Each rank in turn gets the candidate
-    that is the backup rank of the fewest ranks so far; ties go to the next rank in cyclic order. A single rank is its own backup rank,
-    which means that there is no backup.
+    They are on other nodes if there are any, each on another one while there are enough, so that a backup survives the loss of nodes. For
+    the first backup, and then for the next, each rank in turn gets the candidate that is the backup rank of the fewest ranks so far; ties
+    go to the next rank in cyclic order.
     """
     world = topology.world_size
-    near = topology.same_node()
+    nodes = topology.node_of_rank
     wards = [0] * world
-    backup_rank_D = np.zeros(world, dtype=np.int64)
-    for rank in range(world):
-        others = [r for r in range(world) if not near[rank, r]] or [r for r in range(world) if r != rank] or [rank]
-        chosen = min(others, key=lambda r: (wards[r], (r - rank) % world))
-        wards[chosen] += 1
-        backup_rank_D[rank] = chosen
-    return backup_rank_D
+    chosen: list[list[int]] = [[] for _ in range(world)]
+    for _ in range(min(backups, world - 1)):
+        for rank, own in enumerate(chosen):
+            others = [other for other in range(world) if other != rank and other not in own]
+            used = {nodes[rank], *(nodes[one] for one in own)}
+            away = [other for other in others if nodes[other] not in used] or [other for other in others if nodes[other] != nodes[rank]]
+            best = min(away or others, key=lambda other, rank=rank: (wards[other], (other - rank) % world))  # type: ignore[misc]
+            wards[best] += 1
+            own.append(best)
+    return np.array(chosen, dtype=np.int64).reshape(world, -1)

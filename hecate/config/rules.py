@@ -54,6 +54,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     _check_separate(values, add)
     _check_evaluation(values, add)
     _check_prefetch(values, add)
+    _check_copies(values, add)
     _check_shard_size(values, add)
     _check_sources("data.train", values, add, exist=inputs)
     _check_sources("data.eval", values, add, exist=inputs)
@@ -214,6 +215,11 @@ def _check_prefetch(values: Mapping[str, Any], add: Add) -> None:
         add("fssdp.prefetch", what, "leave it at 1, or set fssdp.rematerialize, whose backward pass gathers early")
     if plan == "calibrated" and ahead == 0:
         add("fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated, got 0", "use exact if nothing is to be gathered before the router")
+
+
+def _check_copies(values: Mapping[str, Any], add: Add) -> None:
+    if values.get("fssdp.verify_copies_steps") and values.get("fssdp.redundancy") == 0:
+        add("fssdp.verify_copies_steps", "compares experts with their backups, but there are none", "set fssdp.redundancy=1, or 2")
 
 
 def _check_shard_size(values: Mapping[str, Any], add: Add) -> None:

@@ -426,9 +426,13 @@ class FssdpConfig:
     shard_size: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """The size of a sharding group: this many neighbouring ranks share one copy of all experts. Experts and tokens move inside a group
     only, and gradients are summed over the groups. Must divide the number of ranks. null: all ranks are one group."""
-    redundancy: int = field(default=0, metadata=key(Range(0, 1), computes=False))
-    """The number of backups of each expert, 0 or 1. A backup holds the parameters and optimizer state on another rank, and on another node
-    if there are several. When a rank is lost, with 1 the remaining ranks lose no step; with 0 they return to the last checkpoint."""
+    redundancy: int = field(default=0, metadata=key(Range(0, 2), computes=False))
+    """The number of backups of each expert, 0 to 2. A backup holds the parameters and optimizer state on another rank, and on another node
+    if there are several. If no more ranks are lost at once, the others lose no step; with 0 they return to the last checkpoint."""
+    verify_copies_steps: int | None = field(default=None, metadata=key(COUNT, computes=False))
+    """The number of steps between two comparisons of experts with their backups (redundancy), by digests. A copy that has changed by itself
+    since the step before is restored from another, and the step is done again. null: only before a save, where of three copies the one that
+    differs is restored, and of two that differ nothing is saved."""
     reshard_interval: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """The number of steps between re-shards. A re-shard moves experts with their optimizer state to new owners, to balance the predicted
     loads over all layers, if the predicted gain until the next one exceeds its cost. null: never."""

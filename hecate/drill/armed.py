@@ -51,6 +51,8 @@ class Armed:
     """None: nothing is written"""
     _step: int = -1
     _calls: dict[str, int] = field(default_factory=dict)
+    _struck: set[int] = field(default_factory=set)
+    """places in `injected` of faults at one call of one step, which do not strike again when that step is done again"""
 
     def __call__(self, place: Place, subject: Any) -> None:
         if place == "step":
@@ -58,8 +60,11 @@ class Armed:
         self._calls[place] = number = self._calls.get(place, 0) + 1
         if place in _TRACED:
             self._note(place, samples_of(subject) if place == "trained" else None)
-        for one in self.injected:
-            if one.place == place and one.rank in (None, self.rank) and one.step in (None, self._step) and one.call in (0, number):
+        for at, one in enumerate(self.injected):
+            wanted = one.place == place and one.rank in (None, self.rank) and one.step in (None, self._step) and one.call in (0, number)
+            if wanted and at not in self._struck:
+                if one.step is not None and one.call:
+                    self._struck.add(at)
                 self._note(one.action, place)
                 carry_out(one, subject)
 
@@ -93,9 +98,9 @@ def carry_out(one: Injected, subject: Any) -> None:
             numbers.view(-1)[:1] = one.value
 
 
-def flip_a_bit(optimizer: Any) -> None:
-    """Change one bit of the first owned expert's parameters, as a broken memory would: no gradient and no moment tells of it."""
-    parameter = next(iter(optimizer.owned.values()))
+def flip_a_bit(optimizer: Any, *, backup: bool = False) -> None:
+    """Change one bit of the parameters of the first expert that the rank owns, or of its first backup, as a broken memory would."""
+    parameter = next(iter((optimizer.backups if backup else optimizer.owned).values()))
     raw = parameter.data.view(-1)[:1].view(torch.uint8)
     raw[-1] ^= 1
 

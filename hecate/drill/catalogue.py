@@ -61,7 +61,12 @@ _ALL = (
     Drill("R17", "bad configurations", "refused in less than a second, the key named", "inputs:bad_configs"),
     Drill("R18", "one rank does another collective than the others", "rank and operation named in 2 s", "naming:mismatched"),
     Drill("R19", "a rank that is slow", "named within ten steps", "naming:straggler"),
-    Drill("R20", "a bit that flips in memory", "found by the backup, and not saved", "memory:flipped_in_memory"),
+    Drill(
+        "R20",
+        "a bit that flips in memory",
+        "named, restored where a right copy is known, never saved",
+        "memory:flipped_in_memory",
+    ),
     Drill("R21", "sockets of a run", "all on loopback", "launching:only_loopback"),
     Drill("R22", "launchers killed, fifty starts and ends", "no process, socket or file is left", "launching:killed_launcher"),
     Drill("R23", "SIGINT and SIGTERM", "checkpoint and exit in 10 s", "launching:signals"),

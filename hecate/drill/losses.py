@@ -50,7 +50,7 @@ def kill_any_rank(scope: Scope) -> DrillOutcome:
 
 
 def two_deaths(scope: Scope) -> DrillOutcome:
-    """R2. The backups of rank r are on rank r + 1."""
+    """R2. The backups of rank r are on rank r + 1; with two backups on rank r + 2, too."""
     whole = begin_run(scope, "whole", RANKS).end()
     times, cases = Times(), []
 
@@ -68,18 +68,22 @@ def two_deaths(scope: Scope) -> DrillOutcome:
         cases.append(DrillCase(name, problem := _problem(run, whole, lost=len(deaths))))
         times.add(run, [] if problem else run.when("kill")[-1:])
     neighbours = [dying(1, 3), dying(2, 3)]
+    if not scope.quick:
+        for name, deaths in {"neighbours": neighbours, "rank 0 and the last": [dying(0, 2), dying(3, 2)]}.items():
+            run = begin_run(scope, "three", RANKS, "fssdp.redundancy=2", injected=deaths).end()
+            cases.append(DrillCase(f"at once, {name}, with two backups", _problem(run, whole, lost=2)))
     run = begin_run(scope, "back", RANKS, "save_steps=2", injected=neighbours).end()
     cases.append(DrillCase("at once, neighbours, with a checkpoint", _fell_back(run, whole)))
     run = begin_run(scope, "nothing", RANKS, injected=neighbours).end()
     names_lost = "only copy of expert" in run.log and "save_steps" in run.log
-    problem = "" if run.status == 2 and names_lost else f"status {run.status}: {_last_line(run.log)}"
+    problem = "" if run.status == 2 and names_lost else f"status {run.status}: {run.last_line}"
     cases.append(DrillCase("at once, neighbours, without a checkpoint", problem))
     return outcome_of(cases, "goes on while each expert has a copy; else names the lost experts and goes back, or ends", times.counts())
 
 
 def _fell_back(run: Launched, whole: Launched) -> str:
     if run.status:
-        return f"ended with status {run.status}: {_last_line(run.log)}"
+        return f"ended with status {run.status}: {run.last_line}"
     if "because no copy is left of expert" not in run.log:
         return "the lost experts were not named"
     off = max(loss_difference(run.losses, whole.losses), difference(run.tensors, whole.tensors))
@@ -184,7 +188,7 @@ def timely(what: str, took: float, limit: float) -> DrillCase:
 def _problem(run: Launched, whole: Launched, lost: int) -> str:
     """What is wrong with a run that has lost so many ranks and went on with all steps; empty: nothing."""
     if run.status:
-        return f"ended with status {run.status}: {_last_line(run.log)}"
+        return f"ended with status {run.status}: {run.last_line}"
     if len(run.when("kill")) + len(run.when("stop")) != lost:
         return f"{len(run.when('kill'))} ranks were killed, not {lost}"
     if "back at the last checkpoint" in run.log:
@@ -200,7 +204,3 @@ def _problem(run: Launched, whole: Launched, lost: int) -> str:
 
 def _median(values: Sequence[float]) -> float:
     return float(median(values)) if values else 0.0
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["it printed nothing"])[-1][:200]

@@ -78,6 +78,6 @@ def straggler(scope: Scope) -> DrillOutcome:
         said = {int(rank) for rank in re.findall(r"straggler: rank (\d+)", run.log)}
         problem = "" if said == ({slow} - {None}) else f"named: {sorted(said)}"
         if run.status:
-            problem = f"status {run.status}: {run.log.strip().splitlines()[-1]}"
+            problem = f"status {run.status}: {run.last_line}"
         cases.append(DrillCase("no slow rank" if slow is None else f"rank {slow} three times as slow", problem))
     return outcome_of(cases, "the first rank names the slow one, and no other, within ten steps")

@@ -100,6 +100,10 @@ class Launched:
     trace: list[dict[str, Any]]
     """what armed ranks came by (`hecate.drill.armed.Armed`), sorted by time"""
 
+    @property
+    def last_line(self) -> str:
+        return (self.log.strip().splitlines() or ["it printed nothing"])[-1][:200]
+
     @cached_property
     def losses(self) -> dict[int, list[float]]:
         """Loss, balance loss and gradient norm of each step, from metrics.jsonl."""

@@ -173,6 +173,8 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
         measured.last = _evaluate(training, outside)
     if done or agreement.stop or (config.save_steps and step % config.save_steps == 0):
         _save(training, outside, last=done or agreement.stop)
+    for expert in training.copies.take_restored():
+        outside.reports.event(step, f"memory has changed by itself: expert {expert}; it is restored from another rank's copy")
     training.complete_step()
     if agreement.stop:
         outside.note(outside.profile.merge(at_end=True))

@@ -61,7 +61,7 @@ class StepRules:
     max_grad_norm: float | None
     """to which the global norm of all gradients is clipped; None: no clipping"""
     redundancy: int = 0
-    """1: the optimizers step backups, too (`hecate.elastic.backups`)"""
+    """how many backups of each expert the optimizers step, too (`hecate.elastic.backups`)"""
     privacy: Privacy | None = None
     """None: samples are not hidden; else each micro-batch is one sample at most"""
     replay: Literal["force", "check"] | None = None
@@ -133,6 +133,7 @@ def train_step(
     rules: StepRules,
     norm_limit: float = math.inf,
     requests: Callable[[], Sequence[bool]] = tuple,
+    check_copies: Callable[[], None] | None = None,
     work_before: DenseWork | None = None,
     clock: StepClock | None = None,
 ) -> StepResult:
@@ -148,6 +149,7 @@ def train_step(
         step: its number, from 0.
         norm_limit: the step is skipped if its gradient norm is larger.
         requests: returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once.
+        check_copies: called when all gradients are complete and nothing has changed; it may send messages, and end the step with an error.
         work_before: this rank's in the step before, which all ranks are to know; None: there was none.
         clock: times the parts plan, forward, backward, gradients and waiting of this step; None: nobody asks.
     """
@@ -178,7 +180,7 @@ def train_step(
     if rules.privacy is not None:
         add_noise(engine.shards, rules.privacy, samples_of_source, step)
     faults.at("reduce")
-    on_its_way = send_gradients(engine, optimizer, loads) if rules.redundancy else None
+    on_its_way = send_gradients(engine, optimizer, loads, rules.redundancy) if rules.redundancy else None
     if order is None or replicated is None:
         optimizer.reduce_replicated(group)
     else:
@@ -186,6 +188,8 @@ def train_step(
     if on_its_way:
         on_its_way.wait()
     faults.at("gradients", optimizer)
+    if check_copies:
+        check_copies()
     names = () if order is None else engine.shards.expert_names
     squares = optimizer.squares(counts_owned=engine.shards.in_first_group, names=names)
     clock.ended("gradients")

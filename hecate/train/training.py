@@ -21,7 +21,8 @@ from hecate.data.encode import IGNORED
 from hecate.data.separate_streams import Stream
 from hecate.data.sequences import PackedSequence, empty_sequence
 from hecate.data.sources import TokenSource
-from hecate.elastic.backups import copy_to_backup_ranks, differing_backups
+from hecate.elastic.backups import copy_to_backup_ranks
+from hecate.elastic.damaged_copies import CopiesRestoredError, CopyChecks
 from hecate.elastic.layer_timer import LayerTimer
 from hecate.elastic.move_experts import reshard_if_it_pays
 from hecate.elastic.rebuild import Group, NoCopyLeft, can_catch_up, catch_up, exchange_standings, go_back, named, redeal
@@ -78,6 +79,7 @@ class Training:
         self._timer = LayerTimer(parts.moe, ranks.device)
         self._work = DenseWork()
         """of the step before"""
+        self.copies = CopyChecks(parts.moe.engine, parts.optimizer, config.fssdp)
         self._placed: dict[Unit, Placement] = {}
         """of the step before"""
         self.shares: tuple[int, ...] = ()
@@ -151,13 +153,51 @@ class Training:
         Args:
             requests: see `train_step`.
         """
-        parts, config, engine = self.parts, self.parts.config, self.parts.moe.engine
+        parts, engine = self.parts, self.parts.moe.engine
         started, rate = time.monotonic(), parts.optimizer.learning_rate
         waited = jit.waited_seconds()
-        sequences = parts.stream.next_step()
-        self._last = StepInputs(self.standing, sequences)
+        result, tries = None, 0
+        while result is None:
+            sequences, tries = parts.stream.next_step(), tries + 1
+            self._last = StepInputs(self.standing, sequences)
+            try:
+                result = self._try_step(sequences, requests)
+            except CopiesRestoredError as error:
+                error.refuse_after(tries)
+                self.standing.put_back(parts.trained)
         tokens = sum(len(sequence.input_ids) for sequence in sequences)
-        result = train_step(
+        parts_seconds = self._clock.seconds()  # the host has just waited for the device
+        self._work = self._timer.take()
+        self.copies.after_step(self.standing.step)
+        self.state = self.standing.after_step(parts.trained, tokens=tokens, skipped=result.skipped, grad_norm=result.grad_norm)
+        faults.at("trained", sequences)
+        # Waiting for the planner's machine code happens once a machine and is none of the training's speed.
+        seconds = time.monotonic() - started - (jit.waited_seconds() - waited)
+        copies, new = self._count_copies(result.loads)
+        return StepEvent(
+            step=self.state.step,
+            result=result,
+            tokens=tokens,
+            seconds=seconds,
+            learning_rate=rate,
+            imbalance=engine.shards.plans.imbalance(result.loads),
+            calibrations=engine.shards.plans.calibrations,
+            plan_modes=dict(engine.shards.plans.chosen_modes),
+            static_imbalance=static_ep_imbalance(result.loads, engine.shards.mesh.shard_size),
+            copies=copies,
+            new_copies=new,
+            work=self._work,
+            parts=parts_seconds,
+        )
+
+    def _try_step(self, sequences: list[PackedSequence], requests: Callable[[], Sequence[bool]]) -> StepResult:
+        """Forward, backward and optimizer step.
+
+        Raises:
+            CopiesRestoredError: see there.
+        """
+        parts, config = self.parts, self.parts.config
+        return train_step(
             parts.moe,
             parts.base.head,
             parts.optimizer,
@@ -178,30 +218,9 @@ class Training:
             ),
             norm_limit=norm_limit(self.standing.grad_norms, config.skip_step_sigma_factor),
             requests=requests,
+            check_copies=self.copies.of_step(self.standing.step),
             work_before=self._work,
             clock=self._clock,
-        )
-        parts_seconds = self._clock.seconds()  # the host has just waited for the device
-        self._work = self._timer.take()
-        self.state = self.standing.after_step(parts.trained, tokens=tokens, skipped=result.skipped, grad_norm=result.grad_norm)
-        faults.at("trained", sequences)
-        # Waiting for the planner's machine code happens once a machine and is none of the training's speed.
-        seconds = time.monotonic() - started - (jit.waited_seconds() - waited)
-        copies, new = self._count_copies(result.loads)
-        return StepEvent(
-            step=self.state.step,
-            result=result,
-            tokens=tokens,
-            seconds=seconds,
-            learning_rate=rate,
-            imbalance=engine.shards.plans.imbalance(result.loads),
-            calibrations=engine.shards.plans.calibrations,
-            plan_modes=dict(engine.shards.plans.chosen_modes),
-            static_imbalance=static_ep_imbalance(result.loads, engine.shards.mesh.shard_size),
-            copies=copies,
-            new_copies=new,
-            work=self._work,
-            parts=parts_seconds,
         )
 
     def _sum_order(self) -> SumOrder | None:
@@ -260,11 +279,11 @@ class Training:
         """Write a checkpoint, unless there is a whole one of this step. No other save may be under way.
 
         Raises:
-            UserError: an expert's backup differs from it, so that one of the two is damaged; or as `save_state`.
+            UserError: copies of an expert differ, and which is damaged is not known; or as `save_state`.
         """
         assert self.saving is None
         faults.at("save")
-        self._refuse_differing_backups()
+        self.copies.check_before_save()
         return save_state(self.parts.config, self.ranks, self.parts.trained, self.standing)
 
     def begin_save(self) -> None:
@@ -275,7 +294,7 @@ class Training:
         """
         assert self.saving is None
         faults.at("save")
-        self._refuse_differing_backups()
+        self.copies.check_before_save()
         self.saving = begin_save(self.parts.config, self.ranks, self.parts.trained, self.standing, background=True)
 
     def end_save(self, *, failed: bool = False) -> Saved:
@@ -290,13 +309,6 @@ class Training:
         if save is not None:
             save.break_off()
         return save is not None
-
-    def _refuse_differing_backups(self) -> None:
-        if self.parts.config.fssdp.redundancy and (damaged := differing_backups(self.parts.moe.engine, self.parts.optimizer)):
-            raise UserError(
-                f"{named(damaged)}: the copies on two ranks differ, so the memory of one of them has changed by itself; nothing was saved\n"
-                "  check the memory of this job's machines; resume=true goes on from the last checkpoint, which was saved before"
-            )
 
     def join(self, group: Group) -> Rebuilt:
         """Go on with the ranks of a group, from the beginning of a step. All of them must call it; they have left their old groups.
@@ -359,8 +371,9 @@ class Training:
         self.notes.append(f"{epochs:g} epochs of {samples} samples are {steps} steps")
 
     def _copy_backups(self) -> None:
-        if self.parts.config.fssdp.redundancy:
-            copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer)
+        self.copies.forget()
+        if backups := self.parts.config.fssdp.redundancy:
+            copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer, backups)
 
 
 def require_cpu(device: torch.device) -> None:

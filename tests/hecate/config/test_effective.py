@@ -231,7 +231,8 @@ def test_a_configuration_of_version_0_1_is_the_same_training_as_the_defaults(fol
         "moe": {"family": "mixlora", "num_experts": 8, "top_k": 2, "train_router": False, "upcycle_noise": 0.01}
         | {"router_aux_loss_coef": 0.001},
         "fssdp": {"policy": "auto", "plan": "history", "rematerialize": False, "prefetch": 1, "max_imbalance": None}
-        | {"load_window": 5, "memory_slots": None, "shard_size": None, "redundancy": 0, "reshard_interval": None},
+        | {"load_window": 5, "memory_slots": None, "shard_size": None, "redundancy": 0, "verify_copies_steps": None}
+        | {"reshard_interval": None},
         "kernels": "auto",
     }
     assert changed_computation(written, load(MINIMAL)) == []

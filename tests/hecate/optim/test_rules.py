@@ -91,7 +91,7 @@ def _moved(rank: int, world: int) -> None:
     after = optimizer.state_tensors()
     assert list(after) == [f"owned/0.{expert}{end}" for expert in ((2,), (0, 1))[rank] for end in ("", "/velocity")]
     assert all(torch.equal(tensor, everywhere[name]) for name, tensor in after.items())
-    copy_to_backup_ranks(made, optimizer)
+    copy_to_backup_ranks(made, optimizer, 1)
     assert sorted(optimizer.backups) == [["0.0", "0.1"], ["0.2"]][rank]
     for name, backup in optimizer.backups.items():
         row = optimizer.row(backup)
