@@ -72,6 +72,22 @@ def make_mesh(world_size: int, shard_size: int | None = None, tp_size: int = 1) 
     return Mesh(world_size, shard_size or world_size, tp_size)
 
 
+def shard_size_for(world_size: int, shard_size: int | None, backups: int) -> int | None:
+    """Return the size of sharding groups with which a run goes on when it has other ranks than it began with.
+
+    It is the smallest one that divides the number of ranks, is not below `shard_size`, and leaves more groups than `backups`, so that each
+    expert is held as often as was asked for. If there is none, all ranks are one group, whose experts have backups.
+
+    Args:
+        shard_size: `fssdp.shard_size`; None: all ranks are one sharding group, however many they are.
+        backups: `fssdp.redundancy`.
+    """
+    if shard_size is None:
+        return None
+    sizes = (size for size in range(shard_size, world_size) if world_size % size == 0 and world_size // size > backups)
+    return next(sizes, world_size)
+
+
 def owners_topology(topology: Topology, mesh: Mesh) -> Topology:
     """Return the topology with which owners are chosen, which must be the same in all sharding groups.
 

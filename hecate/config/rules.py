@@ -228,9 +228,10 @@ def _check_shard_size(values: Mapping[str, Any], add: Add) -> None:
         return
     if ranks is not None and size > 0 and ranks % size:
         add("fssdp.shard_size", f"must divide the number of ranks, which is {ranks} (nproc), got {size}", "null: all ranks")
-    if values.get("fssdp.redundancy"):
-        hint = "leave it at 0: every other sharding group holds each expert already; after a loss resume from the last checkpoint"
-        add("fssdp.redundancy", "does not work together with fssdp.shard_size yet", hint)
+    redundancy = values.get("fssdp.redundancy", 0)
+    if ranks is not None and size > 0 and 1 < ranks // size <= redundancy:
+        what = f"{redundancy} needs more sharding groups than that, which hold each other's experts, got {ranks // size}"
+        add("fssdp.redundancy", what, "set it to 1, or fssdp.shard_size to less, or to null")
 
 
 def _check_sources(key: str, values: Mapping[str, Any], add: Add, *, exist: bool) -> None:

@@ -40,6 +40,12 @@ def kill_any_rank(scope: Scope) -> DrillOutcome:
             run = begin_run(scope, "killed", RANKS, injected=[fault]).end()
             cases.append(DrillCase(f"rank {rank}, step {step}, {phase}", problem := _problem(run, whole, lost=1)))
             times.add(run, [] if problem else run.when("kill"))
+    for rank, phase in () if scope.quick else [(0, "backward"), (1, "reduce"), (2, "optimizer"), (3, "stepped")]:
+        place, call = PHASES[phase]
+        fault = Injected(action="kill", place=place, call=call, rank=rank, step=2)
+        run = begin_run(scope, "groups", RANKS, "fssdp.shard_size=2", injected=[fault]).end()
+        cases.append(DrillCase(f"rank {rank} of two sharding groups, {phase}", problem := _problem(run, whole, lost=1)))
+        times.add(run, [] if problem else run.when("kill"))
     for rank, call in () if scope.quick else ((1, 1), (1, 5), (0, 3), (0, 12), (0, 18)):
         fault = Injected(action="kill", place="file", call=call, rank=rank, step=2)
         run = begin_run(scope, "saving", RANKS, "save_steps=3", injected=[fault]).end()

@@ -17,6 +17,7 @@ from hecate.drill.ranks import TOLERANCE, begin_run, call_on_ranks, difference, 
 from hecate.drill.saves import load
 from hecate.drill.tiny_training import digests, tiny_config, tiny_training, train_until
 from hecate.elastic.rebuild import Group
+from hecate.parallel.mesh import shard_size_for
 from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks, connect
 from hecate.train.training import Training
@@ -86,6 +87,8 @@ def resume_each(ranks: Ranks, workshop: str, folder: str, steps: int, after: lis
 
 RESIZES = ([0, 1, 2, 3], [1, 2, 3], [0, 1, 2, 3], [0, 2], [0, 1, 2], [0, 1], [1], [0, 1], [0, 1, 2, 3], [0, 1, 3], [0, 1, 2, 3])
 """the members of each group in turn. A member that is not in one has lost all it had; never an expert together with its backup."""
+RESIZES_IN_GROUPS = tuple({(0, 2): [0, 3], (0, 1, 2): [0, 1, 3]}.get(tuple(members), members) for members in RESIZES)
+"""likewise, where members 0 and 2 own the same experts, and so do 1 and 3"""
 _DRIFT = 1e-6
 """by how much a result may differ after some hundred steps of which other numbers of ranks took part"""
 _HANDED_OVER = 1
@@ -94,22 +97,26 @@ _HANDED_OVER = 1
 
 def resized(scope: Scope) -> DrillOutcome:
     """R4"""
-    groups = [*RESIZES[:4]] if scope.quick else [*RESIZES]
-    steps = len(groups) * _HANDED_OVER
+    most = 4 if scope.quick else len(RESIZES)
+    steps = most * _HANDED_OVER
     call_on_ranks(scope, 4, save_after, scope.workshop, str(scope.path / "whole"), steps)
-    told = call_on_ranks(scope, 4, change_groups, scope.workshop, str(scope.path / "changed"), groups)
-    whole, changed = (load(scope.path / name / f"checkpoint-{steps}") for name in ("whole", "changed"))
-    off = difference(changed, whole)
-    cases = [DrillCase(f"resize {number}, to {len(group)} ranks", told[group[0]][number]) for number, group in enumerate(groups) if number]
-    cases.append(DrillCase("the last checkpoint", "" if off <= TOLERANCE else f"is off by {off:.2g}"))
+    cases = []
+    for name, size, resizes in (("", None, RESIZES), (" in sharding groups", 2, RESIZES_IN_GROUPS)):
+        groups, output = [*resizes[:most]], scope.path / f"changed{size}"
+        told = call_on_ranks(scope, 4, change_groups, scope.workshop, str(output), groups, size)
+        off = difference(load(output / f"checkpoint-{steps}"), load(scope.path / "whole" / f"checkpoint-{steps}"))
+        for number, group in enumerate(groups[1:], 1):
+            cases.append(DrillCase(f"resize {number}, to {len(group)} ranks{name}", told[group[0]][number]))
+        cases.append(DrillCase(f"the last checkpoint{name}", "" if off <= TOLERANCE else f"is off by {off:.2g}"))
     if not scope.quick:
         cases.append(DrillCase("a new process in the place of a killed one", _replaced(scope)))
-    return outcome_of(cases, f"{len(groups) - 1} resizes between 1 and 4 ranks, result within {TOLERANCE:g} of 4 ranks that never changed")
+        cases.append(DrillCase("a new process in the place of a killed one in sharding groups", _replaced(scope, "fssdp.shard_size=2")))
+    return outcome_of(cases, f"{most - 1} resizes between 1 and 4 ranks, result within {TOLERANCE:g} of 4 ranks that never changed")
 
 
-def _replaced(scope: Scope) -> str:
+def _replaced(scope: Scope, *also: str) -> str:
     """What is wrong with a run under the launcher, which starts a new process for a lost rank and lets it join when it has loaded."""
-    given = ("learning_rate=1e-4",)  # with small steps the order of sums matters little, however many steps there are
+    given = ("learning_rate=1e-4", *also)  # with small steps the order of sums matters little, however many steps there are
     slowly = Injected(action="sleep", place="step", value=0.1)  # so that there are few while the new process loads
     death = Injected(action="kill", place="backward", rank=1, step=2)
     run = begin_run(scope, "replaced", 4, "max_steps=100000", *given, injected=[slowly, death], joins=True)
@@ -127,10 +134,13 @@ def save_after(ranks: Ranks, workshop: str, output: str, steps: int) -> None:
     train_until(tiny_training(ranks, workshop, output, f"max_steps={steps}", "fssdp.redundancy=1"), steps)
 
 
-def change_groups(ranks: Ranks, workshop: str, output: str, groups: list[list[int]]) -> list[str]:
+def change_groups(ranks: Ranks, workshop: str, output: str, groups: list[list[int]], shard_size: int | None) -> list[str]:
     """Go through the groups as one member; what is wrong after each change, as this member saw it."""
     member = ranks.rank
-    given = (f"max_steps={len(groups) * _HANDED_OVER}", "fssdp.redundancy=1")
+    given = (f"max_steps={len(groups) * _HANDED_OVER}", "fssdp.redundancy=1", f"fssdp.shard_size={shard_size or 'null'}")
+    if shard_size:
+        ranks.leave()
+        ranks = connect(dist.FileStore(f"{output}-0", ranks.world_size), member, ranks.world_size, shard_size)
     run: Training | None = tiny_training(ranks, workshop, output, *given)
     problems = []
     for number, group in enumerate(groups):
@@ -147,7 +157,8 @@ def change_groups(ranks: Ranks, workshop: str, output: str, groups: list[list[in
             if number:
                 place = group.index(member)
                 store = dist.FileStore(f"{output}-{number}", len(group))
-                done = run.join(Group(connect(store, place, len(group)), local_topology(len(group), cuda=False)))
+                joined = connect(store, place, len(group), shard_size_for(len(group), shard_size, 1))
+                done = run.join(Group(joined, local_topology(len(group), cuda=False)))
                 if done.lost or done.step != number * _HANDED_OVER:
                     problem = f"went on after step {done.step}" + (f", without {done.lost}" if done.lost else "")
             for _ in range(_HANDED_OVER):

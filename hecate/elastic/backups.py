@@ -21,9 +21,17 @@ from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.units import Unit, expert_name
 
 
+def backups_kept(engine: ExpertEngine, redundancy: int) -> int:
+    """The number of backups of each expert: none where other sharding groups hold it already, of which there are more than `redundancy`."""
+    return 0 if engine.shards.mesh.num_sharding_groups > 1 else redundancy
+
+
 def holders(engine: ExpertEngine, unit: Unit, backups: int) -> np.ndarray:
-    """int64 [copies, experts]: the ranks that hold each expert of a unit, its owner first, then its backup ranks."""
-    owner_E = engine.shards.owners[unit]
+    """int64 [copies, experts]: the ranks of the job that hold each expert of a unit: its owner in each sharding group; or in a single group
+    its owner first, then its backup ranks."""
+    owner_E, mesh = engine.shards.owners[unit], engine.shards.mesh
+    if mesh.num_sharding_groups > 1:
+        return owner_E + mesh.shard_size * np.arange(mesh.num_sharding_groups)[:, None]
     return np.concatenate([owner_E[None], backup_ranks(engine.shards.config.topology, backups)[owner_E].T])
 
 

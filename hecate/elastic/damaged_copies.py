@@ -148,6 +148,7 @@ def own_digests(optimizer: ExpertOptimizer) -> dict[str, int]:
 
 def compare_copies(engine: ExpertEngine, optimizer: ExpertOptimizer, backups: int, noted: Mapping[str, int] | None = None) -> Compared:
     """Compare the copies of all experts, and restore those that are damaged. Every rank must call it, between two changes by the optimizer.
+    Sharding groups hold copies of each other's experts.
 
     Only digests travel, and the experts that are restored.
 
@@ -160,15 +161,15 @@ def compare_copies(engine: ExpertEngine, optimizer: ExpertOptimizer, backups: in
     if not names:
         return Compared()
     holder_CN = np.concatenate([holders(engine, unit, backups) for unit in units], axis=1)
-    own = own_digests(optimizer)
+    own, world = own_digests(optimizer), engine.shards.groups.world
     table = torch.zeros((2, *holder_CN.shape), dtype=torch.int64)  # of each copy its digest, and whether it has changed
-    for copy, expert in np.argwhere(holder_CN == engine.shards.rank).tolist():
+    for copy, expert in np.argwhere(holder_CN == dist.get_rank(world)).tolist():
         digest = own.get(names[expert], 0)
         table[0, copy, expert] = digest
         table[1, copy, expert] = int(noted is not None and noted.get(names[expert], digest) != digest)
     both = table.to(engine.shards.device)
-    dist.all_reduce(both, group=engine.shards.groups.experts)  # each number comes from one rank
-    digest_CN, changed_CN = read(both, engine.shards.groups.experts).numpy()
+    dist.all_reduce(both, group=world)  # each number comes from one rank
+    digest_CN, changed_CN = read(both, world).numpy()
     right_N = right_copies(digest_CN, changed_CN != 0)
     lost = tuple(names[expert] for expert in np.flatnonzero(right_N == UNKNOWN))
     damaged_CN = (right_N >= 0) & (digest_CN != 0) & (digest_CN != digest_CN[np.maximum(right_N, 0), np.arange(len(names))])
@@ -184,7 +185,7 @@ def compare_copies(engine: ExpertEngine, optimizer: ExpertOptimizer, backups: in
 
 def _restore(engine: ExpertEngine, optimizer: ExpertOptimizer, holder_CN: np.ndarray, right_N: np.ndarray, damaged_CN: np.ndarray) -> None:
     """Copy parameters and moments of right copies over the damaged ones."""
-    held = {**optimizer.owned, **optimizer.backups}
+    held, group = {**optimizer.owned, **optimizer.backups}, engine.shards.groups.world
     start = 0
     for unit, store in engine.shards.stores.items():
         end = start + engine.shards.chunked[unit].num_experts
@@ -194,9 +195,9 @@ def _restore(engine: ExpertEngine, optimizer: ExpertOptimizer, holder_CN: np.nda
             damaged_E = damaged_N[of_unit]
             source_N = holder_CN[np.maximum(right_N, 0), np.arange(len(right_N))]
             source_E, target_E = np.where(damaged_E, source_N[of_unit], -1), np.where(damaged_E, holder_N[of_unit], -1)
-            own = np.flatnonzero(source_E == engine.shards.rank).tolist()
+            own = np.flatnonzero(source_E == dist.get_rank(group)).tolist()
             rows = {expert: optimizer.row(held[expert_name(unit, expert)]) for expert in own}
-            done = reshard(rows, specs, source_E, target_E, engine.shards.groups.experts, store.device)
+            done = reshard(rows, specs, source_E, target_E, group, store.device)
             for expert, row in done.rows.items():
                 parameter = held[expert_name(unit, expert)]
                 with torch.no_grad():

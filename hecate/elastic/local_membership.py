@@ -14,6 +14,7 @@ from hecate.config.topology import whole_topology
 from hecate.elastic.peer_watch import PeerWatch
 from hecate.elastic.rebuild import Group
 from hecate.errors import UserError
+from hecate.parallel.mesh import shard_size_for
 from hecate.ranks.backend import forget_groups
 from hecate.ranks.devices import local_devices
 from hecate.ranks.launcher_files import (
@@ -102,7 +103,9 @@ class LocalMembership:
         store = dist.FileStore(str(store_of(self._store, generation.number)), world_size)
         store.set_timeout(_CONNECT_LIMIT)
         try:
-            ranks = connect(store, generation.members.index(self._member), world_size)
+            fssdp = self._config.fssdp
+            size = shard_size_for(world_size, fssdp.shard_size, fssdp.redundancy)
+            ranks = connect(store, generation.members.index(self._member), world_size, size)
         except RuntimeError:
             forget_groups()
             return None

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from hecate.checkpoint.train_state import LoadedState, NoCheckpointError, TrainedParts, TrainState, load_state
@@ -141,11 +142,13 @@ def redeal(
         The state of the run, and the number of experts that moved; or which experts have no copy left, and nothing was changed.
     """
     ranks = group.ranks
-    holders = _holders(parts, ranks, has_state=state is not None)
+    held = _held(parts, ranks, has_state=state is not None)
+    holders = {unit: np.where(held_DE.max(0) > 0, held_DE.argmax(0), -1) for unit, held_DE in held.items()}
     if lost := tuple(expert_name(unit, int(e)) for unit, holder_E in holders.items() for e in np.flatnonzero(holder_E < 0)):
         return NoCopyLeft(lost)
-    owners = dict(zip(holders, redealt_owners(list(holders.values()), ranks.world_size), strict=True))
-    dealt = _deal(parts, ranks, holders, owners)
+    size = dist.get_world_size(ranks.groups.experts)
+    owners = dict(zip(holders, redealt_owners([holder_E % size for holder_E in holders.values()], size), strict=True))
+    dealt, moved = _deal(parts, ranks, held, owners, size)
     source = next(rank for rank, standing in enumerate(standings) if standing.has_state)
     everyone_has_state = all(standing.has_state for standing in standings)
     received = None if everyone_has_state else _send_replicated(parts, ranks, source, state)
@@ -156,7 +159,6 @@ def redeal(
         state = _take_over(parts, *received)
         parts.engine.shards.history.redeal(ranks.world_size)
     completed = min(standing.completed for standing in standings if standing.has_state)
-    moved = sum(int((owners[unit] != holder_E).sum()) for unit, holder_E in holders.items())
     return replace(state.with_positions_of(parts), completed=completed), moved
 
 
@@ -171,9 +173,10 @@ def go_back(parts: TrainedParts, config: Config, group: Group, lost: Sequence[st
     """
     engine, ranks = parts.engine, group.ranks
     parts.optimizer.replace_backups({}, {})
-    owners = {unit: contiguous_owners(chunked.num_experts, ranks.world_size) for unit, chunked in engine.shards.chunked.items()}
+    size, rank = dist.get_world_size(ranks.groups.experts), dist.get_rank(ranks.groups.experts)
+    owners = {unit: contiguous_owners(chunked.num_experts, size) for unit, chunked in engine.shards.chunked.items()}
     chunks = {
-        unit: {int(expert): engine.shards.chunked[unit].init_chunk(int(expert)) for expert in np.flatnonzero(owner_E == ranks.rank)}
+        unit: {int(expert): engine.shards.chunked[unit].init_chunk(int(expert)) for expert in np.flatnonzero(owner_E == rank)}
         for unit, owner_E in owners.items()
     }
     engine.rejoin(group.topology, ranks.groups, owners, chunks)
@@ -195,8 +198,8 @@ def named(experts: Sequence[str]) -> str:
     return f"expert{'s' if len(experts) > 1 else ''} {', '.join(experts[:_MOST_NAMED])}{more}"
 
 
-def _holders(parts: TrainedParts, ranks: Ranks, *, has_state: bool) -> dict[Unit, np.ndarray]:
-    """Per unit int64 [experts]: the lowest rank that owns the expert, else the lowest rank that has its backup, else -1."""
+def _held(parts: TrainedParts, ranks: Ranks, *, has_state: bool) -> dict[Unit, np.ndarray]:
+    """Per unit int64 [ranks, experts]: `_OWNED`, `_BACKUP`, or 0 where the rank has no copy of the expert."""
     optimizer, chunked = parts.optimizer, parts.engine.shards.chunked
     own = []
     for unit, of_unit in chunked.items():
@@ -208,23 +211,34 @@ def _holders(parts: TrainedParts, ranks: Ranks, *, has_state: bool) -> dict[Unit
     if not own:
         return {}
     held_DE = ranks.all_gather(torch.from_numpy(np.concatenate(own))).numpy()
-    holder_E = np.where(held_DE.max(0) > 0, held_DE.argmax(0), -1)
     cuts = np.cumsum([len(held_E) for held_E in own])[:-1]
-    return dict(zip(chunked, np.split(holder_E, cuts), strict=True))
+    return dict(zip(chunked, np.split(held_DE, cuts, axis=1), strict=True))
 
 
-def _deal(parts: TrainedParts, ranks: Ranks, holders: Mapping[Unit, np.ndarray], owners: Mapping[Unit, np.ndarray]) -> ExpertStates:
-    """The states of the experts that this rank is to own."""
+def _deal(
+    parts: TrainedParts, ranks: Ranks, held: Mapping[Unit, np.ndarray], owners: Mapping[Unit, np.ndarray], size: int
+) -> tuple[ExpertStates, int]:
+    """The states of the experts that this rank is to own, and how many experts have moved on all ranks together.
+
+    Each sharding group of `size` ranks gets every expert. A rank that has a copy of what it is to own keeps it; the others get it from the
+    lowest rank that owns it, or else from the lowest that has a backup.
+    """
     optimizer = parts.optimizer
-    dealt = {}
+    mine = {**optimizer.backups, **optimizer.owned}
+    dealt: ExpertStates = {}
+    moved = 0
     for unit, store in parts.engine.shards.stores.items():
-        own = np.flatnonzero(holders[unit] == ranks.rank).tolist()
-        names = {expert: expert_name(unit, expert) for expert in own}
-        held = {expert: optimizer.owned[name] if name in optimizer.owned else optimizer.backups[name] for expert, name in names.items()}
-        rows = {expert: optimizer.row(parameter) for expert, parameter in held.items()}
         specs = optimizer.row_specs(RowSpec((store.chunk_numel,), store.owned.dtype))
-        dealt[unit] = reshard(rows, specs, holders[unit], owners[unit], ranks.groups.experts, store.device).rows
-    return dealt
+        dealt[unit] = {}
+        for first in range(0, ranks.world_size, size):
+            target_E = first + owners[unit]
+            has_it_E = held[unit][target_E, np.arange(len(target_E))] > 0
+            source_E = np.where(has_it_E, target_E, held[unit].argmax(0))
+            rows = {expert: optimizer.row(mine[expert_name(unit, expert)]) for expert in np.flatnonzero(source_E == ranks.rank).tolist()}
+            done = reshard(rows, specs, source_E, target_E, ranks.groups.world, store.device)
+            dealt[unit] |= done.rows
+            moved += done.moved
+    return dealt, moved
 
 
 def _install(parts: TrainedParts, group: Group, owners: dict[Unit, np.ndarray], dealt: ExpertStates) -> None:

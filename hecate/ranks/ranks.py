@@ -210,7 +210,7 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1) -> Iterator[Rank
     if LAUNCHED_VARIABLE in os.environ:
         die_with_parent(int(os.environ[LAUNCHED_VARIABLE]))
     try:
-        ranks = connect(store, rank, world_size, shard_size, tp_size)
+        ranks = connect(store, rank, world_size, None if JOIN_VARIABLE in os.environ else shard_size, tp_size)
         try:
             yield ranks
         except BaseException:

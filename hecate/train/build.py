@@ -21,6 +21,7 @@ from hecate.data.stream import TrainStream
 from hecate.data.user_features import UserFeatures, users_of
 from hecate.elastic.move_experts import check_room
 from hecate.engine.from_config import engine_config, job_topology
+from hecate.errors import UserError
 from hecate.forecast.replica_slots import slots_of_config
 from hecate.model.attention import AttentionChoice
 from hecate.model.base import BaseModel, build_base
@@ -73,6 +74,11 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     """
     mesh = make_mesh(ranks.world_size, config.fssdp.shard_size)
     assert dist.get_world_size(ranks.groups.experts) == mesh.shard_size, "the ranks were joined for another fssdp.shard_size"
+    if 1 < mesh.num_sharding_groups <= config.fssdp.redundancy:
+        raise UserError(
+            f"fssdp.redundancy: {config.fssdp.redundancy} needs more sharding groups than that, which hold each other's experts, "
+            f"got {mesh.num_sharding_groups}\n  set it to 1, or fssdp.shard_size to less, or to null"
+        )
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     topology = topology or _seen_topology(config, ranks)
     _say(ranks, f"loading {config.model.name_or_path}")

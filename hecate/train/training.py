@@ -21,7 +21,7 @@ from hecate.data.encode import IGNORED
 from hecate.data.separate_streams import Stream
 from hecate.data.sequences import PackedSequence, empty_sequence
 from hecate.data.sources import TokenSource
-from hecate.elastic.backups import copy_to_backup_ranks
+from hecate.elastic.backups import backups_kept, copy_to_backup_ranks
 from hecate.elastic.damaged_copies import CopiesRestoredError, CopyChecks
 from hecate.elastic.layer_timer import LayerTimer
 from hecate.elastic.move_experts import reshard_if_it_pays
@@ -68,7 +68,7 @@ class Training:
             UserError: as `build_parts`; or there is no checkpoint to resume from.
         """
         # Alone, a rank would need room for all experts to re-shard them.
-        built = replace(config, resume=False, fssdp=replace(config.fssdp, reshard_interval=None)) if joins else config
+        built = replace(config, resume=False, fssdp=replace(config.fssdp, reshard_interval=None, shard_size=None)) if joins else config
         parts = build_parts(built, ranks, topology)
         self.parts = replace(parts, config=replace(parts.config, resume=config.resume, fssdp=config.fssdp))
         if config.deterministic:
@@ -211,7 +211,7 @@ class Training:
             rules=StepRules(
                 aux_coef=config.moe.router_aux_loss_coef,
                 max_grad_norm=config.max_grad_norm,
-                redundancy=config.fssdp.redundancy,
+                redundancy=backups_kept(parts.moe.engine, config.fssdp.redundancy),
                 privacy=privacy_of(config),
                 replay=config.moe.replay,
                 order=self._sum_order(),
@@ -372,8 +372,12 @@ class Training:
 
     def _copy_backups(self) -> None:
         self.copies.forget()
-        if backups := self.parts.config.fssdp.redundancy:
-            copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer, backups)
+        if redundancy := self.parts.config.fssdp.redundancy:
+            engine, optimizer = self.parts.moe.engine, self.parts.optimizer
+            if backups := backups_kept(engine, redundancy):
+                copy_to_backup_ranks(engine, optimizer, backups)
+            else:
+                optimizer.replace_backups({}, {})
 
 
 def require_cpu(device: torch.device) -> None:

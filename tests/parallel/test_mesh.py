@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from hecate.errors import UserError
-from hecate.parallel.mesh import make_mesh, owners_topology
+from hecate.parallel.mesh import make_mesh, owners_topology, shard_size_for
 from hecate.parallel.topology import Link, uniform_topology
 
 
@@ -43,3 +43,10 @@ def test_owners_are_decided_for_the_weakest_device_of_each_place() -> None:
     assert common.memory == (8.0, 5.0)
     assert common.num_nodes == 1
     assert owners_topology(whole, make_mesh(4)) == whole
+
+
+def test_a_run_goes_on_in_the_smallest_groups_that_hold_each_expert_often_enough() -> None:
+    assert [shard_size_for(world, 2, 1) for world in (8, 7, 6, 4, 3, 2, 1)] == [2, 7, 2, 2, 3, 2, 1]
+    assert [shard_size_for(world, 4, 1) for world in (16, 15, 12, 8, 6)] == [4, 5, 4, 4, 6]
+    assert [shard_size_for(world, 2, 2) for world in (8, 6, 4)] == [2, 2, 4], "two groups are too few for two more copies"
+    assert shard_size_for(7, None, 1) is None

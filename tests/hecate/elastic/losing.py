@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from hecate.config import load_config
 from hecate.elastic.rebuild import Group
+from hecate.parallel.mesh import shard_size_for
 from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import connect
 from hecate.ranks.sockets import tcp_sockets
@@ -27,6 +28,17 @@ def make_run(workshop: str, name: str, rank: int, world: int, *overrides: str) -
     return Training(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks)
 
 
+def make_run_in_groups(workshop: str, name: str, rank: int, world: int, shard_size: int, *overrides: str) -> Training:
+    """As `make_run`, in sharding groups."""
+    ranks_of_default_group(rank, world).leave()
+    ranks = connect(dist.FileStore(f"{workshop}/{name}-groups", world), rank, world, shard_size)
+    given = (*OVERRIDES, f"output_dir={workshop}/runs/{name}", f"fssdp.shard_size={shard_size}", *overrides)
+    return Training(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks)
+
+
 def regroup(run: Training, store: str, rank: int, world: int) -> None:
+    """Go on with other ranks, in sharding groups as the launcher would make them."""
     run.ranks.leave()
-    run.join(Group(connect(dist.FileStore(store, world), rank, world), local_topology(world, cuda=False)))
+    fssdp = run.parts.config.fssdp
+    size = shard_size_for(world, fssdp.shard_size, fssdp.redundancy)
+    run.join(Group(connect(dist.FileStore(store, world), rank, world, size), local_topology(world, cuda=False)))

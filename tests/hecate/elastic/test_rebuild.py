@@ -22,7 +22,7 @@ from hecate.ranks.sockets import tcp_sockets
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import STEPS, make_workshop
-from tests.hecate.elastic.losing import DEATH_STEP, VICTIM, Dead, make_run, regroup
+from tests.hecate.elastic.losing import DEATH_STEP, VICTIM, Dead, make_run, make_run_in_groups, regroup
 from tests.hecate.train.in_process import Losses, ranks_of_default_group
 
 PHASES = {
@@ -105,6 +105,38 @@ def test_survivors_go_on_without_losing_a_step(workshop: str, whole: Losses) -> 
         for phase, (done, restarted, losses) in zip(PHASES, results[rank], strict=True):
             assert done == restarted == DEATH_STEP, phase
             assert torch.tensor([losses[step] for step in sorted(losses)]).sub(torch.tensor(whole)).abs().max() <= 1e-10, phase
+
+
+def leaving_groups(rank: int, world: int, workshop: str, phase: str) -> tuple[int, int, Losses]:
+    """Two groups of two lose a rank in a step, and another one between two steps: the experts' backups at the end, the steps lost, and the
+    losses of the first rank's steps."""
+    losses: dict[int, tuple[float, float, float]] = {}
+    run = make_run_in_groups(workshop, f"groups-{phase}", rank, world, 2, "fssdp.redundancy=1")
+    steps_until(run, DEATH_STEP, losses)
+    assert not run.parts.optimizer.backups, "the other group holds each expert"
+    try:
+        if rank == VICTIM:
+            die_in(phase)
+        steps_until(run, STEPS, losses)
+    except Dead:
+        run.ranks.leave()
+        return 0, 0, []
+    except RuntimeError:
+        lost = DEATH_STEP - run.standing.step
+        regroup(run, f"{workshop}/groups-{phase}-three", rank - (rank > VICTIM), world - 1)
+    assert run.parts.moe.engine.shards.mesh.shard_size == 3
+    kept = len(run.parts.optimizer.backups)
+    steps_until(run, STEPS, losses)
+    return kept, lost, [losses[step] for step in sorted(losses)]
+
+
+@pytest.mark.parametrize("phase", [pytest.param(one, marks=() if one == "norm" else pytest.mark.slow) for one in PHASES])
+def test_sharding_groups_that_lose_a_rank_go_on_as_one_with_backups(workshop: str, whole: Losses, phase: str) -> None:
+    results = run_ranks(4, leaving_groups, workshop, phase)
+    assert sum(kept for kept, _, _ in results) == 2 * 5, "each of two layers' five experts has a backup"
+    assert [lost for _, lost, _ in results] == [0] * 4
+    for number in {0, 1, 2, 3} - {VICTIM}:
+        assert torch.tensor(results[number][2]).sub(torch.tensor(whole)).abs().max() <= 1e-10
 
 
 def losing_while_saving(rank: int, world: int, workshop: str) -> tuple[list[str], bool]:
