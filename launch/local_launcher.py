@@ -20,6 +20,7 @@ from hecate.errors import USER_ERROR_EXIT
 from hecate.io.signals import on_signals
 from hecate.launch.fork_server import forking
 from hecate.launch.run_folder import run_folder
+from hecate.launch.stopped_ranks import StoppedRanks, say_stopped
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import (
     ERRORS_VARIABLE,
@@ -30,7 +31,7 @@ from hecate.ranks.launcher_files import (
     SURVIVAL_SETTINGS,
     Generation,
     error_file,
-    pid_file,
+    pid_files,
     ready_file,
     write_generation,
 )
@@ -39,8 +40,6 @@ Process = subprocess.Popen[bytes]
 STOPPING = "hecate: stopping: the ranks finish their step and save; a second signal ends them at once\n"
 """the answer to a first Ctrl-C or SIGTERM"""
 
-_STOPPED_SECONDS = 1.5
-"""how long a rank may be stopped, as by SIGSTOP, before the others go on without it"""
 _MOST_REPLACED = 3
 """largest number of ranks that a run starts in place of lost ones"""
 ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
@@ -109,8 +108,7 @@ class SurvivingRanks:
         self._loading: dict[int, int] = {}
         """member that has not joined yet -> the device that it will use"""
         self._replaced = 0
-        self._stopped: dict[int, float] = {}
-        """member whose process is stopped -> when this was seen first"""
+        self._stopped = StoppedRanks()
         self.stopping = False
         """True: lost ranks are not replaced any more"""
         write_generation(store, self._now)
@@ -138,19 +136,12 @@ class SurvivingRanks:
 
     def _evict_stopped(self) -> None:
         """Kill members that have been stopped for a while: their peers wait for them, and nothing else would end that."""
-        now = time.monotonic()
-        stopped = [member for member in self._now.members if _is_stopped(pid_file(self._store, member))]
-        self._stopped = {member: self._stopped.get(member, now) for member in stopped}
-        for member, since in self._stopped.items():
-            if now - since > _STOPPED_SECONDS and self._processes[member].poll() is None:
-                rank = self._now.members.index(member)
-                print(
-                    f"hecate: rank {rank} has been stopped for {now - since:.1f} s, as by SIGSTOP, and is ended",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                self._processes[member].kill()
-                self._processes[member].wait()
+        pid_of = pid_files(self._store.parent)
+        members = {member: pid_of[member] for member in self._now.members if member in pid_of and self._processes[member].poll() is None}
+        for member, seconds in self._stopped.look(members).items():
+            say_stopped(self._now.members.index(member), seconds)
+            self._processes[member].kill()
+            self._processes[member].wait()
 
     def _fill_up(self) -> None:
         for member in [m for m in self._loading if ready_file(self._store, m).exists()]:
@@ -211,6 +202,7 @@ def _wait(ranks: dict[int, Process], store: Path, surviving: SurvivingRanks | No
     """
     first_failure: int | None = None
     deadline = 0.0
+    waiting = None if surviving else StoppedRanks()
 
     def running() -> list[int]:
         return [number for number in (surviving.members if surviving else ranks) if ranks[number].poll() is None]
@@ -218,6 +210,8 @@ def _wait(ranks: dict[int, Process], store: Path, surviving: SurvivingRanks | No
     while running():
         if surviving:
             surviving.look()
+        if waiting:
+            waiting.say_new(pid_files(store.parent))
         for number in surviving.members if surviving else ranks:
             if first_failure is not None or ranks[number].poll() in (None, 0):
                 continue
@@ -243,15 +237,6 @@ def _wait(ranks: dict[int, Process], store: Path, surviving: SurvivingRanks | No
         file=sys.stderr,
     )
     return 1
-
-
-def _is_stopped(file: Path) -> bool:
-    """Whether the process whose id is in the file is stopped by a signal. A debugger that holds it does not count. Linux only."""
-    try:
-        stat = Path(f"/proc/{int(file.read_text(encoding='ascii'))}/stat").read_text(encoding="utf-8", errors="replace")
-    except (OSError, ValueError):  # the process has not written it yet, or has ended
-        return False
-    return stat.rpartition(")")[2].split()[0] == "T"
 
 
 def _cause(code: int) -> str:

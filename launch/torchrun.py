@@ -25,6 +25,7 @@ from hecate.launch.foreign_texts import AgentAction, agent_action
 from hecate.launch.fork_server import forking
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.launch.run_folder import run_folder
+from hecate.launch.stopped_ranks import end_stopped_ranks
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, mistakes
@@ -144,6 +145,7 @@ def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     _listen_to_the_agent(folder)
+    threading.Thread(target=end_stopped_ranks, args=(folder,), daemon=True).start()
     settings: dict[str, Any] = dict(_QUICK)
     if meeting is None:
         settings["store_type"] = "file"

@@ -23,7 +23,7 @@ from hecate.ranks.launcher_files import (
     STORE_VARIABLE,
     Generation,
     here_file,
-    pid_file,
+    leave_pid,
     read_generation,
     ready_file,
     store_of,
@@ -56,7 +56,7 @@ class LocalMembership:
         self._number = 0
         self._announced = False
         self._watch = PeerWatch(self._store)
-        pid_file(self._store, self._member).write_text(str(os.getpid()), encoding="ascii")
+        leave_pid(self._store.parent, self._member)
         if JOIN_VARIABLE not in os.environ:  # a rank that is to join is alone until then
             self._watch.begin(range(ranks.world_size), ranks)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -68,9 +69,18 @@ def here_file(store: Path, generation: int, member: int) -> Path:
     return store.with_name(f"here-{generation}-{member}")
 
 
-def pid_file(store: Path, member: int) -> Path:
-    """The file with the id of a member's process. Its launcher may have started only a process that stands for it."""
-    return store.with_name(f"pid-{member}")
+def leave_pid(folder: Path, number: int) -> None:
+    """Leave the id of this process, a rank or a member, for its launcher, which may have started only a process that stands for it."""
+    (folder / f"pid-{number}").write_text(str(os.getpid()), encoding="ascii")
+
+
+def pid_files(folder: Path) -> dict[int, int]:
+    """The ids of processes that ranks or members have left, by their numbers."""
+    found = {}
+    for path in folder.glob("pid-*"):
+        with suppress(OSError, ValueError):  # it is being written
+            found[int(path.name.removeprefix("pid-"))] = int(path.read_text(encoding="ascii"))
+    return found
 
 
 def store_of(store: Path, generation: int) -> Path:

@@ -17,7 +17,15 @@ from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.io.process_end import run_and_end
 from hecate.parallel import jit
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
-from hecate.ranks.launcher_files import ERRORS_VARIABLE, JOIN_VARIABLE, STORE_VARIABLE, exit_with_user_error, mistakes
+from hecate.ranks.launcher_files import (
+    ERRORS_VARIABLE,
+    JOIN_VARIABLE,
+    MEMBER_VARIABLE,
+    STORE_VARIABLE,
+    exit_with_user_error,
+    leave_pid,
+    mistakes,
+)
 
 
 def preload() -> None:
@@ -67,6 +75,8 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
     errors = os.environ.get(ERRORS_VARIABLE)
     if errors and mistakes(Path(errors)):
         sys.exit(USER_ERROR_EXIT)  # torch's elastic agent restarts ranks after every exit status; a mistake would only be met again
+    if errors and MEMBER_VARIABLE not in os.environ:  # a member leaves its own
+        leave_pid(Path(errors), int(os.environ.get("RANK", "0")))
     os.environ.update(gpu_allocator_defaults(os.environ))  # plain torchrun has not set them
     from hecate.config import load_config
     from hecate.train.preflight import check_machine

@@ -1,0 +1,76 @@
+"""Finds ranks whose processes were stopped, as by SIGSTOP.
+
+Such a rank answers nobody, its connections stay open, and its peers wait for it. Where the run can go on without it, it is ended; where its
+end would be the run's, it is named.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from hecate.ranks.launcher_files import pid_files
+
+STOPPED_SECONDS = 1.5
+"""how long a rank may be stopped before the others go on without it"""
+_LOOK_SECONDS = 0.25
+
+
+class StoppedRanks:
+    """Since when each process has been stopped, as it was seen."""
+
+    def __init__(self) -> None:
+        self._since: dict[int, float] = {}
+        self._said: set[int] = set()
+
+    def look(self, pid_of: Mapping[int, int]) -> dict[int, float]:
+        """The processes that have been stopped for `STOPPED_SECONDS`, and for how long; named by the keys of `pid_of`. Linux only."""
+        now = time.monotonic()
+        self._since = {name: self._since.get(name, now) for name, pid in pid_of.items() if _status(pid)[0] == "T"}
+        return {name: now - since for name, since in self._since.items() if now - since > STOPPED_SECONDS}
+
+    def say_new(self, pid_of: Mapping[int, int]) -> None:
+        """Say of each rank that has been stopped for a while, once each time, that the others wait for it."""
+        stopped = self.look(pid_of)
+        for rank in stopped.keys() - self._said:
+            text = f"hecate: rank {rank} is stopped, as by SIGSTOP, and the others wait for it; kill -CONT {pid_of[rank]} lets it go on"
+            print(text, file=sys.stderr, flush=True)
+        self._said = set(stopped)
+
+
+def say_stopped(rank: int, seconds: float) -> None:
+    """Say that a rank is ended."""
+    print(f"hecate: rank {rank} has been stopped for {seconds:.1f} s, as by SIGSTOP, and is ended", file=sys.stderr, flush=True)
+
+
+def end_stopped_ranks(folder: Path) -> None:
+    """Kill each rank that has been stopped for a while, by the ids of processes that ranks leave in a folder. It never returns."""
+    stopped = StoppedRanks()
+    while True:
+        pid_of = pid_files(folder)
+        for rank, seconds in stopped.look(pid_of).items():
+            if _is_descendant(pid_of[rank]):
+                say_stopped(rank, seconds)
+                os.kill(pid_of[rank], signal.SIGKILL)
+        time.sleep(_LOOK_SECONDS)
+
+
+def _is_descendant(pid: int) -> bool:
+    """Whether this process, or one that it has started, has started the process. The id may have become that of another one."""
+    while pid > 1 and pid != os.getpid():
+        pid = int(_status(pid)[1])
+    return pid > 1
+
+
+def _status(pid: int) -> tuple[str, str]:
+    """State and parent of a process; empty and 0 if there is none. A process that a debugger holds is not in state T."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "", "0"
+    state, parent, *_ = stat.rpartition(")")[2].split()
+    return state, parent
