@@ -17,10 +17,11 @@ from hecate import faults
 from hecate.drill.disk import watch_disk
 from hecate.faults import Place
 
-Action = Literal["kill", "stop", "sleep", "fill", "scale", "one_expert", "flip"]
+Action = Literal["kill", "stop", "sleep", "fill", "scale", "one_expert", "flip", "fail"]
 """kill and stop: the process sends itself SIGKILL or SIGSTOP. sleep: for `value` seconds. fill: the subject's first number becomes `value`;
 of an optimizer, that of its first gradient. scale: the whole subject is multiplied by it. one_expert: the logits send every token to expert
-`value` first. flip: one bit of the first expert that the rank owns changes."""
+`value` first. flip: one bit of the first expert that the rank owns changes. fail: an operation on a file raises OSError with the number
+`value`; deleting works also on a full disk."""
 
 _TRACED = ("step", "stepped", "trained", "lost", "regrouped")
 """places whose times are written down"""
@@ -39,6 +40,8 @@ class Injected:
     call: int = 1
     """at which of the step's calls of this place, from 1; 0: at each"""
     value: float = 0.0
+    life: int = 0
+    """how often torch's elastic agent has started the ranks anew when it strikes; always 0 under the local launcher"""
 
 
 @dataclass
@@ -85,6 +88,9 @@ def carry_out(one: Injected, subject: Any) -> None:
         time.sleep(one.value)
     elif one.action == "flip":
         flip_a_bit(subject)
+    elif one.action == "fail":
+        if subject not in ("unlink", "rmdir"):
+            raise OSError(int(one.value), os.strerror(int(one.value)))
     elif not isinstance(subject, torch.Tensor):  # an optimizer
         held = {**subject.owned, **subject.replicated}.values()
         carry_out(one, next(parameter.grad for parameter in held if parameter.grad is not None))

@@ -38,18 +38,18 @@ def kill_any_rank(scope: Scope) -> DrillOutcome:
             place, call = PHASES[phase]
             fault = Injected(action="kill", place=place, call=call, rank=rank, step=step)
             run = begin_run(scope, "killed", RANKS, injected=[fault]).end()
-            cases.append(DrillCase(f"rank {rank}, step {step}, {phase}", problem := _problem(run, whole, lost=1)))
+            cases.append(DrillCase(f"rank {rank}, step {step}, {phase}", problem := problem_of(run, whole, lost=1)))
             times.add(run, [] if problem else run.when("kill"))
     for rank, phase in () if scope.quick else [(0, "backward"), (1, "reduce"), (2, "optimizer"), (3, "stepped")]:
         place, call = PHASES[phase]
         fault = Injected(action="kill", place=place, call=call, rank=rank, step=2)
         run = begin_run(scope, "groups", RANKS, "fssdp.shard_size=2", injected=[fault]).end()
-        cases.append(DrillCase(f"rank {rank} of two sharding groups, {phase}", problem := _problem(run, whole, lost=1)))
+        cases.append(DrillCase(f"rank {rank} of two sharding groups, {phase}", problem := problem_of(run, whole, lost=1)))
         times.add(run, [] if problem else run.when("kill"))
     for rank, call in () if scope.quick else ((1, 1), (1, 5), (0, 3), (0, 12), (0, 18)):
         fault = Injected(action="kill", place="file", call=call, rank=rank, step=2)
         run = begin_run(scope, "saving", RANKS, "save_steps=3", injected=[fault]).end()
-        cases.append(DrillCase(f"rank {rank}, operation {call} of a save", problem := _problem(run, whole, lost=1)))
+        cases.append(DrillCase(f"rank {rank}, operation {call} of a save", problem := problem_of(run, whole, lost=1)))
         times.add(run, [] if problem else run.when("kill"))
     cases += times.judged(scope)
     return outcome_of(cases, f"{RANKS - 1} ranks go on, 0 steps lost, results within {TOLERANCE:g} of the undisturbed run", times.counts())
@@ -71,13 +71,13 @@ def two_deaths(scope: Scope) -> DrillOutcome:
     }
     for name, deaths in list(survived.items())[: 1 if scope.quick else None]:
         run = begin_run(scope, "two", RANKS, injected=deaths).end()
-        cases.append(DrillCase(name, problem := _problem(run, whole, lost=len(deaths))))
+        cases.append(DrillCase(name, problem := problem_of(run, whole, lost=len(deaths))))
         times.add(run, [] if problem else run.when("kill")[-1:])
     neighbours = [dying(1, 3), dying(2, 3)]
     if not scope.quick:
         for name, deaths in {"neighbours": neighbours, "rank 0 and the last": [dying(0, 2), dying(3, 2)]}.items():
             run = begin_run(scope, "three", RANKS, "fssdp.redundancy=2", injected=deaths).end()
-            cases.append(DrillCase(f"at once, {name}, with two backups", _problem(run, whole, lost=2)))
+            cases.append(DrillCase(f"at once, {name}, with two backups", problem_of(run, whole, lost=2)))
     run = begin_run(scope, "back", RANKS, "save_steps=2", injected=neighbours).end()
     cases.append(DrillCase("at once, neighbours, with a checkpoint", _fell_back(run, whole)))
     run = begin_run(scope, "nothing", RANKS, injected=neighbours).end()
@@ -103,10 +103,17 @@ def stopped_rank(scope: Scope) -> DrillOutcome:
     for rank in (2,) if scope.quick else range(RANKS):
         fault = Injected(action="stop", place="backward", rank=rank, step=2)
         run = begin_run(scope, "stopped", RANKS, injected=[fault]).end()
-        problem = _problem(run, whole, lost=1) or ("" if f"rank {rank} has been stopped" in run.log else "the rank was not named")
+        problem = problem_of(run, whole, lost=1) or ("" if f"rank {rank} has been stopped" in run.log else "the rank was not named")
         cases.append(DrillCase(f"rank {rank}", problem))
         if not problem:
             evicted.append(1000 * (worst(run.when("lost")) - run.when("stop")[0]))
+    if not scope.quick:
+        fault = Injected(action="stop", place="backward", rank=2, step=2)
+        run = begin_run(scope, "agent", RANKS, "save_steps=1", injected=[fault], survives=False, restarts=1).end()
+        problem = "" if "rank 2 has been stopped" in run.log else f"the rank was not named: {run.last_line}"
+        if not problem and (run.status or difference(run.tensors, whole.tensors) > TOLERANCE):
+            problem = f"status {run.status}, or another result than the undisturbed run"
+        cases.append(DrillCase("rank 2 under torch's agent", problem))
     counts = {"evicted_ms": _median(evicted), "evicted_worst_ms": worst(evicted)}
     if not scope.quick:
         cases.append(timely("evicted", counts["evicted_ms"], _EVICTED))
@@ -147,7 +154,7 @@ def no_rank_is_special(scope: Scope) -> DrillOutcome:
     for name, dying in list(chains.items())[: 1 if scope.quick else None]:
         deaths = [Injected(action="kill", place="backward", rank=rank, step=1 + at) for at, rank in enumerate(dying)]
         run = begin_run(scope, "first", RANKS, injected=deaths).end()
-        problem = _problem(run, whole, lost=len(dying))
+        problem = problem_of(run, whole, lost=len(dying))
         if not problem and set(run.losses) != set(whole.losses):
             problem = f"metrics.jsonl has steps {sorted(run.losses)}"
         if not problem and not (run.output / "adapter").is_dir():
@@ -191,7 +198,7 @@ def timely(what: str, took: float, limit: float) -> DrillCase:
     return DrillCase(f"{what} in {limit:.0f} ms", "" if took <= limit else f"took {took:.0f} ms")
 
 
-def _problem(run: Launched, whole: Launched, lost: int) -> str:
+def problem_of(run: Launched, whole: Launched, lost: int) -> str:
     """What is wrong with a run that has lost so many ranks and went on with all steps; empty: nothing."""
     if run.status:
         return f"ended with status {run.status}: {run.last_line}"
@@ -199,7 +206,7 @@ def _problem(run: Launched, whole: Launched, lost: int) -> str:
         return f"{len(run.when('kill'))} ranks were killed, not {lost}"
     if "back at the last checkpoint" in run.log:
         return "it went back to a checkpoint"
-    if len(run.losses) < len(whole.losses) - 1:  # the rank that reports may have died before it had reported its step
+    if len(run.losses) < len(whole.losses) - lost:  # a rank that reports may have died before it had reported its step
         return f"metrics.jsonl has steps {sorted(run.losses)}"
     if (off := loss_difference(run.losses, {step: whole.losses[step] for step in run.losses})) > TOLERANCE:
         return f"losses or norms are off by {off:.2g}"

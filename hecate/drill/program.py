@@ -61,12 +61,18 @@ def _drill(function: str, scope: str, result: str) -> None:
 
 
 def _launch(request: str) -> None:
-    """Become the local launcher of a run, whose ranks this program's fork server forks."""
+    """Become the local launcher of a run, whose ranks this program's fork server forks, or torch's agent with a fork server of its own."""
+    from hecate.drill.run import PROGRAM
+    from hecate.launch import torchrun
     from hecate.launch.local_launcher import start_and_watch
     from hecate.launch.run_folder import run_folder
 
     asked = json.loads(request)
-    command = [*asked["start"], "rank", asked["injected"], asked["trace"], asked["joins"], *asked["arguments"]]
+    rank = ["rank", asked["injected"], asked["trace"], asked["joins"], *asked["arguments"]]
+    if asked["restarts"] is not None:
+        job = torchrun.TorchrunJob(name="drill", nodes=(1, 1), ranks_per_node=asked["ranks"], endpoint=None, max_restarts=asked["restarts"])
+        sys.exit(torchrun.launch(PROGRAM, rank, job))
+    command = [*asked["start"], *rank]
     with run_folder() as folder:
         status = start_and_watch(command, asked["ranks"], folder / "store", survives=asked["survives"])
     sys.exit(status)
@@ -76,11 +82,13 @@ def _rank(injected: str, trace: str, joins: str, *arguments: str) -> None:
     """Become a rank of a run, armed. A rank that is to join in the place of a lost one waits for its end unless `joins` says yes."""
     from hecate.drill.armed import arm_process, from_text
     from hecate.ranks.launcher_files import JOIN_VARIABLE
+    from hecate.ranks.ranks import restarts
     from hecate.train import rank_main
 
     if JOIN_VARIABLE in os.environ and joins != "yes":
         signal.pause()
-    arm_process(from_text(injected), int(os.environ["RANK"]), Path(trace))
+    of_this_life = [one for one in from_text(injected) if one.life == restarts()]
+    arm_process(of_this_life, int(os.environ["RANK"]), Path(trace))
     rank_main.main(arguments)
 
 

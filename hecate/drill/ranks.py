@@ -165,11 +165,13 @@ def begin_run(
     survives: bool = True,
     joins: bool = False,
     output: Path | None = None,
+    restarts: int | None = None,
 ) -> Running:
     """Start the tiny run under the local launcher, with backups if it survives.
 
     Args:
         output: the run's folder; None: a new one.
+        restarts: start it under torch's elastic agent, as `hecate launch` does, which starts all ranks anew so often; None: do not.
         joins: ranks that the launcher starts in the place of lost ones join; else they wait for the end of the run.
     """
     folder = _new_folder(scope, name)
@@ -183,6 +185,7 @@ def begin_run(
         "arguments": [f"{scope.workshop}/config.yaml", *given],
         "ranks": ranks,
         "survives": survives,
+        "restarts": restarts,
     }
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen([*scope.start, "launch", json.dumps(request)], env=environment(), stdout=log, stderr=log)

@@ -1,0 +1,74 @@
+"""Where `benchmarks.kill_points` kills: plans that follow from a seed and their number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hecate.drill.armed import Injected
+from hecate.drill.tiny_run import STEPS
+from hecate.faults import Place
+
+SEED, RANKS, DEATHS = 20, 4, 3
+"""of a run; after the third death of four ranks the last one goes on alone"""
+CALLS: dict[Place, int] = {
+    "step": 1,
+    "forward": 2,
+    "router": 4,
+    "experts": 4,
+    "loss": 2,
+    "backward": 2,
+    "reduce": 1,
+    "gradients": 1,
+    "norm": 1,
+    "optimizer": 1,
+    "stepped": 1,
+    "trained": 1,
+    "save": 1,
+    "file": 20,
+}
+"""place -> how often a rank comes by it in a step, so that each call may be the one; the first rank writes most files"""
+_FILES = 0.3
+"""share of points at operations on files"""
+_EVERY = 20
+"""one run in so many is under torch's agent"""
+
+
+@dataclass(frozen=True)
+class KillPlan:
+    """One run's kills."""
+
+    number: int
+    launcher: str
+    """local or torchrun"""
+    beside: bool
+    """whether it saves beside the steps"""
+    deaths: tuple[Injected, ...]
+
+    def named(self, rank: int, step: int) -> str:
+        """The place and the call at which a rank dies in a step."""
+        return next((f"{one.place} {one.call}" for one in self.deaths if (one.rank, one.step) == (rank, step)), "?")
+
+
+def plan_of(number: int) -> KillPlan:
+    """The plan with this number, the same in every call.
+
+    Under the local launcher three different ranks die in different steps, and the last one stays. Under torch's agent all ranks start again
+    after each death, so that any may die again; the deaths are in later steps than the first checkpoint's.
+    """
+    random = np.random.default_rng([SEED, number])
+    local = number % _EVERY != _EVERY - 1
+    first = 0 if local else 1
+    steps = sorted(first + random.choice(STEPS - first, DEATHS, replace=False))
+    ranks = random.choice(RANKS, DEATHS, replace=not local)
+    deaths = tuple(
+        _death(random, int(rank), int(step), 0 if local else life) for life, (rank, step) in enumerate(zip(ranks, steps, strict=True))
+    )
+    return KillPlan(number, "local" if local else "torchrun", local and bool(random.random() < 0.5), deaths)
+
+
+def _death(random: np.random.Generator, rank: int, step: int, life: int) -> Injected:
+    others = [place for place in CALLS if place != "file"]
+    place: Place = "file" if random.random() < _FILES else others[random.integers(len(others))]
+    return Injected(action="kill", place=place, rank=rank, step=step, call=1 + int(random.integers(CALLS[place])), life=life)

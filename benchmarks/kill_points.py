@@ -1,0 +1,208 @@
+"""Kill processes of tiny runs at a thousand seeded points, and compare each run with the undisturbed one, bit for bit.
+
+    python -m benchmarks.kill_points [--quick] [--resume] [--most N] [--json FILE]
+
+A point is a rank that SIGKILL ends at a place in a step or at an operation on a file of a checkpoint (`kill_plans`). A run of four ranks
+with `deterministic: true` that saves after each step goes through three of them, in different steps; all three count as failed if its
+losses, norms, parameters or moments are not those of the undisturbed run. A point that the run does not come by is not counted. Of each
+run this counts, beside its bits: steps and samples that are missing or other than in the undisturbed run; steps that were done again,
+although a rank had said that they were done; and folders named `checkpoint-N` that are not whole.
+
+Under the local launcher (19 of 20 runs, half of which save beside the steps) the ranks that are left go on, the last one alone. Under
+torch's elastic agent (the others), which is `hecate launch`, all ranks start again from the last checkpoint, so that the step under way, or
+one that was done but not yet saved, is done again.
+
+The points come from a seed, so that a call with `--resume` goes on where the file ends (benchmarks/results/kill_points.json), which is
+written after each run; `--most` ends it after so many points. A call without `--resume` begins anew.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.kill_plans import RANKS, KillPlan, plan_of
+from benchmarks.report import arguments, machine
+from hecate.checkpoint import good_checkpoints
+from hecate.drill.losses import Times, problem_of
+from hecate.drill.outcome import Scope
+from hecate.drill.ranks import Launched, begin_run
+from hecate.drill.run import Ground, ground
+
+RESULTS = Path(__file__).parent / "results" / "kill_points.json"
+WANTED, QUICK = 1000, 6
+"""points"""
+_LIMIT = 900.0
+"""seconds that a run may take; one takes five on an idle core"""
+
+
+@dataclass(frozen=True)
+class KilledRun:
+    """What became of one plan."""
+
+    number: int
+    launcher: str
+    beside: bool
+    """saves beside the steps"""
+    points: tuple[str, ...]
+    """of those that the run came by: rank, step, place and call"""
+    problem: str
+    """what was wrong; empty: nothing"""
+    lost_steps: int
+    lost_samples: int
+    repeated_steps: int
+    torn: int
+    """folders named as checkpoints that are not whole"""
+    noticed_ms: float
+    recovered_ms: float
+    """after the last kill; 0 where nobody was left to notice, and under the agent"""
+
+    @property
+    def held(self) -> bool:
+        return not (self.problem or self.lost_steps or self.lost_samples or self.torn)
+
+
+def carried_out(plan: KillPlan, whole: Launched, scope: Scope) -> KilledRun:
+    """Do a run with its kills, and compare it."""
+    local = plan.launcher == "local"
+    given = ("save_steps=1", "save_total_limit=2", f"save_async={str(plan.beside).lower()}")
+    restarts = None if local else len(plan.deaths)
+    run = begin_run(scope, "killed", RANKS, *given, injected=plan.deaths, survives=local, restarts=restarts).end(_LIMIT)
+    kills = [one for one in run.trace if one["what"] == "kill"]
+    torn = len(_named(run.output) - {path.name for path in good_checkpoints(run.output)})
+    problem = problem_of(run, whole, lost=len(kills))
+    times = Times()
+    if local and not problem:
+        times.add(run, [one["time"] for one in kills])
+    steps, samples = lost(run, whole)
+    return KilledRun(
+        number=plan.number,
+        launcher=plan.launcher,
+        beside=plan.beside,
+        points=tuple(f"rank {one['rank']}, step {one['step']}, {plan.named(one['rank'], one['step'])}" for one in kills),
+        problem=problem,
+        lost_steps=steps,
+        lost_samples=samples,
+        repeated_steps=repeated(run),
+        torn=torn,
+        noticed_ms=round(times.counts()["noticed_ms"], 1),
+        recovered_ms=round(times.counts()["recovered_ms"], 1),
+    )
+
+
+def lost(run: Launched, whole: Launched) -> tuple[int, int]:
+    """How many steps of the undisturbed run nobody has done with the same samples, and how many of its samples were missing there."""
+    steps = samples = 0
+    done = _samples_by_step(run)
+    for step, wanted in _samples_by_step(whole).items():
+        found = done.get(step, set())
+        steps += found != wanted
+        samples += len(wanted - found)
+    return steps, samples
+
+
+def repeated(run: Launched) -> int:
+    """How many steps a rank has done more than once."""
+    seen: set[tuple[int, int]] = set()
+    again = set()
+    for one in run.trace:
+        if one["what"] == "trained":
+            key = (one["rank"], one["step"])
+            again |= {one["step"]} if key in seen else set()
+            seen.add(key)
+    return len(again)
+
+
+def _samples_by_step(run: Launched) -> dict[int, set[tuple[int, int]]]:
+    """(source, sample) of each step; a step in which ranks differ has more of them."""
+    found: dict[int, set[tuple[int, int]]] = {}
+    for one in run.trace:
+        if one["what"] == "trained":
+            found.setdefault(one["step"], set()).update((source, sample) for source, sample in one["more"])
+    return found
+
+
+def _named(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("checkpoint-*") if ".tmp-" not in path.name}
+
+
+def totals(runs: Sequence[KilledRun]) -> dict[str, Any]:
+    """What all runs come to, by launcher and by the kind of point."""
+    held = [run for run in runs if run.held]
+    by_place: dict[str, int] = {}
+    for run in runs:
+        for point in run.points:
+            place = point.rpartition(", ")[2].partition(" ")[0]
+            by_place[place] = by_place.get(place, 0) + 1
+    launchers = sorted({run.launcher for run in runs})
+    return {
+        "points": _points(runs),
+        "bitwise_equal": _points(held),
+        "lost_steps": sum(run.lost_steps for run in runs),
+        "lost_samples": sum(run.lost_samples for run in runs),
+        "torn": sum(run.torn for run in runs),
+        "by_launcher": {one: _points([run for run in runs if run.launcher == one]) for one in launchers},
+        "repeated_steps": {one: sum(run.repeated_steps for run in runs if run.launcher == one) for one in launchers},
+        "by_place": dict(sorted(by_place.items())),
+    }
+
+
+def _points(runs: Sequence[KilledRun]) -> int:
+    return sum(len(run.points) for run in runs)
+
+
+def _read(path: Path) -> list[KilledRun]:
+    if not path.exists():
+        return []
+    return [KilledRun(**{**run, "points": tuple(run["points"])}) for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+
+
+def _write(path: Path, runs: Sequence[KilledRun], environment: dict[str, Any]) -> None:
+    lines = ",\n".join(json.dumps(asdict(run)) for run in runs)
+    head = json.dumps({"name": "kill_points", "machine": environment, "wanted": WANTED, "totals": totals(runs)}, indent=1)
+    staged = path.with_suffix(".part")
+    staged.write_text(f'{head[:-2]},\n "runs": [\n{lines}\n]}}\n', encoding="utf-8")
+    staged.replace(path)
+
+
+def go_through(made: Ground, runs: list[KilledRun], until: int, path: Path) -> None:
+    """Add runs until there are so many points, and write the file after each."""
+    environment = machine()
+    with tempfile.TemporaryDirectory(dir=made.folder) as own:
+        scope = Scope(own, str(made.workshop), quick=False, start=made.start)
+        whole = begin_run(scope, "whole", RANKS).end(_LIMIT)
+        assert whole.status == 0, whole.log
+        number = max((run.number for run in runs), default=-1) + 1
+        while _points(runs) < until:
+            with tempfile.TemporaryDirectory(dir=own) as folder:
+                done = carried_out(plan_of(number), whole, Scope(folder, scope.workshop, quick=False, start=scope.start))
+            runs.append(done)
+            _write(path, runs, environment)
+            state = "equal" if done.held else f"NOT EQUAL: {done.problem or done}"
+            print(f"run {number}, {done.launcher}, {len(done.points)} points: {state}", flush=True)
+            number += 1
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--resume", action="store_true", help="go on where the file ends")
+    parser.add_argument("--most", type=int, help="end after about so many more points")
+    given = parser.parse_args()
+    path = given.json or (Path(tempfile.gettempdir()) / "kill_points-quick.json" if given.quick else RESULTS)
+    runs = _read(path) if given.resume else []
+    wanted = QUICK if given.quick else WANTED
+    until = wanted if given.most is None else min(wanted, _points(runs) + given.most)
+    with ground() as made:
+        go_through(made, runs, until, path)
+    found = totals(runs)
+    print(json.dumps(found, indent=1))
+    if found["bitwise_equal"] != found["points"]:
+        raise SystemExit("some points did not end with the same bits")
+
+
+if __name__ == "__main__":
+    main()

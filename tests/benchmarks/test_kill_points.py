@@ -1,0 +1,68 @@
+"""Kill points come from a seed, and what a killed run lacks is counted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.kill_plans import CALLS, DEATHS, RANKS, plan_of
+from benchmarks.kill_points import KilledRun, go_through, lost, repeated, totals
+from hecate.drill.ranks import Launched
+from hecate.drill.run import ground
+
+
+def run_of(*trained: tuple[int, int, list[int]]) -> Launched:
+    """A run of which ranks have said (rank, step, samples)."""
+    trace: list[dict[str, Any]] = [
+        {"what": "trained", "rank": rank, "step": step, "more": [[0, sample] for sample in samples]} for rank, step, samples in trained
+    ]
+    return Launched(0, "", Path(), trace)
+
+
+def test_plans_are_the_same_in_each_call_and_cover_everything() -> None:
+    plans = [plan_of(number) for number in range(400)]
+    assert plans[:20] == [plan_of(number) for number in range(20)]
+    deaths = [one for plan in plans for one in plan.deaths]
+    assert {one.place for one in deaths} == set(CALLS)
+    assert {one.rank for one in deaths} == set(range(RANKS))
+    assert {one.step for one in deaths} == set(range(6))
+    assert sum(plan.launcher == "torchrun" for plan in plans) == 20
+    for plan in plans:
+        assert len({one.step for one in plan.deaths}) == DEATHS
+        if plan.launcher == "local":
+            assert len({one.rank for one in plan.deaths}) == DEATHS, "a dead rank cannot die again"
+
+
+def test_lost_and_repeated_steps_are_counted() -> None:
+    whole = run_of((0, 0, [1, 2]), (1, 0, [1, 2]), (0, 1, [3, 4]))
+    assert lost(whole, whole) == (0, 0)
+    assert lost(run_of((0, 0, [1, 2])), whole) == (1, 2)
+    assert lost(run_of((0, 0, [1, 5]), (0, 1, [3, 4])), whole) == (1, 1)
+    assert repeated(whole) == 0
+    assert repeated(run_of((0, 0, [1]), (0, 1, [3]), (0, 1, [3]), (1, 1, [3]))) == 1
+
+
+def test_all_points_of_a_run_that_differs_have_failed() -> None:
+    good = KilledRun(0, "local", False, ("rank 1, step 2, norm 1", "rank 0, step 3, file 4"), "", 0, 0, 0, 0, 1.0, 2.0)
+    bad = KilledRun(1, "torchrun", False, ("rank 1, step 2, norm 1",), "", 0, 1, 1, 0, 1.0, 2.0)
+    found = totals([good, bad])
+    assert (found["points"], found["bitwise_equal"], found["lost_samples"]) == (3, 2, 1)
+    assert found["by_place"] == {"file": 1, "norm": 2}
+    assert found["repeated_steps"] == {"local": 0, "torchrun": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
+def test_runs_that_lose_three_ranks_end_with_the_same_bits(tmp_path: Path) -> None:
+    """The 19th and the 20th plan: one under each launcher."""
+    before = KilledRun(17, "local", False, (), "", 0, 0, 0, 0, 0.0, 0.0)
+    runs = [before]
+    with ground() as made:
+        go_through(made, runs, 4, tmp_path / "found.json")
+    assert [run.launcher for run in runs[1:]] == ["local", "torchrun"]
+    assert all(run.held for run in runs), runs
+    assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["totals"]["points"] >= 4
