@@ -281,7 +281,6 @@ WRITES_PLAINLY = {
     "hecate/drill/program.py": "as hecate/drill/tiny_run.py",
     "hecate/drill/ranks.py": "as hecate/drill/tiny_run.py",
     "hecate/drill/run.py": "as hecate/drill/tiny_run.py",
-    "hecate/elastic/local_membership.py": "a number for the launcher, in the folder that goes with it",
     "hecate/forecast/plan.py": "a result to whatever path the user names, a pipe among them; the command can be given again",
     "hecate/forecast/report.py": "as hecate/forecast/plan.py",
     "hecate/sweep/processes.py": "what a run prints, as it prints it",

@@ -1,0 +1,90 @@
+"""A rank whose process is stopped is found, named, and ended where the run can go on without it (`hecate.launch.stopped_ranks`)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from hecate.launch import stopped_ranks
+from hecate.launch.stopped_ranks import StoppedRanks, end_stopped_ranks
+from hecate.ranks.launcher_files import leave_pid, pid_files
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc")
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    with subprocess.Popen(["sleep", "60"]) as process:
+        yield process
+        process.kill()
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+
+
+def test_a_process_counts_once_it_has_been_stopped_long_enough(sleeper: subprocess.Popen[bytes]) -> None:
+    found = StoppedRanks()
+    with mock.patch.object(time, "monotonic", return_value=100.0) as clock:
+        assert found.look({3: sleeper.pid}) == {}
+        stop(sleeper)
+        assert found.look({3: sleeper.pid}) == {}
+        clock.return_value = 101.0
+        assert found.look({3: sleeper.pid}) == {}, "a second is less than a second and a half"
+        clock.return_value = 102.0
+        assert found.look({3: sleeper.pid, 4: os.getpid()}) == {3: 2.0}
+        sleeper.send_signal(signal.SIGCONT)
+        os.waitid(os.P_PID, sleeper.pid, os.WCONTINUED)
+        assert found.look({3: sleeper.pid}) == {}
+        stop(sleeper)
+        assert found.look({3: sleeper.pid}) == {}, "what it was stopped before does not count"
+
+
+def test_a_stopped_rank_is_named_once_with_what_lets_it_go_on(
+    sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stopped_ranks, "STOPPED_SECONDS", -1.0)
+    found = StoppedRanks()
+    stop(sleeper)
+    for _ in range(3):
+        found.say_new({1: sleeper.pid})
+    said = capsys.readouterr().err
+    assert said == f"hecate: rank 1 is stopped, as by SIGSTOP, and the others wait for it; kill -CONT {sleeper.pid} lets it go on\n"
+
+
+def test_a_stopped_rank_is_killed_and_a_process_of_others_is_not(
+    sleeper: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(stopped_ranks, "STOPPED_SECONDS", 0.0)
+    monkeypatch.setattr(stopped_ranks, "_LOOK_SECONDS", 0.01)
+    # A process that somebody else has started: its parent ends at once.
+    printed = subprocess.run(["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, check=True).stdout
+    foreign = int(printed)
+    try:
+        (tmp_path / "pid-0").write_text(str(foreign), encoding="ascii")
+        (tmp_path / "pid-1").write_text(str(sleeper.pid), encoding="ascii")
+        os.kill(foreign, signal.SIGSTOP)
+        stop(sleeper)
+        threading.Thread(target=end_stopped_ranks, args=(tmp_path,), daemon=True).start()
+        assert sleeper.wait(30) == -signal.SIGKILL
+        assert "rank 1 has been stopped" in (said := capsys.readouterr().err)
+        assert "rank 0" not in said
+        assert Path(f"/proc/{foreign}").exists()
+    finally:
+        os.kill(foreign, signal.SIGKILL)
+
+
+def test_ranks_leave_their_numbers_for_their_launcher(tmp_path: Path) -> None:
+    leave_pid(tmp_path, 2)
+    (tmp_path / "pid-3").touch()
+    assert pid_files(tmp_path) == {2: os.getpid()}, "what is being written is not read"
