@@ -9,8 +9,9 @@ Shapes: E experts, D ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -102,6 +103,38 @@ class Residency:
         used_ED = np.where(self.owned_ED, clock, self.last_use_ED)
         moved = replace(self, owner_E=owner_E, last_use_ED=used_ED, clock=clock)
         return replace(moved.hold_for_now(moved.owned_ED), needed_ED=moved.owned_ED).evict()
+
+
+def residency_to_json(state: Residency) -> dict[str, Any]:
+    """Who holds what, as JSON values (`residency_from_json`). When experts were used last is said of those that are held alone."""
+    held = np.argwhere(state.held_ED | state.needed_ED)
+    rows = [[int(e), int(d), int(state.last_use_ED[e, d]), int(state.needed_ED[e, d]), int(state.held_ED[e, d])] for e, d in held]
+    return {"held": rows, "clock": state.clock, "uses": state.uses, "fetches": state.fetches}
+
+
+def residency_from_json(value: Mapping[str, Any], fresh: Residency) -> Residency:
+    """The residency that `residency_to_json` gave, with the owners and slots of `fresh`; what exceeds the slots is given up.
+
+    Raises:
+        ValueError: the values are none of a residency of so many experts and ranks.
+    """
+    try:
+        rows = np.array(value["held"], dtype=np.int64).reshape(-1, 5)
+        clock, uses, fetches = int(value["clock"]), float(value["uses"]), float(value["fetches"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"no residency: {type(error).__name__}: {error}") from error
+    experts, ranks = fresh.held_ED.shape
+    if ((rows < [0, 0, _NEVER, 0, 0]) | (rows > [experts - 1, ranks - 1, clock, 1, 1])).any() or not (
+        0 <= uses < np.inf and 0 < fetches < np.inf
+    ):
+        raise ValueError(f"no residency of {experts} experts on {ranks} ranks")
+    held_ED, needed_ED, used_ED = fresh.owned_ED, np.zeros((experts, ranks), dtype=bool), np.full((experts, ranks), _NEVER)
+    expert_R, rank_R, use_R, is_needed_R, is_held_R = rows.T
+    held_ED[expert_R, rank_R] |= is_held_R == 1
+    needed_ED[expert_R, rank_R] = is_needed_R == 1
+    used_ED[expert_R, rank_R] = use_R
+    found = replace(fresh, held_ED=held_ED, needed_ED=needed_ED, last_use_ED=used_ED, clock=clock, uses=uses, fetches=fetches)
+    return found.evict()
 
 
 def expected_uses(layers: Sequence[Residency]) -> float:

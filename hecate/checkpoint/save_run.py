@@ -100,6 +100,7 @@ def begin_save(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainSt
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("owned/")}
     owners = {str(unit): owner_E.tolist() for unit, owner_E in shards.owners.items()}
     meta = {"config": to_yaml(config), "owners": owners, "base_model": parts.base_digest, "drawn": parts.drawn_digest, **state.to_json()}
+    meta["residency"] = shards.residency_to_json()
     needed = int(ranks.all_sum(torch.tensor(shard_bytes(rank, world_size, tensors) if writes else 0)))
     _together(ranks, final, (lambda: require_room(final, needed)) if ranks.is_first else _nothing)
     if not writes:

@@ -26,10 +26,12 @@ from hecate.config import Config, changed_computation
 from hecate.config.effective import other_configuration
 from hecate.data.separate_streams import Stream
 from hecate.engine.protocol import ExpertEngine
+from hecate.engine.shards import ExpertShards
 from hecate.errors import UserError
 from hecate.optim.norm_limit import with_norm
 from hecate.optim.optimizer import ExpertOptimizer, owned_parameters
 from hecate.parallel.loads import LoadHistory
+from hecate.parallel.residency import Residency
 from hecate.parallel.units import Unit, parse_unit
 from hecate.ranks.ranks import Ranks
 
@@ -258,6 +260,10 @@ def _read_own_tensors(folder: Path, manifest: Manifest, config: Config, parts: T
     if manifest.world_size != engine.shards.world_size:
         owners = engine.shards.redealt(owners, engine.shards.world_size)
     adopt_owners(engine, optimizer, owners)
+    try:
+        _residency(manifest, engine.shards)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: {error}") from error
     tensor_parts = optimizer.parts.parameters if optimizer.parts else {}
     needed = [f"owned/{name}" for name in optimizer.owned] + [f"replicated/{name}" for name in (*optimizer.alike, *tensor_parts)]
     missing = [name for name in needed if name not in manifest.tensors]
@@ -271,9 +277,18 @@ def _is_needed(tensor_name: str, optimizer: ExpertOptimizer) -> bool:
     return kind == "replicated" or name in optimizer.owned
 
 
+def _residency(manifest: Manifest, shards: ExpertShards) -> dict[Unit, Residency]:
+    """Who held which frozen parts; on another number of ranks each layer begins with its owners alone."""
+    if manifest.world_size != shards.mesh.world_size:
+        return {}
+    return shards.residency_from_json(manifest.meta.get("residency", {}))
+
+
 def _install(manifest: Manifest, tensors: Mapping[str, Tensor], ranks: Ranks, parts: TrainedParts) -> TrainState:
     state = TrainState.from_json({"step": manifest.step, **manifest.meta})
     parts.optimizer.load_state_tensors(tensors, steps_done=manifest.step)
     state.put_back(parts)
     parts.engine.shards.history.redeal(ranks.world_size)
+    shards = parts.engine.shards
+    shards.adopt_residency(_residency(manifest, shards))
     return state.with_positions_of(parts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from hecate.parallel.loads import LoadHistory
 from hecate.parallel.mesh import Mesh, make_mesh, owners_topology
 from hecate.parallel.placement import Placement, contiguous_owners, owners_by_memory, redealt_owners
 from hecate.parallel.planners import PlanInput
+from hecate.parallel.residency import Residency, residency_from_json, residency_to_json
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit, expert_name
 from hecate.ranks.groups import ExpertGroups
@@ -255,6 +257,29 @@ class ExpertShards:
         self.frozen[unit].start(move)
         self.frozen[unit].wait()
         return move.copies * self.frozen[unit].chunk_bytes
+
+    def residency_to_json(self) -> dict[str, Any]:
+        """Which rank holds which frozen parts, by unit, for a checkpoint; empty with several sharding groups, which differ in that."""
+        if self.mesh.num_sharding_groups > 1:
+            return {}
+        return {str(unit): residency_to_json(state) for unit, state in self.plans.residency.items()}
+
+    def residency_from_json(self, states: Any) -> dict[Unit, Residency]:
+        """Who held which frozen parts in a run with these owners, by `residency_to_json` of it. Nothing changes.
+
+        Raises:
+            ValueError: the values are none of these experts and ranks.
+        """
+        if not isinstance(states, Mapping):
+            raise ValueError("residency: is no mapping")
+        known = {unit: state for unit, state in self.plans.residency.items() if str(unit) in states}
+        return {unit: residency_from_json(states[str(unit)], state) for unit, state in known.items()}
+
+    def adopt_residency(self, after: Mapping[Unit, Residency]) -> None:
+        """Hold these frozen parts. Every rank must call it, between two steps, with the same values."""
+        for unit, state in after.items():
+            self.frozen[unit].start(self.plans.adopt_residency(unit, state))
+            self.frozen[unit].wait()
 
     def gather(self, *units: Unit) -> None:
         """Start materializing layers, or the pools that they draw on, where their replicas have neither arrived nor are on their way."""

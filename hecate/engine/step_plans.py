@@ -305,6 +305,11 @@ class StepPlans:
         self._frozen_for.pop(unit, None)
         return self._change_residency(unit, self.residency[unit].change_owners(owner_E)) if unit in self.residency else None
 
+    def adopt_residency(self, unit: Unit, after: Residency) -> FrozenMove:
+        """Between two steps: hold what another run of the same owners held. Returns what moves of the layer's frozen parts."""
+        self._frozen_for.pop(unit, None)
+        return self._change_residency(unit, after)
+
     def most_served(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, float]:
         """Per layer the assignments that the busiest rank of this group has computed of a step's loads."""
         return {unit: float(self._served_here(unit, loads_EW).max()) for unit, loads_EW in loads.items()}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+import json
+from typing import Any
 
-from hecate.parallel.residency import Residency, expected_uses, frozen_move
+import numpy as np
+import pytest
+
+from hecate.parallel.residency import Residency, expected_uses, frozen_move, residency_from_json, residency_to_json
 
 
 def rows(text: str) -> np.ndarray:
@@ -97,3 +101,35 @@ def test_a_residency_is_a_value() -> None:
     before.change_owners(np.array([1, 1, 0, 0, 1])).need(rows("11 01 11 10 11"))
     for array, copy in zip((before.owner_E, before.held_ED, before.needed_ED, before.last_use_ED), copies, strict=True):
         assert (array == copy).all()
+
+
+def test_a_residency_is_read_as_it_was_written() -> None:
+    state = residency([1, 2])
+    for where in ("11 10 10 10 01", "10 11 11 10 11", "10 10 11 10 01"):
+        state = state.need(rows(where)).after_step()
+    again = residency_from_json(json.loads(json.dumps(residency_to_json(state))), residency([1, 2]))
+    assert (again.held_ED == state.held_ED).all()
+    assert state.replicas_on(1) == 2
+    following = rows("10 10 10 11 01")
+    assert (again.need(following).held_ED == state.need(following).held_ED).all(), "what was used last stays"
+    assert expected_uses([again.after_step()]) == expected_uses([state.after_step()])
+    assert (residency_from_json(residency_to_json(state), residency([0, 0])).held_ED == (state.owned_ED | state.needed_ED)).all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"held": [[5, 0, 1, 1, 1]]},
+        {"held": [[0, 2, 1, 1, 1]]},
+        {"held": [[0, 1, 9, 1, 1]]},
+        {"held": [[0, 1]]},
+        {"held": "all"},
+        {"clock": None},
+        {"uses": float("nan")},
+        {"fetches": 0},
+        {"uses": 10**400},
+    ],
+)
+def test_what_is_no_residency_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="no residency"):
+        residency_from_json({**residency_to_json(residency([1, 2]).need(rows("11 10 10 10 01"))), **change}, residency([1, 2]))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from hecate.config import load_config
+from hecate.train.training import Training
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
-from tests.hecate.train.in_process import Losses, train_until
+from tests.hecate.train.in_process import Losses, ranks_of_default_group, settings_of, train_until
 from tests.plain_moe_lora import save_tiny
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -46,6 +49,33 @@ def test_four_then_two_then_three_ranks(workshop: str, kind: str) -> None:
     assert torch.tensor(parts).sub(torch.tensor(whole)).abs().max() <= 1e-10
     assert whole[0][0] - whole[-1][0] > 1e-3, "it must have learnt, or nothing was shown"
     assert (Path(workshop) / f"runs/{name}/checkpoint-6/rank-00002-of-00003.safetensors").is_file()
+
+
+def resumed_over_frozen_experts(rank: int, world: int, workshop: str) -> tuple[list[Losses], list[dict[str, Any]]]:
+    """Losses of the last two of four steps, and then who holds which frozen parts, of a run and of one that is resumed in between."""
+    own = (*KINDS["LoRA over frozen experts"], "fssdp.policy=full")
+    ranks, losses, held = ranks_of_default_group(rank, world), [], []
+    for resumes in (False, True):
+        config = load_config(f"{workshop}/config.yaml", settings_of(workshop, "frozen", (*own, f"resume={resumes}")), claim_output=False)
+        run = Training(config, ranks)
+        steps: Losses = []
+        while run.standing.step < 4:
+            result = run.train_one().result
+            steps.append((result.loss, result.aux_loss, result.grad_norm))
+            if run.standing.step == 2 and not resumes:
+                run.save()
+        losses.append(steps[-2:])
+        layers = run.parts.moe.engine.shards.residency_to_json()
+        held.append({name: ([row[:2] for row in one["held"]], one["uses"], one["fetches"]) for name, one in layers.items()})
+    return losses, held
+
+
+def test_ranks_hold_the_frozen_parts_again_that_they_held_at_the_save(workshop: str) -> None:
+    """So that the next steps are planned as if the run had not stopped: their sums are made in the same order, and are the same bits."""
+    for (whole, resumed), (before, after) in run_ranks(2, resumed_over_frozen_experts, workshop):
+        assert resumed == whole
+        assert after == before
+        assert all(len(rows) == 2 * 5 for rows, _, _ in after.values()), "both ranks hold all experts"
 
 
 @pytest.mark.slow
