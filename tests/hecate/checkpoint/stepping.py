@@ -23,6 +23,7 @@ def stepped_parts(rank: int, world: int, device: str = "cpu") -> TrainedParts:
     stream.state_dict.return_value = {"rows": 8}
     history = LoadHistory(2)
     shards = mock.Mock(named_parameters=dict, stores={}, owners={}, world_size=world, rank=rank, in_first_group=True, history=history)
+    shards.residency_to_json = shards.residency_from_json = mock.Mock(return_value={})  # nothing is frozen
     return TrainedParts(mock.Mock(shards=shards), optimizer, stream)
 
 
