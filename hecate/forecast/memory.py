@@ -11,6 +11,7 @@ import numpy as np
 
 from hecate.forecast.gpu_memory import CONTEXT_BYTES, rounding_bytes
 from hecate.forecast.run_shape import ExpertLayers, RunShape
+from hecate.parallel.backup_ranks import backup_ranks
 from hecate.parallel.expert_cost import STATE_NUMBERS
 from hecate.parallel.expert_kinds import UNDIVIDED_MIXES
 from hecate.parallel.mesh import owners_topology
@@ -96,20 +97,36 @@ def memory_parts(
     seeded = np.full(world, float(run.seeded_parameters * run.master_bytes))
     base = _base_bytes(run)
     nothing = np.zeros(world)
+    sent, backups = _backup_bytes(run, owned + blocks)
     return [
         MemoryPart("base weights", base),
         *([MemoryPart("frozen experts", np.stack([frozen] * 3))] if frozen.any() else []),
         MemoryPart("owned experts, moments", np.stack([STATE_NUMBERS * owned] * 3)),
         *([MemoryPart("owned blocks of pools, moments", np.stack([STATE_NUMBERS * blocks] * 3))] if pools else []),
+        *([MemoryPart("backups of other ranks' experts, moments", np.stack([STATE_NUMBERS * backups] * 3))] if backups.any() else []),
         MemoryPart("routers, adapters, moments", np.stack([STATE_NUMBERS * replicated] * 3)),
         *([MemoryPart("seeded parts of pairs", np.stack([seeded] * 3))] if seeded.any() else []),
         MemoryPart("replicas", np.stack([replicas, held, nothing])),
         *([MemoryPart("pools", np.stack([np.full(world, float(pools))] * 2 + [nothing]))] if pools else []),
         *([MemoryPart("pairs made of replicas", np.stack([made, made, nothing]))] if made.any() else []),
-        MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + blocks + replicated])),
+        MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + blocks + replicated + sent + backups])),
         MemoryPart("activations (estimate)", np.stack([forward, backward, nothing])),
         *_beside_tensors(run, others_GD if frozen_GD is None else frozen_GD),
     ]
+
+
+def _backup_bytes(run: RunShape, owned_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return, float64 [ranks] each, the bytes of gradients that a rank sends to its backup ranks, and of the backups that it holds.
+
+    Args:
+        owned_D: bytes of the parameters that each rank owns.
+    """
+    if run.mesh.num_sharding_groups > 1:  # other groups hold each expert
+        return np.zeros_like(owned_D), np.zeros_like(owned_D)
+    backup_rank_DB = backup_ranks(run.topology, run.config.fssdp.redundancy)
+    copies = backup_rank_DB.shape[1]
+    held_D = np.bincount(backup_rank_DB.ravel(), weights=np.repeat(owned_D, copies), minlength=len(owned_D))
+    return copies * owned_D, held_D
 
 
 def _made_bytes(run: RunShape, others_GD: list[np.ndarray]) -> np.ndarray:

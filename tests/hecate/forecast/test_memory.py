@@ -105,6 +105,22 @@ def test_counts_by_hand(tmp_path: Path) -> None:
     assert parts["gradients"][optimizer].tolist() == [6 * 960 + 768] * 2
 
 
+@pytest.mark.parametrize("backups", [1, 2])
+def test_backups_take_as_much_as_what_they_are_of(tmp_path: Path, backups: int) -> None:
+    """Two ranks have one backup of each expert at most: rank 0 those of rank 1's experts, and the other way round."""
+    write_model(tmp_path)
+    own = ("lora.target_modules=[gate_proj,up_proj,down_proj]", "moe.num_experts=5", f"fssdp.redundancy={backups}")
+    run = replace(shape_of(tmp_path, *own), topology=slow_node())
+    parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.zeros(2)], np.array([16.0, 16.0]))}
+    owned_D = parts["owned experts, moments"][0]
+    assert owned_D[0] != owned_D[1]
+    assert parts["backups of other ranks' experts, moments"].tolist() == [owned_D[::-1].tolist()] * len(PHASES)
+    both = owned_D.sum() / 3  # gradients of what a rank owns, once for the owner and once sent, and of what it has backups of
+    assert (parts["gradients"][2] == run.replicated_parameters * 4 + owned_D / 3 + both).all()
+    groups = shape_of(tmp_path, *own[:2], "fssdp.redundancy=1", "fssdp.shard_size=1")
+    assert not any("backups" in part.name for part in memory_parts(groups, [np.zeros(2)], np.array([16.0, 16.0])))
+
+
 def test_of_pairs_with_a_fixed_a_only_b_is_owned(tmp_path: Path) -> None:
     """B of an expert: 2 x (24 + 24 + 16). A is drawn by every rank: of an expert's projections 2 x (16 + 16 + 24), of queries 2 x 16."""
     write_model(tmp_path)
