@@ -231,7 +231,6 @@ KINDS = (
     FileKind(name="token cache, counts", file="meta.json", write=_cached, read=_reads("data.jsonl", cached=True), form="json"),
     FileKind(name="token cache, where samples begin", file="starts.i64", write=_cached, read=_reads("data.jsonl", cached=True)),
     FileKind(name="token cache, tokens", file="ids.i32", write=_cached, read=_reads("data.jsonl", cached=True)),
-    FileKind(name="token cache, digests of files", file="files/*.json", write=_cached, read=_reads("data.jsonl", cached=True), form="json"),
     FileKind(
         name="users' features",
         file="users.npz",

@@ -51,7 +51,7 @@ seed: 1
 prefetch: 1
 max_imbalance: 1.5
 runs:
-  - {topologies: [mixed], models: olmoe-1b-7b, workloads: [uniform], tokens_per_rank: 64, experts: 8}
+  - {topologies: [mixed], models: olmoe-1b-7b, workloads: [balanced], tokens_per_rank: 64, experts: 8}
 """
 _SWEEP = b"""run: quickstart
 output_dir: runs/a
@@ -258,7 +258,9 @@ def _read_rounds(folder: Path) -> None:
 
 def _server(folder: Path) -> None:
     vector = torch.arange(6.0)
-    save_server(folder / "server.safetensors", ServerState(vector, {"exp_avg": vector, "exp_avg_sq": vector, "step": torch.ones(())}))
+    save_server(
+        folder / "server.safetensors", ServerState(vector, {"exp_avg": vector + 1, "exp_avg_sq": vector + 2, "step": torch.ones(())})
+    )
 
 
 def _message(density: float) -> bytes:

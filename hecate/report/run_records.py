@@ -20,7 +20,7 @@ Record = dict[str, Any]
 MOST_BINS = 120
 """largest number of stretches of time over which loads are summed up: a picture has no room for more columns"""
 _CONFIG = "config.yaml"
-_LONGEST_LINE = 1 << 26
+_LONGEST_LINE = 1 << 24
 """bytes of a record"""
 _MOST, _LARGEST = 1 << 53, 1e100
 """what counts, and other figures, are below"""
