@@ -6,7 +6,6 @@ import gzip
 import io
 import json
 import os
-import pickle
 import struct
 import zipfile
 import zlib
@@ -133,11 +132,8 @@ def _gguf(folder: Path) -> object:
     return tensor_shapes(folder / "model.gguf")
 
 
-class _Touches:
-    """What becomes a call of os.system when it is unpickled."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch ran",)
+_CALL = b"cposix\nsystem\n(S'touch ran'\ntR."
+"""a pickle that calls os.system"""
 
 
 def _with(change: Callable[[dict[str, Any]], object], write: Callable[[Path], None]) -> Callable[[Path], object]:
@@ -168,7 +164,7 @@ def _torch_file() -> bytes:
     """What torch.save writes, with a pickle that calls os.system."""
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as packed:
-        packed.writestr("a/data.pkl", pickle.dumps(_Touches(), protocol=2))
+        packed.writestr("a/data.pkl", _CALL)
         packed.writestr("a/version", "3\n")
     return made.getvalue()
 
@@ -288,7 +284,7 @@ HOSTILE: tuple[HostileFile, ...] = (
     HostileFile("a table of 300,000 columns", _file("a.csv", b"a," * 300_000 + b"b\n1\n"), _samples("a.csv")),
     HostileFile("a table that says 100,000 times the same MiB", _repeated_text, _samples("data.parquet"), 400),
     HostileFile("routing that promises 16 TB", _routing, _read_routing),
-    HostileFile("an adapter that is a pickle", _instead(_MIXTURE, OLD_WEIGHTS, pickle.dumps(_Touches())), _adapter),
+    HostileFile("an adapter that is a pickle", _instead(_MIXTURE, OLD_WEIGHTS, _CALL), _adapter),
     HostileFile("an adapter of torch's that holds a call", _instead(_MIXTURE, OLD_WEIGHTS, _torch_file()), _adapter),
     HostileFile(
         "an adapter of a million layers",
@@ -316,11 +312,9 @@ HOSTILE: tuple[HostileFile, ...] = (
     HostileFile("GGUF arrays nested 50,000 times", _gguf_file(1, struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 50_000), _gguf),
     HostileFile("a GGUF array of 2^63 numbers", _gguf_file(2, struct.pack("<IIQ", 9, 10, 2**63)), _gguf),
     HostileFile("2^62 GGUF keys", _gguf_file(2**62, struct.pack("<II", 4, 1)), _gguf),
-    HostileFile(
-        "a trace of Python objects", _npz("loads.npz", header=_TRACE_HEADER, loads=_npy("(1,)", "'|O'", pickle.dumps(_Touches()))), _trace
-    ),
+    HostileFile("a trace of Python objects", _npz("loads.npz", header=_TRACE_HEADER, loads=_npy("(1,)", "'|O'", _CALL)), _trace),
     HostileFile("a trace that promises 1 TB", _npz("loads.npz", header=_TRACE_HEADER, loads=_npy("(1, 1, 1, 268435456000)")), _trace),
-    HostileFile("a trace that is no archive but a pickle", _file("loads.npz", pickle.dumps(_Touches())), _trace),
+    HostileFile("a trace that is no archive but a pickle", _file("loads.npz", _CALL), _trace),
     HostileFile(
         "users' names of 2 GB each",
         _npz("users.npz", ids=_npy("(1,)", "'<U500000000'"), features=_npy("(1, 1)", "'<f4'", bytes(4))),

@@ -22,7 +22,7 @@ class RawText(str):
 
 
 @dataclass(frozen=True)
-class Pairs:
+class NamePairs:
     """An object whose names may be there several times."""
 
     items: tuple[tuple[str, Any], ...]
@@ -48,7 +48,7 @@ _EXTREMES = (*_NUMBERS, *_TEXTS, *_OTHERS)
 def changed_value(value: Any, draw: random.Random) -> tuple[str, Any]:
     """Return what was changed, in words, and a JSON value that differs from `value`, which stays as it is, at one place.
 
-    The value may hold `RawText` and `Pairs`: `json_text` writes it.
+    The value may hold `RawText` and `NamePairs`: `json_text` writes it.
     """
     root = [copy.deepcopy(value)]
     holder, key = draw.choice(_places(root))
@@ -59,11 +59,11 @@ def changed_value(value: Any, draw: random.Random) -> tuple[str, Any]:
 
 
 def json_text(value: Any) -> str:
-    """Return the JSON text of a value that may hold `RawText`, `Pairs` and numbers that are not finite."""
+    """Return the JSON text of a value that may hold `RawText`, `NamePairs` and numbers that are not finite."""
     if isinstance(value, RawText):
         return str(value)
-    if isinstance(value, Pairs | dict):
-        items = value.items if isinstance(value, Pairs) else value.items()
+    if isinstance(value, NamePairs | dict):
+        items = value.items if isinstance(value, NamePairs) else value.items()
         return "{" + ", ".join(f"{json.dumps(str(name))}: {json_text(item)}" for name, item in items) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(map(json_text, value)) + "]"
@@ -121,7 +121,7 @@ def _twice(holder: Any, key: Any, draw: random.Random, root: list[Any]) -> str:
     if isinstance(holder, list):
         holder.insert(key, copy.deepcopy(holder[key])) if holder is not root else _put(holder, key, draw, root)
         return "is there twice"
-    inner = Pairs((*holder.items(), (key, draw.choice((holder[key], *_EXTREMES)))))
+    inner = NamePairs((*holder.items(), (key, draw.choice((holder[key], *_EXTREMES)))))
     _replace(root, holder, inner)
     return "is given twice"
 

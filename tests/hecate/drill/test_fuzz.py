@@ -16,6 +16,7 @@ from hecate.drill import data_files, file_kinds, hostile, model_files, run_files
 from hecate.drill.catalogue import DRILLS
 from hecate.drill.file_kinds import FileKind
 from hecate.drill.fuzz import KINDS, fuzz_cases
+from hecate.drill.guard import TooLong, watched
 from hecate.drill.mutants import RawText, changed_bytes, changed_value, json_text
 from hecate.drill.outcome import DrillCase
 from hecate.drill.run import Ground, ground
@@ -86,6 +87,12 @@ def test_what_a_reader_does_wrong_is_noticed(tmp_path: Path, read: Callable[[Pat
     kind = FileKind(name="a", file="a", write=lambda folder: (folder / "a").write_bytes(b"abc"), read=read, closed=True)
     (case,) = fuzz_cases(tmp_path / "fuzz", 3, (kind,))  # the sound example is not read, so that nothing is changed
     assert words in case.problem
+
+
+def test_an_endless_loop_ends() -> None:
+    with pytest.raises(TooLong, match="0.1 s"), watched(0.1):
+        while True:
+            pass
 
 
 def test_a_changed_file_that_is_read_wrongly_is_a_case_of_its_own(tmp_path: Path) -> None:
