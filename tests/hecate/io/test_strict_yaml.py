@@ -31,6 +31,7 @@ def test_plain_values_and_aliases_are_read() -> None:
         ("? [a]\n: b", "unhashable"),
         ("a: \0", "special characters"),
     ],
+    ids=["tag", "date", "digits", "number", "depth", "itself", "laughs", "end", "two", "key", "zero"],
 )
 def test_all_else_is_refused(text: str, words: str) -> None:
     with pytest.raises(YamlError, match=words):
