@@ -193,7 +193,7 @@ def hostile_files(scope: Scope) -> DrillOutcome:
         (scope.path / f"file-{number}").mkdir()
         cases.append(tried_file(one, scope.path / f"file-{number}", outside))
     files = len(cases)
-    cases += fuzz_cases(scope.path / "fuzz", _FEW if scope.quick else _MANY)
+    cases += fuzz_cases(scope.path / "fuzz", _FEW if scope.quick else _MANY, quick=scope.quick)
     ran = [str(path) for path in (Path("ran"), scope.path / "ran", Path("/tmp/ran")) if path.exists()]
     cases.append(DrillCase("no code has run", f"{ran[0]} is there" if ran else ""))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -39,19 +39,20 @@ Change = Callable[[Path], None]
 KINDS: tuple[FileKind, ...] = (*model_files.KINDS, *data_files.KINDS, *run_files.KINDS)
 
 
-def fuzz_cases(folder: Path, mutants: int, kinds: tuple[FileKind, ...] = KINDS, seed: int = 0) -> list[DrillCase]:
+def fuzz_cases(folder: Path, mutants: int, kinds: tuple[FileKind, ...] = KINDS, seed: int = 0, *, quick: bool = False) -> list[DrillCase]:
     """Return a case for each changed file, and one for the sound example of each kind.
 
     Args:
         folder: empty.
         mutants: of each kind, beside those whose place something else has: a pipe, a folder, a link, nothing.
+        quick: only one of the latter for each kind.
     """
     outside = folder / "outside"
     outside.mkdir(parents=True)
     bait = outside / "bait"
     os.mkfifo(bait)  # who opens it waits, and does not come to an end unseen
     cases = []
-    for kind in kinds:
+    for number, kind in enumerate(kinds):
         draw = random.Random(f"{seed} {kind.name}")
         sound, place = folder / "sound", folder / "case"
         shutil.rmtree(sound, ignore_errors=True)
@@ -63,7 +64,10 @@ def fuzz_cases(folder: Path, mutants: int, kinds: tuple[FileKind, ...] = KINDS, 
         cases.append(DrillCase(f"{kind.name}: as it was written", first if first else ""))
         if first:
             continue
-        for name, change in _changes(kind, sound, mutants, draw, bait):
+        replaced = [*_REPLACED.items(), ("is a link to a pipe", lambda path: _linked(path, bait))] if kind.is_file else []
+        if quick and replaced:
+            replaced = [replaced[number % len(replaced)]]
+        for name, change in (*replaced, *_changes(kind, sound, mutants, draw, bait)):
             shutil.copytree(sound, place, symlinks=True)
             change(place / kind.file_in(sound))
             if kind.forge:
@@ -122,10 +126,7 @@ def _place_of(error: BaseException) -> str:
 
 
 def _changes(kind: FileKind, sound: Path, mutants: int, draw: random.Random, bait: Path) -> Iterator[tuple[str, Change]]:
-    """The changes of a kind's file, each with its name."""
-    if kind.is_file:
-        yield from _REPLACED.items()
-        yield "is a link to a pipe", lambda path: _linked(path, bait)
+    """The changes of the content of a kind's file, each with its name."""
     file = sound / kind.file_in(sound)
     data = file.read_bytes()
     for number in range(mutants):
