@@ -250,7 +250,7 @@ HOSTILE: tuple[HostileFile, ...] = (
         _file("config.yaml", b"output_dir: !!python/object/apply:os.system ['touch ran']\n"),
         _config,
     ),
-    HostileFile("a configuration of aliases of aliases", _file("config.yaml", _LAUGHS), _config),
+    HostileFile("a configuration of aliases of aliases", _file("config.yaml", b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n"), _config),
     HostileFile("a configuration nested 20,000 times", _file("config.yaml", b"x: " + b"[" * 20_000 + b"\n"), _config),
     HostileFile("a configuration that asks for a secret", _file("config.yaml", b"output_dir: ${oc.env:HOME}\n"), _config),
     HostileFile("a configuration that is a pipe", lambda folder: os.mkfifo(folder / "config.yaml"), _config),
