@@ -66,7 +66,9 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(f"{index}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{index}: no index of a sharded model, or damaged: {str(error)[:300]}") from error
-    if strange := [name for name in names if not isinstance(name, str) or not name.isprintable() or Path(name).name != name]:
+    if strange := [
+        name for name in names if not isinstance(name, str) or len(name) > 200 or not name.isprintable() or Path(name).name != name
+    ]:
         raise UserError(
             f"{index}: names {str(strange[0])[:200]!r}, which is not a file beside it\n  put all files of the model into one folder"
         )
