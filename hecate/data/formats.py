@@ -125,7 +125,7 @@ def read_samples(
             if routed and (problem := missing(sample["extra"])):
                 raise _BadRecord(problem)
         except _BadRecord as bad:
-            yield Fault(record.file, record.line, str(bad), record.number, record.raw)
+            yield Fault(record.file, record.line, str(bad)[:_LONGEST], record.number, record.raw)
         else:
             yield Sample(record.file, record.line, number=record.number, record=record, **sample)
 

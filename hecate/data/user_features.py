@@ -77,10 +77,9 @@ def read_user_features(path: str | Path) -> UserFeatures:
     """
     try:
         arrays = read_npz(path, ("ids", "features"))
-    except OSError as error:
-        raise UserError(f"{path}: users' features cannot be read: {error.strerror or error}") from error
-    except ArrayError as error:
-        what = f"no sound .npz file of users' features: {error}"
+    except (OSError, ArrayError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        what = f"no sound .npz file of users' features: {reason}"
         raise UserError(f"{path}: {what}\n  it must hold ids [users] and features [users, width]") from error
     ids, values = arrays["ids"], arrays["features"]
     if ids.ndim != 1 or ids.dtype.kind not in "iuU":

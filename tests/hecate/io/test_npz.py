@@ -35,7 +35,7 @@ def test_arrays_that_numpy_has_written_are_read(tmp_path: Path) -> None:
         (promising("(0, -1)"), "shape"),
         (promising("(1,)", "|O") + bytes(8), "Python objects"),
         (promising("(2,)") + bytes(7), "expected 8 bytes got 7|are not in the file"),
-        (promising("(" * 300 + ")" * 300), ""),
+        (promising("(" * 300 + ")" * 300), "."),
         (b"\x80\x04", "magic"),
     ],
     ids=["a promise", "negative", "objects", "cut", "nested", "a pickle"],
