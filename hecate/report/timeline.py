@@ -66,6 +66,8 @@ def _read(part: Path) -> Trace:
     if not unpacking.eof:
         raise ValueError("cut off, or too large")
     value: Trace = json.loads(data)
+    if not 0 <= int(value.get("baseTimeNanoseconds", 0)) < 1 << 63:
+        raise ValueError("it begins at no time")
     return value
 
 
@@ -76,13 +78,13 @@ def write_timeline(path: Path, parts: Mapping[int, Path]) -> list[int]:
         parts: rank -> its trace. On a node that shares no disk with this one it is not found.
     """
     found: dict[int, Trace] = {}
-    merged: dict[str, Any] = {"traceEvents": []}
     for rank, part in parts.items():
         # A trace that a killed rank has left is cut: it is none, and the others are shown without it.
         with suppress(OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
-            both = {**found, rank: _read(part)}
-            merged, found = merged_timeline(both), both
-    replace_file(path, [gzip.compress(json.dumps(merged).encode())], durable=False)
+            trace = _read(part)
+            merged_timeline({rank: trace})
+            found[rank] = trace
+    replace_file(path, [gzip.compress(json.dumps(merged_timeline(found)).encode())], durable=False)
     for part in parts.values():
         with suppress(OSError):
             part.unlink(missing_ok=True)
