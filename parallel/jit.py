@@ -19,6 +19,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import stat
 import subprocess
 import sys
 import tempfile
@@ -239,12 +240,21 @@ def _folder() -> Path | None:
     for place in places:
         folder = place / f"loops-{_sources_digest()}"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            place.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(exist_ok=True, mode=0o700)
+            if not all(map(_is_ours, (place, folder))):
+                continue
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError:
             continue
     return None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether nobody else can put machine code there, which this process would run: in a folder for all, anybody may have made it first."""
+    found = folder.stat()
+    return found.st_uid == folder.lstat().st_uid == os.geteuid() and not found.st_mode & stat.S_IWOTH
 
 
 def _user_cache() -> Path:

@@ -18,9 +18,12 @@ from typing import Any
 import numpy as np
 
 from hecate.errors import UserError
+from hecate.io.plain_files import open_plain
 from hecate.parallel.traces import Trace
 from hecate.parallel.units import Unit
 
+_LONGEST_LINE = 1 << 27
+"""bytes of a record"""
 _NUMBERS = ("step", "layer", "rank", "num_tokens", "topk")
 _Triple = tuple[int, int, int]
 """a step, a layer and a rank"""
@@ -77,9 +80,13 @@ def _records(files: list[Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (file:line, record) for the decoder's layers, with the types of numbers checked."""
     for path in files:
         try:
-            with open(path, "rb") as file:
-                for number, line in enumerate(file, start=1):
+            with open_plain(path) as file:
+                number = 0
+                while line := file.readline(_LONGEST_LINE + 1):
+                    number += 1
                     where = f"{path}:{number}"
+                    if len(line) > _LONGEST_LINE:
+                        raise UserError(f"{where}: the line has more than {_LONGEST_LINE >> 20} MiB; is this a trace of routing?")
                     record = _record(line, where)
                     if record.get("block", "decoder") == "decoder":
                         yield where, record
@@ -92,7 +99,7 @@ def _record(line: bytes, where: str) -> dict[str, Any]:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         hint = "remove the line; if the run was killed, remove its last step from all files"
-        raise UserError(f"{where}: not sound JSON: {error}\n  {hint}") from error
+        raise UserError(f"{where}: not sound JSON: {str(error)[:200]}\n  {hint}") from error
     if not isinstance(record, dict):
         raise UserError(f"{where}: must be an object with {', '.join(_NUMBERS)} and top_indices")
     for name in _NUMBERS:
@@ -106,7 +113,7 @@ def _experts_of_tokens(record: dict[str, Any], num_experts: int, where: str) -> 
     tokens, top_k = record["num_tokens"], record["topk"]
     try:
         chosen = np.array(record.get("top_indices"))
-    except ValueError:  # lists of unequal lengths
+    except (ValueError, OverflowError, TypeError):  # lists of unequal lengths
         chosen = np.array(None)
     if chosen.size == 0 == tokens:
         return np.empty(0, dtype=np.int64)

@@ -6,13 +6,15 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hecate.errors import UserError
+from hecate.io.plain_files import read_plain_text
+from hecate.io.strict_yaml import MOST_BYTES, YamlError, parse_yaml
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.expert_cost import STATE_NUMBERS, NumberBytes, expert_layer_cost, ffn_place
 from hecate.parallel.expert_kinds import KINDS, ExpertKind, Family
 
+_LARGEST = 10**9
+"""of all sizes of a model, which are multiplied with one another"""
 _MASTER_BYTES = 4
 """master parameters, moments and adapters are float32"""
 
@@ -52,15 +54,17 @@ class ModelShape:
 
     def __post_init__(self) -> None:
         known = sorted(kind.name for kind in KINDS.values() if not kind.over_linears)  # the units of a layer have one cost here
-        if self.kind not in known:
-            raise UserError(f"{self.name}: kind must be one of {', '.join(known)}, got {self.kind!r}")
+        if not isinstance(self.kind, str) or self.kind not in known:
+            raise UserError(f"{self.name}: kind must be one of {', '.join(known)}, got {repr(self.kind)[:60]}")
         for field in fields(self):
             value = getattr(self, field.name)
             optional = field.default is None and value is None
             if "int" in str(field.type) and not optional and (type(value) is not int or value < 1):
-                raise UserError(f"{self.name}: {field.name} must be an integer >= 1, got {value!r}")
+                raise UserError(f"{self.name}: {field.name} must be an integer >= 1, got {repr(value)[:60]}")
+            if type(value) is int and value > _LARGEST:
+                raise UserError(f"{self.name}: {field.name} must be at most {_LARGEST}, got {str(value)[:60]}")
         if type(self.causal) is not bool:
-            raise UserError(f"{self.name}: causal must be true or false, got {self.causal!r}")
+            raise UserError(f"{self.name}: causal must be true or false, got {repr(self.causal)[:60]}")
         if self.matrices not in (2, 3):
             raise UserError(f"{self.name}: matrices must be 2 (no gate) or 3 (gated), got {self.matrices}")
         if self.top_k > self.experts:
@@ -132,8 +136,8 @@ def load_model_shape(path: Path) -> ModelShape:
         UserError: the file cannot be read, or a key is missing, unknown or out of range.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raw = parse_yaml(read_plain_text(path, MOST_BYTES))
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         raise UserError(f"{path}: cannot be read as a model: {error}") from error
     known = [field for field in fields(ModelShape) if field.name != "name"]
     needed = [field.name for field in known if field.default is MISSING]
@@ -142,7 +146,7 @@ def load_model_shape(path: Path) -> ModelShape:
     unknown = sorted(str(key) for key in raw if key not in [field.name for field in known])
     missing = [name for name in needed if name not in raw]
     if unknown or missing:
-        problems = [f"unknown: {', '.join(unknown)}"] * bool(unknown) + [f"missing: {', '.join(missing)}"] * bool(missing)
+        problems = [f"unknown: {', '.join(unknown)[:200]}"] * bool(unknown) + [f"missing: {', '.join(missing)}"] * bool(missing)
         optional = ", ".join(field.name for field in known if field.name not in needed)
         raise UserError(f"{path}: {'; '.join(problems)}\n  a model has {', '.join(needed)} and may have {optional}")
     values: dict[str, Any] = raw

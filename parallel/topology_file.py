@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
+from hecate.io.plain_files import read_plain_text
+from hecate.io.strict_yaml import MOST_BYTES, YamlError, parse_yaml
 from hecate.parallel.topology import Link, Topology
 
 _NEEDED = ("devices", "flops", "memory")
@@ -20,6 +21,7 @@ _OPTIONAL = ("ranks", "port", "uplink", "nic", "memory_bandwidth", "price_per_ho
 _TOP = ("nodes", "intra_node", "inter_node", "overlap_slowdown")
 _FIELD_OF_KEY = {"port": "port_bandwidth", "uplink": "uplink_bandwidth", "nic": "nic_bandwidth", "memory_bandwidth": "memory_bandwidth"}
 _PRICE = "price_per_hour"
+_LONGEST, _MOST_DEVICES = 200, 1 << 16
 
 
 def load_topology(path: Path) -> Topology:
@@ -29,7 +31,7 @@ def load_topology(path: Path) -> Topology:
         UserError: the file cannot be read, or a key is missing, unknown or out of range.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_plain_text(path, MOST_BYTES)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as a topology: {error}") from error
     return parse_topology(text, str(path))
@@ -42,8 +44,8 @@ def parse_topology(text: str, path: str) -> Topology:
         UserError: a key is missing, unknown or out of range.
     """
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        raw = parse_yaml(text)
+    except YamlError as error:
         raise UserError(f"{path}: cannot be read as a topology: {error}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path}: a topology is a mapping with the keys nodes, intra_node and inter_node")
@@ -52,7 +54,7 @@ def parse_topology(text: str, path: str) -> Topology:
     if unknown or not isinstance(nodes, list) or not nodes or "intra_node" not in raw:
         raise UserError(
             f"{path}: needs `nodes` (a list) and `intra_node`, may have `inter_node` and `overlap_slowdown`; "
-            f"unknown: {', '.join(unknown) or 'none'}"
+            f"unknown: {', '.join(unknown)[:_LONGEST] or 'none'}"
         )
     for number, node in enumerate(nodes):
         _check_node(node, f"{path}: nodes[{number}]")
@@ -61,8 +63,10 @@ def parse_topology(text: str, path: str) -> Topology:
     if len(nodes) > 1 and "inter_node" not in raw:
         raise UserError(f"{path}: {len(nodes)} nodes need `inter_node`: {{bandwidth, latency}}")
 
-    ranks_of_node = _ranks_of_nodes(nodes, path)
     world = sum(node["devices"] for node in nodes)
+    if world > _MOST_DEVICES:
+        raise UserError(f"{path}: has {world} devices, more than {_MOST_DEVICES}")
+    ranks_of_node = _ranks_of_nodes(nodes, path)
 
     def by_rank(key: str, default: Sequence[float] = ()) -> tuple[float, ...]:
         """Return the values of a node's key by rank, [ranks], with `default` for nodes that lack it."""
@@ -158,11 +162,10 @@ def _check_node(node: Any, where: str) -> None:
     keys = set(node) if isinstance(node, dict) else set()
     wrong = sorted(str(key) for key in keys - {*_NEEDED, *_OPTIONAL})
     if wrong or not keys.issuperset(_NEEDED):
-        raise UserError(
-            f"{where}: a node has the keys {', '.join(_NEEDED)} and may have {', '.join(_OPTIONAL)}; unknown: {', '.join(wrong) or 'none'}"
-        )
-    if type(node["devices"]) is not int or node["devices"] < 1:
-        raise UserError(f"{where}: devices must be an integer >= 1, got {node['devices']!r}")
+        unknown = ", ".join(wrong)[:_LONGEST] or "none"
+        raise UserError(f"{where}: a node has the keys {', '.join(_NEEDED)} and may have {', '.join(_OPTIONAL)}; unknown: {unknown}")
+    if type(node["devices"]) is not int or not 1 <= node["devices"] <= _MOST_DEVICES:
+        raise UserError(f"{where}: devices must be an integer from 1 to {_MOST_DEVICES}, got {repr(node['devices'])[:60]}")
 
 
 def _ranks_of_nodes(nodes: Sequence[Mapping[str, Any]], path: str) -> list[list[int]]:
@@ -187,10 +190,10 @@ def _number(value: Any, where: str, *, positive: bool = True) -> float:
     # PyYAML reads 1e9 (without a dot or a sign) as a string, but users expect a number.
     try:
         number = float("no number" if isinstance(value, bool) else value)
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: must be a number, got {value!r}") from None
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{where}: must be a number, got {repr(value)[:60]}") from None
     if not (np.isfinite(number) and (number > 0 if positive else number >= 0)):
-        raise UserError(f"{where}: must be finite and {'positive' if positive else 'not negative'}, got {value!r}")
+        raise UserError(f"{where}: must be finite and {'positive' if positive else 'not negative'}, got {repr(value)[:60]}")
     return number
 
 

@@ -10,8 +10,6 @@ import contextlib
 import io
 import json
 import re
-import zipfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -22,6 +20,8 @@ import numpy as np
 
 from hecate.errors import UserError
 from hecate.io.durable import replace_file, sync_folder
+from hecate.io.npz import ArrayError, read_npz
+from hecate.io.strict_json import JsonError, parse_json
 from hecate.parallel.units import FFN, Unit, parse_unit
 
 _VERSION = 1
@@ -140,11 +140,11 @@ def chunk_files(folder: Path) -> dict[int, Path]:
 
 def _load_file(path: Path) -> Trace:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            header, loads = json.loads(arrays["header"].tobytes()), arrays["loads"]
+        arrays = read_npz(path, ("header", "loads"))
+        header, loads = parse_json(arrays["header"].tobytes()), arrays["loads"]
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except (ArrayError, JsonError) as error:
         raise UserError(f"{path}: not a trace of expert loads, or damaged: {error}") from error
     if not isinstance(header, dict) or type(header.get("version")) is not int:
         raise UserError(f"{path}: not a trace of expert loads: its header has no version")
@@ -156,7 +156,7 @@ def _load_file(path: Path) -> Trace:
     try:
         units = tuple(_as_read(value) for value in facts.pop("layers"))
         return Trace(np.swapaxes(loads, 2, 3) if loads.ndim == 4 else loads, units=units, **facts)
-    except UserError as error:
+    except (UserError, OverflowError) as error:  # a whole number beyond all of numpy's
         raise UserError(f"{path}: damaged: {error}") from error
 
 

@@ -17,6 +17,7 @@ from hecate.adapters.tensors import checked_tensors
 from hecate.checkpoint.shard import write_safetensors
 from hecate.errors import UserError
 from hecate.io.durable import new_folder, write_durable
+from hecate.io.plain_files import read_plain, require_plain
 from hecate.io.strict_json import dump_json, parse_json
 
 WEIGHTS = "adapter_model.safetensors"
@@ -147,9 +148,7 @@ def read_adapter_config(folder: Path) -> Any:
     """
     config_path = folder / CONFIG
     try:
-        if config_path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise UserError(f"{config_path}: larger than any such file")
-        return parse_json(config_path.read_bytes())
+        return parse_json(read_plain(config_path, _MAX_CONFIG_BYTES))
     except OSError as error:
         if not os.path.lexists(folder):
             raise UserError(f"{folder}: no such folder\n  give the folder of a run, a checkpoint, an adapter or a whole model") from error
@@ -160,14 +159,16 @@ def read_adapter_config(folder: Path) -> Any:
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
+        require_plain(path)
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a sound safetensors file: {error}") from error
+        raise UserError(f"{path}: not a sound safetensors file: {str(error)[:300]}") from error
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
     """Read adapter_model.bin. Only this function opens a pickle, with torch's `weights_only` reader, which runs no code."""
     try:
+        require_plain(path)
         value = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__

@@ -22,6 +22,8 @@ from hecate.parallel.expert_kinds import lora_scale
 
 PEFT_TYPE = "MOLA"
 _FORMAT_VERSION = 1
+_LARGEST = 10**6
+"""of numbers in a description"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,8 @@ def is_linear_adapter(folder: Path) -> bool:
 
 
 def _config_from_json(value: Any) -> LinearAdapterConfig:
+    if not isinstance(value, dict):
+        raise UserError("not a JSON object")
     ours = value.get("hecate")
     if not isinstance(ours, dict) or ours.get("format_version") != _FORMAT_VERSION:
         raise UserError(
@@ -155,11 +159,16 @@ def _config_from_json(value: Any) -> LinearAdapterConfig:
         "top_k": int,
     }
     for name, kind in kinds.items():
-        if not isinstance(value.get(name), kind):
+        if not isinstance(value.get(name), kind) or (kind is not bool and isinstance(value[name], bool)):
             raise UserError(f"{name} is missing or of another type: {str(value.get(name))[:100]}")
+    for name in ("r", "lora_alpha", "top_k"):
+        if not 1 <= value[name] <= _LARGEST:
+            raise UserError(f"{name} must be from 1 to {_LARGEST}, not {str(value[name])[:100]}")
     for name, item in (("target_modules", str), ("number_experts", int)):
         if not isinstance(value.get(name), list) or not value[name] or not all(type(one) is item for one in value[name]):
             raise UserError(f"{name} must be a list of {'names' if item is str else 'whole numbers, one a layer'}")
+    if not all(0 <= one <= _LARGEST for one in value["number_experts"]):
+        raise UserError(f"number_experts must be from 0 to {_LARGEST}, not {str(value['number_experts'])[:100]}")
     if not isinstance(ours.get("router"), str | dict) or not isinstance(ours.get("router_aux_loss_coef"), int | float):
         raise UserError("hecate.router and hecate.router_aux_loss_coef must be given")
     if not isinstance(ours.get("extra", {}), dict):
@@ -172,8 +181,15 @@ def _config_from_json(value: Any) -> LinearAdapterConfig:
         target_modules=tuple(value["target_modules"]),
         experts_per_layer=tuple(value["number_experts"]),
         top_k=value["top_k"],
-        dropout=float(value["lora_dropout"]),
-        router_aux_loss_coef=float(ours["router_aux_loss_coef"]),
+        dropout=_float(value["lora_dropout"]),
+        router_aux_loss_coef=_float(ours["router_aux_loss_coef"]),
         router=router_choices(ours["router"]),
         extra=ours.get("extra", {}),
     )
+
+
+def _float(value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise UserError(f"{str(value)[:30]}... is not a number that can be computed with") from error

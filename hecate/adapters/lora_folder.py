@@ -23,9 +23,13 @@ from hecate.adapters.peft_moe import PREFIX, PeftMoeConfig, expert_names, is_pef
 from hecate.adapters.per_expert import experts_paths, is_per_expert, join_experts, pad_rank
 from hecate.adapters.stacked_experts import is_stacked, unstack_experts
 from hecate.errors import UserError
+from hecate.io.plain_files import require_plain
 from hecate.parallel.expert_kinds import lora_scale
 
 _log = logging.getLogger(__name__)
+_COSTLY, _REPEATS = re.compile(r"\)[*+{]|\\[1-9]|\(\?P="), re.compile(r"[*+{]")
+_LONGEST_PATTERN, _MOST_REPEATS = 1000, 2
+"""of a regular expression in an adapter's description"""
 
 
 def load_lora(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
@@ -174,6 +178,9 @@ def _pattern(value: Mapping[str, Any], name: str) -> dict[str, int]:
     if not isinstance(pattern, dict) or not all(type(one) is int and one > 0 for one in pattern.values()):
         raise UserError(f"{name} must be an object of names and whole numbers from 1, not {str(pattern)[:100]}")
     for end in pattern:
+        # Some expressions take years on some names: those that repeat what is itself repeated or a choice, or that repeat often.
+        if len(end) > _LONGEST_PATTERN or _COSTLY.search(end) or len(_REPEATS.findall(end)) > _MOST_REPEATS:
+            raise UserError(f"{name}: {end[:100]!r} repeats a group, or too much\n  give the names' ends themselves")
         try:
             re.compile(end)
         except re.error as error:
@@ -192,6 +199,7 @@ def _with_listed_modules(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 def _names(folder: Path) -> list[str]:
     """The names of an adapter's tensors, without reading these; none if there is no sound file, about which the reader will complain."""
     try:
+        require_plain(folder / WEIGHTS)
         with safe_open(folder / WEIGHTS, "pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError):

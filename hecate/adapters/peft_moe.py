@@ -26,6 +26,8 @@ from hecate.parallel.expert_kinds import lora_scale
 PEFT_TYPE = "LORA"
 PREFIX = "base_model.model"
 """what PEFT puts before every dotted name"""
+_LARGEST = 10**6
+"""of numbers in a description"""
 _NOT_READ = (
     *("use_dora", "lora_bias", "fan_in_fan_out", "layers_to_transform", "exclude_modules", "layer_replication"),
     *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "trainable_token_indices"),
@@ -161,8 +163,9 @@ def peft_config_from_json(value: Any) -> PeftMoeConfig:
     for name, kind in (("base_model_name_or_path", str), ("r", int), ("lora_alpha", int)):
         if type(value.get(name)) is not kind:
             raise UserError(f"{name} must be {'text' if kind is str else 'a whole number'}, not {str(value.get(name))[:100]}")
-    if value["r"] < 1:
-        raise UserError(f"r must be from 1, not {value['r']}")
+    for name in ("r", "lora_alpha"):
+        if not 1 <= value[name] <= _LARGEST:
+            raise UserError(f"{name} must be from 1 to {_LARGEST}, not {str(value[name])[:100]}")
     for name in _NOT_READ:
         if value.get(name):
             raise UserError(f"{name}: {str(value[name])[:100]}: adapters with it are not supported")
@@ -180,12 +183,17 @@ def peft_config_from_json(value: Any) -> PeftMoeConfig:
             raise UserError(f"{name} must be a list of names, not {str(given)[:100]}; patterns are not supported")
         lists[name] = tuple(sorted(given))
     ours = value.get("hecate") or {}
+    if not isinstance(ours, dict) or not isinstance(ours.get("extra", {}), dict):
+        raise UserError("hecate and hecate.extra must be objects")
+    dropout = ours.get("lora_dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
+        raise UserError(f"hecate.lora_dropout must be a number from 0 to below 1, not {str(dropout)[:100]}")
     return PeftMoeConfig(
         base_model_name_or_path=value["base_model_name_or_path"],
         r=value["r"],
         alpha=value["lora_alpha"],
         use_rslora=bool(value.get("use_rslora", False)),
-        dropout=float(ours.get("lora_dropout", 0.0)),
+        dropout=float(dropout),
         extra=ours.get("extra", {}),
         **lists,
     )

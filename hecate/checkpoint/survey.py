@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.history import SET_ASIDE, committed, left_over
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, Manifest, read_manifest, step_of
+from hecate.io.strict_yaml import YamlError, parse_yaml
 
 
 @dataclass(frozen=True)
@@ -119,8 +118,8 @@ def _bytes_in(folder: Path) -> int:
 
 def _config_in(meta: Mapping[str, Any]) -> object:
     try:
-        return yaml.safe_load(meta["config"])
-    except (KeyError, AttributeError, yaml.YAMLError):
+        return parse_yaml(meta["config"])
+    except (KeyError, YamlError):
         return None
 
 

@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from torch import Tensor
 
 from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.history import manifests, remove_stale_staging
-from hecate.checkpoint.manifest import Manifest, read_manifest
+from hecate.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from hecate.checkpoint.meta import config_values, owners_of, reading_meta
 from hecate.checkpoint.save import checkpoint_folder
 from hecate.checkpoint.shard import read_tensors
 from hecate.checkpoint.verify import note_damage
 from hecate.config import Config, changed_computation
-from hecate.config.effective import other_configuration
+from hecate.config.effective import leaves_of, other_configuration
 from hecate.data.separate_streams import Stream
 from hecate.engine.protocol import ExpertEngine
 from hecate.engine.shards import ExpertShards
@@ -32,7 +32,7 @@ from hecate.optim.norm_limit import with_norm
 from hecate.optim.optimizer import ExpertOptimizer, owned_parameters
 from hecate.parallel.loads import LoadHistory
 from hecate.parallel.residency import Residency
-from hecate.parallel.units import Unit, parse_unit
+from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 
 
@@ -177,12 +177,13 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
             reasons = [f"  {reason}" for _, reason in passed_over[:4]]
             raise NoCheckpointError("\n".join([f"{root} has no checkpoint that can be read", *reasons]))
         folder = root / name
-        read: tuple[Manifest, dict[str, Tensor]] | CheckpointError
+        read: tuple[TrainState, dict[str, Tensor], dict[Unit, Residency]] | CheckpointError
         try:
             manifest = found[1] if found else read_manifest(folder)
             if isinstance(manifest, CheckpointError):
                 raise manifest
-            read = manifest, _read_own_tensors(folder, manifest, config, parts)
+            state, tensors = state_of(folder, manifest), _read_own_tensors(folder, manifest, config, parts)
+            read = state, tensors, _residency(folder, manifest, parts.engine.shards)  # of the owners that were adopted with the tensors
         except CheckpointError as error:
             read = error
         # A checkpoint that any rank cannot read is passed over by all.
@@ -192,7 +193,8 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
             passed_over.append((name, reason))
             continue
         assert not isinstance(read, CheckpointError)
-        state = _install(*read, ranks, parts)
+        with reading_meta(folder):
+            state = _install(*read, ranks, parts)
         goes_on = f"training goes on from {name}"
         return LoadedState(state, tuple(f"{bad} is damaged and was passed over: {why}; {goes_on}" for bad, why in passed_over))
 
@@ -208,8 +210,15 @@ def _first_reason(ranks: Ranks, error: CheckpointError | None) -> str | None:
 
 def saved_max_steps(root: Path, step: int) -> int:
     """How long the run was to be when it saved the checkpoint of this step, in optimizer steps."""
-    then = yaml.safe_load(read_manifest(checkpoint_folder(root, step)).meta["config"])
-    return int(then["max_steps"])
+    folder = checkpoint_folder(root, step)
+    with reading_meta(folder):
+        return int(config_values(folder, read_manifest(folder).meta)["max_steps"])
+
+
+def state_of(folder: Path, manifest: Manifest) -> TrainState:
+    """Return where the run stands that has written a manifest. Raises CheckpointError: the manifest does not say, or is damaged."""
+    with reading_meta(folder):
+        return TrainState.from_json({**manifest.meta, "step": manifest.step})
 
 
 def adopt_owners(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray]) -> None:
@@ -237,11 +246,12 @@ def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config, base
     Raises:
         UserError: it names the keys, or says that other numbers are drawn from the same seed.
     """
-    then, known = yaml.safe_load(meta["config"]), bool(base_digest and meta.get("base_model"))
+    then = config_values(folder, meta)
+    known = bool(base_digest and meta.get("base_model"))
     if known and meta["base_model"] != base_digest:
         raise UserError(
             f"{folder}: belongs to a run on another base model than the one in model.name_or_path, {config.model.name_or_path}\n"
-            f"  it began with {then['model']['name_or_path']}; give that model, whose files may have moved, or start a new run"
+            f"  it began with {leaves_of(then).get('model.name_or_path')}; give that model, whose files may have moved, or start a new run"
         )
     if changes := changed_computation(then, config, same_base=known):
         raise UserError(other_configuration(str(folder), changes))
@@ -256,14 +266,13 @@ def _read_own_tensors(folder: Path, manifest: Manifest, config: Config, parts: T
     """The tensors that this rank needs of a checkpoint. The owners of the checkpoint are adopted on the way, on every rank alike."""
     refuse_other_run(folder, manifest.meta, config, parts.base_digest, parts.drawn_digest)
     engine, optimizer = parts.engine, parts.optimizer
-    owners = {parse_unit(text): np.array(owner_E) for text, owner_E in manifest.meta["owners"].items()}
+    owners = owners_of(folder, manifest)
+    for unit, owner_E in engine.shards.owners.items():
+        if unit not in owners or len(owners[unit]) != len(owner_E):
+            raise CheckpointError(f"{folder / MANIFEST}: does not say who owns the {len(owner_E)} experts of unit {unit}")
     if manifest.world_size != engine.shards.world_size:
         owners = engine.shards.redealt(owners, engine.shards.world_size)
     adopt_owners(engine, optimizer, owners)
-    try:
-        _residency(manifest, engine.shards)
-    except ValueError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
     tensor_parts = optimizer.parts.parameters if optimizer.parts else {}
     needed = [f"owned/{name}" for name in optimizer.owned] + [f"replicated/{name}" for name in (*optimizer.alike, *tensor_parts)]
     missing = [name for name in needed if name not in manifest.tensors]
@@ -277,18 +286,19 @@ def _is_needed(tensor_name: str, optimizer: ExpertOptimizer) -> bool:
     return kind == "replicated" or name in optimizer.owned
 
 
-def _residency(manifest: Manifest, shards: ExpertShards) -> dict[Unit, Residency]:
-    """Who held which frozen parts; on another number of ranks each layer begins with its owners alone."""
+def _residency(folder: Path, manifest: Manifest, shards: ExpertShards) -> dict[Unit, Residency]:
+    """Who held which frozen parts; on another number of ranks each layer begins with its owners alone. Raises CheckpointError."""
     if manifest.world_size != shards.mesh.world_size:
         return {}
-    return shards.residency_from_json(manifest.meta.get("residency", {}))
+    with reading_meta(folder):
+        return shards.residency_from_json(manifest.meta.get("residency", {}))
 
 
-def _install(manifest: Manifest, tensors: Mapping[str, Tensor], ranks: Ranks, parts: TrainedParts) -> TrainState:
-    state = TrainState.from_json({"step": manifest.step, **manifest.meta})
-    parts.optimizer.load_state_tensors(tensors, steps_done=manifest.step)
+def _install(
+    state: TrainState, tensors: Mapping[str, Tensor], held: Mapping[Unit, Residency], ranks: Ranks, parts: TrainedParts
+) -> TrainState:
+    parts.optimizer.load_state_tensors(tensors, steps_done=state.step)
     state.put_back(parts)
     parts.engine.shards.history.redeal(ranks.world_size)
-    shards = parts.engine.shards
-    shards.adopt_residency(_residency(manifest, shards))
+    parts.engine.shards.adopt_residency(held)
     return state.with_positions_of(parts)

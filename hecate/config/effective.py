@@ -24,6 +24,8 @@ class Change:
     now: Any
 
 
+_LONGEST = 200
+"""characters of a value in an error: a checkpoint may have been forged"""
 NAMES_OF_BASE = ("model.name_or_path", "model.tokenizer")
 """the keys that name the files of the base model"""
 
@@ -50,7 +52,7 @@ def changed_computation(then: Mapping[str, Any], config: Config, *, same_base: b
 def other_configuration(where: str, changes: Sequence[Change]) -> str:
     """The text that refuses to resume a run from `where`, whose configuration differs by `changes`."""
     return f"{where}: belongs to a run with another configuration; resume continues the same training.\n" + "\n".join(
-        f"  {change.key}: {change.then!r} then, {change.now!r} now" for change in changes[:6]
+        f"  {change.key}: {repr(change.then)[:_LONGEST]} then, {repr(change.now)[:_LONGEST]} now" for change in changes[:6]
     )
 
 

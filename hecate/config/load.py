@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -23,6 +22,8 @@ from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQ
 from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_value, unique_pairs
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
 from hecate.errors import UserError
+from hecate.io.plain_files import open_plain
+from hecate.io.strict_yaml import YamlError, parse_yaml
 from hecate.parallel.policy_names import FORMER_NAMES, current_name, renamed
 
 COMMAND_LINE = "command line"
@@ -101,11 +102,11 @@ def saved_config(text: str) -> Config:
         UserError: it is damaged.
     """
     try:
-        values = leaves_of(yaml.safe_load(text))
+        values = leaves_of(parse_yaml(text))
         if _POLICY in values:
             values[_POLICY] = current_name(values[_POLICY])
         config = OmegaConf.to_object(_as_omegaconf(values))
-    except (yaml.YAMLError, OmegaConfBaseException, AttributeError, TypeError) as error:
+    except (YamlError, OmegaConfBaseException, AttributeError, TypeError) as error:
         raise UserError(f"the configuration in it cannot be read: {str(error).partition(chr(10))[0][:200]}") from error
     assert isinstance(config, Config)
     return config
@@ -160,7 +161,7 @@ def read_mapping(file: str, *, missing: str, empty: str) -> Mapping:
         return ConfigError([Problem(file, "", what, hint, line)])
 
     try:
-        with open(file, "rb") as stream:
+        with open_plain(file) as stream:
             raw = stream.read(MAX_BYTES + 1)
     except FileNotFoundError:
         if file.startswith("-"):
@@ -173,7 +174,7 @@ def read_mapping(file: str, *, missing: str, empty: str) -> Mapping:
         which = f"{of_run}, and resume=true to go on with that run" if os.path.isfile(of_run) else "the path of a YAML file"
         raise refuse("is a folder", f"give {which}") from None
     except (OSError, ValueError) as error:
-        raise refuse(f"cannot be read: {error}") from None
+        raise refuse(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > MAX_BYTES:
         raise refuse(f"is larger than {MAX_BYTES // 1024} KiB", "give the config file; is this one of data?")
     if b"\0" in raw:

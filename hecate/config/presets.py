@@ -38,9 +38,13 @@ def find_preset(folder: str, what: str, name_or_path: str, *, also: tuple[str, .
     """
     is_path = "/" in name_or_path or name_or_path.endswith((".yaml", ".yml"))
     path = Path(name_or_path) if is_path else _CONFIGS / folder / f"{name_or_path}.yaml"
-    if not path.is_file():
+    try:
+        found = path.is_file()
+    except (OSError, ValueError):  # it is longer than any name, or has a zero byte
+        found = False
+    if not found:
         names = ", ".join([*also, *preset_names(folder)])
         raise UserError(
-            f"{what} {name_or_path}: no such {'file' if is_path else 'preset'}\n  use one of {names}, or the path of a YAML file"
+            f"{what} {name_or_path[:200]}: no such {'file' if is_path else 'preset'}\n  use one of {names}, or the path of a YAML file"
         )
     return path

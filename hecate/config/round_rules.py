@@ -14,6 +14,7 @@ from hecate.config.problems import Add, shorten
 from hecate.config.schema import LEAVES, ClientConfig
 from hecate.config.typed import INVALID, Report
 from hecate.errors import UserError
+from hecate.io.plain_files import read_plain
 
 _PREFIX = "rounds."
 _CLIENTS = "rounds.clients"
@@ -160,8 +161,8 @@ def _check_base(values: Mapping[str, Any], add: Add) -> None:
 
 def _is_quantised(folder: Path) -> bool:
     try:
-        described = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+        described = json.loads(read_plain(folder / "config.json"))
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(described, dict) and described.get("quantization_config") is not None
 

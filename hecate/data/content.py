@@ -22,6 +22,7 @@ from hecate.config.paths import data_files, file_form
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
+from hecate.io.plain_files import open_plain, read_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
 _CHECKS = 1
@@ -66,11 +67,11 @@ def _file_digest(path: str, folder: Path) -> str:
         before, place = _state_of(path), os.path.realpath(path)
         note = folder / "files" / f"{xxhash.xxh3_128_hexdigest(os.fsencode(place))}.json"
         with suppress(OSError, JsonError, KeyError, TypeError):
-            known = parse_json(note.read_bytes())
+            known = parse_json(read_plain(note))
             if known["state"] == before:
                 return str(known["digest"])
         digest = xxhash.xxh3_128()
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             while part := file.read(_READ):
                 digest.update(part)
         changed = max(before[1:3])

@@ -79,6 +79,10 @@ class Fault:
         return place_of(self.file, self.line)
 
 
+_LONGEST = 500
+"""characters of a reason: a record may have keys of any length"""
+
+
 class _BadRecord(Exception):
     """One record cannot be used; the text says why."""
 
@@ -121,7 +125,7 @@ def read_samples(
             if routed and (problem := missing(sample["extra"])):
                 raise _BadRecord(problem)
         except _BadRecord as bad:
-            yield Fault(record.file, record.line, str(bad), record.number, record.raw)
+            yield Fault(record.file, record.line, str(bad)[:_LONGEST], record.number, record.raw)
         else:
             yield Sample(record.file, record.line, number=record.number, record=record, **sample)
 
@@ -144,10 +148,10 @@ def _detect(value: dict[str, Any], record: Record) -> str:
             f"{place}: preference data (chosen, rejected) is not trained on\n"
             "to train on the chosen answers, say so: {path: ..., fields: {completion: chosen}}"
         )
-    first, second, *_ = map(str, value) if len(value) > 1 else ("question", "answer")
+    first, second, *_ = (str(name)[:40] for name in value) if len(value) > 1 else ("question", "answer")
     known = ", ".join(f"{format} {{{', '.join(keys)}}}" for format, keys in _KEYS.items())
     raise UserError(
-        f"{place}: no known data format has the keys {', '.join(sorted(map(str, value))) or '(none)'}\n"
+        f"{place}: no known data format has the keys {', '.join(sorted(map(str, value)))[:_LONGEST] or '(none)'}\n"
         f"the known ones: {known}\n"
         f"or say which keys they are: {{path: ..., fields: {{prompt: {first}, completion: {second}}}}}"
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hecate.errors import UserError
+from hecate.io.plain_files import require_plain
 
 _HEADER = b"MMIDIDX\x00\x00"
 _FIXED = struct.Struct("<9sQBQQ")  # header, version, code of the ids' type, number of sequences, number of document bounds
@@ -63,6 +65,7 @@ def open_indexed(prefix: str) -> IndexedFiles:
 
 def _mapped(path: str, dtype: np.dtype[Any]) -> NDArray[Any]:
     try:
+        require_plain(path, sys.maxsize)
         size = os.path.getsize(path)
         if size % dtype.itemsize:
             raise _unusable(path, f"has {size} bytes, which is not a whole number of ids: it seems cut off")

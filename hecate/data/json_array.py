@@ -7,6 +7,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 from hecate.errors import UserError
 
+LONGEST_RECORD = 1 << 27
+"""bytes of the text of one record, in any form of text: a packed file of a megabyte could hold one of a gigabyte"""
 _CHUNK = 1 << 20
 """bytes; what is read at once"""
 _LONGEST_TOKEN = 16
@@ -110,6 +112,8 @@ class _Text:
         """Read on; False: the file has ended."""
         if self._ended:
             return False
+        if len(self._buffer) - self._at > LONGEST_RECORD:
+            raise self.error(f"an element has more than {LONGEST_RECORD >> 20} MiB")
         data = self._file.read(size)
         self._ended = not data
         try:

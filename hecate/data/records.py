@@ -13,14 +13,17 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from hecate.config.paths import FORMS, data_files, file_form
-from hecate.data.json_array import read_array
-from hecate.data.tables import Row, read_arrow, read_csv, read_parquet
+from hecate.data.json_array import LONGEST_RECORD, read_array
+from hecate.data.tables import Row, bounded_lines, read_arrow, read_csv, read_parquet
 from hecate.errors import UserError
+from hecate.io.plain_files import open_plain
 
 _GZIP = b"\x1f\x8b"
 _TABLES: dict[str, Callable[[str], Iterator[Row]]] = {"parquet": read_parquet, "arrow": read_arrow}
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _HEAD = 4096
+_PADDING = 1 << 20
+"""bytes of zeros at the end of a packed file that are too many"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ def _records_of(file: str) -> Iterator[Record]:
     with _opened(file) as stream:
         if form in _DELIMITERS:
             text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-            for line, value, reason in read_csv(text, file, _DELIMITERS[form]):
+            for line, value, reason in read_csv(bounded_lines(text, file), file, _DELIMITERS[form]):
                 yield Record(file, line, 0, value, reason)
         elif form != "jsonl" and _first_sign(stream, file) == b"[":
             for element in read_array(stream, file):
@@ -86,7 +89,13 @@ def _records_of(file: str) -> Iterator[Record]:
 
 
 def _lines(stream: BinaryIO, file: str, form: str | None) -> Iterator[Record]:
-    for line, raw in enumerate(stream, start=1):
+    line = 0
+    while raw := stream.readline(LONGEST_RECORD + 1):
+        line += 1
+        if len(raw) > LONGEST_RECORD:
+            raise UserError(
+                f"{file}:{line}: the line has more than {LONGEST_RECORD >> 20} MiB\nno sample is so long: is this a file of data?"
+            )
         value, reason = json_object(raw, first=line == 1)
         if line == 1 and reason:
             _refuse_other_forms(raw, file, form, reason)
@@ -133,8 +142,10 @@ def json_object(raw: bytes, *, first: bool) -> tuple[dict[str, Any], str]:
 def _opened(path: str) -> Iterator[BinaryIO]:
     """The file's bytes, decompressed if they are gzip's. Raises UserError if they cannot be read, here or in the block."""
     try:
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             packed = file.read(len(_GZIP)) == _GZIP
+            if packed:
+                _refuse_padding(file, path)
             file.seek(0)
             with gzip.open(file) if packed else file as stream:
                 yield cast(BinaryIO, stream)
@@ -142,6 +153,14 @@ def _opened(path: str) -> Iterator[BinaryIO]:
         raise UserError(f"data file {path} cannot be unpacked: {error}\nit is damaged or cut off: make it again") from error
     except OSError as error:
         raise UserError(f"data file {path} cannot be read: {error.strerror or error}") from error
+
+
+def _refuse_padding(file: BinaryIO, path: str) -> None:
+    """Raises UserError: the file ends in a megabyte of zeros or more, which gzip's reader would go through one by one."""
+    size = file.seek(0, io.SEEK_END)
+    file.seek(max(0, size - _PADDING))
+    if size > _PADDING and not file.read(_PADDING).strip(b"\0"):
+        raise UserError(f"data file {path} cannot be unpacked: it ends in zeros\nit is damaged or cut off: make it again")
 
 
 def _first_sign(stream: BinaryIO, file: str) -> bytes:

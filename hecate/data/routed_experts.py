@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hecate.io.npz import array_of
+
 KEY = "routed_experts"
 _LIMIT = 1 << 15
 """experts of a layer, which are held as int16"""
@@ -99,9 +101,9 @@ def _array(value: Any, wanted: str) -> NDArray[Any]:
     if not isinstance(value, str):
         try:
             return np.array(value)
-        except (ValueError, TypeError, OverflowError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             raise BadRoutingError(f"{KEY} must be {wanted}, got lists of several lengths or of other things") from error
     try:
-        return np.asarray(np.load(io.BytesIO(base64.b64decode(value, validate=True)), allow_pickle=False))
-    except (binascii.Error, ValueError, EOFError, OSError) as error:
+        return array_of(base64.b64decode(value, validate=True))
+    except (binascii.Error, ValueError) as error:  # an ArrayError is a ValueError
         raise BadRoutingError(f"{KEY} is a text, but not the base64 text of a .npy file: {str(error)[:80]}") from error

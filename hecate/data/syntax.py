@@ -15,6 +15,7 @@ from hecate.data.formats import Fault, Sample, read_samples
 from hecate.data.indexed_files import open_indexed
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
+from hecate.io.plain_files import read_plain
 
 
 def check_template(files: Iterable[DataSource], model: Path) -> None:
@@ -36,8 +37,8 @@ def _has_template(model: Path) -> bool:
     if any((model / name).exists() for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")):
         return True
     try:
-        settings = json.loads((model / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError):
+        settings = json.loads(read_plain(model / "tokenizer_config.json"))
+    except (OSError, ValueError, RecursionError):
         return True  # the tokenizer says itself what is wrong
     return not isinstance(settings, dict) or bool(settings.get("chat_template"))
 

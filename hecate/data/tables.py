@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TextIO
 
+from hecate.data.json_array import LONGEST_RECORD
 from hecate.errors import UserError
+from hecate.io.plain_files import require_plain
 
-_ROWS_AT_A_TIME = 1024
-_LONGEST_CELL = 1 << 30
-"""characters of a cell of a CSV file; Python's own limit is 131072"""
+_ROWS_AT_A_TIME = 64
+"""which are in memory whole: a table may have a long text once, and name it in every row"""
 _OLDEST_PYARROW = 15
 """earlier versions unpickle what a file says"""
 
@@ -25,21 +28,34 @@ class Row(NamedTuple):
     """why the row cannot be used; empty: it can"""
 
 
-def read_csv(file: TextIO, name: str, delimiter: str = ",") -> Iterator[Row]:
+def bounded_lines(file: TextIO, name: str) -> Iterator[str]:
+    """Yield the lines of a text. Raises UserError: one is longer than any record may be."""
+    number = 0
+    while line := file.readline(LONGEST_RECORD + 1):
+        number += 1
+        if len(line) > LONGEST_RECORD:
+            raise UserError(
+                f"{name}:{number}: the line has more than {LONGEST_RECORD >> 20} MiB\nno sample is so long: is this a file of data?"
+            )
+        yield line
+
+
+def read_csv(file: Iterable[str], name: str, delimiter: str = ",") -> Iterator[Row]:
     """Yield the rows of a CSV or TSV file, whose first line names the columns. All values are text.
 
     Args:
-        file: opened without translation of line ends. Bytes that are not UTF-8 are surrogate escapes.
+        file: its lines, without translation of line ends. Bytes that are not UTF-8 are surrogate escapes.
 
     Raises:
         UserError: the first line names a column twice or not at all; or the file breaks CSV's rules.
     """
-    csv.field_size_limit(_LONGEST_CELL)
+    csv.field_size_limit(LONGEST_RECORD)
     rows = csv.reader(file, delimiter=delimiter, strict=True)
     try:
         columns = next(rows, [])
-        if bad := [column for column in columns if not column.strip() or columns.count(column) > 1]:
-            what = f"names column {bad[0]!r} twice" if bad[0].strip() else "leaves a column without a name"
+        counts = Counter(columns)
+        if bad := [column for column in columns if not column.strip() or counts[column] > 1]:
+            what = f"names column {bad[0][:100]!r} twice" if bad[0].strip() else "leaves a column without a name"
             raise UserError(f"{name}:1: the first line {what}; in a CSV file it must name all columns")
         line = rows.line_num + 1
         for cells in rows:
@@ -70,9 +86,13 @@ def read_parquet(path: str) -> Iterator[Row]:
     from pyarrow.parquet import ParquetFile
 
     try:
+        require_plain(path, sys.maxsize)
         with ParquetFile(path, memory_map=True) as file:
             yield from _rows(file.iter_batches(batch_size=_ROWS_AT_A_TIME))
-    except (arrow.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    # A damaged file brings texts that are not UTF-8, dates that Python does not have and sizes that no machine has, too.
+    except (arrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError, TypeError) as error:
         raise _unreadable(path, "Parquet", error) from error
 
 
@@ -80,6 +100,7 @@ def read_arrow(path: str) -> Iterator[Row]:
     """Yield the rows of an Arrow file, of the file form or of the stream form, as the library `datasets` writes it. Raises UserError."""
     arrow = _pyarrow(path)
     try:
+        require_plain(path, sys.maxsize)
         with arrow.memory_map(path) as file:
             try:
                 reader = arrow.ipc.open_file(file)
@@ -88,7 +109,9 @@ def read_arrow(path: str) -> Iterator[Row]:
                 file.seek(0)
                 batches = iter(arrow.ipc.open_stream(file))
             yield from _rows(part for batch in batches for part in _parts(batch))
-    except (arrow.ArrowException, OSError) as error:
+    except UserError:
+        raise
+    except (arrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError, TypeError) as error:
         raise _unreadable(path, "Arrow", error) from error
 
 
@@ -99,6 +122,7 @@ def _parts(batch: Any) -> Iterator[Any]:
 def _rows(batches: Iterator[Any]) -> Iterator[Row]:
     number = 0
     for batch in batches:
+        batch.validate(full=True)  # offsets are not checked otherwise, and lead anywhere
         for value in batch.to_pylist():
             number += 1
             yield Row(number, _without_nulls(value))

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -40,6 +41,7 @@ from hecate.data.routed_experts import RoutingShape
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 from hecate.io.durable import delete_files, new_folder, write_durable
+from hecate.io.plain_files import read_plain, require_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
 _VERSION = 1
@@ -291,7 +293,7 @@ def _routed(place: Path, routing: RoutingShape) -> NDArray[np.int16]:
 def _open(place: Path, source: DataSource, features: str, routing: RoutingShape | None) -> tuple[MappedSource, Fault | None] | None:
     """Map the folder of a source; also the first sample that was left out, with the index of its file. None: there is no sound folder."""
     try:
-        meta = parse_json((place / "meta.json").read_bytes())
+        meta = parse_json(read_plain(place / "meta.json"))
         if meta["sum"] != _sum_of_meta(meta) or meta["key"] != place.name:
             return None
         arrays = {
@@ -330,7 +332,8 @@ def _open(place: Path, source: DataSource, features: str, routing: RoutingShape 
 
 
 def _mapped(path: Path, kind: Any) -> NDArray[Any]:
-    """The numbers of a file, read-only. Raises ValueError if it is empty, or no whole number of them."""
+    """The numbers of a file, read-only. Raises ValueError if it is empty, or no whole number of them; OSError if it is no plain file."""
+    require_plain(path, sys.maxsize)
     return np.asarray(np.memmap(path, kind, "r"))
 
 

@@ -8,7 +8,6 @@ Shapes: U users, F numbers of a user.
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 
 from hecate.config import Config
 from hecate.errors import UserError
+from hecate.io.npz import ArrayError, read_npz
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,16 +76,12 @@ def read_user_features(path: str | Path) -> UserFeatures:
         UserError: the file cannot be read or holds something else than described above; ids repeat; a number is not finite.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if missing := [name for name in ("ids", "features") if name not in file.files]:
-                found = ", ".join(file.files[:8]) or "no arrays"
-                raise UserError(
-                    f"{path}: has no array {missing[0]!r}; it must hold ids [users] and features [users, width], but has {found}"
-                )
-            ids, values = file["ids"], file["features"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as error:
-        reason = "it holds Python objects, which are not read" if "allow_pickle" in str(error) else str(error).partition("\n")[0][:200]
-        raise UserError(f"{path}: no sound .npz file of users' features: {reason}") from error
+        arrays = read_npz(path, ("ids", "features"))
+    except (OSError, ArrayError) as error:
+        reason = error.strerror or error if isinstance(error, OSError) else error
+        what = f"no sound .npz file of users' features: {reason}"
+        raise UserError(f"{path}: {what}\n  it must hold ids [users] and features [users, width]") from error
+    ids, values = arrays["ids"], arrays["features"]
     if ids.ndim != 1 or ids.dtype.kind not in "iuU":
         raise UserError(f"{path}: ids must be a list of texts or whole numbers, got {ids.dtype} of shape {list(ids.shape)}")
     if values.ndim != 2 or values.dtype.kind != "f" or values.shape[0] != len(ids) or 0 in values.shape:

@@ -33,6 +33,15 @@ def operating_system() -> Finding:
     return warning(name, "hecate is tested on Linux; elsewhere a lost rank is noticed later, and there are no Triton kernels")
 
 
+def account() -> Finding:
+    """As whom training would run: nothing in hecate needs root."""
+    if os.geteuid() == 0:
+        return warning(
+            "root", "nothing needs its rights, and a file that does harm would have them: start hecate as a user who owns output_dir"
+        )
+    return ok(f"user {os.geteuid()}, not root")
+
+
 def cores() -> Finding:
     """How many cores this process may use: a container's share can be smaller than the machine."""
     seen, allowed = os.cpu_count() or 1, len(os.sched_getaffinity(0))
@@ -183,6 +192,7 @@ def _limit(value: int) -> str:
 
 CHECKS = by_name(
     operating_system,
+    account,
     cores,
     threads,
     memory,

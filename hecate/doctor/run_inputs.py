@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +10,7 @@ from pathlib import Path
 from hecate.config import Config
 from hecate.doctor.finding import Checks, Finding, ok, problem, warning
 from hecate.errors import UserError
-from hecate.model.safetensors_headers import INDEX
+from hecate.model.safetensors_headers import weight_files
 
 
 def checks_of(load: Callable[[], Config]) -> Checks:
@@ -44,6 +43,7 @@ def _model(config: Config) -> Finding:
     if config.model.front_end == "megatron":
         return ok(f"{config.model.name_or_path}, made by megatron-core")
     from hecate.config.paths import find_model
+    from hecate.forecast.tensor_shapes import model_config
 
     try:
         path = find_model(config.model.name_or_path)
@@ -51,15 +51,12 @@ def _model(config: Config) -> Finding:
         return problem(str(error).splitlines()[0], "give model.name_or_path a folder that transformers has saved, or a .gguf file")
     if path.is_file():
         return ok(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
-    index = path / INDEX
     try:
-        named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return problem(f"{index}: {error}", "download the file again")
-    if missing := sorted(name for name in named if not (path / name).is_file()):
-        return problem(f"{path}: {len(missing)} of {len(named)} files of weights are missing, such as {missing[0]}", "download them again")
+        weight_files(path)
+        kind = model_config(path).get("model_type", "of no type")
+    except UserError as error:
+        return problem(str(error).splitlines()[0], "download the file again")
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type", "of no type")
     return ok(f"{path}: {kind}, {size / 1e9:.2f} GB")
 
 

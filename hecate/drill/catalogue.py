@@ -42,8 +42,8 @@ _ALL = (
     Drill("R8", "single bits flipped in every file of a checkpoint", "all found", "damage:bit_flips"),
     Drill(
         "R9",
-        "hostile checkpoints, configurations and data files",
-        "refused; no code run, nothing outside read, memory bounded",
+        "hostile files, and changed ones of every kind that is read",
+        "read or refused; no code run, nothing outside opened, time and memory bounded",
         "damage:hostile_files",
     ),
     Drill("R10", "saved on one number of ranks, loaded on another", "all pairs bitwise", "resuming:save_here_load_there"),
@@ -58,7 +58,7 @@ _ALL = (
     Drill("R14", "spikes", "the same steps are skipped and clipped on every number of ranks", "numbers:spiked"),
     Drill("R15", "all tokens to one expert", "finite results, no more replicas than slots, idle experts unchanged", "numbers:one_way"),
     Drill("R16", "bad data files", "file and line named; or skipped and quarantined, the others unchanged", "inputs:bad_data"),
-    Drill("R17", "bad configurations", "refused in less than a second, the key named", "inputs:bad_configs"),
+    Drill("R17", "bad configurations", "refused in less than a second, all keys named at once", "inputs:bad_configs"),
     Drill("R18", "one rank does another collective than the others", "rank and operation named in 2 s", "naming:mismatched"),
     Drill("R19", "a rank that is slow", "named within ten steps", "naming:straggler"),
     Drill(

@@ -15,17 +15,21 @@ from typing import Any
 from hecate.checkpoint import CheckpointError
 from hecate.checkpoint.layout import file_layout, file_size
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, commit_line, parse_entries
-from hecate.config import load_config
-from hecate.data.formats import Fault, read_samples
 from hecate.drill.disk import watched_disk
+from hecate.drill.fuzz import KINDS, fuzz_cases
+from hecate.drill.guard import limit_memory, watched
+from hecate.drill.hostile import HOSTILE, SECONDS, not_refused, tried_file
 from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of
 from hecate.drill.ranks import call_on_ranks
 from hecate.drill.resuming import save_at
 from hecate.drill.saves import load, save
-from hecate.errors import UserError
 
-_ROOM = 2**30
-"""bytes of memory that reading a hostile file may take beside what the process has"""
+_ROOM = 2**31 + 2**30
+"""bytes of address space that the process may take beside what it has: more is promised by no file that is read"""
+_MOST = 2**26
+"""bytes of memory that reading a hostile checkpoint may take"""
+_FEW, _MANY = 2, 150
+"""changed files of each kind"""
 
 
 def bit_flips(scope: Scope) -> DrillOutcome:
@@ -176,42 +180,25 @@ REPLACED: dict[str, Callable[[Path], None]] = {
 
 def hostile_files(scope: Scope) -> DrillOutcome:
     """R9"""
-    _limit_memory()
+    limit_memory(_ROOM)
+    os.chdir(scope.path)
+    outside = scope.path / "outside"
+    os.mkfifo(outside)
     cases = []
     for name, forge in FORGED.items():
         cases.append(_hostile(scope, name, lambda folder, forge=forge: _rewrite(folder, forge)))  # type: ignore[misc]
     for name, change in REPLACED.items():
         cases.append(_hostile(scope, name, change))
-    for name, content, read in _OTHERS:
-        path = scope.path / name
-        path.write_bytes(content)
-        cases.append(DrillCase(f"{name}: {content[:30]!r}", _not_refused(scope, lambda path=path, read=read: read(path))))  # type: ignore[misc]
+    for number, one in enumerate(HOSTILE):
+        (scope.path / f"file-{number}").mkdir()
+        cases.append(tried_file(one, scope.path / f"file-{number}", outside))
+    files = len(cases)
+    cases += fuzz_cases(scope.path / "fuzz", _FEW if scope.quick else _MANY, quick=scope.quick)
     ran = [str(path) for path in (Path("ran"), scope.path / "ran", Path("/tmp/ran")) if path.exists()]
     cases.append(DrillCase("no code has run", f"{ran[0]} is there" if ran else ""))
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    return outcome_of(cases, "all refused; no code run, no file outside opened, memory bounded", {"most_memory_mib": grown})
-
-
-def _read_config(path: Path) -> None:
-    load_config(path, [])
-
-
-def _read_data(path: Path) -> None:
-    for one in read_samples(path):
-        if isinstance(one, Fault):
-            raise UserError(f"{one.place}: {one.reason}")
-
-
-_OTHERS: tuple[tuple[str, bytes, Callable[[Path], None]], ...] = (
-    ("a.yaml", b"output_dir: !!python/object/apply:os.system ['touch ran']\n", _read_config),
-    ("b.yaml", b"a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n", _read_config),
-    ("c.yaml", b"x: " + b"[" * 20_000 + b"\n", _read_config),
-    ("d.yaml", b"output_dir: ${oc.env:HOME}\n", _read_config),
-    ("a.json", b"[" * 100_000, _read_data),
-    ("b.json", b'{"a": ' * 50_000, _read_data),
-    ("c.jsonl.gz", b"\x1f\x8b\x08\x00broken", _read_data),
-)
-"""hostile configurations and data files: name, bytes, and who reads them"""
+    counts = {"hostile_files": files, "kinds_of_files": len(KINDS), "changed_files": len(cases) - files - 1, "most_memory_mib": grown}
+    return outcome_of(cases, "all read or refused; no code run, no file outside opened, memory bounded", counts)
 
 
 def _hostile(scope: Scope, name: str, change: Callable[[Path], None]) -> DrillCase:
@@ -232,8 +219,11 @@ def _hostile(scope: Scope, name: str, change: Callable[[Path], None]) -> DrillCa
         with watched_disk(note):
             load(folder)
 
-    problem = _not_refused(scope, read)
+    with watched(SECONDS) as seen:
+        problem = not_refused(read, folder)
     elsewhere = [path for path in opened if path.parent != folder]
+    if seen.grown > _MOST:
+        problem = f"took {seen.grown / 2**20:.0f} MiB"
     return DrillCase(name, problem or (f"{elsewhere[0]} was opened" if elsewhere else ""))
 
 
@@ -244,24 +234,3 @@ def _rewrite(folder: Path, change: Callable[[Any], Any]) -> None:
     data = changed if isinstance(changed, bytes) else json.dumps(value).encode()
     (folder / MANIFEST).write_bytes(data)
     (folder / COMMIT).write_bytes(commit_line(data))
-
-
-def _not_refused(scope: Scope, read: Callable[[], None]) -> str:
-    """What is wrong where a file should be refused with a short text that names it."""
-    try:
-        read()
-    except UserError as error:
-        text = str(error)
-        return "" if str(scope.path) in text and len(text) < 1000 else f"the text does not name the file: {text[:100]}"
-    except BaseException as error:  # noqa: BLE001 - any other error is a fault of the reader
-        return f"{type(error).__name__}: {error}".splitlines()[0][:200]
-    return "was read"
-
-
-def _limit_memory() -> None:
-    """Let this process have only so much more memory than it has. Linux only."""
-    try:
-        used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
-    except OSError:
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (used + _ROOM, resource.getrlimit(resource.RLIMIT_AS)[1]))

@@ -28,6 +28,12 @@ def _chat(*contents: Any) -> bytes:
     return json.dumps({"messages": turns}).encode() + b"\n"
 
 
+def _called(role: bytes, calls: bytes) -> bytes:
+    """A conversation whose second turn calls tools."""
+    turn = b'{"role": "%s", "content": "a", "tool_calls": %s}' % (role, calls)
+    return b'{"messages": [{"role": "user", "content": "q"}, %s]}\n' % turn
+
+
 _LENGTH = 256
 _GOOD = [_chat("q", letter) for letter in "abcd"]
 _LINES: dict[str, tuple[bytes, str]] = {
@@ -49,6 +55,23 @@ _LINES: dict[str, tuple[bytes, str]] = {
     "too long": (_chat("q", "a" * 400), "more than data.seq_len"),
     "nested 100,000 times": (b'{"messages": ' + b"[" * 100_000 + b"\n", ""),
     "NaN in it": (b'{"messages": NaN}\n', ""),
+    "infinity": (b"-Infinity\n", ""),
+    "true": (b"true\n", "JSON boolean"),
+    "text": (b'"once upon a time"\n', "JSON string"),
+    "two objects": (_GOOD[0][:-1] + b" " + _GOOD[1], "not valid JSON"),
+    "a comma at the end": (_GOOD[0][:-1] + b",\n", "not valid JSON"),
+    "a zero byte": (b'{"messages": "\0"}\n', "not valid JSON"),
+    "single quotes": (b"{'messages': []}\n", "not valid JSON"),
+    "a mark of byte order": (b"\xef\xbb\xbf" + _GOOD[0], "not valid JSON"),
+    "a turn that is text": (b'{"messages": ["hello"]}\n', ""),
+    "a turn without content": (b'{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}\n', ""),
+    "a role that is a list": (b'{"messages": [{"role": ["user"], "content": "q"}]}\n', ""),
+    "an answer that is null": (b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": null}]}\n', ""),
+    "a call of the user's": (_called(b"user", b'[{"function": {"name": "f", "arguments": {}}}]'), "only the assistant calls tools"),
+    "a call without a name": (_called(b"assistant", b'[{"function": {}}]'), "is no call"),
+    "a call whose arguments are cut": (_called(b"assistant", b'[{"function": {"name": "f", "arguments": "{"}}]'), "not valid JSON"),
+    "calls that are a number": (_called(b"assistant", b"3"), "JSON number"),
+    "another format": (b'{"text": "once upon a time"}\n', ""),
     "half of a surrogate": (b'{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}\n', ""),
 }
 """a bad line among good ones, and words that its error has"""
@@ -62,6 +85,16 @@ _FILES: dict[str, tuple[str, bytes]] = {
     "a table with an open quote": ("a.csv", b'text\n"a\n'),
     "a packed file that is cut": ("a.jsonl.gz", gzip.compress(_GOOD[0] * 99, mtime=0)[:-9]),
     "no tensors but a picture": ("a.parquet", b"\x89PNG\r\n"),
+    "a table without names": ("a.csv", b",\na,b\n"),
+    "a file in UTF-16": ("a.json", '[{"text": "a"}]'.encode("utf-16")),
+    "an object that holds the list": ("a.json", b'{\n"data": [{"text": "a"}]\n}\n'),
+    "more behind the list": ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]\n'),
+    "a list without commas": ("a.json", b'[{"text": "a"}\n{"text": "b"}]\n'),
+    "a packed file of another program": ("a.jsonl.gz", b"\x1f\x8b\x09" + bytes(40)),
+    "a table's file that is empty": ("a.arrow", b""),
+    "a text that is named Parquet": ("a.parquet", b'{"text": "a"}\n'),
+    "an index of nothing": ("a.idx", b"MMIDIDX\0\0" + bytes(25)),
+    "tokens without an index": ("a.bin", bytes(40)),
     "keys of no format": ("a.jsonl", b'{"question": "a", "reply": "b"}\n'),
 }
 """a file that cannot be read at all"""
@@ -94,10 +127,11 @@ def bad_data(scope: Scope) -> DrillOutcome:
         path.write_bytes(b"".join([*_GOOD[:2], line, *_GOOD[2:]]))
         cases.append(DrillCase(name, _refused_with(partial(encode, path, "error"), f"{path}:3", words)))
         cases.append(DrillCase(f"{name}, skipped", _skipped(partial(encode, path, "skip"), wanted, quarantine)))
-    for name, (file, content) in _FILES.items():
-        path = scope.path / file
+    for number, (name, (file, content)) in enumerate(_FILES.items()):
+        path = scope.path / f"{number}" / file
+        path.parent.mkdir()
         path.write_bytes(content)
-        cases.append(DrillCase(name, _refused_with(partial(encode, path, "error"), str(path), "")))
+        cases.append(DrillCase(name, _refused_with(partial(encode, path, "error"), str(path.with_suffix("")))))
     seen = "file and line named, or the sample skipped and quarantined, and the others as they were"
     return outcome_of(cases, seen, {"files": len(_LINES) + len(_FILES)})
 
@@ -125,8 +159,12 @@ def _skipped(read: Callable[[], EncodedSource], wanted: list[list[int]], quarant
     return "" if [json.loads(one)["line"] for one in lines] == [3] else "it is not in the quarantine file"
 
 
+_DECIDING = ("hub",)
+"""keys that decide how others are read"""
+
+
 def bad_configs(scope: Scope) -> DrillOutcome:
-    """R17. For every key of the schema: other types, numbers outside its range, another spelling."""
+    """R17. For every key of the schema: other types, numbers outside its range, another spelling; and many of them at once."""
     made, seconds, cases = list(_bad_values()), [], []
     os.chdir(scope.path)
     for number, (key, value) in enumerate(made):
@@ -136,11 +174,37 @@ def bad_configs(scope: Scope) -> DrillOutcome:
         problem = _config_problem(scope, key, value)
         seconds.append(time.perf_counter() - started)
         cases.append(DrillCase(f"{key}={value}"[:80], problem))
+    for name, mistakes in _several(made):
+        cases.append(DrillCase(f"{name}, {len(mistakes)} at once", _all_named(scope, mistakes)))
     slowest = worst(seconds)
     if not scope.quick:
         cases.append(DrillCase("each in 1 s", "" if slowest < 1.0 else f"one took {slowest:.2f} s"))
     counts = {"median_ms": 1000 * median(seconds), "slowest_ms": 1000 * slowest, "keys": len(LEAVES)}
     return outcome_of(cases, "all refused before any process starts, and the key is named", counts)
+
+
+def _several(made: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Mistakes of many keys: of all keys of each section, and one of each key of all sections."""
+    one_each = {key: value for key, value in made if key in LEAVES and key not in _DECIDING}
+    for section in sorted({key.partition(".")[0] for key in one_each}):
+        mistakes = {key: value for key, value in one_each.items() if key.partition(".")[0] == section}
+        if len(mistakes) > 1:
+            yield section, mistakes
+    yield "all keys", one_each
+
+
+def _all_named(scope: Scope, mistakes: dict[str, str]) -> str:
+    """What is wrong where the error of a configuration with several mistakes should name all their keys."""
+    given = {"output_dir": "runs/first"} | mistakes
+    try:
+        load_config(f"{scope.workshop}/config.yaml", [f"{key}={value}" for key, value in given.items()], claim_output=False)
+    except ConfigError as error:
+        named = {problem.key for problem in error.problems}
+        missing = [key for key in mistakes if not any(one == key or one.startswith((f"{key}.", f"{key}[")) for one in named)]
+        return f"the error does not name {', '.join(missing[:4])} ({len(missing)} of {len(mistakes)})" if missing else ""
+    except Exception as error:  # noqa: BLE001
+        return f"{type(error).__name__}: {error}".splitlines()[0][:150]
+    return "was taken"
 
 
 def _config_problem(scope: Scope, key: str, value: str) -> str:

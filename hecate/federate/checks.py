@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from hecate.config import Config, to_yaml
+from hecate.config import Change, Config, to_yaml
 from hecate.config.paths import indexed_prefix
 from hecate.config.schema import ClientConfig
 from hecate.data.formats import Sample, read_samples
@@ -15,6 +15,8 @@ from hecate.errors import UserError
 from hecate.federate.plans import configs_of
 from hecate.federate.records import rounds_file
 from hecate.io.durable import replace_file
+from hecate.io.plain_files import read_plain_text
+from hecate.io.strict_yaml import MOST_BYTES, YamlError
 from hecate.sweep.ledger import changed_values
 
 RECIPE = "federate.yaml"
@@ -79,6 +81,15 @@ def keep_recipe(config: Config) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
+def _changes(path: Path, config: Config) -> list[Change]:
+    """Raises UserError: the file is damaged."""
+    try:
+        return changed_values(read_plain_text(path, MOST_BYTES), config)
+    except (OSError, UnicodeDecodeError, YamlError) as error:
+        hint = "take another output_dir; this one's rounds cannot be gone on with"
+        raise UserError(f"{path}: cannot be read as what the run computes: {str(error)[:300]}\n  {hint}") from error
+
+
 def _check_folder(config: Config) -> None:
     if not config.resume:
         return
@@ -87,7 +98,7 @@ def _check_folder(config: Config) -> None:
         if rounds_file(path.parent).exists() or (path.parent.is_dir() and any(path.parent.iterdir())):
             raise UserError(f"{path.parent}: is not the folder of a federated run: it has no {RECIPE}\n  choose another output_dir")
         return
-    changes = [one for one in changed_values(path.read_text(encoding="utf-8"), config) if one.key not in _FREE]
+    changes = [one for one in _changes(path, config) if one.key not in _FREE]
     if changes:
         one = changes[0]
         raise UserError(

@@ -24,10 +24,14 @@ from hecate.federate.codec import decode, encode
 from hecate.federate.vectors import Pairs, VectorShape, flat, new_pairs, pairs_of, read_pairs
 from hecate.io.durable import replace_file
 from hecate.io.json_records import from_json_values
+from hecate.io.plain_files import read_plain
 from hecate.io.signals import on_signals
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.model.load import resolve_model
 from hecate.model.stored_model import open_stored
+
+_MOST_MESSAGE = 1 << 36
+"""bytes of a message: those of the longest vector in float64, and of its places"""
 
 
 @dataclass(frozen=True)
@@ -178,7 +182,7 @@ def run_process(plan: ProcessPlan, overrides: Sequence[str]) -> int:
 def read_plan(path: Path) -> ProcessPlan:
     """Raises UserError: the file cannot be read."""
     try:
-        return from_json_values(ProcessPlan, parse_json(path.read_bytes()))
+        return from_json_values(ProcessPlan, parse_json(read_plain(path)))
     except (OSError, JsonError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
@@ -193,7 +197,7 @@ def _merge(merging: Merging, shape: VectorShape, described: Described) -> None:
 def read_message(path: str) -> bytes:
     """Raises UserError: the file cannot be read."""
     try:
-        return Path(path).read_bytes()
+        return read_plain(path, _MOST_MESSAGE)
     except OSError as error:
         raise UserError(f"{path}: the message cannot be read: {error.strerror or error}") from error
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hecate.config import Config, to_yaml
 from hecate.config.schema import RoundsConfig
 from hecate.errors import UserError
 from hecate.federate.plans import base_of_round, round_folder
 from hecate.io.durable import replace_file
+from hecate.io.plain_files import read_plain
+from hecate.io.strict_json import JsonError, parse_json
 from hecate.sweep.processes import reason_of
 
 Figures = dict[str, dict[str, dict[str, float]]]
@@ -32,7 +32,7 @@ def held_out_figures(config: Config, number: int, adapters: Mapping[str, Path]) 
     """
     folder = round_folder(config, number).path
     found, settings, log = folder / "held_out.json", folder / "held_out.yaml", folder / "held_out.log"
-    if [model["name"] for model in _models(found)] != list(map(str, adapters.values())):
+    if list(read_figures(found)) != list(map(str, adapters.values())):
         model = replace(config.model, name_or_path=base_of_round(config, number))
         data = replace(config.data, separate=False)
         evaluated = replace(config, rounds=RoundsConfig(), model=model, data=data, output_dir=str(folder), resume=False)
@@ -42,13 +42,23 @@ def held_out_figures(config: Config, number: int, adapters: Mapping[str, Path]) 
         replace_file(log, [(done.stdout + done.stderr).encode()])
         if done.returncode:
             raise UserError(f"the held-out sets of round {number} were not evaluated: {reason_of(done.stdout + done.stderr)}\n  see {log}")
-    return {name: _numbers(model["tasks"]) for name, model in zip(adapters, _models(found), strict=True)}
+    return dict(zip(adapters, read_figures(found).values(), strict=True))
 
 
-def _models(found: Path) -> list[dict[str, Any]]:
-    """What `hecate eval` has written of each adapter; nothing if it was not asked yet."""
-    models: list[dict[str, Any]] = json.loads(found.read_bytes())["models"] if found.exists() else []
-    return models
+def read_figures(found: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """Return what `hecate eval` has written of each adapter, by its name; nothing if it was not asked yet.
+
+    Raises:
+        UserError: the file cannot be read, or holds something else.
+    """
+    try:
+        models = parse_json(read_plain(found))["models"]
+        return {str(model["name"]): _numbers(model["tasks"]) for model in models}
+    except FileNotFoundError:
+        return {}
+    except (OSError, JsonError, KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        what = f"{type(error).__name__}: {error}" if not isinstance(error, OSError | JsonError) else error
+        raise UserError(f"{found}: cannot be read as held-out figures: {what}\n  remove it, and they are measured again") from error
 
 
 def _numbers(tasks: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

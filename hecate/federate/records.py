@@ -10,6 +10,7 @@ from statistics import mean
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
 from hecate.io.json_records import from_json_values, to_json_values
+from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.report.progress import duration_text
 from hecate.train.privacy_accountant import PrivacySpent
@@ -50,11 +51,20 @@ def read_records(folder: Path) -> list[RoundRecord]:
     """Return the rounds that are finished, in their order. Raises UserError: the file is damaged."""
     path = rounds_file(folder)
     try:
-        return [from_json_values(RoundRecord, parse_json(line)) for line in path.read_bytes().splitlines()]
+        return [_checked(from_json_values(RoundRecord, parse_json(line))) for line in read_plain(path).splitlines()]
     except FileNotFoundError:
         return []
     except (OSError, JsonError) as error:
         raise UserError(f"{path}: cannot be read: {error}\n  remove its last line, and that round is done again") from error
+
+
+def _checked(record: RoundRecord) -> RoundRecord:
+    """Raises JsonError: a figure that every record has is missing."""
+    if not all("loss" in figures for sets in record.held_out.values() for figures in sets.values()):
+        raise JsonError("its held-out figures lack the loss")
+    if not all(record.held_out.values()):
+        raise JsonError("its held-out figures are of no set")
+    return record
 
 
 def add_record(folder: Path, record: RoundRecord) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from hecate.config.schema import ServerConfig
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
+from hecate.io.plain_files import require_plain
 from hecate.optim.adamw import AdamW
 from hecate.optim.rule import Stepped
 
@@ -64,11 +65,19 @@ def save_server(path: Path, state: ServerState) -> None:
 def load_server(path: Path) -> ServerState:
     """Raises UserError: the file cannot be read, or is none that `save_server` has written."""
     try:
+        require_plain(path)
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: the state of the server cannot be read: {error}\n  resume from an earlier round") from error
+        raise UserError(f"{path}: the state of the server cannot be read: {str(error)[:300]}\n  resume from an earlier round") from error
     vector = tensors.pop(_VECTOR, None)
     of_adamw = {} if vector is None else {"exp_avg": vector.shape, "exp_avg_sq": vector.shape, "step": ()}
-    if vector is None or (tensors and {name: tensor.shape for name, tensor in tensors.items()} != of_adamw):
-        raise UserError(f"{path}: is not the state of a server; it has {', '.join(sorted(tensors)) or 'nothing'}\n  resume another round")
+    if (
+        vector is None
+        or vector.ndim != 1
+        or not vector.is_floating_point()
+        or (tensors and {name: tensor.shape for name, tensor in tensors.items()} != of_adamw)
+    ):
+        raise UserError(
+            f"{path}: is not the state of a server; it has {', '.join(sorted(tensors))[:300] or 'nothing'}\n  resume another round"
+        )
     return ServerState(vector, tensors)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hecate.errors import UserError
 from hecate.forecast.cases import Case, Options, chosen, chosen_policies, known_plan, known_route, synthetic_cases
+from hecate.io.plain_files import read_plain_text
+from hecate.io.strict_yaml import MOST_BYTES, YamlError, parse_yaml
 from hecate.parallel.cost_model import HISTORY, ExecutionMode
 from hecate.parallel.workloads import WORKLOADS
 
@@ -16,6 +16,7 @@ _TOP = (
     *("policies", "steps", "seed", "plan", "rematerialize", "prefetch", "micro_steps", "route", "max_imbalance", "shard_size"),
     "runs",
 )
+_MOST = 10**9
 _RUN = ("topologies", "models", "workloads", "tokens_per_rank", "experts")
 
 
@@ -26,8 +27,8 @@ def load_sweep(path: Path) -> tuple[list[Case], Options]:
         UserError: the file cannot be read, a key is missing or unknown, a value is out of range, or a name is unknown.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raw = parse_yaml(read_plain_text(path, MOST_BYTES))
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         raise UserError(f"{path}: cannot be read as a sweep: {error}") from error
     if not isinstance(raw, dict) or not isinstance(raw.get("runs"), list) or not raw["runs"]:
         raise UserError(f"{path}: a sweep is a mapping with the list `runs`; it may have {', '.join(_TOP[:-1])}")
@@ -62,14 +63,14 @@ def load_sweep(path: Path) -> tuple[list[Case], Options]:
 def _only_known(mapping: dict[str, Any], known: tuple[str, ...], where: str) -> None:
     unknown = sorted(str(key) for key in mapping if key not in known)
     if unknown:
-        raise UserError(f"{where}: unknown: {', '.join(unknown)}\n  there are {', '.join(known)}")
+        raise UserError(f"{where}: unknown: {', '.join(unknown)[:300]}\n  there are {', '.join(known)}")
 
 
 def _list(mapping: dict[str, Any], key: str, where: str) -> list[str]:
     value = mapping[key]
     values = [value] if isinstance(value, str) else value
     if not isinstance(values, list) or not values or not all(isinstance(name, str) for name in values):
-        raise UserError(f"{where}.{key}: must be a name or a list of names, got {value!r}")
+        raise UserError(f"{where}.{key}: must be a name or a list of names, got {repr(value)[:100]}")
     return values
 
 
@@ -79,15 +80,15 @@ def _names(mapping: dict[str, Any], key: str, known: tuple[str, ...], where: str
 
 def _count(mapping: dict[str, Any], key: str, where: str, default: int, least: int = 1) -> int:
     value = mapping.get(key, default)
-    if type(value) is not int or value < least:
-        raise UserError(f"{where}: {key} must be an integer >= {least}, got {value!r}")
+    if type(value) is not int or not least <= value <= _MOST:
+        raise UserError(f"{where}: {key} must be an integer from {least} to {_MOST}, got {repr(value)[:60]}")
     return value
 
 
 def _flag(mapping: dict[str, Any], key: str, where: str) -> bool:
     value = mapping.get(key, False)
     if type(value) is not bool:
-        raise UserError(f"{where}: {key} must be true or false, got {value!r}")
+        raise UserError(f"{where}: {key} must be true or false, got {repr(value)[:60]}")
     return value
 
 
@@ -105,6 +106,6 @@ def _max_imbalance(mapping: dict[str, Any], where: str) -> float | None:
     value = mapping.get("max_imbalance")
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 1:
-        raise UserError(f"{where}: max_imbalance must be a number >= 1, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 1 <= value <= _MOST:
+        raise UserError(f"{where}: max_imbalance must be a number >= 1, got {repr(value)[:60]}")
     return float(value)

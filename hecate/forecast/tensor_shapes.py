@@ -10,9 +10,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from hecate.errors import UserError
+from hecate.io.plain_files import open_plain, read_plain_text
+from hecate.io.strict_yaml import parse_yaml
 from hecate.model.safetensors_headers import StoredTensor, stored_tensors
 
 _GGUF_NAMES = {
@@ -64,10 +64,10 @@ def model_config(path: Path) -> dict[str, Any]:
     """
     file = path / "config.json" if path.is_dir() else path
     try:
-        text = file.read_text(encoding="utf-8")
-        value = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from error
+        text = read_plain_text(file)
+        value = json.loads(text) if file.suffix == ".json" else parse_yaml(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read: {str(error)[:300]}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: must hold the sizes of a model, as transformers' config.json does")
     return value
@@ -92,7 +92,7 @@ def _of_sizes(path: Path) -> dict[str, StoredTensor]:
 def _of_gguf(path: Path) -> dict[str, tuple[int, ...]]:
     """Read a header of version 2 or 3: keys and values, which are skipped, then the tensors' names and sizes."""
     try:
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_plain(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             magic, version, num_tensors, num_keys = struct.unpack_from("<4sIQQ", data)
             if magic != b"GGUF" or version not in (2, 3):
                 raise UserError(f"{path}: not a GGUF file of version 2 or 3")
@@ -110,10 +110,10 @@ def _of_gguf(path: Path) -> dict[str, tuple[int, ...]]:
             return shapes
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, struct.error, KeyError, UnicodeDecodeError) as error:
+    except (ValueError, struct.error, KeyError, OverflowError, RecursionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{path}: not a GGUF file, or damaged: {error}") from error
+        raise UserError(f"{path}: not a GGUF file, or damaged: {str(error)[:300]}") from error
 
 
 def _after_string(data: mmap.mmap, at: int) -> int:

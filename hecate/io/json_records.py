@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -68,5 +69,6 @@ def _value(kind: Any, raw: Any, where: str) -> Any:
         if raw in [member.value for member in kind]:
             return kind(raw)
     elif origin is None and isinstance(raw, (int, float) if kind is float else kind) and (kind is bool) == isinstance(raw, bool):
-        return float(raw) if kind is float else raw
+        with suppress(OverflowError):  # a whole number beyond all floats
+            return float(raw) if kind is float else raw
     raise JsonError(f"{where}: {str(raw)[:_LONGEST]!r} is not of type {kind if origin else kind.__name__}")

@@ -19,7 +19,7 @@ def parse_json(data: bytes) -> Any:
     except RecursionError:
         raise JsonError("not sound JSON: nested too deep") from None
     except ValueError as error:
-        raise JsonError(f"not sound JSON: {error}") from error
+        raise JsonError(f"not sound JSON: {str(error)[:300]}") from error
 
 
 def dump_json(value: Any) -> bytes:

@@ -7,6 +7,7 @@ import os
 import xxhash
 
 from hecate.errors import UserError
+from hecate.io.plain_files import open_plain, read_plain
 from hecate.model.load import ModelSource
 from hecate.model.safetensors_headers import weight_files
 
@@ -27,9 +28,9 @@ def model_digest(source: ModelSource) -> str:
     digest = xxhash.xxh3_128()
     try:
         if source.gguf_file is None:
-            digest.update((source.folder / "config.json").read_bytes())
+            digest.update(read_plain(source.folder / "config.json"))
         for file in weight_files(source.folder) if source.gguf_file is None else [source.folder / source.gguf_file]:
-            with open(file, "rb") as opened:
+            with open_plain(file) as opened:
                 size = os.fstat(opened.fileno()).st_size
                 digest.update(size.to_bytes(8, "little"))
                 for start in sorted({number * max(0, size - _BLOCK_BYTES) // (_BLOCKS - 1) for number in range(_BLOCKS)}):

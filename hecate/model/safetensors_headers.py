@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hecate.errors import UserError
+from hecate.io.plain_files import open_plain, read_plain
 
 _LARGEST_HEADER = 200 << 20
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -60,11 +61,17 @@ def weight_files(folder: Path) -> list[Path]:
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
     try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        names = sorted(set(json.loads(read_plain(index))["weight_map"].values()))
     except OSError as error:
         raise UserError(f"{index}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: no index of a sharded model, or damaged: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{index}: no index of a sharded model, or damaged: {str(error)[:300]}") from error
+    if strange := [
+        name for name in names if not isinstance(name, str) or len(name) > 200 or not name.isprintable() or Path(name).name != name
+    ]:
+        raise UserError(
+            f"{index}: names {str(strange[0])[:200]!r}, which is not a file beside it\n  put all files of the model into one folder"
+        )
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise UserError(f"{index}: names {missing[0]}, which is not there ({len(missing)} missing); is the download complete?")
@@ -74,22 +81,26 @@ def weight_files(folder: Path) -> list[Path]:
 def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         length = file.stat().st_size
-        with open(file, "rb") as opened:
+        with open_plain(file) as opened:
             (size,) = struct.unpack("<Q", opened.read(8))
-            header = json.loads(opened.read(min(size, _LARGEST_HEADER)))
+            if size > min(_LARGEST_HEADER, length):
+                raise UserError(f"{file}: says that its header has {size} bytes; is the download complete?")
+            header = json.loads(opened.read(size))
         entries = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             shape = tuple(map(int, entry["shape"]))
-            first, last = entry.get("data_offsets", (0, 0))
-            entries[name] = StoredTensor(file, str(entry["dtype"]), shape, 8 + size + int(first))
-            if 8 + size + int(last) > length:
-                raise UserError(f"{file}: ends before its tensor {name}; is the download complete?")
+            first, last = map(int, entry.get("data_offsets", (0, 0)))
+            entries[name] = StoredTensor(file, str(entry["dtype"]), shape, 8 + size + first)
+            if 8 + size + last > length:
+                raise UserError(f"{file}: ends before its tensor {name[:200]}; is the download complete?")
+            if min(shape, default=0) < 0 or not 0 <= first <= last:
+                raise UserError(f"{file}: no safetensors file, or damaged: tensor {name[:200]} has the shape {str(shape)[:100]}")
         return entries
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, struct.error) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file}: no safetensors file, or damaged: {error}") from error
+        raise UserError(f"{file}: no safetensors file, or damaged: {str(error)[:300]}") from error

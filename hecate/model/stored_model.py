@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hecate.errors import UserError
+from hecate.io.plain_files import require_plain
 from hecate.model.load import ModelSource, load_model, one_gguf_reader, read_config
 from hecate.model.read_experts import DTYPES
 from hecate.model.safetensors_headers import SINGLE, stored_tensors
@@ -60,10 +62,11 @@ def open_stored(source: ModelSource) -> StoredModel:
 
     def read(name: str) -> Tensor:
         try:
+            require_plain(entries[name].file, sys.maxsize)
             with safe_open(entries[name].file, "pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{entries[name].file}: {name} cannot be read: {error}") from error
+            raise UserError(f"{entries[name].file}: {name} cannot be read: {str(error)[:300]}") from error
 
     weights = {name: StoredWeight(entry.file.name, entry.shape, DTYPES[entry.dtype]) for name, entry in entries.items()}
     return StoredModel(source, read_config(source), weights, read)

@@ -16,6 +16,7 @@ import numpy as np
 
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
+from hecate.io.plain_files import open_plain
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.parallel.loads import imbalance as max_over_mean
 from hecate.report.events import EvalScore, Resharding, StepEvent
@@ -159,7 +160,7 @@ class MetricsWriter:
     def _read(self) -> Iterator[tuple[bytes, int | None]]:
         """Each line with its newline, and its step: None for a last line that is no record."""
         torn: tuple[int, str] | None = None
-        with open(self.path, "rb") as file:
+        with open_plain(self.path) as file:
             for number, line in enumerate(file, start=1):
                 if torn is not None:
                     raise UserError(

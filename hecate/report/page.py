@@ -128,6 +128,8 @@ def _state(run: RunRecords) -> str:
     most = run.config_value("max_steps")
     if most is None:
         return f"{last}"
+    if not isinstance(most, int | float):
+        return f"{last}"
     if last >= most:
         return f"{last} of {most}, finished"
     texts = [str(event.get("text")) for event in run.events]

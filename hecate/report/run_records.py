@@ -9,16 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from hecate.errors import UserError
+from hecate.io.plain_files import open_plain, read_plain_text
 from hecate.io.strict_json import JsonError, parse_json
+from hecate.io.strict_yaml import MOST_BYTES, YamlError, parse_yaml
 from hecate.parallel.units import Unit, parse_unit
 
 Record = dict[str, Any]
 MOST_BINS = 120
 """largest number of stretches of time over which loads are summed up: a picture has no room for more columns"""
 _CONFIG = "config.yaml"
+_LONGEST_LINE = 1 << 24
+"""bytes of a record"""
+_MOST, _LARGEST = 1 << 53, 1e100
+"""what counts, and other figures, are below"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,14 +119,15 @@ def _records(path: Path) -> Iterator[Record | None]:
     """Each record of the file; None for a last line that is none."""
     bad: tuple[int, str] | None = None
     try:
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
+        with open_plain(path) as file:
+            number = 0
+            while line := file.readline(_LONGEST_LINE):
+                number += 1
                 if bad is not None:
                     raise UserError(f"{path}:{bad[0]}: not a record of metrics: {bad[1]}\n  remove that line, and give the command again")
                 try:
                     record = parse_json(line)
-                    if not isinstance(record, dict) or type(record.get("step")) is not int:
-                        raise JsonError("it has no step")
+                    _check(record)
                     yield record
                 except JsonError as error:
                     bad = number, str(error)
@@ -131,6 +137,44 @@ def _records(path: Path) -> Iterator[Record | None]:
         ) from error
     if bad is not None:
         yield None
+
+
+def _check(record: Any) -> None:
+    """Raises JsonError: the value is no record of a run."""
+    if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] < _MOST:
+        raise JsonError("it has no step")
+    kind = record.get("kind")
+    objects = {"step": ("parts", "loads"), "eval": ("sources",)}.get(kind if isinstance(kind, str) else "", ())
+    for name in objects:
+        if not isinstance(record.get(name) or {}, dict) or (kind == "eval" and name not in record):
+            raise JsonError(f"its {name} are no object")
+    numbers = [value for name, value in record.items() if isinstance(value, int | float)]
+    if kind == "step":
+        numbers += (record.get("parts") or {}).values()
+        peaks, loads = record.get("peak_bytes") or [], record.get("loads") or {}
+        if not isinstance(peaks, list) or not all(isinstance(one, list) for one in loads.values()):
+            raise JsonError("its peak_bytes or loads are no lists")
+        try:
+            for unit in loads:
+                parse_unit(unit)
+        except ValueError as error:
+            raise JsonError(f"its loads are of {str(error)[:100]}") from error
+        counts = [*peaks, *(count for one in loads.values() for count in one)]
+        if not all(type(one) is int and 0 <= one < _MOST for one in counts):
+            raise JsonError("its peak_bytes or loads are no whole numbers")
+    elif kind == "eval":
+        if not all(isinstance(one, dict) for one in record["sources"].values()):
+            raise JsonError("one of its sources is no object")
+        numbers += [one.get(name) for one in record["sources"].values() for name in ("loss", "accuracy", "samples")]
+    elif kind == "event" and not isinstance(record.get("text"), str):
+        raise JsonError("it has no text")
+    elif kind == "reshard":
+        moved = [record.get(name) for name in ("experts", "bytes_sent", "seconds", "saved_seconds", "moving_seconds")]
+        if not all(isinstance(one, int | float) for one in moved[:2]):
+            raise JsonError("it does not say what has moved")
+        numbers += moved
+    if not all(one is None or (isinstance(one, int | float) and abs(one) < _LARGEST) for one in numbers):
+        raise JsonError("one of its figures is no number")
 
 
 @dataclass
@@ -216,9 +260,9 @@ def _read_config(path: Path) -> Mapping[str, Any]:
         UserError: it is damaged.
     """
     try:
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        read = parse_yaml(read_plain_text(path, MOST_BYTES))
     except FileNotFoundError:
         return {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         raise UserError(f"{path}: the run's configuration cannot be read: {str(error).splitlines()[0]}\n  move the file away") from error
     return read if isinstance(read, dict) else {}

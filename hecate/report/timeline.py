@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from hecate.io.durable import replace_file
+from hecate.io.plain_files import read_plain
 
 Trace = Mapping[str, Any]
+_MOST_BYTES = 1 << 30
+"""of one rank's trace, unpacked"""
 
 
 def merged_timeline(traces: Mapping[int, Trace]) -> dict[str, Any]:
@@ -54,14 +59,33 @@ def _events_of(rank: int, events: Iterable[Mapping[str, Any]], later: float) -> 
         yield own
 
 
+def _read(part: Path) -> Trace:
+    """Raises OSError, EOFError, zlib.error or ValueError: it cannot be read, or has more than `_MOST_BYTES` when it is unpacked."""
+    unpacking = zlib.decompressobj(wbits=31)
+    data = unpacking.decompress(read_plain(part, _MOST_BYTES), _MOST_BYTES)
+    if not unpacking.eof:
+        raise ValueError("cut off, or too large")
+    value: Trace = json.loads(data)
+    if not 0 <= int(value.get("baseTimeNanoseconds", 0)) < 1 << 63:
+        raise ValueError("it begins at no time")
+    return value
+
+
 def write_timeline(path: Path, parts: Mapping[int, Path]) -> list[int]:
-    """Merge the ranks' traces into `path`, compressed, and delete them; returns the ranks whose trace is not there.
+    """Merge the ranks' traces into `path`, compressed, and delete them; returns the ranks whose trace is not there, or damaged.
 
     Args:
         parts: rank -> its trace. On a node that shares no disk with this one it is not found.
     """
-    found = {rank: json.loads(gzip.decompress(part.read_bytes())) for rank, part in parts.items() if part.exists()}
+    found: dict[int, Trace] = {}
+    for rank, part in parts.items():
+        # A trace that a killed rank has left is cut: it is none, and the others are shown without it.
+        with suppress(OSError, EOFError, zlib.error, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
+            trace = _read(part)
+            merged_timeline({rank: trace})
+            found[rank] = trace
     replace_file(path, [gzip.compress(json.dumps(merged_timeline(found)).encode())], durable=False)
     for part in parts.values():
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
     return sorted(set(parts) - set(found))

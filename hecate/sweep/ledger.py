@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from hecate.config import Change, Config, to_yaml
 from hecate.config.effective import leaves_of
@@ -22,7 +20,9 @@ from hecate.config.schema import LEAVES
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
 from hecate.io.json_records import from_json_values, to_json_values
+from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
+from hecate.io.strict_yaml import YamlError, parse_yaml
 from hecate.sweep.sweep_file import STATE_FOLDER, Sweep
 
 FREE = (
@@ -91,8 +91,14 @@ def changed_values(begun: str, config: Config) -> list[Change]:
 
     Args:
         begun: the configuration of that one as YAML. A key that it lacks counts as its default.
+
+    Raises:
+        YamlError: `begun` is none.
     """
-    then, now = (leaves_of(yaml.safe_load(text)) for text in (begun, to_yaml(config)))
+    before = parse_yaml(begun)
+    if not isinstance(before, Mapping):
+        raise YamlError("the configuration that was begun is no mapping of keys to values")
+    then, now = leaves_of(before), leaves_of(parse_yaml(to_yaml(config)))
     names = [name for name in LEAVES if name not in FREE and not name.startswith("ray.")]
     pairs = {name: (then.get(name, _plain(LEAVES[name].default)), now[name]) for name in names}
     return [Change(name, *pair) for name, pair in sorted(pairs.items()) if pair[0] != pair[1]]
@@ -149,7 +155,7 @@ def _lock(folder: str) -> Path:
 
 def _read(path: Path) -> SweepEntry | None:
     try:
-        return from_json_values(SweepEntry, parse_json(path.read_bytes()))
+        return from_json_values(SweepEntry, parse_json(read_plain(path)))
     except FileNotFoundError:
         return None
     except (OSError, JsonError) as error:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
-import yaml
 
+from hecate.io.strict_yaml import YamlError, parse_yaml
 from hecate.report.run_records import RunRecords, read_run
 from hecate.sweep.ledger import RunState, SweepEntry
 from hecate.sweep.sweep_file import SweepRun
@@ -107,9 +108,18 @@ def read_result(run: SweepRun, entry: SweepEntry | None, *, working: bool) -> Sw
     state = entry.state.value
     if entry.state is RunState.BEGUN:
         state = "running" if working else "interrupted"
-    max_steps = yaml.safe_load(entry.config).get("max_steps") or None
+    max_steps = _max_steps(entry.config)
     whole = dict.fromkeys(FIGURES) | figures
     return SweepResult(run.name, run.title, values, run.seed, state, entry.reason, max(steps, default=0), max_steps, whole, sources)
+
+
+def _max_steps(config: str) -> int | None:
+    """Of a run's configuration as YAML; None: it does not say, or is damaged."""
+    with suppress(YamlError):
+        found = parse_yaml(config)
+        steps = found.get("max_steps") if isinstance(found, Mapping) else None
+        return steps if type(steps) is int and steps > 0 else None
+    return None
 
 
 def rows_of(results: Sequence[SweepResult]) -> list[SweepRow]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from hecate.adapters.trained_output import output_of
 from hecate.checkpoint import latest_good, read_manifest
 from hecate.checkpoint.manifest import MANIFEST, Manifest, step_of
+from hecate.checkpoint.meta import config_text
 from hecate.checkpoint.shard import read_tensors
 from hecate.checkpoint.train_state import refuse_other_run
 from hecate.config import Config, FssdpConfig, saved_config
@@ -52,7 +53,7 @@ def model_of_checkpoint(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
     assert ranks.world_size == 1, "a checkpoint is opened by one process"
     manifest = read_manifest(folder)
     try:
-        config = saved_config(manifest.meta["config"])
+        config = saved_config(config_text(folder, manifest.meta))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error
     model = replace(config.model, name_or_path=choice.name or config.model.name_or_path)

@@ -9,8 +9,6 @@ import os
 import sys
 from pathlib import Path
 
-import yaml
-
 from hecate.config import Config
 from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
@@ -112,6 +110,7 @@ def check_resume(config: Config) -> None:
     if not config.resume:
         return
     from hecate.checkpoint import CheckpointError, committed, read_manifest
+    from hecate.checkpoint.meta import config_values
     from hecate.config.effective import changed_computation, other_configuration
 
     folders = committed(Path(config.output_dir))
@@ -121,7 +120,7 @@ def check_resume(config: Config) -> None:
             "  if the run's folder was moved, give output_dir=FOLDER; else start a new run with resume=false"
         )
     try:
-        then = yaml.safe_load(read_manifest(folders[0]).meta["config"])
+        then = config_values(folders[0], read_manifest(folders[0]).meta)
     except CheckpointError:
         return  # the ranks say why, and look for an older one
     # A key that is null may get its value from the base model.

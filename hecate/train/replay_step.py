@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,11 +14,16 @@ from torch import Tensor, nn
 
 from hecate.config import Config, load_config
 from hecate.errors import UserError
+from hecate.io.plain_files import read_plain
+from hecate.io.strict_json import JsonError, parse_json
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import StepResult
 from hecate.train.skipped_steps import CONFIG_FILE, STEP_FILE, sequences_as_json
 from hecate.train.training import Training
+
+_MOST_BYTES = 1 << 28
+"""of step.json: a token of a step takes some 20"""
 
 
 @dataclass(frozen=True)
@@ -65,10 +69,7 @@ def replay_step(folder: Path, ranks: Ranks) -> Replayed:
         UserError: there is no such folder, the configuration does not fit this machine, or the data yield other tokens.
     """
     assert ranks.world_size == 1, ranks.world_size
-    try:
-        then = json.loads((folder / STEP_FILE).read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder}: is not what a run leaves of a skipped step: {error}\n  give OUTPUT_DIR/skipped-step-N") from error
+    then = read_step(folder)
     run = Training(_for_one_rank(load_config(folder / CONFIG_FILE, claim_output=False), folder), ranks)
     stream = run.parts.stream
     if sequences_as_json(stream.next_step()) != then["sequences"]:
@@ -84,6 +85,27 @@ def replay_step(folder: Path, ranks: Ranks) -> Replayed:
     with _watched(run.parts.base.model) as modules:
         now = run.train_one(look).result
     return Replayed(then, now, modules[0] if modules else None, tuple(found))
+
+
+def read_step(folder: Path) -> dict[str, Any]:
+    """Return step.json of a skipped step.
+
+    Raises:
+        UserError: it cannot be read, or is another file.
+    """
+    path = folder / STEP_FILE
+    try:
+        then = parse_json(read_plain(path, _MOST_BYTES))
+        numbers = [then[name] for name in ("loss", "aux_loss", "grad_norm", "norm_limit")]
+        if not all(one is None or isinstance(one, int | float) for one in numbers) or type(then["step"]) is not int:
+            raise JsonError("its figures are no numbers")
+        if not isinstance(then["why"], str) or type(then["ranks"]) is not int or not isinstance(then["sequences"], list):
+            raise JsonError("its reason, ranks or sequences are of another kind")
+    except (OSError, JsonError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: is not what a run leaves of a skipped step: {reason}\n  give OUTPUT_DIR/skipped-step-N") from error
+    found: dict[str, Any] = then
+    return found
 
 
 def _for_one_rank(config: Config, folder: Path) -> Config:

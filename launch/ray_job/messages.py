@@ -268,7 +268,8 @@ def order_from_json(raw: Any) -> WorkerOrder:
 
 
 def _from_json(raw: Any) -> Any:
-    kind = _CLASSES.get(raw["code"]) if isinstance(raw, Mapping) and "code" in raw else None
+    code = raw.get("code") if isinstance(raw, Mapping) else None
+    kind = _CLASSES.get(code) if isinstance(code, str) else None
     if kind is None:
         raise JsonError("a message without a known code")
     return from_json_values(kind, {name: value for name, value in raw.items() if name != "code"})

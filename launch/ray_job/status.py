@@ -17,6 +17,7 @@ from typing import Any
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
 from hecate.io.json_records import from_json_values, to_json_values
+from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.launch.policy.job_states import ENDED, State
 
@@ -130,7 +131,7 @@ def read_status(run: Path) -> JobStatus:
     """
     path = run / FILE
     try:
-        values: Any = parse_json(path.read_bytes())
+        values: Any = parse_json(read_plain(path))
         if isinstance(values, dict):
             values.pop("ended", None)
         return from_json_values(JobStatus, values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,23 @@ print(jit._folder())
     environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"} | {"XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
     assert Path(done.stdout.strip()).parent == tmp_path / "hecate"
+
+
+def test_machine_code_of_others_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "loops"))
+    find = jit._folder.__wrapped__
+    folder = find()
+    assert folder is not None
+    assert stat.S_IMODE((tmp_path / "loops").stat().st_mode) == 0o700
+    folder.chmod(0o777)
+    assert find() is None
+    folder.chmod(0o700)
+    assert find() == folder
+    monkeypatch.setattr("os.geteuid", lambda: os.getuid() + 1)  # the folder is another user's then
+    assert find() is None
+    monkeypatch.undo()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", "/tmp")  # anybody can put a folder of that name there first
+    assert find() is None
 
 
 def test_the_compiler_compiles_every_entry() -> None:

@@ -65,7 +65,7 @@ def configured(adapter: Path, key: str, value: Any) -> None:
             "pissa_niter_4",
             "init_lora_weights: pissa_niter_4: the adapter is for a base model whose weights PEFT changes",
         ),
-        ("r", 0, "r must be from 1, not 0"),
+        ("r", 0, "r must be from 1 to 1000000, not 0"),
     ],
 )
 def test_a_configuration_that_is_wrong_or_not_supported_is_refused(tmp_path: Path, key: str, value: Any, reason: str) -> None:

@@ -26,6 +26,13 @@ def test_little_memory_is_a_problem_and_a_containers_limit_counts(tmp_path: Path
     assert (machine.memory().state, machine.memory().what) == ("problem", "1.0 GiB free")
 
 
+def test_roots_rights_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert machine.account() == Finding("ok", "user 1000, not root")
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert machine.account().state == "warning"
+
+
 def test_a_containers_share_of_the_cores_is_what_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_CGROUP", tmp_path)
     monkeypatch.setattr("os.cpu_count", lambda: 64)
