@@ -148,7 +148,7 @@ def _check(record: Any) -> None:
     for name in objects:
         if not isinstance(record.get(name) or {}, dict) or (kind == "eval" and name not in record):
             raise JsonError(f"its {name} are no object")
-    numbers = [value for name, value in record.items() if isinstance(value, int | float)]
+    numbers: list[Any] = [value for value in record.values() if isinstance(value, int | float)]
     if kind == "step":
         numbers += (record.get("parts") or {}).values()
         peaks, loads = record.get("peak_bytes") or [], record.get("loads") or {}
