@@ -26,9 +26,12 @@ CALLS: dict[Place, int] = {
     "stepped": 1,
     "trained": 1,
     "save": 1,
-    "file": 20,
+    "file": 15,
 }
-"""place -> how often a rank comes by it in a step, so that each call may be the one; the first rank writes most files"""
+"""place -> how often a rank comes by it in a step, so that each call may be the one"""
+_WRITES, _COMMIT = 85, 150
+"""operations on files: after so many the first rank has written its tensors; after so many, or some fewer, it has also committed and
+deleted an old checkpoint. It writes more where it has taken over experts"""
 _FILES = 0.3
 """share of points at operations on files"""
 _EVERY = 20
@@ -62,13 +65,18 @@ def plan_of(number: int) -> KillPlan:
     first = 0 if local else 1
     steps = sorted(first + random.choice(STEPS - first, DEATHS, replace=False))
     ranks = random.choice(RANKS, DEATHS, replace=not local)
-    deaths = tuple(
-        _death(random, int(rank), int(step), 0 if local else life) for life, (rank, step) in enumerate(zip(ranks, steps, strict=True))
-    )
-    return KillPlan(number, "local" if local else "torchrun", local and bool(random.random() < 0.5), deaths)
+    deaths = []
+    for rank, step in zip(map(int, ranks), map(int, steps), strict=True):
+        left = set(range(RANKS)) - ({one.rank for one in deaths} if local else set())
+        deaths.append(_death(random, rank, step, commits=rank == min(left)))
+    return KillPlan(number, "local" if local else "torchrun", local and bool(random.random() < 0.5), tuple(deaths))
 
 
-def _death(random: np.random.Generator, rank: int, step: int, life: int) -> Injected:
+def _death(random: np.random.Generator, rank: int, step: int, *, commits: bool) -> Injected:
     others = [place for place in CALLS if place != "file"]
     place: Place = "file" if random.random() < _FILES else others[random.integers(len(others))]
-    return Injected(action="kill", place=place, rank=rank, step=step, call=1 + int(random.integers(CALLS[place])), life=life)
+    if place == "file" and commits:
+        call = 1 + int(random.integers(_WRITES) if random.random() < 0.3 else random.integers(_WRITES, _COMMIT))
+    else:
+        call = 1 + int(random.integers(CALLS[place]))
+    return Injected(action="kill", place=place, rank=rank, step=step, call=call)

@@ -16,9 +16,11 @@ from __future__ import annotations
 import errno
 import json
 import math
+import signal
 import tempfile
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,8 @@ class Leg:
     kind: str
     joins: bool
     injected: tuple[Injected, ...]
-    kill_launcher_after: float
-    """seconds; only of kind launcher"""
+    launcher_dies_at: int
+    """the step after which the launcher is killed; only of kind launcher"""
 
 
 @dataclass
@@ -100,7 +102,7 @@ def leg_of(number: int, first: int) -> Leg:
     elif kind == "disk":
         full = {"action": "fail", "place": "file", "call": 0, "rank": int(random.integers(ranks)), "value": float(errno.ENOSPC)}
         faults = [Injected(**full, step=step) for step in range(steps[0], first + LEG_STEPS)]
-    return Leg(number, ranks, kind, number % 3 == 2, tuple(faults), float(random.uniform(0.5, 4.0)))
+    return Leg(number, ranks, kind, number % 3 == 2, tuple(faults), first + int(random.integers(1, LEG_STEPS)))
 
 
 def go_through(scope: Scope, output: Path, minutes: float) -> Soaked:
@@ -116,7 +118,7 @@ def go_through(scope: Scope, output: Path, minutes: float) -> Soaked:
         found.faults.update(one["what"] for one in run.trace if one["what"] in ("kill", "stop"))
         if "No space left on device" in run.log:
             found.faults["full disk"] += 1
-        if leg.kind == "launcher":
+        if leg.kind == "launcher" and run.status == -signal.SIGKILL:
             found.faults["launcher killed"] += 1
         if problem := problem_of_leg(leg, run):
             found.problems.append(f"leg {leg.number}, {leg.kind}: {problem}")
@@ -132,7 +134,8 @@ def carried_out(scope: Scope, output: Path, leg: Leg, first: int) -> Launched:
     injected = (*leg.injected, *poison(first, end))
     run = begin_run(scope, "leg", leg.ranks, *given, injected=injected, joins=leg.joins, output=output)
     if leg.kind == "launcher":
-        time.sleep(leg.kill_launcher_after)
+        with suppress(TimeoutError):  # it has ended before; the leg's status says how
+            run.wait_for(f"step {leg.launcher_dies_at}/", _LIMIT)
         run.process.kill()
     return run.end(_LIMIT)
 
@@ -158,7 +161,7 @@ def steps_saved(output: Path) -> int:
 def compare(scope: Scope, output: Path, found: Soaked, given: tuple[str, ...] = GIVEN) -> None:
     """Finish the run to a leg's end, do it without faults, and note what differs."""
     found.steps = steps_saved(output) + LEG_STEPS
-    last = Leg(found.legs.total(), RANKS, "none", False, (), 0.0)
+    last = Leg(found.legs.total(), RANKS, "none", False, (), 0)
     disturbed = carried_out(scope, output, last, found.steps - LEG_STEPS)
     whole = begin_run(scope, "whole", RANKS, *given, f"max_steps={found.steps}", injected=poison(0, found.steps)).end(3600)
     for run in (disturbed, whole):

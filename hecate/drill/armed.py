@@ -40,8 +40,6 @@ class Injected:
     call: int = 1
     """at which of the step's calls of this place, from 1; 0: at each"""
     value: float = 0.0
-    life: int = 0
-    """how often torch's elastic agent has started the ranks anew when it strikes; always 0 under the local launcher"""
 
 
 @dataclass
@@ -122,6 +120,13 @@ def arm_process(injected: Sequence[Injected], rank: int, trace: Path | None = No
     faults.arm(armed)
     if any(one.place == "file" for one in injected):
         watch_disk(lambda _number, operation, _args: faults.at("file", operation), only=lambda path: "/checkpoint-" in path)
+
+
+def not_struck(injected: Sequence[Injected], trace: Path) -> list[Injected]:
+    """Those faults of a rank and step that have not struck, by the trace of a run whose ranks were all started again."""
+    lines = trace.read_text(encoding="utf-8").splitlines() if trace.exists() else []
+    struck = {(line["what"], line["rank"], line["step"]) for line in map(json.loads, lines)}
+    return [one for one in injected if (one.action, one.rank, one.step) not in struck]
 
 
 def to_text(injected: Sequence[Injected]) -> str:

@@ -80,15 +80,15 @@ def _launch(request: str) -> None:
 
 def _rank(injected: str, trace: str, joins: str, *arguments: str) -> None:
     """Become a rank of a run, armed. A rank that is to join in the place of a lost one waits for its end unless `joins` says yes."""
-    from hecate.drill.armed import arm_process, from_text
+    from hecate.drill.armed import arm_process, from_text, not_struck
     from hecate.ranks.launcher_files import JOIN_VARIABLE
     from hecate.ranks.ranks import restarts
     from hecate.train import rank_main
 
     if JOIN_VARIABLE in os.environ and joins != "yes":
         signal.pause()
-    of_this_life = [one for one in from_text(injected) if one.life == restarts()]
-    arm_process(of_this_life, int(os.environ["RANK"]), Path(trace))
+    given = from_text(injected)
+    arm_process(not_struck(given, Path(trace)) if restarts() else given, int(os.environ["RANK"]), Path(trace))
     rank_main.main(arguments)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from hecate.drill.armed import Armed, Injected, carry_out, flip_a_bit, from_text, to_text
+from hecate.drill.armed import Armed, Injected, carry_out, flip_a_bit, from_text, not_struck, to_text
 from hecate.drill.disk import watched_disk
 
 
@@ -46,6 +47,22 @@ def test_what_is_seen_on_the_way_is_written_down(tmp_path: Path) -> None:
         armed("norm", None)
     lines = [json.loads(line) for line in (tmp_path / "trace").read_text(encoding="utf-8").splitlines()]
     assert [(one["what"], one["step"], one["rank"]) for one in lines] == [("step", 3, 2), ("step", 4, 2), ("sleep", 4, 2)]
+
+
+def test_a_fault_that_has_struck_does_not_strike_again_in_ranks_that_were_started_anew(tmp_path: Path) -> None:
+    first, second = (Injected(action="sleep", place="norm", rank=2, step=step) for step in (4, 5))
+    assert not_struck([first, second], tmp_path / "trace") == [first, second]
+    armed = Armed([first], 2, tmp_path / "trace")
+    armed("step", 4)
+    armed("norm", None)
+    assert not_struck([first, second], tmp_path / "trace") == [second]
+
+
+def test_a_full_disk_still_deletes() -> None:
+    full = Injected(action="fail", place="file", value=float(errno.ENOSPC))
+    carry_out(full, "unlink")
+    with pytest.raises(OSError, match="No space left"):
+        carry_out(full, "write")
 
 
 def test_what_a_fault_does_to_numbers() -> None:
