@@ -10,7 +10,7 @@ from pathlib import Path
 from hecate.config import Config
 from hecate.doctor.finding import Checks, Finding, ok, problem, warning
 from hecate.errors import UserError
-from hecate.model.safetensors_headers import weight_files
+from hecate.model.safetensors_headers import INDEX, files_of_index
 
 
 def checks_of(load: Callable[[], Config]) -> Checks:
@@ -51,11 +51,14 @@ def _model(config: Config) -> Finding:
         return problem(str(error).splitlines()[0], "give model.name_or_path a folder that transformers has saved, or a .gguf file")
     if path.is_file():
         return ok(f"{path}: {path.stat().st_size / 1e9:.2f} GB")
+    index = path / INDEX
     try:
-        weight_files(path)
+        named = files_of_index(index) if index.is_file() else []
         kind = model_config(path).get("model_type", "of no type")
     except UserError as error:
         return problem(str(error).splitlines()[0], "download the file again")
+    if missing := [name for name in named if not (path / name).is_file()]:
+        return problem(f"{path}: {len(missing)} of {len(named)} files of weights are missing, such as {missing[0]}", "download them again")
     size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
     return ok(f"{path}: {kind}, {size / 1e9:.2f} GB")
 

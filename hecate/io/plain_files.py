@@ -11,6 +11,8 @@ from typing import BinaryIO
 MOST_BYTES = 1 << 26
 """of a file that is read as a whole, such as a status or a description: all that are known have less than a tenth"""
 
+_PART = 1 << 20
+
 
 def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file for reading. A link is followed; nothing is waited for.
@@ -39,11 +41,13 @@ def read_plain(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
         OSError: as `open_plain`; or the file has more than `most` bytes, none of which is then read.
     """
     with open_plain(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        data = file.read(most + 1) if size <= most else b""
+        size, data = os.fstat(file.fileno()).st_size, bytearray()
+        # In parts, because a read takes memory for all that it asks for.
+        while max(size, len(data)) <= most and (part := file.read(min(_PART, most + 1 - len(data)))):
+            data += part
     if size > most or len(data) > most:
         raise OSError(errno.EFBIG, f"it has {size} bytes, and such a file at most {most}", str(path))
-    return data
+    return bytes(data)
 
 
 def require_plain(path: str | os.PathLike[str], most: int | None = None) -> None:

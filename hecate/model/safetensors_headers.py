@@ -60,6 +60,19 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / INDEX
     if not index.is_file():
         return sorted(folder.glob("*.safetensors"))
+    names = files_of_index(index)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{index}: names {missing[0]}, which is not there ({len(missing)} missing); is the download complete?")
+    return [folder / name for name in names]
+
+
+def files_of_index(index: Path) -> list[str]:
+    """The names of the files that an index says, which are beside it, if they are there.
+
+    Raises:
+        UserError: it cannot be read, is damaged, or names something else than a file beside it.
+    """
     try:
         names = sorted(set(json.loads(read_plain(index))["weight_map"].values()))
     except OSError as error:
@@ -72,10 +85,7 @@ def weight_files(folder: Path) -> list[Path]:
         raise UserError(
             f"{index}: names {str(strange[0])[:200]!r}, which is not a file beside it\n  put all files of the model into one folder"
         )
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{index}: names {missing[0]}, which is not there ({len(missing)} missing); is the download complete?")
-    return [folder / name for name in names]
+    return names
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
