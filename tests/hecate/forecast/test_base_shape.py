@@ -149,11 +149,7 @@ def test_a_damaged_gguf_file(tmp_path: Path, content: bytes) -> None:
 )
 def test_a_damaged_safetensors_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.safetensors").write_bytes(content)
-    if content.endswith(b"{}"):  # an empty header that ends early reads as one without tensors
-        with pytest.raises(UserError, match="no decoder layers found"):
-            read_base_shape(tmp_path, MIXLORA)
-        return
-    with pytest.raises(UserError, match=r"bad\.safetensors: no safetensors file, or damaged"):
+    with pytest.raises(UserError, match=r"bad\.safetensors: (no safetensors file, or damaged|says that its header has \d+ bytes)"):
         read_base_shape(tmp_path, MIXLORA)
 
 
