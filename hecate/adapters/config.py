@@ -68,7 +68,7 @@ class AdapterConfig:
             if module not in TARGET_MODULES:
                 raise UserError(f"adapter: target_modules: {module[:100]!r} is not one of {', '.join(TARGET_MODULES)}")
         if not self.target_modules or len(set(self.target_modules)) != len(self.target_modules):
-            raise UserError(f"adapter: target_modules must name each module once, not {list(self.target_modules)}")
+            raise UserError(f"adapter: target_modules must name each module once, not {str(list(self.target_modules))[:200]}")
         per_layer = self.experts_per_layer
         with_experts = [experts for experts in per_layer if experts != 0] or [0]
         for experts in with_experts:

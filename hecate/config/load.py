@@ -23,7 +23,7 @@ from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_v
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
 from hecate.errors import UserError
 from hecate.io.plain_files import open_plain
-from hecate.io.strict_yaml import YamlError, parse_yaml
+from hecate.io.strict_yaml import parse_yaml
 from hecate.parallel.policy_names import FORMER_NAMES, current_name, renamed
 
 COMMAND_LINE = "command line"
@@ -106,7 +106,7 @@ def saved_config(text: str) -> Config:
         if _POLICY in values:
             values[_POLICY] = current_name(values[_POLICY])
         config = OmegaConf.to_object(_as_omegaconf(values))
-    except (YamlError, OmegaConfBaseException, AttributeError, TypeError) as error:
+    except (ValueError, OmegaConfBaseException, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"the configuration in it cannot be read: {str(error).partition(chr(10))[0][:200]}") from error
     assert isinstance(config, Config)
     return config

@@ -27,6 +27,8 @@ class FileKind:
     """whether the file may name no other file than its neighbours; a configuration, say, may name any"""
     named: bool = True
     """whether errors must name the file: False for what no path leads to"""
+    lists: bool = False
+    """whether an error has all problems at once, so that its text may be long"""
     is_file: bool = True
     """whether something else may stand in its place: False for a message that only travels"""
     forge: Callable[[Path], object] | None = None

@@ -30,6 +30,8 @@ from hecate.errors import UserError
 _SECONDS = 10.0
 """of processor time that reading a file may take"""
 _LONGEST_TEXT, _MOST_LINES = 2500, 12
+_MANY = 20
+"""as many characters as others have texts that list all problems"""
 _SPARSE = 1 << 36
 """bytes of a file that has none of them on the disk"""
 _UNBOUND = ("/dev/", "/etc/")
@@ -109,7 +111,7 @@ def _read(kind: FileKind, place: Path, bait: Path) -> str:
 def _problem_of(text: str, kind: FileKind, place: Path) -> str:
     if kind.named and str(place) not in text:
         return f"the text does not name the file: {text[:150]!r}"
-    if len(text) > _LONGEST_TEXT or text.count("\n") >= _MOST_LINES:
+    if len(text) > _LONGEST_TEXT * (_MANY if kind.lists else 1) or (text.count("\n") >= _MOST_LINES and not kind.lists):
         return f"the text has {len(text)} characters in {text.count(chr(10)) + 1} lines: {text[:100]!r}"
     return _REFUSED
 

@@ -288,7 +288,14 @@ _BEGUN = Begun(step=1, max_steps=3, sequences=(1, 2), owned=(3, 4), topology=_TO
 _ORDER = ReplanOrder(number=1, flops=(1.0, 2.0), sequences=(1, 2), reshard=True)
 
 KINDS = (
-    FileKind(name="configuration", file="config.yaml", write=_config, read=lambda folder: load_config(folder / "config.yaml"), form="yaml"),
+    FileKind(
+        name="configuration",
+        file="config.yaml",
+        write=_config,
+        read=lambda folder: load_config(folder / "config.yaml"),
+        form="yaml",
+        lists=True,
+    ),
     FileKind(name="configuration in a checkpoint", file="config.yaml", write=_saved, read=_read_saved, form="yaml", named=False),
     FileKind(
         name="sweep of runs",
@@ -296,6 +303,7 @@ KINDS = (
         write=_writes("sweep.yaml", _SWEEP),
         read=lambda folder: load_run_sweep(str(folder / "sweep.yaml")),
         form="yaml",
+        lists=True,
     ),
     FileKind(
         name="sweep of forecasts",

@@ -268,7 +268,7 @@ def chosen(names: str | Sequence[str], known: Sequence[str], what: str, *, more:
         return tuple(known)
     unknown = [str(name) for name in listed if name not in (*known, *more)]
     if unknown or not listed:
-        found = f"unknown: {', '.join(unknown)}" if unknown else "none given"
+        found = f"unknown: {', '.join(unknown)[:300]}" if unknown else "none given"
         raise UserError(f"{what}: {found}\n  there are all, {', '.join((*known, *more))}")
     return tuple(dict.fromkeys(listed))
 

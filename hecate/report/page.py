@@ -217,7 +217,12 @@ def _imbalance(run: RunRecords) -> str:
 def _placement(run: RunRecords) -> str:
     moves = [event for event in run.events if event["kind"] == "reshard"]
     rows = [
-        [str(one["step"]), str(one["experts"]), bytes_text(one["bytes_sent"]), f"{one['seconds']:.3g} s", f"{one['saved_seconds']:.2g} s"]
+        [
+            str(one["step"]),
+            str(one["experts"]),
+            bytes_text(one["bytes_sent"]),
+            *(_seconds(one.get(name), digits) for name, digits in (("seconds", 3), ("saved_seconds", 2))),
+        ]
         for one in moves
     ]
     owners = (
@@ -231,6 +236,10 @@ def _placement(run: RunRecords) -> str:
         _one_line(run, "new_copies", "new copies", "Of these, those that were not there in the step before.", from_zero=True),
         owners,
     )
+
+
+def _seconds(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}g} s"
 
 
 def _time(run: RunRecords) -> str:
