@@ -162,6 +162,6 @@ def _of_evaluation(sources: Mapping[str, Any]) -> dict[str, float | None]:
     """The means over the sources, each of which counts alike; None if one lacks the figure."""
     found: dict[str, float | None] = {}
     for figure, name in (("held_out_loss", "loss"), ("accuracy", "accuracy")):
-        values = [source[name] for source in sources.values()]
+        values = [source.get(name) for source in sources.values()]
         found[figure] = mean(values) if values and None not in values else None
     return found
