@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import io
 import json
 import os
@@ -38,6 +39,8 @@ SECONDS = 10.0
 _MIB = 96
 _NOTHING = 1 << 36
 """bytes of a file that has none of them on the disk"""
+
+_HAS_PYARROW = importlib.util.find_spec("pyarrow") is not None
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,7 @@ HOSTILE: tuple[HostileFile, ...] = (
     HostileFile("samples that are a pipe", lambda folder: os.mkfifo(folder / "a.jsonl"), _samples("a.jsonl")),
     HostileFile("samples that never end", lambda folder: (folder / "a.jsonl").symlink_to("/dev/zero"), _samples("a.jsonl")),
     HostileFile("a table of 300,000 columns", _file("a.csv", b"a," * 300_000 + b"b\n1\n"), _samples("a.csv")),
-    HostileFile("a table that says 100,000 times the same MiB", _repeated_text, _samples("data.parquet"), 400),
+    *([HostileFile("a table that says 100,000 times the same MiB", _repeated_text, _samples("data.parquet"), 400)] if _HAS_PYARROW else []),
     HostileFile("routing that promises 16 TB", _routing, _read_routing),
     HostileFile("an adapter that is a pickle", _instead(_MIXTURE, OLD_WEIGHTS, _CALL), _adapter),
     HostileFile("an adapter of torch's that holds a call", _instead(_MIXTURE, OLD_WEIGHTS, _torch_file()), _adapter),

@@ -46,7 +46,7 @@ def kill_any_rank(scope: Scope) -> DrillOutcome:
         run = begin_run(scope, "groups", RANKS, "fssdp.shard_size=2", injected=[fault]).end()
         cases.append(DrillCase(f"rank {rank} of two sharding groups, {phase}", problem := problem_of(run, whole, lost=1)))
         times.add(run, [] if problem else run.when("kill"))
-    for rank, call in () if scope.quick else ((1, 1), (1, 5), (0, 3), (0, 60), (0, 110), (0, 130)):
+    for rank, call in () if scope.quick else ((1, 1), (1, 5), (0, 3), (0, 60), (0, 110)):
         fault = Injected(action="kill", place="file", call=call, rank=rank, step=2)
         run = begin_run(scope, "saving", RANKS, "save_steps=3", injected=[fault]).end()
         cases.append(DrillCase(f"rank {rank}, operation {call} of a save", problem := problem_of(run, whole, lost=1)))
