@@ -106,7 +106,7 @@ def saved_config(text: str) -> Config:
         if _POLICY in values:
             values[_POLICY] = current_name(values[_POLICY])
         config = OmegaConf.to_object(_as_omegaconf(values))
-    except (ValueError, OmegaConfBaseException, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, OverflowError, OmegaConfBaseException, AttributeError, TypeError, KeyError) as error:
         raise UserError(f"the configuration in it cannot be read: {str(error).partition(chr(10))[0][:200]}") from error
     assert isinstance(config, Config)
     return config

@@ -97,8 +97,8 @@ def _overview(run: RunRecords) -> str:
             else f"{np.nanmean(imbalance):.2f} ({NOT_RECORDED if static is None else f'{np.nanmean(static):.2f}'})",
         ),
     ]
-    if skipped is not None and skipped.sum():
-        tiles.append(("steps skipped", f"{int(skipped.sum())}: a loss or gradient was not finite, or a norm was a spike"))
+    if skipped is not None and np.nansum(skipped):
+        tiles.append(("steps skipped", f"{int(np.nansum(skipped))}: a loss or gradient was not finite, or a norm was a spike"))
     facts = [
         (label, current_name(str(value)))
         for label, key in (
