@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from hecate.config.paths import FORMS, data_files, file_form
-from hecate.data.json_array import LONGEST_RECORD, read_array
+from hecate.data.json_array import read_array
 from hecate.data.tables import Row, bounded_lines, read_arrow, read_csv, read_parquet
 from hecate.errors import UserError
 from hecate.io.plain_files import open_plain
@@ -89,13 +89,7 @@ def _records_of(file: str) -> Iterator[Record]:
 
 
 def _lines(stream: BinaryIO, file: str, form: str | None) -> Iterator[Record]:
-    line = 0
-    while raw := stream.readline(LONGEST_RECORD + 1):
-        line += 1
-        if len(raw) > LONGEST_RECORD:
-            raise UserError(
-                f"{file}:{line}: the line has more than {LONGEST_RECORD >> 20} MiB\nno sample is so long: is this a file of data?"
-            )
+    for line, raw in enumerate(bounded_lines(stream, file), 1):
         value, reason = json_object(raw, first=line == 1)
         if line == 1 and reason:
             _refuse_other_forms(raw, file, form, reason)

@@ -6,7 +6,7 @@ import csv
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, TextIO
+from typing import IO, Any, AnyStr, NamedTuple
 
 from hecate.data.json_array import LONGEST_RECORD
 from hecate.errors import UserError
@@ -28,8 +28,8 @@ class Row(NamedTuple):
     """why the row cannot be used; empty: it can"""
 
 
-def bounded_lines(file: TextIO, name: str) -> Iterator[str]:
-    """Yield the lines of a text. Raises UserError: one is longer than any record may be."""
+def bounded_lines(file: IO[AnyStr], name: str) -> Iterator[AnyStr]:
+    """Yield the lines of a file. Raises UserError: one is longer than any record may be."""
     number = 0
     while line := file.readline(LONGEST_RECORD + 1):
         number += 1

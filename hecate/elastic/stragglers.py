@@ -111,22 +111,3 @@ class SlowRanks:
 def with_speeds(topology: Topology, factors: Mapping[int, float]) -> Topology:
     """The topology with the FLOP/s of some ranks multiplied by factors."""
     return replace(topology, flops=tuple(rate * factors.get(rank, 1.0) for rank, rate in enumerate(topology.flops)))
-
-
-def without_ranks(topology: Topology, kept: Sequence[int]) -> Topology:
-    """The topology of the ranks `kept`, renumbered in this order. Nodes without any of these ranks are left out."""
-    nodes = sorted({topology.node_of_rank[rank] for rank in kept})
-
-    def of_kept(values: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(values[rank] for rank in kept)
-
-    return replace(
-        topology,
-        node_of_rank=tuple(nodes.index(topology.node_of_rank[rank]) for rank in kept),
-        flops=of_kept(topology.flops),
-        memory=of_kept(topology.memory),
-        port_bandwidth=of_kept(topology.port_bandwidth),
-        uplink_bandwidth=tuple(topology.uplink_bandwidth[node] for node in nodes),
-        nic_bandwidth=of_kept(topology.nic_bandwidth),
-        memory_bandwidth=of_kept(topology.memory_bandwidth),
-    )

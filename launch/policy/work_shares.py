@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from hecate.elastic.stragglers import SpeedWindows, with_speeds, without_ranks
+from hecate.elastic.stragglers import SpeedWindows, with_speeds
 from hecate.parallel.sequence_shares import sequences_by_speed
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_file import parse_topology
@@ -114,4 +114,4 @@ class WorkShares:
     def _of_members(self) -> Topology | None:
         if self.topology is None or not self.describes(self._members):
             return None
-        return without_ranks(self.topology, [self._described.index(device) for device in self._members])
+        return self.topology.take([self._described.index(device) for device in self._members])

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hecate.elastic.stragglers import changed_ranks, relative_speeds, with_speeds, without_ranks
+from hecate.elastic.stragglers import changed_ranks, relative_speeds, with_speeds
 from hecate.errors import UserError
 from hecate.launch.policy.devices import ACCELERATOR_LABEL, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.policy.failures import Cause, Decision, FailurePolicy
@@ -111,7 +111,7 @@ def test_speeds_are_relative_to_the_plan_and_to_the_others() -> None:
     assert relative_speeds(as_planned, MACHINES) == {0: 1.0, 1: 1.0, 2: 1.0, 3: 1.0}
     one_slow = {**as_planned, 1: DenseWork(300, 2.0)}
     assert relative_speeds(one_slow, MACHINES)[1] == 0.5
-    two = without_ranks(MACHINES, [0, 2])
+    two = MACHINES.take([0, 2])
     assert relative_speeds({0: DenseWork(300, 2.0), 1: DenseWork(200, 2.0)}, two) == {0: 0.5, 1: 1.0}, "of two the faster is the measure"
     assert relative_speeds({0: DenseWork(0, 0.0)}, MACHINES) == {}
 
@@ -126,7 +126,7 @@ def test_a_straggler_is_one_in_every_window() -> None:
 
 def test_a_topology_follows_speeds_and_losses() -> None:
     assert with_speeds(MACHINES, {1: 0.5}).flops == (3e9, 1.5e9, 1e9, 1e9)
-    left = without_ranks(MACHINES, [1, 3])
+    left = MACHINES.take([1, 3])
     assert (left.node_of_rank, left.flops, left.memory, left.uplink_bandwidth) == ((0, 1), (3e9, 1e9), (3.0, 1.0), (3e8, 1e8))
 
 
@@ -159,7 +159,7 @@ def test_windows_too_short_to_mean_anything_are_added_up() -> None:
 
 def test_a_generation_with_fewer_devices_has_their_part_of_the_topology() -> None:
     shares = WorkShares(MACHINES, [0, 1, 2, 3])
-    assert shares.begin_generation([3, 1]) == without_ranks(MACHINES, [3, 1])
+    assert shares.begin_generation([3, 1]) == MACHINES.take([3, 1])
     assert not shares.describes([1, 4])
     assert shares.begin_generation([1, 4]) is None, "device 4 is not described: the ranks are to measure"
     shares.generation_begun((1, 1), topology_text(TWO_ALIKE))
