@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import quantiles
+from typing import Any
 
 from benchmarks.report import arguments, finish
 from benchmarks.whole_run import ROOT, WholeRun, train
@@ -62,7 +63,7 @@ def run(folder: Path, tasks: Sequence[str], settings: dict[str, str], steps: int
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     rounds, steps, tasks = (1, 4, TASKS[:2]) if options.quick else (2, 8, TASKS)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tasks(folder / "data", TASKS, train_size=400, eval_size=1, seed=0)
@@ -84,7 +85,7 @@ def main() -> None:
         ("peak megabytes, side by side", together.peak_megabytes, sum(used.peak_megabytes for used in alone)),
     ):
         rows.append({"case": what, "at once": at_once, "one": one_by_one, "at once / one": at_once / one_by_one})
-    finish("many_adapters", rows, {str(row["case"]): float(row["at once / one"]) for row in rows}, options.json)
+    finish("many_adapters", rows, {row["case"]: row["at once / one"] for row in rows}, options.json)
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def scores(system: str, adapter: Path, data: Path, ranks: Ranks, most: int | Non
     assert all(len(word) == 1 for word in words), words
     (no,), (yes,) = words
     # Logits in bfloat16 are so coarse that many texts would have the same score.
-    rows_VD = base.model.get_output_embeddings().weight
+    rows_VD: torch.Tensor = base.model.get_output_embeddings().weight  # type: ignore[operator]
     yes_less_no_D = rows_VD[yes].double() - rows_VD[no].double()
     pieces = [piece_of(sources, 0, sample) for sample in range(len(sources[0]) if most is None else min(most, len(sources[0])))]
     pieces.sort(key=lambda piece: piece.length)  # the least padding
