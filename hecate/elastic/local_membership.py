@@ -105,7 +105,8 @@ class LocalMembership:
         try:
             fssdp = self._config.fssdp
             size = shard_size_for(world_size, fssdp.shard_size, fssdp.redundancy)
-            ranks = connect(store, generation.members.index(self._member), world_size, size)
+            sharded = self._config.model.shard_non_experts
+            ranks = connect(store, generation.members.index(self._member), world_size, size, sharded_layers=sharded)
         except RuntimeError:
             forget_groups()
             return None

@@ -157,11 +157,6 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"moe": "{num_experts: 1}"}, "moe.top_k", "must be from 1 to 1"),
     ({"moe": "{train_router: true}"}, "moe.train_router", "applies to moe.family=moe_lora only, but the family is mixlora"),
     ({"model": "{name_or_path: model, shard_non_experts: true}"}, "model.shard_non_experts", "applies to moe.family=moe_lora only"),
-    (
-        {"model": "{name_or_path: model, shard_non_experts: true}", "moe": "{family: moe_lora}", "fssdp": "{redundancy: 1}"},
-        "fssdp.redundancy",
-        "on a lost rank only",
-    ),
     ({"moe": "{family: moe_lora}", "lora": "{init_from: model}"}, "lora.init_from", "no adapter_config.json in model"),
     ({"moe": "{family: moe_lora}", "lora": "{target_modules: [up_proj, down_proj]}"}, "lora.target_modules", "names up_proj alone"),
     ({"moe": "{num_experts: 4, allocation: [2, 4]}"}, "moe.allocation", "cannot be given together with moe.num_experts"),
