@@ -54,7 +54,8 @@ class ModelConfig:
     """How many of the model's first layers to keep. null: all."""
     shard_non_experts: bool = field(default=False, metadata=key(computes=False, family="moe_lora"))
     """With family moe_lora: shard the decoder layers' frozen weights outside the experts over the ranks, too, and gather each layer's
-    while it runs (torch's FSDP2). false: every rank holds all of them."""
+    while it runs (torch's FSDP2). After a loss (fssdp.redundancy) they are read again from the model's files. false: every rank holds all
+    of them."""
     train_non_experts: bool = field(default=False, metadata=key(family="full"))
     """With family full: also train the weights outside the experts, which every rank holds. Needs dtype float32."""
 
