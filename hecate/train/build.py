@@ -82,6 +82,11 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
             f"fssdp.redundancy: {config.fssdp.redundancy} needs more sharding groups than that, which hold each other's experts, "
             f"got {mesh.num_sharding_groups}\n  set it to 1, or fssdp.shard_size to less, or to null"
         )
+    if ranks.tp_size > 1 and ranks.dp_size <= config.fssdp.redundancy:
+        raise UserError(
+            f"fssdp.redundancy: {config.fssdp.redundancy} needs more tensor groups (model.tensor_parallel) than that, got {ranks.dp_size}\n"
+            "  leave it at 0, or take more ranks"
+        )
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     topology = topology or _seen_topology(config, ranks)
     _say(ranks, f"loading {config.model.name_or_path}")

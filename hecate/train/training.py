@@ -321,6 +321,7 @@ class Training:
         # Before the first message, after which rank 0 deletes what is left of it.
         warnings: tuple[str, ...] = (_GIVEN_UP,) if self.drop_save() else ()
         self.ranks = group.ranks
+        self.parts.base.rejoin(group.ranks)
         self._timer.take()  # of a step that was broken off
         self._work = DenseWork()
         standings = exchange_standings(group.ranks, self.state, parts.optimizer)
