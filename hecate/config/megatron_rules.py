@@ -97,7 +97,7 @@ def _check_tensor_parallel(values: Mapping[str, Any], shape: GptShape, add: Add)
         add(key, f"must divide the number of ranks, which is {ranks} (nproc), got {size}", hint)
     redundancy = values.get("fssdp.redundancy", 0)
     if redundancy and values.get("fssdp.shard_size") is not None:
-        what = f"does not work together with {key} and fssdp.shard_size yet: a tensor group, which is lost as a whole, may be in several groups"
+        what = f"does not work together with {key} and fssdp.shard_size yet: a lost tensor group may be in several sharding groups"
         add("fssdp.redundancy", what, "set fssdp.shard_size=null, whose experts have backups in other tensor groups, or leave it at 0")
     elif redundancy and ranks is not None and ranks // size <= redundancy:
         what = f"{redundancy} needs more tensor groups than that, for one that is lost has all copies of its weights, got {ranks // size}"

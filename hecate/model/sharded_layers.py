@@ -75,7 +75,9 @@ def _no_longer_sharded(module: nn.Module) -> None:
     state = module._get_fsdp_state()
     handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
     if (group := state._fsdp_param_group) is not None:
+        # Those on the linears and norms would keep the old shares in memory.
         handles += [*group._module_to_pre_save_state_dict_hook_handle.values(), *group._module_to_pre_load_state_dict_hook_handle.values()]
+        handles += [parameter._post_load_hook_handle for parameter in group.fsdp_params]
     for handle in handles:
         handle.remove()
     module.__class__ = type(module).__bases__[1]  # FSDPModule and the class that it was

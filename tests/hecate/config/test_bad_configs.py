@@ -46,9 +46,14 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
         "must divide the number of ranks, which is 3 (nproc), got 2\n    hint: give one of 1, 3: each",
     ),
     (
-        {"model": f"{{{GPT}, tensor_parallel: 2}}", "moe": "{family: full}", "fssdp": "{redundancy: 1}"},
+        {"model": f"{{{GPT}, tensor_parallel: 2}}", "moe": "{family: full}", "fssdp": "{redundancy: 1, shard_size: 2}"},
         "fssdp.redundancy",
-        "does not work together with model.tensor_parallel yet",
+        "does not work together with model.tensor_parallel and fssdp.shard_size yet",
+    ),
+    (
+        {"model": f"{{{GPT}, tensor_parallel: 2}}", "moe": "{family: full}", "fssdp": "{redundancy: 2}", "nproc": "4"},
+        "fssdp.redundancy",
+        "2 needs more tensor groups than that",
     ),
     (
         {"model": f"{{{GPT}, tensor_parallel: 2}}", "moe": "{family: full}", "fssdp": "{policy: megatron_ep}"},

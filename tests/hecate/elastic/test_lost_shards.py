@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.tensor import DTensor
 
 from hecate.config import load_config
@@ -93,20 +96,32 @@ def test_sharded_layers_outlive_a_rank(workshop: str, whole: Losses, phase: str)
         assert max(own for _, own in held) < held[0][0]
 
 
+def hooks_of(model: nn.Module) -> list[int]:
+    """Of each module, all kinds together."""
+    return [sum(len(kept) for name, kept in vars(one).items() if name.endswith("_hooks")) for one in model.modules()]
+
+
+def shares_in_memory() -> int:
+    gc.collect()
+    return sum(type(one) is FSDPParam for one in gc.get_objects())
+
+
 def sharded_again(rank: int, world: int, workshop: str) -> str:
     """One rank shards its layers again between two steps, and then again from other files: what it says of these."""
     run = make_run_in_groups(workshop, "again", rank, world, None, *SETTINGS)
     parts, layers = run.parts, decoder_layers(run.parts.moe.model)[1]
     steps_until(run, 1, {})
     before = {path: one.full_tensor() if isinstance(one, DTensor) else one for path, one in layers.named_parameters()}
-    hooks = [len(module._forward_pre_hooks) for module in run.parts.moe.model.modules()]
+    kept, shares = hooks_of(parts.moe.model), shares_in_memory()
+    assert shares > 0
     shard_layers_again(parts.config, parts.base, parts.moe, run.ranks)
     after = dict(layers.named_parameters())
     assert after.keys() == before.keys()
     assert all(torch.equal(one.full_tensor(), before[path]) for path, one in after.items() if isinstance(one, DTensor))
     assert all(one is before[path] for path, one in after.items() if not isinstance(one, DTensor)), "what trains is another parameter"
-    assert [len(module._forward_pre_hooks) for module in run.parts.moe.model.modules()] == hooks, "those of lost ranks are left"
     steps_until(run, 2, {})
+    assert hooks_of(parts.moe.model) == kept, "some of the layers as they were sharded before"
+    assert shares_in_memory() == shares, "some of the layers as they were sharded before"
     (weights,) = Path(workshop, "model").glob("*.safetensors")
     stored = weights.read_bytes()
     try:
