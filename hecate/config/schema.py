@@ -54,7 +54,8 @@ class ModelConfig:
     """How many of the model's first layers to keep. null: all."""
     shard_non_experts: bool = field(default=False, metadata=key(computes=False, family="moe_lora"))
     """With family moe_lora: shard the decoder layers' frozen weights outside the experts over the ranks, too, and gather each layer's
-    while it runs (torch's FSDP2). false: every rank holds all of them."""
+    while it runs (torch's FSDP2). After a loss (fssdp.redundancy) they are read again from the model's files. false: every rank holds all
+    of them."""
     train_non_experts: bool = field(default=False, metadata=key(family="full"))
     """With family full: also train the weights outside the experts, which every rank holds. Needs dtype float32."""
 
@@ -429,7 +430,8 @@ class FssdpConfig:
     redundancy: int = field(default=0, metadata=key(Range(0, 2), computes=False))
     """The number of backups of each expert, 0 to 2. A backup holds the parameters and optimizer state on another rank, and on another node
     if there are several; with shard_size the other sharding groups take their place, of which there must be more. If no more ranks are lost
-    at once, the others lose no step; with 0 they return to the last checkpoint."""
+    at once, the others lose no step; with 0 they return to the last checkpoint. With tensor_parallel the same holds for tensor groups,
+    which are lost as a whole."""
     verify_copies_steps: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """The number of steps between two comparisons of experts with their backups (redundancy), by digests. A copy that has changed by itself
     since the step before is restored from another, and the step is done again. null: only before a save, where of three copies the one that

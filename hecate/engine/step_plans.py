@@ -61,6 +61,8 @@ class EngineConfig:
     `rematerialize`, how many layers are gathered ahead in the backward pass"""
     deterministic: bool = False
     """what is computed may depend neither on ranks nor on placements: every rank has all experts, and no token leaves its rank"""
+    tp_size: int = 1
+    """the ranks of a tensor group, which are lost together"""
 
     def execution(self, plan: PlanMode, micro_steps: int = 1) -> ExecutionMode:
         """How a layer's plans are executed in a step of so many micro-steps."""

@@ -91,7 +91,8 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
     from hecate.train.loop import train
 
     try:
-        with join_ranks(config.fssdp.shard_size, config.model.tensor_parallel) as ranks:
+        model = config.model
+        with join_ranks(config.fssdp.shard_size, model.tensor_parallel, sharded_layers=model.shard_non_experts) as ranks:
             if ranks.is_first:
                 jit.say_with(lambda text: print(text, file=sys.stderr, flush=True))
             membership = local_membership(config, ranks)

@@ -39,7 +39,7 @@ from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import DenseWork, Evaluation, Rebuilt, Resharding, StepEvent, StepResult
 from hecate.report.run_report import RunFacts, trainable_rows
-from hecate.train.build import build_parts
+from hecate.train.build import build_parts, shard_layers_again
 from hecate.train.evaluate import evaluate
 from hecate.train.privacy import privacy_of
 from hecate.train.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
@@ -321,6 +321,7 @@ class Training:
         # Before the first message, after which rank 0 deletes what is left of it.
         warnings: tuple[str, ...] = (_GIVEN_UP,) if self.drop_save() else ()
         self.ranks = group.ranks
+        self.parts.base.rejoin(group.ranks)
         self._timer.take()  # of a step that was broken off
         self._work = DenseWork()
         standings = exchange_standings(group.ranks, self.state, parts.optimizer)
@@ -340,6 +341,8 @@ class Training:
             (self.state, moved), lost = dealt, ""
         self._settle_length()
         self._copy_backups()
+        if config.model.shard_non_experts:
+            shard_layers_again(config, self.parts.base, self.parts.moe, group.ranks)
         self.plan_for(group.topology)
         return Rebuilt(self.state.step, lost, moved, warnings)
 

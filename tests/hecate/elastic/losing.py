@@ -28,17 +28,19 @@ def make_run(workshop: str, name: str, rank: int, world: int, *overrides: str) -
     return Training(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks)
 
 
-def make_run_in_groups(workshop: str, name: str, rank: int, world: int, shard_size: int, *overrides: str) -> Training:
-    """As `make_run`, in sharding groups."""
+def make_run_in_groups(workshop: str, name: str, rank: int, world: int, shard_size: int | None, *overrides: str) -> Training:
+    """As `make_run`, in the process groups that the configuration asks for."""
     ranks_of_default_group(rank, world).leave()
-    ranks = connect(dist.FileStore(f"{workshop}/{name}-groups", world), rank, world, shard_size)
-    given = (*OVERRIDES, f"output_dir={workshop}/runs/{name}", f"fssdp.shard_size={shard_size}", *overrides)
-    return Training(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks)
+    given = (*OVERRIDES, f"output_dir={workshop}/runs/{name}", f"fssdp.shard_size={shard_size or 'null'}", *overrides)
+    config = load_config(f"{workshop}/config.yaml", given, claim_output=False)
+    store, sharded = dist.FileStore(f"{workshop}/{name}-groups", world), config.model.shard_non_experts
+    return Training(config, connect(store, rank, world, shard_size, sharded_layers=sharded))
 
 
 def regroup(run: Training, store: str, rank: int, world: int) -> None:
     """Go on with other ranks, in sharding groups as the launcher would make them."""
     run.ranks.leave()
-    fssdp = run.parts.config.fssdp
-    size = shard_size_for(world, fssdp.shard_size, fssdp.redundancy)
-    run.join(Group(connect(dist.FileStore(store, world), rank, world, size), local_topology(world, cuda=False)))
+    config = run.parts.config
+    size = shard_size_for(world, config.fssdp.shard_size, config.fssdp.redundancy)
+    ranks = connect(dist.FileStore(store, world), rank, world, size, sharded_layers=config.model.shard_non_experts)
+    run.join(Group(ranks, local_topology(world, cuda=False)))
