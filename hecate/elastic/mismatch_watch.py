@@ -5,8 +5,8 @@ Such ranks wait for each other until the timeout of their groups, half an hour. 
 few times a second whether the rank has begun a new one. If it has not for more than half a second, and one is under way, the rank leaves
 its record in the store where the ranks have met, and reads those of the others. Ranks that are only slow have equal records.
 
-It watches ranks on gloo. What it does not see: messages between two ranks, which the recorder leaves out; ranks that wait in different
-groups; and all-reduces of different lengths where gloo ends the process at once (docs/drills.md, R18).
+It watches ranks on gloo. What it does not see: messages between two ranks, which the recorder leaves out; and all-reduces of different
+lengths where gloo ends the process at once (docs/drills.md, R18).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from hecate.parallel.comm.aborts import is_aborted
 from hecate.ranks.backend import is_nccl
 from hecate.ranks.ranks import Ranks
 
-LOOK_SECONDS, STILL_SECONDS = 0.2, 0.6
-"""how often the thread looks; for how long a rank has begun no collective before it asks the others"""
+LOOK_SECONDS, STILL_SECONDS, CROSSED_SECONDS = 0.2, 0.6, 0.6
+"""how often the thread looks; for how long a rank has begun no collective before it asks the others; for how long all ranks must then stand
+still in different groups"""
 
 Calls = dict[str, dict[str, str]]
 """name of a group -> number of a collective in it -> the collective in words"""
@@ -70,6 +72,26 @@ def difference_of(calls: Mapping[int, Calls]) -> str | None:
     return None
 
 
+def crossing_of(calls: Mapping[int, Calls], reached: Mapping[int, Mapping[str, int]]) -> str | None:
+    """Ranks each of which has begun, in a group of both, what the other has not, in words; None: there are none.
+
+    Ranks that do the same can only be so where the order of two groups is left to chance, and only while both compute.
+
+    Args:
+        calls: by rank.
+        reached: rank -> group -> number of its newest collective there.
+    """
+    does: dict[int, str] = {}
+    for one, other in combinations(sorted(reached), 2):
+        common = sorted(reached[one].keys() & reached[other].keys())
+        ahead = [group for group in common if reached[one][group] > reached[other][group]]
+        behind = [group for group in common if reached[one][group] < reached[other][group]]
+        if ahead and behind:
+            for rank, group in ((one, ahead[0]), (other, behind[0])):
+                does.setdefault(rank, f"{calls[rank].get(group, {}).get(str(reached[rank][group]), 'a collective')} of group {group}")
+    return _named(does, "in different groups") if does else None
+
+
 def _named(does: Mapping[int, str], where: str) -> str:
     counted = Counter(does.values())
     ranks_of = {what: [rank for rank, own in does.items() if own == what] for what in sorted(counted, key=lambda what: counted[what])}
@@ -89,6 +111,9 @@ class MismatchWatch:
         self._since_ns = 0
         self._thread: threading.Thread | None = None
         self._found: str | None = None
+        self._records: dict[int, bytes] = {}
+        self._same_since = 0.0
+        """since when the records in the store are these"""
 
     def begin(self, ranks: Ranks) -> None:
         """Watch these ranks in place of those before, and no others until the next call. Every rank must call it."""
@@ -136,7 +161,8 @@ class MismatchWatch:
                 elif time.monotonic() - still_since > STILL_SECONDS and (published or _waits()):
                     if not published:
                         own = calls_of(torch._C._distributed_c10d._dump_fr_trace_json(), self._since_ns)
-                        store.set(f"rank-{ranks.rank}", json.dumps(own))
+                        names = [distributed_c10d._get_process_group_name(group) for group in ranks.all_groups()]
+                        store.set(f"rank-{ranks.rank}", json.dumps([own, dict(zip(names, now, strict=True))]))
                         published = True
                     self._compare(ranks, store)
             except RuntimeError:  # the groups or their store were left meanwhile
@@ -144,8 +170,15 @@ class MismatchWatch:
 
     def _compare(self, ranks: Ranks, store: dist.Store) -> None:
         names = {rank: f"rank-{rank}" for rank in range(ranks.world_size)}
-        calls = {rank: json.loads(store.get(name)) for rank, name in names.items() if store.check([name])}
-        found = difference_of(calls)
+        records = {rank: store.get(name) for rank, name in names.items() if store.check([name])}
+        if records != self._records:
+            self._records, self._same_since = records, time.monotonic()
+        read = {rank: json.loads(record) for rank, record in records.items()}
+        calls = {rank: own for rank, (own, _) in read.items()}
+        seconds, complete = time.monotonic() - self._same_since, len(records) == ranks.world_size
+        found = difference_of(calls) if complete or seconds > 2 * LOOK_SECONDS else None
+        if found is None and complete and seconds > CROSSED_SECONDS:
+            found = crossing_of(calls, {rank: reached for rank, (_, reached) in read.items()})
         if found is not None and ranks is self._ranks:
             self._found = found
             time.sleep(2 * LOOK_SECONDS)  # so that the others find it, too, and not only that this rank is gone

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.elastic.mismatch_watch import MismatchWatch, calls_of, difference_of
+from hecate.elastic.mismatch_watch import MismatchWatch, calls_of, crossing_of, difference_of
 from hecate.errors import UserError
 from hecate.ranks.ranks import connect
 from testing.ranks import run_ranks
@@ -45,6 +45,15 @@ def test_the_first_difference_is_named_and_being_behind_is_none() -> None:
     assert found == "collective 9 of group 1: rank 1 is in x; ranks 0, 2 are in b"
 
 
+def test_ranks_that_wait_in_different_groups_are_named_and_those_that_are_behind_are_not() -> None:
+    calls = {rank: {"0": {"4": "barrier", "5": "sum"}, "1": {"2": "gather"}} for rank in range(3)}
+    even = {"0": 4, "1": 2}
+    assert crossing_of(calls, {0: even, 1: {"0": 5, "1": 2}, 2: {"0": 5, "1": 3}}) is None
+    found = crossing_of(calls, {0: even, 1: {"0": 5, "1": 1}, 2: even})
+    assert found == "in different groups: rank 1 is in sum of group 0; ranks 0, 2 are in gather of group 1"
+    assert crossing_of(calls, {0: {"0": 4, "1": 3}, 1: {"0": 5, "2": 1}}) is None, "they have one group in common"
+
+
 def goes_astray(rank: int, world_size: int, store: str, how: str) -> str:
     dist.destroy_process_group()
     ranks = connect(dist.FileStore(store, world_size), rank, world_size)
@@ -54,6 +63,8 @@ def goes_astray(rank: int, world_size: int, store: str, how: str) -> str:
     try:
         if rank == 1 and how == "operation":
             dist.broadcast(torch.ones(7), src=0, group=ranks.groups.world)
+        elif rank == 1 and how == "group":
+            dist.all_reduce(torch.ones(7), group=ranks.groups.experts)
         elif rank == 1:
             dist.barrier(group=ranks.groups.world)
         ranks.all_sum(torch.ones(5))
@@ -67,10 +78,12 @@ def goes_astray(rank: int, world_size: int, store: str, how: str) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize(("how", "stray"), [("operation", "broadcast of Float [7]"), ("order", "barrier")])
+@pytest.mark.parametrize(
+    ("how", "stray"), [("operation", "broadcast of Float [7]"), ("order", "barrier"), ("group", "all_reduce of Float [7] of group 0")]
+)
 def test_ranks_that_wait_for_each_other_end_with_the_name_of_the_stray(tmp_path: Path, how: str, stray: str) -> None:
     for said in run_ranks(3, goes_astray, str(tmp_path / "store"), how):
-        assert f"rank 1 is in {stray}; ranks 0, 2 are in all_reduce of Float [5]" in said
+        assert f": rank 1 is in {stray}; ranks 0, 2 are in all_reduce of Float [5]" in said
 
 
 def waits_long(rank: int, world_size: int, store: str) -> bool:
