@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from statistics import median
@@ -129,11 +130,18 @@ def stopped_rank(scope: Scope) -> DrillOutcome:
             evicted.append(1000 * (worst(run.when("lost")) - run.when("stop")[0]))
     if not scope.quick:
         fault = Injected(action="stop", place="backward", rank=2, step=2)
-        run = begin_run(scope, "agent", RANKS, "save_steps=1", injected=[fault], survives=False, restarts=1).end()
+        run = begin_run(scope, "agent", RANKS, "save_steps=1", injected=[fault], survives=False, launcher="agent", restarts=1).end()
         problem = "" if "rank 2 has been stopped" in run.log else f"the rank was not named: {run.last_line}"
         if not problem and (run.status or difference(run.tensors, whole.tensors) > TOLERANCE):
             problem = f"status {run.status}, or another result than the undisturbed run"
         cases.append(DrillCase("rank 2 under torch's agent", problem))
+    if not scope.quick and importlib.util.find_spec("ray") is not None:
+        fault = Injected(action="stop", place="backward", rank=2, step=2)
+        run = begin_run(scope, "ray", RANKS, injected=[fault], launcher="ray").end()
+        problem = problem_of(run, whole, lost=1) or ("" if "(rank 2): the worker was stopped" in run.log else "the rank was not named")
+        cases.append(DrillCase("rank 2 on Ray", problem))
+        if not problem:
+            evicted.append(1000 * (worst(run.when("lost")) - run.when("stop")[0]))
     counts = {"evicted_ms": _median(evicted), "evicted_worst_ms": worst(evicted)}
     if not scope.quick:
         cases.append(timely("evicted", counts["evicted_ms"], _EVICTED))

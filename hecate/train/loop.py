@@ -23,6 +23,7 @@ from hecate import faults
 from hecate.checkpoint.manifest import step_of
 from hecate.checkpoint.save_run import Saved, require_durable_folder
 from hecate.config import Config
+from hecate.elastic.mismatch_watch import MismatchWatch
 from hecate.elastic.observer import Observer, ObserverLink
 from hecate.elastic.rebuild import Membership
 from hecate.elastic.stragglers import SlowRanks
@@ -66,6 +67,7 @@ class _Outside:
     profile: StepProfile
     slow: SlowRanks | None
     """None: whoever observes the run names slow ranks"""
+    mismatches: MismatchWatch
 
     def note(self, text: str | None) -> None:
         """Show a line on the terminal; None: there is none."""
@@ -126,7 +128,8 @@ def train(
             reports.note(note)
         link = ObserverLink(observer, partial(_say, training, reports)) if observer else None
         profile = StepProfile(Path(config.output_dir), training.ranks, wanted=config.profile and not joins)
-        outside = _Outside(reports, membership, link, stopping, profile, None if observer else SlowRanks())
+        outside = _Outside(reports, membership, link, stopping, profile, None if observer else SlowRanks(), MismatchWatch())
+        stack.callback(outside.mismatches.end)
         _tell_beginning(training, outside)
         measured = _Measured()
         if config.eval.on_start and training.parts.eval_sources and training.standing.step == 0 and not joins:
@@ -136,7 +139,10 @@ def train(
                 if not _one_step(training, outside, measured):
                     return False
             except Exception as error:  # after an abort, what is left of the old group can fail in any way
-                if membership is None or not _is_of_a_loss(error, training.ranks) or not _regroup(training, membership, outside):
+                if not _is_of_a_loss(error, training.ranks):
+                    raise
+                outside.mismatches.raise_found(error)
+                if membership is None or not _regroup(training, membership, outside):
                     raise
                 reports.event(training.standing.step, f"went on after: {loss_in_words(error)}")
         written = training.parts.output.replace(Path(config.output_dir), training.parts.moe, training.ranks)
@@ -320,6 +326,7 @@ def _joined(config: Config, ranks: Ranks, membership: Membership) -> Training:
 
 
 def _tell_beginning(training: Training, outside: _Outside) -> None:
+    outside.mismatches.begin(training.ranks)
     if outside.observer:
         engine, config = training.parts.moe.engine, training.parts.config
         outside.observer.begins(step=training.standing.step, max_steps=config.max_steps, shares=training.shares, engine=engine)

@@ -71,6 +71,7 @@ def test_one_machine_by_addresses() -> None:
         (Cause.NODE_DIED, 3, False, Decision.SHRINK),
         (Cause.NODE_DIED, 1, True, Decision.WAIT),
         (Cause.HUNG, 2, False, Decision.SHRINK),
+        (Cause.STOPPED, 2, False, Decision.REPLACE),
         (Cause.ERROR, 4, True, Decision.REPLACE),
         (Cause.START, 4, True, Decision.REPLACE),
     ],
