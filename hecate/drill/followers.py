@@ -19,6 +19,7 @@ from hecate.elastic import observer_thread
 from hecate.elastic.observer import BeginFacts, StepFacts
 from hecate.ranks.ranks import Ranks
 from hecate.report import run_report, tracker_threads
+from hecate.report.trackers import TrackedRun, Tracker
 from hecate.train.loop import train
 
 _STEPS = 3
@@ -47,7 +48,7 @@ def follow_badly(ranks: Ranks, workshop: str, output: str, wanted: list[list[str
     for who, how in wanted:
         folder = Path(output, f"{who}-{how}")
         follower = _Follower(_full_disk if how == "raises" else threading.Event().wait)
-        run_report.ADAPTERS = {"tensorboard": lambda _run, follower=follower: follower}
+        run_report.ADAPTERS = {"tensorboard": _opens(follower)}
         ended = train(
             _config(workshop, folder, *(["report_to=[tensorboard]"] if who == "tracker" else [])),
             ranks,
@@ -55,6 +56,10 @@ def follow_badly(ranks: Ranks, workshop: str, output: str, wanted: list[list[str
         )
         problems.append(_problem(folder, Path(output, "alone"), _NAMED[who, how]) if ended else "the run did not come to its end")
     return problems
+
+
+def _opens(follower: _Follower) -> Callable[[TrackedRun], Tracker]:
+    return lambda _run: follower
 
 
 class _Follower:
