@@ -643,6 +643,9 @@ class Config:
     """How many of the latest checkpoints to keep. null: all."""
     save_retain_steps: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """With save_total_limit: in each stretch of so many steps the first checkpoint is kept for good, beside the latest ones. null: none."""
+    save_retain_hours: int | None = field(default=None, metadata=key(COUNT, computes=False))
+    """With save_total_limit: in each stretch of so many hours, counted from 1970 in UTC, the first checkpoint is kept for good, too. null:
+    none. 24 keeps one for each day."""
     save_async: bool = field(default=False, metadata=key(computes=False))
     """Write checkpoints in a thread beside the training. It takes host memory for one more copy of what is saved (docs/survival.md)."""
     report_to: tuple[str, ...] = field(default=(), metadata=key(computes=False))

@@ -172,8 +172,8 @@ class NotNeeded(Exception):
 class TrainingLink:
     """Connects the training thread of a worker with its events and orders.
 
-    It is the training's observer, which sums up what happens in one report every few steps, and the training's membership, which waits for
-    the next generation.
+    It is the training's controller, which sums up what happens in one report every few steps, and the training's membership, which waits
+    for the next generation.
     """
 
     def __init__(self, events: queue.SimpleQueue[WorkerEvent], report_steps: int, assignment: Assignment | None) -> None:
@@ -295,13 +295,13 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
     try:
         if assignment is None:
             link.ranks = connect(dist.HashStore(), 0, 1, sharded_layers=sharded)
-            finished = train(config, link.ranks, link, joins=True, observer=link)
+            finished = train(config, link.ranks, link, joins=True, controller=link)
         else:
             store = meet(assignment.host, assignment.port, assignment.generation)
             ranks = link.ranks = connect(store, assignment.rank, assignment.world_size, sharded_layers=sharded)
             given = None if assignment.topology is None else parse_topology(assignment.topology, "the controller's topology")
             topology = given or _measured(ranks, assignment.nodes)
-            finished = train(replace(config, resume=assignment.resume), ranks, link, topology=topology, observer=link)
+            finished = train(replace(config, resume=assignment.resume), ranks, link, topology=topology, controller=link)
         link.ranks.leave(together=True)
         return finished
     finally:
