@@ -59,8 +59,8 @@ def main() -> None:
                 for slots in options.slots[:: 3 if options.quick else 1]:
                     case = {"topology": place, "experts": kind.name, "workload": workload, "slots": slots}
                     given = plan_input(topology, kind.cost, loads[-1, 0], slots)
-                    make = partial(compare, kind, given, loads, bound=not options.no_bound)
-                    wanted += recorded("plan_quality", rows, case, lambda make=make: [make()], options.json)
+                    compared = partial(compare, kind, given, loads, bound=not options.no_bound)
+                    wanted += recorded("plan_quality", rows, case, compared, options.json)
                     print(shown(wanted[-1]), flush=True)
     finish("plan_quality", wanted, summary(wanted), options.json)
 
@@ -71,8 +71,8 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in rounded.items() if key not in WITH_OURS or value != rounded[key.removesuffix("+ours")]}
 
 
-def compare(kind: Kind, given: PlanInput, loads: np.ndarray, *, bound: bool) -> dict[str, float]:
-    """Milliseconds of every policy in one case, and what else the program reports.
+def compare(kind: Kind, given: PlanInput, loads: np.ndarray, *, bound: bool) -> list[dict[str, float]]:
+    """One row: milliseconds of every policy in one case, and what else the program reports.
 
     Args:
         given: the last step.
@@ -91,7 +91,7 @@ def compare(kind: Kind, given: PlanInput, loads: np.ndarray, *, bound: bool) -> 
     for name, mode in MODES.items():
         step = simulated(given, loads, ExecutionMode(plan=mode))
         row[f"{name}_ms"], row[f"{name}_imbalance"] = 1e3 * (step.step_seconds - step.seconds.attention), step.imbalance
-    return row
+    return [row]
 
 
 def simulated(given: PlanInput, loads: np.ndarray, execution: ExecutionMode) -> Any:

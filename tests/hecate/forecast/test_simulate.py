@@ -263,8 +263,8 @@ def test_a_sweep_multiplies_out(model: str, tmp_path: Path) -> None:
     cases, options = sweep(
         tmp_path, f"{{plan: exact, prefetch: 2, route: flat, steps: 3, policies: full, max_imbalance: 1.5, runs: [{run}]}}"
     )
-    execution, modes = ExecutionMode(prefetch=2, route="flat"), ("calibrated", "exact")
-    assert options == Options(policies=("full",), steps=3, execution=execution, choose_modes=modes, max_imbalance=1.5)
+    execution = ExecutionMode(prefetch=2, route="flat")
+    assert options == Options(policies=("full",), steps=3, execution=execution, choose_modes=("calibrated", "exact"), max_imbalance=1.5)
     assert [(case.topology_name, case.workload) for case in cases] == [
         ("two-cpu-ranks", "zipf"),
         ("two-cpu-ranks", "burst"),
