@@ -206,11 +206,7 @@ def _check_evaluation(values: Mapping[str, Any], add: Add) -> None:
 
 
 def _check_prefetch(values: Mapping[str, Any], add: Add) -> None:
-    plan, ahead = values.get("fssdp.plan"), values.get("fssdp.prefetch", 1)
-    if plan == "exact" and ahead > 1 and values.get("fssdp.rematerialize") is False:
-        what = f"{ahead} has no effect with fssdp.plan=exact: no gather can start before the layer's router"
-        add("fssdp.prefetch", what, "leave it at 1, or set fssdp.rematerialize, whose backward pass gathers early")
-    if plan == "calibrated" and ahead == 0:
+    if values.get("fssdp.plan") == "calibrated" and values.get("fssdp.prefetch", 1) == 0:
         add("fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated, got 0", "use exact if nothing is to be gathered before the router")
 
 

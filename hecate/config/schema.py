@@ -404,12 +404,13 @@ class FssdpConfig:
     comparison; `hecate plan` prices it as static_ep. The others are the placement rules of the systems they are named after, with their
     split of tokens."""
     plan: Literal["history", "calibrated", "exact", "replay", "auto"] = field(default="history", metadata=key(computes=False))
-    """The loads that a layer's plan is made from. history: those that past steps predict. exact: the loads of the micro-step, which the
-    ranks exchange after the layer's router, so that no computation hides the gather. calibrated: the history's plan, replaced after the
-    router by a better one where the predicted gain exceeds the cost of the transfers that it adds. auto: in each step each layer goes by
-    the one of these three that would have been fastest over the last steps, for which every step is planned again in all three ways.
-    replay: the loads of the micro-step, known before it begins, because its samples bring their routing (moe.replay), so that attention
-    hides the gather as with history."""
+    """The loads that a layer's plan is made from. history: those that past steps predict. calibrated: the history's plan, replaced after
+    the router by a better one where the predicted gain exceeds the cost of the transfers that it adds. exact: the loads of the micro-step,
+    which the ranks exchange after the layer's router. The history's plan is gathered early nevertheless, as with calibrated, until a plan
+    that begins with nothing, and whose gather no computation hides, would have been faster over the last steps; with prefetch 0, never.
+    auto: in each step each layer goes by history, calibrated or such a late plan, whichever would have been fastest over the last steps.
+    For exact and auto every step is planned again in all three ways. replay: the loads of the micro-step, known before it begins, because
+    its samples bring their routing (moe.replay), so that attention hides the gather as with history."""
     rematerialize: bool = field(default=False, metadata=key(computes=False))
     """Free a layer's replicas after its forward pass and gather them again before its backward pass, so that a rank holds replicas of at
     most max(1, prefetch) layers at a time. Gradients are then reduced in every micro-step."""

@@ -154,7 +154,6 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"data": "{train: {path: a.jsonl, format: csv}}"}, "data.train[0].format", "alpaca, sharegpt, text, got csv"),
     ({"fssdp": "{plan: true_loads}"}, "fssdp.plan", "must be one of history, calibrated, exact"),
     # keys that must fit each other
-    ({"fssdp": "{plan: exact, prefetch: 2}"}, "fssdp.prefetch", "2 has no effect with fssdp.plan=exact"),
     ({"fssdp": "{plan: calibrated, prefetch: 0}"}, "fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated"),
     ({"fssdp": "{shard_size: 3}", "nproc": "4"}, "fssdp.shard_size", "must divide the number of ranks, which is 4 (nproc), got 3"),
     ({"fssdp": "{shard_size: 2, redundancy: 2}", "nproc": "4"}, "fssdp.redundancy", "2 needs more sharding groups than that"),
