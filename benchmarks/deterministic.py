@@ -34,13 +34,15 @@ class Case:
     model: Mapping[str, int]
     """its sizes (`make_folder`)"""
     ranks: tuple[int, ...]
-    groups: Mapping[int, tuple[int, ...]]
-    """sequences of a rank in a micro-step -> how many of them make a group, each in turn"""
+    sequences: int
+    """of a rank in a micro-step"""
+    groups: tuple[int, ...]
+    """how many of them make a group, each in turn"""
 
 
 CASES = {
-    "small": Case({"hidden": 256, "ffn": 688, "layers": 4, "seq_len": 128}, (1, 2, 4), {1: (1,), 6: (1, 2, 6)}),
-    "wide": Case({"hidden": 512, "ffn": 1376, "layers": 2, "seq_len": 256}, (1, 2), {6: (1, 2, 3, 6)}),
+    "small": Case({"hidden": 256, "ffn": 688, "layers": 4, "seq_len": 128}, (1, 2), 6, (1, 2, 6)),
+    "wide": Case({"hidden": 512, "ffn": 1376, "layers": 2, "seq_len": 256}, (1, 2), 6, (1, 2, 6)),
 }
 COMPARED_RANKS = (1, 2, 4)
 STEPS = 7
@@ -68,19 +70,18 @@ def require_same_bits(folder: str) -> None:
 
 
 def measured(name: str, folder: str, steps: int = STEPS) -> list[dict[str, Any]]:
-    """Steps with it and without it, for each number of ranks, of sequences and of those in a group.
+    """Steps with it and without it, for each number of ranks and of sequences in a group.
 
     Args:
         name: of the case.
         folder: of its model (`make_folder`).
     """
-    rows = []
-    for world in CASES[name].ranks:
-        for sequences, groups in CASES[name].groups.items():
-            settings = {"micro_batch_size": sequences}
-            sides = {str(group): {**settings, "deterministic": True, "deterministic_group": group} for group in groups}
-            found = alternating(world, folder, {_WITHOUT: settings, **sides}, steps)
-            rows += [row_of(name, world, sequences, group, found[str(group)], found[_WITHOUT]) for group in groups]
+    case, rows = CASES[name], []
+    settings = {"micro_batch_size": case.sequences}
+    sides = {str(group): {**settings, "deterministic": True, "deterministic_group": group} for group in case.groups}
+    for world in case.ranks:
+        found = alternating(world, folder, {_WITHOUT: settings, **sides}, steps)
+        rows += [row_of(name, world, case.sequences, group, found[str(group)], found[_WITHOUT]) for group in case.groups]
     return rows
 
 
@@ -103,8 +104,8 @@ def row_of(model: str, world: int, sequences: int, group: int, with_it: Taken, w
 
 
 def worst(rows: list[dict[str, Any]], *, whole: bool) -> dict[str, Any]:
-    """The row with the largest cost in processor time, of those whose group is a rank's whole micro-batch, or of groups of one of many."""
-    chosen = [row for row in rows if (row["group"] == row["sequences"] if whole else row["group"] == 1 < row["sequences"])]
+    """The row with the largest cost in processor time, of groups of a rank's whole micro-batch, or of groups of one."""
+    chosen = [row for row in rows if row["group"] == (row["sequences"] if whole else 1)]
     return max(chosen, key=lambda row: float(row["processor_slowdown"]))
 
 
