@@ -662,8 +662,12 @@ class Config:
     gradient_checkpointing: bool = field(default=False, metadata=key(computes=False))
     """Recompute activations in the backward pass instead of storing them."""
     deterministic: bool = False
-    """Compute the same bits at every number of ranks, wherever experts are: each sequence by itself, on one thread a rank, with sums in an
-    order that no rank decides (docs/deterministic.md). Every rank then has all experts, whatever fssdp.policy says. On CPUs only."""
+    """Compute the same bits at every number of ranks, wherever experts are: each group of sequences by itself, on one thread a rank, with
+    sums in an order that no rank decides (docs/deterministic.md). Every rank then has all experts, whatever fssdp.policy says. On CPUs
+    only."""
+    deterministic_group: int = field(default=1, metadata=key(COUNT))
+    """With deterministic: the number of neighbouring sequences of a micro-step that are computed together, on one rank. Larger groups cost
+    less. It must divide micro_batch_size, and be the same in runs that are to end with the same bits."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     fssdp: FssdpConfig = field(default_factory=FssdpConfig)

@@ -108,7 +108,7 @@ class Controller:
         """devices outside the generation whose workers have loaded and wait to join"""
         self._awaited: set[int] = set()
         """devices without which the next generation does not begin"""
-        self._shares = WorkShares(topology, [device.index for device in group.devices])
+        self._shares = WorkShares(topology, [device.index for device in group.devices], config.deterministic_group)
         self._shown_at = 0.0
         self.shown = self._status()
         """the status that was shown last"""
