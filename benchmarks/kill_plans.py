@@ -66,7 +66,7 @@ def plan_of(number: int) -> KillPlan:
     first = 0 if stays else 1
     steps = sorted(first + random.choice(STEPS - first, DEATHS, replace=False))
     ranks = random.choice(RANKS, DEATHS, replace=not stays)
-    deaths = []
+    deaths: list[Injected] = []
     for rank, step in zip(map(int, ranks), map(int, steps), strict=True):
         left = set(range(RANKS)) - ({one.rank for one in deaths} if stays else set())
         deaths.append(_death(random, rank, step, commits=rank == min(left)))

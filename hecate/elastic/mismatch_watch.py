@@ -155,12 +155,12 @@ class MismatchWatch:
                 watched = None
                 continue
             try:
-                now = [group._get_sequence_number_for_group() for group in ranks.all_groups()]
+                now = [_number(group) for group in ranks.all_groups()]
                 if ranks is not watched or now != numbers:
                     watched, numbers, still_since, published = ranks, now, time.monotonic(), False
                 elif time.monotonic() - still_since > STILL_SECONDS and (published or _waits()):
                     if not published:
-                        own = calls_of(torch._C._distributed_c10d._dump_fr_trace_json(), self._since_ns)
+                        own = calls_of(_dump(), self._since_ns)
                         names = [distributed_c10d._get_process_group_name(group) for group in ranks.all_groups()]
                         store.set(f"rank-{ranks.rank}", json.dumps([own, dict(zip(names, now, strict=True))]))
                         published = True
@@ -185,7 +185,18 @@ class MismatchWatch:
             ranks.abort()
 
 
+def _number(group: Any) -> int:
+    """How many collectives this process has begun in a group. torch's stubs do not have the method."""
+    return int(group._get_sequence_number_for_group())
+
+
+def _dump() -> bytes:
+    """What torch's flight recorder has, as JSON."""
+    recorder: Any = torch._C._distributed_c10d
+    return bytes(recorder._dump_fr_trace_json())
+
+
 def _waits() -> bool:
     """Whether a collective of this process is under way."""
-    entries = json.loads(torch._C._distributed_c10d._dump_fr_trace_json()).get("entries", ())
+    entries = json.loads(_dump()).get("entries", ())
     return any(not entry["retired"] for entry in entries)
