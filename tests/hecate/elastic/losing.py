@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch.distributed as dist
 
+from hecate import faults
 from hecate.config import load_config
 from hecate.elastic.rebuild import Group
 from hecate.parallel.mesh import shard_size_for
@@ -16,6 +17,16 @@ from hecate.train.training import Training
 from tests.hecate.train.in_process import OVERRIDES, ranks_of_default_group
 
 VICTIM, DEATH_STEP = 1, 2
+
+
+PHASES = {
+    "forward": ("experts", 2),
+    "backward": ("backward", 2),
+    "gradients": ("reduce", 1),
+    "norm": ("gradients", 1),
+    "stepped": ("step", 1),
+}
+"""name -> a place (`hecate.faults`), and at which of its calls a rank dies"""
 
 
 class Dead(BaseException):
@@ -44,3 +55,23 @@ def regroup(run: Training, store: str, rank: int, world: int) -> None:
     size = shard_size_for(world, config.fssdp.shard_size, config.fssdp.redundancy)
     ranks = connect(dist.FileStore(store, world), rank, world, size, sharded_layers=config.model.shard_non_experts)
     run.join(Group(ranks, local_topology(world, cuda=False)))
+
+
+def steps_until(run: Training, until: int, losses: dict[int, tuple[float, float, float]]) -> None:
+    while run.standing.step < until:
+        result = run.train_one().result
+        losses[run.standing.step] = (result.loss, result.aux_loss, result.grad_norm)
+
+
+def die_in(phase: str) -> None:
+    """Let this rank raise `Dead` in a phase of its next step."""
+    wanted, left = PHASES[phase]
+
+    def die(place: str, _subject: object) -> None:
+        nonlocal left
+        left -= place == wanted
+        if left == 0:
+            faults.arm(None)
+            raise Dead
+
+    faults.arm(die)

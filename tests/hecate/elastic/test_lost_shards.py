@@ -21,8 +21,7 @@ from hecate.train.build import shard_layers_again
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import STEPS, make_workshop
-from tests.hecate.elastic.losing import DEATH_STEP, VICTIM, Dead, make_run_in_groups, regroup
-from tests.hecate.elastic.test_rebuild import PHASES, die_in, steps_until
+from tests.hecate.elastic.losing import DEATH_STEP, PHASES, VICTIM, Dead, die_in, make_run_in_groups, regroup, steps_until
 from tests.hecate.train.in_process import OVERRIDES, Losses
 from tests.plain_moe_lora import save_tiny
 

@@ -13,8 +13,7 @@ from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import connect
 from hecate.train.training import Training
 from testing.ranks import run_ranks
-from tests.hecate.elastic.losing import DEATH_STEP, Dead
-from tests.hecate.elastic.test_rebuild import PHASES, die_in, steps_until
+from tests.hecate.elastic.losing import DEATH_STEP, PHASES, Dead, die_in, steps_until
 from tests.hecate.megatron.making import FOUR_HEADS, config_of, write_parts
 from tests.hecate.train.in_process import Losses
 
