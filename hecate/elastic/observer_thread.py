@@ -18,7 +18,7 @@ class ObserverThread:
     """Passes on what an observer is told, in order, in a thread of its own; its methods return at once. A context manager.
 
     An observer that raises is named once, and told no more. One that has not returned for `PATIENCE` seconds is named once. Events for
-    which there is no room are left out; their number is said.
+    which there is no room are left out; that is said once, and their number at the end.
     """
 
     def __init__(self, observer: Observer, say: Callable[[str], None]) -> None:
@@ -32,7 +32,7 @@ class ObserverThread:
         """whether the user knows"""
         self._closed = False
         self._left_out = 0
-        """events in a row"""
+        """events so far"""
 
     def begins(self, facts: BeginFacts) -> None:
         self._tell(lambda: self._observer.begins(facts))
@@ -54,7 +54,8 @@ class ObserverThread:
         if not done:
             self._left_out += self._thread.waiting
             self._say("the run ends without its observer, which has not returned from what it was told last")
-        self._name_left_out()
+        if self._left_out:
+            self._say(f"the run's observer was not told of so many events, because it was behind: {self._left_out}")
 
     def __enter__(self) -> ObserverThread:
         return self
@@ -66,11 +67,9 @@ class ObserverThread:
         self._name_failure()
         if self._failed:
             return
-        if self._thread.hand_over(call):
-            self._name_left_out()
-        else:
+        if not self._thread.hand_over(call):
             if not self._left_out:
-                self._say(f"the run's observer is {MOST_WAITING} events behind; those that follow are left out until it has room for them")
+                self._say(f"the run's observer is {MOST_WAITING} events behind; it is not told of further ones while it has no room")
             self._left_out += 1
         if self._thread.silent_for >= PATIENCE and not self._hangs:
             self._hangs = True
@@ -80,8 +79,3 @@ class ObserverThread:
         if self._thread.error is not None and not self._failed:
             self._failed = True
             self._say(f"the run's observer failed: {self._thread.error}; the run goes on without it")
-
-    def _name_left_out(self) -> None:
-        if self._left_out:
-            self._say(f"the run's observer is not told of so many events, because it was behind: {self._left_out}")
-            self._left_out = 0
