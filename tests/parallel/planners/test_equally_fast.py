@@ -78,7 +78,7 @@ def test_of_equally_fast_candidates_the_one_that_moves_less(given_: PlanInput) -
                 assert bytes_moved <= moved(alone, given_) * (1 + 1e-6), (rule, slack)
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=80)
 @given(tied_inputs())
 def test_no_replica_is_brought_for_nothing(given_: PlanInput) -> None:
     """Unless all are everywhere, so that ranks need not even ask each other."""
