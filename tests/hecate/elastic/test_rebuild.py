@@ -19,7 +19,6 @@ from hecate.elastic.backups import copy_to_backup_ranks
 from hecate.parallel.backup_ranks import backup_ranks
 from hecate.ranks.ranks import connect
 from hecate.ranks.sockets import tcp_sockets
-from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import STEPS, make_workshop
 from tests.hecate.elastic.losing import DEATH_STEP, PHASES, VICTIM, Dead, die_in, make_run, make_run_in_groups, regroup, steps_until
