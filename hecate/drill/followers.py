@@ -54,6 +54,7 @@ def follow_badly(ranks: Ranks, workshop: str, output: str, wanted: list[list[str
             ranks,
             observer=follower if who == "observer" else None,
         )
+        ranks.barrier()  # the first rank has waited for what follows the run, and has written last
         problems.append(_problem(folder, Path(output, "alone"), _NAMED[who, how]) if ended else "the run did not come to its end")
     return problems
 
