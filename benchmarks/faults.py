@@ -95,6 +95,12 @@ def copies(found: Sequence[dict[str, int]]) -> Cost:
     return Cost("redundancy: 1, more copies", number, number, number, None, 1.0, exact=True)
 
 
+def cost_of_order(row: dict[str, Any]) -> Cost:
+    """What `deterministic` adds to a step, of a row of `benchmarks.deterministic`."""
+    name = f"deterministic, of a step ({row['ranks']} ranks, {row['sequences']} sequences in groups of {row['group']})"
+    return cost_of(name, added(*row["clock"]), 0.05, added(*row["processor"]))
+
+
 def kills(outcome: DrillOutcome) -> list[Cost]:
     """What drill R1 has measured, in ms."""
     found = outcome.counts
@@ -115,26 +121,18 @@ def measured(folder: str, *, quick: bool) -> tuple[list[Cost], dict[str, float]]
     among = run_ranks(SAVING_RANKS, saves_among_steps, folder, SETTINGS, rounds, timeout=1200)
     redundant = compared(REDUNDANT_RANKS, folder, SETTINGS, {"fssdp.redundancy": 1}, steps)
     kept = run_ranks(REDUNDANT_RANKS, kept_copies, folder, SETTINGS, timeout=600)
-    same_bits = deterministic.measured(folder, 3 if quick else 15)
+    deterministic.require_same_bits(folder)
+    ordered = deterministic.measured("small", folder, 3 if quick else 15)
     with ground() as made:
         killed = made.run(DRILLS["R1"], quick=quick).outcome
     if others := [text for text in killed.failures if ": took " not in text]:  # a time that is missed is said below
         raise SystemExit(f"drill R1 has failed, so there are no figures: {others[0]}")
-    worst = max(same_bits, key=lambda row: row["processor_slowdown"])
-    slower = added(worst["clock"][0], worst["clock"][1])
     costs = [
         digests(shares),
         saves_beside(among),
         cost_of("redundancy: 1, of a step", added(*redundant.clock), 0.03, added(*redundant.processor)),
         copies(kept),
-        Cost(
-            f"deterministic, of a step ({worst['ranks']} ranks, {worst['sequences']} sequences)",
-            slower.median,
-            slower.low,
-            slower.high,
-            worst["processor_slowdown"] - 1,
-            0.05,
-        ),
+        *(cost_of_order(deterministic.worst(ordered, whole=whole)) for whole in (True, False)),
         *kills(killed),
     ]
     wall = {arm: [clock for clock, _ in stretches] for arm, stretches in among[0].items()}

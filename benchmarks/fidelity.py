@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from benchmarks.gloo_steps import Clock, Shape, Stack, Taken, Wire, draw_routing
 from benchmarks.planned_bytes import planned_traffic
-from benchmarks.report import arguments, finish
+from benchmarks.report import finish, kept_rows, recorded, resumable
 from benchmarks.step_probes import Parts, Probes, measured_cost, measured_topology, parts, yardstick
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
@@ -300,13 +300,17 @@ def _error(rows: Sequence[Mapping[str, Any]], ratio: str = "ratio") -> float:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "").parse_args()
+    options = resumable(__doc__ or "").parse_args()
     workloads, repeats = (("balanced", "zipf"), 1) if options.quick else (CASES, 2)
     os.environ.update(ALLOCATOR_SETTINGS)  # as in training
     cores = len(os.sched_getaffinity(0))
-    rows = []
+    rows = kept_rows(options)
     for world, shape in SHAPES.items():
-        rows += rows_of(world, shape, workloads, run_ranks(world, measure, shape, workloads, repeats, timeout=3000), cores)
+
+        def measured(world: int = world, shape: Shape = shape) -> list[dict[str, Any]]:
+            return rows_of(world, shape, workloads, run_ranks(world, measure, shape, workloads, repeats, timeout=3000), cores)
+
+        recorded("fidelity", rows, {"ranks": world}, measured, options.json)
     by_ranks = {world: [row for row in rows if row["ranks"] == world] for world in SHAPES}
     summary = {
         "step_time_error_geomean": _error(rows),

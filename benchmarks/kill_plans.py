@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from hecate.drill.armed import Injected
+from hecate.drill.launchers import Launcher
 from hecate.drill.tiny_run import STEPS
 from hecate.faults import Place
 
@@ -34,8 +35,8 @@ _WRITES, _COMMIT = 85, 150
 deleted an old checkpoint. It writes more where it has taken over experts"""
 _FILES = 0.3
 """share of points at operations on files"""
-_EVERY = 20
-"""one run in so many is under torch's agent"""
+_OTHERS_FROM = 18
+"""the number of the first run that is not under the local launcher"""
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,7 @@ class KillPlan:
     """One run's kills."""
 
     number: int
-    launcher: str
-    """local or torchrun"""
+    launcher: Launcher
     beside: bool
     """whether it saves beside the steps"""
     deaths: tuple[Injected, ...]
@@ -57,19 +57,29 @@ class KillPlan:
 def plan_of(number: int) -> KillPlan:
     """The plan with this number, the same in every call.
 
-    Under the local launcher three different ranks die in different steps, and the last one stays. Under torch's agent all ranks start again
-    after each death, so that any may die again; the deaths are in later steps than the first checkpoint's.
+    Under the local launcher and on Ray three different ranks die in different steps, and the last one stays. Under torch's agents all ranks
+    start again after each death, so that any may die again; the deaths are in later steps than the first checkpoint's.
     """
     random = np.random.default_rng([SEED, number])
-    local = number % _EVERY != _EVERY - 1
-    first = 0 if local else 1
+    launcher = _launcher_of(number)
+    stays = launcher in ("local", "ray")
+    first = 0 if stays else 1
     steps = sorted(first + random.choice(STEPS - first, DEATHS, replace=False))
-    ranks = random.choice(RANKS, DEATHS, replace=not local)
-    deaths = []
+    ranks = random.choice(RANKS, DEATHS, replace=not stays)
+    deaths: list[Injected] = []
     for rank, step in zip(map(int, ranks), map(int, steps), strict=True):
-        left = set(range(RANKS)) - ({one.rank for one in deaths} if local else set())
+        left = set(range(RANKS)) - ({one.rank for one in deaths} if stays else set())
         deaths.append(_death(random, rank, step, commits=rank == min(left)))
-    return KillPlan(number, "local" if local else "torchrun", local and bool(random.random() < 0.5), tuple(deaths))
+    return KillPlan(number, launcher, stays and bool(random.random() < 0.5), tuple(deaths))
+
+
+def _launcher_of(number: int) -> Launcher:
+    """Of ten runs one is on Ray, and one under torch's agents, in turn on one node and on two; these are slower."""
+    if number < _OTHERS_FROM or number % 10 < 8:
+        return "local"
+    if number % 10 == 8:
+        return "ray"
+    return "agent" if number // 10 % 2 else "two_agents"
 
 
 def _death(random: np.random.Generator, rank: int, step: int, *, commits: bool) -> Injected:

@@ -8,9 +8,10 @@ losses, norms, parameters or moments are not those of the undisturbed run. A poi
 run this counts, beside its bits: steps and samples that are missing or other than in the undisturbed run; steps that were done again,
 although a rank had said that they were done; and folders named `checkpoint-N` that are not whole.
 
-Under the local launcher (19 of 20 runs, half of which save beside the steps) the ranks that are left go on, the last one alone. Under
-torch's elastic agent (the others), which is `hecate launch`, all ranks start again from the last checkpoint, so that the step under way, or
-one that was done but not yet saved, is done again.
+Under the local launcher (8 of 10 runs) the ranks that are left go on, the last one alone. On Ray (1 of 10, a private cluster for each) they
+do so, too, and other ranks join them. Half of both save beside the steps. Under torch's elastic agents (1 of 10, in turn on one node and on
+two), which are `hecate launch`, all ranks start again from the last checkpoint, so that the step under way, or one that was done and not
+saved, is done again.
 
 The points come from a seed, so that a call with `--resume` goes on where the file ends (benchmarks/results/kill_points.json), which is
 written after each run; `--most` ends it after so many points. A call without `--resume` begins anew.
@@ -37,7 +38,7 @@ RESULTS = Path(__file__).parent / "results" / "kill_points.json"
 WANTED, QUICK = 1000, 6
 """points"""
 _LIMIT = 900.0
-"""seconds that a run may take; one takes five on an idle core"""
+"""seconds that a run may take; locally one takes five on an idle core"""
 
 
 @dataclass(frozen=True)
@@ -68,15 +69,17 @@ class KilledRun:
 
 def carried_out(plan: KillPlan, whole: Launched, scope: Scope) -> KilledRun:
     """Do a run with its kills, and compare it."""
-    local = plan.launcher == "local"
+    stays = plan.launcher in ("local", "ray")
     given = ("save_steps=1", "save_total_limit=2", f"save_async={str(plan.beside).lower()}")
-    restarts = None if local else len(plan.deaths)
-    run = begin_run(scope, "killed", RANKS, *given, injected=plan.deaths, survives=local, restarts=restarts).end(_LIMIT)
+    started = begin_run(
+        scope, "killed", RANKS, *given, injected=plan.deaths, survives=stays, launcher=plan.launcher, restarts=len(plan.deaths)
+    )
+    run = started.end(_LIMIT)
     kills = [one for one in run.trace if one["what"] == "kill"]
     torn = len(_named(run.output) - {path.name for path in good_checkpoints(run.output)})
     problem = problem_of(run, whole, lost=len(kills))
     times = Times()
-    if local and not problem:
+    if stays and not problem:
         times.add(run, [one["time"] for one in kills])
     steps, samples = lost(run, whole)
     return KilledRun(

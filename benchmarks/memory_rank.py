@@ -41,7 +41,8 @@ def main(arguments: Sequence[str]) -> None:
 
     out, path = arguments
     config = load_config(path, claim_output=False)
-    with join_ranks(config.fssdp.shard_size, config.model.tensor_parallel) as ranks:
+    model = config.model
+    with join_ranks(config.fssdp.shard_size, model.tensor_parallel, sharded_layers=model.shard_non_experts) as ranks:
         if ranks.device.type == "cuda":
             training = Training(config, ranks)
             torch.cuda.reset_peak_memory_stats(ranks.device)

@@ -1,6 +1,6 @@
-"""Compare steps of a small training with and without a setting, step by step in turn, on gloo ranks of one thread each.
+"""Compare steps of a small training under several settings, step by step in turn, on gloo ranks of one thread each.
 
-Each rank holds both trainings and takes a step of one, then a step of the other, so that whatever else the machine does slows both. More
+Each rank holds all these trainings and takes a step of one, then a step of the next, so that whatever else the machine does slows all. More
 ranks than cores take turns. Where other programs share the cores, ranks wait for each other at random; the ratio of processor times, over
 all ranks, does not count that.
 """
@@ -52,6 +52,16 @@ class Compared:
     """over all ranks"""
 
 
+@dataclass(frozen=True)
+class Taken:
+    """The seconds of the steps of one training."""
+
+    clock: list[float]
+    """of the first rank"""
+    processor: list[float]
+    """over all ranks"""
+
+
 def training(rank: int, world: int, folder: str, name: str, settings: Settings) -> Training:
     """The training of `benchmarks.small_run` in `folder` on this rank of a default gloo group; its output goes to runs/NAME."""
     given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
@@ -59,12 +69,9 @@ def training(rank: int, world: int, folder: str, name: str, settings: Settings) 
     return Training(config, Ranks(rank, world, torch.device("cpu"), expert_groups(make_mesh(world))))
 
 
-def seconds(rank: int, world: int, folder: str, settings: Settings, change: Settings, steps: int) -> dict[str, list[tuple[float, float]]]:
+def seconds(rank: int, world: int, folder: str, sides: Mapping[str, Settings], steps: int) -> dict[str, list[tuple[float, float]]]:
     """The seconds of alternating steps on this rank: of the clock, and of the processor."""
-    runs = {
-        "with": training(rank, world, folder, "with", {**settings, **change}),
-        "without": training(rank, world, folder, "without", settings),
-    }
+    runs = {side: training(rank, world, folder, side, settings) for side, settings in sides.items()}
     found: dict[str, list[tuple[float, float]]] = {side: [] for side in runs}
     for number in range(WARM_UP + steps):
         for side in sorted(runs, reverse=bool(number % 2)):
@@ -76,12 +83,18 @@ def seconds(rank: int, world: int, folder: str, settings: Settings, change: Sett
     return found
 
 
+def alternating(world: int, folder: str, sides: Mapping[str, Settings], steps: int) -> dict[str, Taken]:
+    """Take so many steps of each side, by its name and settings, on `world` new ranks."""
+    found = run_ranks(world, seconds, folder, sides, steps, timeout=3600)
+    clock = {side: [wall for wall, _ in found[0][side]] for side in sides}
+    processor = {side: [sum(used) for used in zip(*([u for _, u in one[side]] for one in found), strict=True)] for side in sides}
+    return {side: Taken(clock[side], processor[side]) for side in sides}
+
+
 def compared(world: int, folder: str, settings: Settings, change: Settings, steps: int) -> Compared:
     """Take so many steps of each side, with `settings` and `change`, and with `settings` alone, on `world` new ranks."""
-    found = run_ranks(world, seconds, folder, settings, change, steps, timeout=1200)
-    clock = {side: [wall for wall, _ in found[0][side]] for side in found[0]}
-    processor = {side: [sum(used) for used in zip(*([u for _, u in one[side]] for one in found), strict=True)] for side in found[0]}
-    return Compared((clock["with"], clock["without"]), (processor["with"], processor["without"]))
+    found = alternating(world, folder, {"with": {**settings, **change}, "without": settings}, steps)
+    return Compared((found["with"].clock, found["without"].clock), (found["with"].processor, found["without"].processor))
 
 
 def ratios(these: Sequence[float], those: Sequence[float]) -> Ratios:

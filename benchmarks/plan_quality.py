@@ -4,24 +4,30 @@ For 16 workloads, 4 clusters, 3 kinds of experts, and the slots that memory give
 given the exact loads, so this measures the planners and not the prediction of loads. Policies are compared by the cost model; `over_bound`
 compares them with the linear-programming bound of `hecate.parallel.lower_bound`. `grouped_ep` is static expert parallelism in groups,
 which is what people run; the bound, which is of one group, does not hold for it. Policies named after other systems have the split and the
-collectives of these, for which the bound does not hold either; `laer+ours` is the placement of `laer` with this project's. `calibrated` is
-what `auto` makes of the true loads after the routers, from a plan from the step before (`fssdp.plan: calibrated`), and `history` is that
-plan itself; both are priced on the true loads. Imbalance is the busiest device's expert compute over the mean, after the routers
-(`fssdp.plan: exact`).
+collectives of these, for which the bound does not hold either; `laer+ours` is the placement of `laer` with this project's. `history` is
+what `auto` makes of the loads of the step before, and `exact` what becomes of that plan after the routers (`fssdp.plan: exact`), when no
+step has been measured yet; `late` is a plan that begins after the routers with nothing gathered, which `exact` goes over to where that has
+been faster. All are priced on the true loads. Imbalance is the busiest device's expert compute over the mean.
+
+    python -m benchmarks.plan_quality [--quick] [--no-bound] [--resume] [--slots N ...] [--json FILE]
+
+Each row is written to the file as soon as it is there; a call with `--resume` goes on with those that are missing.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from benchmarks.report import arguments, finish
+from benchmarks.report import finish, kept_rows, recorded, resumable
 from hecate.forecast.sharding_groups import grouped_ep_seconds
-from hecate.parallel.cost_model import ExecutionMode
+from hecate.parallel.cost_model import ExecutionMode, PlanMode
 from hecate.parallel.lower_bound import lower_bound
+from hecate.parallel.measured_modes import modes_of
 from hecate.parallel.planners import POLICIES, ROWS, WITH_OURS, PlanInput, price_row
 from hecate.parallel.simulator import simulate
 from hecate.parallel.workloads import WORKLOADS
@@ -32,16 +38,19 @@ SLOTS = (EXPERTS, 1, 2, 4, 8)
 TRAINED_TOP_K = 8
 """of the workloads like trained routers', whose statistics are of such models"""
 STEPS = 3
+MODES: dict[str, PlanMode] = {"history": "history", "exact": modes_of("exact")[0], "late": "exact"}
+"""how layers go by a plan of `auto`, by the name of the column"""
 BOUNDED = tuple(policy for policy in ROWS if f"{policy}+ours" not in ROWS)
 """those with this project's split and collectives, for which the bound holds"""
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = resumable(__doc__ or "")
     parser.add_argument("--slots", type=int, nargs="*", default=SLOTS, help="the most replicas on a device")
     parser.add_argument("--no-bound", action="store_true", help="leave out the bound, which takes most of the time")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows = [row for row in kept_rows(options) if options.no_bound or "bound_ms" in row]
+    wanted: list[dict[str, Any]] = []
     for place, topology in topologies().items():
         for workload, make in list(WORKLOADS.items())[:: 4 if options.quick else 1]:
             top_k = TRAINED_TOP_K if workload.startswith("trained") else TOP_K
@@ -49,11 +58,11 @@ def main() -> None:
             for kind in kinds(top_k):
                 for slots in options.slots[:: 3 if options.quick else 1]:
                     case = {"topology": place, "experts": kind.name, "workload": workload, "slots": slots}
-                    rows.append(
-                        case | compare(kind, plan_input(topology, kind.cost, loads[-1, 0], slots), loads, bound=not options.no_bound)
-                    )
-                    print(shown(rows[-1]), flush=True)
-    finish("plan_quality", rows, summary(rows), options.json)
+                    given = plan_input(topology, kind.cost, loads[-1, 0], slots)
+                    compared = partial(compare, kind, given, loads, bound=not options.no_bound)
+                    wanted += recorded("plan_quality", rows, case, compared, options.json)
+                    print(shown(wanted[-1]), flush=True)
+    finish("plan_quality", wanted, summary(wanted), options.json)
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
@@ -62,8 +71,8 @@ def shown(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in rounded.items() if key not in WITH_OURS or value != rounded[key.removesuffix("+ours")]}
 
 
-def compare(kind: Kind, given: PlanInput, loads: np.ndarray, *, bound: bool) -> dict[str, float]:
-    """Milliseconds of every policy in one case, and what else the program reports.
+def compare(kind: Kind, given: PlanInput, loads: np.ndarray, *, bound: bool) -> list[dict[str, float]]:
+    """One row: milliseconds of every policy in one case, and what else the program reports.
 
     Args:
         given: the last step.
@@ -79,10 +88,10 @@ def compare(kind: Kind, given: PlanInput, loads: np.ndarray, *, bound: bool) -> 
     row["grouped_ep"] = 1e3 * grouped_ep_seconds(given, 0)
     if bound:
         row["bound_ms"] = 1e3 * lower_bound(given, 0, plan_seconds=min(row[policy] for policy in BOUNDED) / 1e3)
-    for mode in ("history", "calibrated", "exact"):
+    for name, mode in MODES.items():
         step = simulated(given, loads, ExecutionMode(plan=mode))
-        row[f"{mode}_ms"], row[f"{mode}_imbalance"] = 1e3 * (step.step_seconds - step.seconds.attention), step.imbalance
-    return row
+        row[f"{name}_ms"], row[f"{name}_imbalance"] = 1e3 * (step.step_seconds - step.seconds.attention), step.imbalance
+    return [row]
 
 
 def simulated(given: PlanInput, loads: np.ndarray, execution: ExecutionMode) -> Any:
@@ -110,11 +119,17 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
         original = policy.removesuffix("+ours")
         counted = np.isfinite(seconds[policy])
         found[f"{original}_over_{policy}_geomean"] = geomean((seconds[original] / seconds[policy])[counted])
-    for mode in ("calibrated", "exact"):
+    for mode in ("exact", "late"):
         ratio = np.array([row[f"{mode}_ms"] / row["history_ms"] for row in rows])
         found |= {f"{mode}_over_history_geomean": geomean(ratio), f"{mode}_over_history_worst": float(ratio.max())}
-    some_slots = [row["exact_imbalance"] for row in rows if row["slots"] >= 2 and not row["experts"].startswith("full")]
-    found["exact_imbalance_light_experts_mean"] = float(np.mean(some_slots)) if some_slots else math.nan
+    for place in dict.fromkeys(row["topology"] for row in rows):
+        for what, full in (("light", False), ("full", True)):
+            skews = [
+                row["exact_imbalance"]
+                for row in rows
+                if row["topology"] == place and row["slots"] >= 2 and row["experts"].startswith("full") == full
+            ]
+            found[f"exact_imbalance_{what}_experts_{place}_mean"] = float(np.mean(skews)) if skews else math.nan
     if "bound_ms" in rows[0]:
         bound = np.array([row["bound_ms"] for row in rows])
         for policy in BOUNDED:

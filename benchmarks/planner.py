@@ -1,5 +1,7 @@
 """Time the planning of every policy, per layer, on one core, at three sizes, with Zipf(1.2) loads and LoRA over a frozen MoE base.
 
+`auto, after the router` is one layer's plan from its true loads, while ranks wait: a plan of its own, and a new split of what is there.
+
 Then time the choice of a route for one layer's experts (`choose_route`), for placements of few and of many copies.
 """
 
@@ -8,6 +10,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,10 +20,12 @@ import numpy as np
 
 from benchmarks.report import arguments, finish
 from hecate.parallel import jit
-from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.cost_model import ExecutionMode, LayerCost
+from hecate.parallel.layer_plan import best_after_router, layer_plan, one_layer
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement, contiguous_owners
 from hecate.parallel.planners import POLICIES, PlanInput
+from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.topology import Link, uniform_topology
 from hecate.parallel.transfer_plan import choose_route
 
@@ -74,6 +79,21 @@ def route_rows(*, quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def after_router_ms(given: PlanInput, *, quick: bool) -> list[float]:
+    """Milliseconds of planning one layer anew from its true loads, which differ from those of the plan that is there."""
+    present = [layer_plan(plan_auto(given), given, 0)]
+    true_LED = np.random.default_rng(1).permuted(given.expected_LED[:1], axis=1)
+    known = one_layer(replace(given, execution=ExecutionMode(plan="calibrated")), 0, true_LED[0])
+    times: list[float] = []
+    with jit.compiling_here():
+        best_after_router(plan_auto, known, present, splits=True)
+    while len(times) < (1 if quick else 5) or (sum(times) < 2000 and len(times) < 50 and not quick):
+        start = time.perf_counter()
+        best_after_router(plan_auto, known, present, splits=True)
+        times.append(1e3 * (time.perf_counter() - start))
+    return times
+
+
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     rows: list[dict[str, Any]] = []
@@ -95,8 +115,19 @@ def main() -> None:
             rows.append(
                 {"experts": experts, "ranks": world, "policy": policy, "ms_per_layer": statistics.median(per_layer), "ms_all": per_layer}
             )
+        times = after_router_ms(given, quick=options.quick)
+        rows.append(
+            {
+                "experts": experts,
+                "ranks": world,
+                "policy": "auto, after the router",
+                "ms_per_layer": statistics.median(times),
+                "ms_all": times,
+            }
+        )
     find = {(row["experts"], row["ranks"], row["policy"]): row["ms_per_layer"] for row in rows}
     summary = {f"auto_ms_e{e}_d{d}": find[e, d, "auto"] for e, d, _ in SIZES}
+    summary |= {f"auto_after_router_ms_e{e}_d{d}": find[e, d, "auto, after the router"] for e, d, _ in SIZES}
     routed = route_rows(quick=options.quick)
     summary["choose_route_ms_e256_d64_worst"] = max(row["ms_per_layer"] for row in routed)
     finish("planner", rows + routed, summary, options.json)

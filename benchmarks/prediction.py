@@ -1,4 +1,4 @@
-"""Compare predictors of loads by the seconds of the steps that are planned from them, for 13 workloads, 4 clusters and 3 kinds of experts.
+"""Compare predictors of loads by the seconds of the steps that are planned from them, for 16 workloads, 4 clusters and 3 kinds of experts.
 
 The simulator plans each step by policy auto from the loads that a predictor expects, and prices it on the true ones. Rows hold seconds over
 those with hindsight: planned from the true loads, but executed as a plan that was there before. `chosen` is what training and the simulator
@@ -6,8 +6,13 @@ go by: each layer's best predictor so far, and for frozen parts, which stay, the
 plan that follows every step's loads moves frozen parts in every step. `judged` is `chosen`, but of several plans of auto, which differ in
 the slots that they use, the one that would have been fastest over the last five steps (`benchmarks.recent_steps`).
 
-`plan=history`, `plan=calibrated` and `plan=exact` are the seconds of the experts of all steps but the first one in each mode, over those of
-the fastest of the three, and `plan=auto` those of what it chooses from the steps before (`hecate.parallel.measured_modes`).
+`plan=history`, `plan=calibrated` and `plan=late` are the seconds of the experts of all steps but the first one in each mode, over those of
+the fastest of the three; `plan=auto` and `plan=exact` are those of what these choose from the steps before, among all three or the last two
+(`hecate.parallel.measured_modes`). `plan=late` is what the code calls the mode exact: nothing is gathered before the router.
+
+    python -m benchmarks.prediction [--quick] [--seed N] [--resume] [--json FILE]
+
+Each row is written to the file as soon as it is there; a call with `--resume` goes on with those that are missing.
 """
 
 from __future__ import annotations
@@ -15,15 +20,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from benchmarks.recent_steps import cheapest_over
-from benchmarks.report import arguments, finish
-from hecate.parallel.measured_modes import MODES, MeasuredModes, judge_step
+from benchmarks.report import finish, kept_rows, recorded, resumable
+from hecate.parallel.cost_model import PlanChoice
+from hecate.parallel.measured_modes import MODES, MeasuredModes, judge_step, modes_of
 from hecate.parallel.placement import contiguous_owners
-from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.predictors import DECAYS, KEPT_WINDOWS, predicted_loads, weights
 from hecate.parallel.simulator import HISTORY_STEPS, Predictor, simulate
@@ -32,31 +37,26 @@ from hecate.parallel.workloads import WORKLOADS
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, Kind, kinds, plan_input, topologies
 
 STEPS, LAYERS = 24, 2
+CHOICES: tuple[PlanChoice, ...] = ("auto", "exact")
+PLANS = ("plan=history", "plan=calibrated", "plan=late", *(f"plan={choice}" for choice in CHOICES))
+TRAINED_TOP_K = 8
+"""of the workloads like trained routers'"""
 FEWER_SLOTS = (0, 2, 8)
 
 
 def main() -> None:
-    parser = arguments(__doc__ or "")
+    parser = resumable(__doc__ or "")
     parser.add_argument("--seed", type=int, default=0, help="of the workloads (default: 0)")
     options = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    rows = kept_rows(options)
     for place, topology in topologies().items():
-        for kind in kinds():
-            slots_D = plan_input(topology, kind.cost, np.ones((EXPERTS, topology.world_size))).slots_D
-            for workload, make in list(WORKLOADS.items())[:: 4 if options.quick else 1]:
-                loads = make(8 if options.quick else STEPS, LAYERS, topology.world_size, EXPERTS, TOKENS, TOP_K, options.seed)
-                seconds = {
-                    name: simulate(loads, topology, kind.cost, {"auto": POLICIES["auto"]}, slots_D=slots_D, predict=predict)[0].step_seconds
-                    for name, predict in predictors(kind, loads).items()
-                }
-                judged = Judged(predictors(kind, loads)["chosen"])
-                seconds["judged"] = simulate(loads, topology, kind.cost, {"auto": judged.plan}, slots_D=slots_D, predict=judged.predict)[
-                    0
-                ].step_seconds
-                hindsight = seconds.pop("hindsight")
-                row = {"topology": place, "experts": kind.name, "workload": workload, "hindsight_ms": 1e3 * hindsight}
-                rows.append(row | {name: each / hindsight for name, each in seconds.items()} | by_mode(topology, kind, loads, slots_D))
-                print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()}, flush=True)
+        for workload, make in list(WORKLOADS.items())[:: 4 if options.quick else 1]:
+            top_k = TRAINED_TOP_K if workload.startswith("trained") else TOP_K
+            loads = make(8 if options.quick else STEPS, LAYERS, topology.world_size, EXPERTS, TOKENS, top_k, options.seed)
+            for kind in kinds(top_k):
+                case = {"topology": place, "experts": kind.name, "workload": workload}
+                for row in recorded("prediction", rows, case, partial(compare, topology, kind, loads), options.json):
+                    print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     names = [*DECAYS, "chosen", "judged"]
     summary = {}
     for name in names:
@@ -65,10 +65,27 @@ def main() -> None:
         for kind in kinds():
             of_kind = (row[name] for row in rows if row["experts"] == kind.name)
             summary[f"{name}_over_hindsight_geomean, {kind.name}"] = geomean(of_kind)
-    for name in (f"plan={mode}" for mode in (*MODES, "auto")):
+    for name in PLANS:
         summary[f"{name}_over_fastest_geomean"] = geomean(row[name] for row in rows)
         summary[f"{name}_over_fastest_worst"] = max(row[name] for row in rows)
     finish("prediction", rows, summary, options.json)
+
+
+def compare(topology: Topology, kind: Kind, loads: np.ndarray) -> list[dict[str, float]]:
+    """One row: a case by every predictor and in every mode."""
+    slots_D = plan_input(topology, kind.cost, np.ones((EXPERTS, topology.world_size))).slots_D
+    judged = Judged(predictors(kind, loads)["chosen"])
+    planned: dict[str, tuple[Planner, Predictor]] = {
+        **{name: (plan_auto, predict) for name, predict in predictors(kind, loads).items()},
+        "judged": (judged.plan, judged.predict),
+    }
+    seconds = {
+        name: simulate(loads, topology, kind.cost, {"auto": planner}, slots_D=slots_D, predict=predict)[0].step_seconds
+        for name, (planner, predict) in planned.items()
+    }
+    hindsight = seconds.pop("hindsight")
+    over = {name: each / hindsight for name, each in seconds.items()}
+    return [{"hindsight_ms": 1e3 * hindsight} | over | by_mode(topology, kind, loads, slots_D)]
 
 
 def predictors(kind: Kind, loads: np.ndarray) -> dict[str, Predictor]:
@@ -93,17 +110,17 @@ def by_one(past: np.ndarray, index: int) -> np.ndarray:
 def by_mode(topology: Topology, kind: Kind, loads: np.ndarray, slots_D: np.ndarray) -> dict[str, float]:
     """Return the seconds of all steps but the first in each mode, over those of the fastest, by name."""
     owner_LE = np.tile(contiguous_owners(EXPERTS, topology.world_size), (LAYERS, 1))
-    given, measured = PlanInput(owner_LE, None, topology, kind.cost, slots_D), MeasuredModes(HISTORY_STEPS)
-    seconds, before, ids = np.zeros(len(MODES) + 1), None, [object() for _ in loads]
+    given, before, ids = PlanInput(owner_LE, None, topology, kind.cost, slots_D), None, [object() for _ in loads]
+    choosing = [MeasuredModes(HISTORY_STEPS, splits=True, modes=modes_of(choice)) for choice in CHOICES]
+    seconds = np.zeros(len(PLANS))
     for step in range(1, len(loads)):
         kept = range(max(0, step - KEPT_WINDOWS * HISTORY_STEPS), step)
-        modes = measured.choose(plan_auto, given, ids[kept.start : step], loads[kept.start : step])
+        chosen = [one.choose(plan_auto, given, ids[kept.start : step], loads[kept.start : step]) for one in choosing]
         predicted_LED = predicted_loads(loads[:step], HISTORY_STEPS, lasting=kind.cost.frozen_bytes > 0)
-        before = judge_step(plan_auto, replace(given, loads_LED=predicted_LED), loads[step].astype(np.float64), before)
-        chosen = [before.seconds_ML[MODES.index(mode), layer] for layer, mode in enumerate(modes)]
-        seconds += [*before.seconds_ML.sum(1), sum(chosen)]
-    names = [f"plan={mode}" for mode in (*MODES, "auto")]
-    return dict(zip(names, (seconds / seconds[:-1].min()).tolist(), strict=True))
+        before = judge_step(plan_auto, replace(given, loads_LED=predicted_LED), loads[step].astype(np.float64), before, splits=True)
+        by_choice = [sum(before.seconds_ML[MODES.index(mode), layer] for layer, mode in enumerate(modes)) for modes in chosen]
+        seconds += [*before.seconds_ML.sum(1), *by_choice]
+    return dict(zip(PLANS, (seconds / seconds[: len(MODES)].min()).tolist(), strict=True))
 
 
 class Judged:

@@ -81,6 +81,9 @@ def scores(system: str, adapter: Path, data: Path, ranks: Ranks, most: int | Non
     words = [base.tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("No", "Yes")]
     assert all(len(word) == 1 for word in words), words
     (no,), (yes,) = words
+    # Logits in bfloat16 are so coarse that many texts would have the same score.
+    rows_VD: torch.Tensor = base.model.get_output_embeddings().weight  # type: ignore[operator]
+    yes_less_no_D = rows_VD[yes].double() - rows_VD[no].double()
     pieces = [piece_of(sources, 0, sample) for sample in range(len(sources[0]) if most is None else min(most, len(sources[0])))]
     pieces.sort(key=lambda piece: piece.length)  # the least padding
     margins, liked = [], []
@@ -92,10 +95,9 @@ def scores(system: str, adapter: Path, data: Path, ranks: Ranks, most: int | Non
                 hidden = head.hidden(batch.input_ids, batch.layout.samples, batch.position_ids)
             first_B = (batch.targets != IGNORED).int().argmax(dim=1)
             at = torch.arange(len(rows), device=first_B.device), first_B
-            logits = head.logits(hidden[at]).double()
             answer = batch.targets[at]
             assert bool(((answer == yes) | (answer == no)).all()), "an answer is neither Yes nor No"
-            margins += (logits[:, yes] - logits[:, no]).tolist()
+            margins += (hidden[at].double() @ yes_less_no_D).tolist()
             liked += (answer == yes).tolist()
     margin, positive = torch.tensor(margins, dtype=torch.float64), torch.tensor(liked, dtype=torch.float64)
     return {

@@ -1,6 +1,6 @@
 """Time training steps whose experts are planned from routing that is known ahead, beside plans from history and from counts after routers.
 
-    python -m benchmarks.replay [--quick] [--json FILE]
+    python -m benchmarks.replay [--quick] [--resume] [--json FILE]
 
 A tiny Llama with full experts trains on two ranks, on samples that bring the routing of the workload `rotating`: in each step another
 expert is hot in each layer, so that a prediction from past steps is always wrong. The routing is forced in all trainings
@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gloo_steps import draw_routing
-from benchmarks.report import arguments, finish
+from benchmarks.report import finish, kept_rows, recorded, resumable
 from benchmarks.slow_link import measured_topology
 from hecate.config import load_config
 from hecate.data.mixture import Mixture
@@ -146,24 +147,15 @@ def bench_rank(rank: int, world: int, folder: str, node_of_rank: tuple[int, ...]
     ]
 
 
-def measure(*, quick: bool) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Rows of all settings that this process can make, and the ratios."""
-    sizes = Sizes(steps=WARM_UP + 3, sequences=2) if quick else Sizes()
-    rows: list[dict[str, Any]] = []
-    for setting, node_of_rank in SETTINGS.items():
-        with tempfile.TemporaryDirectory() as name:
-            make_inputs(Path(name), sizes)
-            given = (name, node_of_rank, sizes)
-            if node_of_rank[-1] == 0:
-                of_ranks = run_ranks(2, bench_rank, *given, timeout=1800)
-            elif (missing := missing_for_slow_link()) is not None:
-                print(f"{setting} is left out: {missing}")
-                continue
-            else:
-                with slow_link(RATE) as names:
-                    of_ranks = run_ranks(2, bench_rank, *given, timeout=1800, namespaces=names)
-        rows += [{"setting": setting, **row} for row in of_ranks[0]]
-    return rows, summarize(rows)
+def measure(node_of_rank: tuple[int, ...], sizes: Sizes) -> list[dict[str, Any]]:
+    """Rows of one setting."""
+    with tempfile.TemporaryDirectory() as name:
+        make_inputs(Path(name), sizes)
+        given = (name, node_of_rank, sizes)
+        if node_of_rank[-1] == 0:
+            return run_ranks(2, bench_rank, *given, timeout=1800)[0]
+        with slow_link(RATE) as names:
+            return run_ranks(2, bench_rank, *given, timeout=1800, namespaces=names)[0]
 
 
 def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -179,9 +171,15 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    options = arguments(__doc__ or "").parse_args()
-    rows, summary = measure(quick=options.quick)
-    finish("replay", rows, summary, options.json)
+    options = resumable(__doc__ or "").parse_args()
+    sizes = Sizes(steps=WARM_UP + 3, sequences=2) if options.quick else Sizes()
+    rows = kept_rows(options)
+    for setting, node_of_rank in SETTINGS.items():
+        if node_of_rank[-1] and (missing := missing_for_slow_link()) is not None:
+            print(f"{setting} is left out: {missing}")
+            continue
+        recorded("replay", rows, {"setting": setting}, partial(measure, node_of_rank, sizes), options.json)
+    finish("replay", rows, summarize(rows), options.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Print and write the result of a benchmark: {"name", "commit", "machine", "rows", "summary"}."""
+"""Print and write the result of a benchmark: {"name", "commit", "machine", "rows", "summary"}.
+
+A long benchmark writes each row as soon as it is there (`recorded`), and goes on with `--resume` where a call before has ended."""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,43 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="take few samples, only to see that it works")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     return parser
+
+
+def resumable(description: str) -> argparse.ArgumentParser:
+    parser = arguments(description)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file of --json has, and make those that it lacks")
+    return parser
+
+
+def kept_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The rows to begin with.
+
+    Raises:
+        SystemExit: `--resume` without a file.
+    """
+    if options.resume and options.json is None:
+        raise SystemExit("--resume needs the file whose rows are kept: --json FILE")
+    if not options.resume or not options.json.exists():
+        return []
+    return list(json.loads(options.json.read_text(encoding="utf-8"))["rows"])
+
+
+def recorded(
+    name: str, rows: list[dict[str, Any]], case: Mapping[str, Any], make: Callable[[], Sequence[Mapping[str, Any]]], json_file: Path | None
+) -> list[dict[str, Any]]:
+    """The rows of a case: those of `rows`, if there are any, or else new ones, which are added to `rows` and to the file.
+
+    Args:
+        case: what rows of the case have in common, and no others.
+        make: a function that makes them, without what `case` says.
+    """
+    found = [row for row in rows if case.items() <= {key: row.get(key) for key in case}.items()]
+    if not found:
+        found = [{**case, **row} for row in make()]
+        rows += found
+        if json_file:
+            _write(name, rows, {}, json_file)
+    return found
 
 
 def machine() -> dict[str, Any]:
@@ -42,8 +81,14 @@ def finish(name: str, rows: Sequence[dict[str, Any]], summary: dict[str, float],
     for key, value in summary.items():
         print(f"{key} = {value:.3g}")
     if json_file:
-        result = {"name": name, "commit": _commit(), "machine": machine(), "rows": list(rows), "summary": summary}
-        json_file.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        _write(name, rows, summary, json_file)
+
+
+def _write(name: str, rows: Sequence[dict[str, Any]], summary: dict[str, float], json_file: Path) -> None:
+    result = {"name": name, "commit": _commit(), "machine": machine(), "rows": list(rows), "summary": summary}
+    part = json_file.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1), encoding="utf-8")
+    part.replace(json_file)
 
 
 def _cell(value: Any) -> str:

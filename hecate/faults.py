@@ -1,7 +1,7 @@
 """The one place through which faults are put into a running process: `hecate drill` and the tests do so, and nothing else can.
 
 The code that trains calls `at` at the places below. It does nothing unless this process was armed. No configuration key and no
-environment variable arms a process: that takes a call of `arm`, and only the program of the drills (`hecate.drill.program`) has one.
+environment variable arms a process: that takes a call of `arm`, and only the drills (`hecate.drill`) have one.
 """
 
 from __future__ import annotations

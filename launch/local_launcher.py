@@ -47,7 +47,7 @@ ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRES
 which takes a tenth of a step on a CPU."""
 
 
-def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, survives: bool = False) -> int:
+def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, survives: bool = False, together: int = 1) -> int:
     """Run `python -m PROGRAM ARGUMENTS` as `num_ranks` ranks on this machine, and return the exit status of the run.
 
     Rank 0 prints to the terminal. The first SIGINT or SIGTERM is passed on to the ranks, which save and stop, and the exit status is 130
@@ -56,19 +56,21 @@ def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, surv
     Args:
         survives: whether the ranks can go on without one that dies. If so they go on, and a new rank is started, which joins them when it
             has loaded.
+        together: so many neighbouring ranks can only go on together (`model.tensor_parallel`). If one of them dies, the others are ended,
+            and with more than one none of them is replaced.
     """
     with run_folder() as folder, forking(folder, _environment(num_ranks), program) as start:
-        return start_and_watch([*start, *arguments], num_ranks, folder / "store", survives=survives)
+        return start_and_watch([*start, *arguments], num_ranks, folder / "store", survives=survives, together=together)
 
 
-def start_and_watch(command: Sequence[str], num_ranks: int, store: Path, *, survives: bool) -> int:
+def start_and_watch(command: Sequence[str], num_ranks: int, store: Path, *, survives: bool, together: int = 1) -> int:
     """`launch_local` with a command that starts a rank.
 
     Args:
         store: the path that the files between launcher and ranks are named after; in a folder of this run's own.
     """
     ranks = {rank: _start(command, rank, num_ranks, store, survives=survives) for rank in range(num_ranks)}
-    surviving = SurvivingRanks(command, num_ranks, store, ranks) if survives else None
+    surviving = SurvivingRanks(command, num_ranks, store, ranks, together) if survives else None
     signals: list[int] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -96,12 +98,14 @@ class SurvivingRanks:
     After a loss it writes the file from which the remaining ranks read who goes on (`Generation`), and starts a replacement.
     """
 
-    def __init__(self, command: Sequence[str], num_ranks: int, store: Path, processes: dict[int, Process]) -> None:
+    def __init__(self, command: Sequence[str], num_ranks: int, store: Path, processes: dict[int, Process], together: int = 1) -> None:
         """Args:
         command: the command line of a rank.
         store: the path that the files between launcher and ranks are named after (`hecate.ranks.launcher_files`).
         processes: the process of each member, by number. Members that are started later are added to it.
+        together: see `launch_local`.
         """
+        self._together = together
         self._command, self._store, self._processes = command, store, processes
         everyone = tuple(range(num_ranks))
         self._now = Generation(0, everyone, everyone, num_ranks)
@@ -123,14 +127,21 @@ class SurvivingRanks:
             self._fill_up()
         self._evict_stopped()
         dead = [member for member in self._now.members if self._processes[member].poll() not in (None, 0, USER_ERROR_EXIT)]
-        left = [member for member in self._now.members if member not in dead]
+        broken = {self._now.members.index(member) // self._together for member in dead}
+        left = [member for rank, member in enumerate(self._now.members) if rank // self._together not in broken]
         if not dead or not any(self._processes[member].poll() is None for member in left):
             return
         device_of = dict(zip(self._now.members, self._now.devices, strict=True))
         causes = ", ".join(f"rank {self._now.members.index(m)} {_cause(self._processes[m].returncode)}" for m in dead)
+        ended = [member for member in self._now.members if member not in left and member not in dead]
+        if ended:
+            causes += f"; {len(ended)} more of its tensor group ended, which have only parts of the model"
+        for member in ended:  # before they can read that the others go on without them
+            self._processes[member].kill()
+            self._processes[member].wait()
         self._regroup(tuple(left), tuple(device_of[member] for member in left))
         print(f"hecate: {causes}; {len(left)} ranks go on", file=sys.stderr, flush=True)
-        if not self.stopping:
+        if not self.stopping and self._together == 1:
             for member in dead:
                 self._replace(device_of[member])
 

@@ -17,7 +17,7 @@ from hecate.ranks.launcher_files import pid_files
 
 STOPPED_SECONDS = 1.5
 """how long a rank may be stopped before the others go on without it"""
-_LOOK_SECONDS = 0.25
+LOOK_SECONDS = 0.25
 
 
 class StoppedRanks:
@@ -56,7 +56,7 @@ def end_stopped_ranks(folder: Path) -> None:
             if _is_descendant(pid_of[rank]):
                 say_stopped(rank, seconds)
                 os.kill(pid_of[rank], signal.SIGKILL)
-        time.sleep(_LOOK_SECONDS)
+        time.sleep(LOOK_SECONDS)
 
 
 def _is_descendant(pid: int) -> bool:

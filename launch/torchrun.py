@@ -106,7 +106,11 @@ def launch(program: str, arguments: Sequence[str], job: TorchrunJob) -> int:
     several = job.nodes[1] > 1
     if several and job.endpoint is None:
         raise UserError("--rdzv-endpoint: must be given with several nodes: HOST:PORT of one of them, the same on all")
-    meeting = find_endpoint(job.endpoint) if several and job.endpoint is not None else None
+    return launch_at(program, arguments, job, find_endpoint(job.endpoint) if several and job.endpoint is not None else None)
+
+
+def launch_at(program: str, arguments: Sequence[str], job: TorchrunJob, meeting: Endpoint | None) -> int:
+    """`launch` with the meeting point as this node sees it; None: there is one node."""
     if meeting is not None and meeting.on_this_node:
         check_free(meeting)
     with run_folder() as folder:

@@ -277,6 +277,33 @@ def dispatch_latency(near: float, far: float, asked: bool, topology: TopologyNum
 
 
 @loop
+def moved_bytes(
+    owner: np.ndarray, replicas: Replicas, resident: np.ndarray, loads: LayerLoads, topology: TopologyNumbers, cost: CostNumbers
+) -> float:
+    """Bytes that a layer sends between ranks in a step: experts, their gradients, and all rows; of frozen parts a step's share.
+
+    Rows and experts count once for each rank that they come to, experts by the route that is fastest once for each exchange.
+    """
+    ranks, k = len(topology.node_D), cost.top_k
+    trainable, frozen = np.empty((4, ranks)), np.empty((4, ranks))
+    replica_parts(owner, replicas, resident, topology, cost, trainable, frozen)
+    gathered = total(trainable[NEAR_OUT]) + total(trainable[FAR_OUT])
+    fetched = cost.fetched_share * (total(frozen[NEAR_OUT]) + total(frozen[FAR_OUT]))
+    moved = gathered * ((1 + cost.second_gathers) * cost.trainable_bytes + cost.reduced_bytes) + fetched * cost.frozen_bytes
+    remote_D, rows = np.zeros(ranks), 0.0
+    for e in range(len(owner)):
+        for c in range(replicas.count_E[e]):
+            d = replicas.rank_EC[e, c]
+            here = replicas.quota_ED[e, d] - loads.tokens_SE[d, e]
+            if here > ROUNDING * loads.load_E[e]:
+                remote_D[d] += here
+    all_tokens = total(loads.load_D) / k
+    for d in range(ranks):
+        rows += distinct(remote_D[d], all_tokens - loads.load_D[d] / k, k)
+    return moved + 4.0 * cost.row_bytes * rows
+
+
+@loop
 def _leave_nodes(replicas: Replicas, loads: LayerLoads, far_share: np.ndarray, topology: TopologyNumbers, far_out: np.ndarray) -> None:
     """Adds to `far_out` [ranks] the assignments of each that leave its node; `far_share` [nodes, experts] of what leaves a rank does."""
     ranks, experts = loads.tokens_SE.shape

@@ -29,7 +29,8 @@ PlanMode = Literal["history", "calibrated", "exact", "replay"]
 """from which loads layers are planned: those of past steps; the same, but re-planned after the router if that pays; the micro-step's own,
 counted after each router; the same, known before the micro-step begins"""
 PlanChoice = PlanMode | Literal["auto"]
-"""the mode of all layers, or auto: in each step each layer goes by the one that has been fastest (`hecate.parallel.measured_modes`)"""
+"""the mode of all layers; of auto and exact: in each step each layer goes by the mode of several that has been fastest
+(`hecate.parallel.measured_modes`)"""
 Route = Literal["flat", "two_level", "sliced"]
 """how the replicas of a placement travel (see `hecate.parallel.routes`), simplest first"""
 RouteChoice = Literal["fastest", "flat", "two_level", "sliced"]

@@ -17,7 +17,7 @@ import numpy as np
 from hecate.parallel.cost_loops import exposed_seconds
 from hecate.parallel.cost_model import LayerCost, Priced, cost_numbers, price
 from hecate.parallel.executed_flows import executed_flows, served
-from hecate.parallel.flows import Flows, nothing_travels, token_split
+from hecate.parallel.flows import Flows, flows, nothing_travels, token_split
 from hecate.parallel.placement import Placement
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.planners.new_split import split_anew
@@ -56,6 +56,8 @@ class LayerPlan:
         share_ESD = self._shares(topology)
         if share_ESD is not None:
             return flows_of_shares(share_ESD, loads_ED.astype(np.float64), topology)
+        if self.quota_ED is not None and np.array_equal(loads_ED, self.loads_ED):  # as executed, at a third of the time
+            return flows(self.loads_ED, self.quota_ED, topology)
         return executed_flows(self.placement.where_ED, self.quota_ED, self.loads_ED, loads_ED.astype(np.float64), topology)
 
     def served(self, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
@@ -113,13 +115,14 @@ def best_after_router(
     for layer, now in enumerate(present):
         alone = one_layer(given, layer, given.expected_LED[layer])
         plans = [layer_plan(candidate, given, layer) for candidate in candidates]
-        gains = [calibration_gain(alone, now, plan) for plan in plans]
+        seconds = after_router(alone, now)
+        gains = [calibration_gain(alone, now, plan, seconds) for plan in plans]
         best = int(np.argmax(gains))
         found.append((gains[best], plans[best]))
     return found
 
 
-def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan) -> float:
+def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan, present_seconds: float) -> float:
     """Seconds that a layer's micro-step is predicted to gain by `better` in place of `present`, whose replicas have been gathered.
 
     The replicas that `better` needs besides travel after the router has decided. Nothing hides that gather, so it counts in full. Dispatch,
@@ -127,6 +130,7 @@ def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan) ->
 
     Args:
         given: one layer under its true loads.
+        present_seconds: what `after_router` says of `present`.
     """
     brought = price_missing(
         given.owner_LE[0],
@@ -136,7 +140,7 @@ def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan) ->
         given.cost,
         None if given.resident_LED is None else given.resident_LED[0],
     )
-    return _after_router(given, present) - _after_router(given, better) - float(brought.seconds.gather)
+    return present_seconds - after_router(given, better) - float(brought.seconds.gather)
 
 
 def price_missing(
@@ -158,7 +162,12 @@ def price_missing(
     return price(owner_E, where_ED, Flows(*(nothing_ED,) * 5), nothing_ED, topology, cost, resident_ED=resident_ED)
 
 
-def _after_router(given: PlanInput, plan: LayerPlan) -> float:
+def after_router(given: PlanInput, plan: LayerPlan) -> float:
+    """Seconds of a layer's micro-step from its router on, with a plan whose replicas have been gathered.
+
+    Args:
+        given: one layer under its true loads.
+    """
     assert given.loads_LED is not None
     cost = replace(given.cost, frozen_bytes=0.0)
     flow = plan.flow(given.loads_LED[0], given.topology)

@@ -80,8 +80,11 @@ class LoadHistory:
         return [{str(unit): loads_ED.T.tolist() for unit, loads_ED in step.items()} for step in self._steps]
 
     def load_state_dict(self, state: list[dict[str, list[list[int]]]]) -> None:
-        """Hold the iterations of a `state_dict`."""
-        self.restore([{parse_unit(text): np.array(loads, dtype=np.int64).T.copy() for text, loads in step.items()} for step in state])
+        """Hold the iterations of a `state_dict`. Raises AttributeError, TypeError or ValueError if it is none."""
+        steps = [{parse_unit(text): np.array(loads, dtype=np.int64).T.copy() for text, loads in step.items()} for step in state]
+        if any(loads_ED.ndim != 2 or (loads_ED < 0).any() for step in steps for loads_ED in step.values()):
+            raise ValueError("loads must be lists of counts, one for each source rank")
+        self.restore(steps)
 
 
 def _redealt(loads_ED: np.ndarray, world_size: int) -> np.ndarray:

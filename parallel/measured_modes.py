@@ -1,10 +1,11 @@
-"""Which loads each layer is planned from under `fssdp.plan: auto`: measured on the last steps, whose true loads are known.
+"""Which loads each layer is planned from under `fssdp.plan: auto` and `exact`: measured on the last steps, whose true loads are known.
 
 After a step, its plan is made again three times for each layer: from the loads that were predicted (history), the same with a better plan
 after the router where that pays (calibrated), and from the true loads, with a gather that nothing hides (exact). All three are priced on
 the true loads, as they are executed. So history pays for the error of its prediction, and the others for planning late. A layer goes by
-whichever would have been fastest over the last steps, history if none was. No message is needed: all of it is computed from values that
-the ranks of a sharding group share.
+whichever would have been fastest over the last steps. Under `exact` it is one of the two that plan from the true loads: calibrated, which
+is never slower than history in a step of one micro-step, unless its early gather has been in vain; with frozen parts always calibrated.
+No message is needed: all of it is computed from values that the ranks of a sharding group share.
 
 Shapes: S steps, M modes, L layers, E experts, D ranks.
 """
@@ -16,12 +17,29 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hecate.parallel.cost_model import PlanMode, price
+from hecate.parallel.cost_model import PlanChoice, PlanMode, price
 from hecate.parallel.layer_plan import best_after_router, layer_plan
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.predictors import predicted_loads
 
 MODES: tuple[PlanMode, ...] = ("history", "calibrated", "exact")
+
+
+def modes_of(choice: PlanChoice, prefetch: int = 1) -> tuple[PlanMode, ...]:
+    """The modes among which each layer's is chosen in each step; before a step has been measured, it is the first.
+
+    Args:
+        prefetch: see `ExecutionMode.prefetch`; with 0 nothing is gathered before the router, so that `exact` has nothing to choose.
+    """
+    if choice == "auto":
+        return MODES
+    return ("calibrated", "exact") if choice == "exact" and prefetch > 0 else (choice,)
+
+
+def execution_of(choice: PlanChoice, prefetch: int) -> tuple[PlanMode, tuple[PlanMode, ...]]:
+    """For the simulator: `ExecutionMode.plan`, and the modes to choose among; none: all layers go by the former."""
+    modes = modes_of(choice, prefetch)
+    return (modes[0], ()) if len(modes) == 1 else ("history", modes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,16 +93,17 @@ class MeasuredModes:
     Args:
         window: the most steps from which each of them is predicted.
         splits: see `best_after_router`.
+        modes: among which is chosen, of `MODES`.
     """
 
-    def __init__(self, window: int, *, splits: bool = False) -> None:
-        self._window, self._splits = window, splits
+    def __init__(self, window: int, *, splits: bool = False, modes: Sequence[PlanMode] = MODES) -> None:
+        self._window, self._splits, self._modes = window, splits, modes
         self._judged: list[tuple[object, JudgedStep]] = []
 
     def choose(
         self, planner: Callable[[PlanInput], Plan], given: PlanInput, steps: Sequence[object], loads_SLED: np.ndarray
     ) -> list[PlanMode]:
-        """Return the mode of each layer in the next step: the fastest over the steps that are given, of equal ones the first in `MODES`.
+        """Return the mode of each layer in the next step: the fastest over the steps that are given, of equal ones the first.
 
         Only steps that have come since the last call are judged; the first one has no prediction.
 
@@ -93,6 +112,9 @@ class MeasuredModes:
             steps: what each step is known by; the same object, the same step.
             loads_SLED: of these steps, oldest first; may be none.
         """
+        if given.cost.frozen_bytes > 0 and "history" not in self._modes:
+            # Frozen parts stay where a plan brings them, so a layer that changed its mode would not find what the judged steps found.
+            return [self._modes[0]] * given.num_layers
         judged: list[tuple[object, JudgedStep]] = []
         for at in range(1, len(steps)):
             known = next((one for step, one in self._judged if step is steps[at]), None)
@@ -108,8 +130,9 @@ class MeasuredModes:
             judged.append((steps[at], known))
         self._judged = judged
         if not judged:
-            return [MODES[0]] * given.num_layers
-        return [MODES[mode] for mode in np.sum([one.seconds_ML for _, one in judged], axis=0).argmin(0)]
+            return [self._modes[0]] * given.num_layers
+        seconds_ML = np.sum([one.seconds_ML for _, one in judged], axis=0)[[MODES.index(mode) for mode in self._modes]]
+        return [self._modes[mode] for mode in seconds_ML.argmin(0)]
 
 
 def _in_mode(given: PlanInput, mode: PlanMode) -> PlanInput:

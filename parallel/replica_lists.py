@@ -25,6 +25,7 @@ class Replicas(NamedTuple):
     """float64 [experts, ranks]: assignments served at each replica"""
 
 
+@loop
 def no_replicas(experts: int, ranks: int) -> Replicas:
     shape = (experts, ranks)
     return Replicas(np.zeros(shape, np.bool_), np.zeros(experts, np.int64), np.zeros(shape, np.int32), np.zeros(shape))

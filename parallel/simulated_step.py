@@ -84,7 +84,7 @@ class Setting:
     max_imbalance: float | None
     reshard_interval: int | None
     num_layers: int
-    choose_modes: bool
+    choose_modes: tuple[PlanMode, ...]
     window: int
     sharded: bool = False
     """experts travel as parts (`sharded_gather`)"""
@@ -141,6 +141,8 @@ class Executed:
     imbalance_L: np.ndarray
     replicas_LD: np.ndarray
     """of other ranks' experts"""
+    frozen_LD: np.ndarray
+    """frozen parts of other ranks' experts, those that are kept for later steps included"""
     computed_LD: np.ndarray
     """distinct tokens"""
 
@@ -151,6 +153,9 @@ class SimulatedStep:
     bytes: StepBytes
     imbalance: float
     replica_bytes_D: np.ndarray
+    replicas_D: np.ndarray
+    """see `Simulated.replicas_D`, and so on"""
+    frozen_parts_D: np.ndarray
     served_tokens_D: np.ndarray
     most_tokens_D: np.ndarray
 
@@ -160,10 +165,16 @@ def execute(
     true_LED: np.ndarray,
     owner_before_LE: np.ndarray,
     resident_LED: np.ndarray | None,
+    kept_LED: np.ndarray | None,
     setting: Setting,
     better: Better | None,
 ) -> Executed:
-    """What the true loads of all layers come to in those of `planned`, in some of which a better plan takes its place after the router."""
+    """What the true loads of all layers come to in those of `planned`, in some of which a better plan takes its place after the router.
+
+    Args:
+        resident_LED: bool [layers, experts, ranks]: frozen parts that are there before the step; None: experts have none.
+        kept_LED: the same once the plan's have been fetched.
+    """
     plan, times, layer_M, execution, topology = planned.plan, planned.times, planned.layer_M, planned.given.execution, setting.topology
     # Planners pay a frozen part over its lifetime; the simulator pays it in the step in which it travels, in one of its micro-steps.
     cost = replace(setting.cost, frozen_lifetime=float(times))
@@ -187,20 +198,29 @@ def execute(
         optimizer=float(seconds.optimizer.sum()),
         **{name: times * float(getattr(seconds, name).sum()) for name in ("compute", "dispatch", "gather", "reduce", "exposed")},
     )
+    others_LED = ~_at(plan.owner_LE, topology)
+    used_LED = plan.where_LED | where_LED
+    held_LED = used_LED if kept_LED is None else used_LED | kept_LED[layer_M]
     return Executed(
         step_seconds,
         _bytes(plan, before, priced, brought, owner_before_LE, topology, cost, times, execution.rematerialize),
         _imbalance(priced.rows, served(flow), topology, cost),
-        ((plan.where_LED | where_LED) & ~_at(plan.owner_LE, topology)).sum(1),
+        (used_LED & others_LED).sum(1),
+        (held_LED & others_LED).sum(1),
         times * priced.rows.computed_D,
     )
 
 
 def all_layers(executed: list[Executed], setting: Setting) -> SimulatedStep:
     """All layers together."""
-    replicas_LD, computed_LD = (np.concatenate([getattr(part, name) for part in executed]) for name in ("replicas_LD", "computed_LD"))
+    replicas_LD, frozen_LD, computed_LD = (
+        np.concatenate([getattr(part, name) for part in executed]) for name in ("replicas_LD", "frozen_LD", "computed_LD")
+    )
     near_out, near_in, far_out, far_in = (sum(getattr(part.ports, field.name) for part in executed) for field in fields(PortBytes))
     member_DN = node_membership(setting.topology)
+    cost, all_layers = setting.cost, setting.num_layers / len(replicas_LD)
+    replicas_D = replicas_LD.max(0) if setting.execution.rematerialize else replicas_LD.sum(0) * all_layers
+    frozen_D = frozen_LD.sum(0) * all_layers
     return SimulatedStep(
         StepSeconds(**{field.name: sum(getattr(part.seconds, field.name) for part in executed) for field in fields(StepSeconds)}),
         StepBytes(
@@ -210,7 +230,9 @@ def all_layers(executed: list[Executed], setting: Setting) -> SimulatedStep:
             busiest_uplink=float(np.maximum(far_out @ member_DN, far_in @ member_DN).max()),
         ),
         float(np.concatenate([part.imbalance_L for part in executed]).mean()),
-        _replica_bytes(replicas_LD, setting),
+        replicas_D * (cost.replica_bytes - cost.frozen_bytes) + frozen_D * cost.frozen_bytes,
+        replicas_D,
+        frozen_D,
         computed_LD.mean(0),
         computed_LD.max(0),
     )
@@ -294,13 +316,6 @@ def _imbalance(rows: Rows, quota_LED: np.ndarray, topology: Topology, cost: Laye
     even_L = work_LD.sum(1) / rate_D.sum()
     busiest_L = (work_LD / rate_D).max(1)
     return np.divide(busiest_L, even_L, out=np.ones_like(even_L), where=even_L > 0)
-
-
-def _replica_bytes(replicas_LD: np.ndarray, setting: Setting) -> np.ndarray:
-    every_D = replicas_LD.sum(0) * setting.num_layers / len(replicas_LD)
-    at_once_D = replicas_LD.max(0) if setting.execution.rematerialize else every_D
-    frozen, moving = setting.cost.frozen_bytes, setting.cost.replica_bytes - setting.cost.frozen_bytes
-    return np.asarray(at_once_D * moving + every_D * frozen)
 
 
 def _at(owner_LE: np.ndarray, topology: Topology) -> np.ndarray:

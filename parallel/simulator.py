@@ -5,7 +5,8 @@ loads predict, as in training (`hecate.parallel.predictors`). In `exact` mode it
 routers; attention has ended by then and hides no gather. This holds for `full`, too, which needs no loads: in exact mode the engine plans
 and gathers a layer after its router. In `replay` mode it plans from the true loads, too, but they are known before the step, so that
 attention hides the gather. In `calibrated` mode a plan from history is replaced, layer by layer, by one from the true loads where that pays
-after the router. Layers may also go by different modes, each by the one that has been fastest (`hecate.parallel.measured_modes`).
+after the router. Layers may also go by different modes, each by the one that has been fastest (`hecate.parallel.measured_modes`), as with
+`fssdp.plan: auto` and `exact`.
 
 Shapes: L layers, E experts, S = D ranks as sources and as destinations.
 """
@@ -58,7 +59,12 @@ class Simulated:
     imbalance: float
     """largest expert compute time of a rank over what it would be if all shared the work by their rates; mean over layers"""
     replica_bytes_D: tuple[float, ...]
-    """memory of each rank's replicas of others' experts (parameters, gradients, frozen parts), in its fullest step"""
+    """memory of each rank's replicas of others' experts (parameters, gradients, frozen parts, those that are kept for later steps
+    included), in its fullest step"""
+    replicas_D: tuple[float, ...]
+    """replicas of others' experts that each rank has at once, in its fullest step: of all layers; rematerialized ones of one layer"""
+    frozen_parts_D: tuple[float, ...]
+    """frozen parts of others' experts that each rank has in all layers, in its fullest step, those that are kept included"""
     served_tokens_D: tuple[float, ...]
     """distinct tokens that each rank computes in a layer, in its fullest step; mean over layers"""
     most_tokens_D: tuple[float, ...]
@@ -79,7 +85,7 @@ class Simulated:
 
     def as_dict(self) -> dict[str, Any]:
         """The results as JSON values (docs/simulator.md)."""
-        beside = ("policy", "replica_bytes_D", "served_tokens_D", "most_tokens_D")
+        beside = ("policy", "replica_bytes_D", "replicas_D", "frozen_parts_D", "served_tokens_D", "most_tokens_D")
         whole = {"policy": self.policy, "step_seconds": self.step_seconds, "replica_bytes": self.replica_bytes}
         return whole | {name: value for name, value in asdict(self).items() if name not in beside}
 
@@ -107,7 +113,7 @@ def simulate(
     reshard_interval: int | None = None,
     num_layers: int | None = None,
     collectives: Mapping[str, Collective] | None = None,
-    choose_modes: bool = False,
+    choose_modes: Sequence[PlanMode] = (),
 ) -> list[Simulated]:
     """Put loads through each policy, all layers alike.
 
@@ -125,9 +131,9 @@ def simulate(
         reshard_interval: every so many steps `hecate_paper` and `auto` move experts to better owners where that pays; None: never.
         num_layers: of the model, of which the loads' layers are a sample; seconds, bytes and memory are scaled to them. None: no sample.
         collectives: of policies by name, where they are not those of `execution`, such as `hecate.parallel.planners.COLLECTIVES`.
-        choose_modes: in each step each layer goes by history, calibrated or exact, whichever would have been fastest over the last steps,
-            as with `fssdp.plan: auto`; `execution.plan` is history. Loads are those of all micro-steps, each of which gathers the layers of
-            the latter two modes for itself.
+        choose_modes: in each step each layer goes by whichever of these modes would have been fastest over the last steps (`modes_of`);
+            `execution.plan` is history. Loads are those of all micro-steps, each of which gathers the layers of the modes calibrated and
+            exact for itself. Empty: all layers go by `execution.plan`.
 
     Raises:
         UserError: a load is negative or not finite.
@@ -148,7 +154,7 @@ def simulate(
         max_imbalance,
         reshard_interval,
         num_layers or loads.shape[1],
-        choose_modes,
+        tuple(choose_modes),
         history_steps,
     )
     return [
@@ -199,7 +205,7 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: Se
     steps: list[SimulatedStep] = []
     planner_seconds: list[float] = []
     modes: list[list[PlanMode]] = []
-    measured = MeasuredModes(setting.window, splits=planner is plan_auto)
+    measured = MeasuredModes(setting.window, splits=planner is plan_auto, modes=setting.choose_modes or MODES)
     names = [object() for _ in range(num_steps)]
     parts: list[Planned] = []
     for step in range(num_steps):
@@ -233,11 +239,6 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: Se
             started = time.perf_counter()
             parts = [plan_layers(planner, given, layer_M, loads[step], mode, setting) for mode, layer_M in _by_mode(modes[-1])]
             planner_seconds.append(time.perf_counter() - started)
-        executed = [
-            execute(part, loads[step], owner_before_LE, held_LED, setting, better_after_router(planner, part, loads[step]))
-            for part in parts
-        ]
-        steps.append(all_layers(executed, setting))
         owner_LE, placed_LED = np.empty_like(owner_LE), np.empty(loads.shape[1:], dtype=bool)
         for part in parts:
             owner_LE[part.layer_M], placed_LED[part.layer_M] = part.plan.owner_LE, part.plan.where_LED
@@ -245,6 +246,12 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: Se
             if (owner_LE != owner_before_LE).any():
                 residency = [layer.change_owners(owner_E) for layer, owner_E in zip(residency, owner_LE, strict=True)]
             residency = [layer.need(where_ED).after_step() for layer, where_ED in zip(residency, placed_LED, strict=True)]
+        kept_LED = np.stack([layer.held_ED for layer in residency]) if has_frozen else None
+        executed = [
+            execute(part, loads[step], owner_before_LE, held_LED, kept_LED, setting, better_after_router(planner, part, loads[step]))
+            for part in parts
+        ]
+        steps.append(all_layers(executed, setting))
     counted = steps[1:] or steps
     scale = setting.num_layers / num_layers
     return Simulated(
@@ -253,6 +260,8 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: Se
         bytes=StepBytes(**_mean([one.bytes for one in counted], scale)),
         imbalance=float(np.mean([one.imbalance for one in counted])),
         replica_bytes_D=tuple(np.max([one.replica_bytes_D for one in counted], axis=0).tolist()),
+        replicas_D=tuple(np.max([one.replicas_D for one in counted], axis=0).tolist()),
+        frozen_parts_D=tuple(np.max([one.frozen_parts_D for one in counted], axis=0).tolist()),
         served_tokens_D=tuple(np.max([one.served_tokens_D for one in counted], axis=0).tolist()),
         most_tokens_D=tuple(np.max([one.most_tokens_D for one in counted], axis=0).tolist()),
         planner_ms_per_layer=1e3 * float(np.median(planner_seconds)) / num_layers,

@@ -1,9 +1,10 @@
 """The order in which numbers of a step are added where it must depend on no rank (`deterministic`): a fixed tree over positions.
 
-The sequences of a micro-step have positions, from 0; each is computed by itself. Sums over the micro-steps of one position come first, in
-their order. The sums of positions are then added as a tree says that depends on the number of positions alone: all positions together are
-those below the largest power of two that leaves some, plus the rest, and so on. A rank has neighbouring positions, and so some whole
-subtrees, which it adds up before anything travels: few numbers travel more than in any other order.
+A micro-step's sequences are cut into groups of equally many neighbours. A group has a position, from 0, and is computed by itself. Sums
+over the micro-steps of one position come first, in their order. The sums of positions are then added as a tree says that depends on the
+number of positions alone: all positions together are those below the largest power of two that leaves some, plus the rest, and so on. A
+rank has neighbouring positions, and so some whole subtrees, which it adds up before anything travels: few numbers travel more than in any
+other order.
 """
 
 from __future__ import annotations

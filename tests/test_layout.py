@@ -284,6 +284,7 @@ WRITES_PLAINLY = {
     "hecate/drill/data_files.py": "as hecate/drill/model_files.py",
     "hecate/drill/run_files.py": "as hecate/drill/model_files.py",
     "hecate/drill/guard.py": "/proc is no disk",
+    "hecate/drill/launchers.py": "as hecate/drill/tiny_run.py",
     "hecate/drill/program.py": "as hecate/drill/tiny_run.py",
     "hecate/drill/ranks.py": "as hecate/drill/tiny_run.py",
     "hecate/drill/run.py": "as hecate/drill/tiny_run.py",

@@ -5,11 +5,13 @@ import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
-from hecate.checkpoint.files import CheckpointError
+from hecate.checkpoint.files import CheckpointError, read_small
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, Manifest, read_manifest, step_of
+from hecate.checkpoint.meta import saved_at
 from hecate.checkpoint.verify import first_damage
 from hecate.io.durable import delete_files, sync_folder
 
@@ -75,7 +77,28 @@ def retained(steps: Iterable[int], every: int) -> set[int]:
     return {step for stretch, step in first.items() if stretch > 0}
 
 
-def prune(root: Path, keep: int, retain_steps: int | None = None, warn: Callable[[str], None] = _log.warning) -> list[Path]:
+def retained_by_time(times: Mapping[int, int | None], hours: int) -> set[int]:
+    """Return those steps that are kept for good: the first one in each stretch of so many hours, counted from 1970 on.
+
+    It stays the same when others are deleted.
+
+    Args:
+        times: step -> when it was saved, in seconds since 1970; None, where a checkpoint does not say: it is not kept for its time.
+    """
+    first: dict[int, int] = {}
+    for step, when in sorted(times.items()):
+        if when is not None:
+            first.setdefault(when // (3600 * hours), step)
+    return set(first.values())
+
+
+def prune(
+    root: Path,
+    keep: int,
+    retain_steps: int | None = None,
+    retain_hours: int | None = None,
+    warn: Callable[[str], None] = _log.warning,
+) -> list[Path]:
     """Delete the checkpoints older than the `keep` newest whole ones. Returns the deleted folders, oldest last.
 
     Whole means that every digest was verified; of what this process has written or verified before, tensors are not read again. If there
@@ -84,6 +107,7 @@ def prune(root: Path, keep: int, retain_steps: int | None = None, warn: Callable
 
     Args:
         retain_steps: see `retained`; these are not deleted. None: none.
+        retain_hours: see `retained_by_time`; these are not deleted, either. None: none.
         warn: is told of each damaged checkpoint that does not count, once in a process.
     """
     assert keep >= 1, keep
@@ -95,6 +119,8 @@ def prune(root: Path, keep: int, retain_steps: int | None = None, warn: Callable
     if len(kept) < keep:
         return deleted
     for_good = retained((_step(folder) for folder in folders), retain_steps) if retain_steps else set()
+    if retain_hours:
+        for_good |= retained_by_time({_step(folder): _saved_at(folder) for folder in folders}, retain_hours)
     for folder in folders[folders.index(kept[-1]) + 1 :]:
         if _step(folder) in for_good:
             continue
@@ -151,6 +177,20 @@ def _is_whole(folder: Path, warn: Callable[[str], None]) -> bool:
         _said.add((folder, damage))
         warn(f"{folder.name} is damaged and does not count as one of the latest checkpoints: {damage}")
     return damage is None
+
+
+def _saved_at(folder: Path) -> int | None:
+    """When a checkpoint was saved, as its manifest says; None: it does not, or is damaged."""
+    try:
+        return _time_in(folder, read_small(folder, COMMIT, 1024))
+    except CheckpointError:
+        return None
+
+
+@cache
+def _time_in(folder: Path, _commit: bytes) -> int | None:
+    """The time in a manifest, which is read once for each COMMIT: a run may keep hundreds of checkpoints."""
+    return saved_at(read_manifest(folder).meta)
 
 
 def _step(folder: Path) -> int:

@@ -30,6 +30,16 @@ def reading_meta(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder / MANIFEST}: what its run says there is damaged: {reason}\n  take another checkpoint") from error
 
 
+SAVED_AT = "saved_at"
+"""when rank 0 has begun to save, in whole seconds since 1970"""
+
+
+def saved_at(meta: Any) -> int | None:
+    """Return when a checkpoint was saved, in seconds since 1970, as its run says; None: it does not, as those of early versions."""
+    when = meta.get(SAVED_AT) if isinstance(meta, dict) else None
+    return when if type(when) is int and 0 <= when < 2**37 else None
+
+
 def config_text(folder: Path, meta: Any) -> str:
     """Return the run's configuration as YAML. Raises CheckpointError: there is none."""
     with reading_meta(folder):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from hecate.checkpoint.file_system import require_durable, require_room
 from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.history import prune, set_aside
+from hecate.checkpoint.meta import SAVED_AT
 from hecate.checkpoint.save import checkpoint_folder, commit, discard, shard_bytes, staging_folder, write_shard
 from hecate.checkpoint.train_state import TrainedParts, TrainState
 from hecate.checkpoint.verify import first_damage, note_damage
@@ -100,7 +102,7 @@ def begin_save(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainSt
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("owned/")}
     owners = {str(unit): owner_E.tolist() for unit, owner_E in shards.owners.items()}
     meta = {"config": to_yaml(config), "owners": owners, "base_model": parts.base_digest, "drawn": parts.drawn_digest, **state.to_json()}
-    meta["residency"] = shards.residency_to_json()
+    meta |= {"residency": shards.residency_to_json(), SAVED_AT: int(time.time())}
     needed = int(ranks.all_sum(torch.tensor(shard_bytes(rank, world_size, tensors) if writes else 0)))
     _together(ranks, final, (lambda: require_room(final, needed)) if ranks.is_first else _nothing)
     if not writes:
@@ -148,7 +150,7 @@ def _commit(save: SaveUnderWay, warnings: list[str]) -> None:
     commit(save.staging, final, save.meta, save.world_size)
     note_damage(final, None)
     if config.save_total_limit is not None:
-        prune(final.parent, config.save_total_limit, config.save_retain_steps, warnings.append)
+        prune(final.parent, config.save_total_limit, config.save_retain_steps, config.save_retain_hours, warnings.append)
 
 
 def _agreed_nonce(ranks: Ranks, final: Path) -> str | None:

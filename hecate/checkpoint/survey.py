@@ -11,6 +11,7 @@ from typing import Any
 from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.history import SET_ASIDE, committed, left_over
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, Manifest, read_manifest, step_of
+from hecate.checkpoint.meta import saved_at
 from hecate.io.strict_yaml import YamlError, parse_yaml
 
 
@@ -21,7 +22,7 @@ class ListedCheckpoint:
     folder: Path
     step: int
     when: float
-    """when it was committed, or else last written to, in seconds since 1970"""
+    """when it was saved, as its manifest says; or else committed or last written to, in seconds since 1970"""
     ranks: int | None
     """how many have written it; None: not known"""
     num_bytes: int
@@ -62,7 +63,7 @@ def contents(folder: Path) -> dict[str, Any]:
     return {
         "folder": str(folder),
         "step": manifest.step,
-        "when": _when(folder),
+        "when": saved_at(meta) or _when(folder),
         "ranks": manifest.world_size,
         "bytes": _bytes_in(folder),
         "files": {file: os.stat(folder / file).st_size for file in manifest.files},
@@ -96,7 +97,8 @@ def _listed(folder: Path, step: int) -> ListedCheckpoint:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return ListedCheckpoint(folder, step, _when(folder), None, _bytes_in(folder), "damaged", str(error).splitlines()[0])
-    return ListedCheckpoint(folder, step, _when(folder), manifest.world_size, _bytes_in(folder), "whole", "")
+    when = saved_at(manifest.meta) or _when(folder)
+    return ListedCheckpoint(folder, step, when, manifest.world_size, _bytes_in(folder), "whole", "")
 
 
 def _when(folder: Path) -> float:

@@ -183,6 +183,8 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
             if isinstance(manifest, CheckpointError):
                 raise manifest
             state, tensors = state_of(folder, manifest), _read_own_tensors(folder, manifest, config, parts)
+            with reading_meta(folder):
+                parts.stream.check_state_dict(dict(state.stream))
             read = state, tensors, _residency(folder, manifest, parts.engine.shards)  # of the owners that were adopted with the tensors
         except CheckpointError as error:
             read = error
@@ -193,8 +195,7 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
             passed_over.append((name, reason))
             continue
         assert not isinstance(read, CheckpointError)
-        with reading_meta(folder):
-            state = _install(*read, ranks, parts)
+        state = _install(*read, ranks, parts)
         goes_on = f"training goes on from {name}"
         return LoadedState(state, tuple(f"{bad} is damaged and was passed over: {why}; {goes_on}" for bad, why in passed_over))
 
@@ -297,6 +298,7 @@ def _residency(folder: Path, manifest: Manifest, shards: ExpertShards) -> dict[U
 def _install(
     state: TrainState, tensors: Mapping[str, Tensor], held: Mapping[Unit, Residency], ranks: Ranks, parts: TrainedParts
 ) -> TrainState:
+    """Put what was read and checked in its place. Nothing of it is doubted any more: an error here is a mistake of this program."""
     parts.optimizer.load_state_tensors(tensors, steps_done=state.step)
     state.put_back(parts)
     parts.engine.shards.history.redeal(ranks.world_size)

@@ -119,7 +119,7 @@ def simulate(
     from hecate.forecast.simulate import run_simulation
     from hecate.parallel.cost_model import ExecutionMode
 
-    mode, choose_modes = known_plan(plan, "--plan")
+    mode, choose_modes = known_plan(plan, prefetch, "--plan")
     run_simulation(
         topology=topology,
         price_per_hour=price_per_hour,

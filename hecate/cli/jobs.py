@@ -39,7 +39,8 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     warn_of_cores(count, "nproc")
     # The ranks load torch, transformers and the model before they can say anything themselves.
     print(f"hecate: starting {count} rank{'s' if count > 1 else ''}", file=sys.stderr, flush=True)
-    raise typer.Exit(launch_local(RANK_PROGRAM, [str(config), *(overrides or ())], count, survives=loaded.fssdp.redundancy > 0))
+    survives, together = loaded.fssdp.redundancy > 0, loaded.model.tensor_parallel
+    raise typer.Exit(launch_local(RANK_PROGRAM, [str(config), *(overrides or ())], count, survives=survives, together=together))
 
 
 def check_local(config: Config, check_data: Callable[[Config], None]) -> int:

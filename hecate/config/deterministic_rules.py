@@ -26,6 +26,7 @@ _REFUSED: tuple[tuple[str, str, str], ...] = (
 
 def check_deterministic(values: Mapping[str, Any], add: Add) -> None:
     """Add every problem of `deterministic`, given the typed values of all dotted keys. Absent keys have a problem already."""
+    _check_group(values, add)
     if not values.get("deterministic"):
         return
     for key, why, hint in _REFUSED:
@@ -33,3 +34,12 @@ def check_deterministic(values: Mapping[str, Any], add: Add) -> None:
             add(key, f"does not go together with deterministic: it {why}", hint)
     if values.get("kernels") == "triton":
         add("kernels", "triton does not go together with deterministic, which holds on CPUs only", "leave one of the two out")
+
+
+def _check_group(values: Mapping[str, Any], add: Add) -> None:
+    group, own = values.get("deterministic_group", 1), values.get("micro_batch_size")
+    if group > 1 and values.get("deterministic") is False:
+        add("deterministic_group", f"applies with deterministic only, got {group}", "set deterministic=true, or leave it out")
+    elif group > 1 and own is not None and own % group:
+        what = f"must divide micro_batch_size, which is {own}, so that each rank has whole groups, got {group}"
+        add("deterministic_group", what, "use a common divisor of the micro_batch_size of all runs that are to end with the same bits")

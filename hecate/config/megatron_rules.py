@@ -95,9 +95,13 @@ def _check_tensor_parallel(values: Mapping[str, Any], shape: GptShape, add: Add)
             break
     if ranks is not None and ranks % size:
         add(key, f"must divide the number of ranks, which is {ranks} (nproc), got {size}", hint)
-    if values.get("fssdp.redundancy"):
-        hint = "leave it at 0: after a loss the run resumes from the last checkpoint"
-        add("fssdp.redundancy", f"does not work together with {key} yet: no other rank has a lost rank's part of the weights", hint)
+    redundancy = values.get("fssdp.redundancy", 0)
+    if redundancy and values.get("fssdp.shard_size") is not None:
+        what = f"does not work together with {key} and fssdp.shard_size yet: a lost tensor group may be in several sharding groups"
+        add("fssdp.redundancy", what, "set fssdp.shard_size=null, whose experts have backups in other tensor groups, or leave it at 0")
+    elif redundancy and ranks is not None and ranks // size <= redundancy:
+        what = f"{redundancy} needs more tensor groups than that, for one that is lost has all copies of its weights, got {ranks // size}"
+        add("fssdp.redundancy", what, f"leave it at 0, or take {size * (redundancy + 1)} ranks or more")
 
 
 def _check_tokenizer(values: Mapping[str, Any], add: Add) -> None:

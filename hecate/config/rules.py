@@ -173,9 +173,6 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     for key in ("lora.pairs", "lora.gradient_rule"):
         if not kind.has_pairs and key in values and values[key] != LEAVES[key].default:
             add(key, f"is about low-rank pairs, which experts of moe.family={family} do not have, got {values[key]}", "leave it out")
-    if values.get("fssdp.redundancy") and values.get("model.shard_non_experts"):
-        what = "cannot restore the weights that model.shard_non_experts stores on a lost rank only"
-        add("fssdp.redundancy", what, "set only one of the two")
     targets = set(values.get("lora.target_modules") or ())
     if kind.joins_gate_and_up and len(targets & {"gate_proj", "up_proj"}) == 1:
         hint = "experts of MoE models hold gate and up as one matrix with one adapter: name both, or neither"
@@ -209,11 +206,7 @@ def _check_evaluation(values: Mapping[str, Any], add: Add) -> None:
 
 
 def _check_prefetch(values: Mapping[str, Any], add: Add) -> None:
-    plan, ahead = values.get("fssdp.plan"), values.get("fssdp.prefetch", 1)
-    if plan == "exact" and ahead > 1 and values.get("fssdp.rematerialize") is False:
-        what = f"{ahead} has no effect with fssdp.plan=exact: no gather can start before the layer's router"
-        add("fssdp.prefetch", what, "leave it at 1, or set fssdp.rematerialize, whose backward pass gathers early")
-    if plan == "calibrated" and ahead == 0:
+    if values.get("fssdp.plan") == "calibrated" and values.get("fssdp.prefetch", 1) == 0:
         add("fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated, got 0", "use exact if nothing is to be gathered before the router")
 
 

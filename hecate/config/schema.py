@@ -54,7 +54,8 @@ class ModelConfig:
     """How many of the model's first layers to keep. null: all."""
     shard_non_experts: bool = field(default=False, metadata=key(computes=False, family="moe_lora"))
     """With family moe_lora: shard the decoder layers' frozen weights outside the experts over the ranks, too, and gather each layer's
-    while it runs (torch's FSDP2). false: every rank holds all of them."""
+    while it runs (torch's FSDP2). After a loss (fssdp.redundancy) they are read again from the model's files. false: every rank holds all
+    of them."""
     train_non_experts: bool = field(default=False, metadata=key(family="full"))
     """With family full: also train the weights outside the experts, which every rank holds. Needs dtype float32."""
 
@@ -403,12 +404,13 @@ class FssdpConfig:
     comparison; `hecate plan` prices it as static_ep. The others are the placement rules of the systems they are named after, with their
     split of tokens."""
     plan: Literal["history", "calibrated", "exact", "replay", "auto"] = field(default="history", metadata=key(computes=False))
-    """The loads that a layer's plan is made from. history: those that past steps predict. exact: the loads of the micro-step, which the
-    ranks exchange after the layer's router, so that no computation hides the gather. calibrated: the history's plan, replaced after the
-    router by a better one where the predicted gain exceeds the cost of the transfers that it adds. auto: in each step each layer goes by
-    the one of these three that would have been fastest over the last steps, for which every step is planned again in all three ways.
-    replay: the loads of the micro-step, known before it begins, because its samples bring their routing (moe.replay), so that attention
-    hides the gather as with history."""
+    """The loads that a layer's plan is made from. history: those that past steps predict. calibrated: the history's plan, replaced after
+    the router by a better one where the predicted gain exceeds the cost of the transfers that it adds. exact: the loads of the micro-step,
+    which the ranks exchange after the layer's router. The history's plan is gathered early nevertheless, as with calibrated, until a plan
+    that begins with nothing, and whose gather no computation hides, would have been faster over the last steps; with prefetch 0, never.
+    auto: in each step each layer goes by history, calibrated or such a late plan, whichever would have been fastest over the last steps.
+    For exact and auto every step is planned again in all three ways. replay: the loads of the micro-step, known before it begins, because
+    its samples bring their routing (moe.replay), so that attention hides the gather as with history."""
     rematerialize: bool = field(default=False, metadata=key(computes=False))
     """Free a layer's replicas after its forward pass and gather them again before its backward pass, so that a rank holds replicas of at
     most max(1, prefetch) layers at a time. Gradients are then reduced in every micro-step."""
@@ -429,7 +431,8 @@ class FssdpConfig:
     redundancy: int = field(default=0, metadata=key(Range(0, 2), computes=False))
     """The number of backups of each expert, 0 to 2. A backup holds the parameters and optimizer state on another rank, and on another node
     if there are several; with shard_size the other sharding groups take their place, of which there must be more. If no more ranks are lost
-    at once, the others lose no step; with 0 they return to the last checkpoint."""
+    at once, the others lose no step; with 0 they return to the last checkpoint. With tensor_parallel the same holds for tensor groups,
+    which are lost as a whole."""
     verify_copies_steps: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """The number of steps between two comparisons of experts with their backups (redundancy), by digests. A copy that has changed by itself
     since the step before is restored from another, and the step is done again. null: only before a save, where of three copies the one that
@@ -641,6 +644,9 @@ class Config:
     """How many of the latest checkpoints to keep. null: all."""
     save_retain_steps: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """With save_total_limit: in each stretch of so many steps the first checkpoint is kept for good, beside the latest ones. null: none."""
+    save_retain_hours: int | None = field(default=None, metadata=key(COUNT, computes=False))
+    """With save_total_limit: in each stretch of so many hours, counted from 1970 in UTC, the first checkpoint is kept for good, too. null:
+    none. 24 keeps one for each day."""
     save_async: bool = field(default=False, metadata=key(computes=False))
     """Write checkpoints in a thread beside the training. It takes host memory for one more copy of what is saved (docs/survival.md)."""
     report_to: tuple[str, ...] = field(default=(), metadata=key(computes=False))
@@ -656,8 +662,12 @@ class Config:
     gradient_checkpointing: bool = field(default=False, metadata=key(computes=False))
     """Recompute activations in the backward pass instead of storing them."""
     deterministic: bool = False
-    """Compute the same bits at every number of ranks, wherever experts are: each sequence by itself, on one thread a rank, with sums in an
-    order that no rank decides (docs/deterministic.md). Every rank then has all experts, whatever fssdp.policy says. On CPUs only."""
+    """Compute the same bits at every number of ranks, wherever experts are: each group of sequences by itself, on one thread a rank, with
+    sums in an order that no rank decides (docs/deterministic.md). Every rank then has all experts, whatever fssdp.policy says. On CPUs
+    only."""
+    deterministic_group: int = field(default=1, metadata=key(COUNT))
+    """With deterministic: the number of neighbouring sequences of a micro-step that are computed together, on one rank. Larger groups cost
+    less. It must divide micro_batch_size, and be the same in runs that are to end with the same bits."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     fssdp: FssdpConfig = field(default_factory=FssdpConfig)

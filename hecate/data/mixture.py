@@ -71,7 +71,13 @@ class Mixture:
         """Return the number of draws from each source so far, which is the whole state."""
         return {"drawn": list(self._drawn)}
 
+    def check_state_dict(self, state: dict[str, list[int]]) -> None:
+        """Change nothing. Raises KeyError, TypeError or ValueError if `state` is none of a mixture of as many sources."""
+        drawn = state["drawn"]
+        if len(drawn) != len(self.sizes) or any(type(count) is not int or count < 0 for count in drawn):
+            raise ValueError(f"the draws from {len(self.sizes)} sources are {str(drawn)[:100]}")
+
     def load_state_dict(self, state: dict[str, list[int]]) -> None:
-        drawn = list(state["drawn"])
-        assert len(drawn) == len(self.sizes), (drawn, self.sizes)
-        self._drawn = drawn
+        """Continue after the draws that `state` counts. Raises as `check_state_dict`."""
+        self.check_state_dict(state)
+        self._drawn = list(state["drawn"])

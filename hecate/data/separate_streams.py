@@ -43,8 +43,13 @@ class SeparateStreams:
         """Return all that the following sequences depend on, as plain JSON values."""
         return {"separate": [stream.state_dict() for stream in self._streams]}
 
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """See `TrainStream.check_state_dict`."""
+        for stream, saved in zip(self._streams, state["separate"], strict=True):
+            stream.check_state_dict(saved)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the step at which `state` was saved. Raises UserError if data or settings have changed since."""
+        """Continue after the step at which `state` was saved. Raises as `check_state_dict`."""
         for stream, saved in zip(self._streams, state["separate"], strict=True):
             stream.load_state_dict(saved)
 

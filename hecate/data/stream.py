@@ -56,14 +56,29 @@ class TrainStream:
             "rows": self._sequences,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue after the step at which `state` was saved. Raises UserError if data or settings have changed since."""
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Change nothing, and raise what `load_state_dict` would.
+
+        Raises:
+            UserError: data or settings have changed since.
+            KeyError, TypeError, ValueError: the values are no position in these data.
+        """
         if changes := _changes(state["identity"], self._identity):
             raise UserError(
                 "the checkpoint's data order cannot be continued:\n"
                 + "\n".join(changes[:5])
                 + "\nuse the data, tokenizer and settings that the checkpoint was saved with, or start a new run"
             )
+        self._mixture.check_state_dict(state["mixture"])
+        for source, sample in state["waiting"]:
+            if not (_is_below(source, len(self.sources)) and _is_below(sample, len(self.sources[source]))):
+                raise ValueError(f"there is no sample {str(sample)[:100]} of source {str(source)[:100]}")
+        if type(state["rows"]) is not int:
+            raise TypeError("the number of sequences so far is no whole number")
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue after the step at which `state` was saved. Raises as `check_state_dict`."""
+        self.check_state_dict(state)
         self._mixture.load_state_dict(state["mixture"])
         self._waiting = [piece_of(self.sources, source, sample) for source, sample in state["waiting"]]
         self._sequences = state["rows"]
@@ -110,6 +125,10 @@ def _all_pieces(sources: Sequence[TokenSource]) -> Iterator[Piece]:
     for index, source in enumerate(sources):
         for sample in range(len(source)):
             yield piece_of(sources, index, sample)
+
+
+def _is_below(index: Any, count: int) -> bool:
+    return type(index) is int and 0 <= index < count
 
 
 def _changes(then: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -12,16 +12,18 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+import torch.distributed as dist
 
 from hecate import faults
 from hecate.drill.disk import watch_disk
 from hecate.faults import Place
 
-Action = Literal["kill", "stop", "sleep", "fill", "scale", "one_expert", "flip", "fail"]
+Action = Literal["kill", "stop", "sleep", "fill", "scale", "one_expert", "flip", "fail", "stray"]
 """kill and stop: the process sends itself SIGKILL or SIGSTOP. sleep: for `value` seconds. fill: the subject's first number becomes `value`;
 of an optimizer, that of its first gradient. scale: the whole subject is multiplied by it. one_expert: the logits send every token to expert
 `value` first. flip: one bit of the first expert that the rank owns changes. fail: an operation on a file raises OSError with the number
-`value`; deleting works also on a full disk."""
+`value`; deleting works also on a full disk. stray: the rank does a collective that the others do not, a barrier, or with `value` an
+all-reduce of so many numbers."""
 
 _TRACED = ("step", "stepped", "trained", "lost", "regrouped")
 """places whose times are written down"""
@@ -86,6 +88,8 @@ def carry_out(one: Injected, subject: Any) -> None:
         time.sleep(one.value)
     elif one.action == "flip":
         flip_a_bit(subject)
+    elif one.action == "stray":
+        dist.all_reduce(torch.ones(int(one.value))) if one.value else dist.barrier()
     elif one.action == "fail":
         if subject not in ("unlink", "rmdir"):
             raise OSError(int(one.value), os.strerror(int(one.value)))

@@ -76,5 +76,11 @@ _ALL = (
         "no rank is special: reports, checkpoint and adapter are complete",
         "losses:no_rank_is_special",
     ),
+    Drill(
+        "R25",
+        "observers and trackers that raise or hang",
+        "named, and the run goes on with the same result",
+        "followers:bad_followers",
+    ),
 )
 DRILLS: dict[str, Drill] = {drill.name: drill for drill in _ALL}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections import Counter
 from collections.abc import Sequence
 from statistics import median
@@ -9,6 +10,7 @@ from statistics import median
 from hecate.drill.armed import Injected
 from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of, worst
 from hecate.drill.ranks import TOLERANCE, Launched, begin_run, difference, loss_difference
+from hecate.drill.tiny_run import save_random_moe
 from hecate.faults import Place
 
 PHASES: dict[str, tuple[Place, int]] = {
@@ -46,6 +48,7 @@ def kill_any_rank(scope: Scope) -> DrillOutcome:
         run = begin_run(scope, "groups", RANKS, "fssdp.shard_size=2", injected=[fault]).end()
         cases.append(DrillCase(f"rank {rank} of two sharding groups, {phase}", problem := problem_of(run, whole, lost=1)))
         times.add(run, [] if problem else run.when("kill"))
+    cases += [] if scope.quick else _of_sharded_layers(scope)
     for rank, call in () if scope.quick else ((1, 1), (1, 5), (0, 3), (0, 60), (0, 110)):
         fault = Injected(action="kill", place="file", call=call, rank=rank, step=2)
         run = begin_run(scope, "saving", RANKS, "save_steps=3", injected=[fault]).end()
@@ -53,6 +56,24 @@ def kill_any_rank(scope: Scope) -> DrillOutcome:
         times.add(run, [] if problem else run.when("kill"))
     cases += times.judged(scope)
     return outcome_of(cases, f"{RANKS - 1} ranks go on, 0 steps lost, results within {TOLERANCE:g} of the undisturbed run", times.counts())
+
+
+def _of_sharded_layers(scope: Scope) -> list[DrillCase]:
+    """Of an MoE model whose decoder layers are sharded, too."""
+    save_random_moe(scope.path / "moe")
+    given = (f"model.name_or_path={scope.path}/moe", "moe.family=moe_lora", "moe.train_router=true", "model.shard_non_experts=true")
+    whole = begin_run(scope, "whole-sharded", RANKS, *given).end()
+    assert whole.status == 0, whole.log
+    cases = []
+    for dying in ([(0, "backward")], [(3, "optimizer")], [(1, "norm"), (2, "backward")]):
+        deaths = [
+            Injected(action="kill", place=PHASES[phase][0], call=PHASES[phase][1], rank=rank, step=2 + number)
+            for number, (rank, phase) in enumerate(dying)
+        ]
+        run = begin_run(scope, "sharded", RANKS, *given, injected=deaths).end()
+        names = " and ".join(f"rank {rank}, {phase}" for rank, phase in dying)
+        cases.append(DrillCase(f"sharded layers, {names}", problem_of(run, whole, lost=len(dying))))
+    return cases
 
 
 def two_deaths(scope: Scope) -> DrillOutcome:
@@ -109,11 +130,18 @@ def stopped_rank(scope: Scope) -> DrillOutcome:
             evicted.append(1000 * (worst(run.when("lost")) - run.when("stop")[0]))
     if not scope.quick:
         fault = Injected(action="stop", place="backward", rank=2, step=2)
-        run = begin_run(scope, "agent", RANKS, "save_steps=1", injected=[fault], survives=False, restarts=1).end()
+        run = begin_run(scope, "agent", RANKS, "save_steps=1", injected=[fault], survives=False, launcher="agent", restarts=1).end()
         problem = "" if "rank 2 has been stopped" in run.log else f"the rank was not named: {run.last_line}"
         if not problem and (run.status or difference(run.tensors, whole.tensors) > TOLERANCE):
             problem = f"status {run.status}, or another result than the undisturbed run"
         cases.append(DrillCase("rank 2 under torch's agent", problem))
+    if not scope.quick and importlib.util.find_spec("ray") is not None:
+        fault = Injected(action="stop", place="backward", rank=2, step=2)
+        run = begin_run(scope, "ray", RANKS, injected=[fault], launcher="ray").end()
+        problem = problem_of(run, whole, lost=1) or ("" if "(rank 2): the worker was stopped" in run.log else "the rank was not named")
+        cases.append(DrillCase("rank 2 on Ray", problem))
+        if not problem:
+            evicted.append(1000 * (worst(run.when("lost")) - run.when("stop")[0]))
     counts = {"evicted_ms": _median(evicted), "evicted_worst_ms": worst(evicted)}
     if not scope.quick:
         cases.append(timely("evicted", counts["evicted_ms"], _EVICTED))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -18,24 +19,39 @@ from hecate.faults import Place
 from hecate.ranks.ranks import Ranks, connect
 
 _CHECKS = "TORCH_DISTRIBUTED_DEBUG"
-_LIMIT_SECONDS = 2.0
+_LIMIT_SECONDS, _END_SECONDS = 2.0, 1.0
+"""until the mismatch is named; from then until all processes of a run have ended"""
 _STEPS = 10
 """within which a slow rank is to be named"""
 
 
 def mismatched(scope: Scope) -> DrillOutcome:
-    """R18. Where torch checks collectives: with TORCH_DISTRIBUTED_DEBUG=DETAIL."""
-    cases, took = [], []
-    for kind in ("shape",) if scope.quick else ("shape", "operation", "order"):
+    """R18. A run notices it by itself; with TORCH_DISTRIBUTED_DEBUG=DETAIL torch compares before each collective."""
+    stray = Injected(action="stray", place="reduce", rank=1, step=2)
+    run = begin_run(scope, "stray", 3, injected=[stray]).end()
+    ended = time.monotonic()
+    named = "rank 1 is in barrier; ranks 0, 2 are in" in run.log
+    problem = "" if named and run.status == 2 else f"status {run.status}: {run.last_line}"
+    took = [1000 * (ended - at) for at in run.when("stray")]
+    if not problem and not scope.quick and worst(took) > 1000 * (_LIMIT_SECONDS + _END_SECONDS):
+        problem = f"after {worst(took) / 1000:.1f} s"
+    cases = [DrillCase("another order, in a run as it is", problem)]
+    if not scope.quick:
+        given = ["deterministic=false"]  # without backups the others' next collective is in another group than the stray one
+        run = begin_run(scope, "other", 3, *given, injected=[replace(stray, value=7)], survives=False).end()
+        named = "in different groups: rank 1 is in all_reduce of Float [7]" in run.log
+        cases.append(DrillCase("another group, in a run as it is", "" if named else f"status {run.status}: {run.last_line}"))
+    for kind in () if scope.quick else ("shape", "operation", "order"):
         told = call_on_ranks(scope, 3, mismatch, scope.workshop, str(scope.path / kind), kind)
         for rank, (seconds, text) in enumerate(told):
-            named = re.search(r"Rank (\d+) is running collective.*Rank (\d+) is running collective", text, re.DOTALL)
-            problem = "" if named and "1" in named.groups() and "OpType" in text else f"neither rank nor operation is named: {text[:100]}"
-            if not problem and not scope.quick and seconds > _LIMIT_SECONDS:
+            checked = re.search(r"Rank (\d+) is running collective.*Rank (\d+) is running collective", text, re.DOTALL)
+            problem = (
+                "" if checked and "1" in checked.groups() and "OpType" in text else f"neither rank nor operation is named: {text[:100]}"
+            )
+            if not problem and seconds > _LIMIT_SECONDS:
                 problem = f"after {seconds:.1f} s"
-            cases.append(DrillCase(f"another {kind}, as rank {rank} says it", problem))
-            took.append(1000 * seconds)
-    return outcome_of(cases, f"all ranks name rank 1 and its operation, with {_CHECKS}=DETAIL", {"named_worst_ms": worst(took)})
+            cases.append(DrillCase(f"another {kind}, as rank {rank} says it with {_CHECKS}=DETAIL", problem))
+    return outcome_of(cases, "rank 1, its collective and that of the others are named, and the run ends", {"ended_after_ms": worst(took)})
 
 
 def mismatch(ranks: Ranks, workshop: str, output: str, kind: str) -> tuple[float, str]:

@@ -39,6 +39,7 @@ def main(arguments: Sequence[str]) -> None:
         "drill": _drill,
         "workshop": _workshop,
         "launch": _launch,
+        "node": _node,
         "rank": _rank,
         "call": _call,
     }
@@ -61,34 +62,28 @@ def _drill(function: str, scope: str, result: str) -> None:
 
 
 def _launch(request: str) -> None:
-    """Become the local launcher of a run, whose ranks this program's fork server forks, or torch's agent with a fork server of its own."""
-    from hecate.drill.run import PROGRAM
-    from hecate.launch import torchrun
-    from hecate.launch.local_launcher import start_and_watch
-    from hecate.launch.run_folder import run_folder
+    """Become the launcher of a run. The local one has its ranks forked by this program's fork server; torch's agents have their own."""
+    from hecate.drill.launchers import run_request
 
-    asked = json.loads(request)
-    rank = ["rank", asked["injected"], asked["trace"], asked["joins"], *asked["arguments"]]
-    if asked["restarts"] is not None:
-        job = torchrun.TorchrunJob(name="drill", nodes=(1, 1), ranks_per_node=asked["ranks"], endpoint=None, max_restarts=asked["restarts"])
-        sys.exit(torchrun.launch(PROGRAM, rank, job))
-    command = [*asked["start"], *rank]
-    with run_folder() as folder:
-        status = start_and_watch(command, asked["ranks"], folder / "store", survives=asked["survives"])
-    sys.exit(status)
+    run_request(request)
+
+
+def _node(request: str, number: str, endpoint: str) -> None:
+    """Become torch's agent of one of a run's two nodes."""
+    from hecate.drill.launchers import run_node
+
+    run_node(request, number, endpoint)
 
 
 def _rank(injected: str, trace: str, joins: str, *arguments: str) -> None:
     """Become a rank of a run, armed. A rank that is to join in the place of a lost one waits for its end unless `joins` says yes."""
     from hecate.drill.armed import arm_process, from_text, not_struck
     from hecate.ranks.launcher_files import JOIN_VARIABLE
-    from hecate.ranks.ranks import restarts
     from hecate.train import rank_main
 
     if JOIN_VARIABLE in os.environ and joins != "yes":
         signal.pause()
-    given = from_text(injected)
-    arm_process(not_struck(given, Path(trace)) if restarts() else given, int(os.environ["RANK"]), Path(trace))
+    arm_process(not_struck(from_text(injected), Path(trace)), int(os.environ["RANK"]), Path(trace))
     rank_main.main(arguments)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from hecate.checkpoint import committed, read_manifest
 from hecate.checkpoint.shard import read_tensors
 from hecate.drill.armed import Injected, to_text
+from hecate.drill.launchers import Launcher, LaunchRequest
 from hecate.drill.outcome import Scope
 from hecate.drill.program import name_of
 from hecate.ranks.launcher_files import STORE_VARIABLE
@@ -92,7 +93,7 @@ def call_on_ranks(scope: Scope, world: int, function: Callable[..., Any], *argum
 
 @dataclass(frozen=True)
 class Launched:
-    """A run under the local launcher that has ended."""
+    """A run that has ended."""
 
     status: int
     log: str
@@ -123,7 +124,7 @@ class Launched:
 
 @dataclass
 class Running:
-    """A run under the local launcher that has been started."""
+    """A run that has been started."""
 
     process: subprocess.Popen[bytes]
     log: Path
@@ -165,30 +166,33 @@ def begin_run(
     survives: bool = True,
     joins: bool = False,
     output: Path | None = None,
-    restarts: int | None = None,
+    launcher: Launcher = "local",
+    restarts: int = 0,
 ) -> Running:
-    """Start the tiny run under the local launcher, with backups if it survives.
+    """Start the tiny run, with backups if it survives.
 
     Args:
         output: the run's folder; None: a new one.
-        restarts: start it under torch's elastic agent, as `hecate launch` does, which starts all ranks anew so often; None: do not.
-        joins: ranks that the launcher starts in the place of lost ones join; else they wait for the end of the run.
+        launcher: what starts its ranks; on two nodes `ranks` must be even.
+        restarts: how often torch's agents may start all ranks anew.
+        joins: ranks that the local launcher starts in the place of lost ones join; else they wait for the end of the run.
     """
     folder = _new_folder(scope, name)
     output = output or folder / "out"
     given = settings(f"output_dir={output}", *([] if not survives else ["fssdp.redundancy=1"]), *overrides)
-    request = {
-        "start": scope.start,
-        "injected": to_text(injected),
-        "trace": str(folder / "trace.jsonl"),
-        "joins": "yes" if joins else "no",
-        "arguments": [f"{scope.workshop}/config.yaml", *given],
-        "ranks": ranks,
-        "survives": survives,
-        "restarts": restarts,
-    }
+    request = LaunchRequest(
+        launcher=launcher,
+        start=scope.start,
+        injected=to_text(injected),
+        trace=str(folder / "trace.jsonl"),
+        joins=joins,
+        arguments=(f"{scope.workshop}/config.yaml", *given),
+        ranks=ranks,
+        survives=survives,
+        restarts=restarts,
+    )
     with open(folder / "log", "wb") as log:
-        process = subprocess.Popen([*scope.start, "launch", json.dumps(request)], env=environment(), stdout=log, stderr=log)
+        process = subprocess.Popen([*scope.start, "launch", json.dumps(vars(request))], env=environment(), stdout=log, stderr=log)
     return Running(process, folder / "log", output, folder / "trace.jsonl")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 STEPS = 6
 """of the run that the configuration describes"""
@@ -67,6 +67,18 @@ def save_random_llama(folder: Path, **sizes: int) -> None:
     torch.manual_seed(0)
     config = LlamaConfig(**sizes, vocab_size=len(tokenizer), eos_token_id=257, bos_token_id=256, pad_token_id=257, tie_word_embeddings=True)
     LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def save_random_moe(folder: Path) -> None:
+    """Write a Qwen2-MoE of two layers, with five experts and a shared one in each, random weights and the same tokenizer to `folder`."""
+    tokenizer = build_byte_tokenizer()
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 16, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 5, "num_experts_per_tok": 2, "initializer_range": 0.2}
+    ends = {"eos_token_id": 257, "bos_token_id": 256, "pad_token_id": 257}
+    config = Qwen2MoeConfig(**sizes, **heads, **ends, vocab_size=len(tokenizer))
+    Qwen2MoeForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

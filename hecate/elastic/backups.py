@@ -32,7 +32,8 @@ def holders(engine: ExpertEngine, unit: Unit, backups: int) -> np.ndarray:
     owner_E, mesh = engine.shards.owners[unit], engine.shards.mesh
     if mesh.num_sharding_groups > 1:
         return owner_E + mesh.shard_size * np.arange(mesh.num_sharding_groups)[:, None]
-    return np.concatenate([owner_E[None], backup_ranks(engine.shards.config.topology, backups)[owner_E].T])
+    config = engine.shards.config
+    return np.concatenate([owner_E[None], backup_ranks(config.topology, backups, config.tp_size)[owner_E].T])
 
 
 def copy_to_backup_ranks(engine: ExpertEngine, optimizer: ExpertOptimizer, backups: int) -> int:

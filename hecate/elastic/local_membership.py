@@ -105,7 +105,8 @@ class LocalMembership:
         try:
             fssdp = self._config.fssdp
             size = shard_size_for(world_size, fssdp.shard_size, fssdp.redundancy)
-            ranks = connect(store, generation.members.index(self._member), world_size, size)
+            model, rank = self._config.model, generation.members.index(self._member)
+            ranks = connect(store, rank, world_size, size, model.tensor_parallel, sharded_layers=model.shard_non_experts)
         except RuntimeError:
             forget_groups()
             return None

@@ -1,6 +1,7 @@
-"""The protocol between a training run and an observer outside it, which follows the run and may order it to re-plan or to stop.
+"""Protocols between a run and who follows it from outside: an observer is told what happens, a controller may give orders, too.
 
-Training calls its `Observer` between steps, on every rank, and never waits for an answer.
+Training tells both between steps, on every rank. An observer is told in a thread of its own (`hecate.elastic.observer_thread`). A
+controller is the launcher's own, and is called at once, because its orders belong to the ranks that there are now.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class ReplanOrder:
 
 @dataclass(frozen=True, kw_only=True)
 class BeginFacts:
-    """What every rank tells its observer when the run is built, or goes on with other ranks."""
+    """What every rank tells observers when the run is built, or goes on with other ranks."""
 
     step: int
     """optimizer steps done"""
@@ -65,7 +66,7 @@ class BeginFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class StepFacts:
-    """What one rank reports to its observer about a step that has ended."""
+    """What one rank tells observers about a step that has ended."""
 
     step: int
     """number of optimizer steps done"""
@@ -87,10 +88,7 @@ class StepFacts:
 
 
 class Observer(Protocol):
-    """An observer of a run. Its methods are called on every rank and must return at once, without an error.
-
-    `replan_order` and `stop_requested` are called at the end of each step's backward pass, the others between steps.
-    """
+    """Who is told what a run does. Its methods are called on every rank."""
 
     def begins(self, facts: BeginFacts) -> None:
         """Called when the run is built, and again when it goes on with other ranks."""
@@ -101,68 +99,83 @@ class Observer(Protocol):
     def saved(self, step: int, path: Path) -> None:
         """Called on rank 0 when a checkpoint is complete."""
 
-    def replan_order(self) -> ReplanOrder | None:
-        """The newest order, whether it was carried out or not. Training follows the observer of rank 0, after the step under way."""
 
-    def stop_requested(self) -> bool:
-        """Whether the run is to save after the step under way and return. It does so if the observer of any rank returns True."""
+class RunController(Observer, Protocol):
+    """The launcher's end of a run, which is told what an observer is told, and may give orders. All methods must return at once.
 
-
-class ObserverLink:
-    """Reports a run to an observer, and sends the observer's orders from the first rank to all.
-
-    An observer that raises is named once and called no more; the run goes on as without one.
+    `replan_order` and `stop_requested` are called at the end of each step's backward pass, the others between steps.
     """
 
-    def __init__(self, observer: Observer, say: Callable[[str], None]) -> None:
+    def replan_order(self) -> ReplanOrder | None:
+        """The newest order, whether it was carried out or not. Training follows the controller of rank 0, after the step under way."""
+
+    def stop_requested(self) -> bool:
+        """Whether the run is to save after the step under way and return. It does so if the controller of any rank returns True."""
+
+
+def begin_facts(*, step: int, max_steps: int, shares: Sequence[int], engine: ExpertEngine) -> BeginFacts:
+    """What observers are told of a run of these shares of a micro-step's sequences that stands at `step`."""
+    owners = np.concatenate([*engine.shards.owners.values(), []]).astype(int)
+    return BeginFacts(
+        step=step,
+        max_steps=max_steps,
+        sequences=tuple(shares),
+        owned=tuple(np.bincount(owners, minlength=len(shares)).tolist()),
+        topology=engine.shards.config.topology,
+    )
+
+
+def step_facts(event: StepEvent) -> StepFacts:
+    """What observers are told of a step."""
+    return StepFacts(
+        step=event.step,
+        seconds=event.seconds,
+        dense_tokens=event.work.tokens,
+        dense_seconds=event.work.seconds,
+        loss=event.result.loss,
+        tokens=event.tokens,
+        imbalance=event.imbalance,
+        bytes_sent=event.result.bytes_sent,
+        loads={str(unit): loads_ED.sum(1).tolist() for unit, loads_ED in event.result.loads.items()},
+    )
+
+
+class ControllerLink:
+    """Reports a run to its controller, and sends the orders of the first rank's to all.
+
+    A controller that raises is named once and called no more; the run goes on as without one.
+    """
+
+    def __init__(self, controller: RunController, say: Callable[[str], None]) -> None:
         """Args:
         say: called with what the user must know.
         """
-        self._observer: Observer | None = observer
+        self._controller: RunController | None = controller
         self._say = say
         self._carried_out = 0
         """number of the last order that was carried out"""
         self._order: ReplanOrder | None = None
         """the first rank's, which is not carried out yet"""
 
-    def begins(self, *, step: int, max_steps: int, shares: Sequence[int], engine: ExpertEngine) -> None:
+    def begins(self, facts: BeginFacts) -> None:
         """See `Observer.begins`."""
-        owners = np.concatenate([*engine.shards.owners.values(), []]).astype(int)
-        facts = BeginFacts(
-            step=step,
-            max_steps=max_steps,
-            sequences=tuple(shares),
-            owned=tuple(np.bincount(owners, minlength=len(shares)).tolist()),
-            topology=engine.shards.config.topology,
-        )
-        self._ask(lambda observer: observer.begins(facts))
+        self._ask(lambda controller: controller.begins(facts))
 
-    def stepped(self, event: StepEvent) -> None:
+    def stepped(self, facts: StepFacts) -> None:
         """See `Observer.stepped`."""
-        facts = StepFacts(
-            step=event.step,
-            seconds=event.seconds,
-            dense_tokens=event.work.tokens,
-            dense_seconds=event.work.seconds,
-            loss=event.result.loss,
-            tokens=event.tokens,
-            imbalance=event.imbalance,
-            bytes_sent=event.result.bytes_sent,
-            loads={str(unit): loads_ED.sum(1).tolist() for unit, loads_ED in event.result.loads.items()},
-        )
-        self._ask(lambda observer: observer.stepped(facts))
+        self._ask(lambda controller: controller.stepped(facts))
 
     def saved(self, step: int, path: Path) -> None:
         """See `Observer.saved`."""
-        self._ask(lambda observer: observer.saved(step, path))
+        self._ask(lambda controller: controller.saved(step, path))
 
     def stop_requested(self) -> bool:
-        """See `Observer.stop_requested`."""
-        return bool(self._ask(lambda observer: observer.stop_requested()))
+        """See `RunController.stop_requested`."""
+        return bool(self._ask(lambda controller: controller.stop_requested()))
 
     def has_new_order(self) -> bool:
-        """Whether this rank's observer has an order that is not carried out yet."""
-        order = self._ask(lambda observer: observer.replan_order())
+        """Whether this rank's controller has an order that is not carried out yet."""
+        order = self._ask(lambda controller: controller.replan_order())
         self._order = order if order is not None and order.number > self._carried_out else None
         return self._order is not None
 
@@ -172,15 +185,15 @@ class ObserverLink:
         self._carried_out = order.number
         return order
 
-    def _ask(self, call: Callable[[Observer], T]) -> T | None:
-        """What the observer returns; None if there is none any more."""
-        if self._observer is None:
+    def _ask(self, call: Callable[[RunController], T]) -> T | None:
+        """What the controller returns; None if there is none any more."""
+        if self._controller is None:
             return None
         try:
-            return call(self._observer)
-        except Exception as error:  # noqa: BLE001 - whatever an observer raises, the run goes on
-            self._observer = None
+            return call(self._controller)
+        except Exception as error:  # noqa: BLE001 - whatever a controller raises, the run goes on
+            self._controller = None
             self._say(
-                f"the run's observer failed: {' '.join((str(error) or type(error).__name__).split())[:200]}; the run goes on without it"
+                f"the run's controller failed: {' '.join((str(error) or type(error).__name__).split())[:200]}; the run goes on without it"
             )
             return None

@@ -35,6 +35,7 @@ def engine_config(
         rematerialize=config.fssdp.rematerialize,
         prefetch=config.fssdp.prefetch,
         deterministic=config.deterministic,
+        tp_size=config.model.tensor_parallel,
     )
 
 

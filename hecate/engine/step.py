@@ -15,9 +15,9 @@ Parameters do not change between the micro-steps of one step, so the replicas li
 where replicas are freed between forward and backward (`rematerialize`), or where plans follow each micro-step's own loads (`plan`): there
 each micro-step gathers and reduces for itself, and the owners add up.
 
-Where results must not depend on the ranks (`EngineConfig.deterministic`), a micro-step has a pass for each of a rank's sequences: all
-forward passes come first (`begin_passes`), then the backward passes, each with gradients of its own, which are added up as a `SumOrder`
-says.
+Where results must not depend on the ranks (`EngineConfig.deterministic`), a micro-step has a pass for each of a rank's groups of
+sequences: all forward passes come first (`begin_passes`), then the backward passes, each with gradients of its own, which are added up as
+a `SumOrder` says.
 
 Whatever is called out of this order is refused (`OrderError`).
 """
@@ -422,7 +422,7 @@ class MicroStep:
     stats: dict[Unit, RouterStats] = field(default_factory=dict)
     """what the routers of the layers that have run have done"""
     position: int | None = None
-    """of its sequence in the micro-step, where gradients are summed in order; None: it has no sequence there, or no order matters"""
+    """of its group of sequences in the micro-step, where gradients are summed in order; None: it has no group there, or no order matters"""
     ends: bool = True
     """its backward pass ends the micro-step"""
     awaiting_backward: list[Unit] = field(default_factory=list)

@@ -16,7 +16,7 @@ from hecate.parallel.cost_model import ExecutionMode, LayerCost, PlanChoice, Pla
 from hecate.parallel.layer_plan import LayerPlan, best_after_router, layer_plan, one_layer
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.loads import LoadHistory, imbalance
-from hecate.parallel.measured_modes import MeasuredModes
+from hecate.parallel.measured_modes import MeasuredModes, modes_of
 from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner, plan_with
@@ -61,6 +61,8 @@ class EngineConfig:
     `rematerialize`, how many layers are gathered ahead in the backward pass"""
     deterministic: bool = False
     """what is computed may depend neither on ranks nor on placements: every rank has all experts, and no token leaves its rank"""
+    tp_size: int = 1
+    """the ranks of a tensor group, which are lost together"""
 
     def execution(self, plan: PlanMode, micro_steps: int = 1) -> ExecutionMode:
         """How a layer's plans are executed in a step of so many micro-steps."""
@@ -70,6 +72,11 @@ class EngineConfig:
     def per_micro_step(self) -> bool:
         """Whether layers may gather and reduce in each micro-step for themselves."""
         return self.rematerialize or self.plan != "history"
+
+    @property
+    def modes(self) -> tuple[PlanMode, ...]:
+        """Among which each layer's is chosen, the first to begin with."""
+        return modes_of(self.plan, self.prefetch)
 
 
 class StepPlans:
@@ -151,8 +158,8 @@ class StepPlans:
         return np.full(self.mesh.shard_size, family.num_experts) if self._room_D is None else np.minimum(self._room_D, family.num_experts)
 
     def mode(self, unit: Unit) -> PlanMode:
-        """From which loads a layer is planned in the step that began last; a pool goes by history."""
-        return self._modes.get(unit, "history") if self.config.plan == "auto" else self.config.plan
+        """From which loads a layer is planned in the step that began last."""
+        return self._modes.get(unit, self.config.modes[0])
 
     @property
     def chosen_modes(self) -> dict[Unit, PlanMode]:
@@ -173,7 +180,7 @@ class StepPlans:
         self.residency = {unit: held.after_step() for unit, held in self.residency.items()}  # the step before has used its replicas
         self._micro_steps = micro_steps
         self._served.clear()
-        if self.config.plan == "auto":
+        if len(self.config.modes) > 1:
             self._choose_modes()
         for units, given in self.inputs():
             if given.execution.per_micro_step and given.loads_LED is not None:
@@ -202,9 +209,8 @@ class StepPlans:
         """
         inputs = []
         common = for_owners and self.mesh.num_sharding_groups > 1
-        mode = self.mode
-        if for_owners and self.config.plan == "auto":
-            mode = _by_history  # which layer goes by what may differ between groups, and from step to step
+        # Which layer goes by what may differ between groups, and from step to step.
+        mode = self._first_mode if for_owners else self.mode
         for units in self._alike(mode):
             family = self._families[units[0]]
             predicted_LEW = self.history.predict(units, lasting=units[0] in self.residency)
@@ -367,12 +373,16 @@ class StepPlans:
             recent_SLEW = self.history.recent(units)
             if recent_SLEW is None:
                 continue
-            measured = self._measured.setdefault(tuple(units), MeasuredModes(self.history.window, splits=self.config.planner is plan_auto))
+            splits, among = self.config.planner is plan_auto, self.config.modes
+            measured = self._measured.setdefault(tuple(units), MeasuredModes(self.history.window, splits=splits, modes=among))
             chosen = measured.choose(
                 partial(self._planned, units=units), given, self.history.snapshot(), self._loads_of_groups(recent_SLEW)
             )
             modes.update(zip(units, chosen, strict=True))
         self._modes = modes
+
+    def _first_mode(self, unit: Unit) -> PlanMode:
+        return self.config.modes[0]
 
     def _alike(self, mode: Callable[[Unit], PlanMode]) -> list[list[Unit]]:
         """The layers, those of one shape and mode together."""
@@ -396,10 +406,6 @@ class StepPlans:
         if common:
             return np.asarray(loads_EW.reshape(*loads_EW.shape[:-1], self.mesh.num_sharding_groups, self.mesh.shard_size).mean(-2))
         return loads_EW[..., self.members]
-
-
-def _by_history(unit: Unit) -> PlanMode:
-    return "history"
 
 
 def _moved_owners(planner: Planner, units: Sequence[Unit], before_LE: np.ndarray, after_LE: np.ndarray) -> str:

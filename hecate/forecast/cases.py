@@ -13,7 +13,8 @@ import numpy as np
 from hecate.config.presets import find_preset
 from hecate.errors import UserError
 from hecate.forecast.sharding_groups import ep_group_sizes, simulate_groups, sum_over_groups, with_sum
-from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, PlanMode, RouteChoice
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, PlanChoice, PlanMode, RouteChoice
+from hecate.parallel.measured_modes import execution_of
 from hecate.parallel.megatron_traces import load_megatron_trace
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.model_shapes import ModelShape, load_model_shape
@@ -45,8 +46,8 @@ class Options:
     seed: int = 0
     execution: ExecutionMode = HISTORY
     """how plans are executed, in all that their seconds depend on"""
-    choose_modes: bool = False
-    """in each step each layer goes by history, calibrated or exact, whichever has been fastest, in place of `execution.plan`"""
+    choose_modes: tuple[PlanMode, ...] = ()
+    """in each step each layer goes by whichever of these has been fastest, in place of `execution.plan`; empty: all go by that"""
     max_imbalance: float | None = None
     shard_size: int | None = None
     """the number of ranks that share one copy of all experts (`fssdp.shard_size`); None: all"""
@@ -291,18 +292,17 @@ def _listed(names: str | Sequence[str]) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else list(names)
 
 
-def known_plan(name: object, what: str) -> tuple[PlanMode, bool]:
-    """Return the mode of planning of a name, and whether each layer's is chosen in each step: `Options.choose_modes`.
+def known_plan(name: object, prefetch: int, what: str) -> tuple[PlanMode, tuple[PlanMode, ...]]:
+    """Return how layers are planned with `fssdp.plan` of a name: `ExecutionMode.plan` and `Options.choose_modes`.
 
     Raises:
         UserError: there is none that can be simulated.
     """
-    if name == "auto":
-        return "history", True
-    for mode in get_args(PlanMode):
-        if mode == name:
-            return mode, False
-    raise UserError(f"{what} must be one of {', '.join((*get_args(PlanMode), 'auto'))}, got {name!r}")
+    known: tuple[PlanChoice, ...] = (*get_args(PlanMode), "auto")
+    for choice in known:
+        if choice == name:
+            return execution_of(choice, prefetch)
+    raise UserError(f"{what} must be one of {', '.join(known)}, got {name!r}")
 
 
 def known_route(name: object, what: str) -> RouteChoice:

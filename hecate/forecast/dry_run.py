@@ -15,6 +15,7 @@ from hecate.forecast.run_shape import ExpertLayers, PoolShape, RunShape
 from hecate.forecast.sharding_groups import simulate_groups, sum_over_groups
 from hecate.parallel.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.expert_cost import STATE_NUMBERS
+from hecate.parallel.measured_modes import execution_of
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.residency import Residency
 from hecate.parallel.simulated_step import StepBytes
@@ -121,6 +122,7 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
     """
     config = run.config
     loads = _recorded_loads(run, group, given) if isinstance(given, Trace) else _synthetic_loads(run, group, given)
+    plan, choose_modes = execution_of(config.fssdp.plan, config.fssdp.prefetch)
 
     def of_one_group(loads: np.ndarray, topology: Topology, cost: LayerCost) -> list[Simulated]:
         return simulate(
@@ -130,7 +132,7 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
             {name: POLICIES[name] for name in names},
             slots_D=np.minimum(slots_D, group.experts),
             execution=ExecutionMode(
-                plan="history" if config.fssdp.plan == "auto" else config.fssdp.plan,
+                plan=plan,
                 rematerialize=config.fssdp.rematerialize,
                 prefetch=config.fssdp.prefetch,
                 micro_steps=config.gradient_accumulation_steps,
@@ -139,7 +141,7 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
             history_steps=config.fssdp.load_window,
             lifetime=_of_long_runs,
             num_layers=group.number,
-            choose_modes=config.fssdp.plan == "auto",
+            choose_modes=choose_modes,
         )
 
     return simulate_groups(loads, run.topology, group.cost, run.mesh, of_one_group)
@@ -198,7 +200,8 @@ def _micro_steps_together(run: RunShape) -> int:
     """Return the number of micro-steps that are simulated at once: those that share one gather and one reduction. Where some layers' do and
     others' do not, it is all of them, and the simulator counts the others' gathers."""
     fssdp = run.config.fssdp
-    return 1 if fssdp.per_micro_step and fssdp.plan != "auto" else run.config.gradient_accumulation_steps
+    chosen = execution_of(fssdp.plan, fssdp.prefetch)[1]
+    return 1 if fssdp.per_micro_step and not chosen else run.config.gradient_accumulation_steps
 
 
 def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools: list[Simulated]) -> PolicyForecast:
@@ -231,6 +234,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
     nodes = topology.num_nodes if topology.num_nodes > 1 else 0  # a ring over the ranks crosses from each node to another once
     served_tokens_D = np.max([one.served_tokens_D for one in groups], axis=0) / together
     most_tokens_D = np.max([one.most_tokens_D for one in groups], axis=0) / together
+    others_GD = [_others(one, group, run) for one, group in zip(groups, run.groups, strict=True)]
     return PolicyForecast(
         policy=policy,
         parts=parts,
@@ -245,9 +249,12 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
         imbalance=float(np.average([one.imbalance for one in groups], weights=[group.number for group in run.groups])),
         memory=memory_parts(
             run,
-            [_others(one, group, run) for one, group in zip(groups, run.groups, strict=True)],
+            others_GD,
             served_tokens_D,
-            [_others_frozen(one, group, run) for one, group in zip(groups, run.groups, strict=True)],
+            [
+                np.asarray(one.frozen_parts_D) if group.cost.frozen_bytes else others_D
+                for one, group, others_D in zip(groups, run.groups, others_GD, strict=True)
+            ],
             most_tokens_D,
         ),
         plan_modes=mean_modes([one.plan_modes for one in groups], [group.number for group in run.groups]),
@@ -255,21 +262,13 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
 
 
 def _others(simulated: Simulated, group: ExpertLayers, run: RunShape) -> np.ndarray:
-    """Return the number of replicas of other ranks' experts that each rank holds at once, float64 [ranks], as `memory_parts` needs it."""
-    return _others_frozen(simulated, group, run) / (group.number if run.config.fssdp.rematerialize and group.cost.frozen_bytes else 1)
+    """Return the number of replicas of other ranks' experts that each rank holds at once, float64 [ranks], as `memory_parts` needs it.
 
-
-def _others_frozen(simulated: Simulated, group: ExpertLayers, run: RunShape) -> np.ndarray:
-    """Return the number of other ranks' frozen parts that each rank holds in all layers of the group, float64 [ranks].
-
-    With rematerialization the simulated bytes contain the frozen parts of all layers, but the trained parts of one layer only. That layer
-    is assumed to have as many replicas as the others. Replicas without bytes of their own are on every rank, at most.
+    Replicas without bytes of their own are on every rank, at most.
     """
     if not group.cost.replica_bytes:
         return group.experts * group.number - owned_experts(group, run)
-    frozen, moving = group.cost.frozen_bytes, group.cost.replica_bytes - group.cost.frozen_bytes
-    layers = group.number if run.config.fssdp.rematerialize and frozen else 1
-    return np.asarray(simulated.replica_bytes_D) / (frozen + moving / layers)
+    return np.asarray(simulated.replicas_D)
 
 
 def _all_reduced_bytes(run: RunShape) -> float:

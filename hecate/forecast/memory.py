@@ -123,7 +123,7 @@ def _backup_bytes(run: RunShape, owned_D: np.ndarray) -> tuple[np.ndarray, np.nd
     """
     if run.mesh.num_sharding_groups > 1:  # other groups hold each expert
         return np.zeros_like(owned_D), np.zeros_like(owned_D)
-    backup_rank_DB = backup_ranks(run.topology, run.config.fssdp.redundancy)
+    backup_rank_DB = backup_ranks(run.topology, run.config.fssdp.redundancy, run.tensor_parallel)
     copies = backup_rank_DB.shape[1]
     held_D = np.bincount(backup_rank_DB.ravel(), weights=np.repeat(owned_D, copies), minlength=len(owned_D))
     return copies * owned_D, held_D

@@ -98,6 +98,8 @@ def _together(of_groups: Sequence[Simulated], groups: list[list[int]], topology:
         ),
         imbalance=float(compute.max()) / shared if shared else slowest.imbalance,
         replica_bytes_D=tuple(size for one in of_groups for size in one.replica_bytes_D),
+        replicas_D=tuple(number for one in of_groups for number in one.replicas_D),
+        frozen_parts_D=tuple(number for one in of_groups for number in one.frozen_parts_D),
         served_tokens_D=tuple(rows for one in of_groups for rows in one.served_tokens_D),
         most_tokens_D=tuple(rows for one in of_groups for rows in one.most_tokens_D),
         planner_ms_per_layer=max(one.planner_ms_per_layer for one in of_groups),

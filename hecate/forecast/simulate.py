@@ -15,7 +15,7 @@ from hecate.forecast.bars import write_bars
 from hecate.forecast.cases import Case, Options, chosen, chosen_policies, synthetic_cases, trace_case
 from hecate.forecast.report import print_rows, write_json
 from hecate.forecast.sweep import load_sweep
-from hecate.parallel.cost_model import ExecutionMode
+from hecate.parallel.cost_model import ExecutionMode, PlanMode
 from hecate.parallel.workloads import WORKLOADS
 
 
@@ -31,7 +31,7 @@ def run_simulation(
     steps: int,
     seed: int,
     execution: ExecutionMode,
-    choose_modes: bool,
+    choose_modes: tuple[PlanMode, ...],
     max_imbalance: float | None,
     shard_size: int | None,
     wide: bool,

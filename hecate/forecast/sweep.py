@@ -9,7 +9,7 @@ from hecate.errors import UserError
 from hecate.forecast.cases import Case, Options, chosen, chosen_policies, known_plan, known_route, synthetic_cases
 from hecate.io.plain_files import read_plain_text
 from hecate.io.strict_yaml import MOST_BYTES, YamlError, parse_yaml
-from hecate.parallel.cost_model import HISTORY, ExecutionMode
+from hecate.parallel.cost_model import HISTORY, ExecutionMode, PlanMode
 from hecate.parallel.workloads import WORKLOADS
 
 _TOP = (
@@ -33,12 +33,13 @@ def load_sweep(path: Path) -> tuple[list[Case], Options]:
     if not isinstance(raw, dict) or not isinstance(raw.get("runs"), list) or not raw["runs"]:
         raise UserError(f"{path}: a sweep is a mapping with the list `runs`; it may have {', '.join(_TOP[:-1])}")
     _only_known(raw, _TOP, str(path))
+    execution, choose_modes = _execution(raw, str(path))
     options = Options(
         policies=chosen_policies(_list(raw, "policies", str(path)), f"{path}.policies") if "policies" in raw else Options.policies,
         steps=_count(raw, "steps", str(path), Options.steps),
         seed=_count(raw, "seed", str(path), Options.seed, least=0),
-        execution=_execution(raw, str(path)),
-        choose_modes=known_plan(raw.get("plan", HISTORY.plan), f"{path}: plan")[1],
+        execution=execution,
+        choose_modes=choose_modes,
         max_imbalance=_max_imbalance(raw, str(path)),
         shard_size=_count(raw, "shard_size", str(path), 1) if "shard_size" in raw else None,
     )
@@ -92,14 +93,18 @@ def _flag(mapping: dict[str, Any], key: str, where: str) -> bool:
     return value
 
 
-def _execution(mapping: dict[str, Any], where: str) -> ExecutionMode:
-    return ExecutionMode(
-        plan=known_plan(mapping.get("plan", HISTORY.plan), f"{where}: plan")[0],
+def _execution(mapping: dict[str, Any], where: str) -> tuple[ExecutionMode, tuple[PlanMode, ...]]:
+    """`Options.execution` and `Options.choose_modes`."""
+    prefetch = _count(mapping, "prefetch", where, HISTORY.prefetch, least=0)
+    plan, choose_modes = known_plan(mapping.get("plan", HISTORY.plan), prefetch, f"{where}: plan")
+    execution = ExecutionMode(
+        plan=plan,
         rematerialize=_flag(mapping, "rematerialize", where),
-        prefetch=_count(mapping, "prefetch", where, HISTORY.prefetch, least=0),
+        prefetch=prefetch,
         micro_steps=_count(mapping, "micro_steps", where, HISTORY.micro_steps),
         route=known_route(mapping.get("route", HISTORY.route), f"{where}: route"),
     )
+    return execution, choose_modes
 
 
 def _max_imbalance(mapping: dict[str, Any], where: str) -> float | None:

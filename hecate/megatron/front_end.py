@@ -51,7 +51,7 @@ with quietly():
 
     from hecate.megatron.gpt import INIT_STD, build_gpt, process_groups, transformer_config
     from hecate.megatron.layer import MoeMlp
-    from hecate.megatron.tensor_parallel import prepare_sharded_layers
+    from hecate.megatron.tensor_parallel import prepare_sharded_layers, replace_groups
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,18 @@ class MegatronModel(BaseModel):
 
     moe: MoeModel
     shape: GptShape
+
+    def rejoin(self, ranks: Ranks) -> None:
+        """Put the tensor groups of these ranks in the place of those before; every one of them has the part that it had."""
+        if ranks.tensor is None:
+            return
+        assert self.moe.parts is not None
+        assert isinstance(self.head, GptHead)
+        before, after = self.moe.parts.groups, ranks.tensor
+        assert (after.tp_size, after.tp_rank) == (self.head.tp_size, self.head.tp_rank), "a tensor group was not lost as a whole"
+        replace_groups(self.model, [(before.tensor, after.tensor), (before.data, after.data)])
+        self.moe.parts.groups = after
+        self.head.rejoin(after)
 
 
 class GptHead:
@@ -71,6 +83,11 @@ class GptHead:
 
     def __init__(self, model: Any, tensor: TensorGroups | None = None) -> None:
         self._model = model
+        self._tensor = tensor
+        self.tp_size, self.tp_rank = (tensor.tp_size, tensor.tp_rank) if tensor else (1, 0)
+
+    def rejoin(self, tensor: TensorGroups) -> None:
+        """Compute in another tensor group of the same size, with the same part of the model."""
         self._tensor = tensor
 
     def own_positions(self, length: int) -> slice:

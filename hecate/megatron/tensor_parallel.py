@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from typing import Any
 
 import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
 
 from hecate.megatron.without_cuda import answer_for_cuda
 
@@ -26,6 +29,17 @@ def prepare_sharded_layers() -> None:
     layers: Any = import_module("megatron.core.tensor_parallel.layers")
     # It would advise a single connection to the GPU, but experts travel beside these layers.
     layers.linear_with_grad_accumulation_and_async_allreduce.warned = True
+
+
+def replace_groups(model: nn.Module, pairs: Sequence[tuple[dist.ProcessGroup, dist.ProcessGroup]]) -> None:
+    """Put the second group of each pair in the place of the first, wherever a module of Megatron's has noted it."""
+    holders: list[Any] = list(model.modules())
+    holders += {id(one): one for module in holders for one in vars(module).values() if isinstance(one, ProcessGroupCollection)}.values()
+    for holder in holders:
+        for name, value in list(vars(holder).items()):
+            for before, after in pairs:
+                if value is before:
+                    setattr(holder, name, after)
 
 
 def call_newest_collectives() -> None:

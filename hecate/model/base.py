@@ -21,6 +21,7 @@ from hecate.model.model_digest import model_digest
 from hecate.model.safetensors_headers import stored_tensors
 from hecate.model.stored_experts import refuse_experts
 from hecate.parallel.expert_kinds import ExpertKind
+from hecate.ranks.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,9 @@ class BaseModel:
     def found(self) -> tuple[FoundUnit, ...]:
         """Where experts may be put."""
         return self.own_experts or self.linears or self.ffns
+
+    def rejoin(self, _ranks: Ranks) -> None:
+        """Go on with other ranks, in other process groups. Nothing of a model that every rank has for itself depends on them."""
 
 
 def build_base(

@@ -13,9 +13,9 @@ from hecate.parallel.comm.aborts import arrived
 from hecate.ranks.groups import TensorGroups
 
 
-@dataclass(frozen=True)
+@dataclass
 class TensorParts:
-    """This rank's parts of parameters."""
+    """This rank's parts of parameters. Its groups change when ranks are lost."""
 
     parameters: dict[str, nn.Parameter]
     dims: Mapping[str, int]

@@ -22,6 +22,8 @@ from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 
 _FIRST_USE_LIMIT = timedelta(minutes=2)
 """how long the first collective of a group may take, whose ranks have all connected"""
+_RECORDED = "128"
+"""how many collectives of gloo torch keeps in its record, for `hecate.elastic.mismatch_watch`; torch's own 2,000 take long to read"""
 _POLL_SECONDS = 0.002
 _LEAVE_SECONDS, _DONE_KEY = 5.0, "ranks-done"
 ABORTING = threading.RLock()
@@ -62,6 +64,7 @@ def first_group_options(backend: str, device: torch.device, *, urgent: bool) -> 
         urgent: the default group is the one of expert chunks (`urgent_options`).
     """
     if backend != "nccl":
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _RECORDED)
         return {}
     return {"device_id": device, "pg_options": urgent_options(backend) if urgent else None}
 

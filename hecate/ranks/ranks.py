@@ -45,6 +45,9 @@ class Ranks:
     """the connections that gloo has made to the other ranks; empty with NCCL"""
     tensor: TensorGroups | None = None
     """None: every rank has all of the model outside its experts"""
+    layers: dist.ProcessGroup | None = None
+    """the sharding group once more, for the weights of sharded layers (`model.shard_non_experts`), which must not queue behind experts or
+    tokens; None: every rank has these weights"""
     store: dist.Store | None = None
     """where the ranks have met; None: where torch's launcher says"""
 
@@ -106,7 +109,7 @@ class Ranks:
 
     def all_groups(self) -> list[dist.ProcessGroup]:
         """Each group of this rank once, in the same order on all ranks."""
-        return self.groups.all() + ([self.tensor.tensor, self.tensor.data] if self.tensor else [])
+        return self.groups.all() + ([self.tensor.tensor, self.tensor.data] if self.tensor else []) + ([self.layers] if self.layers else [])
 
     def abort(self) -> None:
         """Break off every collective under way on this rank, and with gloo on every rank that waits for this one.
@@ -146,13 +149,6 @@ class Ranks:
     def barrier(self) -> None:
         self.all_max(0.0)
 
-    def new_sharding_group(self) -> dist.ProcessGroup:
-        """Another process group of this rank's sharding group, for messages that must not queue behind others. Every rank must call it."""
-        group = own_group(make_mesh(self.world_size, dist.get_world_size(self.groups.experts)).sharding_groups())
-        if is_nccl(group):
-            use_once([group], self.device)
-        return group
-
     def broadcast_bytes(self, data: bytes) -> bytes:
         """The bytes of rank 0. Every rank must call it, with data of the same length."""
         tensor = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
@@ -183,7 +179,7 @@ def ranks_from_environment() -> tuple[int, int] | None:
 
 
 @contextmanager
-def join_ranks(shard_size: int | None = None, tp_size: int = 1) -> Iterator[Ranks]:
+def join_ranks(shard_size: int | None = None, tp_size: int = 1, *, sharded_layers: bool = False) -> Iterator[Ranks]:
     """Join the process group that the environment describes. A process that no launcher has started becomes a world of one rank.
 
     At the end of the block the process leaves the group, or the group that has replaced it, whatever happened. So a peer that waits for
@@ -192,6 +188,7 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1) -> Iterator[Rank
     Args:
         shard_size: `fssdp.shard_size`.
         tp_size: `model.tensor_parallel`.
+        sharded_layers: `model.shard_non_experts`.
 
     Raises:
         UserError: the environment variables are no rank and world size, or name no backend that this process can have; or the two sizes
@@ -210,7 +207,8 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1) -> Iterator[Rank
     if LAUNCHED_VARIABLE in os.environ:
         die_with_parent(int(os.environ[LAUNCHED_VARIABLE]))
     try:
-        ranks = connect(store, rank, world_size, None if JOIN_VARIABLE in os.environ else shard_size, tp_size)
+        given_size = None if JOIN_VARIABLE in os.environ else shard_size
+        ranks = connect(store, rank, world_size, given_size, tp_size, sharded_layers=sharded_layers)
         try:
             yield ranks
         except BaseException:
@@ -257,7 +255,15 @@ def restarts() -> int:
     return int(count) if count.isdigit() else 0
 
 
-def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: int | None = None, tp_size: int = 1) -> Ranks:
+def connect(
+    store: dist.Store | None,
+    rank: int,
+    world_size: int,
+    shard_size: int | None = None,
+    tp_size: int = 1,
+    *,
+    sharded_layers: bool = False,
+) -> Ranks:
     """Make this process one of `world_size` ranks. It must belong to no process group. With NCCL all groups have been used once.
 
     Args:
@@ -266,6 +272,7 @@ def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: in
         world_size: the number of ranks that connect.
         shard_size: `fssdp.shard_size`.
         tp_size: `model.tensor_parallel`.
+        sharded_layers: `model.shard_non_experts`.
 
     Raises:
         UserError: the sizes do not divide the number of ranks, or HECATE_COLLECTIVES names no backend that this process can have.
@@ -281,7 +288,9 @@ def connect(store: dist.Store | None, rank: int, world_size: int, shard_size: in
         dist.init_process_group(backend, timeout=TIMEOUT, **options)
     else:
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT, **options)
-    ranks = Ranks(rank, world_size, device, expert_groups(mesh), tensor=tensor_groups(mesh), store=store)
+    groups, tensor = expert_groups(mesh), tensor_groups(mesh)
+    layers = own_group(mesh.sharding_groups()) if sharded_layers else None
+    ranks = Ranks(rank, world_size, device, groups, tensor=tensor, layers=layers, store=store)
     if is_nccl(ranks.groups.world):
         use_once(ranks.all_groups(), device)
         return ranks

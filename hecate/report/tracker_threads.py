@@ -2,14 +2,13 @@
 
 A tracker is closed at the run's end, and when the run goes back to a checkpoint or another rank begins to report.
 
-A tracker that raises, or has not returned from a call for PATIENCE seconds, is named once. One that has raised gets no more; one that
-is slow gets all that it has room for, and is given up when it has MOST_WAITING steps still to take.
+A tracker that raises, or has not returned from a call for PATIENCE seconds, is named once. One that has raised gets no more; one that is
+slow gets all that it has room for, and is given up when it has MOST_WAITING steps still to take. The end of a run waits PATIENCE seconds
+for all of them together.
 """
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from hecate.io.durable import replace_file
+from hecate.report.call_thread import PATIENCE, CallThread
 from hecate.report.metrics import Record
 from hecate.report.tracked_figures import load_pictures, numbers_of
 from hecate.report.trackers import TrackedRun, Tracker
 
-PATIENCE = 30.0
-"""seconds after which a tracker that has not returned is named, and for which the end of a run waits for all of them together"""
 MOST_WAITING = 1000
 PICTURE_STEPS = 50
 """pictures of loads are sent with the first record of a step, and then with every so many"""
@@ -62,10 +60,10 @@ class Trackers:
     def close(self) -> None:
         """Give the trackers that have not been named some time to take what is left; closing twice is fine."""
         for worker in self._workers:
-            worker.send(None)
+            worker.end()
         until = time.monotonic() + PATIENCE
         for worker in self._workers:
-            worker.thread.join(0.0 if worker.named else max(0.0, until - time.monotonic()))
+            worker.wait(0.0 if worker.named else max(0.0, until - time.monotonic()))
         self._name_troubled(closing=True)
         self._workers = []
 
@@ -98,21 +96,23 @@ class _Worker:
         self._adapter = adapter
         self._memory = run.folder / f"tracker-{name}.txt"
         self._run = run
-        self._queue: queue.Queue[_Sent | None] = queue.Queue(MOST_WAITING)
-        self._error: str | None = None
+        self._tracker: Tracker | None = None
+        """None: it is not open yet"""
         self._overrun = False
-        self._calling_since: float | None = None
-        # A daemon, so that a process whose tracker hangs can end.
-        self.thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
-        self.thread.start()
+        self._thread = CallThread(f"tracker {name}", MOST_WAITING)
+        self._thread.hand_over(self._open)
 
-    def send(self, sent: _Sent | None) -> None:
-        """Hand over a step; None: it was the last."""
-        if self._error is None and not self._overrun:
-            try:
-                self._queue.put_nowait(sent)
-            except queue.Full:
-                self._overrun = True
+    def send(self, sent: _Sent) -> None:
+        self._hand_over(lambda: self._opened.log(sent.step, sent.numbers, load_pictures(sent.loads or {})))
+
+    def end(self) -> None:
+        """Say that nothing more comes."""
+        self._hand_over(lambda: self._opened.close())
+        self._thread.end()
+
+    def wait(self, seconds: float) -> None:
+        """Wait until all is done, but no longer than this."""
+        self._thread.wait(seconds)
 
     def trouble(self, *, closing: bool) -> str | None:
         """What is wrong with the tracker, if anything is.
@@ -120,32 +120,28 @@ class _Worker:
         Args:
             closing: it has had its time to finish.
         """
-        if self._error is not None:
-            return f"failed: {self._error}"
+        if self._thread.error is not None:
+            return f"failed: {self._thread.error}"
         if self._overrun:
             return f"is {MOST_WAITING} steps behind"
         if closing:
-            return f"has not finished {PATIENCE:g} s after the run's last word" if self.thread.is_alive() else None
-        since = self._calling_since
-        return None if since is None or time.monotonic() - since < PATIENCE else f"has not answered for {PATIENCE:g} s"
+            return None if self._thread.wait(0.0) else f"has not finished {PATIENCE:g} s after the run's last word"
+        return None if self._thread.silent_for < PATIENCE else f"has not answered for {PATIENCE:g} s"
 
-    def _work(self) -> None:
-        try:
-            run = replace(self._run, known_as=_read(self._memory) if self._run.step else None)
-            tracker = self._call(lambda: self._adapter(run))
-            if tracker.run_id is not None:
-                replace_file(self._memory, [tracker.run_id.encode()], durable=False)
-            while (sent := self._queue.get()) is not None:
-                self._call(lambda sent=sent: tracker.log(sent.step, sent.numbers, load_pictures(sent.loads or {})))  # type: ignore[misc]
-            self._call(tracker.close)
-        except (Exception, SystemExit) as error:  # noqa: BLE001 - whatever a tracker raises, the run goes on
-            self._error = " ".join((str(error) or type(error).__name__).split())[:200]
+    @property
+    def _opened(self) -> Tracker:
+        assert self._tracker is not None
+        return self._tracker
 
-    def _call(self, function: Callable[[], Any]) -> Any:
-        self._calling_since = time.monotonic()
-        result = function()
-        self._calling_since = None
-        return result
+    def _hand_over(self, call: Callable[[], object]) -> None:
+        if not self._overrun and self._thread.error is None:
+            self._overrun = not self._thread.hand_over(call)
+
+    def _open(self) -> None:
+        tracker = self._adapter(replace(self._run, known_as=_read(self._memory) if self._run.step else None))
+        if tracker.run_id is not None:
+            replace_file(self._memory, [tracker.run_id.encode()], durable=False)
+        self._tracker = tracker
 
 
 def _read(path: Path) -> str | None:

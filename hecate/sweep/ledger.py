@@ -31,6 +31,7 @@ FREE = (
     "save_steps",
     "save_total_limit",
     "save_retain_steps",
+    "save_retain_hours",
     "save_async",
     "logging_steps",
     "report_to",

@@ -28,6 +28,9 @@ from hecate.model.base import BaseModel, build_base
 from hecate.model.checkpointing import checkpoint_activations
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts, non_moe_flops_per_token
+from hecate.model.load import resolve_model
+from hecate.model.load_moe import load_moe_model
+from hecate.model.model_digest import model_digest
 from hecate.model.moe_model import MoeModel
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.optim.from_config import gradient_rule, learning_rate
@@ -78,6 +81,11 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
         raise UserError(
             f"fssdp.redundancy: {config.fssdp.redundancy} needs more sharding groups than that, which hold each other's experts, "
             f"got {mesh.num_sharding_groups}\n  set it to 1, or fssdp.shard_size to less, or to null"
+        )
+    if ranks.tp_size > 1 and ranks.dp_size <= config.fssdp.redundancy:
+        raise UserError(
+            f"fssdp.redundancy: {config.fssdp.redundancy} needs more tensor groups (model.tensor_parallel) than that, got {ranks.dp_size}\n"
+            "  leave it at 0, or take more ranks"
         )
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     topology = topology or _seen_topology(config, ranks)
@@ -181,8 +189,30 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
     settings = engine_config(config, ranks, flops, topology, slots_of_config(config))
     moe = insert_experts(base.model, base.found, plan, settings, ranks.groups)
     if config.model.shard_non_experts:
-        shard_frozen_layers(moe, ranks.new_sharding_group())
+        assert ranks.layers is not None, "the ranks were joined without model.shard_non_experts"
+        shard_frozen_layers(moe, ranks.layers)
     return moe
+
+
+def shard_layers_again(config: Config, base: BaseModel, moe: MoeModel, ranks: Ranks) -> None:
+    """Shard the frozen weights of decoder layers over other ranks than before (`model.shard_non_experts`). Every rank must call it.
+
+    The weights are read again from the model's files, because what a lost rank held of them is nowhere else. No message is sent.
+
+    Raises:
+        UserError: the files cannot be read, or are not those any more that the run began with.
+    """
+    assert ranks.layers is not None, "the ranks were joined without model.shard_non_experts"
+    source = resolve_model(config.model.name_or_path)
+    if model_digest(source) != base.digest:
+        raise UserError(
+            f"model.name_or_path: {source.folder} is not the model any more that the run began with, and the frozen weights of lost ranks "
+            "must be read from it\n  put its files back, and go on from the last checkpoint with resume=true"
+        )
+    dtype = next(base.model.parameters()).dtype
+    # On the host, from where one layer after another is copied to a GPU: there is no room there for all of them besides a step's memory.
+    whole, _ = load_moe_model(source, dtype, torch.device("cpu"), config.moe.kind, config.model.num_hidden_layers)
+    shard_frozen_layers(moe, ranks.layers, whole)
 
 
 def insertion_plan(config: Config, num_layers: int, user_width: int | None = None) -> InsertionPlan:

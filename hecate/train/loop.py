@@ -23,7 +23,9 @@ from hecate import faults
 from hecate.checkpoint.manifest import step_of
 from hecate.checkpoint.save_run import Saved, require_durable_folder
 from hecate.config import Config
-from hecate.elastic.observer import Observer, ObserverLink
+from hecate.elastic.mismatch_watch import MismatchWatch
+from hecate.elastic.observer import ControllerLink, Observer, RunController, begin_facts, step_facts
+from hecate.elastic.observer_thread import ObserverThread
 from hecate.elastic.rebuild import Membership
 from hecate.elastic.stragglers import SlowRanks
 from hecate.io.signals import on_signals
@@ -48,7 +50,7 @@ class Agreement:
     regroup: bool
     """ranks have come: form a new group"""
     replan: bool
-    """the first rank's observer has an order"""
+    """the first rank's controller has an order"""
     writing: bool
     """a rank is still writing its part of a checkpoint"""
     save_failed: bool
@@ -61,11 +63,14 @@ class _Outside:
 
     reports: Reports
     membership: Membership | None
-    observer: ObserverLink | None
+    controller: ControllerLink | None
+    told: tuple[Observer, ...]
+    """who is told what happens: the controller, and what passes it on to an observer"""
     stopping: _Stopping
     profile: StepProfile
     slow: SlowRanks | None
-    """None: whoever observes the run names slow ranks"""
+    """None: the controller names slow ranks"""
+    mismatches: MismatchWatch
 
     def note(self, text: str | None) -> None:
         """Show a line on the terminal; None: there is none."""
@@ -91,6 +96,7 @@ def train(
     *,
     joins: bool = False,
     topology: Topology | None = None,
+    controller: RunController | None = None,
     observer: Observer | None = None,
 ) -> bool:
     """Train as configured, then evaluate, save, export and show. Every rank must call it.
@@ -99,7 +105,8 @@ def train(
         membership: says with whom to go on when a rank is lost or has come; None: a lost rank is the end.
         joins: this process has come new to a run under way. `ranks` is it alone until `membership` lets it in.
         topology: of the ranks' devices, in place of the configuration's.
-        observer: gets the facts of every step, and may change the plan or ask for a stop.
+        controller: the launcher's, which is told what an observer is told, and may change the plan or ask for a stop.
+        observer: is told the facts of every step, in a thread of its own; whatever it does, the run goes on.
 
     Returns:
         Whether the run came to its end; False: it was asked to stop before, and has saved.
@@ -124,9 +131,13 @@ def train(
             reports.event(training.standing.step, warning)
         for note in training.notes:
             reports.note(note)
-        link = ObserverLink(observer, partial(_say, training, reports)) if observer else None
+        say = partial(_say, training, reports)
+        link = ControllerLink(controller, say) if controller else None
+        watcher = stack.enter_context(ObserverThread(observer, say)) if observer else None
+        told = tuple(one for one in (link, watcher) if one is not None)
         profile = StepProfile(Path(config.output_dir), training.ranks, wanted=config.profile and not joins)
-        outside = _Outside(reports, membership, link, stopping, profile, None if observer else SlowRanks())
+        outside = _Outside(reports, membership, link, told, stopping, profile, None if controller else SlowRanks(), MismatchWatch())
+        stack.callback(outside.mismatches.end)
         _tell_beginning(training, outside)
         measured = _Measured()
         if config.eval.on_start and training.parts.eval_sources and training.standing.step == 0 and not joins:
@@ -136,7 +147,10 @@ def train(
                 if not _one_step(training, outside, measured):
                     return False
             except Exception as error:  # after an abort, what is left of the old group can fail in any way
-                if membership is None or not _is_of_a_loss(error, training.ranks) or not _regroup(training, membership, outside):
+                if not _is_of_a_loss(error, training.ranks):
+                    raise
+                outside.mismatches.raise_found(error)
+                if membership is None or not _regroup(training, membership, outside):
                     raise
                 reports.event(training.standing.step, f"went on after: {loss_in_words(error)}")
         written = training.parts.output.replace(Path(config.output_dir), training.parts.moe, training.ranks)
@@ -198,8 +212,10 @@ def _train_one(training: Training, outside: _Outside, measured: _Measured) -> tu
             _end_save(training, outside)
             raise training.too_many_skipped(event.result)
     outside.note(outside.profile.merge())
-    if outside.observer:
-        outside.observer.stepped(event)
+    if outside.told:
+        facts = step_facts(event)
+        for one in outside.told:
+            one.stepped(facts)
     if outside.slow:
         tp_size = training.ranks.tp_size
         work = {rank: done for rank, done in enumerate(event.result.work_before) if done.tokens and training.shares[rank // tp_size]}
@@ -212,17 +228,17 @@ def _train_one(training: Training, outside: _Outside, measured: _Measured) -> tu
 
 def _requests(training: Training, outside: _Outside) -> tuple[bool, bool, bool, bool, bool]:
     """What this rank asks for, in the order of `Agreement`. What any rank asks for, all ranks do; only the first rank's orders count."""
-    observer, membership = outside.observer, outside.membership
-    stop = outside.stopping.is_set or (observer is not None and observer.stop_requested())
+    controller, membership = outside.controller, outside.membership
+    stop = outside.stopping.is_set or (controller is not None and controller.stop_requested())
     regroup = membership is not None and membership.regroup_requested()
-    replan = observer is not None and training.ranks.is_first and observer.has_new_order()
+    replan = controller is not None and training.ranks.is_first and controller.has_new_order()
     return stop, regroup, replan, *(training.saving.requests() if training.saving else (False, False))
 
 
 def _replan(training: Training, outside: _Outside) -> None:
-    """Change the plan as the observer's order says."""
-    assert outside.observer is not None
-    order = outside.observer.receive_order(training.ranks)
+    """Change the plan as the controller's order says."""
+    assert outside.controller is not None
+    order = outside.controller.receive_order(training.ranks)
     now = training.parts.moe.engine.shards.config.topology
     training.plan_for(now if order.flops is None else replace(now, flops=order.flops), order.sequences)
     step = training.standing.step
@@ -267,8 +283,8 @@ def _tell_saved(training: Training, outside: _Outside, saved: Saved) -> None:
     step = step_of(saved.folder.name)
     assert step is not None
     outside.reports.saved(step, saved.folder)
-    if outside.observer and training.ranks.is_first:
-        outside.observer.saved(step, saved.folder)
+    for one in outside.told if training.ranks.is_first else ():
+        one.saved(step, saved.folder)
 
 
 def _is_of_a_loss(error: Exception, ranks: Ranks) -> bool:
@@ -320,9 +336,13 @@ def _joined(config: Config, ranks: Ranks, membership: Membership) -> Training:
 
 
 def _tell_beginning(training: Training, outside: _Outside) -> None:
-    if outside.observer:
-        engine, config = training.parts.moe.engine, training.parts.config
-        outside.observer.begins(step=training.standing.step, max_steps=config.max_steps, shares=training.shares, engine=engine)
+    outside.mismatches.begin(training.ranks)
+    if not outside.told:
+        return
+    engine, config = training.parts.moe.engine, training.parts.config
+    facts = begin_facts(step=training.standing.step, max_steps=config.max_steps, shares=training.shares, engine=engine)
+    for one in outside.told:
+        one.begins(facts)
 
 
 def _say(training: Training, reports: Reports, text: str) -> None:

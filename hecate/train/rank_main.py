@@ -7,6 +7,7 @@ Launchers start it, and `hecate train` becomes it under torchrun. The environmen
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import os
 import sys
@@ -72,6 +73,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
         UserError: the configuration, the data, the model or the disk is wrong.
         SystemExit: with status 2 if a rank of this job has met a user's mistake before; with status 1 if another rank was lost.
     """
+    faulthandler.enable()  # gloo ends a process where two ranks' messages differ in size: this says in which collective
     errors = os.environ.get(ERRORS_VARIABLE)
     if errors and mistakes(Path(errors)):
         sys.exit(USER_ERROR_EXIT)  # torch's elastic agent restarts ranks after every exit status; a mistake would only be met again
@@ -91,7 +93,8 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
     from hecate.train.loop import train
 
     try:
-        with join_ranks(config.fssdp.shard_size, config.model.tensor_parallel) as ranks:
+        model = config.model
+        with join_ranks(config.fssdp.shard_size, model.tensor_parallel, sharded_layers=model.shard_non_experts) as ranks:
             if ranks.is_first:
                 jit.say_with(lambda text: print(text, file=sys.stderr, flush=True))
             membership = local_membership(config, ranks)

@@ -11,8 +11,8 @@ Where each expert is an adapter of its own (`Router.separates`), it is trained b
 numbers do not matter to it; the loss that is reported is the mean over the experts that have label tokens. With `StepRules.privacy` it is
 trained by the mean over its samples of their own means (`hecate.train.privacy`).
 
-With `StepRules.order` a micro-batch is one sequence, which has a position in its micro-step. Gradients, losses and norms of positions,
-parameters and experts are kept apart until they are added in an order that depends on no rank (`hecate.parallel.summation`).
+With `StepRules.order` a micro-batch is one group of sequences, which has a position in its micro-step. Gradients, losses and norms of
+positions, parameters and experts are kept apart until they are added in an order that depends on no rank (`hecate.parallel.summation`).
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def train_step(
     """Forward, backward, reduce, clip, step. Every rank must call it with as many micro-batches, whose rows may be all padding.
 
     Args:
-        micro_batches: one for each micro-step; with `StepRules.order` one sequence for each pass of each micro-step.
+        micro_batches: one for each micro-step; with `StepRules.order` one for each pass of each micro-step.
         num_labels: label tokens of the whole step, all ranks and micro-batches together.
         num_samples: samples of the whole step, likewise; None: no loss of the model is a mean over samples.
         labels_of_source: label tokens of the whole step by source; needed where each expert has a mean loss of its own.
@@ -281,9 +281,9 @@ def _run(work: _StepWork, step: int, micro_batches: Sequence[Batch]) -> dict[Uni
 
 
 def _run_in_order(
-    work: _StepWork, step: int, sequences: Sequence[Batch], order: SumOrder, optimizer: ExpertOptimizer, replicated: PositionSums[Tensor]
+    work: _StepWork, step: int, groups: Sequence[Batch], order: SumOrder, optimizer: ExpertOptimizer, replicated: PositionSums[Tensor]
 ) -> dict[Unit, np.ndarray]:
-    """As `_run`, with a pass for each sequence.
+    """As `_run`, with a pass for each group of sequences.
 
     Args:
         replicated: gets the gradients of the replicated parameters, which have none afterwards.
@@ -293,8 +293,8 @@ def _run_in_order(
     this_step = engine.begin_step(step, work.micro_steps, order)
     positions = order.ranges[dist.get_rank(engine.shards.groups.world)]
     work.clock.ended("plan")
-    for first in range(0, len(sequences), order.passes):
-        batches = sequences[first : first + order.passes]
+    for first in range(0, len(groups), order.passes):
+        batches = groups[first : first + order.passes]
         passes = this_step.begin_passes([work.tokens(batch) for batch in batches], positions)
         sums = []
         for one, batch in zip(passes, batches, strict=True):
@@ -307,7 +307,7 @@ def _run_in_order(
         for one, loss_sum in zip(passes, sums, strict=True):
             stats = {unit: replace(of_unit, count_KE=counts[unit]) for unit, of_unit in one.stats.items()}
             shares.append(work.share(loss_sum, stats, one.position or 0))
-        last = first + order.passes == len(sequences)
+        last = first + order.passes == len(groups)
         for one, batch, share in zip(passes, batches, shares, strict=True):
             work.backward(one, batch, share)
             replicated.add(one.position, optimizer.take_replicated(), last=last)

@@ -39,7 +39,7 @@ from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import DenseWork, Evaluation, Rebuilt, Resharding, StepEvent, StepResult
 from hecate.report.run_report import RunFacts, trainable_rows
-from hecate.train.build import build_parts
+from hecate.train.build import build_parts, shard_layers_again
 from hecate.train.evaluate import evaluate
 from hecate.train.privacy import privacy_of
 from hecate.train.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
@@ -121,8 +121,9 @@ class Training:
         parts, config = self.parts, self.parts.config
         size = parts.stream.sequences_per_step // config.gradient_accumulation_steps
         speeds = slowest_of_each(topology.flops, self.ranks.tp_size)
-        self.shares = tuple(shares or sequences_by_speed(size, speeds))
+        self.shares = tuple(shares or sequences_by_speed(size, speeds, config.deterministic_group))
         assert sum(self.shares) == size, (self.shares, size)
+        assert all(share % config.deterministic_group == 0 for share in self.shares), (self.shares, config.deterministic_group)
         # Experts travel until the last rank is through with its attention; the planner takes that for the slowest device's time.
         flops = parts.dense_flops * dense_seconds(self.shares, speeds) * min(topology.flops)
         engine = parts.moe.engine
@@ -133,7 +134,8 @@ class Training:
         of that.
 
         A micro-step has `micro_batch_size` sequences for each rank that there was when the run began, however many ranks there are now.
-        With `privacy.clip` each of a rank's sequences, which is a sample, is a micro-batch of its own; with `deterministic`, too.
+        With `privacy.clip` each of a rank's sequences, which is a sample, is a micro-batch of its own; with `deterministic` each group of
+        them is one.
         """
         config, ranks = self.parts.config, self.ranks
         size = len(sequences) // config.gradient_accumulation_steps
@@ -141,9 +143,9 @@ class Training:
         pad_id = self.parts.base.tokenizer.pad_token_id or 0
         shares = [sequences[start + own.start : start + own.stop] or [empty_sequence()] for start in range(0, len(sequences), size)]
         if config.privacy.clip is not None or config.deterministic:
-            most = max(len(every) for every in sequence_ranges(size, self.shares))  # all ranks run as many micro-steps
-            alone = [share + [empty_sequence()] * (most - len(share)) for share in shares]
-            shares = [[sequence] for share in alone for sequence in share]
+            group = config.deterministic_group
+            most = max(self.shares)  # all ranks run as many micro-batches
+            shares = [share[start : start + group] or [empty_sequence()] for share in shares for start in range(0, most, group)]
         multiple = self.parts.base.head.row_multiple(config.data.seq_len)
         return [collate(share, pad_id, config.data.seq_len, ranks.tp_size, multiple).to(ranks.device) for share in shares]
 
@@ -227,8 +229,8 @@ class Training:
         config = self.parts.config
         if not config.deterministic:
             return None
-        size = self.parts.stream.sequences_per_step // config.gradient_accumulation_steps
-        return SumOrder(tuple(sequence_ranges(size, self.shares)))
+        groups = [share // config.deterministic_group for share in self.shares]
+        return SumOrder(tuple(sequence_ranges(sum(groups), groups)))
 
     @property
     def skipped_too_often(self) -> bool:
@@ -321,6 +323,7 @@ class Training:
         # Before the first message, after which rank 0 deletes what is left of it.
         warnings: tuple[str, ...] = (_GIVEN_UP,) if self.drop_save() else ()
         self.ranks = group.ranks
+        self.parts.base.rejoin(group.ranks)
         self._timer.take()  # of a step that was broken off
         self._work = DenseWork()
         standings = exchange_standings(group.ranks, self.state, parts.optimizer)
@@ -340,6 +343,8 @@ class Training:
             (self.state, moved), lost = dealt, ""
         self._settle_length()
         self._copy_backups()
+        if config.model.shard_non_experts:
+            shard_layers_again(config, self.parts.base, self.parts.moe, group.ranks)
         self.plan_for(group.topology)
         return Rebuilt(self.state.step, lost, moved, warnings)
 

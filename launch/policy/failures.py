@@ -11,6 +11,7 @@ class Cause(Enum):
 
     ACTOR_DIED = "the worker's process died"
     NODE_DIED = "the worker's node died"
+    STOPPED = "the worker was stopped"
     HUNG = "the worker did not answer"
     ERROR = "the training raised an error"
     START = "the workers did not come up in time"
@@ -45,9 +46,9 @@ class FailurePolicy:
     def decide(self, cause: Cause, left: int, *, copied: bool = False) -> tuple[Decision, FailurePolicy]:
         """Decide what to do after a failure, and return the policy with this failure counted.
 
-        A process that died on a living node is replaced, since its device is free and a new process loads in seconds. If the other workers
-        have copies of all that it owned, they go on meanwhile. A device that is gone, or does not answer, is left out if enough others
-        remain.
+        A process that died or was stopped on a living node is replaced, since its device is free and a new process loads in seconds. If the
+        other workers have copies of all that it owned, they go on meanwhile. A device that is gone, or does not answer, is left out if
+        enough others remain.
 
         Args:
             left: number of workers that still live.
@@ -58,6 +59,6 @@ class FailurePolicy:
         if counts[cause] > self.max_failures:
             return Decision.RAISE, after
         waits = not copied or left < self.fewest
-        if cause in (Cause.ERROR, Cause.START) or (cause is Cause.ACTOR_DIED and waits):
+        if cause in (Cause.ERROR, Cause.START) or (cause in (Cause.ACTOR_DIED, Cause.STOPPED) and waits):
             return Decision.REPLACE, after
         return (Decision.SHRINK if left >= self.fewest else Decision.WAIT), after

@@ -30,12 +30,14 @@ class NewShares:
 class WorkShares:
     """Each device's share of the sequences, from one generation of a job to the next."""
 
-    def __init__(self, topology: Topology | None, devices: Sequence[int]) -> None:
+    def __init__(self, topology: Topology | None, devices: Sequence[int], together: int = 1) -> None:
         """
         Args:
             topology: the topology of these devices, in their order; None: the first ranks measure it.
             devices: the numbers of the devices that the job begins with.
+            together: so many neighbouring sequences stay on one rank (`deterministic_group`).
         """
+        self._together = together
         self.topology = topology
         self._described = list(devices) if topology else []
         """the devices that the topology describes, in its order"""
@@ -107,7 +109,7 @@ class WorkShares:
             flops[self._described.index(device)] = ours.flops[rank]
         self.topology = replace(whole, flops=tuple(flops))
         self._windows = SpeedWindows()
-        self.sequences = tuple(sequences_by_speed(sum(self.sequences), ours.flops))
+        self.sequences = tuple(sequences_by_speed(sum(self.sequences), ours.flops, self._together))
         self._changes += 1
         return NewShares(self._changes, ours.flops, self.sequences)
 

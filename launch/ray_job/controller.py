@@ -55,7 +55,7 @@ _PING_SECONDS = 10.0
 """after which a worker that does not answer counts as hung"""
 _SETTLE_SECONDS = 15.0
 """after which a rank counts as hung that goes on training though the other ranks cannot"""
-_POLL_SECONDS = 0.5
+_POLL_SECONDS = 0.25
 """longest wait for an event before the controller looks at its clocks"""
 _PAUSE_SECONDS = 5.0
 """from one growth of the job to the next"""
@@ -108,7 +108,7 @@ class Controller:
         """devices outside the generation whose workers have loaded and wait to join"""
         self._awaited: set[int] = set()
         """devices without which the next generation does not begin"""
-        self._shares = WorkShares(topology, [device.index for device in group.devices])
+        self._shares = WorkShares(topology, [device.index for device in group.devices], config.deterministic_group)
         self._shown_at = 0.0
         self.shown = self._status()
         """the status that was shown last"""
@@ -127,6 +127,7 @@ class Controller:
             while self._state not in ENDED:
                 for device, event in self._group.poll(_POLL_SECONDS):
                     self._handle(device, event)
+                self._end_stopped()
                 self._advance()
                 if self._clock() - self._shown_at > 1:
                     self._show_status()
@@ -312,6 +313,12 @@ class Controller:
         shares = ", ".join(f"{device.name} {count}" for device, count in zip(self._members, self._shares.sequences, strict=True))
         generation = self._generation
         self._note(f"generation {generation.number}: {len(generation.members)} ranks from step {of_first.step}; sequences: {shares}")
+
+    def _end_stopped(self) -> None:
+        """End the workers whose processes were stopped. Nothing else would, since neither Ray nor their connections notice it."""
+        for device, seconds in self._group.stopped():
+            if self._generation.ends.get(device.index) is not RankEnd.FINISHED:
+                self._answer(Cause.STOPPED, device, f"for {seconds:.1f} s, as by SIGSTOP")
 
     def _watch(self) -> None:
         """Find workers that hang, and ranks whose training has ended while that of others goes on."""

@@ -20,6 +20,7 @@ from hecate.io.signals import on_signals
 from hecate.launch.local_launcher import STOPPING
 from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.ray_job.cluster import connected, private_cluster
+from hecate.launch.ray_job.worker import Worker
 from hecate.report.trackers import check_trackers
 from hecate.train.preflight import check_data, check_resume, refuse_rounds
 
@@ -28,8 +29,11 @@ _FOLDER_SECONDS = 10.0
 """how long the working folder may be missing while Ray copies it"""
 
 
-def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metrics_port: int | None) -> int:
+def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metrics_port: int | None, worker: type[Worker] = Worker) -> int:
     """Train as configured on the cluster at `address` (HOST:PORT), or on a private cluster of this machine alone ("local").
+
+    Args:
+        worker: the class of the ranks' actors.
 
     Returns:
         The job's exit status.
@@ -57,7 +61,7 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
                 f"topology: {config.topology} has {topology.world_size} devices, but the job gets {len(devices)}\n"
                 "  set ray.workers, or let the ranks measure: topology: auto"
             )
-        return _drive(ray, config, devices, topology, metrics_port)
+        return _drive(ray, config, devices, topology, metrics_port, worker)
 
 
 def check_for_ray(config: Config) -> None:
@@ -100,7 +104,7 @@ def _return_to(folder: Path) -> None:
             return
 
 
-def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metrics_port: int | None) -> int:
+def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metrics_port: int | None, worker: type[Worker]) -> int:
     from hecate.launch.ray_job.controller import Controller
     from hecate.launch.ray_job.prometheus import serving
     from hecate.launch.ray_job.rendezvous import Rendezvous
@@ -113,7 +117,11 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
     host = "127.0.0.1" if inside else ray.util.get_node_ip_address()
     rendezvous = Rendezvous(host)
     settings = WorkerSettings(
-        config=to_yaml(replace(config, topology="auto")), report_steps=config.ray.report_steps, address=host if inside else None
+        config=to_yaml(replace(config, topology="auto")),
+        report_steps=config.ray.report_steps,
+        worker=worker,
+        node=ray.get_runtime_context().get_node_id(),
+        address=host if inside else None,
     )
     group = WorkerGroup(ray, devices, rendezvous, settings)
 

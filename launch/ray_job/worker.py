@@ -172,8 +172,8 @@ class NotNeeded(Exception):
 class TrainingLink:
     """Connects the training thread of a worker with its events and orders.
 
-    It is the training's observer, which sums up what happens in one report every few steps, and the training's membership, which waits for
-    the next generation.
+    It is the training's controller, which sums up what happens in one report every few steps, and the training's membership, which waits
+    for the next generation.
     """
 
     def __init__(self, events: queue.SimpleQueue[WorkerEvent], report_steps: int, assignment: Assignment | None) -> None:
@@ -185,6 +185,8 @@ class TrainingLink:
         self.generation, self._rank = (-1, -1) if assignment is None else (assignment.generation, assignment.rank)
         self.ranks: Ranks | None = None
         """this process's `Ranks` in the newest generation; None: it has joined none"""
+        self.sharded_layers = False
+        """`model.shard_non_experts`, which the training's thread reads"""
         self._events, self._report_steps = events, report_steps
         self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
 
@@ -264,7 +266,7 @@ class TrainingLink:
             self.replan, self.leaving, self.generation, self._rank = None, False, assignment.generation, assignment.rank
             try:
                 store = meet(assignment.host, assignment.port, assignment.generation)
-                self.ranks = connect(store, assignment.rank, assignment.world_size)
+                self.ranks = connect(store, assignment.rank, assignment.world_size, sharded_layers=self.sharded_layers)
             except RuntimeError:  # another rank was lost while the ranks connected
                 forget_groups()
             else:
@@ -289,16 +291,17 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
         path = Path(folder, "config.yaml")
         path.write_text(config_text, encoding="utf-8")
         config = load_config(path, claim_output=False)
+    sharded = link.sharded_layers = config.model.shard_non_experts
     try:
         if assignment is None:
-            link.ranks = connect(dist.HashStore(), 0, 1)
-            finished = train(config, link.ranks, link, joins=True, observer=link)
+            link.ranks = connect(dist.HashStore(), 0, 1, sharded_layers=sharded)
+            finished = train(config, link.ranks, link, joins=True, controller=link)
         else:
             store = meet(assignment.host, assignment.port, assignment.generation)
-            ranks = link.ranks = connect(store, assignment.rank, assignment.world_size)
+            ranks = link.ranks = connect(store, assignment.rank, assignment.world_size, sharded_layers=sharded)
             given = None if assignment.topology is None else parse_topology(assignment.topology, "the controller's topology")
             topology = given or _measured(ranks, assignment.nodes)
-            finished = train(replace(config, resume=assignment.resume), ranks, link, topology=topology, observer=link)
+            finished = train(replace(config, resume=assignment.resume), ranks, link, topology=topology, controller=link)
         link.ranks.leave(together=True)
         return finished
     finally:

@@ -20,6 +20,7 @@ from hecate.launch.foreign_texts import worker_failure
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.launch.policy.devices import Device
 from hecate.launch.ray_job.messages import Ping, TakeGpus, WorkerEvent, WorkerLost, WorkerOrder, WorkerUp, event_from_json
+from hecate.launch.ray_job.node_watch import NodeWatches
 from hecate.launch.ray_job.rendezvous import Rendezvous
 from hecate.launch.ray_job.worker import Worker
 
@@ -74,6 +75,10 @@ class WorkerSettings:
     """the run's configuration, as YAML"""
     report_steps: int
     """number of steps between two reports"""
+    worker: type[Worker]
+    """the class of the actors"""
+    node: str
+    """id of the controller's node"""
     address: str | None
     """all workers send and receive on the interface with this address; None: each uses the interface with its node's address"""
 
@@ -88,6 +93,7 @@ class WorkerGroup:
         self._placement: Any = None
         self._spares: dict[str, WorkerHandle] = {}
         """node id -> its spare worker"""
+        self._watches = NodeWatches(ray, settings.node)
 
     def reserve(self, timeout: float) -> None:
         """Reserve all devices.
@@ -179,9 +185,19 @@ class WorkerGroup:
             worker.unanswered, worker.ping_sent = worker.orders, now
         return 0.0
 
+    def stopped(self) -> list[tuple[JobDevice, float]]:
+        """The devices whose workers' processes have been stopped, as by SIGSTOP, and for how many seconds. It must be called often."""
+        pid_of: dict[str, dict[int, int]] = {}
+        for device in self.devices:
+            if device.worker is not None and device.up is not None:
+                pid_of.setdefault(device.spec.node_id, {})[device.worker.number] = device.up.pid
+        found = self._watches.look(pid_of)
+        return [(device, found[device.worker.number]) for device in self.devices if device.worker and device.worker.number in found]
+
     def kill(self, device: JobDevice) -> None:
-        """End a device's worker, or withdraw the request for one."""
+        """End a device's worker, even if it is stopped, or withdraw the request for one."""
         if device.worker is not None:
+            self._watches.end(device.worker.number)
             self._ray.kill(device.worker.actor, no_restart=True)
         _clear(device)
 
@@ -194,6 +210,7 @@ class WorkerGroup:
             self.kill(device)
         for spare in self._spares.values():
             self._ray.kill(spare.actor, no_restart=True)
+        self._watches.close()
 
     def _start_actor(self, device: JobDevice, **options: Any) -> WorkerHandle:
         cpus = int(dict(device.spec.resources).get("CPU", 1))
@@ -203,7 +220,7 @@ class WorkerGroup:
             "OMP_NUM_THREADS": str(max(1, cpus)),
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # otherwise a spare that asks whether there is a GPU would never see one afterwards
         }
-        described = self._ray.remote(Worker).options(max_restarts=0, runtime_env={"env_vars": environment}, **options)
+        described = self._ray.remote(self._settings.worker).options(max_restarts=0, runtime_env={"env_vars": environment}, **options)
         number, self._requested = self._requested, self._requested + 1
         actor = described.remote(
             number,

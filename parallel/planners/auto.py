@@ -22,15 +22,17 @@ from hecate.parallel.cost_loops import (
     dispatch_seconds,
     even_quota_into,
     layer_loads,
+    moved_bytes,
     replica_seconds,
 )
 from hecate.parallel.cost_model import cost_numbers, overlap_degree, topology_numbers
 from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
 from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan_changes import LEAST
 from hecate.parallel.planners.rebalancing import fill_up, pack, rebalance
 from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, Wishes, bring_to_nodes, deal, replicate, wishes
-from hecate.parallel.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners
+from hecate.parallel.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners, remove
 
 _ALL_BUDGETS = 400
 """experts x ranks x budgets: where all budgets together take no longer than the one of a layer of 64 experts on 32 ranks"""
@@ -48,9 +50,11 @@ CANDIDATES = (
 """`replicate`'s rule, share and factor; and degrees of rebalancing, beside none: how far above the mean a device's compute may stay;
 negative: no assignment leaves its node. Those that win most often come first: what they cost spares looking closely at others."""
 
+TIE = 1e-9
+"""share of a layer's seconds: plans that differ by no more are equally fast"""
 SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.05, 0.02
 """of a layer's predicted seconds: how long the search for small changes may take; less where ranks wait for the plan"""
-_LEAST_SEARCH = 0.02
+LEAST_SEARCH = 0.02
 """seconds times experts times ranks: how long the search may take however fast the layer is, so that small layers are searched through"""
 _BEST, _FILLED, _DEALT, _PACKED, _COVERED, _ALONE = range(6)
 """plans from which the search begins: the best candidate, each rank filled up to its share, all slots dealt to hot experts, whole experts
@@ -71,8 +75,8 @@ def plan_auto(given: PlanInput) -> Plan:
     expert counts as equally hot.
 
     The moves are greedy, so with more slots they may end up worse. Where a layer is small all smaller budgets are tried as well, smallest
-    first, so that more slots for everyone never cost seconds. Of plans that are equally fast the first, everything everywhere before all
-    others.
+    first, so that more slots for everyone never cost seconds. Of plans that are equally fast the one that moves the fewest bytes, of those
+    the first.
     """
     # The compiled loops read a source's loads of all experts one after the other.
     tokens_LSE = np.ascontiguousarray(given.expected_LED.swapaxes(1, 2), dtype=np.float64)
@@ -168,7 +172,7 @@ def _plan_layers(
                 only_owners(base, owner)
                 replicate(rule, share, factor, owner, room, hidden, worth, wish, loads, topology, base)
                 fixed = replica_seconds(owner, base, resident, topology, cost)
-                if fixed >= best_seconds and not bounded:  # rebalancing only adds replicas
+                if fixed > best_seconds * (1 + TIE) and not bounded:  # rebalancing only adds replicas
                     continue
                 even_quota_into(base, loads, topology)
                 base_busy = busy_seconds(base, loads, topology, cost)
@@ -191,23 +195,32 @@ def _plan_layers(
                         rebalance(owner, base_busy, room, slack, across, topology, trial)
                     tried = base if degree == 0 else trial
                     busy = base_busiest if degree == 0 else largest(busy_seconds(tried, loads, topology, cost))
-                    if busy + fixed > best_seconds and not bounded:
+                    if busy + fixed > best_seconds * (1 + TIE) and not bounded:
                         continue
                     added = fixed if degree == 0 else replica_seconds(owner, tried, resident, topology, cost)
-                    if busy + added > best_seconds and not bounded:
+                    if busy + added > best_seconds * (1 + TIE) and not bounded:
                         continue
-                    enough = np.inf if bounded else best_seconds - busy - added
+                    enough = np.inf if bounded else best_seconds * (1 + 2 * TIE) - busy - added
                     dispatch = base_dispatch if degree == 0 else dispatch_seconds(tried, loads, topology, cost, enough)
                     seconds = busy + added + dispatch
                     uneven = max(busy / mean, max_imbalance) if bounded and mean > 0 else 0.0
-                    # Other loads than those predicted leave tokens where they are, if everything is everywhere.
-                    faster = seconds < best_seconds or (seconds == best_seconds and everywhere(tried))
-                    if uneven < best_uneven - 1e-9 or (uneven <= best_uneven + 1e-9 and faster):
+                    if uneven < best_uneven - 1e-9:
                         best_seconds, best_uneven = seconds, uneven
                         copy_into(tried, best)
+                    elif uneven <= best_uneven + 1e-9 and _preferred(
+                        seconds, best_seconds, owner, resident, loads, topology, cost, tried, best
+                    ):
+                        best_seconds, best_uneven = min(seconds, best_seconds), uneven
+                        copy_into(tried, best)
             if not bounded and not everywhere(best):
-                allowance = max(search_share * best_seconds, _LEAST_SEARCH / (len(owner) * ranks))
+                allowance = max(search_share * best_seconds, LEAST_SEARCH / (len(owner) * ranks))
                 best_seconds = _search(owner, room, resident, wish, loads, topology, cost, allowance, best_seconds, trial, best)
+        if not everywhere(best):
+            copy_into(best, trial)
+            if _without_idle(owner, trial):
+                found = _plan_seconds(owner, resident, loads, topology, cost, best_seconds * (1 + 2 * TIE), trial)
+                if found <= best_seconds * (1 + TIE):
+                    copy_into(trial, best)
         for e in range(len(owner)):
             for c in range(best.count_E[e]):
                 d = best.rank_EC[e, c]
@@ -249,8 +262,8 @@ def _search(
             left -= begins
             _start(start, owner, room, wish, loads, topology, trial)
             begins_X[start] = _plan_seconds(owner, resident, loads, topology, cost, 2 * seconds, trial)
-            if begins_X[start] < seconds:
-                seconds = begins_X[start]
+            if _preferred(begins_X[start], seconds, owner, resident, loads, topology, cost, trial, best):
+                seconds = min(begins_X[start], seconds)
                 copy_into(trial, best)
     begins_X[_BEST] = seconds
     for start in range(_STARTS):
@@ -262,12 +275,58 @@ def _search(
             copy_into(best, trial)
         else:
             _start(start, owner, room, wish, loads, topology, trial)
-        left -= improve(owner, room, resident, loads, topology, cost, trial, left)
-        found = _plan_seconds(owner, resident, loads, topology, cost, seconds, trial)
-        if found < seconds:
-            seconds = found
+        left -= improve(owner, room, resident, loads, topology, cost, trial, left, False)
+        found = _plan_seconds(owner, resident, loads, topology, cost, seconds * (1 + 2 * TIE), trial)
+        if _preferred(found, seconds, owner, resident, loads, topology, cost, trial, best):
+            seconds = min(found, seconds)
             copy_into(trial, best)
     return seconds
+
+
+@jit.loop
+def _preferred(
+    found: float,
+    seconds: float,
+    owner: np.ndarray,
+    resident: np.ndarray,
+    loads: LayerLoads,
+    topology: TopologyNumbers,
+    cost: CostNumbers,
+    tried: Replicas,
+    best: Replicas,
+) -> bool:
+    """Whether a plan that takes `found` seconds goes before the best one so far, which takes `seconds`."""
+    if found < seconds * (1 - TIE):
+        return True
+    if found > seconds * (1 + TIE):
+        return False
+    # Replicas that serve nothing will be given up.
+    needed = no_replicas(len(owner), len(topology.node_D))
+    moved = np.empty(2)
+    for x in range(2):
+        copy_into(tried if x == 0 else best, needed)
+        if not everywhere(needed):
+            _without_idle(owner, needed)
+        moved[x] = moved_bytes(owner, needed, resident, loads, topology, cost)
+    return moved[0] < moved[1] * (1 - TIE)
+
+
+@jit.loop
+def _without_idle(owner: np.ndarray, plan: Replicas) -> bool:
+    """Take away the replicas that serve nothing; returns whether there were any."""
+    found = False
+    for e in range(len(owner)):
+        c = 0
+        while c < plan.count_E[e]:
+            d = plan.rank_EC[e, c]
+            if d != owner[e] and plan.quota_ED[e, d] <= LEAST:
+                heir = plan.quota_ED[e, d]
+                remove(plan, e, d)
+                plan.quota_ED[e, owner[e]] += heir
+                found = True
+            else:
+                c += 1
+    return found
 
 
 @jit.loop

@@ -28,6 +28,7 @@ from hecate.parallel.cost_numbers import FAR_IN, FAR_OUT, NEAR_IN, NEAR_OUT, Cos
 from hecate.parallel.jit import loop
 from hecate.parallel.planners.plan_changes import (
     AMOUNT,
+    CLOSED,
     EXPERT,
     LEAST,
     OTHERS,
@@ -296,10 +297,10 @@ def _copy_sums(source: Sums, target: Sums) -> None:
 
 
 @loop
-def _set_free(slots: np.ndarray, owner: np.ndarray, replicas: Replicas, room: Room) -> None:
+def _set_free(slots: np.ndarray, owner: np.ndarray, only_split: bool, replicas: Replicas, room: Room) -> None:
     held = foreign(replicas, owner)
     for d in range(len(slots)):
-        room.free_D[d] = slots[d] - held[d]
+        room.free_D[d] = CLOSED if only_split else slots[d] - held[d]
 
 
 @loop
@@ -312,6 +313,7 @@ def improve(
     cost: CostNumbers,
     replicas: Replicas,
     allowance: float,
+    only_split: bool,
 ) -> float:
     """Make a plan of one layer faster by small changes; changes `replicas`. Returns the seconds that this took, by an estimate.
 
@@ -323,18 +325,21 @@ def improve(
         slots: int64 [ranks]: replicas of other ranks' experts that fit.
         resident: bool [experts, ranks], or [0, 0] where nothing is.
         allowance: seconds after which no further round begins.
+        only_split: the replicas are those that are there, whether they serve anything or not: none comes, and none is paid for.
     """
     ranks, experts, nodes = len(topology.node_D), len(owner), len(topology.uplink_N)
     sums, before = no_sums(ranks), no_sums(ranks)
     room = no_room(ranks, experts, nodes)
     for e in range(experts):
         _count(e, 1.0, replicas, loads, topology, sums, room)
-    optimizer = optimizer_seconds(owner, topology, cost)
-    fixed = replica_seconds(owner, replicas, resident, topology, cost)
+    optimizer, fixed = 0.0, 0.0
+    if not only_split:
+        optimizer = optimizer_seconds(owner, topology, cost)
+        fixed = replica_seconds(owner, replicas, resident, topology, cost)
     changes, value_X = np.zeros((_MOST_CHANGES, 5)), np.empty(_MOST_CHANGES)
     place, spent, each = 0, 0.0, _TRY_SECONDS + _TRY_SECONDS_A_RANK * ranks
     while place < _PLACES and spent <= allowance:
-        _set_free(slots, owner, replicas, room)
+        _set_free(slots, owner, only_split, replicas, room)
         seconds = _surrogate_seconds(sums, loads, topology, cost, room) + fixed
         costly = fixed - optimizer > _EXPOSED * seconds
         count = relieve_device(place, owner, sums, replicas, topology, room, changes)
@@ -362,14 +367,14 @@ def improve(
                 continue
             placed = _try(changes, best, owner, replicas, loads, topology, sums, room)
             now, then = _surrogate_seconds(sums, loads, topology, cost, room), fixed
-            if placed and now + optimizer < seconds * _WORTH:
+            if placed and not only_split and now + optimizer < seconds * _WORTH:
                 then = replica_seconds(owner, replicas, resident, topology, cost)
             if now + then >= seconds * _WORTH:
                 _undo(changes, best, replicas, sums, before, room)
                 continue
             fixed, seconds, kept = then, now + then, kept + 1
             _copy_sums(sums, before)
-            _set_free(slots, owner, replicas, room)
+            _set_free(slots, owner, only_split, replicas, room)
         place = 0 if kept > 0 else place + 1
         spent += (count + kept + 1) * each
     return spent

@@ -9,6 +9,8 @@ from hecate.parallel.array_loops import largest, total
 from hecate.parallel.cost_loops import busy_seconds, dispatch_seconds, even_quota_into, layer_loads
 from hecate.parallel.cost_model import cost_numbers, topology_numbers
 from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
+from hecate.parallel.planners.auto import LEAST_SEARCH, SEARCH_SHARE_AFTER_ROUTER
+from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.rebalancing import rebalance
 from hecate.parallel.replica_lists import Replicas, add, copy_into, foreign, no_replicas, only_owners
@@ -19,6 +21,7 @@ _SLACKS = np.array([1.0, 1.05, 1.1, 1.25, 1.5, 2.0])
 
 def split_anew(given: PlanInput, where_LED: np.ndarray) -> Plan:
     """The fastest of a few splits of the given loads over a placement: topology-aware dispatch, and the same with busy devices relieved.
+    It is then improved by small changes, for as long as a plan after the router may be (`auto`).
 
     Args:
         where_LED: bool [layers, experts, ranks], each expert at its owner.
@@ -81,6 +84,12 @@ def _split_layers(
                 if found < seconds:
                     seconds = found
                     copy_into(trial, best)
+        copy_into(best, trial)
+        allowance = max(SEARCH_SHARE_AFTER_ROUTER * seconds, LEAST_SEARCH / (len(owner) * ranks))
+        improve(owner, held, np.zeros((0, 0), np.bool_), loads, topology, cost, trial, allowance, True)
+        found = largest(busy_seconds(trial, loads, topology, cost)) + dispatch_seconds(trial, loads, topology, cost, np.inf)
+        if found < seconds:
+            copy_into(trial, best)
         for e in range(len(owner)):
             for c in range(best.count_E[e]):
                 d = best.rank_EC[e, c]

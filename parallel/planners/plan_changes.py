@@ -27,6 +27,7 @@ HAS, FREE, CROWDED = range(3)
 """kinds of ranks for an expert (see `_least_busy`)"""
 LEAST = 1e-6
 """assignments not worth moving"""
+CLOSED = -(2**30)
 _SMALL = 1e-3
 """assignments of a replica; of those that serve less, none serves less than the others"""
 
@@ -67,7 +68,7 @@ class Room(NamedTuple):
     kept_X: np.ndarray
     """int64 [2]: how many there were"""
     free_D: np.ndarray
-    """int64: slots left"""
+    """int64: slots left; `CLOSED`: no replica may come"""
     value_E: np.ndarray
 
 
@@ -103,6 +104,8 @@ def _note(
         return count
     victim = NOBODY
     if not replicas.has_ED[e, target] and room.free_D[target] <= 0:
+        if room.free_D[target] == CLOSED:
+            return count
         victim = _victim(target, e, owner, replicas)
         if victim < 0:
             return count

@@ -30,11 +30,14 @@ def test_plans_are_the_same_in_each_call_and_cover_everything() -> None:
     assert {one.place for one in deaths} == set(CALLS)
     assert {one.rank for one in deaths} == set(range(RANKS))
     assert {one.step for one in deaths} == set(range(6))
-    assert sum(plan.launcher == "torchrun" for plan in plans) == 20
+    launchers = [plan.launcher for plan in plans]
+    assert launchers[:20] == ["local"] * 18 + ["ray", "agent"]
+    assert launchers[29] == "two_agents"
+    assert [launchers.count(each) for each in ("ray", "agent", "two_agents")] == [39, 20, 19]
     assert max(one.call for one in deaths if one.place == "file" and one.rank != 0) > 100, "whoever commits may die while it does"
     for plan in plans:
         assert len({one.step for one in plan.deaths}) == DEATHS
-        if plan.launcher == "local":
+        if plan.launcher in ("local", "ray"):
             assert len({one.rank for one in plan.deaths}) == DEATHS, "a dead rank cannot die again"
 
 
@@ -49,21 +52,21 @@ def test_lost_and_repeated_steps_are_counted() -> None:
 
 def test_all_points_of_a_run_that_differs_have_failed() -> None:
     good = KilledRun(0, "local", False, ("rank 1, step 2, norm 1", "rank 0, step 3, file 4"), "", 0, 0, 0, 0, 1.0, 2.0)
-    bad = KilledRun(1, "torchrun", False, ("rank 1, step 2, norm 1",), "", 0, 1, 1, 0, 1.0, 2.0)
+    bad = KilledRun(1, "agent", False, ("rank 1, step 2, norm 1",), "", 0, 1, 1, 0, 1.0, 2.0)
     found = totals([good, bad])
     assert (found["points"], found["bitwise_equal"], found["lost_samples"]) == (3, 2, 1)
     assert found["by_place"] == {"file": 1, "norm": 2}
-    assert found["repeated_steps"] == {"local": 0, "torchrun": 1}
+    assert found["repeated_steps"] == {"agent": 1, "local": 0}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
 def test_runs_that_lose_three_ranks_end_with_the_same_bits(tmp_path: Path) -> None:
-    """The 19th and the 20th plan: one under each launcher."""
-    runs = [KilledRun(17, "local", False, (), "", 0, 0, 0, 0, 0.0, 0.0)]
+    """The plans 28 and 29: on Ray, and under torch's agents on two nodes."""
+    runs = [KilledRun(27, "local", False, (), "", 0, 0, 0, 0, 0.0, 0.0)]
     with ground() as made:
         go_through(made, runs, 4, tmp_path / "found.json")
-    assert [run.launcher for run in runs[1:3]] == ["local", "torchrun"]
+    assert [run.launcher for run in runs[1:3]] == ["ray", "two_agents"]
     assert all(run.held for run in runs), runs
     assert all(run.points for run in runs[1:])
     assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["totals"]["points"] >= 4

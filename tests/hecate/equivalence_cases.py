@@ -270,7 +270,12 @@ def calibrating_at_whim() -> Iterator[None]:
     """Any plan in place of any other, and layers planned from any loads, not only where that pays; the same on every rank."""
     whims = itertools.cycle((1.0, 0.0, 1.0, 1.0, 0.0))
     modes: Iterator[PlanMode] = itertools.cycle(("exact", "history", "calibrated", "history", "exact"))
+
+    def choose(measured: MeasuredModes, _planner: object, given: PlanInput, *_others: object) -> list[PlanMode]:
+        allowed = (mode for mode in modes if mode in measured._modes)
+        return [next(allowed) for _ in range(given.num_layers)]
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hecate.parallel.layer_plan.calibration_gain", lambda *_: next(whims))
-        patch.setattr(MeasuredModes, "choose", lambda _, planner, given, *others: [next(modes) for _ in range(given.num_layers)])
+        patch.setattr(MeasuredModes, "choose", choose)
         yield

@@ -25,6 +25,7 @@ from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
 from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.measured_modes import modes_of
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.units import Unit
 from hecate.train.step import StepRules, train_step
@@ -233,9 +234,12 @@ def check_case(rank: int, world: int, case: Case) -> None:
         assert_groups_equal(moe, optimizer)
     if case.policy == "elsewhere" and world > 1:
         assert moe.engine.shards.bytes_sent > sum(store.bytes_sent for store in moe.engine.shards.stores.values()), "no token left its rank"
-    calibrating = case.plan == "calibrated" or (case.plan == "auto" and case.steps > 2)
+    allowed = modes_of(case.plan, case.prefetch)
+    chooses = len(allowed) > 1
+    calibrating = case.plan == "calibrated" or (chooses and case.steps > 2)
     assert (0 < calibrations < case.steps * MICRO_STEPS * 2) == calibrating, calibrations
-    assert (len(modes) > 1) == (case.plan == "auto"), modes
+    assert modes <= set(allowed), modes
+    assert (len(modes) > 1) == chooses, modes
     if case.scenario == "idle experts" and case.num_experts > case.top_k:
         assert idle, "the scenario did not leave any expert idle"
 

@@ -56,6 +56,8 @@ class Scripted:
         self.devices = [JobDevice(index, Device(f"node{index}", "127.0.0.1", "CPU", (("CPU", 1.0),), ())) for index in range(3)]
         self.dead_nodes: set[int] = set()
         self.silent: set[int] = set()
+        self.halted: dict[int, float] = {}
+        """device -> how long its worker has been stopped"""
         self.closed = False
 
     def reserve(self, timeout: float) -> None: ...
@@ -83,6 +85,9 @@ class Scripted:
 
     def ping(self, device: JobDevice, now: float) -> float:
         return 100.0 if device.index in self.silent else 0.0
+
+    def stopped(self) -> list[tuple[JobDevice, float]]:
+        return [(self.devices[index], seconds) for index, seconds in self.halted.items() if self.devices[index].alive]
 
     def kill(self, device: JobDevice) -> None:
         self.killed.append(device.index)
@@ -250,6 +255,35 @@ def test_too_few_are_left_and_the_job_waits(config: Config) -> None:
     status, _, shown, _ = play(patient, UP, begins([0, 1, 2]), two_die, second, NOTHING, *comes, begins([0, 2], 5), end)
     assert status == 0
     assert "waiting" in states(shown)
+
+
+def test_a_stopped_worker_is_ended_by_name_and_the_others_go_on(config: Config) -> None:
+    def is_stopped(group: Scripted) -> Sequence[tuple[int, WorkerEvent]]:
+        group.halted[2] = 1.6
+        return []
+
+    smaller = (each([0, 1], left(0)), begins([0, 1], 5))
+    status, group, _, said = play(config, UP, begins([0, 1, 2]), is_stopped, *smaller, each([0, 1], finished(1)))
+    assert status == 0
+    assert group.killed == [2]
+    assert group.receivers(Interrupt) == [0, 1], "their connections to it stay open"
+    assert any("(rank 2): the worker was stopped (for 1.6 s, as by SIGSTOP); shrink" in line for line in said)
+
+
+def test_a_rank_that_is_stopped_while_another_is_mourned_is_ended_too(config: Config) -> None:
+    config = replace(config, ray=replace(config.ray, min_workers=1))
+
+    def is_stopped(group: Scripted) -> Sequence[tuple[int, WorkerEvent]]:
+        group.halted[2] = 1.6
+        return [(1, GONE)]
+
+    waits = one(0, left(0))
+    back = (one(2, up()), one(2, Prepared()))
+    calm: Step = lambda group: group.halted.clear() or []  # type: ignore[func-returns-value]  # noqa: E731
+    end = each([0, 2], finished(1))
+    status, group, _, _ = play(config, UP, begins([0, 1, 2]), is_stopped, calm, waits, *back, begins([0, 2], 5), end)
+    assert status == 0
+    assert group.joined() == [(0, 1, 2), (2, 1, 2)]
 
 
 def test_a_silent_worker_is_ended_by_name(config: Config) -> None:

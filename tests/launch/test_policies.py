@@ -71,6 +71,7 @@ def test_one_machine_by_addresses() -> None:
         (Cause.NODE_DIED, 3, False, Decision.SHRINK),
         (Cause.NODE_DIED, 1, True, Decision.WAIT),
         (Cause.HUNG, 2, False, Decision.SHRINK),
+        (Cause.STOPPED, 2, False, Decision.REPLACE),
         (Cause.ERROR, 4, True, Decision.REPLACE),
         (Cause.START, 4, True, Decision.REPLACE),
     ],
@@ -145,6 +146,13 @@ def test_two_slow_windows_give_a_slow_device_fewer_sequences() -> None:
     for step in (3, 4):
         assert shares.add_report(0, step, DenseWork(800, 0.2)) == {}
         assert shares.add_report(1, step, DenseWork(400, 0.2)) == {}
+
+
+def test_groups_of_sequences_stay_whole_when_they_are_shared_anew() -> None:
+    shares = WorkShares(TWO_ALIKE, [0, 1], together=3)
+    shares.begin_generation([0, 1])
+    shares.generation_begun((6, 6), "")
+    assert shares.share_anew({1: 0.5}).sequences == (9, 3)
 
 
 def test_windows_too_short_to_mean_anything_are_added_up() -> None:

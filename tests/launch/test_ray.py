@@ -114,6 +114,18 @@ def test_a_job_goes_on_whatever_it_loses(cluster: RayCluster, workshop: Path) ->
     assert read_status(run).state is State.STOPPED
 
 
+def test_a_stopped_worker_is_ended_by_name_on_a_node_that_is_not_the_controllers(cluster: RayCluster, workshop: Path) -> None:
+    """Without somebody on its node it would count as silent after ten seconds, in other words."""
+    run = workshop / "runs" / "stopped"
+    overrides = ["ray.workers=2", "ray.labels=['kind=slow']", "ray.report_steps=1", "max_steps=100000", "fssdp.redundancy=1"]
+    with cluster.job("ray", run, *overrides, "--address", cluster.address) as job:
+        status = job.wait_for(lambda s: training(s) == [0, 1] and s.step >= 2, 150)
+        os.kill(status.devices[1].pid, signal.SIGSTOP)
+        status = job.wait_for(lambda s: s.generation >= 1 and s.step > status.step)
+        assert "(rank 1): the worker was stopped (for 1." in job.output, job.output[-3000:]
+        assert "did not answer" not in job.output
+
+
 def wait_for_spares(cluster: RayCluster, status: JobStatus) -> set[int]:
     """Workers' processes beside those of the devices: one on each of the four nodes."""
     deadline, spares = time.monotonic() + 60, set[int]()

@@ -23,7 +23,7 @@ NODE = r"{key}: must divide the number of ranks on a node, which is 3, got 2\n  
 VOCABULARY = r"model\.tensor_parallel: must divide the 258 tokens of the vocabulary, got 4\n  give one of 1, 2, 3, 6, 43, or add tokens"
 OTHER_MODEL = ["model.front_end=transformers", "model.name_or_path={folder}", "model.tokenizer=null", TENSOR]
 NO_PARTS = r"model\.tensor_parallel: needs model\.front_end=megatron, whose layers can be split\n    hint: leave it at 1"
-TWICE = r"fssdp\.redundancy: does not work together with model\.tensor_parallel yet: .*\n    hint: leave it at 0: after a loss"
+FEW_GROUPS = r"fssdp\.redundancy: 1 needs more tensor groups than that, .*, got 1\n    hint: leave it at 0, or take 4 ranks or more"
 ON_RAY = r"{key}: is not supported on Ray, .*\n  set it to .*, or use hecate launch"
 NOWHERE = ["--address", "127.0.0.1:9"]
 NO_DASHBOARD = ["--address", "http://127.0.0.1:9", "--working-dir", "{folder}"]
@@ -33,19 +33,17 @@ MISTAKES: list[tuple[str, list[str], str]] = [
     ("train", ["ranks", "fssdp.shard_size=2"], SHARD_RANKS),
     ("train", ["nproc=4", "model.tensor_parallel=4"], VOCABULARY),
     ("train", OTHER_MODEL, NO_PARTS),
-    ("train", [TENSOR, "fssdp.redundancy=1"], TWICE),
+    ("train", ["nproc=2", TENSOR, "fssdp.redundancy=1"], FEW_GROUPS),
     ("launch", ["--nproc-per-node", "3", TENSOR], TENSOR_RANKS),
     ("launch", ["--nproc-per-node", "3", "fssdp.shard_size=2"], SHARD_RANKS),
     ("launch", ["--nproc-per-node", "3", "--nnodes", "1:2", TENSOR], NODE.format(key=r"model\.tensor_parallel")),
     ("launch", ["--nproc-per-node", "3", "--nnodes", "1:2", "fssdp.shard_size=2"], NODE.format(key=r"fssdp\.shard_size")),
     ("launch", ["--nproc-per-node", "4", "model.tensor_parallel=4"], VOCABULARY),
     ("launch", OTHER_MODEL, NO_PARTS),
-    ("launch", [TENSOR, "fssdp.redundancy=1"], TWICE),
     ("plan", ["--ranks", "3", TENSOR], TENSOR_RANKS),
     ("plan", ["--ranks", "3", "fssdp.shard_size=2"], SHARD_RANKS),
     ("plan", ["--ranks", "4", "model.tensor_parallel=4"], VOCABULARY),
     ("plan", OTHER_MODEL, NO_PARTS),
-    ("plan", [TENSOR, "fssdp.redundancy=1"], TWICE),
     ("ray", [*NOWHERE, TENSOR], ON_RAY.format(key=r"model\.tensor_parallel")),
     ("ray", [*NOWHERE, "fssdp.shard_size=2"], ON_RAY.format(key=r"fssdp\.shard_size")),
     ("submit", [*NO_DASHBOARD, TENSOR], ON_RAY.format(key=r"model\.tensor_parallel")),

@@ -10,13 +10,14 @@ from hecate.launch.policy.devices import Device
 from hecate.launch.ray_job.awake_clock import AwakeClock
 from hecate.launch.ray_job.messages import Interrupt, Ping
 from hecate.launch.ray_job.rendezvous import Rendezvous, orders
+from hecate.launch.ray_job.worker import Worker
 from hecate.launch.ray_job.worker_group import WorkerGroup, WorkerHandle, WorkerSettings
 
 
 def test_a_worker_is_asked_every_other_second_and_silent_until_it_answers() -> None:
     rendezvous = Rendezvous("127.0.0.1")
     nobody: Any = None
-    settings = WorkerSettings(config="", report_steps=1, address=None)
+    settings = WorkerSettings(config="", report_steps=1, worker=Worker, node="node", address=None)
     group = WorkerGroup(nobody, [Device("node", "127.0.0.1", "CPU", (("CPU", 1.0),), ())], rendezvous, settings)
     device = group.devices[0]
     worker = device.worker = WorkerHandle(7, nobody, nobody)

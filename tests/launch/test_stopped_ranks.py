@@ -66,7 +66,7 @@ def test_a_stopped_rank_is_killed_and_a_process_of_others_is_not(
     sleeper: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(stopped_ranks, "STOPPED_SECONDS", 0.0)
-    monkeypatch.setattr(stopped_ranks, "_LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(stopped_ranks, "LOOK_SECONDS", 0.01)
     # A process that somebody else has started: its parent ends at once.
     printed = subprocess.run(["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, check=True).stdout
     foreign = int(printed)

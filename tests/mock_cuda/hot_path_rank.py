@@ -175,7 +175,8 @@ def run_all(runs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         for name, overrides in runs["overrides"].items():
             folder = Path(runs["folder"], name)
             config = load_config(runs["config"], [f"output_dir={folder}", NEVER_STOPS, *overrides], claim_output=False)
-            ranks = connect(dist.FileStore(f"{folder}.store", 1), 0, 1, config.fssdp.shard_size, config.model.tensor_parallel)
+            model, store = config.model, dist.FileStore(f"{folder}.store", 1)
+            ranks = connect(store, 0, 1, config.fssdp.shard_size, model.tensor_parallel, sharded_layers=model.shard_non_experts)
             train(config, ranks)
             dist.destroy_process_group()
             found[name] = list(steps)

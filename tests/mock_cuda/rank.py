@@ -49,7 +49,8 @@ def main(runs: dict[str, Any], rank: int) -> None:
         folder = Path(runs["folder"], name)
         config = load_config(runs["config"], [f"output_dir={folder}", *overrides], claim_output=False)
         store = dist.FileStore(f"{folder}.store", world)
-        ranks = connect(store, rank, world, config.fssdp.shard_size, config.model.tensor_parallel)
+        model = config.model
+        ranks = connect(store, rank, world, config.fssdp.shard_size, model.tensor_parallel, sharded_layers=model.shard_non_experts)
         if runs["mock"] or runs["gpu"]:
             with _watched_steps(_watched_on_mock if runs["mock"] else _watched_on_gpu) as steps:
                 train(config, ranks)

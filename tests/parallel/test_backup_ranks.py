@@ -27,6 +27,14 @@ def test_where_there_are_fewer_nodes_a_node_holds_several() -> None:
     assert backup_ranks(one_node, 2).tolist() == [[1, 2], [2, 0], [0, 1]]
 
 
+def test_backups_are_in_other_tensor_groups() -> None:
+    six = uniform_topology(1, 6, **CPU_DEVICE)
+    for rank, own in enumerate(backup_ranks(six, 2, 2).tolist()):
+        assert len({rank // 2, *(one // 2 for one in own)}) == 3, "all three copies are in groups of their own"
+    assert np.bincount(backup_ranks(six, 1, 3).ravel()).tolist() == [1] * 6
+    assert backup_ranks(six, 2, 3).shape == (6, 1), "there is one other group"
+
+
 @pytest.mark.parametrize(("world", "columns"), [(1, 0), (2, 1), (3, 2)])
 def test_there_are_no_more_backups_than_other_ranks(world: int, columns: int) -> None:
     assert backup_ranks(uniform_topology(1, world, **CPU_DEVICE), 2).shape == (world, columns)

@@ -83,3 +83,9 @@ def test_imbalance() -> None:
     assert imbalance(np.array([3, 1, 2])) == 1.5
     assert imbalance(np.array([4, 4])) == 1.0
     assert imbalance(np.array([0, 0, 0])) == 1.0
+
+
+@pytest.mark.parametrize("bad", [[{"0": [1, 2]}], [{"0": [[1, -2]]}], [{"0": [["a"]]}], [[1]]], ids=str)
+def test_what_is_no_history_is_refused(bad: list) -> None:  # type: ignore[type-arg]
+    with pytest.raises((AttributeError, TypeError, ValueError)):
+        LoadHistory(1).load_state_dict(bad)

@@ -25,6 +25,12 @@ def test_worked_cases(num_sequences: int, speed_D: list[float], sequences_D: lis
     assert sequences_by_speed(num_sequences, speed_D) == sequences_D
 
 
+def test_groups_that_stay_together() -> None:
+    """Four groups of three: the slow rank gets one, as it would of four sequences, and not four of the twelve."""
+    assert sequences_by_speed(12, [1.0, 0.5], together=3) == [9, 3]
+    assert sequences_by_speed(12, [1.0, 0.5]) == [8, 4]
+
+
 @given(st.integers(0, 7), st.lists(st.floats(0.1, 10), min_size=1, max_size=3))
 def test_no_other_deal_is_through_earlier(num_sequences: int, speed_D: list[float]) -> None:
     dealt = sequences_by_speed(num_sequences, speed_D)

@@ -10,13 +10,17 @@ import pytest
 
 from hecate.parallel.cost_model import ExecutionMode, LayerCost, PlanMode
 from hecate.parallel.flows import token_split
+from hecate.parallel.measured_modes import MODES, execution_of
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
 from hecate.parallel.simulated_step import StepSeconds
 from hecate.parallel.simulator import Simulated, replica_slots, simulate
 from hecate.parallel.topology import Link, Topology
+from hecate.parallel.workloads import WORKLOADS
+from testing.plan_cases import Kind, kinds, topologies
 from testing.unit_cases import unit_topology
 
 NODE = unit_topology((0, 0), memory_bandwidth=1.0)
+AUTO = {"auto": POLICIES["auto"]}
 COST = LayerCost(trainable_bytes=4.0, row_bytes=1.0, assignment_flops=1.0, non_moe_flops=5.0)
 ALL_TO_FIRST = [[10, 0], [10, 0]]
 """a row a source rank: both ranks choose expert 0, which rank 0 owns"""
@@ -317,10 +321,47 @@ def test_each_layer_goes_by_the_mode_that_was_fastest(
     cost = LayerCost(trainable_bytes=4.0, assignment_flops=1.0, non_moe_flops=attention)
     execution = ExecutionMode(micro_steps=micro_steps)
     (row,) = simulate(
-        loads, NODE, cost, {"tried": hottest_everywhere}, slots_D=np.full(2, 2), execution=execution, history_steps=1, choose_modes=True
+        loads, NODE, cost, {"tried": hottest_everywhere}, slots_D=np.full(2, 2), execution=execution, history_steps=1, choose_modes=MODES
     )
     assert row.plan_modes == {"history": 5 / 8, "calibrated": 0, "exact": 0} | {late: 3 / 8}
     assert row.seconds.compute == (4 * 24 + 48 + 3 * 24) / 4
     assert (row.seconds.gather, row.seconds.exposed, row.seconds.optimizer) == (gathers, exposed, 8)
     assert row.bytes.near == gathers + (8 if late == "calibrated" else gathers), "and the gradients"
     assert row.replica_bytes_D == (8.0, 16.0), "the steady layer's is on rank 1"
+
+
+@pytest.mark.parametrize(("slots", "kept"), [(1, 1), (2, 2)])
+def test_frozen_parts_that_are_kept_take_memory(slots: int, kept: int) -> None:
+    """Another expert of rank 0 gets hot: rank 1 gets a replica of it, and keeps the frozen part of the one before if it has a slot."""
+
+    def planner(given: PlanInput) -> Plan:
+        return Plan(given.owner_LE, given.owned_LED) if given.loads_LED is None else hottest_everywhere(given)
+
+    loads = np.zeros((3, 1, 4, 2), dtype=np.int64)
+    loads[0, 0, 0] = loads[1:, 0, 1] = 8
+    cost = LayerCost(trainable_bytes=4.0, frozen_bytes=100.0, assignment_flops=1.0)
+    (row,) = simulate(loads, NODE, cost, {"tried": planner}, slots_D=np.full(2, slots), predict=last_loads)
+    assert row.replica_bytes_D == (0.0, 8.0 + 100.0 * kept)
+
+
+def last_loads(past: np.ndarray) -> np.ndarray:
+    return past[-1].astype(np.float64)
+
+
+@pytest.mark.parametrize("workload", ["rotating", "trained_steady"])
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)
+def test_exact_plans_are_never_slower_than_those_from_history(workload: str, kind: Kind) -> None:
+    """Step by step, before a step has been measured: they begin with history's gather, and may keep its plan."""
+    topology = topologies()["8x1"]
+    loads = WORKLOADS[workload](3, 1, topology.world_size, 16, 4096, 2, 0)
+    seconds = {}
+    for choice in ("history", "exact"):
+        plan, among = execution_of(choice, 1)
+        both = [
+            simulate(part, topology, kind.cost, AUTO, slots_D=np.full(8, 2), execution=ExecutionMode(plan=plan), choose_modes=among)[0]
+            for part in (loads[:2], loads[1:])
+        ]
+        seconds[choice] = np.array([one.step_seconds for one in both])
+    assert (seconds["exact"] <= seconds["history"] * (1 + 1e-12)).all()
+    if workload == "rotating" and kind.name != "LoRA, dense base":
+        assert seconds["exact"].sum() < 0.99 * seconds["history"].sum()

@@ -12,7 +12,7 @@ from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.history import good_checkpoints, latest_good, prune, remove_stale_staging, set_aside
 from hecate.checkpoint.save import write_shard
 from tests.hecate.checkpoint.disk import OPERATIONS, Killed, watched_disk
-from tests.hecate.checkpoint.saving import flip_last_bit, holds, save, shards_of
+from tests.hecate.checkpoint.saving import META, flip_last_bit, holds, save, shards_of
 
 
 def names(root: Path) -> list[str]:
@@ -103,6 +103,34 @@ def test_one_in_each_stretch_of_steps_is_kept_for_good_and_stays_the_same_one(tm
     assert kept[10] == [6, 8, 10]
     assert kept[16] == [6, 10, 14, 16]
     assert kept[24] == [6, 10, 16, 20, 22, 24]
+
+
+def test_one_in_each_stretch_of_hours_is_kept_for_good_by_the_time_in_the_checkpoint(tmp_path: Path) -> None:
+    hour = 3600
+    times = {
+        1: 50 * hour - 1,
+        2: 50 * hour,
+        3: 51 * hour,
+        4: 53 * hour,
+        5: None,
+        6: 49 * hour,
+        7: "56",
+        8: 54 * hour,
+        9: True,
+        10: 1,
+        11: 2,
+    }
+    for step, when in times.items():
+        folder = save(tmp_path, step, shards_of(float(step)), meta=META | ({} if when is None else {"saved_at": when}))
+        os.utime(folder, (step, step))
+        os.utime(folder / "COMMIT", (step, step))
+        prune(tmp_path, 2, None, 2)
+    # Stretches of two hours: 1 and 6; 2 and 3; 4; 8. The clock of the saves of 6, 10 and 11 was wrong.
+    assert sorted(int(path.name.partition("-")[2]) for path in tmp_path.iterdir()) == [1, 2, 4, 8, 10, 11]
+    damage(tmp_path / "checkpoint-1")
+    assert [path.name for path in prune(tmp_path, 1, retain_hours=2)] == ["checkpoint-1"]
+    assert [path.name for path in prune(tmp_path, 1, 8, 2)] == []
+    assert [path.name for path in prune(tmp_path, 1, 8)] == ["checkpoint-10", "checkpoint-4", "checkpoint-2"]
 
 
 def test_what_was_set_aside_is_neither_listed_nor_deleted(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,14 @@ import torch
 
 from hecate.checkpoint import latest_good
 from hecate.checkpoint.manifest import Manifest, read_manifest
+from hecate.checkpoint.meta import saved_at
 from hecate.checkpoint.save_run import save_state
 from hecate.checkpoint.shard import read_tensors
 from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, refuse_other_run
 from hecate.checkpoint.verify import find_damage
 from hecate.config import Config, to_yaml
 from hecate.errors import UserError
+from hecate.parallel.loads import LoadHistory
 from hecate.parallel.units import Unit
 from testing.ranks import run_ranks
 from tests.hecate.checkpoint.saving import flip_last_bit
@@ -87,7 +90,10 @@ def test_ranks_load_the_checkpoint_that_rank_0_names_though_listings_differ(tmp_
 def manifests_read(rank: int, world: int, folder: str) -> int:
     """How often a rank reads, and hashes, a manifest to load the only checkpoint."""
     ranks, parts, config = ranks_of(rank, world), stepped_parts(rank, world), config_of(Path(folder))
-    assert save_state(config, ranks, parts, state_of(parts, 1)).folder is not None
+    began = time.time()
+    saved = save_state(config, ranks, parts, state_of(parts, 1))
+    assert saved.folder is not None
+    assert int(began) <= (saved_at(read_manifest(saved.folder).meta) or 0) <= time.time()
     read = mock.Mock(wraps=read_manifest)
     with mock.patch("hecate.checkpoint.history.read_manifest", read), mock.patch("hecate.checkpoint.train_state.read_manifest", read):
         load_state(config, ranks, parts)
@@ -146,6 +152,28 @@ def test_a_damaged_checkpoint_is_passed_over_named_and_replaced(tmp_path: Path) 
     assert sorted(path.name for path in root.iterdir()) == sorted(["checkpoint-1", "checkpoint-2", "checkpoint-3", *asides])
     assert not [*find_damage(root / "checkpoint-2"), *find_damage(root / "checkpoint-3")]
     assert len(list(find_damage(root / asides[1]))) == 1
+
+
+def loaded_with_mistakes(rank: int, world: int, folder: str) -> tuple[int, tuple[str, ...], str]:
+    """Save steps 1 and 2. Load, where the position of step 2 is none in these data; load, where this program itself makes a mistake."""
+    ranks, parts, config = ranks_of(rank, world), stepped_parts(rank, world), config_of(Path(folder))
+    begun = state_of(parts, 1)
+    for step in (1, 2):
+        save_state(config, ranks, parts, replace(begun, step=step))
+    parts.stream.check_state_dict.side_effect = [KeyError("mixture"), None, None]  # type: ignore[union-attr]
+    loaded = load_state(config, ranks, parts)
+    with pytest.raises(Exception, match="our own") as caught, mock.patch.object(LoadHistory, "redeal", side_effect=TypeError("our own")):
+        load_state(config, ranks, parts)
+    return loaded.state.step, loaded.warnings, repr(caught.value)
+
+
+def test_a_position_that_is_none_is_damage_and_a_mistake_of_the_program_is_not(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    ((step, (said,), mistake),) = run_ranks(1, loaded_with_mistakes, str(tmp_path))
+    assert step == 1
+    assert said.startswith(f"checkpoint-2 is damaged and was passed over: {tmp_path}/out/checkpoint-2/manifest.json: ")
+    assert "what its run says there is damaged: KeyError: 'mixture'" in said
+    assert mistake == "TypeError('our own')"
 
 
 def saved_without_room(rank: int, world: int, folder: str) -> tuple[str, list[str]]:

@@ -22,7 +22,7 @@ SECOND = "rank-00001-of-00002.safetensors"
 def run(tmp_path: Path) -> Path:
     """Whole: 3 and 1. Step 5 has a bad tensor, step 4 no COMMIT; one was moved aside, and a save was broken off."""
     for step in (1, 2, 3, 4, 5):
-        save(tmp_path, step, shards_of(float(step)))
+        save(tmp_path, step, shards_of(float(step)), meta=META | ({"saved_at": 10**9} if step == 3 else {}))
     flip_last_bit(tmp_path / "checkpoint-5" / SECOND)
     (tmp_path / "checkpoint-4" / "COMMIT").unlink()
     set_aside(tmp_path / "checkpoint-2")
@@ -50,7 +50,8 @@ def test_all_are_listed_with_what_is_wrong_as_far_as_manifests_tell(run: Path) -
     assert [(one["step"], one["state"], one["ranks"]) for one in values] == listed
     files = list((run / "checkpoint-3").iterdir())
     assert values[3]["num_bytes"] == sum(file.stat().st_size for file in files)
-    assert values[3]["when"] == (run / "checkpoint-3" / "COMMIT").stat().st_mtime
+    assert values[3]["when"] == 10**9
+    assert values[5]["when"] == (run / "checkpoint-1" / "COMMIT").stat().st_mtime, "an early version's manifest has no time"
     assert "COMMIT: the file is missing" in values[2]["reason"]
     head, *lines = invoked("list", run).splitlines()
     assert head.split() == ["step", "when", "ranks", "bytes", "folder", "state"]

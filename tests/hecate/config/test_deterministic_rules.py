@@ -32,6 +32,14 @@ def test_what_does_not_is_refused(folder: Path, change: str, message: str) -> No
     assert len(error.value.problems) == 1
 
 
+def test_groups_are_whole_on_each_rank(folder: Path) -> None:
+    assert load(MINIMAL, "deterministic=true", "micro_batch_size=6", "deterministic_group=3").deterministic_group == 3
+    with pytest.raises(ConfigError, match="deterministic_group: must divide micro_batch_size, which is 6"):
+        load(MINIMAL, "deterministic=true", "micro_batch_size=6", "deterministic_group=4")
+    with pytest.raises(ConfigError, match="deterministic_group: applies with deterministic only, got 3"):
+        load(MINIMAL, "micro_batch_size=6", "deterministic_group=3")
+
+
 @pytest.mark.parametrize(("key", "value"), [("model.front_end", "megatron"), ("privacy.clip", 1.0), ("rounds.clients", ("one",))])
 def test_other_ways_to_train_are_refused(key: str, value: object) -> None:
     problems: list[str] = []

@@ -145,6 +145,7 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "data.packing",
         "seed",
         "deterministic",
+        "deterministic_group",
         "micro_batch_size",
         "gradient_accumulation_steps",
         "learning_rate",

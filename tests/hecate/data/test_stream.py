@@ -142,3 +142,31 @@ def test_rows_per_step_may_change_at_a_resume() -> None:
     resumed = build(sequences_per_step=2)
     resumed.load_state_dict(whole.state_dict())
     assert plain(resumed.next_step() + resumed.next_step()) == plain(whole.next_step())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mixture": {"drawn": [3]}},
+        {"mixture": {"drawn": [3, -1]}},
+        {"mixture": {"drawn": [3, 1.5]}},
+        {"mixture": {}},
+        {"mixture": 5},
+        {"waiting": [[0, 90]]},
+        {"waiting": [[2, 0]]},
+        {"waiting": [[-1, 0]]},
+        {"waiting": [[0]]},
+        {"waiting": None},
+        {"rows": "8"},
+        {"identity": {}},
+    ],
+    ids=str,
+)
+def test_what_is_no_position_in_these_data_is_refused_and_nothing_has_changed(change: dict[str, Any]) -> None:
+    stream = build()
+    stream.next_step()
+    before = json.dumps(stream.state_dict())
+    for refuse in (stream.check_state_dict, stream.load_state_dict):
+        with pytest.raises((KeyError, TypeError, ValueError)):
+            refuse(json.loads(before) | change)
+    assert json.dumps(stream.state_dict()) == before

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hecate.cli import app
-from hecate.drill import damage, inputs, launching, losses, memory, naming, numbers, resuming, saves
+from hecate.drill import damage, followers, inputs, launching, losses, memory, naming, numbers, resuming, saves
 from hecate.drill.catalogue import DRILLS
 from hecate.drill.outcome import DrillCase, DrillOutcome, outcome_of
 from hecate.drill.program import found, name_of
@@ -22,9 +22,9 @@ from hecate.drill.table import as_json, report_text, summary_text
 from hecate.errors import UserError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
-IN_EVERY_TEST = ("R5", "R6", "R7", "R8", "R9", "R13", "R16", "R17", "R18", "R20")
+IN_EVERY_TEST = ("R5", "R6", "R7", "R8", "R9", "R13", "R16", "R17", "R18", "R20", "R25")
 """of a few seconds of processor time"""
-MODULES = (damage, inputs, launching, losses, memory, naming, numbers, resuming, saves)
+MODULES = (damage, followers, inputs, launching, losses, memory, naming, numbers, resuming, saves)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def test_a_drill_that_breaks_down_has_failed_with_its_last_words(made: Ground) -
     assert "no_such_function" in broken.outcome.failures[-1]
 
 
-def test_there_are_24_and_each_has_a_function() -> None:
-    assert list(DRILLS) == [f"R{number}" for number in range(1, 25)]
+def test_there_are_25_and_each_has_a_function() -> None:
+    assert list(DRILLS) == [f"R{number}" for number in range(1, 26)]
     functions = [found(drill.function) for drill in DRILLS.values()]
     assert [name_of(function) for function in functions] == [drill.function for drill in DRILLS.values()]
     assert {function.__module__ for function in functions} == {module.__name__ for module in MODULES}
@@ -56,11 +56,11 @@ def test_there_are_24_and_each_has_a_function() -> None:
 
 def test_drills_are_chosen_by_name() -> None:
     assert [drill.name for drill in chosen(["r8", "R1"])] == ["R8", "R1"]
-    assert len(chosen([])) == 24
-    with pytest.raises(UserError, match="no drill is called R25"):
-        chosen(["R25"])
+    assert len(chosen([])) == 25
+    with pytest.raises(UserError, match="no drill is called R26"):
+        chosen(["R26"])
     listed = CliRunner().invoke(app, ["drill", "--list"])
-    assert (listed.exit_code, len(listed.output.splitlines())) == (0, 24)
+    assert (listed.exit_code, len(listed.output.splitlines())) == (0, 25)
 
 
 def test_what_failed_is_said() -> None:

@@ -126,6 +126,7 @@ def test_kinds_have_names_of_their_own_and_each_list_counts() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_thousands_of_changed_files_are_read_or_refused(made: Ground) -> None:
     report = made.run(DRILLS["R9"], quick=False)
     assert report.outcome.ok, report_text(report)

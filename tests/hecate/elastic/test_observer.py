@@ -1,4 +1,4 @@
-"""An observer receives a run's steps, and its orders change all ranks alike between two steps."""
+"""A controller receives a run's steps, and its orders change all ranks alike between two steps."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def watched(
     assert default is not None
     ranks = Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
     recorder = kind(rank, order, until)
-    ended = train(load_config(f"{workshop}/config.yaml", overrides, claim_output=False), ranks, observer=recorder)
+    ended = train(load_config(f"{workshop}/config.yaml", overrides, claim_output=False), ranks, controller=recorder)
     return ended, recorder
 
 
@@ -118,13 +118,13 @@ def failing(rank: int, world: int, workshop: str) -> tuple[bool, Recorder]:
     return watched(rank, world, workshop, "failing", None, 99, Failing)
 
 
-def test_an_observer_that_fails_is_named_once_and_stops_nothing(workshop: str) -> None:
+def test_a_controller_that_fails_is_named_once_and_stops_nothing(workshop: str) -> None:
     results = run_ranks(2, failing, workshop)
     assert [ended for ended, _ in results] == [True, True]
     assert [len(recorder.steps) for _, recorder in results] == [2, 3]
     records = [json.loads(line) for line in Path(workshop, "runs/failing/metrics.jsonl").read_text().splitlines()]
-    said = [(record["step"], record["text"]) for record in records if "observer" in record.get("text", "")]
-    assert said == [(2, "the run's observer failed: [Errno 28] No space left on device; the run goes on without it")]
+    said = [(record["step"], record["text"]) for record in records if "controller" in record.get("text", "")]
+    assert said == [(2, "the run's controller failed: [Errno 28] No space left on device; the run goes on without it")]
 
 
 def test_an_order_travels_as_json() -> None:

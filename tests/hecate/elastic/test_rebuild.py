@@ -19,20 +19,10 @@ from hecate.elastic.backups import copy_to_backup_ranks
 from hecate.parallel.backup_ranks import backup_ranks
 from hecate.ranks.ranks import connect
 from hecate.ranks.sockets import tcp_sockets
-from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import STEPS, make_workshop
-from tests.hecate.elastic.losing import DEATH_STEP, VICTIM, Dead, make_run, make_run_in_groups, regroup
+from tests.hecate.elastic.losing import DEATH_STEP, PHASES, VICTIM, Dead, die_in, make_run, make_run_in_groups, regroup, steps_until
 from tests.hecate.train.in_process import Losses, ranks_of_default_group
-
-PHASES = {
-    "forward": ("experts", 2),
-    "backward": ("backward", 2),
-    "gradients": ("reduce", 1),
-    "norm": ("gradients", 1),
-    "stepped": ("step", 1),
-}
-"""name -> a place (`hecate.faults`), and at which of its calls a rank dies"""
 
 
 @pytest.fixture(scope="module")
@@ -45,30 +35,10 @@ def whole(workshop: str) -> Losses:
     return run_ranks(4, uninterrupted, workshop)[0]
 
 
-def steps_until(run: Training, until: int, losses: dict[int, tuple[float, float, float]]) -> None:
-    while run.standing.step < until:
-        result = run.train_one().result
-        losses[run.standing.step] = (result.loss, result.aux_loss, result.grad_norm)
-
-
 def uninterrupted(rank: int, world: int, workshop: str, name: str = "whole", *overrides: str) -> Losses:
     losses: dict[int, tuple[float, float, float]] = {}
     steps_until(make_run(workshop, name, rank, world, *overrides), STEPS, losses)
     return [losses[step] for step in sorted(losses)]
-
-
-def die_in(phase: str) -> None:
-    """Let this rank raise `Dead` in a phase of its next step."""
-    wanted, left = PHASES[phase]
-
-    def die(place: str, _subject: object) -> None:
-        nonlocal left
-        left -= place == wanted
-        if left == 0:
-            faults.arm(None)
-            raise Dead
-
-    faults.arm(die)
 
 
 def shrinking(rank: int, world: int, workshop: str, name: str, phases: list[str], overrides: tuple[str, ...]) -> list[Any]:

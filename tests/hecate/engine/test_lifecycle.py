@@ -130,11 +130,12 @@ def moving_target(asked: list[PlanInput]) -> object:
     return plan
 
 
-def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
+def _replanned(rank: int, world: int, plan: str, prefetch: int, adopt: bool) -> int:
+    mode = "calibrated" if prefetch else "exact"
     plain = engine(LAYERS)
     wanted, _ = step(plain, rank)
     made, asked = engine(LAYERS), []
-    made.shards.config = replace(made.shards.config, plan=mode, planner=moving_target(asked))  # type: ignore[arg-type]
+    made.shards.config = replace(made.shards.config, plan=plan, prefetch=prefetch, planner=moving_target(asked))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hecate.parallel.layer_plan.calibration_gain", lambda *_: 1.0 if adopt else 0.0)
         got, _ = step(made, rank)
@@ -154,15 +155,20 @@ def _replanned(rank: int, world: int, mode: str, adopt: bool) -> int:
     if mode == "calibrated":
         predicted = asked[-1]
         assert predicted.expected_LED.sum() == len(LAYERS) * 2 * TOKENS * world, "half of the step's, for one of two micro-steps"
-        assert predicted.execution == ExecutionMode(plan=mode, micro_steps=2)
+        assert predicted.execution == ExecutionMode(plan="calibrated", micro_steps=2)
         assert predicted.present_LED is not None
         assert np.array_equal(predicted.present_LED, predicted.owned_LED), "what history's plan was in the step before"
     return calibrations
 
 
 @pytest.mark.parametrize(
-    ("mode", "adopt", "calibrations"),
-    [("exact", False, 0), ("calibrated", True, 8), pytest.param("calibrated", False, 0, marks=pytest.mark.slow)],
+    ("plan", "prefetch", "adopt", "calibrations"),
+    [
+        ("exact", 0, False, 0),
+        ("exact", 1, True, 8),  # no step has shown yet that history's plan is gathered in vain
+        pytest.param("calibrated", 1, True, 8, marks=pytest.mark.slow),
+        pytest.param("calibrated", 1, False, 0, marks=pytest.mark.slow),
+    ],
 )
-def test_plans_follow_the_gate(mode: str, adopt: bool, calibrations: int) -> None:
-    assert run_ranks(3, _replanned, mode, adopt) == [calibrations] * 3
+def test_plans_follow_the_gate(plan: str, prefetch: int, adopt: bool, calibrations: int) -> None:
+    assert run_ranks(3, _replanned, plan, prefetch, adopt) == [calibrations] * 3

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from hecate.engine.step import by_rank, exchange_counts
 from hecate.parallel.cost_model import ExecutionMode, LayerCost
-from hecate.parallel.layer_plan import LayerPlan, calibration_gain, layer_plan, one_layer
+from hecate.parallel.layer_plan import LayerPlan, after_router, calibration_gain, layer_plan, one_layer
 from hecate.parallel.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.topology import Link, Topology
@@ -39,6 +39,10 @@ def shared() -> LayerPlan:
     return LayerPlan(Placement(OWNERS.copy(), np.array([[True, True], [False, True]])), HOT_ED, np.array([[50.0, 50.0], [0.0, 0.0]]))
 
 
+def gain_of(given: PlanInput, present: LayerPlan, better: LayerPlan) -> float:
+    return calibration_gain(given, present, better, after_router(given, present))
+
+
 @pytest.mark.parametrize(
     ("cost", "rematerialize", "gain"),
     [
@@ -54,20 +58,20 @@ def shared() -> LayerPlan:
 )
 def test_gain_by_hand(cost: LayerCost, rematerialize: bool, gain: float) -> None:
     executed = ExecutionMode(plan="calibrated", rematerialize=rematerialize)
-    assert calibration_gain(replace(layer(cost), execution=executed), at_home(), shared()) == pytest.approx(gain)
+    assert gain_of(replace(layer(cost), execution=executed), at_home(), shared()) == pytest.approx(gain)
 
 
 def test_what_is_there_already_costs_nothing() -> None:
     everywhere = LayerPlan(everything_everywhere(OWNERS, 2), np.ones((2, 2)), None)
     better = LayerPlan(everywhere.placement, HOT_ED, np.array([[50.0, 50.0], [0.0, 0.0]]))
-    assert calibration_gain(layer(), everywhere, better) == pytest.approx(150)
+    assert gain_of(layer(), everywhere, better) == pytest.approx(150)
 
 
 def test_what_is_there_and_not_wanted_need_not_be_reduced() -> None:
     """Both experts' gradients go different ways, side by side: one expert fewer there is nothing gained."""
     everywhere = LayerPlan(everything_everywhere(OWNERS, 2), HOT_ED, np.array([[50.0, 50.0], [0.0, 0.0]]))
-    assert calibration_gain(layer(), everywhere, shared()) == pytest.approx(0)
-    assert calibration_gain(layer(), everywhere, at_home()) == pytest.approx(8 - 150)
+    assert gain_of(layer(), everywhere, shared()) == pytest.approx(0)
+    assert gain_of(layer(), everywhere, at_home()) == pytest.approx(8 - 150)
 
 
 def test_present_shares_meet_the_true_loads() -> None:

@@ -31,6 +31,8 @@ def simulated(compute: float, imbalance: float, uplink: float, ranks: int) -> Si
         bytes=StepBytes(near=compute, far=1.0, busiest_port=compute / 2, busiest_uplink=uplink),
         imbalance=imbalance,
         replica_bytes_D=(compute,) * ranks,
+        replicas_D=(1.0,) * ranks,
+        frozen_parts_D=(2.0,) * ranks,
         served_tokens_D=(uplink,) * ranks,
         most_tokens_D=(uplink,) * ranks,
         planner_ms_per_layer=1 / compute,

@@ -17,6 +17,7 @@ from hecate.forecast.cases import Case, Options, chosen, chosen_policies, synthe
 from hecate.forecast.report import COST, SPEEDUP, print_rows, write_json
 from hecate.forecast.sweep import load_sweep
 from hecate.parallel.cost_model import ExecutionMode
+from hecate.parallel.measured_modes import MODES
 from hecate.parallel.traces import Trace, save_trace
 from hecate.parallel.units import Unit
 
@@ -93,13 +94,13 @@ def test_layers_go_by_the_mode_that_was_fastest(tmp_path: Path, capsys: pytest.C
     """Loads that jump are planned late, and a table says so; where all layers have one mode there is no such table."""
     run = "runs: [{topologies: h100-node, models: gpt-moe-s, workloads: rotating, tokens_per_rank: 4096, experts: 16}]"
     (case,), options = sweep(tmp_path, f"{{plan: auto, policies: [static_ep, auto], steps: 4, {run}}}")
-    assert (options.execution, options.choose_modes) == (ExecutionMode(), True)
+    assert (options.execution, options.choose_modes) == (ExecutionMode(), MODES)
     static, by_layer = case.run(options)
     assert static["plan_modes"] == {"history": 1, "calibrated": 0, "exact": 0}, "of equally fast ones the first"
     modes = by_layer["plan_modes"]
     assert sum(modes.values()) == pytest.approx(1)
     assert 1 / 3 <= modes["history"] < 1, "in the first of three counted steps nothing is measured"
-    (history,) = case.run(replace(options, choose_modes=False, policies=("auto",)))
+    (history,) = case.run(replace(options, choose_modes=(), policies=("auto",)))
     assert by_layer["step_seconds"] < history["step_seconds"]
     assert history["plan_modes"] is None
     for wide in (False, True):
@@ -262,8 +263,8 @@ def test_a_sweep_multiplies_out(model: str, tmp_path: Path) -> None:
     cases, options = sweep(
         tmp_path, f"{{plan: exact, prefetch: 2, route: flat, steps: 3, policies: full, max_imbalance: 1.5, runs: [{run}]}}"
     )
-    execution = ExecutionMode(plan="exact", prefetch=2, route="flat")
-    assert options == Options(policies=("full",), steps=3, execution=execution, max_imbalance=1.5)
+    execution = ExecutionMode(prefetch=2, route="flat")
+    assert options == Options(policies=("full",), steps=3, execution=execution, choose_modes=("calibrated", "exact"), max_imbalance=1.5)
     assert [(case.topology_name, case.workload) for case in cases] == [
         ("two-cpu-ranks", "zipf"),
         ("two-cpu-ranks", "burst"),

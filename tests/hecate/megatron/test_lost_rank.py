@@ -1,4 +1,4 @@
-"""When a rank of a Megatron run is killed, the other one continues without losing a step, and a new rank replaces the lost one."""
+"""When a rank of a Megatron run is killed, the others go on without losing a step: with a new rank, or without its tensor group."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from testing.processes import hecate, kill_rank, losses, read_rest, read_until, wait_until_gone
-from tests.hecate.megatron.making import write_parts
+from tests.hecate.megatron.making import FOUR_HEADS, write_parts
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc")]
 STEPS = 12
-OVERRIDES = ("model.dtype=float64", "data.eval=[]", "lr_scheduler_type=constant", "warmup_ratio=0", "nproc=2", "logging_steps=1")
+OVERRIDES = ("model.dtype=float64", "data.eval=[]", "lr_scheduler_type=constant", "warmup_ratio=0", "logging_steps=1")
 
 
 def test_those_left_go_on_and_another_takes_the_place(tmp_path: Path) -> None:
     write_parts(tmp_path)
-    given = [str(tmp_path / "config.yaml"), *OVERRIDES]
+    given = [str(tmp_path / "config.yaml"), *OVERRIDES, "nproc=2"]
     with hecate("train", *given, f"output_dir={tmp_path}/whole", f"max_steps={STEPS}", temporary=tmp_path / "tmp") as process:
         read_rest(process)
     whole, run = losses(tmp_path / "whole"), tmp_path / "left"
@@ -31,6 +31,30 @@ def test_those_left_go_on_and_another_takes_the_place(tmp_path: Path) -> None:
         printed += read_rest(process, 128 + signal.SIGTERM)
     assert "1 ranks go on" in printed
     assert "Traceback" not in printed
+    steps = losses(run)
+    assert len(steps) > STEPS
+    for step, values in whole.items():
+        assert steps[step] == pytest.approx(values, rel=1e-9), step
+    assert wait_until_gone([], tmp_path / "tmp") == []
+
+
+def test_the_other_tensor_group_goes_on(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(FOUR_HEADS)
+    given = [str(tmp_path / "config.yaml"), *OVERRIDES, "nproc=4", "model.tensor_parallel=2"]
+    with hecate("train", *given, f"output_dir={tmp_path}/whole", f"max_steps={STEPS}", temporary=tmp_path / "tmp") as process:
+        read_rest(process)
+    whole, run = losses(tmp_path / "whole"), tmp_path / "left"
+    with hecate("train", *given, f"output_dir={run}", "max_steps=100000", "fssdp.redundancy=1", temporary=tmp_path / "tmp") as process:
+        read_until(process, "step 5/")
+        kill_rank(process.pid, 1)
+        printed = read_until(process, "2 ranks go on after step")
+        printed += read_until(process, f"step {STEPS + 1}/")
+        process.send_signal(signal.SIGTERM)
+        printed += read_rest(process, 128 + signal.SIGTERM)
+    assert "1 more of its tensor group ended" in printed
+    assert "Traceback" not in printed
+    assert "removed this rank" not in printed
     steps = losses(run)
     assert len(steps) > STEPS
     for step, values in whole.items():

@@ -46,10 +46,9 @@ def test_a_gpu_means_nccl_unless_gloo_is_asked_for(monkeypatch: pytest.MonkeyPat
 def start(rank: int, world: int, store: str, shard_size: int | None) -> tuple[list[Any], list[Any], list[int]]:
     dist.destroy_process_group()
     with gloo_as_nccl() as made:
-        ranks = connect(met := dist.FileStore(store, world), rank, world, shard_size)
+        ranks = connect(met := dist.FileStore(store, world), rank, world, shard_size, sharded_layers=True)
         assert ranks.connections == frozenset(), "gloo's way to notice a loss was used"
         groups = ranks.all_groups()
-        groups.append(ranks.new_sharding_group())
         used = [groups.index(group) for group in made["used"]]
         ranks.leave(together=True)
         assert met.add("ranks-done", 0) == world, "a rank has aborted while another one was not done"

@@ -115,6 +115,64 @@ def test_a_run_that_goes_on_with_other_ranks(workshop: str, alone: Bits) -> None
     assert (steps + end[0], end[1]) == alone
 
 
+GROUPED, IN_GROUPS = "deterministic_group=2", 8
+"""a setting, and the number of sequences of a micro-step that are shared out in such groups"""
+
+
+def grouped(workshop: str, name: str, world: int, *overrides: str, until: int = STEPS) -> Bits:
+    """As `trained`, in groups of two sequences."""
+    return trained(workshop, name, world, GROUPED, *overrides, until=until, share=IN_GROUPS // world)
+
+
+@pytest.fixture(scope="module")
+def grouped_alone(workshop: str) -> Bits:
+    return grouped(workshop, "groups alone", 1)
+
+
+def test_groups_on_two_ranks(workshop: str, grouped_alone: Bits) -> None:
+    assert grouped(workshop, "groups 2", 2) == grouped_alone
+
+
+@pytest.mark.slow
+def test_groups_on_ranks_of_one_group_each(workshop: str, grouped_alone: Bits) -> None:
+    assert grouped(workshop, "groups 4", 4, "fssdp.shard_size=2") == grouped_alone
+
+
+@pytest.mark.slow
+def test_groups_of_frozen_experts(workshop: str) -> None:
+    kind = KINDS["LoRA over frozen experts"]
+    one = grouped(workshop, "frozen groups alone", 1, *kind)
+    for world in (2, 4):
+        assert grouped(workshop, f"frozen groups {world}", world, *kind) == one
+
+
+@pytest.mark.slow
+def test_whole_groups_are_dealt_to_other_ranks(workshop: str, grouped_alone: Bits) -> None:
+    """Four groups: three ranks have two, one and one of them, and the fifth of five none."""
+    steps = grouped(workshop, "groups resumed", 4, until=1)[0]
+    steps += trained(workshop, "groups resumed", 3, GROUPED, "resume=true", until=2, share=2)[0]
+    end = trained(workshop, "groups resumed", 5, GROUPED, "resume=true", until=3, share=2)
+    assert (steps + end[0], end[1]) == grouped_alone
+
+
+@pytest.mark.slow
+def test_groups_of_another_size_are_the_same_training_within_rounding(workshop: str, grouped_alone: Bits) -> None:
+    one_by_one = trained(workshop, "one by one", 1, share=IN_GROUPS)
+    assert one_by_one[1] != grouped_alone[1]
+    double = ("model.dtype=float64",)
+    ones, twos, fours = (
+        torch.tensor(trained(workshop, f"groups of {size}", 2, *double, f"deterministic_group={size}", share=4)[0], dtype=torch.float64)
+        for size in (1, 2, 4)
+    )
+    assert ones.sub(twos).abs().max() <= 1e-10
+    assert ones.sub(fours).abs().max() <= 1e-10
+
+
+@pytest.mark.slow
+def test_eight_ranks_begin_as_one_does(workshop: str) -> None:
+    assert trained(workshop, "begun by 8", 8, until=1, share=1) == trained(workshop, "begun by 1", 1, until=1, share=8)
+
+
 def moving(rank: int, world: int, workshop: str, settings: tuple[str, ...]) -> None:
     """A run whose experts get any owners after each step."""
     config = load_config(f"{workshop}/config.yaml", settings, claim_output=False)

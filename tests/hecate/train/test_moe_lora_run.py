@@ -182,7 +182,7 @@ def test_a_run_begins_with_what_peft_has_trained(workshop: Path, tmp_path: Path)
     model.save_pretrained(tmp_path / "theirs")
     targets = "lora.target_modules=[q_proj,gate_proj,up_proj,down_proj]"
     begin = [targets, f"lora.init_from={tmp_path}/theirs", "moe.train_router=false"]
-    with join_ranks() as ranks:
+    with join_ranks(sharded_layers=True) as ranks:
         begun = Training(load_config(workshop / "config.yaml", [*begin, f"output_dir={tmp_path}/run"], claim_output=False), ranks)
         begun.parts.output.replace(tmp_path / "run", begun.parts.moe, ranks)
     theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "theirs", tmp_path / "run" / "adapter"))
@@ -198,7 +198,7 @@ def test_training_goes_on_from_an_adapter_with_a_fixed_a_where_the_seed_draws_it
     begin = f"lora.init_from={tmp_path}/first/adapter"
     for name, more in (("first", []), ("second", [begin])):
         config = load_config(workshop / "config.yaml", [*fixed, *more, f"output_dir={tmp_path}/{name}"], claim_output=False)
-        with join_ranks() as ranks:
+        with join_ranks(sharded_layers=True) as ranks:
             begun = Training(config, ranks)
             if not more:
                 for unit, chunk in begun.parts.moe.engine.shards.named_parameters().items():
@@ -226,7 +226,7 @@ def test_an_adapter_with_a_tensor_lost_is_refused(trained: Path, tmp_path: Path)
 def refusal(workshop: Path, *overrides: str) -> str:
     """What a run says that is refused before its first step."""
     config = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/refused", *overrides], claim_output=False)
-    with join_ranks() as ranks, pytest.raises(UserError) as caught:
+    with join_ranks(sharded_layers=True) as ranks, pytest.raises(UserError) as caught:
         Training(config, ranks)
     assert len(str(caught.value).splitlines()) <= 8
     return str(caught.value)

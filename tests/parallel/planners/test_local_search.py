@@ -50,7 +50,7 @@ def test_what_comes_out_is_a_plan_and_no_slower(given_: PlanInput, policy: str) 
     before = dataclasses.replace(plan, quota_LED=quota)
     replicas, loads = begun(given_, plan.where_LED[0], quota[0])
     numbers, cost = topology_numbers(given_.topology), cost_numbers(given_.cost, given_.topology, given_.execution)
-    search.improve(given_.owner_LE[0], given_.slots_D, NOTHING_RESIDENT, loads, numbers, cost, replicas, 1e-4)
+    search.improve(given_.owner_LE[0], given_.slots_D, NOTHING_RESIDENT, loads, numbers, cost, replicas, 1e-4, False)
     where = replicas.has_ED
     assert (where | ~given_.owned_LED[0]).all(), "an owner lost its replica"
     held = (where & ~given_.owned_LED[0]).sum(0)
@@ -111,7 +111,7 @@ def test_a_rank_with_a_full_slot_gives_up_what_serves_least() -> None:
     quota[2] = 0.0, 1.0, 19.0
     replicas, loads = begun(given_, where, quota)
     numbers = cost_numbers(cost, topology, given_.execution)
-    search.improve(given_.owner_LE[0], given_.slots_D, NOTHING_RESIDENT, loads, topology_numbers(topology), numbers, replicas, 1.0)
+    search.improve(given_.owner_LE[0], given_.slots_D, NOTHING_RESIDENT, loads, topology_numbers(topology), numbers, replicas, 1.0, False)
     assert replicas.has_ED.tolist() == [[True, True, False], [False, True, False], [False, False, True]]
     assert replicas.quota_ED[0, :2].tolist() == pytest.approx([100.0, 900.0])
 

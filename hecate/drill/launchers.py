@@ -1,0 +1,142 @@
+"""Start the ranks of a drill's run as each launcher of hecate does, armed with the run's faults."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from hecate.launch import torchrun
+from hecate.launch.addresses import Endpoint, find_endpoint
+from hecate.launch.ray_job.worker import Worker
+
+Launcher = Literal["local", "agent", "two_agents", "ray"]
+"""local: the local launcher, as `hecate train`. agent, two_agents: torch's elastic agent on one node or on two, as `hecate launch`.
+ray: a private cluster of this machine, as `hecate ray --address local`."""
+
+_ALIKE = "nodes: [{{devices: {ranks}, flops: 3e9, memory: 3e9}}]\nintra_node: {{bandwidth: 1e9, latency: 1e-5}}\n"
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """One run, as JSON has it."""
+
+    launcher: Launcher
+    start: tuple[str, ...]
+    """see `hecate.drill.outcome.Scope`"""
+    injected: str
+    """the faults, by `hecate.drill.armed.to_text`"""
+    trace: str
+    """path of the file where armed ranks say what they come by"""
+    joins: bool
+    """under the local launcher: whether ranks that take the place of lost ones join, or wait for the end of the run"""
+    arguments: tuple[str, ...]
+    """configuration and overrides"""
+    ranks: int
+    survives: bool
+    """under the local launcher: the other ranks go on after a loss"""
+    restarts: int
+    """how often agents may start the ranks anew"""
+
+    @property
+    def rank_arguments(self) -> list[str]:
+        """Arguments of the drills' program for one rank."""
+        return ["rank", self.injected, self.trace, "yes" if self.joins else "no", *self.arguments]
+
+
+def launch(asked: LaunchRequest) -> int:
+    """Run all ranks, and return the exit status."""
+    if asked.launcher == "agent":
+        return _agent(asked, nodes=1, meeting=None)
+    if asked.launcher == "two_agents":
+        return _two_agents(asked)
+    if asked.launcher == "ray":
+        return _ray(asked)
+    from hecate.launch.local_launcher import start_and_watch
+    from hecate.launch.run_folder import run_folder
+
+    with run_folder() as folder:
+        return start_and_watch([*asked.start, *asked.rank_arguments], asked.ranks, folder / "store", survives=asked.survives)
+
+
+def node(asked: LaunchRequest, number: int, endpoint: str) -> int:
+    """Run the ranks of one of two nodes on this machine, and return the exit status. Node 0 hosts the meeting point."""
+    found = find_endpoint(endpoint)
+    seen = replace(found, on_this_node=number == 0)  # otherwise both would host it, since they are on one machine
+    return _agent(asked, nodes=2, meeting=seen)
+
+
+def _agent(asked: LaunchRequest, nodes: int, meeting: Endpoint | None) -> int:
+    from hecate.drill.run import PROGRAM
+
+    job = torchrun.TorchrunJob(
+        name="drill", nodes=(nodes, nodes), ranks_per_node=asked.ranks // nodes, endpoint=None, max_restarts=asked.restarts
+    )
+    return torchrun.launch_at(PROGRAM, asked.rank_arguments, job, meeting)
+
+
+def _two_agents(asked: LaunchRequest) -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        endpoint = f"127.0.0.1:{server.getsockname()[1]}"
+    request = json.dumps(vars(asked))
+    processes = [subprocess.Popen([*asked.start, "node", request, str(number), endpoint]) for number in range(2)]
+    try:
+        return max(abs(process.wait()) for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _ray(asked: LaunchRequest) -> int:
+    from hecate.launch.ray_job.driver import LOCAL, run_on_ray
+
+    config, *overrides = asked.arguments
+    # What ranks measure of a busy machine may give all sequences to one of them.
+    topology = Path(asked.trace).with_name("topology.yaml")
+    topology.write_text(_ALIKE.format(ranks=asked.ranks), encoding="utf-8")
+    # Workers report each step: after three losses without a report between them, the job would end.
+    given = [*overrides, f"topology={topology}", f"ray.workers={asked.ranks}", "ray.report_steps=1"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return run_on_ray(Path(config), given, LOCAL, None, worker=armed_worker(asked.injected, asked.trace, asked.ranks))
+
+
+def armed_worker(injected: str, trace: str, ranks: int) -> type[Worker]:
+    """The class of the actors of a Ray job whose first workers, one for each rank, meet these faults; those that replace them meet none.
+
+    Ray sends a class made in a function to the actors' processes as it is.
+    """
+
+    class ArmedWorker(Worker):
+        def __init__(self, number: int, *given: Any) -> None:
+            super().__init__(number, *given)
+            self._armed = injected if number < ranks else "[]", number, Path(trace)
+
+        def events(self) -> Iterator[dict[str, Any]]:
+            from hecate.drill.armed import arm_process, from_text
+
+            faults, number, path = self._armed
+            arm_process(from_text(faults), number, path)
+            yield from super().events()
+
+    return ArmedWorker
+
+
+def request_of(text: str) -> LaunchRequest:
+    """Read what `json.dumps(vars(request))` has written."""
+    raw = json.loads(text)
+    return LaunchRequest(**{**raw, "start": tuple(raw["start"]), "arguments": tuple(raw["arguments"])})
+
+
+def run_request(text: str) -> None:
+    sys.exit(launch(request_of(text)))
+
+
+def run_node(text: str, number: str, endpoint: str) -> None:
+    sys.exit(node(request_of(text), int(number), endpoint))
