@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hecate.parallel.cost_model import PlanChoice, PlanMode, price
+from hecate.parallel.cost_model import PlanChoice, PlanMode, price_traffic
 from hecate.parallel.layer_plan import best_after_router, layer_plan
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.predictors import predicted_loads
@@ -146,12 +146,10 @@ def _seconds(plan: Plan, made_from: PlanInput, true_LED: np.ndarray) -> np.ndarr
     execution = made_from.execution
     times = execution.micro_steps if execution.per_micro_step else 1
     loads_LED = true_LED / times
-    flow = plan.flow(made_from.expected_LED, loads_LED, made_from.topology)
-    seconds = price(
+    seconds = price_traffic(
         plan.owner_LE,
         plan.where_LED,
-        flow,
-        loads_LED,
+        plan.traffic(made_from.expected_LED, loads_LED, made_from.topology),
         made_from.topology,
         # A frozen part is paid in the step in which it travels, which is in one of the micro-steps.
         replace(made_from.cost, frozen_lifetime=float(times)),
