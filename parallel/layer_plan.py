@@ -98,6 +98,19 @@ def one_layer(given: PlanInput, index: int, loads_ED: np.ndarray, resident_ED: n
     )
 
 
+def some_layers(given: PlanInput, some_L: np.ndarray) -> PlanInput:
+    """What a planner is given for some of several layers, bool [layers]."""
+    if some_L.all():
+        return given
+    return replace(
+        given,
+        owner_LE=given.owner_LE[some_L],
+        loads_LED=None if given.loads_LED is None else given.loads_LED[some_L],
+        resident_LED=None if given.resident_LED is None else given.resident_LED[some_L],
+        present_LED=None if given.present_LED is None else given.present_LED[some_L],
+    )
+
+
 def best_after_router(
     planner: Callable[[PlanInput], Plan], given: PlanInput, present: Sequence[LayerPlan], *, splits: bool
 ) -> list[tuple[float, LayerPlan]]:
