@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import numpy as np
 
 from hecate.parallel import jit
 from hecate.parallel.cost_model import LayerCost, transfer_seconds
 from hecate.parallel.gather_bytes import PortBytes
+from hecate.parallel.layer_plan import best_after_router, layer_plan
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.planners import PlanInput
 from hecate.parallel.planners.auto import plan_auto
-from hecate.parallel.planners.new_split import split_anew
 from hecate.parallel.topology import local_topology
 from hecate.parallel.transfer_plan import choose_route
 
@@ -25,7 +26,8 @@ def compile_all() -> None:
         given = PlanInput(owners, None, local_topology(1, cuda=False), cost, np.ones(1, dtype=np.int64))
         plan = plan_auto(given)
         plan.seconds(given)
-        split_anew(given, plan.where_LED)
+        plan.traffic(given.expected_LED, given.expected_LED, given.topology)
+        best_after_router(plan_auto, replace(given, loads_LED=2 * given.expected_LED), [layer_plan(plan, given, 0)], splits=True)
         choose_route(plan.placement(0), ChunkSize(1, 1), given.topology)
         transfer_seconds(PortBytes(*np.zeros((4, 1))), 1.0, given.topology)
 

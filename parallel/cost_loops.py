@@ -34,6 +34,9 @@ LEAST_TRAFFIC = 1e-6
 """rows or experts; less is rounding, and pays no latency"""
 ROUNDING = 1e-9
 """share of an expert's load; less is no traffic"""
+TRAFFIC_ROWS = 7
+LOCAL, SERVED, OWN = 4, 5, 6
+"""rows of an array [7, ranks] of assignments, after those of the four ports: served of a rank's own tokens, served, and the rank's own"""
 
 
 class LayerLoads(NamedTuple):
@@ -348,6 +351,31 @@ def exposed_seconds(compute: float, transfer: float, slowdown: float) -> float:
     return transfer - both + (slowdown - 1) * both
 
 
+@loop
+def traffic_seconds(
+    assignments: np.ndarray, everywhere: bool, topology: TopologyNumbers, cost: CostNumbers, rows: np.ndarray
+) -> tuple[float, float]:
+    """Seconds of expert compute on the slowest rank, and of all all-to-alls.
+
+    Args:
+        assignments: float64 [7, ranks], see `price_layers`.
+        everywhere: whether every expert is.
+        rows: filled, float64 [5, ranks]: rows through the four ports in one all-to-all, and computed.
+    """
+    load = assignments[OWN]
+    compute = largest(compute_seconds(assignments[LOCAL], assignments[SERVED], load, topology, cost, rows[4]))
+    for d in range(len(load)):
+        rows[NEAR_IN, d] = assignments[NEAR_IN, d]
+        rows[FAR_IN, d] = assignments[FAR_IN, d]
+    asked = not everywhere and total(load) > 0
+    latency = dispatch_latency(total(assignments[NEAR_IN]), total(assignments[FAR_IN]), asked, topology, cost)
+    share = rows_received(rows, load, cost.top_k)
+    for d in range(len(load)):
+        rows[NEAR_OUT, d] = assignments[NEAR_OUT, d] * share
+        rows[FAR_OUT, d] = assignments[FAR_OUT, d] * share
+    return compute, 4.0 * port_seconds(rows, topology) * cost.row_bytes + latency
+
+
 @entry
 def price_layers(
     owner_LE: np.ndarray,
@@ -376,20 +404,7 @@ def price_layers(
         owner, assignments, parts = owner_LE[layer], assignments_LXD[layer], parts_LX[layer]
         rows, copies = rows_LXD[layer], copies_LXD[layer]
         everywhere = fill_lists(where_LED[layer], replicas)
-        load = assignments[6]
-        parts[0] = largest(compute_seconds(assignments[4], assignments[5], load, topology, cost, rows[4]))
-
-        for d in range(len(load)):
-            rows[NEAR_IN, d] = assignments[NEAR_IN, d]
-            rows[FAR_IN, d] = assignments[FAR_IN, d]
-        asked = not everywhere and total(load) > 0
-        latency = dispatch_latency(total(assignments[NEAR_IN]), total(assignments[FAR_IN]), asked, topology, cost)
-        share = rows_received(rows, load, cost.top_k)
-        for d in range(len(load)):
-            rows[NEAR_OUT, d] = assignments[NEAR_OUT, d] * share
-            rows[FAR_OUT, d] = assignments[FAR_OUT, d] * share
-        parts[1] = 4.0 * port_seconds(rows, topology) * cost.row_bytes + latency
-
+        parts[0], parts[1] = traffic_seconds(assignments, everywhere, topology, cost, rows)
         gather, reduce, added = replica_parts(owner, replicas, resident_LED[layer], topology, cost, copies[:4], copies[4:])
         parts[2] = gather
         parts[3] = reduce

@@ -231,16 +231,29 @@ def price(
     resident_ED: np.ndarray | None = None,
 ) -> Priced:
     """Predict one step of each layer, and what travels in it. For the arguments see `layer_seconds`."""
+    return price_traffic(owner_E, where_ED, flow_traffic(flow, loads_ED), topology, cost, execution=execution, resident_ED=resident_ED)
+
+
+def price_traffic(
+    owner_E: np.ndarray,
+    where_ED: np.ndarray,
+    traffic_XD: np.ndarray,
+    topology: Topology,
+    cost: LayerCost,
+    *,
+    execution: ExecutionMode = HISTORY,
+    resident_ED: np.ndarray | None = None,
+) -> Priced:
+    """The same by what each rank sends and serves, float64 [..., 7, ranks] (see `price_layers`)."""
     shape, (experts, ranks) = where_ED.shape[:-2], where_ED.shape[-2:]
     layers = int(np.prod(shape))
-    assignments = np.stack([*_sums(flow), served(flow).sum(-2), loads_ED.sum(-2)], axis=-2, dtype=np.float64)
     parts_LX, rows_LXD, copies_LXD = np.empty((layers, 6)), np.empty((layers, 5, ranks)), np.empty((layers, 8, ranks))
-    resident = np.zeros((layers, 0, 0), np.bool_) if resident_ED is None else _contiguous(resident_ED, (layers, experts, ranks), np.bool_)
+    resident = np.zeros((layers, 0, 0), np.bool_) if resident_ED is None else contiguous(resident_ED, (layers, experts, ranks), np.bool_)
     price_layers(
-        _contiguous(owner_E, (layers, experts), np.int64),
-        _contiguous(where_ED, (layers, experts, ranks), np.bool_),
+        contiguous(owner_E, (layers, experts), np.int64),
+        contiguous(where_ED, (layers, experts, ranks), np.bool_),
         resident,
-        _contiguous(assignments, (layers, 7, ranks), np.float64),
+        contiguous(traffic_XD, (layers, 7, ranks), np.float64),
         topology_numbers(topology),
         cost_numbers(cost, topology, execution),
         no_replicas(experts, ranks),
@@ -264,13 +277,14 @@ def rows_served(flow: Flows, loads_ED: np.ndarray, cost: LayerCost, topology: To
     return price(owner_E, where_ED, flow, loads_ED, topology, cost).rows
 
 
-def _sums(flow: Flows) -> list[np.ndarray]:
-    parts = flow.near_sent_ED, flow.near_served_ED, flow.far_sent_ED, flow.far_served_ED, flow.local_ED
-    return [part.sum(-2) for part in parts]
+def flow_traffic(flow: Flows, loads_ED: np.ndarray) -> np.ndarray:
+    """float64 [..., 7, ranks]: what each rank sends and serves (see `price_layers`)."""
+    parts = flow.near_sent_ED, flow.near_served_ED, flow.far_sent_ED, flow.far_served_ED, flow.local_ED, served(flow), loads_ED
+    return np.stack([part.sum(-2) for part in parts], axis=-2, dtype=np.float64)
 
 
-def _contiguous(values: np.ndarray, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    # Arrays that lie otherwise, or cannot be written, would be compiled for anew.
+def contiguous(values: np.ndarray, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    """An array for compiled loops; one that lay otherwise, or could not be written, would be compiled for anew."""
     array: np.ndarray = np.ascontiguousarray(values, dtype=dtype).reshape(shape)
     return array if array.flags.writeable else array.copy()
 

@@ -14,13 +14,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hecate.parallel.after_router_loops import seconds_after_router
 from hecate.parallel.cost_loops import exposed_seconds
-from hecate.parallel.cost_model import LayerCost, Priced, cost_numbers, price
+from hecate.parallel.cost_model import LayerCost, Priced, contiguous, cost_numbers, price, topology_numbers
 from hecate.parallel.executed_flows import executed_flows, served
 from hecate.parallel.flows import Flows, flows, nothing_travels, token_split
 from hecate.parallel.placement import Placement
 from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.planners.auto import TIE
 from hecate.parallel.planners.new_split import split_anew
+from hecate.parallel.route_loops import FASTEST
 from hecate.parallel.source_split import SourceSplit, flows_of_shares
 from hecate.parallel.topology import Topology
 
@@ -95,13 +98,26 @@ def one_layer(given: PlanInput, index: int, loads_ED: np.ndarray, resident_ED: n
     )
 
 
+def some_layers(given: PlanInput, some_L: np.ndarray) -> PlanInput:
+    """What a planner is given for some of several layers, bool [layers]."""
+    if some_L.all():
+        return given
+    return replace(
+        given,
+        owner_LE=given.owner_LE[some_L],
+        loads_LED=None if given.loads_LED is None else given.loads_LED[some_L],
+        resident_LED=None if given.resident_LED is None else given.resident_LED[some_L],
+        present_LED=None if given.present_LED is None else given.present_LED[some_L],
+    )
+
+
 def best_after_router(
     planner: Callable[[PlanInput], Plan], given: PlanInput, present: Sequence[LayerPlan], *, splits: bool
 ) -> list[tuple[float, LayerPlan]]:
     """For each layer the best plan that could take the place of `present`, whose replicas have been gathered, and its `calibration_gain`.
 
     It is the plan that the planner makes of the true loads, or a new split over the replicas that are there. It is worth taking if it
-    gains anything.
+    gains anything. Of two that gain as much, to a billionth of the layer's seconds, it is the planner's.
 
     Args:
         given: the layers under their true loads.
@@ -114,15 +130,19 @@ def best_after_router(
     found = []
     for layer, now in enumerate(present):
         alone = one_layer(given, layer, given.expected_LED[layer])
-        plans = [layer_plan(candidate, given, layer) for candidate in candidates]
         seconds = after_router(alone, now)
-        gains = [calibration_gain(alone, now, plan, seconds) for plan in plans]
-        best = int(np.argmax(gains))
-        found.append((gains[best], plans[best]))
+        gain, best = 0.0, None
+        for candidate in candidates:
+            plan = layer_plan(candidate, given, layer)
+            gains = calibration_gain(alone, now, plan, seconds, gain + TIE * seconds)
+            if best is None or gains > gain + TIE * seconds:
+                gain, best = gains, plan
+        assert best is not None
+        found.append((gain if gain > TIE * seconds else min(gain, 0.0), best))
     return found
 
 
-def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan, present_seconds: float) -> float:
+def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan, present_seconds: float, least: float = -np.inf) -> float:
     """Seconds that a layer's micro-step is predicted to gain by `better` in place of `present`, whose replicas have been gathered.
 
     The replicas that `better` needs besides travel after the router has decided. Nothing hides that gather, so it counts in full. Dispatch,
@@ -131,16 +151,9 @@ def calibration_gain(given: PlanInput, present: LayerPlan, better: LayerPlan, pr
     Args:
         given: one layer under its true loads.
         present_seconds: what `after_router` says of `present`.
+        least: a gain that is no larger need not be exact, only be no larger.
     """
-    brought = price_missing(
-        given.owner_LE[0],
-        present.placement.where_ED,
-        better.placement.where_ED,
-        given.topology,
-        given.cost,
-        None if given.resident_LED is None else given.resident_LED[0],
-    )
-    return present_seconds - after_router(given, better) - float(brought.seconds.gather)
+    return present_seconds - after_router(given, better, present, enough=present_seconds - least)
 
 
 def price_missing(
@@ -162,11 +175,42 @@ def price_missing(
     return price(owner_E, where_ED, Flows(*(nothing_ED,) * 5), nothing_ED, topology, cost, resident_ED=resident_ED)
 
 
-def after_router(given: PlanInput, plan: LayerPlan) -> float:
-    """Seconds of a layer's micro-step from its router on, with a plan whose replicas have been gathered.
+def after_router(given: PlanInput, plan: LayerPlan, present: LayerPlan | None = None, *, enough: float = np.inf) -> float:
+    """Seconds of a layer's micro-step from its router on, the gather included of what a plan needs besides what has been gathered.
 
     Args:
         given: one layer under its true loads.
+        present: whose replicas have been gathered; None: those of `plan`.
+        enough: where it takes so many seconds, they need not be exact, only be as many.
+    """
+    assert given.loads_LED is not None
+    loads_ED, where_ED = given.loads_LED[0], plan.placement.where_ED
+    present_ED = where_ED if present is None else present.placement.where_ED
+    if plan.source_split is not None and plan.quota_ED is not None:
+        return after_router_by_flows(given, plan, present_ED)
+    cost = cost_numbers(given.cost, given.topology, given.execution)
+    none_ED, shape = np.zeros((0, 0)), where_ED.shape
+    fresh = plan.quota_ED is None or plan.loads_ED is loads_ED or np.array_equal(plan.loads_ED, loads_ED)
+    return seconds_after_router(
+        contiguous(given.owner_LE[0], shape[:1], np.int64),
+        contiguous(where_ED, shape, np.bool_),
+        contiguous(present_ED, shape, np.bool_),
+        np.zeros((0, 0), np.bool_) if given.resident_LED is None else contiguous(given.resident_LED[0], shape, np.bool_),
+        none_ED if plan.quota_ED is None else contiguous(plan.quota_ED, shape, np.float64),
+        none_ED if fresh else contiguous(plan.loads_ED, shape, np.float64),
+        contiguous(loads_ED, shape, np.float64),
+        topology_numbers(given.topology),
+        cost._replace(frozen_bytes=0.0),
+        cost._replace(fetched_share=1.0, route=FASTEST),  # a frozen part that comes now is paid now
+        enough,
+    )
+
+
+def after_router_by_flows(given: PlanInput, plan: LayerPlan, present_ED: np.ndarray) -> float:
+    """The same in plain numpy, for plans that divide each source's assignments by another system's rule; and what tests go by.
+
+    Args:
+        present_ED: bool [experts, ranks]: replicas that have been gathered.
     """
     assert given.loads_LED is not None
     cost = replace(given.cost, frozen_bytes=0.0)
@@ -175,4 +219,6 @@ def after_router(given: PlanInput, plan: LayerPlan) -> float:
     seconds = price(owner_E, where_ED, flow, given.loads_LED[0], given.topology, cost, execution=given.execution).seconds
     hides_gather = cost_numbers(cost, given.topology, given.execution).hides_gather
     hidden_before = exposed_seconds(hides_gather, float(seconds.gather), given.topology.overlap_slowdown)
-    return float(seconds.total - seconds.optimizer - hidden_before)
+    resident_ED = None if given.resident_LED is None else given.resident_LED[0]
+    brought = price_missing(owner_E, present_ED, where_ED, given.topology, given.cost, resident_ED)
+    return float(seconds.total - seconds.optimizer - hidden_before + brought.seconds.gather)

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from hecate.parallel.cost_model import PlanChoice, PlanMode, price
-from hecate.parallel.layer_plan import best_after_router, layer_plan
+from hecate.parallel.cost_model import PlanChoice, PlanMode, price_traffic
+from hecate.parallel.layer_plan import best_after_router, layer_plan, some_layers
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.predictors import predicted_loads
 
@@ -48,14 +48,32 @@ class JudgedStep:
 
     seconds_ML: np.ndarray
     """float64 [modes, layers]: in each of `MODES`, without the optimizer"""
+    replanned_L: np.ndarray
+    """bool [layers]: planned again after the router; else `calibrated` is at least as fast as its seconds say"""
     from_history_LED: np.ndarray
     """bool [layers, experts, ranks]: replicas of history's plan"""
     from_own_LED: np.ndarray
     """bool [layers, experts, ranks]: replicas of the plan made from the step's own loads"""
 
+    def of(self, some_L: np.ndarray) -> JudgedStep:
+        """Some of the layers."""
+        return JudgedStep(self.seconds_ML[:, some_L], self.replanned_L[some_L], self.from_history_LED[some_L], self.from_own_LED[some_L])
+
+    def with_layers(self, some_L: np.ndarray, judged: JudgedStep) -> JudgedStep:
+        """The same, but of some of the layers what else was judged."""
+        seconds_ML, replanned_L = self.seconds_ML.copy(), self.replanned_L.copy()
+        seconds_ML[:, some_L], replanned_L[some_L] = judged.seconds_ML, judged.replanned_L
+        return JudgedStep(seconds_ML, replanned_L, self.from_history_LED, self.from_own_LED)
+
 
 def judge_step(
-    planner: Callable[[PlanInput], Plan], given: PlanInput, true_LED: np.ndarray, before: JudgedStep | None, *, splits: bool = False
+    planner: Callable[[PlanInput], Plan],
+    given: PlanInput,
+    true_LED: np.ndarray,
+    before: JudgedStep | None,
+    *,
+    splits: bool = False,
+    replanned_L: np.ndarray | None = None,
 ) -> JudgedStep:
     """Plan a step in every mode, and price the plans on its true loads.
 
@@ -64,6 +82,7 @@ def judge_step(
         true_LED: of the whole step.
         splits: see `best_after_router`.
         before: the step before, whose replicas of frozen parts are there; None: those that a plan needs are there.
+        replanned_L: see `JudgedStep`; None: all.
     """
     history, calibrated, exact = (_in_mode(given, mode) for mode in ("history", "calibrated", "exact"))
     held_LED, held_by_own_LED = (None, None) if before is None else (before.from_history_LED, before.from_own_LED)
@@ -74,8 +93,12 @@ def judge_step(
     true_calibrated = replace(calibrated, loads_LED=true_LED / calibrated.execution.micro_steps)
     exact = replace(exact, loads_LED=true_LED / exact.execution.micro_steps, resident_LED=held_by_own_LED, present_LED=held_by_own_LED)
     own = planner(exact)
-    present = [layer_plan(first_alone, calibrated, at) for at in range(given.num_layers)]
-    gain_L = np.array([gain for gain, _ in best_after_router(planner, true_calibrated, present, splits=splits)])
+    replanned_L = np.ones(given.num_layers, dtype=bool) if replanned_L is None else replanned_L
+    gain_L = np.zeros(given.num_layers)
+    if replanned_L.any():
+        present = [layer_plan(first_alone, calibrated, int(at)) for at in np.flatnonzero(replanned_L)]
+        found = best_after_router(planner, some_layers(true_calibrated, replanned_L), present, splits=splits)
+        gain_L[replanned_L] = [gain for gain, _ in found]
     seconds_ML = np.stack(
         [
             _seconds(first, history, true_LED),
@@ -84,7 +107,7 @@ def judge_step(
         ]
     )
     late = given.execution.micro_steps * given.topology.exchange_latency  # the ranks tell each other their counts
-    return JudgedStep(seconds_ML + np.array([[0.0], [late], [late]]), first.where_LED, own.where_LED)
+    return JudgedStep(seconds_ML + np.array([[0.0], [late], [late]]), replanned_L, first.where_LED, own.where_LED)
 
 
 class MeasuredModes:
@@ -99,6 +122,8 @@ class MeasuredModes:
     def __init__(self, window: int, *, splits: bool = False, modes: Sequence[PlanMode] = MODES) -> None:
         self._window, self._splits, self._modes = window, splits, modes
         self._judged: list[tuple[object, JudgedStep]] = []
+        self._late_L: np.ndarray | None = None
+        """bool [layers]: which of them went by another mode than the first of all"""
 
     def choose(
         self, planner: Callable[[PlanInput], Plan], given: PlanInput, steps: Sequence[object], loads_SLED: np.ndarray
@@ -115,24 +140,52 @@ class MeasuredModes:
         if given.cost.frozen_bytes > 0 and "history" not in self._modes:
             # Frozen parts stay where a plan brings them, so a layer that changed its mode would not find what the judged steps found.
             return [self._modes[0]] * given.num_layers
+        if len(steps) < 2:
+            return [self._modes[0]] * given.num_layers
+        # History's plan, gathered early, is nearly always faster than one that begins with nothing. Then nobody has to know how much
+        # faster it becomes after the router.
+        close_L = np.ones(given.num_layers, dtype=bool)
+        if "history" not in self._modes:
+            close_L = np.zeros_like(close_L) if self._late_L is None else self._late_L
+            self._judge(planner, given, steps, loads_SLED, close_L)
+            close_L = close_L | (self._fastest() > 0)
+        self._judge(planner, given, steps, loads_SLED, close_L)
+        fastest_L = self._fastest()
+        self._late_L = fastest_L > 0
+        return [self._modes[mode] for mode in fastest_L]
+
+    def _fastest(self) -> np.ndarray:
+        """int64 [layers]: which of the modes was the fastest over the judged steps."""
+        seconds_ML = np.sum([one.seconds_ML for _, one in self._judged], axis=0)[[MODES.index(mode) for mode in self._modes]]
+        return np.asarray(seconds_ML.argmin(0))
+
+    def _judge(
+        self,
+        planner: Callable[[PlanInput], Plan],
+        given: PlanInput,
+        steps: Sequence[object],
+        loads_SLED: np.ndarray,
+        close_L: np.ndarray,
+    ) -> None:
+        """Judge the steps that are not judged yet, the layers of `close_L` with what a plan after the router gains."""
         judged: list[tuple[object, JudgedStep]] = []
         for at in range(1, len(steps)):
             known = next((one for step, one in self._judged if step is steps[at]), None)
-            if known is None:
-                predicted_LED = predicted_loads(loads_SLED[:at], self._window, lasting=given.cost.frozen_bytes > 0)
-                known = judge_step(
+            unknown_L = np.ones(given.num_layers, dtype=bool) if known is None else close_L & ~known.replanned_L
+            if unknown_L.any():
+                predicted_LED = predicted_loads(loads_SLED[:at, unknown_L], self._window, lasting=given.cost.frozen_bytes > 0)
+                found = judge_step(
                     planner,
-                    replace(given, loads_LED=predicted_LED),
-                    loads_SLED[at].astype(np.float64),
-                    judged[-1][1] if judged else None,
+                    replace(some_layers(given, unknown_L), loads_LED=predicted_LED),
+                    loads_SLED[at, unknown_L].astype(np.float64),
+                    judged[-1][1].of(unknown_L) if judged else None,
                     splits=self._splits,
+                    replanned_L=close_L[unknown_L],
                 )
+                known = found if known is None else known.with_layers(unknown_L, found)
+            assert known is not None
             judged.append((steps[at], known))
         self._judged = judged
-        if not judged:
-            return [self._modes[0]] * given.num_layers
-        seconds_ML = np.sum([one.seconds_ML for _, one in judged], axis=0)[[MODES.index(mode) for mode in self._modes]]
-        return [self._modes[mode] for mode in seconds_ML.argmin(0)]
 
 
 def _in_mode(given: PlanInput, mode: PlanMode) -> PlanInput:
@@ -146,12 +199,10 @@ def _seconds(plan: Plan, made_from: PlanInput, true_LED: np.ndarray) -> np.ndarr
     execution = made_from.execution
     times = execution.micro_steps if execution.per_micro_step else 1
     loads_LED = true_LED / times
-    flow = plan.flow(made_from.expected_LED, loads_LED, made_from.topology)
-    seconds = price(
+    seconds = price_traffic(
         plan.owner_LE,
         plan.where_LED,
-        flow,
-        loads_LED,
+        plan.traffic(made_from.expected_LED, loads_LED, made_from.topology),
         made_from.topology,
         # A frozen part is paid in the step in which it travels, which is in one of the micro-steps.
         replace(made_from.cost, frozen_lifetime=float(times)),

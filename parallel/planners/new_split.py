@@ -6,7 +6,7 @@ import numpy as np
 
 from hecate.parallel import jit
 from hecate.parallel.array_loops import largest, total
-from hecate.parallel.cost_loops import busy_seconds, dispatch_seconds, even_quota_into, layer_loads
+from hecate.parallel.cost_loops import LayerLoads, busy_seconds, dispatch_seconds, even_quota_into, layer_loads
 from hecate.parallel.cost_model import cost_numbers, topology_numbers
 from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
 from hecate.parallel.planners.auto import LEAST_SEARCH, SEARCH_SHARE_AFTER_ROUTER
@@ -58,7 +58,7 @@ def _split_layers(
     quota_LED: np.ndarray,
 ) -> None:
     """Fills `quota_LED`; `base`, `trial` and `best` are room to work in."""
-    ranks, rates = len(topology.node_D), total(topology.rate_D)
+    ranks, rates, single = len(topology.node_D), total(topology.rate_D), len(topology.uplink_N) == 1
     for layer in range(len(owner_LE)):
         owner = owner_LE[layer]
         loads = layer_loads(tokens_LSE[layer], topology)
@@ -78,19 +78,30 @@ def _split_layers(
             if largest(busy_D) <= slack * work / rates:
                 break
             for across in (True, False):
+                if single and not across:
+                    continue
                 copy_into(base, trial)
                 rebalance(owner, busy_D, held, slack, across, topology, trial)
-                found = largest(busy_seconds(trial, loads, topology, cost)) + dispatch_seconds(trial, loads, topology, cost, np.inf)
+                found = _seconds_if_less(seconds, trial, loads, topology, cost)
                 if found < seconds:
                     seconds = found
                     copy_into(trial, best)
         copy_into(best, trial)
         allowance = max(SEARCH_SHARE_AFTER_ROUTER * seconds, LEAST_SEARCH / (len(owner) * ranks))
         improve(owner, held, np.zeros((0, 0), np.bool_), loads, topology, cost, trial, allowance, True)
-        found = largest(busy_seconds(trial, loads, topology, cost)) + dispatch_seconds(trial, loads, topology, cost, np.inf)
-        if found < seconds:
+        if _seconds_if_less(seconds, trial, loads, topology, cost) < seconds:
             copy_into(trial, best)
         for e in range(len(owner)):
             for c in range(best.count_E[e]):
                 d = best.rank_EC[e, c]
                 quota_LED[layer, e, d] = best.quota_ED[e, d]
+
+
+@jit.loop
+def _seconds_if_less(seconds: float, split: Replicas, loads: LayerLoads, topology: TopologyNumbers, cost: CostNumbers) -> float:
+    """What a split takes in experts and dispatch; if that is `seconds` or more, `seconds` or more."""
+    busy = largest(busy_seconds(split, loads, topology, cost))
+    if busy >= seconds:
+        return busy
+    dispatch = dispatch_seconds(split, loads, topology, cost, (seconds - busy) * (1 + 1e-12))
+    return busy + dispatch

@@ -8,8 +8,20 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, Priced, price
+from hecate.parallel.cost_loops import TRAFFIC_ROWS
+from hecate.parallel.cost_model import (
+    HISTORY,
+    ExecutionMode,
+    LayerCost,
+    LayerSeconds,
+    Priced,
+    contiguous,
+    flow_traffic,
+    price,
+    topology_numbers,
+)
 from hecate.parallel.executed_flows import executed_flows
+from hecate.parallel.flow_loops import executed_traffic
 from hecate.parallel.flows import Flows, even_quota, flows
 from hecate.parallel.placement import Placement
 from hecate.parallel.source_split import SourceSplit, flows_of_shares, stacked
@@ -119,6 +131,22 @@ class Plan:
                 for layer, (where_ED, quota_ED, planned_ED, loads_ED) in enumerate(layers)
             ]
         )
+
+    def traffic(self, planned_LED: np.ndarray, loads_LED: np.ndarray, topology: Topology) -> np.ndarray:
+        """float64 [layers, 7, ranks]: what each rank sends and serves of these loads (see `price_layers`), as `flow` says."""
+        if self.source_split is not None and self.quota_LED is not None:
+            return flow_traffic(self.flow(planned_LED, loads_LED, topology), loads_LED)
+        traffic_LXD, shape = np.zeros((len(loads_LED), TRAFFIC_ROWS, topology.world_size)), self.where_LED.shape
+        none_LED = np.zeros((shape[0], 0, 0))
+        executed_traffic(
+            contiguous(self.where_LED, shape, np.bool_),
+            none_LED if self.quota_LED is None else contiguous(self.quota_LED, shape, np.float64),
+            none_LED if planned_LED is loads_LED else contiguous(planned_LED, shape, np.float64),
+            contiguous(loads_LED, shape, np.float64),
+            topology_numbers(topology),
+            traffic_LXD,
+        )
+        return traffic_LXD
 
     def seconds(self, given: PlanInput) -> LayerSeconds:
         """The predicted seconds of the plan under the loads that it was made for, executed as `given.execution` says."""

@@ -230,11 +230,14 @@ def _between_devices(
     spare: np.ndarray,
 ) -> None:
     order = descending_order(excess)
+    # Time left only shrinks: once nobody can take an expert's assignments, nobody can any more.
+    nobody_NE = np.zeros((len(topology.uplink_N) if same_node else 1, len(replicas.count_E)), np.bool_)
     for s in range(len(order)):
         source = order[s]
         if excess[source] <= _LEAST:
             break
         node = topology.node_D[source] if same_node else -1
+        nobody_E = nobody_NE[max(node, 0)]
         held = experts_of[held_D[source] : held_D[source + 1]]
         amount = np.empty(len(held))
         for i in range(len(held)):
@@ -245,9 +248,10 @@ def _between_devices(
             left = min(replicas.quota_ED[e, source], excess[source])
             if left <= _LEAST:
                 break
-            while left > _LEAST:
+            while left > _LEAST and not nobody_E[e]:
                 best = _most_spare(e, node, free, topology, replicas, spare)
                 if best < 0:
+                    nobody_E[e] = True
                     break
                 moved = _give(e, best, left, free, replicas, spare)
                 replicas.quota_ED[e, source] -= moved

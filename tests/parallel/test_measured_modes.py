@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from hecate.parallel.cost_model import ExecutionMode, LayerCost
-from hecate.parallel.measured_modes import MODES, MeasuredModes, judge_step
+from hecate.parallel.measured_modes import MODES, MeasuredModes, judge_step, modes_of
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.predictors import predicted_loads
 from hecate.parallel.workloads import WORKLOADS
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, kinds, plan_input, topologies
 from testing.unit_cases import unit_topology
@@ -96,3 +97,36 @@ def test_a_rank_that_begins_with_the_recorded_loads_chooses_alike() -> None:
     assert len(asked) == once
     assert fresh.choose(planner, given, steps, loads_SLED) == found
     assert len(asked) == 2 * once
+
+
+def test_only_layers_whose_choice_is_close_are_planned_after_the_router_again() -> None:
+    """Under `exact`: the choice is that of steps judged in full, and where an early gather is clearly faster nothing more is planned."""
+    given, loads_SLED = jumping_beside_steady(6)
+    steps, asked = [object() for _ in loads_SLED], []
+    modes = modes_of("exact")
+
+    def planner(given: PlanInput) -> Plan:
+        asked.extend([given.execution.plan] * given.num_layers)
+        return POLICIES["auto"](given)
+
+    measured = MeasuredModes(WINDOW, splits=True, modes=modes)
+    for known in range(1, len(steps) + 1):
+        chosen = measured.choose(planner, given, steps[:known], loads_SLED[:known])
+    assert asked.count("calibrated") < len(steps[1:]) * 2, "the steady layer begins with history's plan, whatever it becomes"
+    judged = [
+        judge_step(
+            POLICIES["auto"], replace(given, loads_LED=predicted_loads(loads_SLED[:at], WINDOW)), 1.0 * loads_SLED[at], None, splits=True
+        )
+        for at in range(1, len(steps))
+    ]
+    in_full_ML = np.sum([one.seconds_ML for one in judged], axis=0)[1:]
+    assert chosen == [modes[index] for index in in_full_ML.argmin(0)]
+    assert set(chosen) == set(modes)
+
+
+def test_what_is_gained_after_the_router_decides_where_history_was_wrong() -> None:
+    """As above, 48 s become 28 after the router, and as many without an early gather; of equal modes the first."""
+    loads_SLED = np.array([[[[8, 8], [0, 0]]], [[[0, 0], [8, 8]]]])
+    given = PlanInput(np.array([[0, 1]]), None, NODE, COST, np.full(2, 2))
+    measured = MeasuredModes(WINDOW, modes=modes_of("exact"))
+    assert measured.choose(hottest_everywhere, given, [object(), object()], loads_SLED) == ["calibrated"]
