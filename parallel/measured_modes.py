@@ -5,6 +5,7 @@ after the router where that pays (calibrated), and from the true loads, with a g
 the true loads, as they are executed. So history pays for the error of its prediction, and the others for planning late. A layer goes by
 whichever would have been fastest over the last steps. Under `exact` it is one of the two that plan from the true loads: calibrated, which
 is never slower than history in a step of one micro-step, unless its early gather has been in vain; with frozen parts always calibrated.
+There a better plan after the router is made only where calibrated would not be chosen without it.
 No message is needed: all of it is computed from values that the ranks of a sharding group share.
 
 Shapes: S steps, M modes, L layers, E experts, D ranks.
