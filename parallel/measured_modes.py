@@ -123,6 +123,8 @@ class MeasuredModes:
     def __init__(self, window: int, *, splits: bool = False, modes: Sequence[PlanMode] = MODES) -> None:
         self._window, self._splits, self._modes = window, splits, modes
         self._judged: list[tuple[object, JudgedStep]] = []
+        self._judged_for: tuple[bytes, bytes] | None = None
+        """the owners and slots that the judged steps were planned with"""
         self._late_L: np.ndarray | None = None
         """bool [layers]: which of them went by another mode than the first of all"""
 
@@ -131,7 +133,10 @@ class MeasuredModes:
     ) -> list[PlanMode]:
         """Return the mode of each layer in the next step: the fastest over the steps that are given, of equal ones the first.
 
-        Only steps that have come since the last call are judged; the first one has no prediction.
+        The last `window` steps are judged, each predicted from as many before it, so that a run that was resumed with the steps of a
+        `LoadHistory` chooses as one that was not. (Of frozen parts it may find others in their places.) Those that were judged in the last
+        call are not judged again; the first step of a run has no prediction. If experts have changed their owners, or
+        ranks have room for other numbers of replicas, all steps are judged again, as by a rank that has just come.
 
         Args:
             given: as for a plan of the next step from history.
@@ -143,6 +148,9 @@ class MeasuredModes:
             return [self._modes[0]] * given.num_layers
         if len(steps) < 2:
             return [self._modes[0]] * given.num_layers
+        judged_for = (given.owner_LE.tobytes(), given.slots_D.tobytes())
+        if judged_for != self._judged_for:
+            self._judged, self._late_L, self._judged_for = [], None, judged_for
         # History's plan, gathered early, is nearly always faster than one that begins with nothing. Then nobody has to know how much
         # faster it becomes after the router.
         close_L = np.ones(given.num_layers, dtype=bool)
@@ -170,11 +178,12 @@ class MeasuredModes:
     ) -> None:
         """Judge the steps that are not judged yet, the layers of `close_L` with what a plan after the router gains."""
         judged: list[tuple[object, JudgedStep]] = []
-        for at in range(1, len(steps)):
+        for at in range(max(1, len(steps) - self._window), len(steps)):
             known = next((one for step, one in self._judged if step is steps[at]), None)
             unknown_L = np.ones(given.num_layers, dtype=bool) if known is None else close_L & ~known.replanned_L
             if unknown_L.any():
-                predicted_LED = predicted_loads(loads_SLED[:at, unknown_L], self._window, lasting=given.cost.frozen_bytes > 0)
+                past_SLED = loads_SLED[max(0, at - self._window) : at, unknown_L]
+                predicted_LED = predicted_loads(past_SLED, self._window, lasting=given.cost.frozen_bytes > 0)
                 found = judge_step(
                     planner,
                     replace(some_layers(given, unknown_L), loads_LED=predicted_LED),

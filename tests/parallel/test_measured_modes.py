@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hecate.parallel.cost_model import ExecutionMode, LayerCost
+from hecate.parallel.cost_model import ExecutionMode, LayerCost, PlanChoice
 from hecate.parallel.measured_modes import MODES, MeasuredModes, judge_step, modes_of
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
-from hecate.parallel.predictors import predicted_loads
+from hecate.parallel.predictors import KEPT_WINDOWS, predicted_loads
 from hecate.parallel.workloads import WORKLOADS
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, kinds, plan_input, topologies
 from testing.unit_cases import unit_topology
@@ -97,6 +97,23 @@ def test_a_rank_that_begins_with_the_recorded_loads_chooses_alike() -> None:
     assert len(asked) == once
     assert fresh.choose(planner, given, steps, loads_SLED) == found
     assert len(asked) == 2 * once
+
+
+@pytest.mark.parametrize("choice", ["auto", "exact"])
+def test_a_run_that_is_resumed_chooses_as_one_that_is_not(choice: PlanChoice) -> None:
+    """Of a long run the newest steps are left; and all are judged by the owners that experts have now."""
+    given, loads_SLED = jumping_beside_steady(6 * WINDOW)
+    steps, kept = [object() for _ in loads_SLED], KEPT_WINDOWS * WINDOW
+    moved = replace(given, owner_LE=np.roll(given.owner_LE, 1, axis=1))
+    grown = MeasuredModes(WINDOW, modes=modes_of(choice))
+    for known in range(1, len(steps) + 1):
+        first, now = max(0, known - kept), moved if known > 4 * WINDOW else given
+        found = grown.choose(hottest_everywhere, now, steps[first:known], loads_SLED[first:known])
+        fresh = MeasuredModes(WINDOW, modes=modes_of(choice))
+        assert fresh.choose(hottest_everywhere, now, steps[first:known], loads_SLED[first:known]) == found
+        if choice == "auto":  # under exact, what was judged more closely than this choice needs stays so
+            seconds_of_both = [[one.seconds_ML for _, one in measured._judged] for measured in (grown, fresh)]
+            np.testing.assert_array_equal(*seconds_of_both)
 
 
 def test_only_layers_whose_choice_is_close_are_planned_after_the_router_again() -> None:
