@@ -112,8 +112,8 @@ def test_a_run_that_is_resumed_chooses_as_one_that_is_not(choice: PlanChoice) ->
         fresh = MeasuredModes(WINDOW, modes=modes_of(choice))
         assert fresh.choose(hottest_everywhere, now, steps[first:known], loads_SLED[first:known]) == found
         if choice == "auto":  # under exact, what was judged more closely than this choice needs stays so
-            seconds_of_both = [[one.seconds_ML for _, one in measured._judged] for measured in (grown, fresh)]
-            np.testing.assert_array_equal(*seconds_of_both)
+            of_grown, of_fresh = ([one.seconds_ML for _, one in measured._judged] for measured in (grown, fresh))
+            np.testing.assert_array_equal(of_grown, of_fresh)
 
 
 def test_only_layers_whose_choice_is_close_are_planned_after_the_router_again() -> None:
