@@ -122,6 +122,7 @@ def _rank_main(
         dist.init_process_group(
             "gloo", init_method=f"file://{Path(store)}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
+        dist.barrier()  # a rank whose function leaves the group at once would break the connections that others are still making
         value = function(rank, world_size, *arguments)
         sender.send(("done", time.monotonic_ns(), value))
         # `new_group` has no barrier at its end, so a rank that exits now would break groups that other ranks are still creating.
