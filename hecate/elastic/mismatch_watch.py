@@ -3,7 +3,8 @@
 Such ranks wait for each other until the timeout of their groups, half an hour. torch keeps a record of the newest collectives of a process
 (its flight recorder, which torch 2.13 has on by default, for gloo, too), so nothing is added to a collective. A thread of each rank looks a
 few times a second whether the rank has begun a new one. If it has not for more than half a second, and one is under way, the rank leaves
-its record in the store where the ranks have met, and reads those of the others. Ranks that are only slow have equal records.
+its record in the store where the ranks have met, and reads those of the others, a few times a second at first and then more and more
+seldom. Ranks that are only slow have equal records.
 
 It watches ranks on gloo. What it does not see: messages between two ranks, which the recorder leaves out; and all-reduces of different
 lengths where gloo ends the process at once (docs/drills.md, R18).
@@ -31,6 +32,8 @@ from hecate.ranks.ranks import Ranks
 LOOK_SECONDS, STILL_SECONDS, CROSSED_SECONDS = 0.2, 0.6, 0.6
 """how often the thread looks; for how long a rank has begun no collective before it asks the others; for how long all ranks must then stand
 still in different groups"""
+LOOKS_APART = 0.2
+"""the share of the time that all has stood still after which a rank looks again, so that many ranks that wait for long read little"""
 
 Calls = dict[str, dict[str, str]]
 """name of a group -> number of a collective in it -> the collective in words"""
@@ -102,6 +105,11 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {ranks[0]} is" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))} are"
 
 
+def next_look(still_since: float, now: float) -> float:
+    """Before when a rank need not look again, by the same clock in seconds. A thread's own pace, `LOOK_SECONDS`, may be slower."""
+    return now + LOOKS_APART * (now - still_since)
+
+
 class MismatchWatch:
     """The thread of one rank. It runs from the first ranks until the end of the process."""
 
@@ -146,7 +154,7 @@ class MismatchWatch:
         pause = threading.Event()
         watched: Ranks | None = None
         numbers: list[int] = []
-        still_since = 0.0
+        still_since = look_at = 0.0
         published = False
         while True:
             pause.wait(LOOK_SECONDS)
@@ -156,15 +164,19 @@ class MismatchWatch:
                 continue
             try:
                 now = [_number(group) for group in ranks.all_groups()]
+                seconds = time.monotonic()
                 if ranks is not watched or now != numbers:
-                    watched, numbers, still_since, published = ranks, now, time.monotonic(), False
-                elif time.monotonic() - still_since > STILL_SECONDS and (published or _waits()):
-                    if not published:
+                    watched, numbers, still_since, published = ranks, now, seconds, False
+                    look_at = still_since + STILL_SECONDS
+                elif seconds > look_at:
+                    look_at = next_look(still_since, seconds)
+                    if not published and _waits():
                         own = calls_of(_dump(), self._since_ns)
                         names = [distributed_c10d._get_process_group_name(group) for group in ranks.all_groups()]
                         store.set(f"rank-{ranks.rank}", json.dumps([own, dict(zip(names, now, strict=True))]))
                         published = True
-                    self._compare(ranks, store)
+                    if published:
+                        self._compare(ranks, store)
             except RuntimeError:  # the groups or their store were left meanwhile
                 watched = None
 

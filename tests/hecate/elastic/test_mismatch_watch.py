@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.elastic.mismatch_watch import MismatchWatch, calls_of, crossing_of, difference_of
+from hecate.elastic.mismatch_watch import MismatchWatch, calls_of, crossing_of, difference_of, next_look
 from hecate.errors import UserError
 from hecate.ranks.ranks import connect
 from testing.ranks import run_ranks
@@ -52,6 +53,18 @@ def test_ranks_that_wait_in_different_groups_are_named_and_those_that_are_behind
     found = crossing_of(calls, {0: even, 1: {"0": 5, "1": 1}, 2: even})
     assert found == "in different groups: rank 1 is in sum of group 0; ranks 0, 2 are in gather of group 1"
     assert crossing_of(calls, {0: {"0": 4, "1": 3}, 1: {"0": 5, "2": 1}}) is None, "they have one group in common"
+
+
+def test_ranks_that_wait_for_half_an_hour_look_at_the_store_rarely() -> None:
+    looks, now = [], 100.6
+    while now < 1900:
+        looks.append(now)
+        now += 0.2  # the thread's own pace
+        while now <= next_look(100, looks[-1]):
+            now += 0.2
+    assert len([look for look in looks if look < 102]) >= 5, "a few times a second at first"
+    assert max(after - before for before, after in pairwise(looks)) < 1800 / 5
+    assert len(looks) < 50
 
 
 def goes_astray(rank: int, world_size: int, store: str, how: str) -> str:
