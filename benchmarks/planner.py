@@ -1,4 +1,4 @@
-"""Time the planning of every policy, per layer, on one core, at three sizes, with Zipf(1.2) loads and LoRA over a frozen MoE base.
+"""Time the planning of every policy, per layer, on one core, at four sizes, with Zipf(1.2) loads and LoRA over a frozen MoE base.
 
 `auto, after the router` is one layer's plan from its true loads, while ranks wait: a plan of its own, and a new split of what is there.
 
@@ -29,7 +29,7 @@ from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.topology import Link, uniform_topology
 from hecate.parallel.transfer_plan import choose_route
 
-SIZES = ((64, 32, 16), (256, 320, 2), (256, 1024, 1))
+SIZES = ((8, 4, 16), (64, 32, 16), (256, 320, 2), (256, 1024, 1))
 """the experts, the ranks, and the layers that are planned together"""
 ROUTED = (256, 64)
 """the experts and the ranks, eight a node, of the placements whose routes are chosen"""
@@ -41,12 +41,14 @@ def plan_input(experts: int, world: int, layers: int) -> PlanInput:
     rng = np.random.default_rng(0)
     odds = np.arange(1, experts + 1) ** -1.2
     loads = np.stack([rng.multinomial(8192, rng.permutation(odds) / odds.sum(), size=world).T for _ in range(layers)]).astype(float)
-    topology = uniform_topology(world // 8, 8, flops=6e14, memory=8e10, intra_node=Link(3e11, 1e-5), inter_node=Link(5e10, 2e-5))
+    topology = uniform_topology(
+        max(world // 8, 1), min(world, 8), flops=6e14, memory=8e10, intra_node=Link(3e11, 1e-5), inter_node=Link(5e10, 2e-5)
+    )
     hidden, ffn, rank = 2048, 768, 16
     cost = LayerCost(
         trainable_bytes=6.0 * rank * (hidden + ffn),
         frozen_bytes=6.0 * hidden * ffn,
-        top_k=8,
+        top_k=min(8, experts // 4),
         row_bytes=2.0 * hidden,
         assignment_flops=6.0 * hidden * ffn,
         assignment_backward=1.1,

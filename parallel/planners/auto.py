@@ -74,9 +74,8 @@ def plan_auto(given: PlanInput) -> Plan:
     With `max_imbalance` there is no local search. Never gives a device more replicas than it has slots. Before any load is known every
     expert counts as equally hot.
 
-    The moves are greedy, so with more slots they may end up worse. Where a layer is small all smaller budgets are tried as well, smallest
-    first, so that more slots for everyone never cost seconds. Of plans that are equally fast the one that moves the fewest bytes, of those
-    the first.
+    The moves are greedy, so with more slots they may end up worse. Where a layer is small all smaller budgets are tried as well, so that
+    more slots for everyone seldom cost seconds. Of plans that are equally fast the one that moves the fewest bytes, of those the first.
     """
     # The compiled loops read a source's loads of all experts one after the other.
     tokens_LSE = np.ascontiguousarray(given.expected_LED.swapaxes(1, 2), dtype=np.float64)
@@ -152,7 +151,9 @@ def _plan_layers(
 ) -> None:
     """Fills `where_LED` and `quota_LED`; `base`, `trial` and `best` are room to work in.
 
-    Budgets: at most `least_slots` of each device's slots, one more, ..., all. A budget's plan does not depend on those that follow.
+    Budgets: all of each device's slots, at most one less than the most, ..., at most `least_slots`. With the most slots a plan is often so
+    fast that little else has to be looked at closely. The search begins with the best plan of all budgets, since it takes as long as all
+    the rest.
     """
     bounded = max_imbalance < np.inf
     single, ranks = len(topology.uplink_N) == 1, len(topology.node_D)
@@ -162,7 +163,7 @@ def _plan_layers(
         loads = layer_loads(tokens_LSE[layer], topology)
         wish = wishes(owner, slots, loads, topology)
         best_seconds, best_uneven = np.inf, np.inf
-        for budget in range(least_slots, int(largest(slots)) + 1):
+        for budget in range(int(largest(slots)), least_slots - 1, -1):
             for d in range(ranks):
                 room[d] = min(slots[d], budget)
             for r in range(len(rules_R)):
@@ -212,9 +213,9 @@ def _plan_layers(
                     ):
                         best_seconds, best_uneven = min(seconds, best_seconds), uneven
                         copy_into(tried, best)
-            if not bounded and not everywhere(best):
-                allowance = max(search_share * best_seconds, LEAST_SEARCH / (len(owner) * ranks))
-                best_seconds = _search(owner, room, resident, wish, loads, topology, cost, allowance, best_seconds, trial, best)
+        if not bounded and not everywhere(best):
+            allowance = max(search_share * best_seconds, LEAST_SEARCH / (len(owner) * ranks))
+            best_seconds = _search(owner, slots, resident, wish, loads, topology, cost, allowance, best_seconds, trial, best)
         if not everywhere(best):
             copy_into(best, trial)
             if _without_idle(owner, trial):

@@ -116,3 +116,20 @@ def planned_and_priced() -> list[np.ndarray]:
             results.append(transfer_seconds(ports, 3.0, place))
             results.append(np.array(ROUTE_NUMBERS[choose_route(plan.placement(0), ChunkSize(12, 4), place)]))
     return results
+
+
+def drawn_input(seed: int) -> PlanInput:
+    """One layer of some kind with 1 to 9 experts on 2 to 7 ranks."""
+    random = np.random.default_rng(seed)
+    world, experts = int(random.integers(2, 8)), int(random.integers(1, 10))
+    loads = random.integers(1, 500, (1, experts, world)) * random.random((1, experts, world)) ** random.integers(0, 4)
+    return PlanInput(
+        random.integers(0, world, (1, experts)),
+        loads,
+        topology((0, *random.integers(0, 2, world - 1).tolist()), seed, random.uniform(1, 2)),
+        KINDS[sorted(KINDS)[seed % 3]],
+        random.integers(0, experts + 1, world),
+        execution=ExecutionMode(
+            plan=("history", "exact")[seed % 2], rematerialize=bool(random.integers(2)), prefetch=int(random.integers(3))
+        ),
+    )

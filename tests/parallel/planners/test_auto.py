@@ -26,7 +26,7 @@ from hecate.parallel.planners.rebalancing import rebalance
 from hecate.parallel.replica_lists import Replicas, add, copy_into, everywhere, fill_lists, foreign, no_replicas, only_owners
 from hecate.parallel.topology import Link, Topology
 from tests.parallel.plain_cost_model import plain_layer_seconds
-from tests.parallel.planners.auto_inputs import KINDS, inputs, planned_and_priced, topology
+from tests.parallel.planners.auto_inputs import KINDS, drawn_input, inputs, planned_and_priced, topology
 
 
 @settings(deadline=None)
@@ -136,23 +136,6 @@ def test_hardly_ever_slower_than_any_policy() -> None:
     assert np.mean(np.array(over_systems) <= 1.005) >= 0.94, sorted(over_systems)[-8:]
     assert max(over_systems) <= 1.15
     assert np.exp(np.log(over).mean()) <= 0.92
-
-
-def drawn_input(seed: int) -> PlanInput:
-    """One layer of some kind with 1 to 9 experts on 2 to 7 ranks."""
-    random = np.random.default_rng(seed)
-    world, experts = int(random.integers(2, 8)), int(random.integers(1, 10))
-    loads = random.integers(1, 500, (1, experts, world)) * random.random((1, experts, world)) ** random.integers(0, 4)
-    return PlanInput(
-        random.integers(0, world, (1, experts)),
-        loads,
-        topology((0, *random.integers(0, 2, world - 1).tolist()), seed, random.uniform(1, 2)),
-        KINDS[sorted(KINDS)[seed % 3]],
-        random.integers(0, experts + 1, world),
-        execution=ExecutionMode(
-            plan=("history", "exact")[seed % 2], rematerialize=bool(random.integers(2)), prefetch=int(random.integers(3))
-        ),
-    )
 
 
 def test_everything_is_everywhere_where_it_fits_and_spares_the_dispatch() -> None:
