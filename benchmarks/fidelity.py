@@ -37,6 +37,7 @@ from hecate.parallel.executed_flows import served
 from hecate.parallel.layer_plan import layer_plan
 from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.predictors import predicted_loads
 from hecate.parallel.simulator import HISTORY_STEPS, Simulated, simulate
 from hecate.parallel.topology import Topology
 from hecate.parallel.workloads import WORKLOADS
@@ -157,7 +158,7 @@ def planned_steps(loads: np.ndarray, policy: str, shape: Shape, measured: Measur
     _, num_layers, num_experts, world = loads.shape
     owner_LE = np.tile(contiguous_owners(num_experts, world), (num_layers, 1))
     for number, loads_LED in enumerate(loads):
-        known = loads[max(number - HISTORY_STEPS, 0) : number].mean(0) if number else None
+        known = predicted_loads(loads[:number], HISTORY_STEPS) if number else None
         given = PlanInput(owner_LE, known, measured.topologies[0], measured.planning, np.full(world, num_experts))
         plan = POLICIES[policy](given)
         drawn = [
