@@ -34,6 +34,8 @@ from hecate.io.durable import delete_files, sync_folder, write_durable
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
 _NONCE = re.compile(r"[0-9A-Za-z]{1,64}")
+_ENTRY_BYTES, _SIZE_BYTES = 160, 21
+"""more than a tensor's entry takes in JSON beside its name, and each number of its shape"""
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -51,9 +53,9 @@ def staging_folder(root: Path, step: int, nonce: str) -> Path:
 
 
 def shard_bytes(rank: int, world_size: int, tensors: Mapping[str, Tensor]) -> int:
-    """Return how many bytes a save of these tensors writes: the shard, its JSON file, and their entries in the manifest."""
+    """Return how many bytes a save of these tensors writes: the shard, its JSON file, and entries in the manifest; rather too many."""
     layout = layout_of(shard_file(rank, world_size), tensors, digest="0" * 32)
-    return file_size(layout) + 2 * len(dump_json({name: entry_value(entry) for name, entry in layout.items()}))
+    return file_size(layout) + 2 * sum(len(name) + _ENTRY_BYTES + _SIZE_BYTES * len(entry.shape) for name, entry in layout.items())
 
 
 def write_shard(staging: Path, rank: int, world_size: int, tensors: Mapping[str, Tensor], go_on: Callable[[], None] = lambda: None) -> None:
@@ -71,7 +73,7 @@ def write_shard(staging: Path, rank: int, world_size: int, tensors: Mapping[str,
     try:
         staging.mkdir(parents=True, exist_ok=True)
         entries = write_safetensors(shard, tensors, go_on)
-        write_durable(sidecar, [dump_json({name: entry_value(entry) for name, entry in entries.items()})])
+        write_durable(sidecar, [dump_json({name: entry_value(entry) for name, entry in entries.items()}, depth=1)])
     except FileExistsError as error:
         raise CheckpointError(f"{error.filename}: exists already; each save needs a nonce of its own") from error
     except OSError as error:
@@ -99,7 +101,7 @@ def commit(staging: Path, final: Path, meta: Any, world_size: int) -> None:
         if os.path.lexists(final):
             raise CheckpointError(f"{final}: exists already; a checkpoint is never written over. Remove it or save another step")
         manifest = Manifest(step, world_size, _gather_entries(staging, world_size), meta)
-        data = dump_json(manifest_value(manifest))
+        data = dump_json(manifest_value(manifest), depth=2)
         write_durable(staging / MANIFEST, [data])
         write_durable(staging / COMMIT, [commit_line(data)])
         for rank in range(world_size):

@@ -12,6 +12,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from hecate.config import Config, to_yaml
 from hecate.ranks.ranks import Ranks
 
 _NONCE_BYTES = 8
+_as_yaml = lru_cache(maxsize=1)(to_yaml)
+"""the same in each save of a run"""
 
 
 @dataclass(frozen=True)
@@ -101,7 +104,7 @@ def begin_save(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainSt
     if not ranks.is_first:
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("owned/")}
     owners = {str(unit): owner_E.tolist() for unit, owner_E in shards.owners.items()}
-    meta = {"config": to_yaml(config), "owners": owners, "base_model": parts.base_digest, "drawn": parts.drawn_digest, **state.to_json()}
+    meta = {"config": _as_yaml(config), "owners": owners, "base_model": parts.base_digest, "drawn": parts.drawn_digest, **state.to_json()}
     meta |= {"residency": shards.residency_to_json(), SAVED_AT: int(time.time())}
     needed = int(ranks.all_sum(torch.tensor(shard_bytes(rank, world_size, tensors) if writes else 0)))
     _together(ranks, final, (lambda: require_room(final, needed)) if ranks.is_first else _nothing)

@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from hecate.checkpoint import CheckpointError, good_checkpoints, latest_good, read_manifest, remove_stale_staging
-from hecate.checkpoint.save import checkpoint_folder, commit, staging_folder, write_shard
+from hecate.checkpoint.manifest import manifest_value
+from hecate.checkpoint.save import checkpoint_folder, commit, shard_bytes, staging_folder, write_shard
 from hecate.errors import UserError
+from hecate.io.strict_json import dump_json
 from tests.hecate.checkpoint.disk import Killed, watched_disk, write_half
 from tests.hecate.checkpoint.saving import META, holds, save, shards_of
 
@@ -40,6 +42,15 @@ def check_whole(root: Path) -> int:
     if step == 2:
         assert holds(newest, TWO) or holds(newest, TWO_AGAIN)
     return step
+
+
+def test_the_room_that_is_asked_for_is_enough_and_not_much_more(tmp_path: Path) -> None:
+    tensors = {f"owned/{number}.down_proj": torch.zeros([1] * number + [300], dtype=torch.bfloat16) for number in range(8)}
+    write_shard(staging_folder(tmp_path, 1, "a"), 0, 1, tensors)
+    commit(staging_folder(tmp_path, 1, "a"), checkpoint_folder(tmp_path, 1), None, 1)
+    written = sum(path.stat().st_size for path in checkpoint_folder(tmp_path, 1).iterdir())
+    entries = len(dump_json(manifest_value(read_manifest(checkpoint_folder(tmp_path, 1)))))
+    assert written + entries < shard_bytes(0, 1, tensors) < written + 3 * entries
 
 
 def test_a_kill_before_or_inside_any_operation_tears_nothing(tmp_path: Path) -> None:
