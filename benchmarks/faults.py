@@ -29,6 +29,7 @@ from benchmarks.small_run import make_folder
 from hecate.drill.catalogue import DRILLS
 from hecate.drill.outcome import DrillOutcome
 from hecate.drill.run import ground
+from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from testing.ranks import run_ranks
 
 SAVING_RANKS, REDUNDANT_RANKS = 2, 4
@@ -116,7 +117,7 @@ def measured(folder: str, *, quick: bool) -> tuple[list[Cost], dict[str, float]]
     Raises:
         SystemExit: a run that lost a rank did not end with the same bits, or trainings at several numbers of ranks did not.
     """
-    saves, rounds, steps = (3, 2, 4) if quick else (9, 12, 30)
+    saves, rounds, steps = (3, 2, 4) if quick else (9, 60, 30)
     shares = run_ranks(SAVING_RANKS, digest_shares, folder, saves, timeout=1200)
     among = run_ranks(SAVING_RANKS, saves_among_steps, folder, SETTINGS, rounds, timeout=1200)
     redundant = compared(REDUNDANT_RANKS, folder, SETTINGS, {"fssdp.redundancy": 1}, steps)
@@ -153,7 +154,7 @@ def measured(folder: str, *, quick: bool) -> tuple[list[Cost], dict[str, float]]
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(ALLOCATOR_SETTINGS, OMP_NUM_THREADS="1")  # for the ranks, as hecate's launcher sets them
     with tempfile.TemporaryDirectory() as name:
         costs, summary = measured(str(make_folder(Path(name)).parent), quick=options.quick)
     finish("faults", [cost.row() for cost in costs], summary, options.json)

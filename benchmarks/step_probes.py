@@ -94,7 +94,7 @@ class Parts:
 def parts(seconds: Mapping[str, float], shape: Shape) -> Parts:
     """Return the parts from the seconds of the probes."""
     tokens, k = shape.tokens, shape.top_k
-    assignment = (seconds["experts"] - seconds["experts_half_assignments"]) / (tokens * (k - k // 2))
+    assignment = max(0.0, seconds["experts"] - seconds["experts_half_assignments"]) / (tokens * (k - k // 2))
     row = (seconds["experts"] - seconds["experts_quarter"]) / (tokens - tokens // 4) - k * assignment
     return Parts(
         attention=seconds["attention"],
