@@ -31,6 +31,7 @@ from hecate.ranks.launcher_files import (
     SURVIVAL_SETTINGS,
     Generation,
     error_file,
+    here_file,
     pid_files,
     ready_file,
     write_generation,
@@ -123,6 +124,7 @@ class SurvivingRanks:
 
     def look(self) -> None:
         """Let members that have loaded join, and let the living members go on without those that have died. It returns at once."""
+        self._end_late()
         if not self.stopping:
             self._fill_up()
         self._evict_stopped()
@@ -145,6 +147,20 @@ class SurvivingRanks:
             for member in dead:
                 self._replace(device_of[member])
 
+    def _end_late(self) -> None:
+        """Kill members that are to join others which have ended, all steps done, before they could read that. They would wait for ever."""
+        number = self._now.number
+        unread = [m for m in self._now.members if self._processes[m].poll() == 0 and not here_file(self._store, number, m).exists()]
+        if number == 0 or not unread:
+            return
+        began = range(self._now.num_devices)
+        late = [m for m in self._now.members if m not in began and not any(here_file(self._store, n, m).exists() for n in range(number))]
+        for member in late:
+            self._processes[member].kill()
+            self._processes[member].wait()
+        left = [(m, device) for m, device in zip(self._now.members, self._now.devices, strict=True) if m not in late]
+        self._now = replace(self._now, members=tuple(m for m, _ in left), devices=tuple(device for _, device in left))
+
     def _evict_stopped(self) -> None:
         """Kill members that have been stopped for a while: their peers wait for them, and nothing else would end that."""
         pid_of = pid_files(self._store.parent)
@@ -155,6 +171,8 @@ class SurvivingRanks:
             self._processes[member].wait()
 
     def _fill_up(self) -> None:
+        if any(self._processes[member].poll() == 0 for member in self._now.members):
+            return  # the run ends
         for member in [m for m in self._loading if ready_file(self._store, m).exists()]:
             self._regroup((*self._now.members, member), (*self._now.devices, self._loading.pop(member)))
         for member in [m for m in self._loading if self._processes[m].poll() is not None]:

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from hecate.launch import local_launcher
+from hecate.launch.local_launcher import SurvivingRanks
+from hecate.ranks.launcher_files import here_file, read_generation, ready_file
 from testing.processes import wait_until_gone
 
 # A stand-in for `hecate`: what a rank does is the first argument.
@@ -116,6 +119,46 @@ assert held() == before, (before, held())
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts in /proc")
+class StandIn:
+    """A process of a rank that ends when the test says so."""
+
+    returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def kill(self) -> None:
+        self.returncode = -signal.SIGKILL if self.returncode is None else self.returncode
+
+    def wait(self) -> int:
+        assert self.returncode is not None
+        return self.returncode
+
+
+@pytest.mark.parametrize(("ends", "members", "status"), [("before", (0,), None), ("at once", (0,), -9), ("together", (0, 2), None)])
+def test_a_rank_that_would_join_when_all_steps_are_done_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, members: tuple[int, ...], status: int | None
+) -> None:
+    """The last rank ends before the new one is ready, before it could read that it is, or after both have gone on together."""
+    store, new, ranks = tmp_path / "store", StandIn(), {0: StandIn(), 1: StandIn()}
+    monkeypatch.setattr(local_launcher, "_start", lambda *_given, **_more: new)
+    surviving = SurvivingRanks(["rank"], 2, store, ranks)  # type: ignore[arg-type]
+    ranks[1].returncode = -signal.SIGKILL
+    surviving.look()
+    here_file(store, 1, 0).touch()
+    if ends == "before":
+        ranks[0].returncode = 0
+    ready_file(store, 2).touch()
+    surviving.look()
+    assert read_generation(store).members == ((0,) if ends == "before" else (0, 2))
+    for member in (0, 2) if ends == "together" else (2,):
+        here_file(store, 2, member).touch()
+    ranks[0].returncode = 0
+    surviving.look()
+    assert surviving.members == members
+    assert new.returncode == status
+
+
 def test_starting_and_stopping_leaks_nothing(tmp_path: Path) -> None:
     """HECATE_CYCLES=50 for more of them."""
     cycles = os.environ.get("HECATE_CYCLES", "10")
