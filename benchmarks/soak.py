@@ -78,7 +78,9 @@ def is_poisoned(step: int) -> bool:
 
 def poison(first: int, end: int) -> tuple[Injected, ...]:
     """On all ranks, so that it does not matter how many there are."""
-    return tuple(Injected(action="fill", place="loss", step=step, call=0, value=math.nan) for step in range(first, end) if is_poisoned(step))
+    return tuple(
+        Injected(action="fill", place="loss", step=step, call=0, value=math.nan) for step in range(first, end) if is_poisoned(step)
+    )
 
 
 def leg_of(number: int, first: int) -> Leg:
