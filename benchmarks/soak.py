@@ -111,7 +111,7 @@ def go_through(scope: Scope, output: Path, minutes: float) -> Soaked:
     """Do legs for so long."""
     found, until, before = Soaked(), time.monotonic() + 60 * minutes, RANKS
     while time.monotonic() < until or not found.legs:
-        first = steps_saved(output)
+        first, started = steps_saved(output), time.monotonic()
         leg = leg_of(found.legs.total(), first)
         run = carried_out(scope, output, leg, first)
         found.legs[leg.kind] += 1
@@ -125,7 +125,8 @@ def go_through(scope: Scope, output: Path, minutes: float) -> Soaked:
         if problem := problem_of_leg(leg, run):
             found.problems.append(f"leg {leg.number}, {leg.kind}: {problem}")
         before = leg.ranks
-        print(f"leg {leg.number}: {leg.ranks} ranks, {leg.kind}: steps {first} to {steps_saved(output)}", flush=True)
+        took = time.monotonic() - started
+        print(f"leg {leg.number}: {leg.ranks} ranks, {leg.kind}: steps {first} to {steps_saved(output)}, {took:.0f} s", flush=True)
     return found
 
 
@@ -146,12 +147,12 @@ def problem_of_leg(leg: Leg, run: Launched) -> str:
     """What is wrong with the way in which a leg has ended; that it ended early is not."""
     if "Traceback" in run.log:
         return f"a traceback: {run.log.strip().splitlines()[-1][:200]}"
+    if leg.kind != "launcher" and run.status == -signal.SIGKILL:
+        return f"it had not ended after {_LIMIT:.0f} s"
     survives = leg.kind in ("none", "stop") and leg.ranks > 1
     survives |= leg.kind == "kill" and len(leg.injected) < leg.ranks
     if survives and run.status:
         return f"status {run.status}: {(run.log.strip().splitlines() or ['?'])[-1][:200]}"
-    if leg.kind != "launcher" and run.status == -9:
-        return f"it had not ended after {_LIMIT:.0f} s"
     return ""
 
 

@@ -148,13 +148,17 @@ class SurvivingRanks:
                 self._replace(device_of[member])
 
     def _end_late(self) -> None:
-        """Kill members that are to join others which have ended, all steps done, before they could read that. They would wait for ever."""
+        """Kill new members if the run has ended without them, since they would wait for the others for ever.
+
+        They were let in while the others did their last step, which then ended, all steps done, and had not read of this generation.
+        """
         number = self._now.number
-        unread = [m for m in self._now.members if self._processes[m].poll() == 0 and not here_file(self._store, number, m).exists()]
-        if number == 0 or not unread:
+        ended = [member for member in self._now.members if self._processes[member].poll() == 0]
+        if number == 0 or all(here_file(self._store, number, member).exists() for member in ended):
             return
-        began = range(self._now.num_devices)
-        late = [m for m in self._now.members if m not in began and not any(here_file(self._store, n, m).exists() for n in range(number))]
+        first_new = self._now.num_devices  # members before it began the run
+        trained = {m for m in self._now.members if m < first_new or any(here_file(self._store, n, m).exists() for n in range(number))}
+        late = [member for member in self._now.members if member not in trained]
         for member in late:
             self._processes[member].kill()
             self._processes[member].wait()

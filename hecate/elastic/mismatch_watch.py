@@ -4,7 +4,7 @@ Such ranks wait for each other until the timeout of their groups, half an hour. 
 (its flight recorder, which torch 2.13 has on by default, for gloo, too), so nothing is added to a collective. A thread of each rank looks a
 few times a second whether the rank has begun a new one. If it has not for more than half a second, and one is under way, the rank leaves
 its record in the store where the ranks have met, and reads those of the others, a few times a second at first and then more and more
-seldom. Ranks that are only slow have equal records.
+seldom. Ranks that are only slow have equal records. Whichever rank finds a difference tells the others of it.
 
 It watches ranks on gloo. What it does not see: messages between two ranks, which the recorder leaves out; and all-reduces of different
 lengths where gloo ends the process at once (docs/drills.md, R18).
@@ -34,6 +34,9 @@ LOOK_SECONDS, STILL_SECONDS, CROSSED_SECONDS = 0.2, 0.6, 0.6
 still in different groups"""
 LOOKS_APART = 0.2
 """the share of the time that all has stood still after which a rank looks again, so that many ranks that wait for long read little"""
+
+_FOUND = "found"
+"""name of what a rank that has found a difference leaves in the store for the others, who look for it at each turn"""
 
 Calls = dict[str, dict[str, str]]
 """name of a group -> number of a collective in it -> the collective in words"""
@@ -106,7 +109,7 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 
 def next_look(still_since: float, now: float) -> float:
-    """Before when a rank need not look again, by the same clock in seconds. A thread's own pace, `LOOK_SECONDS`, may be slower."""
+    """The time before which a rank that stands still does not look at the others' records again; all times in seconds of one clock."""
     return now + LOOKS_APART * (now - still_since)
 
 
@@ -168,6 +171,8 @@ class MismatchWatch:
                 if ranks is not watched or now != numbers:
                     watched, numbers, still_since, published = ranks, now, seconds, False
                     look_at = still_since + STILL_SECONDS
+                elif published and store.check([_FOUND]):
+                    self._end(ranks, store.get(_FOUND).decode())
                 elif seconds > look_at:
                     look_at = next_look(still_since, seconds)
                     if not published and _waits():
@@ -191,9 +196,15 @@ class MismatchWatch:
         found = difference_of(calls) if complete or seconds > 2 * LOOK_SECONDS else None
         if found is None and complete and seconds > CROSSED_SECONDS:
             found = crossing_of(calls, {rank: reached for rank, (_, reached) in read.items()})
-        if found is not None and ranks is self._ranks:
+        if found is not None:
+            store.set(_FOUND, found)
+            self._end(ranks, found)
+
+    def _end(self, ranks: Ranks, found: str) -> None:
+        """Break off what the rank waits for, because of a difference."""
+        if ranks is self._ranks:
             self._found = found
-            time.sleep(2 * LOOK_SECONDS)  # so that the others find it, too, and not only that this rank is gone
+            time.sleep(2 * LOOK_SECONDS)  # so that the others read of it, and not only that this rank is gone
             ranks.abort()
 
 

@@ -118,7 +118,6 @@ assert held() == before, (before, held())
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts in /proc")
 class StandIn:
     """A process of a rank that ends when the test says so."""
 
@@ -159,6 +158,7 @@ def test_a_rank_that_would_join_when_all_steps_are_done_is_not_waited_for(
     assert new.returncode == status
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts in /proc")
 def test_starting_and_stopping_leaks_nothing(tmp_path: Path) -> None:
     """HECATE_CYCLES=50 for more of them."""
     cycles = os.environ.get("HECATE_CYCLES", "10")

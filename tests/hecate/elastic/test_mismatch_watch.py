@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hecate.elastic import mismatch_watch
 from hecate.elastic.mismatch_watch import MismatchWatch, calls_of, crossing_of, difference_of, next_look
 from hecate.errors import UserError
 from hecate.ranks.ranks import connect
@@ -97,6 +99,18 @@ def goes_astray(rank: int, world_size: int, store: str, how: str) -> str:
 def test_ranks_that_wait_for_each_other_end_with_the_name_of_the_stray(tmp_path: Path, how: str, stray: str) -> None:
     for said in run_ranks(3, goes_astray, str(tmp_path / "store"), how):
         assert f": rank 1 is in {stray}; ranks 0, 2 are in all_reduce of Float [5]" in said
+
+
+def hears_of_it(rank: int, world_size: int, store: str) -> str:
+    """Only rank 0 looks at the others' records more than once."""
+    if rank > 0:
+        mismatch_watch.next_look = lambda _still_since, _now: math.inf  # type: ignore[assignment]
+    return goes_astray(rank, world_size, store, "group")
+
+
+def test_a_rank_that_has_not_found_the_difference_is_told_of_it(tmp_path: Path) -> None:
+    for said in run_ranks(3, hears_of_it, str(tmp_path / "store")):
+        assert ": rank 1 is in all_reduce of Float [7] of group 0" in said
 
 
 def waits_long(rank: int, world_size: int, store: str) -> bool:
