@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +60,9 @@ def plan_of(number: int) -> KillPlan:
 
     Under the local launcher and on Ray three different ranks die in different steps, and the last one stays. Under torch's agents all ranks
     start again after each death, so that any may die again; the deaths are in later steps than the first checkpoint's.
+
+    No run that saves beside the steps has a death in its first save and one in the step beside it: two ranks lost at once are more than one
+    backup is for, and no checkpoint is there to go back to.
     """
     random = np.random.default_rng([SEED, number])
     launcher = _launcher_of(number)
@@ -70,7 +74,13 @@ def plan_of(number: int) -> KillPlan:
     for rank, step in zip(map(int, ranks), map(int, steps), strict=True):
         left = set(range(RANKS)) - ({one.rank for one in deaths} if stays else set())
         deaths.append(_death(random, rank, step, commits=rank == min(left)))
-    return KillPlan(number, launcher, stays and bool(random.random() < 0.5), tuple(deaths))
+    beside = stays and bool(random.random() < 0.5)
+    return KillPlan(number, launcher, beside and not _in_first_save_and_after(deaths), tuple(deaths))
+
+
+def _in_first_save_and_after(deaths: Sequence[Injected]) -> bool:
+    first, second, *_ = deaths
+    return first.place in ("save", "file") and (first.step, second.step) == (0, 1)
 
 
 def _launcher_of(number: int) -> Launcher:

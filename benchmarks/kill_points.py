@@ -14,11 +14,13 @@ two), which are `hecate launch`, all ranks start again from the last checkpoint,
 saved, is done again.
 
 The points come from a seed, so that a call with `--resume` goes on where the file ends (benchmarks/results/kill_points.json), which is
-written after each run; `--most` ends it after so many points. A call without `--resume` begins anew.
+written after each run; `--most` ends it after so many points. Runs in the file whose plan is another one now are done again. A call
+without `--resume` begins anew.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import tempfile
 from collections.abc import Sequence
@@ -158,13 +160,16 @@ def _points(runs: Sequence[KilledRun]) -> int:
     return sum(len(run.points) for run in runs)
 
 
-def _read(path: Path) -> list[KilledRun]:
+def read_runs(path: Path) -> list[KilledRun]:
+    """The runs in a results file that were done as their plans now say."""
     if not path.exists():
         return []
-    return [KilledRun(**{**run, "points": tuple(run["points"])}) for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+    runs = [KilledRun(**{**run, "points": tuple(run["points"])}) for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+    return [run for run in runs if run.beside == plan_of(run.number).beside]
 
 
-def _write(path: Path, runs: Sequence[KilledRun], environment: dict[str, Any]) -> None:
+def write_runs(path: Path, runs: Sequence[KilledRun], environment: dict[str, Any]) -> None:
+    """Write the results file: what all runs come to, and each run."""
     lines = ",\n".join(json.dumps(asdict(run)) for run in runs)
     head = json.dumps({"name": "kill_points", "machine": environment, "wanted": WANTED, "totals": totals(runs)}, indent=1)
     staged = path.with_suffix(".part")
@@ -179,15 +184,16 @@ def go_through(made: Ground, runs: list[KilledRun], until: int, path: Path) -> N
         scope = Scope(own, str(made.workshop), quick=False, start=made.start)
         whole = begin_run(scope, "whole", RANKS).end(_LIMIT)
         assert whole.status == 0, whole.log
-        number = max((run.number for run in runs), default=-1) + 1
+        done = {run.number for run in runs}
+        numbers = (number for number in itertools.count() if number not in done)
         while _points(runs) < until:
+            number = next(numbers)
             with tempfile.TemporaryDirectory(dir=own) as folder:
-                done = carried_out(plan_of(number), whole, Scope(folder, scope.workshop, quick=False, start=scope.start))
-            runs.append(done)
-            _write(path, runs, environment)
-            state = "equal" if done.held else f"NOT EQUAL: {done.problem or done}"
-            print(f"run {number}, {done.launcher}, {len(done.points)} points: {state}", flush=True)
-            number += 1
+                run = carried_out(plan_of(number), whole, Scope(folder, scope.workshop, quick=False, start=scope.start))
+            runs.append(run)
+            write_runs(path, sorted(runs, key=lambda one: one.number), environment)
+            state = "equal" if run.held else f"NOT EQUAL: {run.problem or run}"
+            print(f"run {number}, {run.launcher}, {len(run.points)} points: {state}", flush=True)
 
 
 def main() -> None:
@@ -196,7 +202,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, help="end after about so many more points")
     given = parser.parse_args()
     path = given.json or (Path(tempfile.gettempdir()) / "kill_points-quick.json" if given.quick else RESULTS)
-    runs = _read(path) if given.resume else []
+    runs = read_runs(path) if given.resume else []
     wanted = QUICK if given.quick else WANTED
     until = wanted if given.most is None else min(wanted, _points(runs) + given.most)
     with ground() as made:

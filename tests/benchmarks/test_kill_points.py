@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from benchmarks.kill_plans import CALLS, DEATHS, RANKS, plan_of
-from benchmarks.kill_points import KilledRun, go_through, lost, repeated, totals
+from benchmarks.kill_points import KilledRun, go_through, lost, read_runs, repeated, totals, write_runs
 from hecate.drill.ranks import Launched
 from hecate.drill.run import ground
 
@@ -39,6 +40,9 @@ def test_plans_are_the_same_in_each_call_and_cover_everything() -> None:
         assert len({one.step for one in plan.deaths}) == DEATHS
         if plan.launcher in ("local", "ray"):
             assert len({one.rank for one in plan.deaths}) == DEATHS, "a dead rank cannot die again"
+        early = [one.place for one in plan.deaths if one.step == 0 and one.place in ("save", "file")]
+        if plan.beside and early:
+            assert min(one.step for one in plan.deaths if one.step) > 1, "two at once, with no checkpoint to go back to"
 
 
 def test_lost_and_repeated_steps_are_counted() -> None:
@@ -59,14 +63,23 @@ def test_all_points_of_a_run_that_differs_have_failed() -> None:
     assert found["repeated_steps"] == {"agent": 1, "local": 0}
 
 
+def test_a_run_whose_plan_is_another_one_now_is_done_again(tmp_path: Path) -> None:
+    runs = [
+        KilledRun(number, "local", plan_of(number).beside, ("rank 1, step 2, norm 1",), "", 0, 0, 0, 0, 1.0, 2.0) for number in range(4)
+    ]
+    changed = dataclasses.replace(runs[2], beside=not runs[2].beside)
+    write_runs(tmp_path / "found.json", [*runs[:2], changed, runs[3]], {})
+    assert read_runs(tmp_path / "found.json") == [runs[0], runs[1], runs[3]]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
 def test_runs_that_lose_three_ranks_end_with_the_same_bits(tmp_path: Path) -> None:
     """The plans 28 and 29: on Ray, and under torch's agents on two nodes."""
-    runs = [KilledRun(27, "local", False, (), "", 0, 0, 0, 0, 0.0, 0.0)]
+    runs = [KilledRun(number, "local", False, (), "", 0, 0, 0, 0, 0.0, 0.0) for number in range(28)]
     with ground() as made:
         go_through(made, runs, 4, tmp_path / "found.json")
-    assert [run.launcher for run in runs[1:3]] == ["ray", "two_agents"]
+    assert [run.launcher for run in runs[28:30]] == ["ray", "two_agents"]
     assert all(run.held for run in runs), runs
-    assert all(run.points for run in runs[1:])
+    assert all(run.points for run in runs[28:])
     assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["totals"]["points"] >= 4
