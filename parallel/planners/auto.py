@@ -60,9 +60,11 @@ LEAST_SEARCH = 0.02
 _PROMISING = 1.3
 """times the seconds of the best plan: a start that takes longer is not worth the search"""
 _GIVE_SECONDS = 1.2e-9
-"""about what `deal` takes for each slot, and `fill_up` for each rank, times experts and ranks"""
-_BEGIN_SECONDS, _ROUND_SECONDS = 1.2e-7, 1e-6
-"""about what pricing another plan, and a round of changes to it, take for each expert or rank"""
+"""about what a plan made slot by slot takes for each slot, and others for each rank, times experts and ranks"""
+_EXPERT_SECONDS, _RANK_SECONDS = 5e-8, 5e-7
+"""about what making and pricing another plan takes beside that, for each expert and for each rank"""
+_ROUND_SECONDS = 1e-6
+"""about what a round of changes to a plan takes for each expert or rank"""
 
 
 def plan_auto(given: PlanInput) -> Plan:
@@ -255,7 +257,8 @@ def _search(
         if start in (BEST, ALONE):
             begins_X[x] = seconds  # whether the search is worth it does not depend on what they take
             continue
-        begins = (_BEGIN_SECONDS + _GIVE_SECONDS * (slots if goes_slot_by_slot(start) else ranks)) * size
+        given = _GIVE_SECONDS * (slots if goes_slot_by_slot(start) else ranks) * size
+        begins = _EXPERT_SECONDS * len(owner) + _RANK_SECONDS * ranks + given
         if begins <= left:
             left -= begins
             begin_with(start, owner, room, wish, loads, topology, trial)
