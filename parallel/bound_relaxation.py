@@ -76,13 +76,17 @@ class LayerProblem:
 
 
 class Relaxation:
-    """The plans that replicate something, are no slower than `cutoff`, whose tokens reach as far as `reach`, with replicas in `copies`.
+    """The plans that replicate something, are no slower than `cutoff`, whose tokens reach as far as `reach`, with replicas in `copies`, and
+    whose slowest rank computes for at least `least` and at most `most` seconds.
 
-    Where no token leaves its rank, `copies` is "any".
+    Where no token leaves its rank, `copies` is "any" and the slowest rank's seconds are what they are.
     """
 
-    def __init__(self, problem: LayerProblem, cutoff: float, reach: Reach, copies: Copies = "any") -> None:
+    def __init__(
+        self, problem: LayerProblem, cutoff: float, reach: Reach, copies: Copies = "any", least: float = 0.0, most: float = np.inf
+    ) -> None:
         self.problem, self.cutoff, self.reach = problem, cutoff, reach
+        self.slowest = least, most
         self.program = LinearProgram()
         self.devices_N = problem.member_DN.sum(0)
         self.e_E, self.r_D, self.n_N = np.arange(len(problem.load_E)), np.arange(len(problem.rate_D)), np.arange(len(self.devices_N))
@@ -137,7 +141,9 @@ class Relaxation:
         if self.stays:
             self.fixed += float((p.load_D * (p.row_work / p.cost.top_k + p.assignment_work) / p.rate_D).max())
         else:
-            caps = _Caps(p, budget, budget - p.balanced, self.reach)
+            if min(budget, self.slowest[1]) < max(p.balanced, self.slowest[0]) * (1 - MARGIN):
+                return np.inf
+            caps = _Caps(p, budget, budget - max(p.balanced, self.slowest[0]), self.slowest[1] * (1 + MARGIN), self.reach)
             self._assignments(caps)
             self._work(caps)
             self._ports(caps)
@@ -191,7 +197,7 @@ class Relaxation:
         local_D = (p.row_work * caps.local_rows_D + p.assignment_work) / (p.rate_D * self.cutoff)
         remote_D = (p.row_work * caps.remote_rows_D + p.assignment_work) / (p.rate_D * self.cutoff)
         served = (self.local_ED, local_D, self.r_D), (self.near_ED, remote_D, self.r_D), (self.far_ED, remote_D, self.r_D)
-        slowest = self._seconds()
+        slowest = self._seconds(*self.slowest)
         self.program.at_most(0 * p.rate_D, *served, (slowest, -1.0, self.r_D))
         # With R copies beside its owner's, an expert's assignments take at least load / (rates of the R + 1 ranks). That is convex in R, so
         # the line through two neighbouring whole numbers is nowhere above it at any whole number. The same holds of several experts of one
@@ -303,9 +309,9 @@ class Relaxation:
         lp.at_most(0.0 * r_D, *into, (busiest, -1.0, r_D))
         return busiest
 
-    def _seconds(self) -> np.ndarray:
-        """A new part of the total, in cutoffs."""
-        part = self.program.variables(0.0, 2.0)
+    def _seconds(self, least: float = 0.0, most: float = np.inf) -> np.ndarray:
+        """A new part of the total, in cutoffs, between two numbers of seconds."""
+        part = self.program.variables(least * (1 - MARGIN) / self.cutoff, min(most * (1 + MARGIN) / self.cutoff, 2.0))
         self.program.minimize(part, 1.0)
         return part
 
@@ -352,8 +358,8 @@ class Relaxation:
 class _Caps:
     """The most assignments that each rank can serve within a time, and the distinct tokens per assignment that follow at least."""
 
-    def __init__(self, problem: LayerProblem, compute: float, dispatch: float, reach: Reach) -> None:
-        """`compute` seconds of work, or of work and rows received; `dispatch` seconds of rows alone."""
+    def __init__(self, problem: LayerProblem, both: float, dispatch: float, compute: float, reach: Reach) -> None:
+        """`both`: seconds of work, or of work and rows received; `dispatch`: of rows alone; `compute`: of work alone."""
         p, k = problem, problem.cost.top_k
         tokens_D = p.load_D / k
         others_D = np.maximum(tokens_D.sum() - tokens_D, 0.0)
@@ -363,12 +369,13 @@ class _Caps:
             return (p.row_work * rows_D + p.assignment_work * assignments_D) / p.rate_D
 
         def local_fits(assignments_D: np.ndarray) -> np.ndarray:
-            return seconds(_distinct(assignments_D, tokens_D, k), assignments_D) <= compute
+            return seconds(_distinct(assignments_D, tokens_D, k), assignments_D) <= min(both, compute)
 
         def remote_fits(assignments_D: np.ndarray) -> np.ndarray:
             rows_D = _distinct(assignments_D, others_D, k)
             travel_D = p.row_bytes * rows_D / port_D
-            return (seconds(rows_D, assignments_D) + travel_D <= compute) & (travel_D <= dispatch)
+            work_D = seconds(rows_D, assignments_D)
+            return (work_D <= compute) & (work_D + travel_D <= both) & (travel_D <= dispatch)
 
         # What a rank serves is of its own experts, and of the slots' worth of others of which there are most assignments.
         self.local_D = _largest(local_fits, _held(p, p.loads_ED))

@@ -10,7 +10,8 @@ only lower the bound:
 - Which assignments of a rank leave its node, and which rank is the leader, is free: only the sums over experts must agree.
 
 What the relaxations give away in part is taken back by bounding groups of plans apart: by how far tokens travel, and by whether replicas
-are in their owners' nodes, in others or in both, which wait for other links. In each group one replica at least travels as a whole.
+are in their owners' nodes, in others or in both, which wait for other links. In each group one replica at least travels as a whole. The
+group that the bound comes from is divided further, by how long the slowest rank computes: the chords end where it has no more time.
 
 Plans slower than a *cutoff* need no relaxation, because the cutoff bounds them. The other plans obey further limits; for example, no
 rank serves more assignments than it can compute in that time. So min(cutoff, relaxation of the plans below the cutoff) is a bound for
@@ -29,12 +30,18 @@ from hecate.parallel.bound_relaxation import Copies, LayerProblem, Reach, Relaxa
 from hecate.parallel.planners.hecate_paper import plan_hecate_paper
 from hecate.parallel.planners.plan import PlanInput
 
-ROUNDS = 6
+ROUNDS = 4
 """the number of cutoffs to try"""
+DIVISIONS, NARROW = 5, 1.2
+"""how often a group is divided by how long the slowest rank computes; no more where the most that it may is so little over the least"""
 CLOSE = 4e-3
 """the search stops early when the bound is within this relative distance of the best one that this relaxation can give"""
 UNCOUNTED = 1e-6
 """the share of the seconds that the cost model may neglect as rounding"""
+
+
+Group = tuple[Reach, Copies, float, float]
+"""how far tokens travel, where replicas are, and between which seconds the slowest rank computes"""
 
 
 def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -> float:
@@ -65,8 +72,10 @@ def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -
     low, high = 0.0, cutoff  # a plan of `high` seconds exists
     known = dict.fromkeys(_groups(problem, cutoff), 0.0)  # limits of plans below `high`, and so below any lower cutoff
     points: list[tuple[float, float]] = []
-    for _ in range(ROUNDS):
-        found = known | {group: max(v, Relaxation(problem, cutoff, *group).least()) for group, v in known.items() if v < cutoff}
+    for round_ in range(ROUNDS):
+        found = _bounded(problem, cutoff, known)
+        if round_ == 0:
+            found = _divided(problem, cutoff, found)
         value = min(found.values())
         points.append((cutoff, value))
         low = max(low, min(cutoff, value))
@@ -78,13 +87,36 @@ def lower_bound(given: PlanInput, layer: int, *, plan_seconds: float = np.inf) -
     return low * (1 - UNCOUNTED)
 
 
-def _groups(problem: LayerProblem, cutoff: float) -> list[tuple[Reach, Copies]]:
+def _bounded(problem: LayerProblem, cutoff: float, known: dict[Group, float]) -> dict[Group, float]:
+    """The groups' bounds for plans below the cutoff; of groups that do not decide, it may be what was known before."""
+    found, looked_at = dict(known), set()
+    while (lowest := min(found, key=lambda group: found[group])) not in looked_at and found[lowest] < cutoff:
+        found[lowest] = max(found[lowest], Relaxation(problem, cutoff, *lowest).least())
+        looked_at.add(lowest)
+    return found
+
+
+def _divided(problem: LayerProblem, cutoff: float, found: dict[Group, float]) -> dict[Group, float]:
+    """The same plans in more groups: the one that decides is divided, again and again, by how long the slowest rank computes."""
+    for _ in range(DIVISIONS):
+        lowest = min(found, key=lambda group: found[group])
+        reach, copies, least, most = lowest
+        least, most = max(least, problem.balanced), min(most, cutoff)
+        if found[lowest] >= cutoff * (1 - CLOSE) or reach in ("everywhere", "stay") or most <= NARROW * least:
+            break
+        bound, middle = found.pop(lowest), float(np.sqrt(least * most))
+        found |= dict.fromkeys([(reach, copies, lowest[2], middle), (reach, copies, middle, lowest[3])], bound)
+        found = _bounded(problem, cutoff, found)
+    return found
+
+
+def _groups(problem: LayerProblem, cutoff: float) -> list[Group]:
     """The groups of plans that are bounded apart: by how far tokens travel, and by where replicas are if that matters to the latency."""
-    groups: list[tuple[Reach, Copies]] = []
+    groups: list[Group] = []
     for reach in get_args(Reach):
         kinds = {} if reach in ("everywhere", "stay") else problem.kinds(reach)
         differ = len(kinds) > 1 and max(kinds.values()) - min(kinds.values()) > CLOSE * cutoff / 2
-        groups += [(reach, kind) for kind in kinds] if differ else [(reach, "any")]
+        groups += [(reach, kind, 0.0, np.inf) for kind in kinds] if differ else [(reach, "any", 0.0, np.inf)]
     return groups
 
 

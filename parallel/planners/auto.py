@@ -30,8 +30,9 @@ from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
 from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.plan_changes import LEAST
-from hecate.parallel.planners.rebalancing import fill_up, pack, rebalance
-from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, Wishes, bring_to_nodes, deal, replicate, wishes
+from hecate.parallel.planners.rebalancing import rebalance
+from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, Wishes, replicate, wishes
+from hecate.parallel.planners.search_starts import ALONE, BEST, ONE_NODE, SEVERAL_NODES, begin_with, goes_slot_by_slot
 from hecate.parallel.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners, remove
 
 _ALL_BUDGETS = 400
@@ -56,16 +57,14 @@ SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.05, 0.02
 """of a layer's predicted seconds: how long the search for small changes may take; less where ranks wait for the plan"""
 LEAST_SEARCH = 0.02
 """seconds times experts times ranks: how long the search may take however fast the layer is, so that small layers are searched through"""
-_BEST, _FILLED, _DEALT, _PACKED, _COVERED, _ALONE = range(6)
-"""plans from which the search begins: the best candidate, each rank filled up to its share, all slots dealt to hot experts, whole experts
-packed, in each node all experts that its tokens chose, no replicas"""
-_STARTS = 6
 _PROMISING = 1.3
 """times the seconds of the best plan: a start that takes longer is not worth the search"""
-_GIVE_SECONDS = 2e-9
-"""about what `deal` takes for each slot, and `fill_up` for each rank, times experts and ranks"""
-_BEGIN_SECONDS, _ROUND_SECONDS = 4e-7, 1e-6
-"""about what pricing another plan, and a round of changes to it, take for each expert or rank"""
+_GIVE_SECONDS = 1.2e-9
+"""about what a plan made slot by slot takes for each slot, and others for each rank, times experts and ranks"""
+_EXPERT_SECONDS, _RANK_SECONDS = 5e-8, 5e-7
+"""about what making and pricing another plan takes beside that, for each expert and for each rank"""
+_ROUND_SECONDS = 1e-6
+"""about what a round of changes to a plan takes for each expert or rank"""
 
 
 def plan_auto(given: PlanInput) -> Plan:
@@ -251,31 +250,31 @@ def _search(
     for d in range(ranks):
         slots += room[d]
     size = ranks + len(owner)
-    begins_X = np.empty(_STARTS)
-    for start in range(1, _STARTS):
-        begins_X[start] = np.inf
-        if start == _ALONE:
-            begins_X[start] = seconds
-        if start == _ALONE or (start == _COVERED and len(topology.uplink_N) == 1):
+    starts_X = np.array(ONE_NODE) if len(topology.uplink_N) == 1 else np.array(SEVERAL_NODES)
+    begins_X = np.full(len(starts_X), np.inf)
+    for x in range(len(starts_X)):
+        start = starts_X[x]
+        if start in (BEST, ALONE):
+            begins_X[x] = seconds  # whether the search is worth it does not depend on what they take
             continue
-        begins = (_BEGIN_SECONDS + _GIVE_SECONDS * (slots if start == _DEALT else ranks)) * size
+        given = _GIVE_SECONDS * (slots if goes_slot_by_slot(start) else ranks) * size
+        begins = _EXPERT_SECONDS * len(owner) + _RANK_SECONDS * ranks + given
         if begins <= left:
             left -= begins
-            _start(start, owner, room, wish, loads, topology, trial)
-            begins_X[start] = _plan_seconds(owner, resident, loads, topology, cost, 2 * seconds, trial)
-            if _preferred(begins_X[start], seconds, owner, resident, loads, topology, cost, trial, best):
-                seconds = min(begins_X[start], seconds)
+            begin_with(start, owner, room, wish, loads, topology, trial)
+            begins_X[x] = _plan_seconds(owner, resident, loads, topology, cost, 2 * seconds, trial)
+            if _preferred(begins_X[x], seconds, owner, resident, loads, topology, cost, trial, best):
+                seconds = min(begins_X[x], seconds)
                 copy_into(trial, best)
-    begins_X[_BEST] = seconds
-    for start in range(_STARTS):
+    for x in range(len(starts_X)):
         if left < _ROUND_SECONDS * size:
             break
-        if begins_X[start] > _PROMISING * seconds:
+        if begins_X[x] > _PROMISING * seconds and starts_X[x] != BEST:
             continue
-        if start == _BEST:
+        if starts_X[x] == BEST:
             copy_into(best, trial)
         else:
-            _start(start, owner, room, wish, loads, topology, trial)
+            begin_with(starts_X[x], owner, room, wish, loads, topology, trial)
         left -= improve(owner, room, resident, loads, topology, cost, trial, left, False)
         found = _plan_seconds(owner, resident, loads, topology, cost, seconds * (1 + 2 * TIE), trial)
         if _preferred(found, seconds, owner, resident, loads, topology, cost, trial, best):
@@ -328,25 +327,6 @@ def _without_idle(owner: np.ndarray, plan: Replicas) -> bool:
             else:
                 c += 1
     return found
-
-
-@jit.loop
-def _start(
-    start: int, owner: np.ndarray, room: np.ndarray, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, plan: Replicas
-) -> None:
-    """Fill `plan` with one of the plans from which the search begins."""
-    only_owners(plan, owner)
-    if start == _FILLED:
-        fill_up(owner, room, loads, topology, plan)
-        return
-    if start == _PACKED:
-        pack(owner, room, loads, topology, plan)
-        return
-    if start == _COVERED:
-        bring_to_nodes(owner, room, 0.0, wish, loads, topology, plan)
-    if start == _DEALT:
-        deal(owner, room, wish, loads, topology, plan)
-    even_quota_into(plan, loads, topology)
 
 
 @jit.loop

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from hecate.parallel.array_loops import descending_order, total, where_largest
-from hecate.parallel.cost_loops import LayerLoads
 from hecate.parallel.cost_numbers import TopologyNumbers
 from hecate.parallel.jit import loop
 from hecate.parallel.replica_lists import Replicas, add, foreign
@@ -67,95 +66,6 @@ def rebalance(
         _between_devices(free, held_D, experts_of, topology, True, replicas, excess, spare)
     if across or not several:
         _between_devices(free, held_D, experts_of, topology, False, replicas, excess, spare)
-
-
-@loop
-def fill_up(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas) -> None:
-    """From owners alone: each rank below its share of the assignments is filled up by one owner's experts (MoonEP's rule).
-
-    The owner that is furthest above its share fills the rank that is furthest below, and may fall below its own share and be filled up
-    itself. It gives its largest experts first. What finds no slot stays with it. Changes `replicas`, of owners only.
-
-    Args:
-        slots: int64 [ranks]: replicas of other ranks' experts that fit.
-    """
-    experts, ranks = replicas.has_ED.shape
-    free, over_D = slots.copy(), np.zeros(ranks)
-    home_X, rank_X, amount_X, pairs = np.empty(ranks, np.int64), np.empty(ranks, np.int64), np.empty(ranks), 0
-    all_loads, rates = total(loads.load_E), total(topology.rate_D)
-    for d in range(ranks):
-        over_D[d] = -all_loads * topology.rate_D[d] / rates
-    for e in range(experts):
-        over_D[owner[e]] += loads.load_E[e]
-        replicas.quota_ED[e, owner[e]] = loads.load_E[e]
-    least = _LEAST * max(all_loads, 1.0)
-    while pairs < ranks:  # each rank is filled once, and whoever is last balances itself
-        home, rank = where_largest(over_D), where_largest(-over_D)
-        if over_D[home] <= least or over_D[rank] >= -least:
-            break
-        home_X[pairs], rank_X[pairs], amount_X[pairs] = home, rank, -over_D[rank]
-        over_D[home] += over_D[rank]
-        over_D[rank] = 0.0
-        pairs += 1
-    left_E = loads.load_E.copy()
-    amount_of = np.empty(experts)
-    while True:
-        x = where_largest(amount_X[:pairs]) if pairs > 0 else 0
-        if pairs == 0 or amount_X[x] <= least:
-            return
-        home, rank = home_X[x], rank_X[x]
-        for e in range(experts):
-            amount_of[e] = left_E[e] if owner[e] == home and (replicas.has_ED[e, rank] or free[rank] > 0) else 0.0
-        e = where_largest(amount_of)
-        amount = min(amount_X[x], amount_of[e])
-        if amount <= least:
-            amount_X[x] = 0.0
-            continue
-        if not replicas.has_ED[e, rank]:
-            add(replicas, e, rank)
-            free[rank] -= 1
-        replicas.quota_ED[e, rank] += amount
-        replicas.quota_ED[e, home] -= amount
-        amount_X[x] -= amount
-        left_E[e] -= amount
-
-
-@loop
-def pack(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas) -> None:
-    """From owners alone: whole experts by load, each to the least busy rank with room for it, at home if that is as good (SmartMoE's rule).
-
-    A rank computes no more experts than if all had the same number, so that those that get a hot one give cold ones away. Few experts
-    travel, each once. Changes `replicas`, of owners only.
-
-    Args:
-        slots: int64 [ranks]: replicas of other ranks' experts that fit.
-    """
-    experts, ranks = replicas.has_ED.shape
-    room, free = -(-experts // ranks), slots.copy()
-    count_D, busy_D = np.zeros(ranks, np.int64), np.zeros(ranks)
-    order_E = descending_order(loads.load_E)
-    for e in range(experts):
-        busy_D[owner[e]] += loads.load_E[e] / topology.rate_D[owner[e]]  # those still to come count at home
-    for i in range(experts):
-        e = order_E[i]
-        home, load = owner[e], loads.load_E[e]
-        busy_D[home] -= load / topology.rate_D[home]
-        best = home if count_D[home] < room else -1
-        for d in range(ranks):
-            if d != home and count_D[d] < room and free[d] > 0 and load > 0:
-                later, best_later = busy_D[d] + load / topology.rate_D[d], np.inf
-                if best >= 0:
-                    best_later = busy_D[best] + load / topology.rate_D[best]
-                if later < best_later * (1.0 - _LEAST):
-                    best = d
-        best = best if best >= 0 else home
-        if best != home:
-            add(replicas, e, best)
-            free[best] -= 1
-            replicas.quota_ED[e, home] = 0.0
-        replicas.quota_ED[e, best] = load
-        busy_D[best] += load / topology.rate_D[best]
-        count_D[best] += 1
 
 
 @loop

@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 
 from hecate.errors import UserError
+from hecate.parallel import lower_bound as module
 from hecate.parallel.bound_relaxation import LayerProblem, Reach, Relaxation
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.lower_bound import lower_bound
-from hecate.parallel.planners import PlanInput
-from hecate.parallel.topology import Link
+from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.planners import POLICIES, PlanInput
+from hecate.parallel.topology import Link, uniform_topology
+from hecate.parallel.workloads import WORKLOADS
+from testing.plan_cases import kinds
 from testing.unit_cases import UNIT_LINK, layer_input, unit_topology
 
 pytest.importorskip("scipy.optimize")
@@ -267,6 +271,17 @@ def test_rows_travel_once_for_all_assignments_at_a_rank() -> None:
     # One token of top-2 routing on rank 1, both experts on rank 0, nothing can move: one row there, one back, the same backward.
     given_ = plan_input([[0.0, 0.0], [1.0, 1.0]], work(0.0, 1.0, top_k=2, row_bytes=10.0), owner=[0, 0], slots=0)
     assert lower_bound(given_, 0) == pytest.approx(1 + 4 * 10, rel=1e-5)
+
+
+def test_it_is_tighter_for_plans_divided_by_how_long_the_slowest_rank_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With eight experts a token the chords of distinct tokens are far below them, unless the slowest rank has little time."""
+    topology = uniform_topology(2, 2, flops=6e14, memory=8e10, intra_node=Link(3e11, 1e-5), inter_node=Link(1.25e10, 2e-5))
+    loads = WORKLOADS["trained_steady"](3, 1, 4, 16, 4096, 8, 0)[-1, 0].astype(float)
+    given_ = PlanInput(contiguous_owners(16, 4)[None], loads[None], topology, kinds(8)[0].cost, np.full(4, 4))
+    plan_seconds = float(POLICIES["auto"](given_).seconds(given_).total[0])
+    divided = lower_bound(given_, 0, plan_seconds=plan_seconds)
+    monkeypatch.setattr(module, "DIVISIONS", 0)
+    assert 1.1 * lower_bound(given_, 0, plan_seconds=plan_seconds) < divided <= plan_seconds
 
 
 def test_each_layer_has_its_own_bound() -> None:

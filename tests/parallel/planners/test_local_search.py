@@ -16,7 +16,6 @@ from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput, price_row
 from hecate.parallel.planners import local_search as search
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.plan_changes import AMOUNT, EXPERT, OTHERS, SOURCE, TARGET, VICTIM
-from hecate.parallel.planners.rebalancing import fill_up
 from hecate.parallel.planners.replication import deal, wishes
 from hecate.parallel.replica_lists import Replicas, add, no_replicas, only_owners, remove
 from hecate.parallel.topology import Link, uniform_topology
@@ -131,27 +130,6 @@ def test_few_slots_are_used_as_well_as_any_policy_uses_them(slots: int) -> None:
             }
             mine = seconds.pop("auto")
             assert mine <= 1.02 * min(seconds.values()), (kind.name, name, min(seconds, key=lambda policy: seconds[policy]))
-
-
-def test_ranks_are_filled_up_to_their_share() -> None:
-    """Worked example B of the reference on MoonEP: rank 0's expert has 40 of 64 assignments, and each rank serves 16 in the end."""
-    n_SE = np.array([[11, 3, 1, 1], [10, 3, 2, 1], [9, 4, 2, 1], [10, 2, 3, 1]], dtype=np.float64)
-    topology = uniform_topology(1, 4, flops=1e12, memory=1e10, intra_node=Link(1e9, 0.0), inter_node=Link(1e9, 0.0))
-    numbers, owner = topology_numbers(topology), np.arange(4)
-    replicas = no_replicas(4, 4)
-    only_owners(replicas, owner)
-    fill_up(owner, np.ones(4, np.int64), loops.layer_loads(n_SE, numbers), numbers, replicas)
-    assert replicas.quota_ED[0].tolist() == [16.0, 4.0, 8.0, 12.0]
-    assert np.where(replicas.has_ED, replicas.quota_ED, 0.0).sum(0).tolist() == [16.0] * 4
-
-
-def test_without_slots_nothing_is_filled_up() -> None:
-    topology = uniform_topology(1, 2, flops=1e12, memory=1e10, intra_node=Link(1e9, 0.0), inter_node=Link(1e9, 0.0))
-    numbers, owner, replicas = topology_numbers(topology), np.array([0, 1]), no_replicas(2, 2)
-    only_owners(replicas, owner)
-    fill_up(owner, np.zeros(2, np.int64), loops.layer_loads(np.array([[9.0, 1.0], [9.0, 1.0]]), numbers), numbers, replicas)
-    assert replicas.quota_ED[[0, 1], [0, 1]].tolist() == [18.0, 2.0]
-    assert replicas.count_E.tolist() == [1, 1]
 
 
 def test_slots_are_dealt_to_the_hottest_and_to_nodes_that_lack_them() -> None:
