@@ -6,8 +6,9 @@ A candidate is made in two moves. *Replication* brings replicas to the ranks tha
 replicas of them. `CANDIDATES` is what was left of some hundreds of rules with degrees of rebalancing, after those that made little
 difference to 312 layers had been dropped (`benchmarks.plan_quality`, with the slots that memory gives and with four).
 
-*Local search* then changes the best candidate, and two simple plans, replica by replica (`hecate.parallel.planners.local_search`), for as
-long as a share of the layer's predicted seconds. It finds most where slots are few.
+*Local search* then changes the best candidate, and plans as other systems make them (`hecate.parallel.planners.search_starts`), replica
+by replica (`hecate.parallel.planners.local_search`), for as long as a share of the layer's predicted seconds. It finds most where slots
+are few.
 """
 
 from __future__ import annotations
