@@ -270,6 +270,8 @@ def spread(spare: int, owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, 
     for x in range(experts):
         e = order_E[x]
         home, share = owner[e], share_E[e]
+        if share <= 0:
+            break  # the rest has no tokens, and stays at home
         busy_D[home] -= share / topology.rate_D[home]
         placed, at_home = 0, False
         while placed < copies_E[e]:
@@ -286,7 +288,6 @@ def spread(spare: int, owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, 
             else:
                 add(replicas, e, best)
                 free[best] -= 1
-            replicas.quota_ED[e, best] = 1.0
             busy_D[best] += share / topology.rate_D[best]
             placed += 1
         each = loads.load_E[e] / placed

@@ -99,26 +99,26 @@ def test_nobody_is_busier_than_under_ultraep_where_devices_are_alike(given_: Pla
     assert busy.max() <= 1.03 * theirs.max() + 1.0
 
 
+def kept_under(load_E: list[float]) -> np.ndarray:
+    """The quotas on four ranks with one slot each, of which the first owns two of the five experts; tokens are alike on all."""
+    owner, numbers = np.array([0, 0, 1, 2, 3]), topology_numbers(cluster(1, 4))
+    replicas = only(owner, 4)
+    keep_under(owner, np.ones(4, np.int64), loops.layer_loads(np.tile(load_E, (4, 1)) / 4, numbers), numbers, replicas)
+    return np.where(replicas.has_ED, replicas.quota_ED, 0.0)
+
+
 def test_what_is_above_the_lowest_feasible_bound_goes_to_other_ranks() -> None:
     """Rank 0 has experts of 60 and 20 assignments, ranks 1 and 2 have 10 each: each rank serves 25 if expert 0 goes to all others."""
-    owner, numbers = np.array([0, 0, 1, 2, 3]), topology_numbers(cluster(1, 4))
-    loads = loops.layer_loads(np.tile([60.0, 20.0, 10.0, 10.0, 0.0], (4, 1)) / 4, numbers)
-    replicas = only(owner, 4)
-    keep_under(owner, np.ones(4, np.int64), loads, numbers, replicas)
-    busy = np.where(replicas.has_ED, replicas.quota_ED, 0.0).sum(0)
-    assert busy.tolist() == pytest.approx([25.0] * 4)
-    assert np.where(replicas.has_ED, replicas.quota_ED, 0.0)[0].tolist() == pytest.approx([5.0, 15.0, 15.0, 25.0])
+    quota_ED = kept_under([60.0, 20.0, 10.0, 10.0, 0.0])
+    assert quota_ED.sum(0).tolist() == pytest.approx([25.0] * 4)
+    assert quota_ED[0].tolist() == pytest.approx([5.0, 15.0, 15.0, 25.0])
 
 
 def test_the_bound_is_no_lower_than_the_slots_allow() -> None:
     """As before with 50 and 30: the three slots are taken by 25, 15 and 10 of expert 0, if all shall have 25, and 5 of expert 1 stay."""
-    owner, numbers = np.array([0, 0, 1, 2, 3]), topology_numbers(cluster(1, 4))
-    loads = loops.layer_loads(np.tile([50.0, 30.0, 10.0, 10.0, 0.0], (4, 1)) / 4, numbers)
-    replicas = only(owner, 4)
-    keep_under(owner, np.ones(4, np.int64), loads, numbers, replicas)
-    busy = np.where(replicas.has_ED, replicas.quota_ED, 0.0).sum(0)
+    quota_ED = kept_under([50.0, 30.0, 10.0, 10.0, 0.0])
     # With expert 0 at two other ranks these and the owner have 30 each; the search for the bound halves its distance seven times.
-    assert 30.0 <= busy.max() <= 30.0 + (80.0 - 25.0) / 2**7
+    assert 30.0 <= quota_ED.sum(0).max() <= 30.0 + (80.0 - 25.0) / 2**7
 
 
 def test_no_copy_leaves_its_node() -> None:
