@@ -58,15 +58,15 @@ class KillPlan:
 def plan_of(number: int) -> KillPlan:
     """The plan with this number, the same in every call.
 
-    Under the local launcher and on Ray three different ranks die in different steps, and the last one stays. Under torch's agents all ranks
-    start again after each death, so that any may die again; the deaths are in later steps than the first checkpoint's.
+    Three different ranks die in different steps, and the last one stays. Under torch's agents all ranks start again after each death, so
+    that any may die again; the deaths are in later steps than the first checkpoint's.
 
     No run that saves beside the steps has a death in its first save and one in the step beside it: two ranks lost at once are more than one
     backup is for, and no checkpoint is there to go back to.
     """
     random = np.random.default_rng([SEED, number])
     launcher = _launcher_of(number)
-    stays = launcher in ("local", "ray")
+    stays = goes_on(launcher)
     first = 0 if stays else 1
     steps = sorted(first + random.choice(STEPS - first, DEATHS, replace=False))
     ranks = random.choice(RANKS, DEATHS, replace=not stays)
@@ -84,12 +84,19 @@ def _in_first_save_and_after(deaths: Sequence[Injected]) -> bool:
 
 
 def _launcher_of(number: int) -> Launcher:
-    """Of ten runs one is on Ray, and one under torch's agents, in turn on one node and on two; these are slower."""
-    if number < _OTHERS_FROM or number % 10 < 8:
+    """Of ten runs one is on Ray, one under `hecate launch`, one under its agents, both in turn on one node and on two; these are slower."""
+    if number < _OTHERS_FROM or number % 10 < 7:
         return "local"
     if number % 10 == 8:
         return "ray"
+    if number % 10 == 7:
+        return "node" if number // 10 % 2 else "two_nodes"
     return "agent" if number // 10 % 2 else "two_agents"
+
+
+def goes_on(launcher: str) -> bool:
+    """Whether ranks go on after a loss under a launcher. Under torch's agents all start again."""
+    return launcher not in ("agent", "two_agents")
 
 
 def _death(random: np.random.Generator, rank: int, step: int, *, commits: bool) -> Injected:

@@ -8,10 +8,10 @@ losses, norms, parameters or moments are not those of the undisturbed run. A poi
 run this counts, beside its bits: steps and samples that are missing or other than in the undisturbed run; steps that were done again,
 although a rank had said that they were done; and folders named `checkpoint-N` that are not whole.
 
-Under the local launcher (8 of 10 runs) the ranks that are left go on, the last one alone. On Ray (1 of 10, a private cluster for each) they
-do so, too, and other ranks join them. Half of both save beside the steps. Under torch's elastic agents (1 of 10, in turn on one node and on
-two), which are `hecate launch`, all ranks start again from the last checkpoint, so that the step under way, or one that was done and not
-saved, is done again.
+Under the local launcher (7 of 10 runs) and under `hecate launch` (1 of 10, in turn on one node and on two) the ranks that are left go on,
+the last one alone. On Ray (1 of 10, a private cluster for each) they do so, too, and other ranks join them. Half of these save beside the
+steps. Under torch's elastic agents (1 of 10), which `hecate launch` uses for runs without backups, all ranks start again from the last
+checkpoint, so that the step under way, or one that was done and not saved, is done again.
 
 The points come from a seed, so that a call with `--resume` goes on where the file ends (benchmarks/results/kill_points.json), which is
 written after each run; `--most` ends it after so many points. Runs in the file whose plan is another one now are done again. A call
@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.kill_plans import RANKS, KillPlan, plan_of
+from benchmarks.kill_plans import DEATHS, RANKS, KillPlan, goes_on, plan_of
 from benchmarks.report import arguments, machine
 from hecate.checkpoint import good_checkpoints
 from hecate.drill.losses import Times, problem_of
@@ -71,10 +71,10 @@ class KilledRun:
 
 def carried_out(plan: KillPlan, whole: Launched, scope: Scope) -> KilledRun:
     """Do a run with its kills, and compare it."""
-    stays = plan.launcher in ("local", "ray")
+    stays = goes_on(plan.launcher)
     given = ("save_steps=1", "save_total_limit=2", f"save_async={str(plan.beside).lower()}")
     started = begin_run(
-        scope, "killed", RANKS, *given, injected=plan.deaths, survives=stays, launcher=plan.launcher, restarts=len(plan.deaths)
+        scope, "killed", RANKS, *given, injected=plan.deaths, survives=stays, launcher=plan.launcher, restarts=0 if stays else DEATHS
     )
     run = started.end(_LIMIT)
     kills = [one for one in run.trace if one["what"] == "kill"]
@@ -165,7 +165,7 @@ def read_runs(path: Path) -> list[KilledRun]:
     if not path.exists():
         return []
     runs = [KilledRun(**{**run, "points": tuple(run["points"])}) for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
-    return [run for run in runs if run.beside == plan_of(run.number).beside]
+    return [run for run in runs if (run.launcher, run.beside) == ((plan := plan_of(run.number)).launcher, plan.beside)]
 
 
 def write_runs(path: Path, runs: Sequence[KilledRun], environment: dict[str, Any]) -> None:

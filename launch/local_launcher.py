@@ -10,11 +10,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from hecate.errors import USER_ERROR_EXIT
 from hecate.io.signals import on_signals
@@ -37,18 +39,39 @@ from hecate.ranks.launcher_files import (
     write_generation,
 )
 
-Process = subprocess.Popen[bytes]
+
+class RankProcess(Protocol):
+    """The process of a rank, as `subprocess.Popen` has it."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+    def send_signal(self, number: int, /) -> None: ...
+    def kill(self) -> None: ...
+
+
+Start = Callable[[int, int], RankProcess | None]
+"""Starts the process of a member, which will use a device, to join a run under way; None: the device is gone."""
 STOPPING = "hecate: stopping: the ranks finish their step and save; a second signal ends them at once\n"
 """the answer to a first Ctrl-C or SIGTERM"""
 
-_MOST_REPLACED = 3
-"""largest number of ranks that a run starts in place of lost ones"""
+MOST_REPLACED = 3
+"""largest number of ranks that a run starts in place of lost ones, if nothing else is said"""
 ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 """Variables with which glibc keeps freed memory. By default it returns large blocks to the kernel at once and gets them back page by page,
 which takes a tenth of a step on a CPU."""
 
 
-def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, survives: bool = False, together: int = 1) -> int:
+def launch_local(
+    program: str,
+    arguments: Sequence[str],
+    num_ranks: int,
+    *,
+    survives: bool = False,
+    together: int = 1,
+    most_replaced: int = MOST_REPLACED,
+) -> int:
     """Run `python -m PROGRAM ARGUMENTS` as `num_ranks` ranks on this machine, and return the exit status of the run.
 
     Rank 0 prints to the terminal. The first SIGINT or SIGTERM is passed on to the ranks, which save and stop, and the exit status is 130
@@ -59,19 +82,36 @@ def launch_local(program: str, arguments: Sequence[str], num_ranks: int, *, surv
             has loaded.
         together: so many neighbouring ranks can only go on together (`model.tensor_parallel`). If one of them dies, the others are ended,
             and with more than one none of them is replaced.
+        most_replaced: how many ranks may be started in place of lost ones.
     """
     with run_folder() as folder, forking(folder, _environment(num_ranks), program) as start:
-        return start_and_watch([*start, *arguments], num_ranks, folder / "store", survives=survives, together=together)
+        return start_and_watch(
+            [*start, *arguments], num_ranks, folder / "store", survives=survives, together=together, most_replaced=most_replaced
+        )
 
 
-def start_and_watch(command: Sequence[str], num_ranks: int, store: Path, *, survives: bool, together: int = 1) -> int:
+def start_and_watch(
+    command: Sequence[str], num_ranks: int, store: Path, *, survives: bool, together: int = 1, most_replaced: int = MOST_REPLACED
+) -> int:
     """`launch_local` with a command that starts a rank.
 
     Args:
         store: the path that the files between launcher and ranks are named after; in a folder of this run's own.
     """
-    ranks = {rank: _start(command, rank, num_ranks, store, survives=survives) for rank in range(num_ranks)}
-    surviving = SurvivingRanks(command, num_ranks, store, ranks, together) if survives else None
+    own = RankCommand(command, _environment(num_ranks), store, num_ranks, survives)
+    ranks: dict[int, RankProcess] = {rank: own.start(rank, rank) for rank in range(num_ranks)}
+    surviving = None
+    if survives:
+        surviving = SurvivingRanks(partial(own.start, joins=True), num_ranks, store, ranks, together, most_replaced)
+    return watch(ranks, store, surviving)
+
+
+def watch(ranks: dict[int, RankProcess], store: Path, surviving: SurvivingRanks | None) -> int:
+    """Wait for the end of the run, pass signals on to the ranks, and return the exit status of the run.
+
+    Args:
+        ranks: the processes, by rank; by member where `surviving` is given.
+    """
     signals: list[int] = []
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -99,20 +139,31 @@ class SurvivingRanks:
     After a loss it writes the file from which the remaining ranks read who goes on (`Generation`), and starts a replacement.
     """
 
-    def __init__(self, command: Sequence[str], num_ranks: int, store: Path, processes: dict[int, Process], together: int = 1) -> None:
+    def __init__(
+        self,
+        start: Start,
+        num_ranks: int,
+        store: Path,
+        processes: dict[int, RankProcess],
+        together: int = 1,
+        most_replaced: int = MOST_REPLACED,
+        new_devices: Callable[[], Sequence[int]] = tuple,
+    ) -> None:
         """Args:
-        command: the command line of a rank.
+        start: starts a member that joins.
         store: the path that the files between launcher and ranks are named after (`hecate.ranks.launcher_files`).
         processes: the process of each member, by number. Members that are started later are added to it.
         together: see `launch_local`.
+        most_replaced: see `launch_local`.
+        new_devices: the devices that have come to the run since the last call; on each a member is started, which joins.
         """
         self._together = together
-        self._command, self._store, self._processes = command, store, processes
+        self._start, self._store, self._processes, self._new_devices = start, store, processes, new_devices
         everyone = tuple(range(num_ranks))
         self._now = Generation(0, everyone, everyone, num_ranks)
         self._loading: dict[int, int] = {}
         """member that has not joined yet -> the device that it will use"""
-        self._replaced = 0
+        self._left_to_replace = most_replaced
         self._stopped = StoppedRanks()
         self.stopping = False
         """True: lost ranks are not replaced any more"""
@@ -126,6 +177,9 @@ class SurvivingRanks:
         """Let members that have loaded join, and let the living members go on without those that have died. It returns at once."""
         self._end_late()
         if not self.stopping:
+            for device in self._new_devices():
+                if self._together == 1:
+                    self._begin(device)
             self._fill_up()
         self._evict_stopped()
         dead = [member for member in self._now.members if self._processes[member].poll() not in (None, 0, USER_ERROR_EXIT)]
@@ -134,7 +188,7 @@ class SurvivingRanks:
         if not dead or not any(self._processes[member].poll() is None for member in left):
             return
         device_of = dict(zip(self._now.members, self._now.devices, strict=True))
-        causes = ", ".join(f"rank {self._now.members.index(m)} {_cause(self._processes[m].returncode)}" for m in dead)
+        causes = ", ".join(f"rank {self._now.members.index(m)} {_cause(self._processes[m].wait())}" for m in dead)
         ended = [member for member in self._now.members if member not in left and member not in dead]
         if ended:
             causes += f"; {len(ended)} more of its tensor group ended, which have only parts of the model"
@@ -180,7 +234,7 @@ class SurvivingRanks:
         for member in [m for m in self._loading if ready_file(self._store, m).exists()]:
             self._regroup((*self._now.members, member), (*self._now.devices, self._loading.pop(member)))
         for member in [m for m in self._loading if self._processes[m].poll() is not None]:
-            print(f"hecate: a rank that was to join the run {_cause(self._processes[member].returncode)}", file=sys.stderr)
+            print(f"hecate: a rank that was to join the run {_cause(self._processes[member].wait())}", file=sys.stderr)
             self._replace(self._loading.pop(member))
 
     def _regroup(self, members: tuple[int, ...], devices: tuple[int, ...]) -> None:
@@ -188,11 +242,16 @@ class SurvivingRanks:
         write_generation(self._store, self._now)
 
     def _replace(self, device: int) -> None:
-        if self._replaced < _MOST_REPLACED:
-            self._replaced += 1
-            member = max(self._processes) + 1
-            self._processes[member] = _start(self._command, member, self._now.num_devices, self._store, survives=True, takes=device)
-            self._loading[member] = device
+        if self._left_to_replace > 0 and self._begin(device):
+            self._left_to_replace -= 1
+
+    def _begin(self, device: int) -> bool:
+        """Start a member that joins when it has loaded; False: its device is gone."""
+        member = max(self._processes) + 1
+        process = self._start(member, device)
+        if process is not None:
+            self._processes[member], self._loading[member] = process, device
+        return process is not None
 
 
 def _environment(num_ranks: int) -> dict[str, str]:
@@ -206,28 +265,44 @@ def _environment(num_ranks: int) -> dict[str, str]:
     return environment
 
 
-def _start(command: Sequence[str], rank: int, num_ranks: int, store: Path, *, survives: bool, takes: int | None = None) -> Process:
-    """Start the process of one rank.
+@dataclass(frozen=True)
+class RankCommand:
+    """What starts the ranks of this machine."""
 
-    Args:
-        takes: the device of a rank that joins a run under way; None: the rank begins the run, on the device with its own number.
-    """
-    environment = {
-        **_environment(num_ranks),
-        STORE_VARIABLE: str(store),
-        ERRORS_VARIABLE: str(store.parent),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank if takes is None else takes),
-        "WORLD_SIZE": str(num_ranks),
-    }
-    if survives:
-        environment = SURVIVAL_SETTINGS | environment | {MEMBER_VARIABLE: str(rank)}
-    if takes is not None:
-        environment[JOIN_VARIABLE] = "1"
-    return subprocess.Popen(command, env=environment)
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    """variables that are the same for all ranks"""
+    store: Path
+    """see `start_and_watch`"""
+    num_ranks: int
+    """of the whole run, when it begins"""
+    survives: bool
+    """whether the other ranks go on when one of them dies"""
+
+    def start(self, number: int, device: int, *, joins: bool = False) -> subprocess.Popen[bytes]:
+        """Start the process of one rank.
+
+        Args:
+            number: the rank, or the member that begins as this rank.
+            device: the number of its device on this machine.
+            joins: whether it joins a run under way.
+        """
+        environment = {
+            **self.environment,
+            STORE_VARIABLE: str(self.store),
+            ERRORS_VARIABLE: str(self.store.parent),
+            "RANK": str(number),
+            "LOCAL_RANK": str(device),
+            "WORLD_SIZE": str(self.num_ranks),
+        }
+        if self.survives:
+            environment = SURVIVAL_SETTINGS | environment | {MEMBER_VARIABLE: str(number)}
+        if joins:
+            environment[JOIN_VARIABLE] = "1"
+        return subprocess.Popen(self.command, env=environment)
 
 
-def _wait(ranks: dict[int, Process], store: Path, surviving: SurvivingRanks | None) -> int:
+def _wait(ranks: dict[int, RankProcess], store: Path, surviving: SurvivingRanks | None) -> int:
     """Wait for the end of the run, and return its exit status.
 
     Args:
@@ -276,7 +351,7 @@ def _cause(code: int) -> str:
     return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
 
 
-def _stop(ranks: dict[int, Process]) -> None:
+def _stop(ranks: dict[int, RankProcess]) -> None:
     """Kill all ranks that still run. Without their peers they cannot finish a step, so there is nothing new that they could save."""
     for process in ranks.values():
         if process.poll() is None:

@@ -3,6 +3,9 @@
 Each node runs one agent. It starts the node's ranks and watches them. When a rank dies or a node comes or goes, the agents start all ranks
 again, and the run goes on from its last checkpoint, on as many ranks as there are then. A job on one node listens on loopback only: its
 agent and its ranks meet through files.
+
+A run with `fssdp.redundancy` needs no agent, since its ranks go on without those that are lost: on one node the local launcher starts
+them, on several `hecate.launch.surviving_nodes`.
 """
 
 from __future__ import annotations
@@ -23,12 +26,12 @@ from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_for
 from hecate.launch.foreign_texts import AgentAction, agent_action
 from hecate.launch.fork_server import forking
-from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
+from hecate.launch.local_launcher import ALLOCATOR_SETTINGS, RankCommand, launch_local
 from hecate.launch.run_folder import run_folder
 from hecate.launch.stopped_ranks import end_stopped_ranks
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
-from hecate.ranks.launcher_files import ERRORS_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, mistakes
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, LAUNCHED_VARIABLE, MEETING_VARIABLE, STORE_VARIABLE, mistakes
 from hecate.ranks.sockets import notice_lost_machines, tcp_sockets
 from hecate.train.preflight import check_devices
 
@@ -92,7 +95,11 @@ class TorchrunJob:
     endpoint: str | None
     """HOST:PORT where the nodes meet; None: there is one node"""
     max_restarts: int
-    """how often the ranks may be started again after a failure"""
+    """How often the ranks may be started again after a failure. Where they survive: how many may be started in place of lost ones."""
+    survives: bool = False
+    """whether the ranks can go on without one that dies (`fssdp.redundancy`)"""
+    together: int = 1
+    """see `hecate.launch.local_launcher.launch_local`"""
 
 
 def launch(program: str, arguments: Sequence[str], job: TorchrunJob) -> int:
@@ -111,10 +118,14 @@ def launch(program: str, arguments: Sequence[str], job: TorchrunJob) -> int:
 
 def launch_at(program: str, arguments: Sequence[str], job: TorchrunJob, meeting: Endpoint | None) -> int:
     """`launch` with the meeting point as this node sees it; None: there is one node."""
+    if job.survives and meeting is None:
+        return launch_local(program, arguments, job.ranks_per_node, survives=True, together=job.together, most_replaced=job.max_restarts)
     if meeting is not None and meeting.on_this_node:
         check_free(meeting)
     with run_folder() as folder:
         _set_environment(folder, meeting, job.ranks_per_node)
+        if job.survives and meeting is not None:
+            return _run_surviving(program, arguments, folder, meeting, job)
         if meeting is not None and not meeting.on_this_node:
             wait_for(meeting)
         return _run(program, arguments, folder, meeting, job)
@@ -140,6 +151,22 @@ def _set_environment(folder: Path, meeting: Endpoint | None, ranks_per_node: int
         defaults |= {"GLOO_SOCKET_IFNAME": meeting.interface, "NCCL_SOCKET_IFNAME": meeting.interface}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def _run_surviving(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint, job: TorchrunJob) -> int:
+    from hecate.launch.node_messages import JobShape
+    from hecate.launch.surviving_nodes import follow, lead
+
+    shape = JobShape(job.name, *job.nodes, job.ranks_per_node)
+    with forking(folder, os.environ, program) as start:
+        environment = {**os.environ, MEETING_VARIABLE: f"{meeting.host}:{meeting.port}"}
+
+        def own(num_ranks: int) -> RankCommand:
+            return RankCommand([*start, *arguments], environment, folder / "store", num_ranks, survives=True)
+
+        if meeting.on_this_node:
+            return lead(own, shape, meeting, folder, job.together, job.max_restarts)
+        return follow(own, shape, meeting, folder)
 
 
 def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint | None, job: TorchrunJob) -> int:

@@ -5,7 +5,8 @@
 #   node 2$  MEETING=10.0.0.1:29400 RANKS=8 examples/two_nodes/run.sh
 #
 # output_dir must be a folder that both nodes share. When a rank or a node fails, all ranks restart from the last checkpoint. With
-# NODES=1:2 the job continues with one node if the other fails, and includes that one again when it is back. Without CONFIG it trains a tiny
+# NODES=1:2 the job continues with one node if the other fails, and includes that one again when it is back. With fssdp.redundancy=1 behind
+# the command it continues without a restart, and without losing a step. Without CONFIG it trains a tiny
 # random model, so that NODES=1 RANKS=2 tries the command on one machine.
 set -eu
 cd "$(dirname "$0")/../.."

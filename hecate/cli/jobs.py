@@ -85,11 +85,15 @@ def launch(
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="ranks on each node; default: nproc, or one for each GPU, or 2")] = None,
     rdzv_endpoint: Annotated[str | None, typer.Option(help="HOST:PORT on one of the nodes, where all nodes meet; the same on all")] = None,
     rdzv_id: Annotated[str, typer.Option(help="name of the job, the same on all nodes")] = "hecate",
-    max_restarts: Annotated[int, typer.Option(min=0, help="how often all ranks are restarted after one has died")] = 3,
+    max_restarts: Annotated[
+        int,
+        typer.Option(min=0, help="how many lost ranks are replaced; without fssdp.redundancy: how often all are restarted"),
+    ] = 3,
 ) -> None:
-    """Train on one or several nodes with torchrun's elastic agent: run the same command on each node.
+    """Train on one or several nodes: run the same command on each node.
 
-    After a rank or a node is lost, all ranks restart from the last checkpoint.
+    After a rank or a node is lost, the others go on where they are and lose no step, if fssdp.redundancy is 1 or 2. Else torchrun's
+    elastic agent restarts all ranks from the last checkpoint.
     """
     # torch reads this when it is imported. The agent's store writes long warnings about lost peers; hecate says the same in a line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
@@ -109,7 +113,15 @@ def launch(
     warn_of_cores(ranks, "--nproc-per-node" if nproc_per_node else "nproc")
     check_vocabulary(loaded)
     check_model(loaded, ranks)
-    job = TorchrunJob(name=rdzv_id, nodes=nodes, ranks_per_node=ranks, endpoint=rdzv_endpoint, max_restarts=max_restarts)
+    job = TorchrunJob(
+        name=rdzv_id,
+        nodes=nodes,
+        ranks_per_node=ranks,
+        endpoint=rdzv_endpoint,
+        max_restarts=max_restarts,
+        survives=loaded.fssdp.redundancy > 0,
+        together=loaded.model.tensor_parallel,
+    )
     raise typer.Exit(launch_torchrun(RANK_PROGRAM, [str(config), *(overrides or ())], job))
 
 

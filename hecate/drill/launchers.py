@@ -16,8 +16,9 @@ from hecate.launch import torchrun
 from hecate.launch.addresses import Endpoint, find_endpoint
 from hecate.launch.ray_job.worker import Worker
 
-Launcher = Literal["local", "agent", "two_agents", "ray"]
-"""local: the local launcher, as `hecate train`. agent, two_agents: torch's elastic agent on one node or on two, as `hecate launch`.
+Launcher = Literal["local", "node", "two_nodes", "agent", "two_agents", "ray"]
+"""local: the local launcher, as `hecate train`. node, two_nodes: `hecate launch` on one node or on two, for ranks that go on after
+a loss. agent, two_agents: the same for ranks that do not, which torch's elastic agent starts anew.
 ray: a private cluster of this machine, as `hecate ray --address local`."""
 
 _ALIKE = "nodes: [{{devices: {ranks}, flops: 3e9, memory: 3e9}}]\nintra_node: {{bandwidth: 1e9, latency: 1e-5}}\n"
@@ -35,14 +36,14 @@ class LaunchRequest:
     trace: str
     """path of the file where armed ranks say what they come by"""
     joins: bool
-    """under the local launcher: whether ranks that take the place of lost ones join, or wait for the end of the run"""
+    """whether ranks that take the place of lost ones join, or wait for the end of the run; on Ray they always join"""
     arguments: tuple[str, ...]
     """configuration and overrides"""
     ranks: int
     survives: bool
-    """under the local launcher: the other ranks go on after a loss"""
+    """whether the other ranks go on after a loss"""
     restarts: int
-    """how often agents may start the ranks anew"""
+    """how often agents may start the ranks anew, and launchers of nodes start a rank in place of a lost one"""
 
     @property
     def rank_arguments(self) -> list[str]:
@@ -52,10 +53,10 @@ class LaunchRequest:
 
 def launch(asked: LaunchRequest) -> int:
     """Run all ranks, and return the exit status."""
-    if asked.launcher == "agent":
-        return _agent(asked, nodes=1, meeting=None)
-    if asked.launcher == "two_agents":
-        return _two_agents(asked)
+    if asked.launcher in ("node", "agent"):
+        return _hecate_launch(asked, nodes=1, meeting=None)
+    if asked.launcher in ("two_nodes", "two_agents"):
+        return _two_nodes(asked)
     if asked.launcher == "ray":
         return _ray(asked)
     from hecate.launch.local_launcher import start_and_watch
@@ -69,19 +70,24 @@ def node(asked: LaunchRequest, number: int, endpoint: str) -> int:
     """Run the ranks of one of two nodes on this machine, and return the exit status. Node 0 hosts the meeting point."""
     found = find_endpoint(endpoint)
     seen = replace(found, on_this_node=number == 0)  # otherwise both would host it, since they are on one machine
-    return _agent(asked, nodes=2, meeting=seen)
+    return _hecate_launch(asked, nodes=2, meeting=seen)
 
 
-def _agent(asked: LaunchRequest, nodes: int, meeting: Endpoint | None) -> int:
+def _hecate_launch(asked: LaunchRequest, nodes: int, meeting: Endpoint | None) -> int:
     from hecate.drill.run import PROGRAM
 
     job = torchrun.TorchrunJob(
-        name="drill", nodes=(nodes, nodes), ranks_per_node=asked.ranks // nodes, endpoint=None, max_restarts=asked.restarts
+        name="drill",
+        nodes=(nodes, nodes),
+        ranks_per_node=asked.ranks // nodes,
+        endpoint=None,
+        max_restarts=asked.restarts,
+        survives=asked.survives,
     )
     return torchrun.launch_at(PROGRAM, asked.rank_arguments, job, meeting)
 
 
-def _two_agents(asked: LaunchRequest) -> int:
+def _two_nodes(asked: LaunchRequest) -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
     request = json.dumps(vars(asked))

@@ -1,4 +1,4 @@
-"""Ranks that are lost in the midst of a run under the local launcher: R1, R2, R3, R12, R24."""
+"""Ranks that are lost in the midst of a run: R1, R2, R3, R12, R24."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from statistics import median
 
 from hecate.drill.armed import Injected
+from hecate.drill.launchers import Launcher
 from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of, worst
 from hecate.drill.ranks import TOLERANCE, Launched, begin_run, difference, loss_difference
 from hecate.drill.tiny_run import save_random_moe
@@ -22,6 +23,11 @@ PHASES: dict[str, tuple[Place, int]] = {
     "stepped": ("stepped", 1),
 }
 """name -> the place, and at which of its calls in the step; twice a step runs through two layers"""
+_TWO_NODES = """\
+nodes: [{devices: 2, flops: 3e9, memory: 3e9}, {devices: 2, flops: 3e9, memory: 3e9}]
+intra_node: {bandwidth: 1e9, latency: 1e-5}
+inter_node: {bandwidth: 1e8, latency: 1e-4}
+"""
 RANKS = 4
 _NOTICED, _RECOVERED, _EVICTED = 250.0, 1000.0, 3000.0
 """ms, for the median of the cases"""
@@ -54,6 +60,7 @@ def kill_any_rank(scope: Scope) -> DrillOutcome:
         run = begin_run(scope, "saving", RANKS, "save_steps=3", injected=[fault]).end()
         cases.append(DrillCase(f"rank {rank}, operation {call} of a save", problem := problem_of(run, whole, lost=1)))
         times.add(run, [] if problem else run.when("kill"))
+    cases += [] if scope.quick else _of_hecate_launch(scope, whole)
     cases += times.judged(scope)
     return outcome_of(cases, f"{RANKS - 1} ranks go on, 0 steps lost, results within {TOLERANCE:g} of the undisturbed run", times.counts())
 
@@ -73,6 +80,28 @@ def _of_sharded_layers(scope: Scope) -> list[DrillCase]:
         run = begin_run(scope, "sharded", RANKS, *given, injected=deaths).end()
         names = " and ".join(f"rank {rank}, {phase}" for rank, phase in dying)
         cases.append(DrillCase(f"sharded layers, {names}", problem_of(run, whole, lost=len(dying))))
+    return cases
+
+
+def _of_hecate_launch(scope: Scope, whole: Launched) -> list[DrillCase]:
+    """On one node, and on two: a rank of the node that leads, one of the other, and both of the other at once."""
+    (scope.path / "two.yaml").write_text(_TWO_NODES, encoding="utf-8")
+    dying: list[tuple[Launcher, dict[int, str]]] = [
+        ("node", {2: "norm"}),
+        ("two_nodes", {0: "optimizer"}),
+        ("two_nodes", {3: "backward"}),
+        ("two_nodes", {2: "reduce", 3: "reduce"}),
+    ]
+    cases = []
+    for launcher, phases in dying:
+        deaths = [
+            Injected(action="kill", place=PHASES[phase][0], call=PHASES[phase][1], rank=rank, step=2) for rank, phase in phases.items()
+        ]
+        # Backups are on the other node, so that they outlive a node.
+        given = (f"topology={scope.path}/two.yaml",) if len(deaths) > 1 else ()
+        run = begin_run(scope, launcher, RANKS, *given, injected=deaths, launcher=launcher).end()
+        names = " and ".join(f"rank {rank}, {phase}" for rank, phase in phases.items())
+        cases.append(DrillCase(f"hecate launch, {launcher.replace('_', ' ')}: {names}", problem_of(run, whole, lost=len(deaths))))
     return cases
 
 
@@ -135,6 +164,11 @@ def stopped_rank(scope: Scope) -> DrillOutcome:
         if not problem and (run.status or difference(run.tensors, whole.tensors) > TOLERANCE):
             problem = f"status {run.status}, or another result than the undisturbed run"
         cases.append(DrillCase("rank 2 under torch's agent", problem))
+        run = begin_run(scope, "two-nodes", RANKS, injected=[fault], launcher="two_nodes").end()
+        problem = problem_of(run, whole, lost=1) or ("" if "rank 2 has been stopped" in run.log else "the rank was not named")
+        cases.append(DrillCase("rank 2, on the second of two nodes", problem))
+        if not problem:
+            evicted.append(1000 * (worst(run.when("lost")) - run.when("stop")[0]))
     if not scope.quick and importlib.util.find_spec("ray") is not None:
         fault = Injected(action="stop", place="backward", rank=2, step=2)
         run = begin_run(scope, "ray", RANKS, injected=[fault], launcher="ray").end()

@@ -62,14 +62,14 @@ def _drill(function: str, scope: str, result: str) -> None:
 
 
 def _launch(request: str) -> None:
-    """Become the launcher of a run. The local one has its ranks forked by this program's fork server; torch's agents have their own."""
+    """Become the launcher of a run. The local one has its ranks forked by this program's fork server; those of nodes have their own."""
     from hecate.drill.launchers import run_request
 
     run_request(request)
 
 
 def _node(request: str, number: str, endpoint: str) -> None:
-    """Become torch's agent of one of a run's two nodes."""
+    """Become the launcher of one of a run's two nodes."""
     from hecate.drill.launchers import run_node
 
     run_node(request, number, endpoint)

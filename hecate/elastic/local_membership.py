@@ -7,16 +7,15 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
-import torch.distributed as dist
-
 from hecate.config import Config
-from hecate.config.topology import whole_topology
+from hecate.config.topology import AUTO, whole_topology
 from hecate.elastic.peer_watch import PeerWatch
 from hecate.elastic.rebuild import Group
 from hecate.errors import UserError
 from hecate.parallel.mesh import shard_size_for
+from hecate.parallel.topology import Topology
 from hecate.ranks.backend import forget_groups
-from hecate.ranks.devices import local_devices
+from hecate.ranks.devices import gather_devices
 from hecate.ranks.launcher_files import (
     JOIN_VARIABLE,
     MEMBER_VARIABLE,
@@ -26,12 +25,13 @@ from hecate.ranks.launcher_files import (
     leave_pid,
     read_generation,
     ready_file,
-    store_of,
 )
+from hecate.ranks.meeting import meeting_store
 from hecate.ranks.ranks import Ranks, connect
 
-_GRACE = 5.0
-"""seconds within which a launcher that has lost a rank writes the next generation"""
+_GRACE = 10.0
+"""Seconds within which a launcher that has lost a rank writes the next generation. It waits for a silent node for some of them
+(`hecate.launch.surviving_nodes`)."""
 _CONNECT_LIMIT = timedelta(seconds=30)
 """how long ranks that have all arrived may take to connect"""
 _POLL_SECONDS = 0.005
@@ -100,16 +100,25 @@ class LocalMembership:
                 return None
             time.sleep(_POLL_SECONDS)
         world_size = len(generation.members)
-        store = dist.FileStore(str(store_of(self._store, generation.number)), world_size)
-        store.set_timeout(_CONNECT_LIMIT)
         try:
+            store = meeting_store(generation.number, world_size)
+            store.set_timeout(_CONNECT_LIMIT)
             fssdp = self._config.fssdp
             size = shard_size_for(world_size, fssdp.shard_size, fssdp.redundancy)
             model, rank = self._config.model, generation.members.index(self._member)
             ranks = connect(store, rank, world_size, size, model.tensor_parallel, sharded_layers=model.shard_non_experts)
+            self._watch.begin(generation.members, ranks)
+            try:
+                return Group(ranks, self._topology(generation, ranks))
+            except RuntimeError:
+                ranks.abort()  # only the direct peers of a lost rank notice the loss by themselves
+                raise
         except RuntimeError:
             forget_groups()
             return None
-        self._watch.begin(generation.members, ranks)
-        whole = whole_topology(self._config, local_devices(generation.num_devices))
-        return Group(ranks, whole.topology.take(generation.devices))
+
+    def _topology(self, generation: Generation, ranks: Ranks) -> Topology:
+        """The devices of a generation: those that its ranks see, or their part of a topology that the configuration names."""
+        if self._config.topology == AUTO:
+            return whole_topology(self._config, gather_devices(ranks)).topology
+        return whole_topology(self._config, ()).topology.take(generation.devices)

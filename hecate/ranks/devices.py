@@ -21,13 +21,6 @@ def gather_devices(ranks: Ranks) -> list[RankDevice]:
     return [RankDevice(*json.loads(text)) for text in texts]
 
 
-def local_devices(number: int) -> list[RankDevice]:
-    """Return the first `number` devices of this machine: its GPUs if it has any, else one CPU for each rank."""
-    if not torch.cuda.is_available():
-        return [device_of(torch.device("cpu"))] * number
-    return [device_of(torch.device("cuda", index)) for index in range(number)]
-
-
 def device_of(device: torch.device) -> RankDevice:
     """Return what a rank of this machine on this device says of itself.
 

@@ -1,6 +1,7 @@
 """The files and environment variables by which a launcher and its ranks on one machine exchange messages.
 
-The files are in a folder that the launcher makes and removes. The launcher writes which processes train together (`Generation`), and writes
+The files are in a folder that the launcher makes and removes. (Launchers of several nodes copy them to each other:
+`hecate.launch.surviving_nodes`.) The launcher writes which processes train together (`Generation`), and writes
 this anew when a rank was lost or one more is ready; the ranks read it. A *member* is a process with a number that stays the same; its rank
 is its position among the members.
 """
@@ -21,6 +22,8 @@ from hecate.io.strict_json import dump_json, parse_json
 
 STORE_VARIABLE = "HECATE_STORE"
 """Path of the file store where the ranks meet. The launcher sets this variable, never a user."""
+MEETING_VARIABLE = "HECATE_MEETING"
+"""HOST:PORT of the store where ranks of several nodes meet in place of that file. The launcher sets it, never a user."""
 ERRORS_VARIABLE = "HECATE_ERRORS"
 """Folder in which ranks leave the texts of user errors for their launcher."""
 LAUNCHED_VARIABLE = "HECATE_LAUNCHED"
@@ -97,9 +100,9 @@ class Generation:
     members: tuple[int, ...]
     """member of each rank"""
     devices: tuple[int, ...]
-    """device of each rank, as its number in the topology that the run began with"""
+    """Device of each rank, as its number in the topology that the run began with. A node that has come since has higher numbers."""
     num_devices: int
-    """number of devices in that topology"""
+    """number of ranks that the run began with"""
 
 
 def write_generation(store: Path, generation: Generation) -> None:

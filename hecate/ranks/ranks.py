@@ -30,6 +30,7 @@ from hecate.ranks.backend import (
 )
 from hecate.ranks.groups import TIMEOUT, ExpertGroups, TensorGroups, expert_groups, own_group, tensor_groups
 from hecate.ranks.launcher_files import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
+from hecate.ranks.meeting import meeting_store
 from hecate.ranks.sockets import Connection, notice_lost_machines, ports, shut_down, tcp_sockets
 
 
@@ -201,7 +202,7 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1, *, sharded_layer
         store: dist.Store | None = dist.HashStore()
     elif STORE_VARIABLE in os.environ:
         # Each time that an agent starts all ranks anew, they meet in a new file.
-        store = dist.FileStore(f"{os.environ[STORE_VARIABLE]}-{restarts()}", world_size)
+        store = meeting_store(restarts(), world_size)
     else:
         store = None
     if LAUNCHED_VARIABLE in os.environ:

@@ -21,6 +21,7 @@ from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import (
     ERRORS_VARIABLE,
     JOIN_VARIABLE,
+    MEETING_VARIABLE,
     MEMBER_VARIABLE,
     STORE_VARIABLE,
     exit_with_user_error,
@@ -98,8 +99,9 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
             if ranks.is_first:
                 jit.say_with(lambda text: print(text, file=sys.stderr, flush=True))
             membership = local_membership(config, ranks)
-            # Only one process may check that output_dir is free: rank 0 under torchrun; a launcher has done it before it started the ranks.
-            claims = ranks.is_first and STORE_VARIABLE not in os.environ
+            # Only one process may check that output_dir is free: a launcher of one machine has done it; else rank 0 of those that begin.
+            checked = STORE_VARIABLE in os.environ and MEETING_VARIABLE not in os.environ
+            claims = ranks.is_first and not checked and JOIN_VARIABLE not in os.environ
             config = begin_or_resume(config, ranks, claim=(lambda: load_config(config_path, overrides)) if claims else None)
             train(config, ranks, membership=membership, joins=JOIN_VARIABLE in os.environ)
     except RuntimeError as error:

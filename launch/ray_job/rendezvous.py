@@ -54,13 +54,6 @@ class Rendezvous:
         return done
 
 
-def meet(host: str, port: int, generation: int) -> dist.Store:
-    """Connect to the part of the store that one generation uses. A late rank of an earlier generation, in another part, meets nobody."""
-    return dist.PrefixStore(
-        f"generation-{generation}", dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
-    )
-
-
 def orders(host: str, port: int, secret: str, worker: int) -> Iterator[WorkerOrder]:
     """Yield a worker's orders as they arrive, until the controller is gone.
 

@@ -252,9 +252,9 @@ class TrainingLink:
     def _join(self, waiting: Callable[[], WorkerEvent]) -> Group | None:
         """Send the event `waiting()`, and join the generation that the controller assigns; None: this thread is not needed any more."""
         from hecate.elastic.rebuild import Group
-        from hecate.launch.ray_job.rendezvous import meet
         from hecate.parallel.topology_file import parse_topology
         from hecate.ranks.backend import forget_groups
+        from hecate.ranks.meeting import meet
         from hecate.ranks.ranks import connect
 
         while True:
@@ -281,9 +281,9 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
     import torch.distributed as dist
 
     from hecate.config import load_config
-    from hecate.launch.ray_job.rendezvous import meet
     from hecate.parallel.topology_file import parse_topology
     from hecate.ranks.backend import forget_groups
+    from hecate.ranks.meeting import meet
     from hecate.ranks.ranks import connect
     from hecate.train.loop import train
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kill_plans import CALLS, DEATHS, RANKS, plan_of
+from benchmarks.kill_plans import CALLS, DEATHS, RANKS, goes_on, plan_of
 from benchmarks.kill_points import KilledRun, go_through, lost, read_runs, repeated, totals, write_runs
 from hecate.drill.ranks import Launched
 from hecate.drill.run import ground
@@ -33,12 +33,12 @@ def test_plans_are_the_same_in_each_call_and_cover_everything() -> None:
     assert {one.step for one in deaths} == set(range(6))
     launchers = [plan.launcher for plan in plans]
     assert launchers[:20] == ["local"] * 18 + ["ray", "agent"]
-    assert launchers[29] == "two_agents"
-    assert [launchers.count(each) for each in ("ray", "agent", "two_agents")] == [39, 20, 19]
+    assert launchers[27:30] == ["two_nodes", "ray", "two_agents"]
+    assert [launchers.count(each) for each in ("ray", "agent", "two_agents", "node", "two_nodes")] == [39, 20, 19, 19, 19]
     assert max(one.call for one in deaths if one.place == "file" and one.rank != 0) > 100, "whoever commits may die while it does"
     for plan in plans:
         assert len({one.step for one in plan.deaths}) == DEATHS
-        if plan.launcher in ("local", "ray"):
+        if goes_on(plan.launcher):
             assert len({one.rank for one in plan.deaths}) == DEATHS, "a dead rank cannot die again"
         early = [one.place for one in plan.deaths if one.step == 0 and one.place in ("save", "file")]
         if plan.beside and early:
@@ -68,18 +68,19 @@ def test_a_run_whose_plan_is_another_one_now_is_done_again(tmp_path: Path) -> No
         KilledRun(number, "local", plan_of(number).beside, ("rank 1, step 2, norm 1",), "", 0, 0, 0, 0, 1.0, 2.0) for number in range(4)
     ]
     changed = dataclasses.replace(runs[2], beside=not runs[2].beside)
-    write_runs(tmp_path / "found.json", [*runs[:2], changed, runs[3]], {})
-    assert read_runs(tmp_path / "found.json") == [runs[0], runs[1], runs[3]]
+    elsewhere = dataclasses.replace(runs[1], launcher="ray")
+    write_runs(tmp_path / "found.json", [runs[0], elsewhere, changed, runs[3]], {})
+    assert read_runs(tmp_path / "found.json") == [runs[0], runs[3]]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
 def test_runs_that_lose_three_ranks_end_with_the_same_bits(tmp_path: Path) -> None:
-    """The plans 28 and 29: on Ray, and under torch's agents on two nodes."""
-    runs = [KilledRun(number, "local", False, (), "", 0, 0, 0, 0, 0.0, 0.0) for number in range(28)]
+    """The plans 27 to 29: under `hecate launch` on two nodes, on Ray, and under torch's agents on two nodes."""
+    runs = [KilledRun(number, "local", False, (), "", 0, 0, 0, 0, 0.0, 0.0) for number in range(27)]
     with ground() as made:
-        go_through(made, runs, 4, tmp_path / "found.json")
-    assert [run.launcher for run in runs[28:30]] == ["ray", "two_agents"]
+        go_through(made, runs, 7, tmp_path / "found.json")
+    assert [run.launcher for run in runs[27:30]] == ["two_nodes", "ray", "two_agents"]
     assert all(run.held for run in runs), runs
-    assert all(run.points for run in runs[28:])
-    assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["totals"]["points"] >= 4
+    assert all(run.points for run in runs[27:])
+    assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["totals"]["points"] >= 7

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from hecate.launch import local_launcher
 from hecate.launch.local_launcher import SurvivingRanks
 from hecate.ranks.launcher_files import here_file, read_generation, ready_file
 from testing.processes import wait_until_gone
@@ -127,7 +126,10 @@ class StandIn:
         return self.returncode
 
     def kill(self) -> None:
-        self.returncode = -signal.SIGKILL if self.returncode is None else self.returncode
+        self.send_signal(signal.SIGKILL)
+
+    def send_signal(self, number: int, /) -> None:
+        self.returncode = -number if self.returncode is None else self.returncode
 
     def wait(self) -> int:
         assert self.returncode is not None
@@ -136,12 +138,11 @@ class StandIn:
 
 @pytest.mark.parametrize(("ends", "members", "status"), [("before", (0,), None), ("at once", (0,), -9), ("together", (0, 2), None)])
 def test_a_rank_that_would_join_when_all_steps_are_done_is_not_waited_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str, members: tuple[int, ...], status: int | None
+    tmp_path: Path, ends: str, members: tuple[int, ...], status: int | None
 ) -> None:
     """The last rank ends before the new one is ready, before it could read that it is, or after both have gone on together."""
     store, new, ranks = tmp_path / "store", StandIn(), {0: StandIn(), 1: StandIn()}
-    monkeypatch.setattr(local_launcher, "_start", lambda *_given, **_more: new)
-    surviving = SurvivingRanks(["rank"], 2, store, ranks)  # type: ignore[arg-type]
+    surviving = SurvivingRanks(lambda member, device: new, 2, store, dict(ranks))
     ranks[1].returncode = -signal.SIGKILL
     surviving.look()
     here_file(store, 1, 0).touch()

@@ -87,7 +87,7 @@ def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Pa
     with slow_link() as names, ExitStack() as stack:
 
         def node(number: int) -> subprocess.Popen[str]:
-            command = ["ip", "netns", "exec", names[number], str(ROOT / "examples" / "two_nodes.sh")]
+            command = ["ip", "netns", "exec", names[number], str(ROOT / "examples" / "two_nodes" / "run.sh")]
             variables = {"MEETING": meeting, "NODES": "1:2", "RANKS": "1", "CONFIG": str(workshop / "config.yaml"), "SAVE_STEPS": "5"}
             return stack.enter_context(running([*command, *given], temporary, **variables))
 
@@ -114,9 +114,56 @@ def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Pa
     assert sorted(steps) == list(range(1, len(steps) + 1))
 
 
-def test_a_mistake_on_two_nodes_is_not_tried_again(workshop: Path) -> None:
+def test_nodes_with_backups_lose_no_step_and_come_again(workshop: Path) -> None:
+    """The second of two nodes is cut off for some seconds, comes again by itself, is killed, and is started again; each loses a rank.
+    The loss of each step is that of a run in one process. At last the first node is lost, and the other one ends with a clear error."""
+    temporary, run, alone = workshop / "tmp-backups", workshop / "runs" / "backups", workshop / "runs" / "alone"
+    config = [str(workshop / "config.yaml"), *OVERRIDES, "fssdp.policy=hecate_paper", "logging_steps=1"]
+    meeting = f"{HOSTS[0]}:29435"
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", meeting]
+    with slow_link() as names, ExitStack() as stack:
+
+        def node(number: int) -> subprocess.Popen[str]:
+            given = [*options, *config, "fssdp.redundancy=1", "max_steps=100000", f"output_dir={run}"]
+            command = ["ip", "netns", "exec", names[number]]
+            return stack.enter_context(hecate("launch", *given, temporary=temporary, command=command))
+
+        def lose(how: Callable[[], object]) -> str:
+            how()
+            return read_until(nodes[0], "1 ranks go on after step")
+
+        nodes = [node(0), node(1)]
+        printed = read_until(nodes[0], "step 5/")
+        printed += lose(lambda: set_link(names[1], "down"))
+        assert f"node {HOSTS[1]} has not been heard of for 3 s; its 1 ranks count as killed" in printed
+        set_link(names[1], "up")
+        printed += read_until(nodes[0], "2 ranks go on after step")
+        printed += lose(lambda: os.kill(rank_process(nodes[1].pid, 2), signal.SIGKILL))
+        printed += read_until(nodes[0], "2 ranks go on after step")
+        printed += lose(lambda: os.kill(rank_process(nodes[0].pid, 0), signal.SIGKILL))
+        printed += read_until(nodes[0], "2 ranks go on after step")
+        printed += lose(nodes[1].kill)
+        nodes[1] = node(1)
+        printed += read_until(nodes[0], "2 ranks go on after step")
+        last = int(read_until(nodes[0], "step ").rpartition("step ")[2].partition("/")[0])
+        below = [*processes_below(nodes[0].pid), *processes_below(nodes[1].pid)]
+        nodes[0].kill()
+        assert f"the meeting point of the nodes, {meeting}, is lost" in (rest := read_rest(nodes[1], 1))
+        assert wait_until_gone(below, temporary) == []
+    assert "Traceback" not in printed + rest
+    assert "last checkpoint" not in printed
+    steps = losses(run)
+    assert len(steps) >= last - 4, "a rank that is killed may not have written its last step"
+    with hecate("train", *config, "nproc=1", f"max_steps={last}", f"output_dir={alone}", temporary=temporary) as process:
+        read_rest(process)
+    for step, values in losses(alone).items():
+        assert steps.get(step, values) == pytest.approx(values, rel=1e-9), step
+
+
+@pytest.mark.parametrize("redundancy", [0, 1])
+def test_a_mistake_on_two_nodes_is_not_tried_again(workshop: Path, redundancy: int) -> None:
     """An agent starts its ranks again whatever has ended them. Ranks that start again would go on with the run that is in the folder."""
-    run = workshop / "runs" / "taken"
+    run = workshop / "runs" / f"taken-{redundancy}"
     (run / "checkpoint-5").mkdir(parents=True)
     (run / "checkpoint-5" / "COMMIT").touch()
     options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{HOSTS[0]}:29434"]
@@ -128,6 +175,7 @@ def test_a_mistake_on_two_nodes_is_not_tried_again(workshop: Path) -> None:
                     *options,
                     str(workshop / "config.yaml"),
                     f"output_dir={run}",
+                    f"fssdp.redundancy={redundancy}",
                     temporary=workshop / "tmp-taken",
                     command=["ip", "netns", "exec", name],
                 )

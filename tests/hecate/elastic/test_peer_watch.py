@@ -14,7 +14,7 @@ from torch.distributed import distributed_c10d
 from hecate.elastic import peer_watch
 from hecate.elastic.peer_watch import LOOK_SECONDS, PeerWatch
 from hecate.parallel.comm.aborts import AbortedError, read
-from hecate.ranks.launcher_files import Generation, write_generation
+from hecate.ranks.launcher_files import MEETING_VARIABLE, Generation, write_generation
 from hecate.ranks.ranks import Ranks, connect, lost_a_peer
 from testing.ranks import run_ranks
 from tests.hecate.ranks.stand_in import gloo_as_nccl
@@ -63,6 +63,17 @@ def test_which_generations_mean_a_loss(store: Path) -> None:
     assert watch.look()
     assert not ranks.abort.called
     assert not next_ranks.abort.called
+
+
+def test_ranks_of_several_nodes_are_watched_on_gloo_too(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that falls silent breaks no connection for a while."""
+    monkeypatch.setenv(MEETING_VARIABLE, "10.0.0.1:29400")
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)
+    watch, ranks = PeerWatch(store), ranks_on("gloo")
+    watch.begin((0, 1, 2), ranks)
+    write_generation(store, Generation(1, (0, 1), (0, 1), 3))
+    assert watch.look()
+    assert ranks.abort.called
 
 
 def test_ranks_on_gloo_are_not_watched(store: Path) -> None:

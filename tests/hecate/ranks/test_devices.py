@@ -11,7 +11,6 @@ import torch
 
 from hecate.config import load_config
 from hecate.engine.from_config import job_topology
-from hecate.parallel.topology import local_topology
 from hecate.parallel.topology_cards import RankDevice, SeenTopology
 from hecate.ranks import devices
 from testing.ranks import run_ranks
@@ -54,13 +53,6 @@ def test_machines_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch, tm
 
 def test_a_gpu_gives_its_name_and_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     cards = [SimpleNamespace(name="NVIDIA L4", total_memory=23), SimpleNamespace(name="NVIDIA A10", total_memory=22)]
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: cards[device.index])
-    assert [(device.card, device.memory) for device in devices.local_devices(2)] == [("NVIDIA L4", 23.0), ("NVIDIA A10", 22.0)]
-
-
-def test_without_gpus_a_machine_has_a_cpu_for_each_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    own = devices.local_devices(2)
-    assert own == [RankDevice(own[0].node)] * 2
-    assert local_topology(2, cuda=False).num_nodes == 1
+    seen = [devices.device_of(torch.device("cuda", index)) for index in range(2)]
+    assert [(device.card, device.memory) for device in seen] == [("NVIDIA L4", 23.0), ("NVIDIA A10", 22.0)]

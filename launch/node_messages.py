@@ -1,0 +1,191 @@
+"""What the launchers of several nodes (`hecate.launch.surviving_nodes`) tell each other, and the key-value store through which they do.
+
+The launcher of the node with the meeting point *leads*: it writes orders. Each other one writes reports. Whoever reaches the store could
+write either, as with torchrun. So what is read is checked, and no text becomes a command, a path outside the run's folder, or code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from hecate.errors import UserError
+from hecate.io.json_records import from_json_values, to_json_values
+from hecate.io.strict_json import JsonError, parse_json
+from hecate.launch.addresses import Endpoint
+from hecate.ranks.launcher_files import Generation
+from hecate.ranks.sockets import notice_lost_machines, tcp_sockets
+
+_TIMEOUT = timedelta(seconds=30)
+"""how long the store may take to answer"""
+_OF_MEMBER = re.compile(r"(?:ready|here-\d{1,9})-(\d{1,9})")
+"""the name of a file that the member with this number leaves"""
+_LONGEST = 4000
+"""characters of a user error's text"""
+
+
+@dataclass(frozen=True)
+class JobShape:
+    """What must be the same on all nodes."""
+
+    name: str
+    fewest: int
+    most: int
+    """nodes"""
+    ranks_per_node: int
+
+    def in_words(self) -> str:
+        nodes = f"{self.fewest}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
+        return f"{self.name!r} of {nodes} nodes with {self.ranks_per_node} ranks each"
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What a launcher says of its node."""
+
+    beat: int
+    """changes from time to time; a launcher whose beat stays the same is lost"""
+    address: str
+    ended: dict[str, int]
+    """member that has ended -> its exit status"""
+    files: tuple[str, ...]
+    """names of the files that its members have left"""
+    mistakes: dict[str, str]
+    """member -> the text of its user error"""
+    stopping: bool
+    """whether the launcher has received a signal to stop"""
+    leaves: bool
+    """whether the launcher has ended its members and ends"""
+
+
+@dataclass(frozen=True)
+class MemberOrder:
+    """A process that a node must start, and the signals that it must have had."""
+
+    node: int
+    """number of the node's arrival"""
+    device: int
+    """number of the device on its node"""
+    joins: bool
+    """whether it joins a run under way"""
+    signals: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class JobOrders:
+    """What the leading launcher says to all."""
+
+    num_ranks: int
+    """number of ranks that the run began with; 0: it has not begun"""
+    generation: Generation | None
+    here: tuple[str, ...]
+    """names of the files that members leave just before they connect in this generation"""
+    members: dict[str, MemberOrder]
+    lost: tuple[int, ...]
+    """nodes that count as lost, by number of arrival"""
+    status: int | None
+    """the exit status of the run, when it has ended"""
+
+
+class MessageStore:
+    """The store at the meeting point, seen from one launcher. Every method raises `dist.DistError` if the store is lost."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self._store = store
+
+    @classmethod
+    def host(cls, meeting: Endpoint, job: JobShape) -> MessageStore:
+        """Make the store in this process. It listens at the meeting point's address alone."""
+        listening = socket.create_server((meeting.host, meeting.port))
+        made = dist.TCPStore(
+            meeting.host, meeting.port, is_master=True, wait_for_workers=False, timeout=_TIMEOUT, master_listen_fd=listening.detach()
+        )
+        made.set("job", json.dumps(to_json_values(job)))
+        return cls(made)
+
+    @classmethod
+    def join(cls, meeting: Endpoint, job: JobShape) -> MessageStore:
+        """Connect to the store.
+
+        Raises:
+            UserError: another job meets there.
+        """
+        made = dist.TCPStore(meeting.host, meeting.port, is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
+        notice_lost_machines({c for c in tcp_sockets() if c.peer is not None and c.peer[1] == meeting.port})
+        theirs = from_json_values(JobShape, parse_json(made.get("job")))
+        if theirs != job:
+            raise UserError(
+                f"--rdzv-endpoint {meeting.host}:{meeting.port}: another job meets there, {theirs.in_words()}\n"
+                f"  this node was started for {job.in_words()}\n"
+                "  give the same --rdzv-id, --nnodes and --nproc-per-node on all nodes"
+            )
+        return cls(made)
+
+    def arrive(self, report: NodeReport) -> int:
+        """Announce this node, and return the number of its arrival, from 1."""
+        number = self._store.add("arrivals", 1)
+        self.report(number, report)
+        return number
+
+    def report(self, number: int, report: NodeReport) -> None:
+        self._store.set(_report_key(number), json.dumps(to_json_values(report)))
+
+    def has_report(self, number: int) -> bool:
+        return self._store.check([_report_key(number)])
+
+    def reports(self, numbers: Iterable[int]) -> dict[int, bytes]:
+        """The last report of each of these nodes, as it was written."""
+        asked = list(numbers)
+        return dict(zip(asked, self._store.multi_get([_report_key(number) for number in asked]), strict=True)) if asked else {}
+
+    def order(self, orders: JobOrders) -> None:
+        self._store.set("orders", json.dumps(to_json_values(orders)))
+
+    def orders(self) -> bytes:
+        """The last orders, as they were written."""
+        return self._store.get("orders")
+
+
+def read_report(text: bytes, members: Iterable[int]) -> NodeReport:
+    """A node's report.
+
+    Args:
+        members: the members of this node. What it says of others is left out.
+
+    Raises:
+        JsonError: it is none.
+    """
+    raw = from_json_values(NodeReport, parse_json(text))
+    own = {str(member) for member in members}
+    files = tuple(name for name in raw.files if (found := _OF_MEMBER.fullmatch(name)) and found[1] in own)
+    return NodeReport(
+        raw.beat,
+        raw.address[:100],
+        {member: status for member, status in raw.ended.items() if member in own},
+        files,
+        {member: said[:_LONGEST] for member, said in raw.mistakes.items() if member in own},
+        raw.stopping,
+        raw.leaves,
+    )
+
+
+def read_orders(text: bytes) -> JobOrders:
+    """The orders of the launcher that leads.
+
+    Raises:
+        JsonError: it is none.
+    """
+    orders = from_json_values(JobOrders, parse_json(text))
+    if not all(_OF_MEMBER.fullmatch(name) for name in orders.here) or not all(member.isdigit() for member in orders.members):
+        raise JsonError("JobOrders: a name that no file or member has")
+    return orders
+
+
+def _report_key(number: int) -> str:
+    return f"report-{number}"

@@ -1,0 +1,407 @@
+"""Runs on several nodes that go on in the same processes when a rank or a whole node is lost: `hecate launch` with `fssdp.redundancy`.
+
+Each node runs one launcher, which starts the node's ranks. The launcher of the node with the meeting point leads. It decides which ranks go
+on together, by the same rules as the launcher of one machine (`SurvivingRanks`); to it the processes of other nodes are `RemoteRank`. The
+others follow its orders and report. A rank reads and leaves files of its own machine only: each launcher has a folder for them, and the
+launchers copy to each other what the others' ranks need (`hecate.launch.node_messages`).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from subprocess import Popen
+from types import FrameType
+
+import torch.distributed as dist
+
+from hecate.errors import USER_ERROR_EXIT, UserError
+from hecate.io.signals import on_signals
+from hecate.io.strict_json import JsonError
+from hecate.launch.addresses import Endpoint, wait_for
+from hecate.launch.local_launcher import STOPPING, RankCommand, RankProcess, SurvivingRanks, watch
+from hecate.launch.node_messages import (
+    JobOrders,
+    JobShape,
+    MemberOrder,
+    MessageStore,
+    NodeReport,
+    read_orders,
+    read_report,
+)
+from hecate.launch.stopped_ranks import StoppedRanks, say_stopped
+from hecate.ranks.launcher_files import error_file, mistakes, pid_files, read_generation, write_generation
+
+LOST_SECONDS = 3.0
+"""how long a node may be silent before its ranks count as lost"""
+_BEAT_SECONDS = 0.2
+_LOOK_SECONDS = 0.02
+_LAST_CALL_SECONDS = 3.0
+"""how long a job that may have more nodes waits for another one"""
+_MEETING_SECONDS = 600.0
+"""how long a job waits for its nodes"""
+_LEAVING_SECONDS = 10.0
+"""how long the launcher that leads stays for the others to read how the run has ended"""
+
+
+def lead(own: Callable[[int], RankCommand], job: JobShape, meeting: Endpoint, folder: Path, together: int, most_replaced: int) -> int:
+    """Run this node's ranks and decide for all nodes; return the exit status of the run.
+
+    Args:
+        own: what starts this node's ranks, of a run that begins with so many.
+        together, most_replaced: see `launch_local`.
+
+    Raises:
+        UserError: too few nodes have come in ten minutes.
+    """
+    nodes = _Nodes(MessageStore.host(meeting, job), job, folder / "store")
+    status = 1
+    try:
+        count = nodes.wait_for_all()
+        num_ranks = nodes.num_ranks = count * job.ranks_per_node
+        command = own(num_ranks)
+
+        def start(member: int, device: int, *, joins: bool = True) -> RankProcess | None:
+            slot, local = divmod(device, job.ranks_per_node)
+            return command.start(member, local, joins=joins) if slot == 0 else nodes.start(slot, member, local, joins=joins)
+
+        ranks: dict[int, RankProcess] = {}
+        for rank in range(num_ranks):
+            process = start(rank, rank, joins=False)
+            assert process is not None
+            ranks[rank] = process
+        surviving = SurvivingRanks(start, num_ranks, folder / "store", ranks, together, most_replaced, nodes.new_devices)
+        nodes.surviving = surviving
+        status = watch(ranks, folder / "store", surviving)
+        return status
+    finally:
+        nodes.end(status if status <= 128 else 0)
+
+
+@dataclass
+class _Node:
+    """Another node, as the leading launcher sees it."""
+
+    seen: float
+    """when its report last changed"""
+    text: bytes = b""
+    report: NodeReport | None = None
+    lost: bool = False
+    slot: int | None = None
+    """its place in the job, which says which devices are its own; None: all places are taken"""
+    members: set[int] = field(default_factory=set)
+
+
+class _Nodes:
+    """The other nodes of a run. Whoever asks one of their processes for news has the messages of all nodes exchanged."""
+
+    def __init__(self, store: MessageStore, job: JobShape, files: Path) -> None:
+        self._store, self._job, self._files = store, job, files
+        self._nodes: dict[int, _Node] = {}
+        self._orders: dict[str, MemberOrder] = {}
+        self._ended: dict[int, int] = {}
+        self._new: list[int] = []
+        self._next = 0.0
+        self._status: int | None = None
+        self._busy = False
+        self._written: JobOrders | None = None
+        self.num_ranks = 0
+        self.surviving: SurvivingRanks | None = None
+
+    def wait_for_all(self) -> int:
+        """Wait for the nodes that the run begins with, and return their number, this one included.
+
+        Raises:
+            UserError: too few have come.
+        """
+        began = last = time.monotonic()
+        count = 1
+        while count < self._job.most:
+            self.exchange()
+            present = 1 + sum(node.slot is not None for node in self._nodes.values())
+            if present != count:
+                count, last = present, time.monotonic()
+            elif count >= self._job.fewest and time.monotonic() - last > _LAST_CALL_SECONDS:
+                break
+            elif time.monotonic() - began > _MEETING_SECONDS:
+                raise UserError(
+                    f"--nnodes {self._job.fewest}: only {count} have come in {_MEETING_SECONDS:.0f} s\n"
+                    "  each node must be started with the same --nnodes, --rdzv-endpoint and --rdzv-id"
+                )
+            time.sleep(_LOOK_SECONDS)
+        self._new.clear()
+        return count
+
+    def start(self, slot: int, member: int, device: int, *, joins: bool) -> RemoteRank | None:
+        """Have the node in a place start a member; None: no node is there."""
+        for number, node in self._nodes.items():
+            if node.slot == slot and not node.lost:
+                node.members.add(member)
+                self._orders[str(member)] = MemberOrder(number, device, joins, ())
+                return RemoteRank(self, member)
+        return None
+
+    def new_devices(self) -> list[int]:
+        """The devices of nodes that have come since the last call."""
+        self.exchange()
+        new, self._new = self._new, []
+        return new
+
+    def status_of(self, member: int) -> int | None:
+        self.exchange()
+        return self._ended.get(member)
+
+    def signal(self, member: int, number: int) -> None:
+        given = self._orders[str(member)]
+        self._orders[str(member)] = MemberOrder(given.node, given.device, given.joins, (*given.signals, number))
+
+    def end(self, status: int) -> None:
+        """Say how the run has ended, and stay until the others have read it."""
+        self._status = status
+        deadline = time.monotonic() + _LEAVING_SECONDS
+        while time.monotonic() < deadline:
+            self.exchange()
+            if all(node.lost for node in self._nodes.values()):
+                return
+            time.sleep(_LOOK_SECONDS)
+
+    def exchange(self) -> None:
+        """Read what is new in the reports, and write orders. Soon after the last time it does nothing."""
+        if self._busy or time.monotonic() < self._next:  # busy: a signal's handler has asked in the midst of it
+            return
+        self._busy = True
+        try:
+            self._greet()
+            present = [number for number, node in self._nodes.items() if not node.lost]
+            for number, text in self._store.reports(present).items():
+                self._read(number, text)
+            self._write()
+        finally:
+            self._busy = False
+            self._next = time.monotonic() + _LOOK_SECONDS
+
+    def _greet(self) -> None:
+        while self._store.has_report(number := len(self._nodes) + 1):
+            self._nodes[number] = _Node(time.monotonic())
+        taken = {node.slot for node in self._nodes.values() if not node.lost}
+        for node in self._nodes.values():
+            free = next((slot for slot in range(1, self._job.most) if slot not in taken), None)
+            if node.slot is None and not node.lost and free is not None:
+                node.slot = free
+                taken.add(free)
+                self._new += range(free * self._job.ranks_per_node, (free + 1) * self._job.ranks_per_node)
+
+    def _read(self, number: int, text: bytes) -> None:
+        node, now = self._nodes[number], time.monotonic()
+        if text == node.text:
+            if now - node.seen > LOST_SECONDS:
+                self._lose(number, f"has not been heard of for {LOST_SECONDS:.0f} s")
+            return
+        node.text, node.seen = text, now
+        try:
+            report = node.report = read_report(text, node.members)
+        except JsonError as error:
+            self._lose(number, f"has sent what is no report: {error}")
+            return
+        for name in report.files:
+            self._files.with_name(name).touch()
+        for member, said in report.mistakes.items():
+            error_file(self._files.parent, int(member)).write_text(said, encoding="utf-8")
+        self._ended |= {int(member): status for member, status in report.ended.items() if int(member) not in self._ended}
+        if report.stopping and self.surviving is not None:
+            self.surviving.stopping = True
+        if report.leaves:
+            self._lose(number, None if self._status is not None else "has left")
+
+    def _lose(self, number: int, why: str | None) -> None:
+        node = self._nodes[number]
+        node.lost = True
+        left = [member for member in sorted(node.members) if member not in self._ended]
+        self._ended |= dict.fromkeys(left, -int(signal.SIGKILL))
+        if why is not None and (left or not node.members):
+            address = "" if node.report is None else f" {node.report.address}"
+            print(f"hecate: node{address} {why}; its {len(left)} ranks count as killed", file=sys.stderr, flush=True)
+
+    def _write(self) -> None:
+        generation = read_generation(self._files) if self.surviving is not None else None
+        here = () if generation is None else tuple(sorted(path.name for path in self._files.parent.glob(f"here-{generation.number}-*")))
+        lost = tuple(number for number, node in self._nodes.items() if node.lost)
+        orders = JobOrders(self.num_ranks, generation, here, dict(self._orders), lost, self._status)
+        if orders != self._written:
+            self._store.order(orders)
+            self._written = orders
+
+
+class RemoteRank:
+    """The process of a rank on another node."""
+
+    def __init__(self, nodes: _Nodes, member: int) -> None:
+        self._nodes, self._member = nodes, member
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._nodes.status_of(self._member)
+        return self.returncode
+
+    def wait(self) -> int:
+        """Wait until its node has reported its end, or is lost."""
+        while (status := self.poll()) is None:
+            time.sleep(_LOOK_SECONDS)
+        return status
+
+    def send_signal(self, number: int, /) -> None:
+        self._nodes.signal(self._member, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def follow(own: Callable[[int], RankCommand], job: JobShape, meeting: Endpoint, folder: Path) -> int:
+    """Run this node's ranks as the leading launcher orders, and return the exit status.
+
+    A node that was taken for lost, as after a broken network, ends its ranks and comes again as a new one.
+
+    Raises:
+        UserError: nobody answers at the meeting point, or another job meets there.
+    """
+    wait_for(meeting)
+    signals: list[int] = []
+    follower = _OwnRanks(own, job, meeting, folder / "store")
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        signals.append(number)
+        if len(signals) == 1:  # not print, which the signal may have interrupted
+            with suppress(OSError):
+                os.write(2, STOPPING.encode())
+        follower.signal_all(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
+
+    try:
+        with on_signals(stop):
+            store = MessageStore.join(meeting, job)
+            while (status := follower.run(store, signals)) is None:
+                print("hecate: the job has gone on without this node, which comes again", file=sys.stderr, flush=True)
+    except dist.DistError:
+        print(
+            f"hecate: the meeting point of the nodes, {meeting.host}:{meeting.port}, is lost, and no node goes on without it\n"
+            "  when the node that hosts it is back, start all nodes again with resume=true",
+            file=sys.stderr,
+        )
+        return 1
+    finally:
+        follower.end_all()
+    if signals:
+        return 128 + signals[0]
+    if status == USER_ERROR_EXIT and (found := mistakes(folder)) and found[0].name != "error-0":  # rank 0 prints its own error
+        print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
+    elif status not in (0, USER_ERROR_EXIT):
+        print(f"hecate: the job is over; what the node at {meeting.host} has printed says why", file=sys.stderr)
+    return status
+
+
+class _OwnRanks:
+    """A node's processes, and what is said of them."""
+
+    def __init__(self, own: Callable[[int], RankCommand], job: JobShape, meeting: Endpoint, files: Path) -> None:
+        self._own, self._job, self._address, self._files = own, job, meeting.local_address, files
+        self._processes: dict[int, Popen[bytes]] = {}
+        self._devices: dict[int, int] = {}
+        self._signals: dict[int, int] = {}
+        """member -> how many of the ordered signals it has had"""
+        self._stopped = StoppedRanks()
+
+    def run(self, store: MessageStore, signals: Sequence[int]) -> int | None:
+        """Follow until the run has ended, and return its exit status; None: this node has been taken for lost.
+
+        Args:
+            signals: those that this process has received, as they come.
+        """
+        self.end_all()
+        self._processes, self._devices, self._signals = {}, {}, {}
+        number = store.arrive(self._report(stopping=bool(signals)))
+        said, read = self._report(stopping=bool(signals)), b""
+        while True:
+            if (text := store.orders()) != read:
+                orders, read = read_orders(text), text
+                if number in orders.lost:
+                    return None
+                self._carry_out(number, orders)
+                if orders.status is not None:
+                    self.end_all()
+                    store.report(number, self._report(stopping=bool(signals), leaves=True))
+                    return orders.status
+            self._evict_stopped()
+            leaves = len(signals) > 1 or (bool(signals) and all(process.poll() is not None for process in self._processes.values()))
+            if (report := self._report(stopping=bool(signals), leaves=leaves)) != said:
+                store.report(number, report)
+                said = report
+            if leaves:
+                return 0
+            time.sleep(_LOOK_SECONDS)
+
+    def signal_all(self, number: int) -> None:
+        for process in list(self._processes.values()):
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def end_all(self) -> None:
+        self.signal_all(signal.SIGKILL)
+        for process in self._processes.values():
+            process.wait()
+
+    def _carry_out(self, number: int, orders: JobOrders) -> None:
+        if orders.generation is None or orders.num_ranks == 0:
+            return
+        for name in orders.here:
+            self._files.with_name(name).touch()
+        write_generation(self._files, orders.generation)
+        for name, order in orders.members.items():
+            member = int(name)
+            if order.node != number:
+                continue
+            if member not in self._processes:
+                self._start(member, order, orders.num_ranks)
+            for one in order.signals[self._signals[member] :]:
+                if one in (signal.SIGTERM, signal.SIGKILL) and self._processes[member].poll() is None:
+                    self._processes[member].send_signal(one)
+            self._signals[member] = len(order.signals)
+
+    def _start(self, member: int, order: MemberOrder, num_ranks: int) -> None:
+        taken = {self._devices[other] for other, process in self._processes.items() if process.poll() is None}
+        if order.device in taken or not 0 <= order.device < self._job.ranks_per_node:
+            raise UserError(f"member {member} was ordered to use device {order.device} of this node, which is taken or does not exist")
+        self._processes[member] = self._own(num_ranks).start(member, order.device, joins=order.joins)
+        self._devices[member], self._signals[member] = order.device, 0
+
+    def _evict_stopped(self) -> None:
+        pid_of = pid_files(self._files.parent)
+        running = {member: pid_of[member] for member, process in self._processes.items() if member in pid_of and process.poll() is None}
+        for member, seconds in self._stopped.look(running).items():
+            say_stopped(read_generation(self._files).members.index(member), seconds)
+            self._processes[member].kill()
+            self._processes[member].wait()
+
+    def _report(self, *, stopping: bool, leaves: bool = False) -> NodeReport:
+        ended = {member: status for member, process in self._processes.items() if (status := process.poll()) is not None}
+        folder = self._files.parent
+        own = {str(member) for member in self._processes}
+        names = [name for name in os.listdir(folder) if name.startswith(("here-", "ready-")) and name.rpartition("-")[2] in own]
+        return NodeReport(
+            beat=int(time.monotonic() / _BEAT_SECONDS),
+            address=self._address,
+            ended={str(member): status for member, status in ended.items()},
+            files=tuple(sorted(names)),
+            mistakes={
+                str(member): error_file(folder, member).read_text(encoding="utf-8")
+                for member, status in ended.items()
+                if status == USER_ERROR_EXIT and error_file(folder, member).exists()
+            },
+            stopping=stopping,
+            leaves=leaves,
+        )

@@ -1,0 +1,365 @@
+"""Launchers of several nodes: what they tell each other, which node has which place, and runs on two nodes that lose ranks or a node."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from hecate.drill.armed import Injected
+from hecate.drill.losses import problem_of
+from hecate.drill.outcome import Scope
+from hecate.drill.ranks import begin_run
+from hecate.drill.run import ground
+from hecate.errors import UserError
+from hecate.io.strict_json import JsonError
+from hecate.launch import surviving_nodes
+from hecate.launch.addresses import Endpoint
+from hecate.launch.local_launcher import RankCommand, SurvivingRanks
+from hecate.launch.node_messages import JobOrders, JobShape, MemberOrder, MessageStore, NodeReport, read_orders, read_report
+from hecate.launch.surviving_nodes import _OwnRanks, _Nodes
+from hecate.ranks.launcher_files import Generation, error_file, here_file, read_generation, ready_file
+
+JOB = JobShape("job", 2, 3, 2)
+QUIET = NodeReport(beat=0, address="10.0.0.2", ended={}, files=(), mistakes={}, stopping=False, leaves=False)
+ORDERS = JobOrders(num_ranks=4, generation=Generation(0, (0, 1, 2, 3), (0, 1, 2, 3), 4), here=(), members={}, lost=(), status=None)
+
+
+class Words:
+    """A store in this process, and what was last written to it."""
+
+    def __init__(self) -> None:
+        self.store = MessageStore(dist.HashStore())
+
+    def orders(self) -> JobOrders:
+        return read_orders(self.store.orders())
+
+
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exchange messages whenever somebody asks for news."""
+    monkeypatch.setattr(surviving_nodes, "_LOOK_SECONDS", 0.0)
+
+
+def test_a_report_speaks_of_the_nodes_own_members_alone() -> None:
+    said = replace(
+        QUIET,
+        ended={"2": -9, "0": 0},
+        files=("here-1-2", "ready-3", "here-1-0", "generation", "../ready-2", "error-2", "here-1-2/../x"),
+        mistakes={"3": "x" * 10_000, "1": "not his"},
+    )
+    text = json.dumps(vars(said)).encode()
+    read = read_report(text, [2, 3])
+    assert (read.ended, read.files, list(read.mistakes)) == ({"2": -9}, ("here-1-2", "ready-3"), ["3"])
+    assert len(read.mistakes["3"]) == 4000
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b'{"beat": 1}', b"\xff", b'{"__class__": "os.system"}'])
+def test_what_is_no_message_is_refused(text: bytes) -> None:
+    with pytest.raises(JsonError):
+        read_report(text, [0])
+    with pytest.raises(JsonError):
+        read_orders(text)
+
+
+def test_orders_name_no_path() -> None:
+    for bad in (replace(ORDERS, here=("../here-0-1",)), replace(ORDERS, members={"../1": MemberOrder(1, 0, False, ())})):
+        words = Words()
+        words.store.order(bad)
+        with pytest.raises(JsonError, match="a name that no file or member has"):
+            words.orders()
+
+
+def free_endpoint() -> Endpoint:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return Endpoint("127.0.0.1", server.getsockname()[1], "127.0.0.1", "lo", on_this_node=True)
+
+
+def test_another_job_at_the_meeting_point_is_named() -> None:
+    meeting = free_endpoint()
+    host = MessageStore.host(meeting, JOB)
+    joined = MessageStore.join(meeting, JOB)
+    assert joined.arrive(QUIET) == 1
+    assert host.has_report(1)
+    assert not host.has_report(2)
+    with pytest.raises(UserError, match="another job meets there, 'job' of 2 to 3 nodes with 2 ranks each") as caught:
+        MessageStore.join(meeting, replace(JOB, ranks_per_node=4))
+    assert "--nproc-per-node" in str(caught.value)
+
+
+class Leading:
+    """The launcher that leads, with its messages and its run of two ranks on each of two nodes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.words = Words()
+        self.files = folder / "store"
+        self.nodes = _Nodes(self.words.store, JOB, self.files)
+        self.ranks: dict[int, surviving_nodes.RankProcess] = {}
+
+    def begin(self) -> SurvivingRanks:
+        first = self.words.store.arrive(QUIET)
+        self.nodes.exchange()
+        self.nodes.new_devices()
+        self.nodes.num_ranks = 4
+        for rank in range(4):
+            started = self.nodes.start(1, rank, rank % 2, joins=False) if rank >= 2 else Own()
+            assert started is not None
+            self.ranks[rank] = started
+        surviving = SurvivingRanks(self.start, 4, self.files, self.ranks, new_devices=self.nodes.new_devices)
+        self.nodes.surviving = surviving
+        assert first == 1
+        return surviving
+
+    def start(self, member: int, device: int) -> surviving_nodes.RankProcess | None:
+        slot, local = divmod(device, 2)
+        return Own() if slot == 0 else self.nodes.start(slot, member, local, joins=True)
+
+
+class Own:
+    """A process of this node that ends when the test says so."""
+
+    def __init__(self) -> None:
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self) -> int:
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int, /) -> None:
+        self.returncode = -number
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def test_a_rank_of_another_node_that_dies_is_replaced_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(monkeypatch)
+    leading = Leading(tmp_path)
+    surviving = leading.begin()
+    leading.words.store.report(1, replace(QUIET, ended={"3": -9}, files=("here-0-2", "ready-2")))
+    surviving.look()
+    assert read_generation(leading.files).members == (0, 1, 2)
+    leading.nodes.exchange()
+    orders = leading.words.orders()
+    assert orders.generation == read_generation(leading.files)
+    assert orders.members["4"] == MemberOrder(1, 1, True, ())
+    assert ready_file(leading.files, 2).exists()
+    leading.words.store.report(1, replace(QUIET, beat=1, ended={"3": -9}, files=("ready-4",)))
+    surviving.look()
+    assert read_generation(leading.files).members == (0, 1, 2, 4)
+    assert read_generation(leading.files).devices == (0, 1, 2, 3)
+    here_file(leading.files, 2, 0).touch()
+    here_file(leading.files, 1, 0).touch()
+    leading.nodes.exchange()
+    assert leading.words.orders().here == ("here-2-0",)
+
+
+def test_a_silent_node_is_lost_and_may_come_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_once(monkeypatch)
+    monkeypatch.setattr(surviving_nodes, "LOST_SECONDS", 0.05)
+    leading = Leading(tmp_path)
+    surviving = leading.begin()
+    surviving.look()
+    assert read_generation(leading.files).members == (0, 1, 2, 3)
+    time.sleep(0.1)
+    surviving.look()
+    assert read_generation(leading.files).members == (0, 1)
+    assert "node 10.0.0.2 has not been heard of for 0 s; its 2 ranks count as killed" in capsys.readouterr().err
+    assert leading.ranks[2].wait() == -signal.SIGKILL
+    assert len(leading.ranks) == 4, "nobody is there to start another rank"
+    leading.nodes.exchange()
+    assert leading.words.orders().lost == (1,)
+    monkeypatch.setattr(surviving_nodes, "LOST_SECONDS", 60.0)
+    assert leading.words.store.arrive(QUIET) == 2
+    surviving.look()
+    orders = leading.words.orders()
+    leading.nodes.exchange()
+    orders = leading.words.orders()
+    assert [(member, order.node, order.device, order.joins) for member, order in orders.members.items() if order.node == 2] == [
+        ("4", 2, 0, True),
+        ("5", 2, 1, True),
+    ]
+
+
+def test_more_nodes_than_the_job_takes_wait_for_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(monkeypatch)
+    leading = Leading(tmp_path)
+    leading.begin()
+    for _ in range(2):
+        leading.words.store.arrive(QUIET)
+    assert leading.nodes.new_devices() == [4, 5], "of three nodes at most"
+    leading.words.store.report(1, replace(QUIET, beat=1, leaves=True))
+    leading.nodes.exchange()
+    assert leading.nodes.new_devices() == [2, 3], "the third has the place of the first"
+
+
+def test_what_is_no_report_loses_its_node_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_once(monkeypatch)
+    leading = Leading(tmp_path)
+    surviving = leading.begin()
+    leading.words.store._store.set("report-1", "not a report")
+    surviving.look()
+    assert read_generation(leading.files).members == (0, 1)
+    assert "has sent what is no report" in capsys.readouterr().err
+
+
+def test_a_signal_and_a_mistake_reach_the_other_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(monkeypatch)
+    leading = Leading(tmp_path)
+    surviving = leading.begin()
+    leading.ranks[2].send_signal(signal.SIGTERM)
+    leading.ranks[2].kill()
+    leading.nodes.exchange()
+    assert leading.words.orders().members["2"].signals == (signal.SIGTERM, signal.SIGKILL)
+    leading.words.store.report(1, replace(QUIET, ended={"3": 2}, mistakes={"3": "hecate: a mistake"}, stopping=True))
+    assert leading.ranks[3].poll() == 2
+    assert error_file(tmp_path, 3).read_text(encoding="utf-8") == "hecate: a mistake"
+    assert surviving.stopping
+
+
+RANK = """
+import os, signal, sys, time
+from hecate.io.process_end import die_with_parent
+die_with_parent(os.getppid())
+given = [os.environ.get(name, "-") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "HECATE_MEMBER", "HECATE_JOIN")]
+open(os.environ["HECATE_ERRORS"] + "/began-" + given[0], "w").write(" ".join(given))
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+time.sleep(60)
+"""
+
+
+class Following:
+    """A launcher that follows in a thread, whose ranks do nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.words, self.files = Words(), folder / "store"
+        self.signals: list[int] = []
+        own = RankCommand((sys.executable, "-c", RANK), {}, self.files, 4, survives=True)
+        self.follower = _OwnRanks(lambda num_ranks: replace(own, num_ranks=num_ranks), JOB, free_endpoint(), self.files)
+        self.status: list[int | UserError | None] = []
+        self.words.store.order(ORDERS)
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+        self.until(lambda: self.words.store.has_report(1))
+
+    def _run(self) -> None:
+        try:
+            self.status.append(self.follower.run(self.words.store, self.signals))
+        except UserError as error:
+            self.status.append(error)
+
+    def report(self) -> NodeReport:
+        return read_report(self.words.store.reports([1])[1], range(10))
+
+    def until(self, holds: Callable[[], object]) -> None:
+        deadline = time.monotonic() + 30
+        while not holds():
+            assert time.monotonic() < deadline, (self.report(), self.status)
+            time.sleep(0.01)
+
+    def began(self, member: int) -> str:
+        path = self.files.with_name(f"began-{member}")
+        self.until(lambda: path.exists() and path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
+
+    def end(self) -> int | UserError | None:
+        self._thread.join(30)
+        self.follower.end_all()
+        (status,) = self.status
+        return status
+
+
+@contextmanager
+def following(folder: Path) -> Iterator[Following]:
+    made = Following(folder)
+    try:
+        yield made
+    finally:
+        made.words.store.order(replace(ORDERS, status=1))
+        made.end()
+
+
+def order(node: int = 1, device: int = 0, *, joins: bool = False, signals: tuple[int, ...] = ()) -> MemberOrder:
+    return MemberOrder(node, device, joins, signals)
+
+
+def test_a_node_starts_signals_and_reports_its_own_members(tmp_path: Path) -> None:
+    with following(tmp_path) as node:
+        given = {"2": order(), "3": order(device=1, joins=True), "1": order(node=2)}
+        node.words.store.order(replace(ORDERS, members=given, here=("here-0-0",)))
+        assert node.began(2) == "2 0 4 2 -"
+        assert node.began(3) == "3 1 4 3 1"
+        assert read_generation(node.files) == ORDERS.generation
+        assert here_file(node.files, 0, 0).exists()
+        assert not node.files.with_name("began-1").exists()
+        here_file(node.files, 0, 2).touch()
+        node.until(lambda: node.report().files == ("here-0-2",))
+        given["2"] = order(signals=(signal.SIGTERM,))
+        given["3"] = order(device=1, joins=True, signals=(signal.SIGUSR1, signal.SIGKILL))
+        error_file(tmp_path, 3).write_text("never read: it did not end with a mistake", encoding="utf-8")
+        node.words.store.order(replace(ORDERS, members=given))
+        node.until(lambda: node.report().ended == {"2": 0, "3": -signal.SIGKILL})
+        assert node.report().mistakes == {}
+        node.words.store.order(replace(ORDERS, members=given, status=0))
+        assert node.end() == 0
+        assert node.report().leaves
+
+
+def test_a_device_is_given_to_one_member(tmp_path: Path) -> None:
+    with following(tmp_path) as node:
+        node.words.store.order(replace(ORDERS, members={"2": order(), "3": order()}))
+        failed = node.end()
+        assert isinstance(failed, UserError)
+        assert "member 3 was ordered to use device 0 of this node, which is taken" in str(failed)
+
+
+def test_a_node_that_counts_as_lost_ends_its_ranks(tmp_path: Path) -> None:
+    with following(tmp_path) as node:
+        node.words.store.order(replace(ORDERS, members={"2": order()}))
+        node.began(2)
+        node.words.store.order(replace(ORDERS, members={"2": order()}, lost=(1,)))
+        assert node.end() is None
+        assert all(process.poll() is not None for process in node.follower._processes.values())
+
+
+def test_a_node_that_is_told_to_stop_leaves_when_its_ranks_have_ended(tmp_path: Path) -> None:
+    with following(tmp_path) as node:
+        node.words.store.order(replace(ORDERS, members={"2": order()}))
+        node.began(2)
+        node.signals.append(signal.SIGTERM)
+        node.until(lambda: node.report().stopping)
+        assert not node.report().leaves
+        node.follower.signal_all(signal.SIGTERM)
+        assert node.end() == 0
+        assert node.report().leaves
+        assert node.report().ended == {"2": 0}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
+def test_a_rank_of_the_second_node_dies_and_no_step_is_lost(tmp_path: Path) -> None:
+    """Two launchers on this machine, with two ranks each. The bits are those of the run that loses nobody."""
+    with ground() as made:
+        scope = Scope(str(tmp_path), str(made.workshop), quick=True, start=made.start)
+        whole = begin_run(scope, "whole", 4).end()
+        dies = Injected(action="kill", place="backward", rank=3, step=2)
+        run = begin_run(scope, "two", 4, injected=[dies], launcher="two_nodes").end()
+        assert problem_of(run, whole, lost=1) == ""
+    assert "rank 3 was killed by SIGKILL; 3 ranks go on" in run.log
+    assert "meeting point" not in run.log
+    assert "last checkpoint" not in run.log
