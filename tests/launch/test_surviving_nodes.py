@@ -27,7 +27,7 @@ from hecate.launch import surviving_nodes
 from hecate.launch.addresses import Endpoint
 from hecate.launch.local_launcher import RankCommand, SurvivingRanks
 from hecate.launch.node_messages import JobOrders, JobShape, MemberOrder, MessageStore, NodeReport, read_orders, read_report
-from hecate.launch.surviving_nodes import _OwnRanks, _Nodes
+from hecate.launch.surviving_nodes import _Nodes, _OwnRanks
 from hecate.ranks.launcher_files import Generation, error_file, here_file, read_generation, ready_file
 
 JOB = JobShape("job", 2, 3, 2)

@@ -116,9 +116,9 @@ def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Pa
 
 def test_nodes_with_backups_lose_no_step_and_come_again(workshop: Path) -> None:
     """The second of two nodes is cut off for some seconds, comes again by itself, is killed, and is started again; each loses a rank.
-    The loss of each step is that of a run in one process. At last the first node is lost, and the other one ends with a clear error."""
+    The loss of each step is that of a run that loses nobody. At last the first node is lost, and the other one ends with a clear error."""
     temporary, run, alone = workshop / "tmp-backups", workshop / "runs" / "backups", workshop / "runs" / "alone"
-    config = [str(workshop / "config.yaml"), *OVERRIDES, "fssdp.policy=hecate_paper", "logging_steps=1"]
+    config = [str(workshop / "config.yaml"), *OVERRIDES, "deterministic=true", "fssdp.policy=hecate_paper", "logging_steps=1"]
     meeting = f"{HOSTS[0]}:29435"
     options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", meeting]
     with slow_link() as names, ExitStack() as stack:
@@ -128,21 +128,22 @@ def test_nodes_with_backups_lose_no_step_and_come_again(workshop: Path) -> None:
             command = ["ip", "netns", "exec", names[number]]
             return stack.enter_context(hecate("launch", *given, temporary=temporary, command=command))
 
-        def lose(how: Callable[[], object]) -> str:
+        def lose(how: Callable[[], object], first: int) -> str:
+            """Lose a rank; the first of those that are left, which says so, is then on the node `first`."""
             how()
-            return read_until(nodes[0], "1 ranks go on after step")
+            return read_until(nodes[first], "1 ranks go on after step")
 
         nodes = [node(0), node(1)]
         printed = read_until(nodes[0], "step 5/")
-        printed += lose(lambda: set_link(names[1], "down"))
+        printed += lose(lambda: set_link(names[1], "down"), first=0)
         assert f"node {HOSTS[1]} has not been heard of for 3 s; its 1 ranks count as killed" in printed
         set_link(names[1], "up")
         printed += read_until(nodes[0], "2 ranks go on after step")
-        printed += lose(lambda: os.kill(rank_process(nodes[1].pid, 2), signal.SIGKILL))
+        printed += lose(lambda: os.kill(rank_process(nodes[1].pid, 2), signal.SIGKILL), first=0)
         printed += read_until(nodes[0], "2 ranks go on after step")
-        printed += lose(lambda: os.kill(rank_process(nodes[0].pid, 0), signal.SIGKILL))
-        printed += read_until(nodes[0], "2 ranks go on after step")
-        printed += lose(nodes[1].kill)
+        printed += lose(lambda: os.kill(rank_process(nodes[0].pid, 0), signal.SIGKILL), first=1)
+        printed += read_until(nodes[1], "2 ranks go on after step")
+        printed += lose(nodes[1].kill, first=0)
         nodes[1] = node(1)
         printed += read_until(nodes[0], "2 ranks go on after step")
         last = int(read_until(nodes[0], "step ").rpartition("step ")[2].partition("/")[0])
@@ -153,11 +154,11 @@ def test_nodes_with_backups_lose_no_step_and_come_again(workshop: Path) -> None:
     assert "Traceback" not in printed + rest
     assert "last checkpoint" not in printed
     steps = losses(run)
-    assert len(steps) >= last - 4, "a rank that is killed may not have written its last step"
-    with hecate("train", *config, "nproc=1", f"max_steps={last}", f"output_dir={alone}", temporary=temporary) as process:
+    assert len([step for step in steps if step <= last]) >= last - 4, "a rank that is killed may not have written its last step"
+    with hecate("train", *config, "nproc=2", f"max_steps={last}", f"output_dir={alone}", temporary=temporary) as process:
         read_rest(process)
-    for step, values in losses(alone).items():
-        assert steps.get(step, values) == pytest.approx(values, rel=1e-9), step
+    undisturbed = losses(alone)
+    assert {step: values for step, values in steps.items() if step <= last} == {step: undisturbed[step] for step in steps if step <= last}
 
 
 @pytest.mark.parametrize("redundancy", [0, 1])
