@@ -22,6 +22,7 @@ from types import FrameType
 import torch.distributed as dist
 
 from hecate.errors import USER_ERROR_EXIT, UserError
+from hecate.io.durable import replace_file
 from hecate.io.signals import on_signals
 from hecate.io.strict_json import JsonError
 from hecate.launch.addresses import Endpoint, wait_for
@@ -212,7 +213,7 @@ class _Nodes:
         for name in report.files:
             self._files.with_name(name).touch()
         for member, said in report.mistakes.items():
-            error_file(self._files.parent, int(member)).write_text(said, encoding="utf-8")
+            replace_file(error_file(self._files.parent, int(member)), [said.encode()], durable=False)
         self._ended |= {int(member): status for member, status in report.ended.items() if int(member) not in self._ended}
         if report.stopping and self.surviving is not None:
             self.surviving.stopping = True

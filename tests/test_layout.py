@@ -285,6 +285,7 @@ WRITES_PLAINLY = {
     "hecate/drill/run_files.py": "as hecate/drill/model_files.py",
     "hecate/drill/guard.py": "/proc is no disk",
     "hecate/drill/launchers.py": "as hecate/drill/tiny_run.py",
+    "hecate/drill/losses.py": "as hecate/drill/tiny_run.py",
     "hecate/drill/program.py": "as hecate/drill/tiny_run.py",
     "hecate/drill/ranks.py": "as hecate/drill/tiny_run.py",
     "hecate/drill/run.py": "as hecate/drill/tiny_run.py",
