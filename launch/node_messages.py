@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import re
 import socket
-from collections.abc import Iterable
+import time
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,20 +20,27 @@ from hecate.errors import UserError
 from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.launch.addresses import Endpoint
+from hecate.launch.rank_command import Beginning
 from hecate.ranks.launcher_files import Generation
 from hecate.ranks.sockets import notice_lost_machines, tcp_sockets
 
 _TIMEOUT = timedelta(seconds=30)
 """how long the store may take to answer"""
-_OF_MEMBER = re.compile(r"(?:ready|here-\d{1,9})-(\d{1,9})")
+_NUMBER = re.compile("[0-9]{1,9}")
+_OF_MEMBER = re.compile("(?:ready|here-[0-9]{1,9})-([0-9]{1,9})")
 """the name of a file that the member with this number leaves"""
+_JOB_SECONDS = 5.0
+"""how long a node that has connected waits to read which job meets there"""
+_MOST_ARRIVALS = 10_000
+_SIGNALS = 128
+"""above all numbers of signals"""
 _LONGEST = 4000
 """characters of a user error's text"""
 
 
 @dataclass(frozen=True)
 class JobShape:
-    """What must be the same on all nodes."""
+    """What is compared when a node comes. It must be the same on all nodes, and so must the configuration."""
 
     name: str
     fewest: int
@@ -72,8 +80,8 @@ class MemberOrder:
     """number of the node's arrival"""
     device: int
     """number of the device on its node"""
-    joins: bool
-    """whether it joins a run under way"""
+    begins: Beginning | None
+    """its place among those that begin the run; None: it joins a run under way"""
     signals: tuple[int, ...]
 
 
@@ -81,9 +89,8 @@ class MemberOrder:
 class JobOrders:
     """What the leading launcher says to all."""
 
-    num_ranks: int
-    """number of ranks that the run began with; 0: it has not begun"""
     generation: Generation | None
+    """None: the run waits for its nodes"""
     here: tuple[str, ...]
     """names of the files that members leave just before they connect in this generation"""
     members: dict[str, MemberOrder]
@@ -118,6 +125,14 @@ class MessageStore:
         """
         made = dist.TCPStore(meeting.host, meeting.port, is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
         notice_lost_machines({c for c in tcp_sockets() if c.peer is not None and c.peer[1] == meeting.port})
+        deadline = time.monotonic() + _JOB_SECONDS
+        while not made.check(["job"]):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--rdzv-endpoint {meeting.host}:{meeting.port}: the node there says nothing of a job whose ranks survive\n"
+                    "  start all nodes with the same configuration; fssdp.redundancy is above 0 on this one, and perhaps 0 there"
+                )
+            time.sleep(0.1)
         theirs = from_json_values(JobShape, parse_json(made.get("job")))
         if theirs != job:
             raise UserError(
@@ -136,8 +151,10 @@ class MessageStore:
     def report(self, number: int, report: NodeReport) -> None:
         self._store.set(_report_key(number), json.dumps(to_json_values(report)))
 
-    def has_report(self, number: int) -> bool:
-        return self._store.check([_report_key(number)])
+    def arrived(self, known: Collection[int]) -> list[int]:
+        """The nodes that have come and left a report, by number, without those that are known."""
+        count = min(self._store.add("arrivals", 0), _MOST_ARRIVALS)
+        return [number for number in range(1, count + 1) if number not in known and self._store.check([_report_key(number)])]
 
     def reports(self, numbers: Iterable[int]) -> dict[int, bytes]:
         """The last report of each of these nodes, as it was written."""
@@ -163,13 +180,15 @@ def read_report(text: bytes, members: Iterable[int]) -> NodeReport:
     """
     raw = from_json_values(NodeReport, parse_json(text))
     own = {str(member) for member in members}
+    if wrong := [status for status in raw.ended.values() if not -_SIGNALS < status < 256]:
+        raise JsonError(f"NodeReport.ended: {wrong[0]} is no exit status")
     files = tuple(name for name in raw.files if (found := _OF_MEMBER.fullmatch(name)) and found[1] in own)
     return NodeReport(
         raw.beat,
         raw.address[:100],
         {member: status for member, status in raw.ended.items() if member in own},
         files,
-        {member: said[:_LONGEST] for member, said in raw.mistakes.items() if member in own},
+        {member: said[:_LONGEST].encode(errors="replace").decode() for member, said in raw.mistakes.items() if member in own},
         raw.stopping,
         raw.leaves,
     )
@@ -182,7 +201,7 @@ def read_orders(text: bytes) -> JobOrders:
         JsonError: it is none.
     """
     orders = from_json_values(JobOrders, parse_json(text))
-    if not all(_OF_MEMBER.fullmatch(name) for name in orders.here) or not all(member.isdigit() for member in orders.members):
+    if not all(_OF_MEMBER.fullmatch(name) for name in orders.here) or not all(map(_NUMBER.fullmatch, orders.members)):
         raise JsonError("JobOrders: a name that no file or member has")
     return orders
 

@@ -12,10 +12,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from subprocess import Popen
 from types import FrameType
 
@@ -26,7 +25,7 @@ from hecate.io.durable import replace_file
 from hecate.io.signals import on_signals
 from hecate.io.strict_json import JsonError
 from hecate.launch.addresses import Endpoint, wait_for
-from hecate.launch.local_launcher import STOPPING, RankCommand, RankProcess, SurvivingRanks, watch
+from hecate.launch.local_launcher import STOPPING, watch
 from hecate.launch.node_messages import (
     JobOrders,
     JobShape,
@@ -36,12 +35,16 @@ from hecate.launch.node_messages import (
     read_orders,
     read_report,
 )
+from hecate.launch.rank_command import Beginning, RankCommand, RankProcess
 from hecate.launch.stopped_ranks import StoppedRanks, say_stopped
+from hecate.launch.surviving_ranks import SurvivingRanks
 from hecate.ranks.launcher_files import error_file, mistakes, pid_files, read_generation, write_generation
 
 LOST_SECONDS = 3.0
 """how long a node may be silent before its ranks count as lost"""
 _BEAT_SECONDS = 0.2
+_PAUSE_SECONDS = 1.0
+"""a launcher that has not looked for so long was stopped itself, or the machine was"""
 _LOOK_SECONDS = 0.02
 _LAST_CALL_SECONDS = 3.0
 """how long a job that may have more nodes waits for another one"""
@@ -51,38 +54,27 @@ _LEAVING_SECONDS = 10.0
 """how long the launcher that leads stays for the others to read how the run has ended"""
 
 
-def lead(own: Callable[[int], RankCommand], job: JobShape, meeting: Endpoint, folder: Path, together: int, most_replaced: int) -> int:
+def lead(own: RankCommand, job: JobShape, meeting: Endpoint, together: int, most_replaced: int) -> int:
     """Run this node's ranks and decide for all nodes; return the exit status of the run.
 
     Args:
-        own: what starts this node's ranks, of a run that begins with so many.
+        own: what starts this node's ranks.
         together, most_replaced: see `launch_local`.
 
     Raises:
         UserError: too few nodes have come in ten minutes.
     """
-    nodes = _Nodes(MessageStore.host(meeting, job), job, folder / "store")
+    nodes = _Nodes(MessageStore.host(meeting, job), job, own)
     status = 1
     try:
         count = nodes.wait_for_all()
-        num_ranks = nodes.num_ranks = count * job.ranks_per_node
-        command = own(num_ranks)
-
-        def start(member: int, device: int, *, joins: bool = True) -> RankProcess | None:
-            slot, local = divmod(device, job.ranks_per_node)
-            return command.start(member, local, joins=joins) if slot == 0 else nodes.start(slot, member, local, joins=joins)
-
-        ranks: dict[int, RankProcess] = {}
-        for rank in range(num_ranks):
-            process = start(rank, rank, joins=False)
-            assert process is not None
-            ranks[rank] = process
-        surviving = SurvivingRanks(start, num_ranks, folder / "store", ranks, together, most_replaced, nodes.new_devices)
-        nodes.surviving = surviving
-        status = watch(ranks, folder / "store", surviving)
+        nodes.surviving = SurvivingRanks(nodes, count * job.ranks_per_node, own.store, together, most_replaced)
+        status = watch(nodes.surviving.processes, own.store, nodes.surviving)
+        if status == 0 and nodes.stopped:
+            status = 128 + signal.SIGTERM
         return status
     finally:
-        nodes.end(status if status <= 128 else 0)
+        nodes.end(status)
 
 
 @dataclass
@@ -100,19 +92,23 @@ class _Node:
 
 
 class _Nodes:
-    """The other nodes of a run. Whoever asks one of their processes for news has the messages of all nodes exchanged."""
+    """The nodes of a run (`Machines`). Whoever asks for news of one of their processes has the messages of all nodes exchanged."""
 
-    def __init__(self, store: MessageStore, job: JobShape, files: Path) -> None:
-        self._store, self._job, self._files = store, job, files
+    def __init__(self, store: MessageStore, job: JobShape, own: RankCommand) -> None:
+        self._store, self._job, self._own, self._files = store, job, own, own.store
         self._nodes: dict[int, _Node] = {}
         self._orders: dict[str, MemberOrder] = {}
         self._ended: dict[int, int] = {}
         self._new: list[int] = []
-        self._next = 0.0
+        self._last = 0.0
+        """when messages were exchanged last"""
         self._status: int | None = None
         self._busy = False
         self._written: JobOrders | None = None
-        self.num_ranks = 0
+        self._complete = False
+        """whether all nodes that the run begins with have come"""
+        self.stopped = False
+        """whether a signal to another node has stopped the run"""
         self.surviving: SurvivingRanks | None = None
 
     def wait_for_all(self) -> int:
@@ -122,31 +118,44 @@ class _Nodes:
             UserError: too few have come.
         """
         began = last = time.monotonic()
-        count = 1
-        while count < self._job.most:
+        present: list[_Node] = []
+        while 1 + len(present) < self._job.most:
             self.exchange()
-            present = 1 + sum(node.slot is not None for node in self._nodes.values())
-            if present != count:
-                count, last = present, time.monotonic()
-            elif count >= self._job.fewest and time.monotonic() - last > _LAST_CALL_SECONDS:
+            before, present = len(present), [node for node in self._nodes.values() if not node.lost]
+            if len(present) != before:
+                last = time.monotonic()
+            elif 1 + len(present) >= self._job.fewest and time.monotonic() - last > _LAST_CALL_SECONDS:
                 break
             elif time.monotonic() - began > _MEETING_SECONDS:
                 raise UserError(
-                    f"--nnodes {self._job.fewest}: only {count} have come in {_MEETING_SECONDS:.0f} s\n"
+                    f"--nnodes {self._job.fewest}: only {1 + len(present)} have come in {_MEETING_SECONDS:.0f} s\n"
                     "  each node must be started with the same --nnodes, --rdzv-endpoint and --rdzv-id"
                 )
             time.sleep(_LOOK_SECONDS)
-        self._new.clear()
-        return count
+        for slot, node in enumerate(present[: self._job.most - 1], start=1):
+            node.slot = slot
+        self._complete = True
+        return 1 + min(len(present), self._job.most - 1)
 
-    def start(self, slot: int, member: int, device: int, *, joins: bool) -> RemoteRank | None:
-        """Have the node in a place start a member; None: no node is there."""
-        for number, node in self._nodes.items():
-            if node.slot == slot and not node.lost:
-                node.members.add(member)
-                self._orders[str(member)] = MemberOrder(number, device, joins, ())
-                return RemoteRank(self, member)
-        return None
+    def start(self, member: int, device: int, begins: Beginning | None) -> RankProcess | None:
+        """Start a member, or have the node in whose place the device is start it; None: no node is there."""
+        slot, local = divmod(device, self._job.ranks_per_node)
+        if slot == 0:
+            return self._own.start(member, local, begins)
+        number = self._in_place(slot)
+        if number is None:
+            return None
+        self._nodes[number].members.add(member)
+        self._orders[str(member)] = MemberOrder(number, local, begins, ())
+        return RemoteRank(self, member)
+
+    def present(self, device: int) -> bool:
+        slot = device // self._job.ranks_per_node
+        return slot == 0 or self._in_place(slot) is not None
+
+    def _in_place(self, slot: int) -> int | None:
+        """The number of the node in a place, if one is there."""
+        return next((number for number, node in self._nodes.items() if node.slot == slot and not node.lost), None)
 
     def new_devices(self) -> list[int]:
         """The devices of nodes that have come since the last call."""
@@ -160,7 +169,7 @@ class _Nodes:
 
     def signal(self, member: int, number: int) -> None:
         given = self._orders[str(member)]
-        self._orders[str(member)] = MemberOrder(given.node, given.device, given.joins, (*given.signals, number))
+        self._orders[str(member)] = replace(given, signals=(*given.signals, number))
 
     def end(self, status: int) -> None:
         """Say how the run has ended, and stay until the others have read it."""
@@ -174,10 +183,13 @@ class _Nodes:
 
     def exchange(self) -> None:
         """Read what is new in the reports, and write orders. Soon after the last time it does nothing."""
-        if self._busy or time.monotonic() < self._next:  # busy: a signal's handler has asked in the midst of it
+        now = time.monotonic()
+        if self._busy or now < self._last + _LOOK_SECONDS:  # busy: a signal's handler has asked in the midst of it
             return
         self._busy = True
         try:
+            for node in self._nodes.values() if now > self._last + _PAUSE_SECONDS else ():
+                node.seen = now  # this process stood still, and could not have heard of them
             self._greet()
             present = [number for number, node in self._nodes.items() if not node.lost]
             for number, text in self._store.reports(present).items():
@@ -185,18 +197,17 @@ class _Nodes:
             self._write()
         finally:
             self._busy = False
-            self._next = time.monotonic() + _LOOK_SECONDS
+            self._last = time.monotonic()
 
     def _greet(self) -> None:
-        while self._store.has_report(number := len(self._nodes) + 1):
-            self._nodes[number] = _Node(time.monotonic())
-        taken = {node.slot for node in self._nodes.values() if not node.lost}
-        for node in self._nodes.values():
-            free = next((slot for slot in range(1, self._job.most) if slot not in taken), None)
-            if node.slot is None and not node.lost and free is not None:
-                node.slot = free
-                taken.add(free)
-                self._new += range(free * self._job.ranks_per_node, (free + 1) * self._job.ranks_per_node)
+        self._nodes |= {number: _Node(time.monotonic()) for number in self._store.arrived(self._nodes)}
+        if not self._complete:
+            return
+        free = [slot for slot in range(1, self._job.most) if self._in_place(slot) is None]
+        waiting = [node for node in self._nodes.values() if node.slot is None and not node.lost]
+        for slot, node in zip(free, waiting, strict=False):
+            node.slot = slot
+            self._new += range(slot * self._job.ranks_per_node, (slot + 1) * self._job.ranks_per_node)
 
     def _read(self, number: int, text: bytes) -> None:
         node, now = self._nodes[number], time.monotonic()
@@ -215,8 +226,8 @@ class _Nodes:
         for member, said in report.mistakes.items():
             replace_file(error_file(self._files.parent, int(member)), [said.encode()], durable=False)
         self._ended |= {int(member): status for member, status in report.ended.items() if int(member) not in self._ended}
-        if report.stopping and self.surviving is not None:
-            self.surviving.stopping = True
+        if report.stopping and self.surviving is not None and node.members & set(self.surviving.members):
+            self.surviving.stopping = self.stopped = True
         if report.leaves:
             self._lose(number, None if self._status is not None else "has left")
 
@@ -233,7 +244,7 @@ class _Nodes:
         generation = read_generation(self._files) if self.surviving is not None else None
         here = () if generation is None else tuple(sorted(path.name for path in self._files.parent.glob(f"here-{generation.number}-*")))
         lost = tuple(number for number, node in self._nodes.items() if node.lost)
-        orders = JobOrders(self.num_ranks, generation, here, dict(self._orders), lost, self._status)
+        orders = JobOrders(generation, here, dict(self._orders), lost, self._status)
         if orders != self._written:
             self._store.order(orders)
             self._written = orders
@@ -264,7 +275,7 @@ class RemoteRank:
         self.send_signal(signal.SIGKILL)
 
 
-def follow(own: Callable[[int], RankCommand], job: JobShape, meeting: Endpoint, folder: Path) -> int:
+def follow(own: RankCommand, job: JobShape, meeting: Endpoint) -> int:
     """Run this node's ranks as the leading launcher orders, and return the exit status.
 
     A node that was taken for lost, as after a broken network, ends its ranks and comes again as a new one.
@@ -274,19 +285,19 @@ def follow(own: Callable[[int], RankCommand], job: JobShape, meeting: Endpoint, 
     """
     wait_for(meeting)
     signals: list[int] = []
-    follower = _OwnRanks(own, job, meeting, folder / "store")
+    ranks = _OwnRanks(own, job, meeting.local_address)
 
     def stop(number: int, _frame: FrameType | None) -> None:
         signals.append(number)
         if len(signals) == 1:  # not print, which the signal may have interrupted
             with suppress(OSError):
                 os.write(2, STOPPING.encode())
-        follower.signal_all(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
+        ranks.signal_all(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
 
     try:
         with on_signals(stop):
             store = MessageStore.join(meeting, job)
-            while (status := follower.run(store, signals)) is None:
+            while (status := ranks.run(store, signals)) is None:
                 print("hecate: the job has gone on without this node, which comes again", file=sys.stderr, flush=True)
     except dist.DistError:
         print(
@@ -296,12 +307,15 @@ def follow(own: Callable[[int], RankCommand], job: JobShape, meeting: Endpoint, 
         )
         return 1
     finally:
-        follower.end_all()
+        ranks.end_all()
     if signals:
         return 128 + signals[0]
-    if status == USER_ERROR_EXIT and (found := mistakes(folder)) and found[0].name != "error-0":  # rank 0 prints its own error
-        print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
-    elif status not in (0, USER_ERROR_EXIT):
+    if status == USER_ERROR_EXIT and (found := mistakes(own.store.parent)):
+        if found[0].name != "error-0":  # rank 0 prints its own error
+            print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
+    elif status > 128:
+        print("hecate: a signal to another node has stopped the job, whose ranks have saved", file=sys.stderr)
+    elif status:
         print(f"hecate: the job is over; what the node at {meeting.host} has printed says why", file=sys.stderr)
     return status
 
@@ -309,8 +323,8 @@ def follow(own: Callable[[int], RankCommand], job: JobShape, meeting: Endpoint, 
 class _OwnRanks:
     """A node's processes, and what is said of them."""
 
-    def __init__(self, own: Callable[[int], RankCommand], job: JobShape, meeting: Endpoint, files: Path) -> None:
-        self._own, self._job, self._address, self._files = own, job, meeting.local_address, files
+    def __init__(self, own: RankCommand, job: JobShape, address: str) -> None:
+        self._own, self._job, self._address, self._files = own, job, address, own.store
         self._processes: dict[int, Popen[bytes]] = {}
         self._devices: dict[int, int] = {}
         self._signals: dict[int, int] = {}
@@ -338,13 +352,18 @@ class _OwnRanks:
                     store.report(number, self._report(stopping=bool(signals), leaves=True))
                     return orders.status
             self._evict_stopped()
-            leaves = len(signals) > 1 or (bool(signals) and all(process.poll() is not None for process in self._processes.values()))
+            leaves = len(signals) > 1 or (bool(signals) and not self._train())
             if (report := self._report(stopping=bool(signals), leaves=leaves)) != said:
                 store.report(number, report)
                 said = report
             if leaves:
                 return 0
             time.sleep(_LOOK_SECONDS)
+
+    def _train(self) -> bool:
+        """Whether a process of this node trains. Those that still load would be waited for in vain once the run is to stop."""
+        members = read_generation(self._files).members if self._processes else ()
+        return any(member in members and process.poll() is None for member, process in self._processes.items())
 
     def signal_all(self, number: int) -> None:
         for process in list(self._processes.values()):
@@ -357,7 +376,7 @@ class _OwnRanks:
             process.wait()
 
     def _carry_out(self, number: int, orders: JobOrders) -> None:
-        if orders.generation is None or orders.num_ranks == 0:
+        if orders.generation is None:
             return
         for name in orders.here:
             self._files.with_name(name).touch()
@@ -367,24 +386,25 @@ class _OwnRanks:
             if order.node != number:
                 continue
             if member not in self._processes:
-                self._start(member, order, orders.num_ranks)
+                self._start(member, order)
             for one in order.signals[self._signals[member] :]:
                 if one in (signal.SIGTERM, signal.SIGKILL) and self._processes[member].poll() is None:
                     self._processes[member].send_signal(one)
             self._signals[member] = len(order.signals)
 
-    def _start(self, member: int, order: MemberOrder, num_ranks: int) -> None:
+    def _start(self, member: int, order: MemberOrder) -> None:
         taken = {self._devices[other] for other, process in self._processes.items() if process.poll() is None}
         if order.device in taken or not 0 <= order.device < self._job.ranks_per_node:
             raise UserError(f"member {member} was ordered to use device {order.device} of this node, which is taken or does not exist")
-        self._processes[member] = self._own(num_ranks).start(member, order.device, joins=order.joins)
+        self._processes[member] = self._own.start(member, order.device, order.begins)
         self._devices[member], self._signals[member] = order.device, 0
 
     def _evict_stopped(self) -> None:
         pid_of = pid_files(self._files.parent)
+        members = read_generation(self._files).members if pid_of else ()
         running = {member: pid_of[member] for member, process in self._processes.items() if member in pid_of and process.poll() is None}
-        for member, seconds in self._stopped.look(running).items():
-            say_stopped(read_generation(self._files).members.index(member), seconds)
+        for member, seconds in self._stopped.look({member: pid for member, pid in running.items() if member in members}).items():
+            say_stopped(members.index(member), seconds)
             self._processes[member].kill()
             self._processes[member].wait()
 

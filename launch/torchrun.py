@@ -26,7 +26,8 @@ from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_for
 from hecate.launch.foreign_texts import AgentAction, agent_action
 from hecate.launch.fork_server import forking
-from hecate.launch.local_launcher import ALLOCATOR_SETTINGS, RankCommand, launch_local
+from hecate.launch.local_launcher import ALLOCATOR_SETTINGS, launch_local
+from hecate.launch.rank_command import RankCommand
 from hecate.launch.run_folder import run_folder
 from hecate.launch.stopped_ranks import end_stopped_ranks
 from hecate.parallel.mesh import make_mesh
@@ -160,13 +161,10 @@ def _run_surviving(program: str, arguments: Sequence[str], folder: Path, meeting
     shape = JobShape(job.name, *job.nodes, job.ranks_per_node)
     with forking(folder, os.environ, program) as start:
         environment = {**os.environ, MEETING_VARIABLE: f"{meeting.host}:{meeting.port}"}
-
-        def own(num_ranks: int) -> RankCommand:
-            return RankCommand([*start, *arguments], environment, folder / "store", num_ranks, survives=True)
-
+        own = RankCommand([*start, *arguments], environment, folder / "store", survives=True)
         if meeting.on_this_node:
-            return lead(own, shape, meeting, folder, job.together, job.max_restarts)
-        return follow(own, shape, meeting, folder)
+            return lead(own, shape, meeting, job.together, job.max_restarts)
+        return follow(own, shape, meeting)
 
 
 def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint | None, job: TorchrunJob) -> int:

@@ -27,7 +27,7 @@ from hecate.ranks.launcher_files import (
     ready_file,
 )
 from hecate.ranks.meeting import meeting_store
-from hecate.ranks.ranks import Ranks, connect
+from hecate.ranks.ranks import Ranks, connect, restarts
 
 _GRACE = 10.0
 """Seconds within which a launcher that has lost a rank writes the next generation. It waits for a silent node for some of them
@@ -53,17 +53,17 @@ class LocalMembership:
         self._config = config
         self._store = Path(os.environ[STORE_VARIABLE])
         self._member = int(os.environ[MEMBER_VARIABLE])
-        self._number = 0
-        self._announced = False
+        self._number = restarts()
         self._watch = PeerWatch(self._store)
         leave_pid(self._store.parent, self._member)
         if JOIN_VARIABLE not in os.environ:  # a rank that is to join is alone until then
-            self._watch.begin(range(ranks.world_size), ranks)
+            first = self._member - ranks.rank  # those that begin together are neighbours
+            self._watch.begin(range(first, first + ranks.world_size), ranks)
+
+    def loaded(self) -> None:
+        ready_file(self._store, self._member).touch()
 
     def regroup_requested(self) -> bool:
-        if not self._announced:
-            self._announced = True
-            ready_file(self._store, self._member).touch()
         return read_generation(self._store).number > self._number
 
     def first_group(self) -> Group:

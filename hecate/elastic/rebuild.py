@@ -56,6 +56,9 @@ class Group:
 class Membership(Protocol):
     """One rank's connection to the launcher or controller of its job, which decides which ranks are in the job."""
 
+    def loaded(self) -> None:
+        """This rank has begun the run, and can go on from now on when others are lost. It is called once, by those that do not join."""
+
     def regroup_requested(self) -> bool:
         """Whether a new group waits for this rank, for example because one more rank is ready.
 

@@ -30,6 +30,8 @@ LAUNCHED_VARIABLE = "HECATE_LAUNCHED"
 """Process id of the launcher. A rank with this variable dies when the launcher dies."""
 MEMBER_VARIABLE = "HECATE_MEMBER"
 """Number of this member. It is set if the other ranks go on after a loss."""
+BEGINS_VARIABLE = "HECATE_BEGINS"
+"""Number of the generation that a rank begins with. Above 0 all ranks have been started again before they had trained anything."""
 JOIN_VARIABLE = "HECATE_JOIN"
 """Set for a member that joins a run under way."""
 COLLECTIVES_VARIABLE = "HECATE_COLLECTIVES"
@@ -39,7 +41,7 @@ SURVIVAL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 
 
 def error_file(folder: Path, rank: int) -> Path:
-    """The file in which a rank leaves the text of a user error."""
+    """The file in which a rank, or member, leaves the text of a user error."""
     return folder / f"error-{rank}"
 
 
@@ -56,14 +58,14 @@ def exit_with_user_error(error: UserError) -> NoReturn:
     """
     folder, rank = os.environ.get(ERRORS_VARIABLE), os.environ.get("RANK", "0")
     if folder:
-        error_file(Path(folder), int(rank)).write_text(f"hecate: {error}", encoding="utf-8")
-    if not folder or rank == "0":
+        error_file(Path(folder), int(os.environ.get(MEMBER_VARIABLE, rank))).write_text(f"hecate: {error}", encoding="utf-8")
+    if not folder or (rank == "0" and JOIN_VARIABLE not in os.environ):
         print(f"hecate: {error}", file=sys.stderr)
     sys.exit(USER_ERROR_EXIT)
 
 
 def ready_file(store: Path, member: int) -> Path:
-    """The file that a member makes when it can join a run, or has trained its first step."""
+    """The file that a member makes when it has loaded: it can join a run, or go on after others of those that begin it are lost."""
     return store.with_name(f"ready-{member}")
 
 
@@ -100,7 +102,7 @@ class Generation:
     members: tuple[int, ...]
     """member of each rank"""
     devices: tuple[int, ...]
-    """Device of each rank, as its number in the topology that the run began with. A node that has come since has higher numbers."""
+    """Device of each rank, as its number in the topology that the run began with. Further nodes have higher ones."""
     num_devices: int
     """number of ranks that the run began with"""
 

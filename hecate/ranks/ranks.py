@@ -29,7 +29,7 @@ from hecate.ranks.backend import (
     wait_for_all,
 )
 from hecate.ranks.groups import TIMEOUT, ExpertGroups, TensorGroups, expert_groups, own_group, tensor_groups
-from hecate.ranks.launcher_files import JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
+from hecate.ranks.launcher_files import BEGINS_VARIABLE, JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
 from hecate.ranks.meeting import meeting_store
 from hecate.ranks.sockets import Connection, notice_lost_machines, ports, shut_down, tcp_sockets
 
@@ -201,7 +201,7 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1, *, sharded_layer
     if given is None:
         store: dist.Store | None = dist.HashStore()
     elif STORE_VARIABLE in os.environ:
-        # Each time that an agent starts all ranks anew, they meet in a new file.
+        # Each time that a launcher starts all ranks anew, they meet in a new place.
         store = meeting_store(restarts(), world_size)
     else:
         store = None
@@ -251,8 +251,8 @@ def loss_in_words(error: BaseException) -> str:
 
 
 def restarts() -> int:
-    """How often torch's elastic agent on this node has started its ranks anew. The number may differ from node to node."""
-    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    """How often the launcher has started all ranks anew. Torch's elastic agents may count differently from node to node."""
+    count = os.environ.get(BEGINS_VARIABLE) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return int(count) if count.isdigit() else 0
 
 

@@ -140,11 +140,17 @@ def train(
         stack.callback(outside.mismatches.end)
         _tell_beginning(training, outside)
         measured = _Measured()
-        if config.eval.on_start and training.parts.eval_sources and training.standing.step == 0 and not joins:
-            measured.before = _evaluate(training, outside)
-        while training.standing.completed < config.max_steps:
+        wants_first = bool(config.eval.on_start and training.parts.eval_sources and training.standing.step == 0 and not joins)
+        if membership is not None and not joins:
+            membership.loaded()
+        facts: list[tuple[str, str]] | None = None
+        while facts is None:
             try:
-                if not _one_step(training, outside, measured):
+                if wants_first and measured.before is None:
+                    measured.before = _evaluate(training, outside)
+                if training.standing.completed >= config.max_steps:
+                    facts = _finish(training, outside)
+                elif not _one_step(training, outside, measured):
                     return False
             except Exception as error:  # after an abort, what is left of the old group can fail in any way
                 if not _is_of_a_loss(error, training.ranks):
@@ -153,18 +159,22 @@ def train(
                 if membership is None or not _regroup(training, membership, outside):
                     raise
                 reports.event(training.standing.step, f"went on after: {loss_in_words(error)}")
-        written = training.parts.output.replace(Path(config.output_dir), training.parts.moe, training.ranks)
-        peaks = peak_memory(training.ranks.device)
-        fullest = training.ranks.all_most(list(map(float, peaks.values())))
-        outside.note(profile.merge(at_end=True))
-        facts = [
-            *((label, f"{most / 2**30:.2f} GiB on the fullest rank") for label, most in zip(peaks, fullest, strict=True)),
-            (training.parts.output.name, str(written)),
-            *((f"privacy of {name}", str(spent)) for name, spent in training.privacy_spent().items() if training.ranks.is_first),
-        ]
     if training.ranks.is_first:
         _show_summary(training, measured, time.monotonic() - started, facts)
     return True
+
+
+def _finish(training: Training, outside: _Outside) -> list[tuple[str, str]]:
+    """Write what the run leaves, and return what the summary says of it, as names and values. It can be done again after a loss."""
+    written = training.parts.output.replace(Path(training.parts.config.output_dir), training.parts.moe, training.ranks)
+    peaks = peak_memory(training.ranks.device)
+    fullest = training.ranks.all_most(list(map(float, peaks.values())))
+    outside.note(outside.profile.merge(at_end=True))
+    return [
+        *((label, f"{most / 2**30:.2f} GiB on the fullest rank") for label, most in zip(peaks, fullest, strict=True)),
+        (training.parts.output.name, str(written)),
+        *((f"privacy of {name}", str(spent)) for name, spent in training.privacy_spent().items() if training.ranks.is_first),
+    ]
 
 
 def _one_step(training: Training, outside: _Outside, measured: _Measured) -> bool:

@@ -76,7 +76,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
     """
     faulthandler.enable()  # gloo ends a process where two ranks' messages differ in size: this says in which collective
     errors = os.environ.get(ERRORS_VARIABLE)
-    if errors and mistakes(Path(errors)):
+    if errors and MEMBER_VARIABLE not in os.environ and mistakes(Path(errors)):
         sys.exit(USER_ERROR_EXIT)  # torch's elastic agent restarts ranks after every exit status; a mistake would only be met again
     if errors and MEMBER_VARIABLE not in os.environ:  # a member leaves its own
         leave_pid(Path(errors), int(os.environ.get("RANK", "0")))

@@ -190,6 +190,9 @@ class TrainingLink:
         self._events, self._report_steps = events, report_steps
         self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
 
+    def loaded(self) -> None:
+        """The controller learns it from `begins`."""
+
     def regroup_requested(self) -> bool:
         return self.leaving
 

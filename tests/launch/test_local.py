@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from hecate.launch.local_launcher import SurvivingRanks
-from hecate.ranks.launcher_files import here_file, read_generation, ready_file
 from testing.processes import wait_until_gone
 
 # A stand-in for `hecate`: what a rank does is the first argument.
@@ -115,48 +113,6 @@ for cycle in range(int(sys.argv[1])):
     assert local_launcher.launch_local("stand-in", [], 2, survives=cycle % 2 == 1) == 0
 assert held() == before, (before, held())
 """
-
-
-class StandIn:
-    """A process of a rank that ends when the test says so."""
-
-    returncode: int | None = None
-
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
-
-    def send_signal(self, number: int, /) -> None:
-        self.returncode = -number if self.returncode is None else self.returncode
-
-    def wait(self) -> int:
-        assert self.returncode is not None
-        return self.returncode
-
-
-@pytest.mark.parametrize(("ends", "members", "status"), [("before", (0,), None), ("at once", (0,), -9), ("together", (0, 2), None)])
-def test_a_rank_that_would_join_when_all_steps_are_done_is_not_waited_for(
-    tmp_path: Path, ends: str, members: tuple[int, ...], status: int | None
-) -> None:
-    """The last rank ends before the new one is ready, before it could read that it is, or after both have gone on together."""
-    store, new, ranks = tmp_path / "store", StandIn(), {0: StandIn(), 1: StandIn()}
-    surviving = SurvivingRanks(lambda member, device: new, 2, store, dict(ranks))
-    ranks[1].returncode = -signal.SIGKILL
-    surviving.look()
-    here_file(store, 1, 0).touch()
-    if ends == "before":
-        ranks[0].returncode = 0
-    ready_file(store, 2).touch()
-    surviving.look()
-    assert read_generation(store).members == ((0,) if ends == "before" else (0, 2))
-    for member in (0, 2) if ends == "together" else (2,):
-        here_file(store, 2, member).touch()
-    ranks[0].returncode = 0
-    surviving.look()
-    assert surviving.members == members
-    assert new.returncode == status
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts in /proc")

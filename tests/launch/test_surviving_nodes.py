@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
@@ -25,14 +26,16 @@ from hecate.errors import UserError
 from hecate.io.strict_json import JsonError
 from hecate.launch import surviving_nodes
 from hecate.launch.addresses import Endpoint
-from hecate.launch.local_launcher import RankCommand, SurvivingRanks
 from hecate.launch.node_messages import JobOrders, JobShape, MemberOrder, MessageStore, NodeReport, read_orders, read_report
-from hecate.launch.surviving_nodes import _Nodes, _OwnRanks
+from hecate.launch.rank_command import Beginning, RankCommand
+from hecate.launch.surviving_nodes import RemoteRank, _Nodes, _OwnRanks
+from hecate.launch.surviving_ranks import SurvivingRanks
 from hecate.ranks.launcher_files import Generation, error_file, here_file, read_generation, ready_file
+from tests.launch.stand_ins import StandIn
 
 JOB = JobShape("job", 2, 3, 2)
 QUIET = NodeReport(beat=0, address="10.0.0.2", ended={}, files=(), mistakes={}, stopping=False, leaves=False)
-ORDERS = JobOrders(num_ranks=4, generation=Generation(0, (0, 1, 2, 3), (0, 1, 2, 3), 4), here=(), members={}, lost=(), status=None)
+ORDERS = JobOrders(generation=Generation(0, (0, 1, 2, 3), (0, 1, 2, 3), 4), here=(), members={}, lost=(), status=None)
 
 
 class Words:
@@ -46,8 +49,9 @@ class Words:
 
 
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Exchange messages whenever somebody asks for news."""
+    """Exchange messages whenever somebody asks for news, and do not wait for more nodes."""
     monkeypatch.setattr(surviving_nodes, "_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(surviving_nodes, "_LAST_CALL_SECONDS", 0.05)
 
 
 def test_a_report_speaks_of_the_nodes_own_members_alone() -> None:
@@ -71,8 +75,19 @@ def test_what_is_no_message_is_refused(text: bytes) -> None:
         read_orders(text)
 
 
+def test_an_exit_status_that_no_process_has_is_refused() -> None:
+    for status in (-99, 255, 0):
+        assert read_report(json.dumps(vars(replace(QUIET, ended={"0": status}))).encode(), [0]).ended == {"0": status}
+    with pytest.raises(JsonError, match="256 is no exit status"):
+        read_report(json.dumps(vars(replace(QUIET, ended={"0": 256}))).encode(), [0])
+
+
+def test_a_text_that_cannot_be_written_is_replaced() -> None:
+    assert read_report(json.dumps(vars(replace(QUIET, mistakes={"0": "a\ud800"}))).encode(), [0]).mistakes == {"0": "a?"}
+
+
 def test_orders_name_no_path() -> None:
-    for bad in (replace(ORDERS, here=("../here-0-1",)), replace(ORDERS, members={"../1": MemberOrder(1, 0, False, ())})):
+    for bad in (replace(ORDERS, here=("../here-0-1",)), replace(ORDERS, members={"../1": MemberOrder(1, 0, None, ())})):
         words = Words()
         words.store.order(bad)
         with pytest.raises(JsonError, match="a name that no file or member has"):
@@ -89,110 +104,115 @@ def test_another_job_at_the_meeting_point_is_named() -> None:
     host = MessageStore.host(meeting, JOB)
     joined = MessageStore.join(meeting, JOB)
     assert joined.arrive(QUIET) == 1
-    assert host.has_report(1)
-    assert not host.has_report(2)
+    assert host.arrived([]) == [1]
+    assert host.arrived([1]) == []
     with pytest.raises(UserError, match="another job meets there, 'job' of 2 to 3 nodes with 2 ranks each") as caught:
         MessageStore.join(meeting, replace(JOB, ranks_per_node=4))
     assert "--nproc-per-node" in str(caught.value)
 
 
 class Leading:
-    """The launcher that leads, with its messages and its run of two ranks on each of two nodes."""
+    """The launcher that leads, with its messages and a run of two ranks on each of two nodes."""
 
     def __init__(self, folder: Path) -> None:
-        self.words = Words()
-        self.files = folder / "store"
-        self.nodes = _Nodes(self.words.store, JOB, self.files)
-        self.ranks: dict[int, surviving_nodes.RankProcess] = {}
+        self.words, self.files = Words(), folder / "store"
+        own = mock.create_autospec(RankCommand, instance=True)
+        own.store, own.start.side_effect = self.files, lambda *_: StandIn()
+        self.nodes = _Nodes(self.words.store, JOB, own)
 
     def begin(self) -> SurvivingRanks:
-        first = self.words.store.arrive(QUIET)
-        self.nodes.exchange()
-        self.nodes.new_devices()
-        self.nodes.num_ranks = 4
-        for rank in range(4):
-            started = self.nodes.start(1, rank, rank % 2, joins=False) if rank >= 2 else Own()
-            assert started is not None
-            self.ranks[rank] = started
-        surviving = SurvivingRanks(self.start, 4, self.files, self.ranks, new_devices=self.nodes.new_devices)
-        self.nodes.surviving = surviving
-        assert first == 1
+        """Begin the run, all of whose ranks have loaded."""
+        assert self.words.store.arrive(QUIET) == 1
+        assert self.nodes.wait_for_all() == 2
+        surviving = self.nodes.surviving = SurvivingRanks(self.nodes, 4, self.files)
+        for member in range(4):
+            ready_file(self.files, member).touch()
         return surviving
 
-    def start(self, member: int, device: int) -> surviving_nodes.RankProcess | None:
-        slot, local = divmod(device, 2)
-        return Own() if slot == 0 else self.nodes.start(slot, member, local, joins=True)
-
-
-class Own:
-    """A process of this node that ends when the test says so."""
-
-    def __init__(self) -> None:
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        return self.returncode
-
-    def wait(self) -> int:
-        assert self.returncode is not None
-        return self.returncode
-
-    def send_signal(self, number: int, /) -> None:
-        self.returncode = -number
-
-    def kill(self) -> None:
-        self.send_signal(signal.SIGKILL)
+    def orders(self) -> JobOrders:
+        self.nodes.exchange()
+        return self.words.orders()
 
 
 def test_a_rank_of_another_node_that_dies_is_replaced_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at_once(monkeypatch)
     leading = Leading(tmp_path)
     surviving = leading.begin()
-    leading.words.store.report(1, replace(QUIET, ended={"3": -9}, files=("here-0-2", "ready-2")))
+    assert leading.orders().members == {str(rank): MemberOrder(1, rank - 2, Beginning(rank, 4, 0), ()) for rank in (2, 3)}
+    leading.words.store.report(1, replace(QUIET, ended={"3": -9}, files=("here-0-2",)))
     surviving.look()
     assert read_generation(leading.files).members == (0, 1, 2)
-    leading.nodes.exchange()
-    orders = leading.words.orders()
+    orders = leading.orders()
     assert orders.generation == read_generation(leading.files)
-    assert orders.members["4"] == MemberOrder(1, 1, True, ())
-    assert ready_file(leading.files, 2).exists()
+    assert orders.members["4"] == MemberOrder(1, 1, None, ())
+    assert here_file(leading.files, 0, 2).exists()
     leading.words.store.report(1, replace(QUIET, beat=1, ended={"3": -9}, files=("ready-4",)))
     surviving.look()
     assert read_generation(leading.files).members == (0, 1, 2, 4)
     assert read_generation(leading.files).devices == (0, 1, 2, 3)
     here_file(leading.files, 2, 0).touch()
     here_file(leading.files, 1, 0).touch()
-    leading.nodes.exchange()
-    assert leading.words.orders().here == ("here-2-0",)
+    assert leading.orders().here == ("here-2-0",)
 
 
 def test_a_silent_node_is_lost_and_may_come_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     at_once(monkeypatch)
-    monkeypatch.setattr(surviving_nodes, "LOST_SECONDS", 0.05)
+    monkeypatch.setattr(surviving_nodes, "LOST_SECONDS", 0.2)
     leading = Leading(tmp_path)
     surviving = leading.begin()
     surviving.look()
     assert read_generation(leading.files).members == (0, 1, 2, 3)
-    time.sleep(0.1)
-    surviving.look()
+    deadline = time.monotonic() + 30
+    while len(read_generation(leading.files).members) == 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+        surviving.look()
     assert read_generation(leading.files).members == (0, 1)
     assert "node 10.0.0.2 has not been heard of for 0 s; its 2 ranks count as killed" in capsys.readouterr().err
-    assert leading.ranks[2].wait() == -signal.SIGKILL
-    assert len(leading.ranks) == 4, "nobody is there to start another rank"
-    leading.nodes.exchange()
-    assert leading.words.orders().lost == (1,)
+    assert surviving.processes[2].wait() == -signal.SIGKILL
+    assert len(surviving.processes) == 4, "nobody is there to start another rank"
+    assert leading.orders().lost == (1,)
     monkeypatch.setattr(surviving_nodes, "LOST_SECONDS", 60.0)
     assert leading.words.store.arrive(QUIET) == 2
     surviving.look()
-    orders = leading.words.orders()
-    leading.nodes.exchange()
-    orders = leading.words.orders()
-    assert [(member, order.node, order.device, order.joins) for member, order in orders.members.items() if order.node == 2] == [
-        ("4", 2, 0, True),
-        ("5", 2, 1, True),
-    ]
+    assert {member: order for member, order in leading.orders().members.items() if order.node == 2} == {
+        "4": MemberOrder(2, 0, None, ()),
+        "5": MemberOrder(2, 1, None, ()),
+    }
+
+
+def test_a_launcher_that_was_stopped_itself_takes_nobody_for_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither it nor the store, which is in its process, could hear of the others."""
+    at_once(monkeypatch)
+    monkeypatch.setattr(surviving_nodes, "LOST_SECONDS", 0.3)
+    monkeypatch.setattr(surviving_nodes, "_PAUSE_SECONDS", 0.2)
+    leading = Leading(tmp_path)
+    surviving = leading.begin()
+    surviving.look()
+    time.sleep(0.4)
+    surviving.look()
+    assert read_generation(leading.files).members == (0, 1, 2, 3)
+
+
+def test_nodes_that_leave_before_the_run_begins_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(monkeypatch)
+    leading = Leading(tmp_path)
+    leading.words.store._store.add("arrivals", 1)  # a node that was lost before it had sent a report
+    for leaves in (True, False):
+        leading.words.store.arrive(replace(QUIET, leaves=leaves))
+    assert leading.nodes.wait_for_all() == 2
+    assert leading.nodes.new_devices() == []
+    assert [leading.nodes.present(device) for device in range(6)] == [True] * 4 + [False] * 2
+    assert isinstance(leading.nodes.start(2, 2, None), RemoteRank)
+    assert leading.nodes.start(4, 4, None) is None
+    assert leading.orders().members == {"2": MemberOrder(3, 0, None, ())}
+
+
+def test_too_few_nodes_are_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surviving_nodes, "_MEETING_SECONDS", 0.05)
+    with pytest.raises(UserError, match="--nnodes 2: only 1 have come in 0 s"):
+        Leading(tmp_path).nodes.wait_for_all()
 
 
 def test_more_nodes_than_the_job_takes_wait_for_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,22 +243,30 @@ def test_a_signal_and_a_mistake_reach_the_other_side(tmp_path: Path, monkeypatch
     at_once(monkeypatch)
     leading = Leading(tmp_path)
     surviving = leading.begin()
-    leading.ranks[2].send_signal(signal.SIGTERM)
-    leading.ranks[2].kill()
-    leading.nodes.exchange()
-    assert leading.words.orders().members["2"].signals == (signal.SIGTERM, signal.SIGKILL)
+    surviving.processes[2].send_signal(signal.SIGTERM)
+    surviving.processes[2].kill()
+    assert leading.orders().members["2"].signals == (signal.SIGTERM, signal.SIGKILL)
     leading.words.store.report(1, replace(QUIET, ended={"3": 2}, mistakes={"3": "hecate: a mistake"}, stopping=True))
-    assert leading.ranks[3].poll() == 2
+    assert surviving.processes[3].poll() == 2
     assert error_file(tmp_path, 3).read_text(encoding="utf-8") == "hecate: a mistake"
     assert surviving.stopping
+
+
+def test_a_signal_to_a_node_that_does_not_train_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once(monkeypatch)
+    leading = Leading(tmp_path)
+    surviving = leading.begin()
+    leading.words.store.arrive(replace(QUIET, stopping=True))
+    surviving.look()
+    assert not surviving.stopping
 
 
 RANK = """
 import os, signal, sys, time
 from hecate.io.process_end import die_with_parent
 die_with_parent(os.getppid())
-given = [os.environ.get(name, "-") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "HECATE_MEMBER", "HECATE_JOIN")]
-open(os.environ["HECATE_ERRORS"] + "/began-" + given[0], "w").write(" ".join(given))
+given = [os.environ.get(name, "-") for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "HECATE_BEGINS", "HECATE_JOIN")]
+open(os.environ["HECATE_ERRORS"] + "/began-" + os.environ["HECATE_MEMBER"], "w").write(" ".join(given))
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 time.sleep(60)
 """
@@ -250,13 +278,12 @@ class Following:
     def __init__(self, folder: Path) -> None:
         self.words, self.files = Words(), folder / "store"
         self.signals: list[int] = []
-        own = RankCommand((sys.executable, "-c", RANK), {}, self.files, 4, survives=True)
-        self.follower = _OwnRanks(lambda num_ranks: replace(own, num_ranks=num_ranks), JOB, free_endpoint(), self.files)
+        self.follower = _OwnRanks(RankCommand((sys.executable, "-c", RANK), {}, self.files, survives=True), JOB, "10.0.0.2")
         self.status: list[int | UserError | None] = []
         self.words.store.order(ORDERS)
         self._thread = threading.Thread(target=self._run)
         self._thread.start()
-        self.until(lambda: self.words.store.has_report(1))
+        self.until(lambda: self.words.store.arrived([]))
 
     def _run(self) -> None:
         try:
@@ -296,15 +323,15 @@ def following(folder: Path) -> Iterator[Following]:
 
 
 def order(node: int = 1, device: int = 0, *, joins: bool = False, signals: tuple[int, ...] = ()) -> MemberOrder:
-    return MemberOrder(node, device, joins, signals)
+    return MemberOrder(node, device, None if joins else Beginning(2, 4, 1), signals)
 
 
 def test_a_node_starts_signals_and_reports_its_own_members(tmp_path: Path) -> None:
     with following(tmp_path) as node:
         given = {"2": order(), "3": order(device=1, joins=True), "1": order(node=2)}
         node.words.store.order(replace(ORDERS, members=given, here=("here-0-0",)))
-        assert node.began(2) == "2 0 4 2 -"
-        assert node.began(3) == "3 1 4 3 1"
+        assert node.began(2) == "2 0 4 1 -"
+        assert node.began(3) == "3 1 4 - 1"
         assert read_generation(node.files) == ORDERS.generation
         assert here_file(node.files, 0, 0).exists()
         assert not node.files.with_name("began-1").exists()
@@ -363,3 +390,13 @@ def test_a_rank_of_the_second_node_dies_and_no_step_is_lost(tmp_path: Path) -> N
     assert "rank 3 was killed by SIGKILL; 3 ranks go on" in run.log
     assert "meeting point" not in run.log
     assert "last checkpoint" not in run.log
+
+
+def test_a_node_that_is_told_to_stop_does_not_wait_for_ranks_that_load(tmp_path: Path) -> None:
+    """They are let in no more, and would wait for that for ever."""
+    with following(tmp_path) as node:
+        node.words.store.order(replace(ORDERS, generation=Generation(0, (0, 1), (0, 1), 2), members={"2": order(joins=True)}))
+        node.began(2)
+        node.signals.append(signal.SIGTERM)
+        assert node.end() == 0
+        assert node.report().leaves

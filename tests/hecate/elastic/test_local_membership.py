@@ -11,7 +11,15 @@ import pytest
 
 from hecate.elastic.local_membership import LocalMembership, local_membership
 from hecate.errors import UserError
-from hecate.ranks.launcher_files import JOIN_VARIABLE, MEMBER_VARIABLE, STORE_VARIABLE, Generation, ready_file, write_generation
+from hecate.ranks.launcher_files import (
+    BEGINS_VARIABLE,
+    JOIN_VARIABLE,
+    MEMBER_VARIABLE,
+    STORE_VARIABLE,
+    Generation,
+    ready_file,
+    write_generation,
+)
 from hecate.ranks.ranks import Ranks
 from tests.hecate.megatron.making import config_of, write_parts
 
@@ -25,7 +33,7 @@ def member_and_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Loc
     """The same with its ranks, which are on NCCL."""
     monkeypatch.setattr("hecate.elastic.peer_watch.is_nccl", lambda group: True)
     ranks = mock.create_autospec(Ranks, instance=True)
-    ranks.groups, ranks.world_size = mock.Mock(), 2
+    ranks.groups, ranks.rank, ranks.world_size = mock.Mock(), 1, 2
     write_parts(folder)
     assert local_membership(config_of(folder), ranks) is None
     monkeypatch.setenv(MEMBER_VARIABLE, "1")
@@ -52,9 +60,31 @@ def test_from_the_beginning_a_lost_rank_is_noticed(tmp_path: Path, monkeypatch: 
 def test_a_new_generation_is_a_request_to_regroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     membership = member(tmp_path, monkeypatch)
     assert not membership.regroup_requested()
+    assert not ready_file(tmp_path / "store", 1).exists()
+    membership.loaded()
     assert ready_file(tmp_path / "store", 1).exists()
     write_generation(tmp_path / "store", Generation(1, (0, 1, 2), (0, 1, 2), 3))
     assert membership.regroup_requested()
+
+
+def test_ranks_that_were_started_again_are_watched_by_their_new_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Members 2 and 3 begin the run together, in its second generation."""
+    monkeypatch.setattr("hecate.elastic.peer_watch.is_nccl", lambda group: True)
+    monkeypatch.setattr(threading.Thread, "start", lambda _: None)
+    ranks = mock.create_autospec(Ranks, instance=True)
+    ranks.groups, ranks.rank, ranks.world_size = mock.Mock(), 1, 2
+    write_parts(tmp_path)
+    for name, value in ((MEMBER_VARIABLE, "3"), (BEGINS_VARIABLE, "1"), (STORE_VARIABLE, str(tmp_path / "store"))):
+        monkeypatch.setenv(name, value)
+    write_generation(tmp_path / "store", Generation(1, (2, 3), (0, 1), 2))
+    membership = LocalMembership(config_of(tmp_path), ranks)
+    assert not membership.regroup_requested()
+    assert membership._watch.look()
+    assert not ranks.abort.called
+    write_generation(tmp_path / "store", Generation(2, (3,), (1,), 2))
+    assert membership.regroup_requested()
+    assert membership._watch.look()
+    assert ranks.abort.called
 
 
 def test_without_a_new_generation_there_is_no_next_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

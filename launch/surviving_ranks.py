@@ -1,0 +1,217 @@
+"""Decides which ranks of a run go on together when some of them die or more of them have come.
+
+The launcher of one machine and the one that leads those of several nodes decide by the same rules. What a rank reads of this is in
+`hecate.ranks.launcher_files`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from hecate.errors import USER_ERROR_EXIT
+from hecate.launch.rank_command import Beginning, RankCommand, RankProcess, cause_of
+from hecate.launch.stopped_ranks import StoppedRanks, say_stopped
+from hecate.ranks.launcher_files import Generation, error_file, here_file, pid_files, ready_file, write_generation
+
+MOST_REPLACED = 3
+"""largest number of ranks that a run starts in place of lost ones, if nothing else is said"""
+
+
+class Machines(Protocol):
+    """Where the processes of a run are started."""
+
+    def start(self, member: int, device: int, begins: Beginning | None) -> RankProcess | None:
+        """Start a member on a device; None: the machine of that device is gone. See `RankCommand.start`."""
+
+    def present(self, device: int) -> bool:
+        """Whether the machine of that device is there."""
+
+    def new_devices(self) -> Sequence[int]:
+        """The devices that have come to the run since the last call."""
+
+
+class ThisMachine:
+    """`Machines` of a run on one machine."""
+
+    def __init__(self, command: RankCommand) -> None:
+        self.start = command.start
+
+    def present(self, device: int) -> bool:
+        return True
+
+    def new_devices(self) -> Sequence[int]:
+        return ()
+
+
+class SurvivingRanks:
+    """The ranks of a run that goes on when some of them die.
+
+    After a loss it writes the file from which the remaining ranks read who goes on (`Generation`), and starts a replacement. If a rank is
+    lost before all have loaded, nothing was trained yet, and all are started again.
+    """
+
+    def __init__(self, machines: Machines, num_ranks: int, store: Path, together: int = 1, most_replaced: int = MOST_REPLACED) -> None:
+        """Start the ranks that begin the run, on the devices with their numbers.
+
+        Args:
+            machines: where ranks are started.
+            num_ranks: the number of ranks that begin.
+            store: the path that the files between launcher and ranks are named after (`hecate.ranks.launcher_files`).
+            together: see `launch_local`.
+            most_replaced: see `launch_local`.
+        """
+        self._machines, self._store, self._together = machines, store, together
+        self.processes: dict[int, RankProcess] = {}
+        """the process of each member, by number"""
+        self._loading: dict[int, int] = {}
+        """member that has not joined yet -> the device that it will use"""
+        self._left_to_replace = most_replaced
+        self._stopped = StoppedRanks()
+        self.stopping = False
+        """True: lost ranks are not replaced any more"""
+        self.failed: int | None = None
+        """the member whose loss ended the run before it had begun"""
+        self._has_begun = False
+        self._now = self._first = self._start_all(0, range(num_ranks))
+
+    @property
+    def members(self) -> tuple[int, ...]:
+        return self._now.members
+
+    @property
+    def printing(self) -> int:
+        """the member that began as rank 0, which prints its own errors"""
+        return self._first.members[0]
+
+    def look(self) -> None:
+        """Let members that have loaded join, and let the living members go on without those that have died. It returns at once."""
+        self._end_late()
+        if not self.stopping:
+            for device in self._machines.new_devices():
+                if self._together == 1:
+                    self._begin(device)
+            self._fill_up()
+        self._evict_stopped()
+        statuses = {member: self.processes[member].poll() for member in self._now.members}
+        if USER_ERROR_EXIT in statuses.values():
+            return  # the run ends; others may have lost that rank meanwhile
+        dead = [member for member, status in statuses.items() if status not in (None, 0)]
+        if (dead or len(self._first.members) < self._first.num_devices) and not self._begun():
+            self._begin_again(dead)
+            return
+        broken = {self._now.members.index(member) // self._together for member in dead}
+        left = [member for rank, member in enumerate(self._now.members) if rank // self._together not in broken]
+        if not dead or 0 in statuses.values() or not any(statuses[member] is None for member in left):
+            return
+        device_of = dict(zip(self._now.members, self._now.devices, strict=True))
+        causes = self._causes(dead)
+        ended = [member for member in self._now.members if member not in left and member not in dead]
+        if ended:
+            causes += f"; {len(ended)} more of its tensor group ended, which have only parts of the model"
+        self._kill(ended)  # before they can read that the others go on without them
+        self._regroup(tuple(left), tuple(device_of[member] for member in left))
+        print(f"hecate: {causes}; {len(left)} ranks go on", file=sys.stderr, flush=True)
+        if not self.stopping and self._together == 1:
+            for member in dead:
+                self._replace(device_of[member])
+
+    def _begun(self) -> bool:
+        """Whether each rank that begins the run has loaded, so that the others can go on without it."""
+        self._has_begun = self._has_begun or all(ready_file(self._store, member).exists() for member in self._first.members)
+        return self._has_begun
+
+    def _begin_again(self, dead: Sequence[int]) -> None:
+        """Start all ranks again, on the devices that are left."""
+        causes = f"{self._causes(dead) or 'a node was lost'} before the run had begun"
+        self._kill(self._now.members)
+        devices = [device for device in self._now.devices if self._machines.present(device)]
+        devices = devices[: len(devices) // self._together * self._together]
+        if self.stopping or self._left_to_replace == 0 or not devices:
+            self.failed = dead[0] if dead else self._now.members[0]
+            return
+        self._left_to_replace -= 1
+        print(f"hecate: {causes}; all {len(devices)} ranks start again", file=sys.stderr, flush=True)
+        self._now = self._first = self._start_all(self._now.number + 1, devices)
+
+    def _start_all(self, number: int, devices: Iterable[int]) -> Generation:
+        places = list(enumerate(devices, start=max(self.processes, default=-1) + 1))
+        started = {}
+        for rank, (member, device) in enumerate(places):
+            process = self._machines.start(member, device, Beginning(rank, len(places), number))
+            if process is not None:  # else its machine has gone just now, and `look` starts the others again without it
+                self.processes[member], started[member] = process, device
+        first = Generation(number, tuple(started), tuple(started.values()), len(places))
+        write_generation(self._store, first)
+        return first
+
+    def _end_late(self) -> None:
+        """Kill new members if the run has ended without them, since they would wait for the others for ever.
+
+        They were let in while the others did their last step, which then ended, all steps done, and had not read of this generation.
+        """
+        number, first = self._now.number, self._first
+        ended = [member for member in self._now.members if self.processes[member].poll() == 0]
+        if number == first.number or all(here_file(self._store, number, member).exists() for member in ended):
+            return
+        before = range(first.number, number)
+        trained = {m for m in self._now.members if m in first.members or any(here_file(self._store, n, m).exists() for n in before)}
+        late = [member for member in self._now.members if member not in trained]
+        self._kill(late)
+        left = [(m, device) for m, device in zip(self._now.members, self._now.devices, strict=True) if m not in late]
+        self._now = replace(self._now, members=tuple(m for m, _ in left), devices=tuple(device for _, device in left))
+
+    def _evict_stopped(self) -> None:
+        """Kill members that have been stopped for a while: their peers wait for them, and nothing else would end that."""
+        pid_of = pid_files(self._store.parent)
+        members = {member: pid_of[member] for member in self._now.members if member in pid_of and self.processes[member].poll() is None}
+        for member, seconds in self._stopped.look(members).items():
+            say_stopped(self._now.members.index(member), seconds)
+            self._kill([member])
+
+    def _fill_up(self) -> None:
+        if any(self.processes[member].poll() == 0 for member in self._now.members):
+            return  # the run ends
+        if not self._begun():
+            return
+        for member in [m for m in self._loading if ready_file(self._store, m).exists()]:
+            self._regroup((*self._now.members, member), (*self._now.devices, self._loading.pop(member)))
+        for member in [m for m in self._loading if self.processes[m].poll() is not None]:
+            status, device = self.processes[member].wait(), self._loading.pop(member)
+            print(f"hecate: a rank that was to join the run {cause_of(status)}", file=sys.stderr, flush=True)
+            if status != USER_ERROR_EXIT:
+                self._replace(device)
+            elif (said := error_file(self._store.parent, member)).exists():
+                print(said.read_text(encoding="utf-8"), file=sys.stderr, flush=True)
+
+    def _regroup(self, members: tuple[int, ...], devices: tuple[int, ...]) -> None:
+        self._now = replace(self._now, number=self._now.number + 1, members=members, devices=devices)
+        write_generation(self._store, self._now)
+
+    def _replace(self, device: int) -> None:
+        if self._left_to_replace > 0 and self._begin(device):
+            self._left_to_replace -= 1
+
+    def _begin(self, device: int) -> bool:
+        """Start a member that joins when it has loaded; False: its device is gone, or another member has it by now."""
+        living = {at for member, at in zip(self._now.members, self._now.devices, strict=True) if self.processes[member].poll() is None}
+        if device in living or device in self._loading.values():
+            return False
+        member = max(self.processes) + 1
+        process = self._machines.start(member, device, None)
+        if process is not None:
+            self.processes[member], self._loading[member] = process, device
+        return process is not None
+
+    def _causes(self, dead: Sequence[int]) -> str:
+        return ", ".join(f"rank {self._now.members.index(member)} {cause_of(self.processes[member].wait())}" for member in dead)
+
+    def _kill(self, members: Iterable[int]) -> None:
+        living = [self.processes[member] for member in members if self.processes[member].poll() is None]
+        for process in living:
+            process.kill()
+        for process in living:
+            process.wait()

@@ -1,0 +1,47 @@
+"""Processes of ranks that end when a test says so, and machines on which they are started."""
+
+from __future__ import annotations
+
+import signal
+
+from hecate.launch.rank_command import Beginning
+
+
+class StandIn:
+    """A process of a rank."""
+
+    def __init__(self) -> None:
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self) -> int:
+        assert self.returncode is not None
+        return self.returncode
+
+    def send_signal(self, number: int, /) -> None:
+        self.returncode = -number if self.returncode is None else self.returncode
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+class StandInMachines:
+    """Machines (`hecate.launch.surviving_ranks.Machines`), some of whose devices may be gone."""
+
+    def __init__(self) -> None:
+        self.started: list[tuple[int, int, Beginning | None]] = []
+        self.gone: set[int] = set()
+        self.new: list[int] = []
+
+    def start(self, member: int, device: int, begins: Beginning | None) -> StandIn | None:
+        self.started.append((member, device, begins))
+        return None if device in self.gone else StandIn()
+
+    def present(self, device: int) -> bool:
+        return device not in self.gone
+
+    def new_devices(self) -> list[int]:
+        new, self.new = self.new, []
+        return new
