@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 Place = Literal[
+    "begin",  # a rank is about to connect to those that it begins the run with
+    "loaded",  # it has loaded the model, and is about to say so
     "step",  # a step begins; with its number
     "forward",  # a micro-step's forward pass begins
     "layer",  # a decoder layer begins
@@ -24,6 +26,7 @@ Place = Literal[
     "stepped",  # the parameters have changed
     "trained",  # the step counts as done; with its sequences
     "save",  # a checkpoint is about to be written
+    "output",  # what the run leaves is about to be written; then: it is written, and the ranks are about to agree on that
     "lost",  # this rank has noticed that another one is lost
     "regrouped",  # this rank goes on with the ranks that are left, or that have come
     "file",  # an operation on a file of a checkpoint; with its name (`hecate.drill.disk`)

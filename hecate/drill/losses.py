@@ -11,7 +11,7 @@ from hecate.drill.armed import Injected
 from hecate.drill.launchers import Launcher
 from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of, worst
 from hecate.drill.ranks import TOLERANCE, Launched, begin_run, difference, loss_difference
-from hecate.drill.tiny_run import save_random_moe
+from hecate.drill.tiny_run import STEPS, save_random_moe
 from hecate.faults import Place
 
 PHASES: dict[str, tuple[Place, int]] = {
@@ -23,6 +23,13 @@ PHASES: dict[str, tuple[Place, int]] = {
     "stepped": ("stepped", 1),
 }
 """name -> the place, and at which of its calls in the step; twice a step runs through two layers"""
+_AROUND: tuple[tuple[str, int, Place, int, int], ...] = (
+    ("before the ranks have met", 1, "begin", 1, -1),
+    ("when it has loaded", 2, "loaded", 1, -1),
+    ("before the adapter is written", 0, "output", 1, STEPS - 1),
+    ("when the adapter is written", 1, "output", 2, STEPS - 1),
+)
+"""before the first step and after the last: name, rank, place, call, step"""
 _TWO_NODES = """\
 nodes: [{devices: 2, flops: 3e9, memory: 3e9}, {devices: 2, flops: 3e9, memory: 3e9}]
 intra_node: {bandwidth: 1e9, latency: 1e-5}
@@ -48,6 +55,11 @@ def kill_any_rank(scope: Scope) -> DrillOutcome:
             run = begin_run(scope, "killed", RANKS, injected=[fault]).end()
             cases.append(DrillCase(f"rank {rank}, step {step}, {phase}", problem := problem_of(run, whole, lost=1)))
             times.add(run, [] if problem else run.when("kill"))
+    for name, rank, place, call, step in _AROUND[1:2] if scope.quick else _AROUND:
+        fault = Injected(action="kill", place=place, call=call, rank=rank, step=step)
+        run = begin_run(scope, "around", RANKS, injected=[fault]).end()
+        problem = problem_of(run, whole, lost=1) or ("" if (run.output / "adapter").is_dir() else "no adapter was left")
+        cases.append(DrillCase(f"rank {rank}, {name}", problem))
     for rank, phase in () if scope.quick else [(0, "backward"), (1, "reduce"), (2, "optimizer"), (3, "stepped")]:
         place, call = PHASES[phase]
         fault = Injected(action="kill", place=place, call=call, rank=rank, step=2)

@@ -142,6 +142,7 @@ def train(
         measured = _Measured()
         wants_first = bool(config.eval.on_start and training.parts.eval_sources and training.standing.step == 0 and not joins)
         if membership is not None and not joins:
+            faults.at("loaded")
             membership.loaded()
         facts: list[tuple[str, str]] | None = None
         while facts is None:
@@ -166,7 +167,9 @@ def train(
 
 def _finish(training: Training, outside: _Outside) -> list[tuple[str, str]]:
     """Write what the run leaves, and return what the summary says of it, as names and values. It can be done again after a loss."""
+    faults.at("output")
     written = training.parts.output.replace(Path(training.parts.config.output_dir), training.parts.moe, training.ranks)
+    faults.at("output")
     peaks = peak_memory(training.ranks.device)
     fullest = training.ranks.all_most(list(map(float, peaks.values())))
     outside.note(outside.profile.merge(at_end=True))

@@ -81,6 +81,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
     if errors and MEMBER_VARIABLE not in os.environ:  # a member leaves its own
         leave_pid(Path(errors), int(os.environ.get("RANK", "0")))
     os.environ.update(gpu_allocator_defaults(os.environ))  # plain torchrun has not set them
+    from hecate import faults
     from hecate.config import load_config
     from hecate.train.preflight import check_machine
 
@@ -94,6 +95,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
     from hecate.train.loop import train
 
     try:
+        faults.at("begin")
         model = config.model
         with join_ranks(config.fssdp.shard_size, model.tensor_parallel, sharded_layers=model.shard_non_experts) as ranks:
             if ranks.is_first:
