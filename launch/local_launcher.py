@@ -69,7 +69,7 @@ def start_and_watch(
     """
     own = RankCommand(command, _environment(num_ranks), store, survives)
     if survives:
-        surviving = SurvivingRanks(ThisMachine(own), num_ranks, store, together, most_replaced)
+        surviving = SurvivingRanks(ThisMachine(own, num_ranks), store, together, most_replaced)
         return watch(surviving.processes, store, surviving)
     return watch({rank: own.start(rank, rank, Beginning(rank, num_ranks, 0)) for rank in range(num_ranks)}, store, None)
 
@@ -126,9 +126,11 @@ def _wait(ranks: Mapping[int, RankProcess], store: Path, surviving: SurvivingRan
     def running() -> list[int]:
         return [number for number in (surviving.members if surviving else ranks) if ranks[number].poll() is None]
 
-    while running():
+    while True:
         if surviving:
             surviving.look()
+        if not running() and not (surviving and surviving.waits):
+            break
         if waiting:
             waiting.say_new(pid_files(store.parent))
         for number in surviving.members if surviving else ranks:

@@ -67,8 +67,8 @@ def lead(own: RankCommand, job: JobShape, meeting: Endpoint, together: int, most
     nodes = _Nodes(MessageStore.host(meeting, job), job, own)
     status = 1
     try:
-        count = nodes.wait_for_all()
-        nodes.surviving = SurvivingRanks(nodes, count * job.ranks_per_node, own.store, together, most_replaced)
+        nodes.wait_for_all()
+        nodes.surviving = SurvivingRanks(nodes, own.store, together, most_replaced)
         status = watch(nodes.surviving.processes, own.store, nodes.surviving)
         if status == 0 and nodes.stopped:
             status = 128 + signal.SIGTERM
@@ -111,8 +111,8 @@ class _Nodes:
         """whether a signal to another node has stopped the run"""
         self.surviving: SurvivingRanks | None = None
 
-    def wait_for_all(self) -> int:
-        """Wait for the nodes that the run begins with, and return their number, this one included.
+    def wait_for_all(self) -> None:
+        """Wait for the nodes that the run begins with, and give each its place.
 
         Raises:
             UserError: too few have come.
@@ -135,7 +135,6 @@ class _Nodes:
         for slot, node in enumerate(present[: self._job.most - 1], start=1):
             node.slot = slot
         self._complete = True
-        return 1 + min(len(present), self._job.most - 1)
 
     def start(self, member: int, device: int, begins: Beginning | None) -> RankProcess | None:
         """Start a member, or have the node in whose place the device is start it; None: no node is there."""
@@ -149,9 +148,12 @@ class _Nodes:
         self._orders[str(member)] = MemberOrder(number, local, begins, ())
         return RemoteRank(self, member)
 
-    def present(self, device: int) -> bool:
-        slot = device // self._job.ranks_per_node
-        return slot == 0 or self._in_place(slot) is not None
+    def devices_to_begin(self) -> list[int] | None:
+        self.exchange()
+        slots = [slot for slot in range(self._job.most) if slot == 0 or self._in_place(slot) is not None]
+        if len(slots) < self._job.fewest:
+            return None
+        return [device for slot in slots for device in range(slot * self._job.ranks_per_node, (slot + 1) * self._job.ranks_per_node)]
 
     def _in_place(self, slot: int) -> int | None:
         """The number of the node in a place, if one is there."""
@@ -289,6 +291,7 @@ def follow(own: RankCommand, job: JobShape, meeting: Endpoint) -> int:
 
     def stop(number: int, _frame: FrameType | None) -> None:
         signals.append(number)
+        ranks.stopping = True
         if len(signals) == 1:  # not print, which the signal may have interrupted
             with suppress(OSError):
                 os.write(2, STOPPING.encode())
@@ -311,8 +314,7 @@ def follow(own: RankCommand, job: JobShape, meeting: Endpoint) -> int:
     if signals:
         return 128 + signals[0]
     if status == USER_ERROR_EXIT and (found := mistakes(own.store.parent)):
-        if found[0].name != "error-0":  # rank 0 prints its own error
-            print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
+        print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
     elif status > 128:
         print("hecate: a signal to another node has stopped the job, whose ranks have saved", file=sys.stderr)
     elif status:
@@ -330,6 +332,8 @@ class _OwnRanks:
         self._signals: dict[int, int] = {}
         """member -> how many of the ordered signals it has had"""
         self._stopped = StoppedRanks()
+        self.stopping = False
+        """whether this node was told to stop; a process that starts all the same is told so, too"""
 
     def run(self, store: MessageStore, signals: Sequence[int]) -> int | None:
         """Follow until the run has ended, and return its exit status; None: this node has been taken for lost.
@@ -398,6 +402,8 @@ class _OwnRanks:
             raise UserError(f"member {member} was ordered to use device {order.device} of this node, which is taken or does not exist")
         self._processes[member] = self._own.start(member, order.device, order.begins)
         self._devices[member], self._signals[member] = order.device, 0
+        if self.stopping:
+            self._processes[member].send_signal(signal.SIGTERM)
 
     def _evict_stopped(self) -> None:
         pid_of = pid_files(self._files.parent)

@@ -6,7 +6,9 @@ The launcher of one machine and the one that leads those of several nodes decide
 
 from __future__ import annotations
 
+import signal
 import sys
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from hecate.ranks.launcher_files import Generation, error_file, here_file, pid_f
 
 MOST_REPLACED = 3
 """largest number of ranks that a run starts in place of lost ones, if nothing else is said"""
+_END_SECONDS, _WAIT_SECONDS = 1.0, 600.0
 
 
 class Machines(Protocol):
@@ -27,8 +30,8 @@ class Machines(Protocol):
     def start(self, member: int, device: int, begins: Beginning | None) -> RankProcess | None:
         """Start a member on a device; None: the machine of that device is gone. See `RankCommand.start`."""
 
-    def present(self, device: int) -> bool:
-        """Whether the machine of that device is there."""
+    def devices_to_begin(self) -> Sequence[int] | None:
+        """The devices on which the run may begin now; None: it waits for machines."""
 
     def new_devices(self) -> Sequence[int]:
         """The devices that have come to the run since the last call."""
@@ -37,11 +40,11 @@ class Machines(Protocol):
 class ThisMachine:
     """`Machines` of a run on one machine."""
 
-    def __init__(self, command: RankCommand) -> None:
-        self.start = command.start
+    def __init__(self, command: RankCommand, num_ranks: int) -> None:
+        self.start, self._devices = command.start, range(num_ranks)
 
-    def present(self, device: int) -> bool:
-        return True
+    def devices_to_begin(self) -> Sequence[int]:
+        return self._devices
 
     def new_devices(self) -> Sequence[int]:
         return ()
@@ -54,12 +57,11 @@ class SurvivingRanks:
     lost before all have loaded, nothing was trained yet, and all are started again.
     """
 
-    def __init__(self, machines: Machines, num_ranks: int, store: Path, together: int = 1, most_replaced: int = MOST_REPLACED) -> None:
-        """Start the ranks that begin the run, on the devices with their numbers.
+    def __init__(self, machines: Machines, store: Path, together: int = 1, most_replaced: int = MOST_REPLACED) -> None:
+        """Start the ranks that begin the run.
 
         Args:
-            machines: where ranks are started.
-            num_ranks: the number of ranks that begin.
+            machines: where ranks are started; all that the run begins with are there.
             store: the path that the files between launcher and ranks are named after (`hecate.ranks.launcher_files`).
             together: see `launch_local`.
             most_replaced: see `launch_local`.
@@ -76,7 +78,13 @@ class SurvivingRanks:
         self.failed: int | None = None
         """the member whose loss ended the run before it had begun"""
         self._has_begun = False
-        self._now = self._first = self._start_all(0, range(num_ranks))
+        self._ends_at = 0.0
+        """until when ranks may end by themselves after one was lost before the beginning; 0: none was"""
+        self._waits_until = 0.0
+        """until when the run waits for machines before it begins again; 0: it does not"""
+        devices = machines.devices_to_begin()
+        assert devices is not None
+        self._now = self._first = self._start_all(0, devices)
 
     @property
     def members(self) -> tuple[int, ...]:
@@ -87,8 +95,16 @@ class SurvivingRanks:
         """the member that began as rank 0, which prints its own errors"""
         return self._first.members[0]
 
+    @property
+    def waits(self) -> bool:
+        """whether no rank runs, and all start when enough machines are there"""
+        return self._waits_until > 0
+
     def look(self) -> None:
         """Let members that have loaded join, and let the living members go on without those that have died. It returns at once."""
+        if self.waits:
+            self._begin_when_possible()
+            return
         self._end_late()
         if not self.stopping:
             for device in self._machines.new_devices():
@@ -101,7 +117,10 @@ class SurvivingRanks:
             return  # the run ends; others may have lost that rank meanwhile
         dead = [member for member, status in statuses.items() if status not in (None, 0)]
         if (dead or len(self._first.members) < self._first.num_devices) and not self._begun():
-            self._begin_again(dead)
+            self._ends_at = self._ends_at or time.monotonic() + _END_SECONDS
+            # One of them may be about to say that it has met a user's mistake, by which the others have lost it.
+            if time.monotonic() > self._ends_at or None not in statuses.values():
+                self._begin_again(dead)
             return
         broken = {self._now.members.index(member) // self._together for member in dead}
         left = [member for rank, member in enumerate(self._now.members) if rank // self._together not in broken]
@@ -125,17 +144,28 @@ class SurvivingRanks:
         return self._has_begun
 
     def _begin_again(self, dead: Sequence[int]) -> None:
-        """Start all ranks again, on the devices that are left."""
+        """Start all ranks again, unless one of them has met a user's mistake."""
+        self._ends_at = 0.0
         causes = f"{self._causes(dead) or 'a node was lost'} before the run had begun"
         self._kill(self._now.members)
-        devices = [device for device in self._now.devices if self._machines.present(device)]
-        devices = devices[: len(devices) // self._together * self._together]
-        if self.stopping or self._left_to_replace == 0 or not devices:
-            self.failed = dead[0] if dead else self._now.members[0]
+        mistaken = [member for member in self._now.members if self.processes[member].wait() == USER_ERROR_EXIT]
+        if mistaken or self.stopping or self._left_to_replace == 0:
+            self.failed = [*mistaken, *dead, *self._now.members][0]
             return
         self._left_to_replace -= 1
-        print(f"hecate: {causes}; all {len(devices)} ranks start again", file=sys.stderr, flush=True)
-        self._now = self._first = self._start_all(self._now.number + 1, devices)
+        print(f"hecate: {causes}; all ranks start again", file=sys.stderr, flush=True)
+        self._waits_until = time.monotonic() + _WAIT_SECONDS
+        self._begin_when_possible()
+
+    def _begin_when_possible(self) -> None:
+        devices = self._machines.devices_to_begin()
+        if devices is not None:
+            self._waits_until = 0.0
+            self._now = self._first = self._start_all(self._now.number + 1, devices)
+            for member in self._first.members if self.stopping else ():  # a signal came meanwhile
+                self.processes[member].send_signal(signal.SIGTERM)
+        elif self.stopping or time.monotonic() > self._waits_until:
+            self._waits_until, self.failed = 0.0, self._now.members[0]
 
     def _start_all(self, number: int, devices: Iterable[int]) -> Generation:
         places = list(enumerate(devices, start=max(self.processes, default=-1) + 1))
@@ -149,9 +179,9 @@ class SurvivingRanks:
         return first
 
     def _end_late(self) -> None:
-        """Kill new members if the run has ended without them, since they would wait for the others for ever.
+        """Kill members that would wait for ever for others, which have ended with all steps done and had not read of this generation.
 
-        They were let in while the others did their last step, which then ended, all steps done, and had not read of this generation.
+        They were let in while the others did their last step.
         """
         number, first = self._now.number, self._first
         ended = [member for member in self._now.members if self.processes[member].poll() == 0]
@@ -159,7 +189,8 @@ class SurvivingRanks:
             return
         before = range(first.number, number)
         trained = {m for m in self._now.members if m in first.members or any(here_file(self._store, n, m).exists() for n in before)}
-        late = [member for member in self._now.members if member not in trained]
+        # One that has trained, but lost the others in their last message, waits as well.
+        late = [m for m in self._now.members if m not in trained or (m not in ended and here_file(self._store, number, m).exists())]
         self._kill(late)
         left = [(m, device) for m, device in zip(self._now.members, self._now.devices, strict=True) if m not in late]
         self._now = replace(self._now, members=tuple(m for m, _ in left), devices=tuple(device for _, device in left))

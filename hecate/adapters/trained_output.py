@@ -34,8 +34,11 @@ class TrainedOutput:
     def replace(self, run_folder: Path, moe: MoeModel, ranks: Ranks) -> Path:
         """Write the folder, replacing the one that an earlier end of the same run wrote. Every rank must call it."""
         folder = run_folder / self.name
-        if ranks.is_first and folder.exists():
-            shutil.rmtree(folder)
+        if ranks.is_first:
+            # An export that a lost rank has begun left a folder of its own (`hecate.io.durable.new_folder`).
+            for old in (folder, *run_folder.glob(f"{self.name}.tmp-*")):
+                if old.exists():
+                    shutil.rmtree(old)
         self.write(folder, moe, ranks)
         return folder
 

@@ -27,7 +27,7 @@ from hecate.ranks.launcher_files import (
     ready_file,
 )
 from hecate.ranks.meeting import meeting_store
-from hecate.ranks.ranks import Ranks, connect, restarts
+from hecate.ranks.ranks import Ranks, connect, first_generation
 
 _GRACE = 10.0
 """Seconds within which a launcher that has lost a rank writes the next generation. It waits for a silent node for some of them
@@ -53,7 +53,7 @@ class LocalMembership:
         self._config = config
         self._store = Path(os.environ[STORE_VARIABLE])
         self._member = int(os.environ[MEMBER_VARIABLE])
-        self._number = restarts()
+        self._number = first_generation()
         self._watch = PeerWatch(self._store)
         leave_pid(self._store.parent, self._member)
         if JOIN_VARIABLE not in os.environ:  # a rank that is to join is alone until then

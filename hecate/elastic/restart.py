@@ -11,7 +11,7 @@ from pathlib import Path
 from hecate.checkpoint import good_checkpoints
 from hecate.config import Config
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.ranks.launcher_files import ERRORS_VARIABLE, error_file
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, STORE_VARIABLE, error_file
 from hecate.ranks.ranks import Ranks, restarts
 
 
@@ -29,11 +29,15 @@ def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | 
         newest = next(good_checkpoints(Path(config.output_dir)), None) if ranks.is_first else None
         return replace(config, resume=ranks.all_max(float(newest is not None)) > 0)
     taken: UserError | None = None
-    if claim is not None:
+    claimed = Path(os.environ[STORE_VARIABLE]).with_name("claimed") if STORE_VARIABLE in os.environ else None
+    if claim is not None and not (claimed and claimed.exists()):  # else a first rank that was lost before the beginning has done so
         try:
             claim()
         except UserError as error:
             taken = error
+        else:
+            if claimed:
+                claimed.touch()
     if ranks.all_max(float(taken is not None)):
         if taken is not None:
             raise taken

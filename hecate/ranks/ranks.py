@@ -202,7 +202,7 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1, *, sharded_layer
         store: dist.Store | None = dist.HashStore()
     elif STORE_VARIABLE in os.environ:
         # Each time that a launcher starts all ranks anew, they meet in a new place.
-        store = meeting_store(restarts(), world_size)
+        store = meeting_store(first_generation(), world_size)
     else:
         store = None
     if LAUNCHED_VARIABLE in os.environ:
@@ -251,9 +251,14 @@ def loss_in_words(error: BaseException) -> str:
 
 
 def restarts() -> int:
-    """How often the launcher has started all ranks anew. Torch's elastic agents may count differently from node to node."""
-    count = os.environ.get(BEGINS_VARIABLE) or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    """How often torch's elastic agent on this node has started its ranks anew. The number may differ from node to node."""
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return int(count) if count.isdigit() else 0
+
+
+def first_generation() -> int:
+    """The number of the generation of ranks that this process begins with, which differs each time that a launcher starts all anew."""
+    return int(os.environ.get(BEGINS_VARIABLE) or restarts())
 
 
 def connect(

@@ -140,14 +140,13 @@ def train(
         stack.callback(outside.mismatches.end)
         _tell_beginning(training, outside)
         measured = _Measured()
-        wants_first = bool(config.eval.on_start and training.parts.eval_sources and training.standing.step == 0 and not joins)
         if membership is not None and not joins:
             faults.at("loaded")
             membership.loaded()
         facts: list[tuple[str, str]] | None = None
         while facts is None:
             try:
-                if wants_first and measured.before is None:
+                if _evaluates_first(training, lacks=not joins and measured.before is None):
                     measured.before = _evaluate(training, outside)
                 if training.standing.completed >= config.max_steps:
                     facts = _finish(training, outside)
@@ -163,6 +162,19 @@ def train(
     if training.ranks.is_first:
         _show_summary(training, measured, time.monotonic() - started, facts)
     return True
+
+
+def _evaluates_first(training: Training, *, lacks: bool) -> bool:
+    """Whether the evaluation before the first step comes now. Every rank must call it.
+
+    If some ranks have done it before a loss and some have not, all do it again, and so do those that have come meanwhile.
+
+    Args:
+        lacks: this rank has not done it, and has begun the run.
+    """
+    if training.standing.step > 0 or not training.parts.config.eval.on_start or not training.parts.eval_sources:
+        return False
+    return training.ranks.all_max(float(lacks)) > 0
 
 
 def _finish(training: Training, outside: _Outside) -> list[tuple[str, str]]:

@@ -28,9 +28,15 @@ class StandIn:
 
 
 class StandInMachines:
-    """Machines (`hecate.launch.surviving_ranks.Machines`), some of whose devices may be gone."""
+    """Machines (`hecate.launch.surviving_ranks.Machines`), some of whose devices may be gone.
 
-    def __init__(self) -> None:
+    Args:
+        devices: number of devices that the run begins with.
+        fewest: number of devices without which it does not.
+    """
+
+    def __init__(self, devices: int, fewest: int) -> None:
+        self.devices, self.fewest = devices, fewest
         self.started: list[tuple[int, int, Beginning | None]] = []
         self.gone: set[int] = set()
         self.new: list[int] = []
@@ -39,8 +45,9 @@ class StandInMachines:
         self.started.append((member, device, begins))
         return None if device in self.gone else StandIn()
 
-    def present(self, device: int) -> bool:
-        return device not in self.gone
+    def devices_to_begin(self) -> list[int] | None:
+        left = [device for device in range(self.devices) if device not in self.gone]
+        return left if len(left) >= self.fewest else None
 
     def new_devices(self) -> list[int]:
         new, self.new = self.new, []

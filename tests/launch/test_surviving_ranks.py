@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import signal
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from hecate.launch import surviving_ranks
 from hecate.launch.rank_command import Beginning, cause_of
 from hecate.launch.surviving_ranks import SurvivingRanks
 from hecate.ranks.launcher_files import Generation, error_file, here_file, read_generation, ready_file
@@ -16,9 +19,11 @@ from tests.launch.stand_ins import StandIn, StandInMachines
 class Run:
     """A run of stand-ins."""
 
-    def __init__(self, folder: Path, ranks: int, *, loaded: bool = True, together: int = 1, most_replaced: int = 3) -> None:
-        self.machines, self.store = StandInMachines(), folder / "store"
-        self.ranks = SurvivingRanks(self.machines, ranks, self.store, together, most_replaced)
+    def __init__(
+        self, folder: Path, ranks: int, *, loaded: bool = True, together: int = 1, most_replaced: int = 3, fewest: int | None = None
+    ) -> None:
+        self.machines, self.store = StandInMachines(ranks, fewest or ranks), folder / "store"
+        self.ranks = SurvivingRanks(self.machines, self.store, together, most_replaced)
         if loaded:
             self.load(*range(ranks))
 
@@ -76,15 +81,23 @@ def test_a_rank_that_would_join_when_all_steps_are_done_is_not_waited_for(
     assert run.process(2).returncode == status
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wait for nobody to end by himself."""
+    monkeypatch.setattr(surviving_ranks, "_END_SECONDS", 0.0)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_a_loss_before_all_have_loaded_starts_all_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ranks that load wait for each other, and none of them could go on."""
     run = Run(tmp_path, 3, loaded=False)
     run.load(0, 1)
     run.end(2, 137)
     assert run.members() == (3, 4, 5)
-    assert "rank 2 ended with status 137 before the run had begun; all 3 ranks start again" in capsys.readouterr().err
+    assert "rank 2 ended with status 137 before the run had begun; all ranks start again" in capsys.readouterr().err
     assert run.machines.started[3:] == [(3 + rank, rank, Beginning(rank, 3, 1)) for rank in range(3)]
     assert [run.process(member).returncode for member in (0, 1)] == [-signal.SIGKILL] * 2
+    assert run.ranks.printing == 3
     run.load(3, 4, 5)
     run.end(4)
     assert run.members() == (3, 5)
@@ -94,30 +107,72 @@ def test_a_loss_before_all_have_loaded_starts_all_again(tmp_path: Path, capsys: 
     assert run.ranks.failed is None
 
 
-def test_a_run_begins_on_the_devices_that_are_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run(tmp_path, 6, loaded=False, together=2)
-    run.machines.gone = {2, 3}
+def test_all_that_are_lost_at_once_start_again_as_well(tmp_path: Path) -> None:
+    run = Run(tmp_path, 2, loaded=False)
+    run.end(0, 1)
+    run.end(1, 1)
+    assert run.members() == (2, 3)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_run_begins_again_when_enough_machines_are_there(tmp_path: Path) -> None:
+    run = Run(tmp_path, 6, loaded=False, fewest=4)
+    run.machines.gone = {2, 3, 4}
     run.end(2)
-    run.end(3)
+    run.ranks.look()
+    assert run.ranks.waits
+    assert len(run.machines.started) == 6
+    run.ranks.look()
+    run.machines.gone = {2, 3}
     assert run.members() == (6, 7, 8, 9)
-    assert run.machines.started[6:] == [
-        (6, 0, Beginning(0, 4, 1)),
-        (7, 1, Beginning(1, 4, 1)),
-        (8, 4, Beginning(2, 4, 1)),
-        (9, 5, Beginning(3, 4, 1)),
-    ]
-    assert read_generation(run.store).devices == (0, 1, 4, 5)
-    assert "all 4 ranks start again" in capsys.readouterr().err
+    devices = (0, 1, 4, 5)
+    assert run.machines.started[6:] == [(6 + rank, device, Beginning(rank, 4, 1)) for rank, device in enumerate(devices)]
+    assert read_generation(run.store).devices == devices
+    assert not run.ranks.waits
 
 
+@pytest.mark.parametrize("why", ["nobody comes", "a signal"])
+@pytest.mark.usefixtures("at_once")
+def test_a_run_waits_for_machines_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
+    monkeypatch.setattr(surviving_ranks, "_WAIT_SECONDS", 0.01 if why == "nobody comes" else 60.0)
+    run = Run(tmp_path, 2, loaded=False)
+    run.machines.gone = {1}
+    run.end(1)
+    run.ranks.look()
+    run.ranks.stopping = why == "a signal"
+    time.sleep(0.02)
+    run.ranks.look()
+    assert not run.ranks.waits
+    assert run.ranks.failed == 0
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_signal_that_comes_while_ranks_are_started_reaches_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, 2, loaded=False)
+    start = run.machines.start
+
+    def signalled(*given: Any) -> StandIn | None:
+        run.ranks.stopping = True
+        return start(*given)
+
+    monkeypatch.setattr(run.machines, "start", signalled)
+    run.end(1)
+    run.ranks.look()
+    assert [run.process(member).returncode for member in (2, 3)] == [-signal.SIGTERM] * 2
+
+
+@pytest.mark.usefixtures("at_once")
 def test_a_machine_that_goes_while_ranks_are_started_is_done_without(tmp_path: Path) -> None:
-    machines = StandInMachines()
+    machines = StandInMachines(2, 1)
+    start = machines.start
+    machines.start = lambda member, device, begins: None if device == 1 else start(member, device, begins)  # type: ignore[method-assign]
+    ranks = SurvivingRanks(machines, tmp_path / "store")
     machines.gone = {1}
-    ranks = SurvivingRanks(machines, 2, tmp_path / "store")
     ranks.look()
-    assert machines.started == [(0, 0, Beginning(0, 2, 0)), (1, 1, Beginning(1, 2, 0)), (1, 0, Beginning(0, 1, 1))]
+    assert machines.started == [(0, 0, Beginning(0, 2, 0)), (1, 0, Beginning(0, 1, 1))]
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_run_that_does_not_begin_ends_after_some_attempts(tmp_path: Path) -> None:
     run = Run(tmp_path, 2, loaded=False, most_replaced=1)
     run.end(1)
@@ -127,6 +182,41 @@ def test_a_run_that_does_not_begin_ends_after_some_attempts(tmp_path: Path) -> N
     assert run.ranks.failed == 3
     assert run.process(2).returncode == -signal.SIGKILL
     assert len(run.machines.started) == 4
+
+
+def test_a_mistake_that_is_said_a_moment_later_is_not_tried_again(tmp_path: Path) -> None:
+    """The others have lost the rank that has met it, and end before it does."""
+    run = Run(tmp_path, 3, loaded=False)
+    run.end(0, 1)
+    assert run.members() == (0, 1, 2)
+    run.end(1, 1)
+    run.ranks.look()
+    assert run.process(2).returncode is None, "it is about to"
+    run.end(2, 2)
+    run.ranks.look()
+    assert len(run.machines.started) == 3
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_mistake_that_is_said_while_the_others_are_ended_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path, 2, loaded=False)
+    monkeypatch.setattr(run.process(1), "kill", lambda: run.end(1, 2))
+    run.end(0, 1)
+    run.ranks.look()
+    assert run.ranks.failed == 1
+    assert len(run.machines.started) == 2
+
+
+def test_a_rank_that_lost_the_others_in_their_last_message_is_not_waited_for(tmp_path: Path) -> None:
+    """Rank 1 dies, rank 2 notices, and rank 0 has already had its answer and ends."""
+    run = Run(tmp_path, 3)
+    run.end(1)
+    assert run.members() == (0, 2)
+    here_file(run.store, 1, 2).touch()
+    run.end(0, 0)
+    run.ranks.look()
+    assert run.ranks.members == (0,)
+    assert run.process(2).returncode == -signal.SIGKILL
 
 
 def test_a_mistake_ends_the_run_although_another_rank_was_lost_by_it(tmp_path: Path) -> None:
