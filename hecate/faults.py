@@ -12,6 +12,7 @@ from typing import Any, Literal
 Place = Literal[
     "begin",  # a rank is about to connect to those that it begins the run with
     "loaded",  # it has loaded the model, and is about to say so
+    "evaluate",  # an evaluation begins
     "step",  # a step begins; with its number
     "forward",  # a micro-step's forward pass begins
     "layer",  # a decoder layer begins

@@ -26,6 +26,7 @@ PHASES: dict[str, tuple[Place, int]] = {
 _AROUND: tuple[tuple[str, int, Place, int, int], ...] = (
     ("before the ranks have met", 1, "begin", 1, -1),
     ("when it has loaded", 2, "loaded", 1, -1),
+    ("in the evaluation before the first step", 0, "evaluate", 1, -1),
     ("before the adapter is written", 0, "output", 1, STEPS - 1),
     ("when the adapter is written", 1, "output", 2, STEPS - 1),
 )
@@ -55,9 +56,10 @@ def kill_any_rank(scope: Scope) -> DrillOutcome:
             run = begin_run(scope, "killed", RANKS, injected=[fault]).end()
             cases.append(DrillCase(f"rank {rank}, step {step}, {phase}", problem := problem_of(run, whole, lost=1)))
             times.add(run, [] if problem else run.when("kill"))
+    evaluating = (f"data.eval={scope.workshop}/up.eval.jsonl", "eval.on_start=true")
     for name, rank, place, call, step in _AROUND[1:2] if scope.quick else _AROUND:
         fault = Injected(action="kill", place=place, call=call, rank=rank, step=step)
-        run = begin_run(scope, "around", RANKS, injected=[fault]).end()
+        run = begin_run(scope, "around", RANKS, *(evaluating if place == "evaluate" else ()), injected=[fault]).end()
         problem = problem_of(run, whole, lost=1) or ("" if (run.output / "adapter").is_dir() else "no adapter was left")
         cases.append(DrillCase(f"rank {rank}, {name}", problem))
     for rank, phase in () if scope.quick else [(0, "backward"), (1, "reduce"), (2, "optimizer"), (3, "stepped")]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from hecate.checkpoint import good_checkpoints
 from hecate.config import Config
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.ranks.launcher_files import ERRORS_VARIABLE, STORE_VARIABLE, error_file
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, MEMBER_VARIABLE, STORE_VARIABLE, error_file
 from hecate.ranks.ranks import Ranks, restarts
 
 
@@ -43,6 +43,7 @@ def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | 
             raise taken
         # The rank that checked prints the reason. This rank's launcher needs the error, too, or it would start the ranks again.
         if errors := os.environ.get(ERRORS_VARIABLE):
-            error_file(Path(errors), ranks.rank).write_text("hecate: rank 0 found an error; see its message above", encoding="utf-8")
+            number = int(os.environ.get(MEMBER_VARIABLE, ranks.rank))
+            error_file(Path(errors), number).write_text("hecate: rank 0 found an error; see its message above", encoding="utf-8")
         sys.exit(USER_ERROR_EXIT)
     return config

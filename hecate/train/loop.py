@@ -279,6 +279,7 @@ def _reshard(training: Training, steps: int, outside: _Outside) -> None:
 
 
 def _evaluate(training: Training, outside: _Outside) -> Evaluation:
+    faults.at("evaluate")
     found = training.evaluate()
     outside.reports.evaluated(training.standing.step, found)
     return found

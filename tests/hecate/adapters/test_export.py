@@ -150,9 +150,10 @@ def test_what_the_format_cannot_hold_is_refused_beforehand(changes: dict[str, An
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_output_of_an_earlier_end_is_replaced_by_the_first_rank(tmp_path: Path, rank: int) -> None:
-    """A run that ended is extended: its adapter is written again. What stands beside it stays."""
+    """A run that ended is extended: its adapter is written again. What stands beside it stays, but no part that a lost rank has begun."""
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "old.bin").touch()
+    (tmp_path / "adapter.tmp-0123abcd").mkdir()
     (tmp_path / "metrics.jsonl").touch()
     found: list[list[str]] = []
     output = TrainedOutput("adapter", lambda folder, _moe, _ranks: found.append([str(folder), *map(str, folder.glob("*"))]))
@@ -160,6 +161,7 @@ def test_the_output_of_an_earlier_end_is_replaced_by_the_first_rank(tmp_path: Pa
     assert output.replace(tmp_path, None, ranks) == tmp_path / "adapter"  # type: ignore[arg-type]
     assert found == [[f"{tmp_path}/adapter", *([] if rank == 0 else [f"{tmp_path}/adapter/old.bin"])]]
     assert (tmp_path / "metrics.jsonl").exists()
+    assert (tmp_path / "adapter.tmp-0123abcd").exists() == (rank == 1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from hecate.elastic.restart import begin_or_resume
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.ranks.launcher_files import ERRORS_VARIABLE, error_file
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, STORE_VARIABLE, error_file
 from tests.hecate.checkpoint.saving import save, shards_of
 from tests.hecate.megatron.making import config_of, write_parts
 
@@ -35,6 +35,18 @@ def test_a_run_that_begins_claims_its_folder(tmp_path: Path, monkeypatch: pytest
         begin_or_resume(config, ranks_of(0.0, 1.0, rank=1), None)
     assert caught.value.code == USER_ERROR_EXIT
     assert "rank 0 found an error" in error_file(tmp_path, 1).read_text()
+
+
+def test_ranks_that_begin_again_claim_their_folder_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first rank that was lost before the run had begun may have left files in it."""
+    write_parts(tmp_path)
+    (tmp_path / "launcher").mkdir()
+    monkeypatch.setenv(STORE_VARIABLE, str(tmp_path / "launcher" / "store"))
+    config, taken = config_of(tmp_path), mock.Mock(side_effect=UserError("output_dir is taken"))
+    with pytest.raises(UserError, match="taken"):
+        begin_or_resume(config, ranks_of(0.0, 0.0), taken)
+    begin_or_resume(config, ranks_of(0.0, 0.0), mock.Mock())
+    assert begin_or_resume(config, ranks_of(0.0, 0.0), taken) == config
 
 
 def test_after_a_restart_anywhere_all_ranks_resume_if_there_is_a_checkpoint(tmp_path: Path) -> None:
