@@ -21,17 +21,23 @@ LOOK_SECONDS = 0.25
 
 
 class StoppedRanks:
-    """Since when each process has been stopped, as it was seen."""
+    """Since when each process has been stopped, as it was seen. One that has run between two looks was not stopped all the time."""
 
     def __init__(self) -> None:
-        self._since: dict[int, float] = {}
+        self._since: dict[int, tuple[float, int]] = {}
+        """when the process was first seen so, and its processor time then"""
         self._said: set[int] = set()
 
     def look(self, pid_of: Mapping[int, int]) -> dict[int, float]:
         """The processes that have been stopped for `STOPPED_SECONDS`, and for how long; named by the keys of `pid_of`. Linux only."""
         now = time.monotonic()
-        self._since = {name: self._since.get(name, now) for name, pid in pid_of.items() if _status(pid)[0] == "T"}
-        return {name: now - since for name, since in self._since.items() if now - since > STOPPED_SECONDS}
+        before, self._since = self._since, {}
+        for name, pid in pid_of.items():
+            state, _, ticks = _status(pid)
+            if state == "T":
+                since, then = before.get(name, (now, ticks))
+                self._since[name] = (since if then == ticks else now, ticks)
+        return {name: now - since for name, (since, _) in self._since.items() if now - since > STOPPED_SECONDS}
 
     def say_new(self, pid_of: Mapping[int, int]) -> None:
         """Say of each rank that has been stopped for a while, once each time, that the others wait for it."""
@@ -62,15 +68,15 @@ def end_stopped_ranks(folder: Path) -> None:
 def _is_descendant(pid: int) -> bool:
     """Whether this process, or one that it has started, has started the process. The id may have become that of another one."""
     while pid > 1 and pid != os.getpid():
-        pid = int(_status(pid)[1])
+        pid = _status(pid)[1]
     return pid > 1
 
 
-def _status(pid: int) -> tuple[str, str]:
-    """State and parent of a process; empty and 0 if there is none. A process that a debugger holds is not in state T."""
+def _status(pid: int) -> tuple[str, int, int]:
+    """State, parent and processor time in ticks of a process; empty and 0 if there is none. A debugger's process is not in state T."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "", "0"
-    state, parent, *_ = stat.rpartition(")")[2].split()
-    return state, parent
+        return "", 0, 0
+    state, parent, *others = stat.rpartition(")")[2].split()
+    return state, int(parent), int(others[9]) + int(others[10])
