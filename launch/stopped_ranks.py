@@ -10,9 +10,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hecate.launch.rank_command import RankProcess
 from hecate.ranks.launcher_files import pid_files
 
 STOPPED_SECONDS = 1.5
@@ -38,6 +39,21 @@ class StoppedRanks:
                 since, then = before.get(name, (now, ticks))
                 self._since[name] = (since if then == ticks else now, ticks)
         return {name: now - since for name, (since, _) in self._since.items() if now - since > STOPPED_SECONDS}
+
+    def end_members(self, members: Sequence[int], processes: Mapping[int, RankProcess], folder: Path) -> None:
+        """Name and kill members that have been stopped for a while: their peers wait for them, and nothing else would end that.
+
+        Args:
+            members: the member of each rank.
+            processes: the processes of members; only those that run are looked at.
+            folder: where members leave the ids of their processes. Members of other machines have none there.
+        """
+        pid_of = pid_files(folder)
+        running = {one: pid_of[one] for one in members if one in pid_of and one in processes and processes[one].poll() is None}
+        for member, seconds in self.look(running).items():
+            say_stopped(members.index(member), seconds)
+            processes[member].kill()
+            processes[member].wait()
 
     def say_new(self, pid_of: Mapping[int, int]) -> None:
         """Say of each rank that has been stopped for a while, once each time, that the others wait for it."""
@@ -73,7 +89,10 @@ def _is_descendant(pid: int) -> bool:
 
 
 def _status(pid: int) -> tuple[str, int, int]:
-    """State, parent and processor time in ticks of a process; empty and 0 if there is none. A debugger's process is not in state T."""
+    """State, parent and processor time (in clock ticks) of a process; empty and 0 if there is none.
+
+    A process that a debugger holds is not in state T.
+    """
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from subprocess import Popen
@@ -36,9 +35,9 @@ from hecate.launch.node_messages import (
     read_report,
 )
 from hecate.launch.rank_command import Beginning, RankCommand, RankProcess
-from hecate.launch.stopped_ranks import StoppedRanks, say_stopped
+from hecate.launch.stopped_ranks import StoppedRanks
 from hecate.launch.surviving_ranks import SurvivingRanks
-from hecate.ranks.launcher_files import error_file, mistakes, pid_files, read_generation, write_generation
+from hecate.ranks.launcher_files import error_file, mistakes, read_generation, write_generation
 
 LOST_SECONDS = 3.0
 """how long a node may be silent before its ranks count as lost"""
@@ -286,21 +285,19 @@ def follow(own: RankCommand, job: JobShape, meeting: Endpoint) -> int:
         UserError: nobody answers at the meeting point, or another job meets there.
     """
     wait_for(meeting)
-    signals: list[int] = []
     ranks = _OwnRanks(own, job, meeting.local_address)
 
     def stop(number: int, _frame: FrameType | None) -> None:
-        signals.append(number)
-        ranks.stopping = True
-        if len(signals) == 1:  # not print, which the signal may have interrupted
+        ranks.signals.append(number)
+        if len(ranks.signals) == 1:  # not print, which the signal may have interrupted
             with suppress(OSError):
                 os.write(2, STOPPING.encode())
-        ranks.signal_all(signal.SIGTERM if len(signals) == 1 else signal.SIGKILL)
+        ranks.signal_all(signal.SIGTERM if len(ranks.signals) == 1 else signal.SIGKILL)
 
     try:
         with on_signals(stop):
             store = MessageStore.join(meeting, job)
-            while (status := ranks.run(store, signals)) is None:
+            while (status := ranks.run(store)) is None:
                 print("hecate: the job has gone on without this node, which comes again", file=sys.stderr, flush=True)
     except dist.DistError:
         print(
@@ -311,8 +308,8 @@ def follow(own: RankCommand, job: JobShape, meeting: Endpoint) -> int:
         return 1
     finally:
         ranks.end_all()
-    if signals:
-        return 128 + signals[0]
+    if ranks.signals:
+        return 128 + ranks.signals[0]
     if status == USER_ERROR_EXIT and (found := mistakes(own.store.parent)):
         print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
     elif status > 128:
@@ -329,22 +326,18 @@ class _OwnRanks:
         self._own, self._job, self._address, self._files = own, job, address, own.store
         self._processes: dict[int, Popen[bytes]] = {}
         self._devices: dict[int, int] = {}
-        self._signals: dict[int, int] = {}
+        self._delivered: dict[int, int] = {}
         """member -> how many of the ordered signals it has had"""
         self._stopped = StoppedRanks()
-        self.stopping = False
-        """whether this node was told to stop; a process that starts all the same is told so, too"""
+        self.signals: list[int] = []
+        """those that the launcher itself has received"""
 
-    def run(self, store: MessageStore, signals: Sequence[int]) -> int | None:
-        """Follow until the run has ended, and return its exit status; None: this node has been taken for lost.
-
-        Args:
-            signals: those that this process has received, as they come.
-        """
+    def run(self, store: MessageStore) -> int | None:
+        """Follow until the run has ended, and return its exit status; None: this node has been taken for lost."""
         self.end_all()
-        self._processes, self._devices, self._signals = {}, {}, {}
-        number = store.arrive(self._report(stopping=bool(signals)))
-        said, read = self._report(stopping=bool(signals)), b""
+        self._processes, self._devices, self._delivered = {}, {}, {}
+        said, read = self._report(), b""
+        number = store.arrive(said)
         while True:
             if (text := store.orders()) != read:
                 orders, read = read_orders(text), text
@@ -353,11 +346,12 @@ class _OwnRanks:
                 self._carry_out(number, orders)
                 if orders.status is not None:
                     self.end_all()
-                    store.report(number, self._report(stopping=bool(signals), leaves=True))
+                    store.report(number, self._report(leaves=True))
                     return orders.status
-            self._evict_stopped()
-            leaves = len(signals) > 1 or (bool(signals) and not self._train())
-            if (report := self._report(stopping=bool(signals), leaves=leaves)) != said:
+            if self._processes:
+                self._stopped.end_members(read_generation(self._files).members, self._processes, self._files.parent)
+            leaves = len(self.signals) > 1 or (bool(self.signals) and not self._train())
+            if (report := self._report(leaves=leaves)) != said:
                 store.report(number, report)
                 said = report
             if leaves:
@@ -391,30 +385,21 @@ class _OwnRanks:
                 continue
             if member not in self._processes:
                 self._start(member, order)
-            for one in order.signals[self._signals[member] :]:
+            for one in order.signals[self._delivered[member] :]:
                 if one in (signal.SIGTERM, signal.SIGKILL) and self._processes[member].poll() is None:
                     self._processes[member].send_signal(one)
-            self._signals[member] = len(order.signals)
+            self._delivered[member] = len(order.signals)
 
     def _start(self, member: int, order: MemberOrder) -> None:
         taken = {self._devices[other] for other, process in self._processes.items() if process.poll() is None}
         if order.device in taken or not 0 <= order.device < self._job.ranks_per_node:
             raise UserError(f"member {member} was ordered to use device {order.device} of this node, which is taken or does not exist")
         self._processes[member] = self._own.start(member, order.device, order.begins)
-        self._devices[member], self._signals[member] = order.device, 0
-        if self.stopping:
+        self._devices[member], self._delivered[member] = order.device, 0
+        if self.signals:  # one that came while the process was started has not reached it
             self._processes[member].send_signal(signal.SIGTERM)
 
-    def _evict_stopped(self) -> None:
-        pid_of = pid_files(self._files.parent)
-        members = read_generation(self._files).members if pid_of else ()
-        running = {member: pid_of[member] for member, process in self._processes.items() if member in pid_of and process.poll() is None}
-        for member, seconds in self._stopped.look({member: pid for member, pid in running.items() if member in members}).items():
-            say_stopped(members.index(member), seconds)
-            self._processes[member].kill()
-            self._processes[member].wait()
-
-    def _report(self, *, stopping: bool, leaves: bool = False) -> NodeReport:
+    def _report(self, *, leaves: bool = False) -> NodeReport:
         ended = {member: status for member, process in self._processes.items() if (status := process.poll()) is not None}
         folder = self._files.parent
         own = {str(member) for member in self._processes}
@@ -429,6 +414,6 @@ class _OwnRanks:
                 for member, status in ended.items()
                 if status == USER_ERROR_EXIT and error_file(folder, member).exists()
             },
-            stopping=stopping,
+            stopping=bool(self.signals),
             leaves=leaves,
         )

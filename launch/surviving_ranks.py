@@ -16,12 +16,15 @@ from typing import Protocol
 
 from hecate.errors import USER_ERROR_EXIT
 from hecate.launch.rank_command import Beginning, RankCommand, RankProcess, cause_of
-from hecate.launch.stopped_ranks import StoppedRanks, say_stopped
-from hecate.ranks.launcher_files import Generation, error_file, here_file, pid_files, ready_file, write_generation
+from hecate.launch.stopped_ranks import StoppedRanks
+from hecate.ranks.launcher_files import Generation, error_file, here_file, ready_file, write_generation
 
 MOST_REPLACED = 3
 """largest number of ranks that a run starts in place of lost ones, if nothing else is said"""
-_END_SECONDS, _WAIT_SECONDS = 1.0, 600.0
+_END_SECONDS = 1.0
+"""how long ranks may take to end by themselves after one of them was lost before the run has begun"""
+_WAIT_SECONDS = 600.0
+"""how long a run waits for machines before it begins again"""
 
 
 class Machines(Protocol):
@@ -111,7 +114,7 @@ class SurvivingRanks:
                 if self._together == 1:
                     self._begin(device)
             self._fill_up()
-        self._evict_stopped()
+        self._stopped.end_members(self._now.members, self.processes, self._store.parent)
         statuses = {member: self.processes[member].poll() for member in self._now.members}
         if USER_ERROR_EXIT in statuses.values():
             return  # the run ends; others may have lost that rank meanwhile
@@ -194,14 +197,6 @@ class SurvivingRanks:
         self._kill(late)
         left = [(m, device) for m, device in zip(self._now.members, self._now.devices, strict=True) if m not in late]
         self._now = replace(self._now, members=tuple(m for m, _ in left), devices=tuple(device for _, device in left))
-
-    def _evict_stopped(self) -> None:
-        """Kill members that have been stopped for a while: their peers wait for them, and nothing else would end that."""
-        pid_of = pid_files(self._store.parent)
-        members = {member: pid_of[member] for member in self._now.members if member in pid_of and self.processes[member].poll() is None}
-        for member, seconds in self._stopped.look(members).items():
-            say_stopped(self._now.members.index(member), seconds)
-            self._kill([member])
 
     def _fill_up(self) -> None:
         if any(self.processes[member].poll() == 0 for member in self._now.members):

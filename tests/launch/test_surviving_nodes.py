@@ -280,7 +280,6 @@ class Following:
 
     def __init__(self, folder: Path) -> None:
         self.words, self.files = Words(), folder / "store"
-        self.signals: list[int] = []
         self.follower = _OwnRanks(RankCommand((sys.executable, "-c", RANK), {}, self.files, survives=True), JOB, "10.0.0.2")
         self.status: list[int | UserError | None] = []
         self.words.store.order(ORDERS)
@@ -290,7 +289,7 @@ class Following:
 
     def _run(self) -> None:
         try:
-            self.status.append(self.follower.run(self.words.store, self.signals))
+            self.status.append(self.follower.run(self.words.store))
         except UserError as error:
             self.status.append(error)
 
@@ -372,7 +371,7 @@ def test_a_node_that_is_told_to_stop_leaves_when_its_ranks_have_ended(tmp_path: 
     with following(tmp_path) as node:
         node.words.store.order(replace(ORDERS, members={"2": order()}))
         node.began(2)
-        node.signals.append(signal.SIGTERM)
+        node.follower.signals.append(signal.SIGTERM)
         node.until(lambda: node.report().stopping)
         assert not node.report().leaves
         node.follower.signal_all(signal.SIGTERM)
@@ -400,6 +399,6 @@ def test_a_node_that_is_told_to_stop_does_not_wait_for_ranks_that_load(tmp_path:
     with following(tmp_path) as node:
         node.words.store.order(replace(ORDERS, generation=Generation(0, (0, 1), (0, 1), 2), members={"2": order(joins=True)}))
         node.began(2)
-        node.signals.append(signal.SIGTERM)
+        node.follower.signals.append(signal.SIGTERM)
         assert node.end() == 0
         assert node.report().leaves
