@@ -89,7 +89,7 @@ METHODS: tuple[Method, ...] = (
             "lora.shards.private_rank": "1",
         },
     ),
-    Method("nola", {**_one_pair(16, _FFN), "lora.pairs": "nola", "lora.nola.bases": "256", "learning_rate": "2e-2"}),
+    Method("nola", {**_one_pair(16, _FFN), "lora.pairs": "nola", "lora.nola.bases": "256", "learning_rate": "1e-2"}),
     Method("allora", {**_one_pair(8, _EVERY), **_NO_ALPHA}),
     Method("ffa_lora", {**_one_pair(8, _EVERY), "lora.pairs": "fixed_a", "learning_rate": "4e-3"}),
     Method(
