@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from hecate.experts.pairs import PairSource
 from hecate.experts.pool import Pool
-from hecate.experts.seeding import unit_numbers
+from hecate.experts.seeding import name_number, unit_numbers
 from hecate.kernels.backend import Backend, ExpertKernels, expert_kernels
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
 from hecate.parallel.expert_kinds import NO_PAIRS, ExpertKind, FfnSizes, LinearSizes, LoraShape, UnitSizes
@@ -130,6 +131,13 @@ class Site:
     peers: tuple[tuple[Unit, int], ...] = ()
     """the units of the model in the same place with the same sizes, this one among them, ascending, with the number of their experts;
     nothing: there is no other"""
+    names: tuple[str, ...] = ()
+    """of the experts: what is random about an expert depends on its name, and not on how many others there are; nothing: it depends on the
+    expert's number"""
+
+    def key(self, unit: Unit, expert: int) -> tuple[int | str, ...]:
+        """What the initial numbers of an expert of the unit are drawn by."""
+        return self.seed, "expert", str(unit), self.names[expert] if self.names else expert
 
     @property
     def alike(self) -> tuple[tuple[Unit, int], ...]:
@@ -186,6 +194,7 @@ class UnitExperts(ABC):
         self.num_experts = site.num_experts
         self._pairs = pairs
         self._pair_sizes = NO_PAIRS if pairs is None else pairs.sizes
+        self._number_E = torch.tensor([name_number(name) for name in site.names], dtype=torch.int64)
         self._place, self._ffn_numel = place, sum(spec.numel for spec in ffn)
         self._layout = kind.layout(ffn, self._pair_sizes)
 
@@ -197,7 +206,7 @@ class UnitExperts(ABC):
         return Pool(
             site.alike,
             self._pair_sizes.pooled,
-            lambda unit, expert: initial(*expert_key(site.seed, unit, expert)),
+            lambda unit, expert: initial(expert, *site.key(unit, expert)),
             site.master_dtype,
             site.device,
         )
@@ -227,7 +236,7 @@ class UnitExperts(ABC):
         """An expert starts as the base: its pairs add nothing at first. Its chunk is empty if it trains in a pool."""
         if self._pair_sizes.pooled:
             return self.no_chunks().new_empty(0)
-        chunk = self.pair_source.initial(*expert_key(self.site.seed, self.site.unit, expert))
+        chunk = self.pair_source.initial(expert, *self.site.key(self.site.unit, expert))
         return chunk.to(device=self.site.device, dtype=self.site.master_dtype)
 
     def frozen_chunk(self, expert: int) -> Tensor:
@@ -264,13 +273,16 @@ class UnitExperts(ABC):
             return None
         return Dropout(rate, dropout_key(self.site.seed, step, *unit_numbers(self.site.unit)))
 
+    def _numbered_for_dropout(self, routed: RoutedTokens) -> RoutedTokens:
+        """The tokens with a number of each expert's name in place of the expert's own, where experts have names."""
+        if not self.site.names:
+            return routed
+        expert_S = routed.experts_in_slots
+        self._number_E = copy_to(self._number_E, expert_S.device)
+        return replace(routed, expert_S=self._number_E[expert_S])
+
     def _kernels(self, x_TD: Tensor) -> ExpertKernels:
         return expert_kernels(self.site.kernels, x_TD, 0 if self._pairs is None else self._pairs.lora.widest)
-
-
-def expert_key(seed: int, unit: Unit, expert: int) -> tuple[int | str, ...]:
-    """What an expert's random numbers are named by."""
-    return seed, "expert", str(unit), expert
 
 
 class FfnExperts(UnitExperts):

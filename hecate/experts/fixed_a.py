@@ -41,7 +41,7 @@ class FixedA:
     def drawn_digest(self) -> str:
         return digest_of(self._a_rI.values())
 
-    def initial(self, *key: int | str) -> Tensor:
+    def initial(self, expert: int, *key: int | str) -> Tensor:
         """B zero, so that an expert begins as the base."""
         return torch.zeros(self.sizes.trained_numel, dtype=torch.float64)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hecate.experts.family import ExpertReplicas, FfnExperts, Site, expert_key
+from hecate.experts.family import ExpertReplicas, FfnExperts, Site
 from hecate.experts.seeding import generator, linear_weight
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import FfnBase
@@ -40,8 +40,7 @@ class FullExperts(FfnExperts):
         parts = []
         for spec in self.layout().trainable:
             outputs, inputs = spec.shape
-            key = expert_key(self.site.seed, self.site.unit, expert)
-            parts.append(linear_weight(outputs, inputs, generator(*key, spec.name)).flatten())
+            parts.append(linear_weight(outputs, inputs, generator(*self.site.key(self.site.unit, expert), spec.name)).flatten())
         return torch.cat(parts)
 
 

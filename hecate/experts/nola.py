@@ -77,7 +77,7 @@ class Nola:
     def drawn_digest(self) -> str:
         return combined_digest(drawn.digest for drawn in self._drawn)
 
-    def initial(self, *key: int | str) -> Tensor:
+    def initial(self, expert: int, *key: int | str) -> Tensor:
         """Zeros: A is A0 and B is zero, so that an expert begins as the base."""
         return torch.zeros(self.sizes.trained_numel, dtype=torch.float64)
 

@@ -35,9 +35,9 @@ class PairSource(Protocol):
         """Of what is drawn from names (`digest_of`), by which a run notices that it would go on with other numbers; empty: nothing is."""
         ...
 
-    def initial(self, *key: int | str) -> Tensor:
+    def initial(self, expert: int, *key: int | str) -> Tensor:
         """float64 [C]: the pairs' part of an expert's initial chunk, or, of a source with a pool (`PairSizes.pooled`), the expert's initial
-        block of it. `key` names the expert, as (seed, "expert", unit, expert)."""
+        block of it. `key` names it, as (seed, "expert", unit, expert)."""
         ...
 
     def stacked(self, replicas_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:
@@ -71,10 +71,10 @@ class PlainPairs:
         self.projections = tuple(spec.name.removesuffix(".A") for spec in self.sizes.trained[::2])
         self._factor_E = torch.tensor([scale / lora.scale for _, scale in lora.of_experts], dtype=torch.float64)
 
-    def initial(self, *key: int | str) -> Tensor:
+    def initial(self, expert: int, *key: int | str) -> Tensor:
         """A by Kaiming uniform, as a linear layer of its own; B zero."""
         parts = []
-        rank = self._rank_of(int(key[-1]))
+        rank = self._rank_of(expert)
         for projection, a, b in zip(self.projections, self.sizes.trained[::2], self.sizes.trained[1::2], strict=True):
             a_rI = torch.zeros(a.shape, dtype=torch.float64)
             a_rI[:rank] = linear_weight(rank, a.shape[1], generator(*key, projection))

@@ -23,6 +23,11 @@ def unit_numbers(unit: Unit) -> tuple[int, ...]:
     return (unit.layer,) if unit.place == FFN else (unit.layer, _number(unit.place))
 
 
+def name_number(name: str) -> int:
+    """A number of 48 bits that stands for a name among numbers that are hashed."""
+    return _number(name) >> 15
+
+
 def linear_weight(outputs: int, inputs: int, source: torch.Generator) -> Tensor:
     """float64 [outputs, inputs]: Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(inputs), 1/sqrt(inputs)), as torch's nn.Linear."""
     bound = 1 / math.sqrt(inputs)

@@ -60,9 +60,9 @@ class ShardPairs:
         from n · e · l on."""
         return self._index_EM[tensor]
 
-    def initial(self, *key: int | str) -> Tensor:
+    def initial(self, expert: int, *key: int | str) -> Tensor:
         """float64 [C], of a block: A as that of plain pairs of rank e, and B zero, so that an expert begins as the base."""
-        return self._block.initial(*key)
+        return self._block.initial(expert, *key)
 
     def stacked(self, replicas_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:
         """New tensors: the pairs of the experts in the slots, whose numbers come from the whole pool.

@@ -94,6 +94,8 @@ class InsertionPlan:
     train_non_experts: bool = False
     """train the rest of the model, too, alike on every rank"""
     seed: int
+    expert_names: tuple[str, ...] = ()
+    """see `Site.names`"""
     kernels: Backend = "auto"
 
     @property
@@ -188,7 +190,7 @@ def _experts(model: nn.Module, one: FoundUnit, plan: InsertionPlan, together: in
     """`peers`: see `Site.peers`."""
     like, experts = next(model.parameters()), dict(peers)[one.unit]
     dtypes = adapter_dtype(like.dtype), like.dtype
-    site = Site(one.unit, experts, one.shape, plan.seed, *dtypes, like.device, plan.kernels, together, peers)
+    site = Site(one.unit, experts, one.shape, plan.seed, *dtypes, like.device, plan.kernels, together, peers, plan.expert_names)
     return make_experts(plan.kind, site, one.source(model), plan.choices)
 
 

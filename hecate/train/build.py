@@ -230,6 +230,7 @@ def insertion_plan(config: Config, num_layers: int, user_width: int | None = Non
         train_router=config.moe.train_router,
         train_non_experts=config.model.train_non_experts,
         seed=config.seed,
+        expert_names=tuple(source.name for source in config.data.train) if config.moe.router.input == "given" else (),
         kernels=config.kernels,
     )
 

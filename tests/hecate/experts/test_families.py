@@ -75,7 +75,7 @@ def test_a_pair_source_trains_what_the_dry_run_counts(name: str) -> None:
     made = PAIR_SOURCES[name](site, lora, projections)
     assert made.sizes == PAIR_SIZES[name](FfnSizes(6, 10), projections, lora)
     assert bool(made.sizes.pooled) == (not made.sizes.trained) == (name in POOLED_SOURCES)
-    assert len(made.initial(3, "expert", "1", 0)) == made.sizes.trained_numel + made.sizes.pooled_numel
+    assert len(made.initial(0, 3, "expert", "1", 0)) == made.sizes.trained_numel + made.sizes.pooled_numel
 
 
 def questions(tree: ast.AST) -> Iterator[ast.AST]:

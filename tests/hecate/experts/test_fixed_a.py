@@ -78,7 +78,7 @@ def test_a_chunk_holds_b_alone_and_begins_with_zeros() -> None:
     source, chunks_SC, pairs = chunks_and_pairs()
     assert [spec.name for spec in source.sizes.trained] == ["gate_proj.B", "down_proj.B"]
     assert source.sizes.trained_numel == 2 * (FFN + HIDDEN)
-    assert not source.initial(3, "expert", "1", 0).any()
+    assert not source.initial(0, 3, "expert", "1", 0).any()
     assert source.chunk_of(0, pairs).equal(chunks_SC[0])
 
 

@@ -55,7 +55,7 @@ def test_a_chunk_holds_coefficients_alone_whatever_the_projection_s_size() -> No
         ("down_proj.a", (BASES,)),
         ("down_proj.b", (BASES,)),
     ]
-    pair = source.stacked(source.initial()[None], torch.arange(1))["gate_proj"]
+    pair = source.stacked(source.initial(0)[None], torch.arange(1))["gate_proj"]
     assert pair.a_SrI[0].equal(source.drawn["gate_proj.A0"]), "without A0 neither A nor B would have a gradient"
     assert not pair.b_SOr.any(), "an expert begins as the base"
     smollm2, all_three = FfnSizes(576, 1536), ("gate_proj", "up_proj", "down_proj")
@@ -132,7 +132,7 @@ def test_with_as_many_bases_as_numbers_any_a_is_a_sum_of_them() -> None:
     source.drawn["gate_proj.U"].copy_(orthonormal.view(numbers, RANK, HIDDEN) * numbers**0.5)
     wanted = torch.randn(RANK, HIDDEN, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     start, columns = source.drawn["gate_proj.A0"], source.drawn["gate_proj.U"].flatten(1).T / numbers**0.5
-    chunk = source.initial()
+    chunk = source.initial(0)
     chunk[:numbers] = torch.linalg.lstsq(columns, (wanted - start).flatten()[:, None]).solution[:, 0]
     torch.testing.assert_close(source.stacked(chunk[None], torch.arange(1))["gate_proj"].a_SrI[0], wanted, rtol=1e-12, atol=1e-12)
 

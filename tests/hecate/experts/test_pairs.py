@@ -47,7 +47,7 @@ class SeededA:
     def _drawn(self, expert: int, projection: str) -> torch.Tensor:
         return linear_weight(self.lora.rank, SIZES.of_projection(projection)[0], generator("A", str(UNIT), expert, projection))
 
-    def initial(self, *key: int | str) -> torch.Tensor:
+    def initial(self, expert: int, *key: int | str) -> torch.Tensor:
         return torch.zeros(self.sizes.trained_numel, dtype=torch.float64)
 
     def stacked(self, replicas_SC: torch.Tensor, expert_S: torch.Tensor) -> dict[str, LowRankPairs]:
@@ -105,14 +105,14 @@ def test_experts_of_other_ranks_are_padded_and_scaled_by_their_own() -> None:
     projections = ("gate_proj", "up_proj", "down_proj")
     lora = LoraShape(4, 0.5, 0.0, of_experts=tuple((rank, 2.0 / rank) for rank in RANKS))
     source, in_slots = PlainPairs(lora, projections, SIZES), torch.tensor([3, 0, 4, 2])
-    initial = [source.initial(SEED, "expert", str(UNIT), expert) for expert in range(len(RANKS))]
+    initial = [source.initial(expert, SEED, "expert", str(UNIT), expert) for expert in range(len(RANKS))]
     random = torch.Generator().manual_seed(3)
     chunks, own = [], []
     for expert, rank in enumerate(RANKS):
         plain = PlainPairs(LoraShape(rank, 2.0 / rank, 0.0), projections, SIZES)
         small = torch.randn(plain.sizes.trained_numel, generator=random, dtype=torch.float64).requires_grad_()
         small_pairs = plain.stacked(small[None], torch.zeros(1, dtype=torch.int64))
-        begun = plain.stacked(plain.initial(SEED, "expert", str(UNIT), expert)[None], torch.zeros(1, dtype=torch.int64))
+        begun = plain.stacked(plain.initial(expert, SEED, "expert", str(UNIT), expert)[None], torch.zeros(1, dtype=torch.int64))
         padded = {}
         for name, of in small_pairs.items():
             a, b = of.a_SrI[0].detach(), of.b_SOr[0].detach()

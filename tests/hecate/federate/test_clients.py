@@ -26,7 +26,7 @@ from tests.hecate.train.in_process import ranks_of_default_group
 
 LIMIT = {"rtol": 0.0, "atol": 1e-10}
 POLICIES = ("hecate_paper", "static_ep")
-CASES = {"average": (), "unequal ranks": (UNEQUAL,), "fixed A": ("lora.pairs=fixed_a",)}
+CASES = {"average": (), "unequal ranks": (UNEQUAL,), "fixed A": ("lora.pairs=fixed_a",), "dropout": ("lora.dropout=0.2",)}
 
 
 @pytest.fixture(scope="module")
