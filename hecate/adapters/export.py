@@ -70,8 +70,8 @@ def export_adapter(folder: Path, description: AdapterConfig, moe: MoeModel, rank
     for unit, pairs in pairs_on_first(moe, sorted(moe.layers), ranks):
         for projection, lora in pairs.items():
             for expert in range(len(lora.a_SrI)):
-                tensors[expert_tensor_name(unit.layer, projection, expert, "A")] = lora.a_SrI[expert].detach()
-                tensors[expert_tensor_name(unit.layer, projection, expert, "B")] = lora.b_SOr[expert].detach()
+                tensors[expert_tensor_name(unit.layer, projection, expert, "A")] = lora.a_SrI[expert].detach().cpu()
+                tensors[expert_tensor_name(unit.layer, projection, expert, "B")] = lora.b_SOr[expert].detach().cpu()
         tensors[router_tensor_name(unit.layer)] = moe.routers[unit].detach()
         vectors = router_vectors(moe.router_modules[unit])
         tensors |= {router_buffer_name(unit.layer, name): vector.detach() for name, vector in vectors.items()}
@@ -127,6 +127,7 @@ def begin_with_mixlora(config: Config, base: BaseModel, moe: MoeModel) -> None:
         ("lora.alpha, scaled", theirs.scale, ours.scale),
         ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
         ("moe.num_experts", list(theirs.experts_per_layer), list(ours.experts_per_layer)),
+        ("moe.top_k", theirs.top_k, ours.top_k),
         ("moe.router", *different_routers(theirs.router, ours.router)),
     )
     require_fit(moe, base, tensors, folder)
@@ -144,7 +145,8 @@ def refuse_different(folder: Path, *compared: tuple[str, Any, Any]) -> None:
     """
     for key, of_file, configured in compared:
         if of_file != configured:
-            raise UserError(f"lora.init_from: {folder} has {key} {of_file}, but the configuration has {configured}; they must be equal")
+            hint = f"give {key.partition(',')[0]} as the adapter has it, or leave lora.init_from out"
+            raise UserError(f"lora.init_from: {folder} has {key} {of_file}, but the configuration has {configured}\n  {hint}")
 
 
 def different_routers(theirs: RouterConfig, ours: RouterConfig) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -104,17 +104,25 @@ def write_form(name: str, adapter: ReadAdapter, out: Path) -> list[str]:
     form = form_named(name)
     refuse_existing(out)
     if type(adapter.description) not in form.holds:
-        others = [other for other, one in FORMS.items() if type(adapter.description) in one.holds]
-        if others:
-            hint = f"give --to {' or '.join(others)}"
-        else:
-            hint = "no other program computes it; where users decide, --user writes the LoRA of one user"
-        raise UserError(f"{adapter.folder}: is {WHAT[type(adapter.description)]}, which the form {name} cannot hold\n  {hint}")
+        raise UserError(
+            f"{adapter.folder}: is {WHAT[type(adapter.description)]}, which the form {name} cannot hold\n  {what_to_give(adapter)}"
+        )
     try:
         return form.write(adapter, out)
     except UserError as error:
         where = "" if str(error).startswith(str(adapter.folder)) else f"{adapter.folder}: "
         raise UserError(f"{where}{error}") from error
+
+
+def what_to_give(adapter: ReadAdapter) -> str:
+    """Return what `hecate export` is to be given so that it writes this adapter, or why there is no such thing."""
+    description = adapter.description
+    if others := [name for name, form in FORMS.items() if type(description) in form.holds]:
+        return f"give --to {' or '.join(others)}"
+    assert isinstance(description, LinearAdapterConfig)
+    if description.router.by_user:
+        return "for each user it is another LoRA: give --user ID and --features FILE.npz, and that of the user is written for PEFT"
+    return "which of its pairs are at work depends on the token, so that no LoRA equals it; hecate generate and hecate eval compute it"
 
 
 def servers_for(model_type: str) -> list[str]:

@@ -111,6 +111,7 @@ def begin_with_linear_adapter(config: Config, base: BaseModel, moe: MoeModel) ->
         ("lora.alpha, scaled", theirs.scale, ours.scale),
         ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
         ("moe.num_experts", list(theirs.experts_per_layer), list(ours.experts_per_layer)),
+        ("moe.top_k", theirs.top_k, ours.top_k),
         ("moe.router", *different_routers(theirs.router, ours.router)),
         ("data.features, whose width is", user_width(tensors), moe.user_width),
     )

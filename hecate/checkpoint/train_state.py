@@ -177,36 +177,51 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
             reasons = [f"  {reason}" for _, reason in passed_over[:4]]
             raise NoCheckpointError("\n".join([f"{root} has no checkpoint that can be read", *reasons]))
         folder = root / name
-        read: tuple[TrainState, dict[str, Tensor], dict[Unit, Residency]] | CheckpointError
+        described: tuple[Manifest, TrainState, dict[Unit, np.ndarray]] | CheckpointError
+        read: tuple[dict[str, Tensor], dict[Unit, Residency]] | CheckpointError
         try:
             manifest = found[1] if found else read_manifest(folder)
             if isinstance(manifest, CheckpointError):
                 raise manifest
-            state, tensors = state_of(folder, manifest), _read_own_tensors(folder, manifest, config, parts)
+            state, owners = state_of(folder, manifest), _owners_of(folder, manifest, config, parts)
             with reading_meta(folder):
                 parts.stream.check_state_dict(dict(state.stream))
-            read = state, tensors, _residency(folder, manifest, parts.engine.shards)  # of the owners that were adopted with the tensors
+            described = manifest, state, owners
         except CheckpointError as error:
-            read = error
-        # A checkpoint that any rank cannot read is passed over by all.
-        reason = _first_reason(ranks, read if isinstance(read, CheckpointError) else None)
+            described = error
+        # A checkpoint that any rank cannot read is passed over by all. Ranks agree on that before they exchange what goes with the owners.
+        reason = _first_reason(ranks, described)
+        if reason is None:
+            assert not isinstance(described, CheckpointError)
+            manifest, state, owners = described
+            adopt_owners(parts.engine, parts.optimizer, owners)
+            try:
+                tensors = _read_own_tensors(folder, manifest, parts.optimizer)
+                read = tensors, _residency(folder, manifest, parts.engine.shards)
+            except CheckpointError as error:
+                read = error
+            reason = _first_reason(ranks, read)
         note_damage(folder, reason)  # if there is none: every tensor of it is one that some rank needs
         if reason is not None:
             passed_over.append((name, reason))
             continue
         assert not isinstance(read, CheckpointError)
-        state = _install(*read, ranks, parts)
+        state = _install(state, *read, ranks, parts)
         goes_on = f"training goes on from {name}"
         return LoadedState(state, tuple(f"{bad} is damaged and was passed over: {why}; {goes_on}" for bad, why in passed_over))
 
 
-def _first_reason(ranks: Ranks, error: CheckpointError | None) -> str | None:
-    """Why the lowest of the ranks that cannot read a checkpoint cannot, in one line; None: all can. Every rank must call it."""
-    count = int(ranks.all_max(0.0 if error is None else float(ranks.world_size - ranks.rank)))
+def _first_reason(ranks: Ranks, read: object) -> str | None:
+    """Why the lowest of the ranks that cannot read a checkpoint cannot, in one line; None: all can. Every rank must call it.
+
+    Args:
+        read: what this rank has read, or the CheckpointError that says why it cannot.
+    """
+    count = int(ranks.all_max(float(ranks.world_size - ranks.rank) if isinstance(read, CheckpointError) else 0.0))
     if count == 0:
         return None
     source = ranks.world_size - count
-    return ranks.broadcast_from(source, str(error).splitlines()[0].encode() if ranks.rank == source else None).decode()
+    return ranks.broadcast_from(source, str(read).splitlines()[0].encode() if ranks.rank == source else None).decode()
 
 
 def saved_max_steps(root: Path, step: int) -> int:
@@ -263,17 +278,21 @@ def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config, base
         )
 
 
-def _read_own_tensors(folder: Path, manifest: Manifest, config: Config, parts: TrainedParts) -> dict[str, Tensor]:
-    """The tensors that this rank needs of a checkpoint. The owners of the checkpoint are adopted on the way, on every rank alike."""
+def _owners_of(folder: Path, manifest: Manifest, config: Config, parts: TrainedParts) -> dict[Unit, np.ndarray]:
+    """The owners of this run's experts by a checkpoint, dealt anew where a sharding group had another number of ranks."""
     refuse_other_run(folder, manifest.meta, config, parts.base_digest, parts.drawn_digest)
-    engine, optimizer = parts.engine, parts.optimizer
+    engine = parts.engine
     owners = owners_of(folder, manifest)
     for unit, owner_E in engine.shards.owners.items():
         if unit not in owners or len(owners[unit]) != len(owner_E):
             raise CheckpointError(f"{folder / MANIFEST}: does not say who owns the {len(owner_E)} experts of unit {unit}")
     if manifest.world_size != engine.shards.world_size:
         owners = engine.shards.redealt(owners, engine.shards.world_size)
-    adopt_owners(engine, optimizer, owners)
+    return owners
+
+
+def _read_own_tensors(folder: Path, manifest: Manifest, optimizer: ExpertOptimizer) -> dict[str, Tensor]:
+    """The tensors that this rank needs of a checkpoint, whose owners are those of the run."""
     tensor_parts = optimizer.parts.parameters if optimizer.parts else {}
     needed = [f"owned/{name}" for name in optimizer.owned] + [f"replicated/{name}" for name in (*optimizer.alike, *tensor_parts)]
     missing = [name for name in needed if name not in manifest.tensors]

@@ -104,7 +104,7 @@ def _check_shards(values: Mapping[str, Any], add: Add) -> None:
         most = values.get(key, private)
         if isinstance(most, int) and private > most:  # a list of ranks has a problem already
             what = f"must be at most {key}, which is {most}, got {private}"
-            add(_PREFIX + "private_rank", what, "an expert's private shards are a part of its share of the pool, and of its pairs")
+            add(_PREFIX + "private_rank", what, f"set it to {most} or less, or raise {key}: private shards are a part of both")
     refused = (
         ("lora.gradient_rule", "none", "row_norm is about rows of A and B that train by themselves, but", "which several pairs share"),
         ("fssdp.rematerialize", False, "frees replicas after each layer, but", "which all layers share and which lives a whole step"),

@@ -92,6 +92,9 @@ def _check_bias(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add)
     if coefficient:
         what = f"must be 0 with moe.router.bias=balancing, whose bias evens out the loads instead of a loss, got {coefficient}"
         add("moe.router_aux_loss_coef", what, "set moe.router_aux_loss_coef=0, or moe.router.bias=none")
+    if values.get(_PREFIX + "dense"):
+        what = "balancing has no effect with moe.router.dense, where every token goes to all experts, so that all loads are equal"
+        add(_PREFIX + "bias", what, "leave moe.router.dense out, or use learned or none")
     if _PREFIX + "balance" in changed:
         add(_PREFIX + "balance", "has no effect with moe.router.bias=balancing, which has no load-balancing loss", "leave it out")
 

@@ -51,7 +51,7 @@ class Batch:
     targets: Tensor  # [B, S]; the token that each position is to predict, already shifted; -100: none
     position_ids: Tensor  # [B, S]; the position within the sample, from 0; 0 at padding
     segment_ids: Tensor  # [B, S]; the sample's number within the sequence, from 1; 0 at padding
-    token_ids: Tensor  # [B, S]; sequence number * seq_len + position in the sequence, unique in the run; -1 at padding
+    token_ids: Tensor  # [B, S]; sequence number * seq_len + position in the sequence; -1 at padding
     task: Tensor  # [B, S]; the index of the sample's source; -1 at padding
     user: Tensor | None = None  # [B, S]; the row of the sample's user in the features; -1 at padding; None: no sample has a user
     routed: Tensor | None = None  # int16 [B, S, MoE layers, top_k]: the experts that samples name for their tokens; 0 at padding

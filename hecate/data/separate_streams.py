@@ -14,9 +14,23 @@ from hecate.data.stream import TrainStream
 class SeparateStreams:
     """As `TrainStream`, which is each source's: its sequences are those of a run on that source alone, in the same order, packed alike."""
 
-    def __init__(self, sources: Sequence[TokenSource], *, seq_len: int, packing: bool, sequences_per_step: int, seed: int) -> None:
-        """The number of sources divides `sequences_per_step`."""
+    def __init__(
+        self,
+        sources: Sequence[TokenSource],
+        *,
+        seq_len: int,
+        packing: bool,
+        sequences_per_step: int,
+        seed: int,
+        numbered_alone: bool = False,
+    ) -> None:
+        """Args:
+        sequences_per_step: a multiple of the number of sources.
+        numbered_alone: sequences have the numbers that they have in a run on their source alone, so that those of several sources have the
+            same; otherwise no two sequences have the same number. What dropout drops goes by it.
+        """
         self.sources = tuple(sources)
+        self._numbered_alone = numbered_alone
         self._streams = [
             TrainStream([source], seq_len=seq_len, packing=packing, sequences_per_step=1, seed=seed) for source in self.sources
         ]
@@ -37,7 +51,13 @@ class SeparateStreams:
     def next_step(self) -> list[PackedSequence]:
         """Return the next global step, the same on every rank: one sequence of each source, then again one of each."""
         steps = [stream.next_step() for stream in self._streams]
-        return [_of_source(sequence, source) for round_ in zip(*steps, strict=True) for source, sequence in enumerate(round_)]
+        return [self._of_source(sequence, source) for round_ in zip(*steps, strict=True) for source, sequence in enumerate(round_)]
+
+    def _of_source(self, sequence: PackedSequence, source: int) -> PackedSequence:
+        """A sequence of the only source of its stream as one of source number `source`."""
+        number = sequence.number if self._numbered_alone else sequence.number * len(self.sources) + source
+        samples = tuple((source, sample) for _, sample in sequence.samples)
+        return replace(sequence, number=number, task=sequence.task + source, samples=samples)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that the following sequences depend on, as plain JSON values."""
@@ -64,8 +84,3 @@ class SeparateStreams:
 
 
 Stream = TrainStream | SeparateStreams
-
-
-def _of_source(sequence: PackedSequence, source: int) -> PackedSequence:
-    """A sequence of the only source of its stream as one of source number `source`."""
-    return replace(sequence, task=sequence.task + source, samples=tuple((source, sample) for _, sample in sequence.samples))

@@ -21,7 +21,6 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.cost_model import LayerCost
 from hecate.parallel.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
 from hecate.parallel.expert_kinds import NO_PAIRS, ExpertKind, FfnSizes, LinearSizes, LoraShape, UnitSizes
@@ -278,7 +277,7 @@ class UnitExperts(ABC):
         if not self.site.names:
             return routed
         expert_S = routed.experts_in_slots
-        self._number_E = copy_to(self._number_E, expert_S.device)
+        self._number_E = self._number_E.to(expert_S.device)
         return replace(routed, expert_S=self._number_E[expert_S])
 
     def _kernels(self, x_TD: Tensor) -> ExpertKernels:

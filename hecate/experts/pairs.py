@@ -13,7 +13,6 @@ from torch import Tensor
 from hecate.errors import UserError
 from hecate.experts.seeding import generator, linear_weight
 from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.expert_kinds import LoraShape, PairSizes, UnitSizes, plain_pairs
 
 
@@ -87,7 +86,7 @@ class PlainPairs:
         parts = replicas_SC.split_with_sizes([spec.numel for spec in self.sizes.trained], dim=1)
         views = [part.view(-1, *spec.shape) for part, spec in zip(parts, self.sizes.trained, strict=True)]
         if self.lora.of_experts:
-            self._factor_E = copy_to(self._factor_E, replicas_SC.device)
+            self._factor_E = self._factor_E.to(replicas_SC.device)
             factor_S = self._factor_E[expert_S].to(replicas_SC.dtype)
             views[1::2] = [b_SOr * factor_S[:, None, None] for b_SOr in views[1::2]]
         pairs = zip(self.projections, views[::2], views[1::2], strict=True)

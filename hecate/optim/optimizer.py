@@ -380,7 +380,10 @@ def _flat_gradients(parameters: Sequence[nn.Parameter]) -> Tensor:
 
 def _give_gradients(parameters: Sequence[nn.Parameter], flat: Tensor) -> None:
     for parameter, total in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = total.view_as(parameter)
+        # In the parameter's strides, because torch's fused steps go through memory and not through indices.
+        parameter.grad = (
+            total.view_as(parameter) if parameter.is_contiguous() else torch.empty_like(parameter).copy_(total.view_as(parameter))
+        )
 
 
 def _sum_of_squares(parameters: dict[str, nn.Parameter], device: torch.device) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,13 +100,7 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     # Held-out data are routed by the router, whether they bring a routing or not.
     train_sources = encode_sources(config.data.train, config, base, ranks, users, routing_shape(config, base))
     eval_sources = encode_sources(config.data.eval, config, base, ranks, users)
-    stream = (SeparateStreams if config.data.separate else TrainStream)(
-        train_sources,
-        seq_len=config.data.seq_len,
-        packing=config.data.packing,
-        sequences_per_step=config.micro_batch_size * config.gradient_accumulation_steps * ranks.dp_size,
-        seed=config.seed,
-    )
+    stream = _stream_of(config, train_sources, ranks)
     if not config.resume:
         for _ in range(config.data.skip_steps):
             stream.next_step()
@@ -213,6 +209,18 @@ def shard_layers_again(config: Config, base: BaseModel, moe: MoeModel, ranks: Ra
     # On the host, from where one layer after another is copied to a GPU: there is no room there for all of them besides a step's memory.
     whole, _ = load_moe_model(source, dtype, torch.device("cpu"), config.moe.kind, config.model.num_hidden_layers)
     shard_frozen_layers(moe, ranks.layers, whole)
+
+
+def _stream_of(config: Config, sources: Sequence[TokenSource], ranks: Ranks) -> Stream:
+    settings: dict[str, Any] = {
+        "seq_len": config.data.seq_len,
+        "packing": config.data.packing,
+        "sequences_per_step": config.micro_batch_size * config.gradient_accumulation_steps * ranks.dp_size,
+        "seed": config.seed,
+    }
+    if config.data.separate:
+        return SeparateStreams(sources, numbered_alone=config.moe.router.input == "given", **settings)
+    return TrainStream(sources, **settings)
 
 
 def insertion_plan(config: Config, num_layers: int, user_width: int | None = None) -> InsertionPlan:

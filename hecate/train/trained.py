@@ -13,7 +13,7 @@ import torch
 
 from hecate.adapters.bake_user import bake_user
 from hecate.adapters.folder import read_adapter_config, refuse_existing
-from hecate.adapters.forms import FORMS, form_named, read_any, write_form
+from hecate.adapters.forms import form_named, read_any, what_to_give, write_form
 from hecate.adapters.model_folder import is_model_folder
 from hecate.adapters.peft_by_source import refuse_several, sources_in
 from hecate.adapters.sets.merging import merge_adapters
@@ -145,11 +145,10 @@ def bake(trained: Path, out: Path, user: str | None, features: Path | None) -> N
         UserError: no user is given, it has no features, the adapter has no plain LoRA as its equal, or a file cannot be read or written.
     """
     if user is None or features is None:
-        raise UserError(
-            f"{trained}: say in which form it is to be written: --to {', '.join(FORMS)}\n"
-            "  an adapter whose experts are mixed by users is another LoRA for each user, and other mixtures are none at all\n"
-            "  give --user ID and --features FILE.npz: the LoRA of that user is written"
-        )
+        if user is not None or features is not None:
+            raise UserError("--user and --features: the one needs the other\n  give both")
+        refuse_several(trained)
+        raise UserError(f"{trained}: say in which form it is to be written\n  {what_to_give(read_any(trained))}")
     found = read_user_features(features)
     row = found.row(user)
     bake_user(trained, out, user, torch.from_numpy(found.values_UF[row].astype("float64")))

@@ -9,6 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hecate.adapters.forms import FORMS, ReadAdapter, write_form
+from hecate.adapters.linear_format import LinearAdapterConfig
+from hecate.config import RouterConfig
 from hecate.errors import UserError
 from tests.hecate.adapters.exporting import (
     damaged,
@@ -51,3 +54,36 @@ def test_what_a_form_cannot_hold_of_a_lora_is_refused(tmp_path: Path) -> None:
         save_file({name: 0 * one if ".lora_B." in name else one for name, one in load_file(file).items()}, file)
 
     refused("merged", "all its B are zero: it was never trained", zero)
+
+
+OVER_LINEARS = {
+    "mola": (RouterConfig(), "which of its pairs are at work depends on the token, so that no LoRA equals it"),
+    "smora": (
+        RouterConfig(score="sigmoid", bias="balancing", bias_in_weights=True),
+        "at work depends on the token, so that no LoRA equals it",
+    ),
+    "reclora": (RouterConfig(input="user"), "for each user it is another LoRA: give --user ID and --features FILE.npz"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("system", OVER_LINEARS)
+def test_mixtures_over_linears_have_no_form_and_it_is_said_why(tmp_path: Path, system: str, form: str) -> None:
+    router, reason = OVER_LINEARS[system]
+    description = LinearAdapterConfig(
+        base_model_name_or_path="models/tiny",
+        r=2,
+        alpha=4,
+        use_rslora=False,
+        target_modules=("q_proj",),
+        experts_per_layer=(3, 3),
+        top_k=2,
+        dropout=0.0,
+        router_aux_loss_coef=0.0,
+        router=router,
+    )
+    with pytest.raises(
+        UserError, match=f"(?s)/left: is a mixture of experts over single linears.*the form {form} cannot hold\n  .*{reason}"
+    ):
+        write_form(form, ReadAdapter(tmp_path / "left", {}, description), tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from hecate.checkpoint import latest_good
+from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.manifest import Manifest, read_manifest
 from hecate.checkpoint.meta import saved_at
 from hecate.checkpoint.save_run import save_state
@@ -152,6 +153,26 @@ def test_a_damaged_checkpoint_is_passed_over_named_and_replaced(tmp_path: Path) 
     assert sorted(path.name for path in root.iterdir()) == sorted(["checkpoint-1", "checkpoint-2", "checkpoint-3", *asides])
     assert not [*find_damage(root / "checkpoint-2"), *find_damage(root / "checkpoint-3")]
     assert len(list(find_damage(root / asides[1]))) == 1
+
+
+def owners_adopted(rank: int, world: int, folder: str) -> tuple[int, int]:
+    """Save steps 1 and 2, of which rank 1 alone cannot read the second; the step that was loaded, and how often owners were adopted."""
+    ranks, parts, config = ranks_of(rank, world), stepped_parts(rank, world), config_of(Path(folder))
+    for step in (1, 2):
+        save_state(config, ranks, parts, replace(state_of(parts, 1), step=step))
+
+    def read(folder: Path) -> Manifest | CheckpointError:
+        return CheckpointError("the file system is slow") if rank == 1 and folder.name == "checkpoint-2" else read_manifest(folder)
+
+    adopted = mock.Mock()
+    with mock.patch("hecate.checkpoint.train_state.read_manifest", read), mock.patch("hecate.checkpoint.train_state.adopt_owners", adopted):
+        loaded = load_state(config, ranks, parts)
+    return loaded.state.step, adopted.call_count
+
+
+def test_owners_whose_frozen_parts_travel_are_adopted_by_all_ranks_or_none(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    assert run_ranks(2, owners_adopted, str(tmp_path), timeout=60) == [(1, 1), (1, 1)]
 
 
 def loaded_with_mistakes(rank: int, world: int, folder: str) -> tuple[int, tuple[str, ...], str]:

@@ -22,7 +22,7 @@ from hecate.config.rules import check_values
             (
                 "lora.shards.private_rank",
                 "must be at most lora.shards.equivalent_rank, which is 2, got 3",
-                "an expert's private shards are a part of its share of the pool, and of its pairs",
+                "set it to 2 or less, or raise lora.shards.equivalent_rank: private shards are a part of both",
             ),
         ),
         (
@@ -30,7 +30,7 @@ from hecate.config.rules import check_values
             (
                 "lora.shards.private_rank",
                 "must be at most lora.r, which is 1, got 2",
-                "an expert's private shards are a part of its share of the pool, and of its pairs",
+                "set it to 1 or less, or raise lora.r: private shards are a part of both",
             ),
         ),
         (

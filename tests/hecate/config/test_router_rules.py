@@ -23,6 +23,10 @@ REFUSED = [
     (["moe.router={bias: learned, bias_rate: 0.1}"], "moe.router.bias_rate: applies to moe.router.bias=balancing only.*bias is learned"),
     (["moe.router.bias_in_weights=true"], "moe.router.bias_in_weights: applies to moe.router.bias=balancing only.*leave it out"),
     (["moe.router={bias: balancing, bias_rate: -1}", "moe.router_aux_loss_coef=0"], "moe.router.bias_rate: must be > 0, got -1"),
+    (
+        ["moe.router={dense: true, bias: balancing}", "moe.router_aux_loss_coef=0"],
+        "moe.router.bias: balancing has no effect with moe.router.dense.*leave moe.router.dense out",
+    ),
     (["moe.router.dense=true", "moe.top_k=2"], "moe.top_k: is 2, but with moe.router.dense every token goes to all experts"),
     (["moe.router.weights=gate"], "moe.router.weights: gate does not fit moe.family=mixlora.*use renormalised"),
     (["moe.router={weights: gate, dense: true, score: sigmoid}"], "moe.router.weights: gate does not fit moe.family=mixlora"),

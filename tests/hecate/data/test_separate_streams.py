@@ -20,8 +20,8 @@ SOURCES = [
 SETTINGS: dict[str, Any] = {"seq_len": 32, "seed": 5}
 
 
-def build(packing: bool = True, sequences: int = 6) -> SeparateStreams:
-    return SeparateStreams(SOURCES, packing=packing, sequences_per_step=sequences, **SETTINGS)
+def build(packing: bool = True, sequences: int = 6, numbered_alone: bool = True) -> SeparateStreams:
+    return SeparateStreams(SOURCES, packing=packing, sequences_per_step=sequences, numbered_alone=numbered_alone, **SETTINGS)
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -36,6 +36,13 @@ def test_each_source_has_the_sequences_of_a_run_on_it_alone(packing: bool) -> No
             assert [one.input_ids.tolist() for one in own] == [one.input_ids.tolist() for one in wanted]
             assert [one.number for one in own] == [one.number for one in wanted]
             assert [one.samples for one in own] == [tuple((number, sample) for _, sample in one.samples) for one in wanted]
+
+
+def test_numbers_are_unique_where_they_are_not_those_of_a_run_alone() -> None:
+    for numbered_alone in (True, False):
+        stream = build(numbered_alone=numbered_alone)
+        numbers = [sequence.number for _ in range(5) for sequence in stream.next_step()]
+        assert sorted(numbers) == ([number for number in range(10) for _ in SOURCES] if numbered_alone else list(range(30)))
 
 
 def test_they_go_on_where_they_were_saved() -> None:

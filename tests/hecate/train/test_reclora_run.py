@@ -161,7 +161,7 @@ def test_what_needs_a_user_is_refused_without_one(workshop: Path, one_rank: dist
         chosen = {name: workshop / value if name == "features" and value else value for name, value in arguments.items()}
         with pytest.raises(UserError, match=reason):
             answer(folder, "w1", system=None, model=None, max_new_tokens=2, **chosen)
-    with pytest.raises(UserError, match=r"another LoRA for each user.*\n.*give --user ID and --features"):
+    with pytest.raises(UserError, match=r"say in which form.*\n.*another LoRA: give --user ID and --features"):
         bake(folder, workshop / "out", None, None)
     with pytest.raises(UserError, match="its gates were trained for users of 5 numbers, but the features have 7"):
         bake(folder, workshop / "out", "u1", workshop / "wide.npz")

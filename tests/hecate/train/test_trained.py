@@ -146,6 +146,7 @@ def test_a_mixture_begins_with_an_adapter(workshop: Path, tmp_path: Path) -> Non
     for override, reason in (
         ("lora.alpha=4", r"has lora.alpha, scaled 2.0, but the configuration has 1.0"),
         ("moe.num_experts=2", r"has moe.num_experts \[3, 3\], but the configuration has \[2, 2\]"),
+        ("moe.top_k=1", r"has moe.top_k 2, but the configuration has 1\n  give moe.top_k as the adapter has it"),
         ("moe.router.score=sigmoid", r"has moe.router {'score': 'softmax'}, but the configuration has {'score': 'sigmoid'}"),
         (f"model.name_or_path={workshop}/narrow", r"moe_gate.weight has shape \(3, 32\), but the base model needs \(3, 16\)"),
     ):
@@ -164,7 +165,8 @@ def test_what_cannot_be_exported_is_refused(workshop: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     for source, given, reason in (
         (run, {"to": "onnx"}, "--to onnx: there is no such form\n  forms: mixlora, mixtral"),
-        (adapter, {}, "say in which form it is to be written: --to mixlora, mixtral, peft, per-expert, merged"),
+        (adapter, {}, "say in which form it is to be written\n  give --to mixlora or mixtral"),
+        (adapter, {"user": "u1"}, "--user and --features: the one needs the other"),
         (run, {"to": "peft", "user": "u1"}, "--to and --user were given"),
         (model, {"to": "mixtral"}, "is a whole model already"),
         (other, {"to": "peft"}, "was trained with whole experts, which are no adapter\n  give --to mixtral"),
