@@ -56,6 +56,7 @@ class Case:
     ranks: int
     dtype: str
     overrides: tuple[str, ...] = ()
+    """{folder} stands for the case's folder"""
     model: str = "llama"
     """the model_type of its config.json"""
 
@@ -70,6 +71,13 @@ CASES = (
     Case("mixlora, fixed_a, llep, dropout", 2, "bfloat16", ("lora.pairs=fixed_a", "fssdp.policy=llep", "lora.dropout=0.05")),
     Case("mixlora, static_ep", 2, "bfloat16", ("fssdp.policy=static_ep",)),
     Case("mixlora, nola, one rank", 1, "float32", ("lora.pairs=nola", "lora.nola.bases=64", _FFN)),
+    Case("mixlora, allora's rule", 2, "bfloat16", (
+        "lora.gradient_rule=row_norm", "lora.eta=2.0", "lora.alpha=null", "gradient_accumulation_steps=2",
+    )),
+    Case("mixlora, two adapters at once", 2, "float32", (
+        "data.train=[{{path: {folder}/train.jsonl, name: a}}, {{path: {folder}/train.jsonl, name: b}}]", "moe.router.input=given",
+        "moe.num_experts=2", "moe.top_k=1", "moe.router_aux_loss_coef=0", _FFN,
+    )),
     Case("linears: mola, hecate_paper", 2, "float32", (
         *_LINEAR, "moe.allocation=[2,4,6,8]", "moe.num_experts=null", "fssdp.policy=hecate_paper",
     )),
@@ -80,6 +88,10 @@ CASES = (
     Case("linears: mos, 2 micro-steps", 2, "float32", (
         *_LINEAR, "moe.num_experts=1", "moe.top_k=1", "lora.r=4", "lora.pairs=shards", "lora.shards.equivalent_rank=2",
         "lora.shards.per_vector=4", "lora.shards.private_rank=1", "gradient_accumulation_steps=2",
+    )),
+    Case("linears: reclora, one rank", 1, "float32", (
+        *_LINEAR, "lora.target_modules=[q_proj,v_proj]", "moe.num_experts=8", "moe.top_k=null", "moe.router.input=user",
+        "moe.router.temperature=5", "data.features={folder}/users.npz",
     )),
     Case("moe_lora, static_ep, recomputed", 2, "bfloat16", (
         "moe.family=moe_lora", "fssdp.policy=static_ep", "gradient_checkpointing=true", "moe.train_router=false",
@@ -154,7 +166,8 @@ def write_case(case: Case, folder: Path) -> Path:
     special = {"eos_token_id": 257, "bos_token_id": 256, "pad_token_id": 257}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(case.model, **sizes, **special)).save_pretrained(folder / "model")
     build_byte_tokenizer().save_pretrained(folder / "model")
-    lines = [json.dumps({"text": f"{number} " + "some words " * (1 + number * 7 % 40)}) + "\n" for number in range(1000)]
+    np.savez(folder / "users.npz", ids=np.array(["u"]), features=np.ones((1, 64), dtype=np.float32))
+    lines = [json.dumps({"text": f"{number} " + "some words " * (1 + number * 7 % 40), "user": "u"}) + "\n" for number in range(1000)]
     (folder / "train.jsonl").write_text("".join(lines), encoding="utf-8")
     path = folder / "config.yaml"
     settings: Sequence[str] = (
@@ -166,7 +179,8 @@ def write_case(case: Case, folder: Path) -> Path:
         "lora: {r: 8, alpha: 16.0, dropout: 0.0}",
     )
     path.write_text("\n".join(settings) + "\n", encoding="utf-8")
-    path.write_text(to_yaml(load_config(path, case.overrides, claim_output=False)), encoding="utf-8")
+    overrides = [override.format(folder=folder) for override in case.overrides]
+    path.write_text(to_yaml(load_config(path, overrides, claim_output=False)), encoding="utf-8")
     return path
 
 

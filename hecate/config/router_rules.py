@@ -101,7 +101,7 @@ def _check_bias(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add)
 
 def _check_choice(values: Mapping[str, Any], add: Add) -> None:
     top_k = values.get("moe.top_k")
-    if values.get(_PREFIX + "dense") and top_k is not None:
+    if values.get(_PREFIX + "dense") and top_k not in (None, most_experts(values)):  # which a run's own config.yaml says
         add("moe.top_k", f"is {top_k}, but with moe.router.dense every token goes to all experts", "leave moe.top_k out, or dense")
 
 

@@ -131,7 +131,7 @@ def _check_experts(values: Mapping[str, Any], add: Add) -> None:
             what = f"lists {len(experts)} layers, but model.num_hidden_layers is {layers}"
             add("moe.num_experts", what, f"give one number for all layers, or {layers} of them")
     takes_all = values.get("moe.router.dense") or values.get("moe.router.input") == "user"
-    top_k = or_default(values, "moe.top_k", None if own or takes_all else DEFAULT_TOP_K)
+    top_k = None if takes_all else or_default(values, "moe.top_k", None if own else DEFAULT_TOP_K)
     fewest = min((count for count in counts if count > 0), default=0)
     given = values.get("moe.router.input") == "given"  # where top_k is 1
     if top_k is not None and 0 < fewest < top_k and not given:

@@ -44,7 +44,7 @@ def check_user(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add) 
             add(key, f"has no effect with {_USER}, whose gates give every token to all experts of a linear", "leave it out")
     if values.get("moe.unit") == "ffn":
         add("moe.router.input", "user needs moe.unit=linear, whose experts are pairs that can be mixed", "set moe.unit=linear")
-    if values.get("moe.top_k") is not None:
+    if values.get("moe.top_k") not in (None, most_experts(values)):  # the number of experts is what a run's own config.yaml says
         add("moe.top_k", f"is {values['moe.top_k']}, but with {_USER} every token goes to all experts", "leave it out")
     coefficient = values.get("moe.router_aux_loss_coef")
     if coefficient:

@@ -2,6 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from hypothesis import example, given
@@ -36,6 +37,27 @@ def test_round_trip(folder: Path) -> None:
     )
     assert again(config) == config
     assert "${" not in to_yaml(config)
+
+
+LINEAR = ("moe.unit=linear", "moe.router_aux_loss_coef=0")
+SYSTEMS = {
+    "all experts": ("moe.router.dense=true", "moe.num_experts=3"),
+    "all experts, layer by layer": ("moe.router.dense=true", "moe.num_experts=[4,0,3]"),
+    "users": (*LINEAR, "moe.router.input=user", "data.features=users.npz"),
+    "given": ("moe.router.input=given", "moe.num_experts=1", "moe.top_k=1", "lora.target_modules=[up_proj]", "moe.router_aux_loss_coef=0"),
+    "mola": (*LINEAR, "moe.allocation=[2,4,6,8]"),
+    "smora": (*LINEAR, "lora.r=1", "moe.num_experts=64", "moe.router={score: sigmoid, bias: balancing, bias_in_weights: true}"),
+    "one pair each": (*LINEAR, "moe.num_experts=1", "moe.top_k=1", "lora.pairs=shards"),
+    "nola": ("lora.pairs=nola",),
+    "allora": ("lora.gradient_rule=row_norm", "lora.eta=2.0", "lora.alpha=null", "lora.dropout=0"),
+}
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_the_file_of_a_run_of_any_system_is_a_configuration(folder: Path, system: str) -> None:
+    np.savez("users.npz", ids=np.array(["a"]), features=np.ones((1, 8), dtype=np.float32))
+    config = load(MINIMAL, *SYSTEMS[system])
+    assert again(config) == config
 
 
 @reuse_folder
