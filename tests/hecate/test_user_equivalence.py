@@ -57,9 +57,7 @@ def test_experts_mixed_by_users_train_as_one_process() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_under_every_policy(world: int) -> None:
     cases = [UserCase(policy, steps=2) for policy in sorted(POLICIES)]
-    cases += [
-        UserCase(policy, "products", "empty rank", steps=2) for policy in ("static_ep", "hecate_paper", "llep", "random 3", "elsewhere")
-    ]
+    cases += [UserCase(policy, "products", "empty rank", steps=2) for policy in (*sorted(POLICIES), "random 3", "elsewhere")]
     cases += [UserCase("random 3", "factors", "empty rank", (4, 1), checkpointing=True)]
     run_ranks(world, check_cases, cases, timeout=580)
 
