@@ -265,6 +265,14 @@ def assert_groups_equal(moe: MoeModel, optimizer: ExpertOptimizer) -> None:
         assert torch.equal(most[0], ~most[1]), f"the sharding groups differ in {name}"
 
 
+def random_owners(moe: MoeModel, seed: int) -> dict[Unit, np.ndarray]:
+    """Any owners of all experts and blocks of pools; with some seeds a rank owns nothing of a unit."""
+    rng, shards = np.random.default_rng(seed), moe.engine.shards
+    return {
+        unit: rng.integers(0, rng.integers(1, shards.world_size + 1), size=chunked.num_experts) for unit, chunked in shards.chunked.items()
+    }
+
+
 @contextmanager
 def calibrating_at_whim() -> Iterator[None]:
     """Any plan in place of any other, and layers planned from any loads, not only where that pays; the same on every rank."""

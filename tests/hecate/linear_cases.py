@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 
-import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -343,15 +342,6 @@ class ShardedTraining:
             step=number,
             rules=StepRules(aux_coef=self.case.aux_coef, max_grad_norm=MAX_NORM),
         )
-
-
-def random_unit_owners(training: ShardedTraining, seed: int) -> dict[Unit, np.ndarray]:
-    """Any owners; with some seeds a rank owns nothing of a unit."""
-    rng = np.random.default_rng(seed)
-    shards = training.moe.engine.shards
-    return {
-        unit: rng.integers(0, rng.integers(1, shards.world_size + 1), size=chunked.num_experts) for unit, chunked in shards.chunked.items()
-    }
 
 
 def near(name: str, got: torch.Tensor | None, wanted: torch.Tensor | None, tolerance: float) -> None:

@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 import torch
 
+from hecate.elastic.move_experts import move_experts
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
@@ -21,6 +22,7 @@ from tests.hecate.equivalence_cases import (
     WEIGHT_DECAY,
     Case,
     micro_batch,
+    random_owners,
     router_bias,
     rows_of,
     sharded,
@@ -122,8 +124,12 @@ def close(name: str, got: torch.Tensor | None, wanted: torch.Tensor | None) -> N
     assert error <= TOLERANCE, f"{name}: off by {error:.2e}"
 
 
-def check_router(rank: int, world: int, case: Case) -> None:
-    """Raises AssertionError where losses, gradients, parameters or a balancing bias of any step differ from the reference's."""
+def check_router(rank: int, world: int, case: Case, *, reshard: bool = False) -> None:
+    """Raises AssertionError where losses, gradients, parameters or a balancing bias of any step differ from the reference's.
+
+    Args:
+        reshard: whether experts get other owners after each step.
+    """
     moe, head = sharded(case, world)
     reference = RoutedReference(case, moe)
     owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}
@@ -156,14 +162,17 @@ def check_router(rank: int, world: int, case: Case) -> None:
                 bias = optimizer.buffers[f"layers.{index}.router.bias"]
                 assert torch.equal(bias, layer.expert_bias), f"step {step}: the bias of layer {index}"
         idle += sum(grads[name] is None for name in owned)
+        if reshard:
+            move_experts(moe.engine, optimizer, random_owners(moe, 10 * step + world))
+            owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}
     assert case.scenario != "idle experts" or case.num_experts <= case.top_k or idle or world > 1, "no expert was idle"
     if case.router.bias == "balancing":
         assert any(buffer.any() for buffer in optimizer.buffers.values()), "no bias has moved"
 
 
-def check_routers(rank: int, world: int, cases: list[Case]) -> None:
+def check_routers(rank: int, world: int, cases: list[Case], reshard: bool = False) -> None:
     for case in cases:
         try:
-            check_router(rank, world, case)
+            check_router(rank, world, case, reshard=reshard)
         except BaseException as error:
             raise AssertionError(f"{case}: {error}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -14,8 +15,9 @@ from tests.hecate.router_reference import check_routers
 
 MOVED = 0.02
 """how far a balancing bias moves in a step: enough to change choices"""
+LLAVA_MOLE = RouterConfig(bias="learned", weights="one", balance="sample")
 CHOICES = (
-    (1, RouterConfig(bias="learned", weights="one", balance="sample")),
+    (1, LLAVA_MOLE),
     (2, RouterConfig(balance="sample")),
     (2, RouterConfig(score="sigmoid", bias="balancing", bias_rate=MOVED)),
     (2, RouterConfig(score="sigmoid", bias="balancing", bias_rate=MOVED, bias_in_weights=True)),
@@ -48,6 +50,14 @@ def test_any_number_of_ranks_equals_one_process(world: int, scenario: str) -> No
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 def test_every_policy_equals_one_process(policy: str) -> None:
     run_ranks(3, check_routers, cases(policy, "hot expert", steps=3), timeout=480)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_llava_moles_router_under_every_policy_while_owners_change(world: int) -> None:
+    named = zip((*sorted(POLICIES), "elsewhere"), itertools.islice(itertools.cycle(SCENARIOS), world, None), strict=False)
+    found = [Case(policy, 3, 1, scenario, router=LLAVA_MOLE, steps=3) for policy, scenario in named]
+    run_ranks(world, check_routers, found, True, timeout=480)
 
 
 @pytest.mark.slow

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hecate.config import RouterConfig
 from hecate.engine.engine import Engine
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.layer import MoeLayer
 from hecate.experts.router import TopKRouter
+from hecate.parallel.units import Unit
 from tests.hecate.experts.making import HIDDEN, engine, router_site
 from tests.hecate.forecast.making import saved_for_backward
 
@@ -20,6 +22,29 @@ def layer(current: CurrentPass, experts: int = 4) -> MoeLayer:
 def both(experts: int = 4) -> tuple[MoeLayer, Engine]:
     made = engine({0: experts})
     return layer(made.current, experts), made
+
+
+def passed(choices: RouterConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The output, and the gradient of each chunk that has one."""
+    made = engine({Unit(0): 4})
+    moe = MoeLayer(Unit(0), TopKRouter(router_site(HIDDEN, 4, 1, seed=1, choices=choices)), made.current)
+    step = made.begin_step(0)
+    micro = step.begin_micro_step()
+    result = moe(hidden())
+    micro.backward(result.square().sum())
+    step.finish()
+    chunks = made.shards.named_parameters().items()
+    return result.detach(), {f"{unit}.{expert}": chunk.grad for (unit, expert), chunk in chunks if chunk.grad is not None}
+
+
+def test_llava_moles_router_without_a_bias_is_mixloras_with_one_expert(one_rank: dist.ProcessGroup) -> None:
+    """To the bit. A learned bias begins at zero."""
+    y, gradients = passed(RouterConfig(bias="learned", weights="one", balance="sample"))
+    wanted, gradients_wanted = passed(RouterConfig())
+    assert torch.equal(y, wanted)
+    assert gradients.keys() == gradients_wanted.keys()
+    assert len(gradients) > 1
+    assert all(torch.equal(gradient, gradients_wanted[name]) and gradient.any() for name, gradient in gradients.items())
 
 
 def hidden() -> torch.Tensor:

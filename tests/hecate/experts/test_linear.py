@@ -22,7 +22,10 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.parallel.units import Unit
 from hecate.ranks.groups import expert_groups
+from tests.hecate.equivalence_cases import LEARNING_RATE, MAX_NORM, MICRO_STEPS, TARGETS, WEIGHT_DECAY, micro_batch
 from tests.hecate.experts.making import router_site
+from tests.hecate.linear_cases import LinearCase, ShardedTraining, tiny_with_biases
+from tests.plain_mixlora import clip, plain_loss
 from tests.plain_mola import PlainMolaLinear
 
 UNIT, RANK, SCALE = Unit(1, "self_attn.q_proj"), 3, 0.7
@@ -123,6 +126,37 @@ def test_one_expert_is_pefts_lora(one_rank: dist.ProcessGroup) -> None:
     torch.testing.assert_close(y, wanted, rtol=1e-12, atol=1e-12)
     gradient = torch.cat([layer.lora_A["default"].weight.grad.flatten(), layer.lora_B["default"].weight.grad.flatten()])
     torch.testing.assert_close(next(iter(engine.shards.named_parameters().values())).grad, gradient, rtol=1e-12, atol=1e-12)
+
+
+def test_with_a_fixed_a_a_dense_model_trains_as_with_pefts_lora_whose_a_is_frozen(one_rank: dist.ProcessGroup) -> None:
+    """All linears of two layers, for some steps."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    case = LinearCase("full", experts=(1, 1), top_k=1, pairs="fixed_a")
+    ours = ShardedTraining(case, 0, 1)
+    config = peft.LoraConfig(r=RANK, lora_alpha=SCALE * RANK, target_modules=list(TARGETS), lora_dropout=0.0)
+    model = peft.inject_adapter_in_model(config, tiny_with_biases(case.dtype))
+    weight_b = {}
+    for (unit, _), chunk in ours.moe.engine.shards.named_parameters().items():
+        of = ours.moe.engine.shards.families[unit].pair_source.stacked(chunk.detach()[None], torch.tensor([0]))[ONLY_PROJECTION]
+        layer = model.get_submodule(f"model.layers.{unit.layer}.{unit.place}")
+        layer.lora_A["default"].weight.requires_grad_(False).copy_(of.a_SrI[0])
+        weight_b[str(unit)] = layer.lora_B["default"].weight
+        weight_b[str(unit)].data.copy_(of.b_SOr[0])
+    assert len(weight_b) == 2 * len(TARGETS)
+    optimizer = torch.optim.AdamW(weight_b.values(), lr=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY)
+    for step in range(3):
+        batches = [micro_batch(step, micro, range(0)) for micro in range(MICRO_STEPS)]
+        labels = sum(int((batch.targets != -100).sum()) for batch in batches)
+        loss = torch.stack([plain_loss(model, [], batch, labels, 1, 0.0, lambda _: torch.zeros(()))[0] for batch in batches]).sum()
+        loss.backward()
+        norm = clip(list(weight_b.values()), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+        result = ours.step(step)
+        assert abs(result.loss - float(loss.detach())) <= 1e-10
+        assert abs(result.grad_norm - norm) <= 1e-10 * max(1, norm)
+        for (unit, _), chunk in ours.moe.engine.shards.named_parameters().items():
+            torch.testing.assert_close(chunk.detach(), weight_b[str(unit)].detach().flatten(), rtol=0, atol=1e-10)
 
 
 def test_a_permutation_of_experts_permutes_the_results(one_rank: dist.ProcessGroup) -> None:

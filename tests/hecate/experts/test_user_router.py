@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -22,7 +23,8 @@ from hecate.parallel.expert_kinds import gate_parameters
 from hecate.parallel.units import Unit
 
 TOKENS, INPUTS, OUTPUTS, RANK, SCALE = 7, 5, 4, 3, 0.7
-MIXES = (mixed_factors, routed_pairs)
+Mix = Callable[..., torch.Tensor]
+MIXES: tuple[Mix, ...] = (mixed_factors, routed_pairs)
 SITE = RouterSite(
     unit=Unit(1, "self_attn.q_proj"),
     hidden=INPUTS,
@@ -54,7 +56,7 @@ def plain(routed: RoutedTokens, pairs: LowRankPairs, expert: int) -> torch.Tenso
 
 
 @pytest.mark.parametrize("mix", MIXES)
-def test_one_expert_is_a_plain_lora_and_so_is_a_share_of_one(mix: type[object]) -> None:
+def test_one_expert_is_a_plain_lora_and_so_is_a_share_of_one(mix: Mix) -> None:
     alone = routed_of(torch.ones(TOKENS, 1, dtype=torch.float64))
     torch.testing.assert_close(mix(alone, pairs_of(1)), plain(alone, pairs_of(1), 0), rtol=1e-12, atol=1e-12)
     whole = routed_of(torch.nn.functional.one_hot(torch.arange(TOKENS) % 3, 3).double())
@@ -103,10 +105,15 @@ def test_a_gate_by_its_formula_and_its_parameters_by_name() -> None:
     assert torch.equal(UserRouter(SITE).hidden.weight, router.hidden.weight)
 
 
-def test_a_high_temperature_is_the_plain_average() -> None:
-    router = UserRouter(replace(SITE, choices=RouterConfig(input="user", temperature=1e9)))
-    weights = router.weights(users_of_rows(random(2, 6), torch.arange(2)))
-    torch.testing.assert_close(weights, torch.full((2, 4), 0.25, dtype=torch.float64), rtol=0, atol=1e-8)
+@pytest.mark.parametrize("mix", MIXES)
+def test_a_high_temperature_is_the_plain_average(mix: Mix) -> None:
+    """Of A and of B with `factors`, and of the products B A with `products`."""
+    router = UserRouter(replace(SITE, choices=RouterConfig(input="user", temperature=1e12)))
+    weights = router.weights(users_of_rows(random(TOKENS, 6), torch.arange(TOKENS)))
+    torch.testing.assert_close(weights, torch.full((TOKENS, 4), 0.25, dtype=torch.float64), rtol=0, atol=1e-11)
+    routed, pairs = routed_of(weights), pairs_of(4)
+    delta = pairs.b_SOr.mean(0) @ pairs.a_SrI.mean(0) if mix is mixed_factors else (pairs.b_SOr @ pairs.a_SrI).mean(0)
+    torch.testing.assert_close(mix(routed, pairs), SCALE * routed.x_TD @ delta.T, rtol=1e-10, atol=1e-10)
 
 
 def packed() -> PassUsers:

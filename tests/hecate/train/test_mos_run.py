@@ -88,10 +88,33 @@ def test_from_configuration_to_an_adapter_that_peft_reads(workshop: Path, one_ra
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in tensors)
     assert tensors["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"].shape == (3, 32)
     assert json.loads((folder / "adapter_config.json").read_text())["hecate"]["extra"]["drawn"] == run.parts.drawn_digest
+    assert_read_alike(workshop, folder, run, ranks)
+
+
+def assert_read_alike(workshop: Path, folder: Path, run: Training, ranks: Ranks) -> None:
+    """This program and PEFT make the run's logits of its adapter."""
     ours = logits(run.parts.base.model, run.parts.moe.engine)
     base, moe = with_adapter(folder, ranks, BaseChoice(dtype="float32"))
     torch.testing.assert_close(logits(base.model, moe.engine), ours, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(peft_logits(workshop, folder), ours, rtol=1e-5, atol=1e-5)
+
+
+OTHERS = {
+    "fixed_a": ("lora.pairs=fixed_a",),
+    "nola": ("lora.pairs=nola", "lora.nola.bases=16", "learning_rate=0.1"),
+    "row_norm": ("lora.gradient_rule=row_norm", "lora.eta=2.0", "lora.alpha=null", "lora.dropout=0"),
+}
+
+
+@pytest.mark.parametrize("system", OTHERS)
+def test_peft_reads_one_pair_for_each_linear_whatever_trained_it(workshop: Path, one_rank: dist.ProcessGroup, system: str) -> None:
+    run, ranks = training(workshop, one_rank, system, "lora.r=3", *OTHERS[system])
+    before = logits(run.parts.base.model, run.parts.moe.engine)
+    for _ in range(3):
+        run.train_one()
+    assert (logits(run.parts.base.model, run.parts.moe.engine) - before).abs().max() > 1e-3, "little was trained"
+    folder = run.parts.output.replace(workshop / "runs" / system, run.parts.moe, ranks)
+    assert_read_alike(workshop, folder, run, ranks)
 
 
 def test_plain_pairs_begin_with_such_an_adapter(workshop: Path, one_rank: dist.ProcessGroup) -> None:
