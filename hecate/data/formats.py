@@ -5,7 +5,7 @@ raises UserError.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,17 @@ _KEYS = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion"),
 }
-"""the keys by which `auto` knows a format, in the order in which it looks for them"""
+"""the keys that a format needs, by which `auto` knows it, in the order in which it looks for them"""
+_OPTIONAL = {
+    "messages": ("tools",),
+    "sharegpt": ("system",),
+    "alpaca": ("input", "system"),
+    "text": (),
+    "prompt_completion": ("system", "tools"),
+}
+"""the keys that a format also reads"""
+_OF_ALL = ("user", "routed_experts")
+"""the keys that all formats read"""
 
 
 @dataclass(frozen=True)
@@ -101,23 +111,25 @@ def read_samples(
     a record whose user has no features.
 
     Args:
-        names: the names that the records have for the formats' keys.
+        names: the names that the records have for the formats' keys. `auto` then takes only formats that read all of these keys.
         routed: a record that brings no routing (`hecate.data.routed_experts`) is a Fault, too.
 
     Raises:
-        UserError: `format` is unknown, a file cannot be read or is empty, or the first record is of no known format.
+        UserError: `format` is unknown, or does not read a key of `names`; a file cannot be read or is empty; or the first record is of no
+            known format.
     """
     if format not in FORMATS:
         raise UserError(f"data format {format!r} is unknown: it must be one of {', '.join(FORMATS)}")
-    parse = None if format == "auto" else _PARSERS[format]
     renamed = {name: theirs for name, theirs in asdict(names).items() if theirs is not None} if names else {}
+    formats = _formats_with(renamed, format, str(path))
+    parse = None if format == "auto" else _PARSERS[format]
     for record in read_records(str(path)):
         try:
             if record.reason:
                 raise _BadRecord(record.reason)
             value = _renamed(record.value, renamed)
             if parse is None:
-                parse = _PARSERS[_detect(value, record)]
+                parse = _PARSERS[_detect(value, record, formats)]
             sample = parse(value)
             _refuse_lone_surrogates(sample)
             if users is not None and (problem := users.problem(sample["extra"])):
@@ -138,9 +150,29 @@ def _renamed(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]
     return {key: value for key, value in record.items() if key not in taken} | {name: record[theirs] for name, theirs in names.items()}
 
 
-def _detect(value: dict[str, Any], record: Record) -> str:
-    for format, keys in _KEYS.items():
-        if all(key in value for key in keys):
+def _formats_with(names: Iterable[str], format: str, path: str) -> list[str]:
+    """The formats that read all of these keys, among all or the one that is given. Raises UserError: there is none."""
+    reads = {one: (*needed, *_OPTIONAL[one]) for one, needed in _KEYS.items()}
+    unread = {one: [name for name in names if name not in (*keys, *_OF_ALL)] for one, keys in reads.items()}
+    fitting = [one for one in _KEYS if not unread[one]]
+    if format == "auto" and not fitting:
+        known = "; ".join(f"{one}: {', '.join(keys)}" for one, keys in reads.items())
+        raise UserError(
+            f"{path}: fields names {', '.join(names)}, but no data format reads all of these keys\n"
+            f"name the keys of one format only; the formats read {known}"
+        )
+    if format != "auto" and format not in fitting:
+        other = f", or give another format: {', '.join(fitting)}" if fitting else ""
+        raise UserError(
+            f"{path}: fields names {', '.join(unread[format])}, which the format {format} does not read\n"
+            f"leave that out{other}; of {format}, fields may name {', '.join((*reads[format], *_OF_ALL))}"
+        )
+    return fitting if format == "auto" else [format]
+
+
+def _detect(value: dict[str, Any], record: Record, formats: Sequence[str]) -> str:
+    for format in formats:
+        if all(key in value for key in _KEYS[format]):
             return format
     place = place_of(record.file, record.line)
     if "chosen" in value and "rejected" in value:
@@ -149,10 +181,11 @@ def _detect(value: dict[str, Any], record: Record) -> str:
             "to train on the chosen answers, say so: {path: ..., fields: {completion: chosen}}"
         )
     first, second, *_ = (str(name)[:40] for name in value) if len(value) > 1 else ("question", "answer")
-    known = ", ".join(f"{format} {{{', '.join(keys)}}}" for format, keys in _KEYS.items())
+    known = ", ".join(f"{format} {{{', '.join(_KEYS[format])}}}" for format in formats)
+    which = "the known ones" if len(formats) == len(_KEYS) else "those that read the keys that fields names"
     raise UserError(
         f"{place}: no known data format has the keys {', '.join(sorted(map(str, value)))[:_LONGEST] or '(none)'}\n"
-        f"the known ones: {known}\n"
+        f"{which}: {known}\n"
         f"or say which keys they are: {{path: ..., fields: {{prompt: {first}, completion: {second}}}}}"
     )
 

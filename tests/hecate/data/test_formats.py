@@ -68,6 +68,30 @@ def test_fields_give_the_records_names_for_the_formats_keys(tmp_path: Path) -> N
     assert fault.reason == "the record has no such key: data.*.fields.completion says 'prompt' (its keys: completion)"
 
 
+def test_fields_decide_which_format_auto_takes(tmp_path: Path) -> None:
+    """As of tatsu-lab/alpaca, whose column `text` holds the other three once more."""
+    path = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "u", "input": "", "output": "a", "text": "u and a"}])
+    (sample,) = read_samples(path, names=FieldNames(prompt="instruction", completion="output"))
+    assert sample == Sample(str(path), 1, messages=(USER, ASSISTANT), given=1, extra={"input": "", "text": "u and a"})
+    with pytest.raises(UserError, match=r"those that read the keys that fields names: prompt_completion \{prompt, completion\}\n"):
+        list(read_samples(path, names=FieldNames(prompt="instruction")))
+
+
+@pytest.mark.parametrize(
+    ("format", "names", "told"),
+    [
+        ("auto", {"messages": "a", "prompt": "b"}, r"fields names messages, prompt, but no data format reads all of these keys\n"),
+        ("text", {"prompt": "a"}, r"fields names prompt, which the format text does not read\n.* another format: prompt_completion"),
+        ("alpaca", {"user": "a", "text": "b"}, r"fields names text, which the format alpaca does not read\n"),
+    ],
+)
+def test_fields_that_the_format_does_not_read_are_refused(tmp_path: Path, format: str, names: dict[str, str], told: str) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [{"a": "u", "b": "a", "instruction": "u", "output": "a", "text": "t"}])
+    with pytest.raises(UserError, match=rf"data\.jsonl: {told}") as caught:
+        list(read_samples(path, format, names=FieldNames(**names)))
+    assert len(str(caught.value).splitlines()) <= 8
+
+
 CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
 
 
