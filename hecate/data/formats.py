@@ -38,8 +38,8 @@ _KEYS = {
 }
 """the keys that a format needs, by which `auto` knows it, in the order in which it looks for them"""
 _OPTIONAL = {
-    "messages": ("tools",),
-    "sharegpt": ("system",),
+    "messages": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
     "alpaca": ("input", "system"),
     "text": (),
     "prompt_completion": ("system", "tools"),
@@ -191,8 +191,9 @@ def _detect(value: dict[str, Any], record: Record, formats: Sequence[str]) -> st
 
 
 def _parse_messages(record: dict[str, Any]) -> dict[str, Any]:
-    messages, tools = _turns(record, "messages"), _tools(record)
-    return {"messages": _messages(messages, "messages", keep_calls=_has_calls(messages, tools)), "tools": tools, "extra": record}
+    turns, tools = _turns(record, "messages"), _tools(record)
+    messages = (*_system_message(record, turns), *_messages(turns, "messages", keep_calls=_has_calls(turns, tools)))
+    return {"messages": messages, "tools": tools, "extra": record}
 
 
 def _parse_prompt_completion(record: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +201,7 @@ def _parse_prompt_completion(record: dict[str, Any]) -> dict[str, Any]:
     prompt, completion = (_text_or_turns(record, key, role) for key, role in (("prompt", "user"), ("completion", "assistant")))
     tools = _tools(record)
     keep_calls = _has_calls([*prompt, *completion], tools)
-    given = (*_system_message(record), *_messages(prompt, "prompt", keep_calls=keep_calls))
+    given = (*_system_message(record, [*prompt, *completion]), *_messages(prompt, "prompt", keep_calls=keep_calls))
     messages = (*given, *_messages(completion, "completion", keep_calls=keep_calls))
     return {"messages": messages, "given": len(given), "tools": tools, "extra": record}
 
@@ -212,8 +213,10 @@ def _text_or_turns(record: dict[str, Any], key: str, role: str) -> list[dict[str
 
 
 def _parse_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
+    """Tools may be given as bare descriptions of functions, as LLaMA-Factory has them; chat templates take them inside an object."""
     turns = _turns(record, "conversations")
-    messages = _system_message(record)
+    tools = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in _tools(record))
+    messages = _system_message(record, turns)
     for number, turn in enumerate(turns):
         speaker = _string(turn, "from", f"conversations[{number}]")
         if speaker not in _SHAREGPT_ROLES:
@@ -221,7 +224,7 @@ def _parse_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
             raise _BadRecord(f"conversations[{number}].from is {speaker!r}: it must be one of {known}")
         value = _string(turn, "value", f"conversations[{number}]")
         messages.append({"role": _SHAREGPT_ROLES[speaker], "content": value})
-    return {"messages": tuple(messages), "extra": record}
+    return {"messages": tuple(messages), "tools": tools, "extra": record}
 
 
 def _parse_alpaca(record: dict[str, Any]) -> dict[str, Any]:
@@ -332,10 +335,13 @@ def _tools(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(tools)
 
 
-def _system_message(record: dict[str, Any]) -> list[dict[str, str]]:
+def _system_message(record: dict[str, Any], turns: Sequence[dict[str, Any]] = ()) -> list[dict[str, str]]:
+    """Remove the key `system` from the record and return it as a message. None at all, or an empty text: no message."""
     if not record.get("system"):
         return []
     text = _string(record, "system")
+    if any(turn.get("role", turn.get("from")) in ("system", "developer") for turn in turns):
+        raise _BadRecord("the record has the key 'system', and a system message among its turns, too: keep one of the two")
     del record["system"]
     return [{"role": "system", "content": text}]
 

@@ -38,6 +38,7 @@ def read(tmp_path: Path, records: list[Any], format: str = "auto") -> list[Sampl
             [SYSTEM, USER, ASSISTANT],
             {},
         ),
+        ({"system": "s", "messages": [USER, ASSISTANT]}, [SYSTEM, USER, ASSISTANT], {}),
     ],
 )
 def test_chat_formats_become_messages(tmp_path: Path, record: Any, messages: Any, extra: Any) -> None:
@@ -106,6 +107,14 @@ def test_tool_calls_go_to_the_template_as_objects(tmp_path: Path) -> None:
         assert sample == Sample(str(tmp_path / "data.jsonl"), 1, messages=messages, tools=(CALL,))
 
 
+def test_tools_beside_conversations_may_be_bare_functions(tmp_path: Path) -> None:
+    """As LLaMA-Factory has them."""
+    turns = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
+    (sample,) = read(tmp_path, [{"conversations": turns, "tools": '[{"name": "add"}]'}])
+    wrapped = {"type": "function", "function": {"name": "add"}}
+    assert sample == Sample(str(tmp_path / "data.jsonl"), 1, messages=(USER, ASSISTANT), tools=(wrapped,))
+
+
 def test_text(tmp_path: Path) -> None:
     (sample,) = read(tmp_path, [{"text": "Größe\n🙂", "url": "x"}])
     assert sample == Sample(str(tmp_path / "data.jsonl"), 1, text="Größe\n🙂", extra={"url": "x"})
@@ -166,6 +175,9 @@ def test_bad_line_is_a_fault_in_its_place(tmp_path: Path, line: bytes, reason: s
         ({"conversations": [{"from": "bing", "value": "x"}]}, "sharegpt", "from is 'bing'"),
         ({"conversations": [{"from": "gpt"}]}, "sharegpt", "value is missing"),
         ({"text": True}, "text", "text is a JSON boolean"),
+        ({"system": "t", "messages": [SYSTEM, USER, ASSISTANT]}, "messages", "a system message among its turns, too"),
+        ({"system": "t", "prompt": [SYSTEM, USER], "completion": "a"}, "prompt_completion", "a system message among its turns, too"),
+        ({"system": "t", "conversations": [{"from": "system", "value": "s"}]}, "sharegpt", "a system message among its turns, too"),
     ],
 )
 def test_fault_of_the_other_formats(tmp_path: Path, record: Any, format: str, reason: str) -> None:
