@@ -44,7 +44,8 @@ _OPTIONAL = {
     "text": (),
     "prompt_completion": ("system", "tools"),
 }
-"""the keys that a format also reads"""
+"""the keys that a format also reads, and that a record need not have"""
+_MAY_LACK = frozenset(key for keys in _OPTIONAL.values() for key in keys)
 _OF_ALL = ("user", "routed_experts")
 """the keys that all formats read"""
 
@@ -115,18 +116,20 @@ def read_samples(
         routed: a record that brings no routing (`hecate.data.routed_experts`) is a Fault, too.
 
     Raises:
-        UserError: `format` is unknown, or does not read a key of `names`; a file cannot be read or is empty; or the first record is of no
-            known format.
+        UserError: `format` is unknown, or does not read a key of `names`; a file cannot be read or is empty; the first record is of no
+            known format; or, at the end, no record had a key of `names`.
     """
     if format not in FORMATS:
         raise UserError(f"data format {format!r} is unknown: it must be one of {', '.join(FORMATS)}")
     renamed = {name: theirs for name, theirs in asdict(names).items() if theirs is not None} if names else {}
     formats = _formats_with(renamed, format, str(path))
     parse = None if format == "auto" else _PARSERS[format]
+    unseen, read = set(renamed), 0
     for record in read_records(str(path)):
         try:
             if record.reason:
                 raise _BadRecord(record.reason)
+            unseen -= {name for name in unseen if renamed[name] in record.value}
             value = _renamed(record.value, renamed)
             if parse is None:
                 parse = _PARSERS[_detect(value, record, formats)]
@@ -139,15 +142,24 @@ def read_samples(
         except _BadRecord as bad:
             yield Fault(record.file, record.line, str(bad)[:_LONGEST], record.number, record.raw)
         else:
+            read += 1
             yield Sample(record.file, record.line, number=record.number, record=record, **sample)
+    if unseen and read:
+        raise UserError(
+            f"{path}: none of its records has the key {', '.join(repr(renamed[name]) for name in sorted(unseen))}, "
+            f"which fields gives for {', '.join(sorted(unseen))}\n"
+            "correct the name, or leave it out of fields"
+        )
 
 
 def _renamed(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A copy of the record in which the format's keys have the format's names."""
-    if missing := [f"data.*.fields.{name} says {theirs!r}" for name, theirs in names.items() if theirs not in record]:
+    """A copy of the record in which the format's keys have the format's names. Optional keys may be missing."""
+    lacking = {name: theirs for name, theirs in names.items() if theirs not in record}
+    if missing := [f"data.*.fields.{name} says {theirs!r}" for name, theirs in lacking.items() if name not in _MAY_LACK]:
         raise _BadRecord(f"the record has no such key: {missing[0]} (its keys: {', '.join(sorted(record)) or 'none'})")
     taken = {*names, *names.values()}
-    return {key: value for key, value in record.items() if key not in taken} | {name: record[theirs] for name, theirs in names.items()}
+    found = {name: record[theirs] for name, theirs in names.items() if name not in lacking}
+    return {key: value for key, value in record.items() if key not in taken} | found
 
 
 def _formats_with(names: Iterable[str], format: str, path: str) -> list[str]:

@@ -93,6 +93,17 @@ def test_fields_that_the_format_does_not_read_are_refused(tmp_path: Path, format
     assert len(str(caught.value).splitlines()) <= 8
 
 
+def test_a_record_may_lack_what_fields_says_of_an_optional_key(tmp_path: Path) -> None:
+    """Rows of Parquet and Arrow files lack what is null in them."""
+    records = [{"instruction": "u", "output": "a"} | more for more in ({}, {"more": None}, {"more": "v", "input": "not read"})]
+    path = write_jsonl(tmp_path / "data.jsonl", records)
+    samples = list(read_samples(path, names=FieldNames(input="more")))
+    asked = [sample.messages[0]["content"] for sample in samples if isinstance(sample, Sample) and sample.messages]
+    assert asked == ["u", "u", "u\n\nv"]
+    with pytest.raises(UserError, match=r"data\.jsonl: none of its records has the key 'mroe', which fields gives for input\n"):
+        list(read_samples(path, names=FieldNames(input="mroe")))
+
+
 CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
 
 
