@@ -19,7 +19,7 @@ from hecate.config.round_rules import with_clients
 from hecate.config.rules import check_values
 from hecate.config.scalars import NULLS
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, ClientConfig, Config, DataSource, MoeConfig
-from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_value, unique_pairs
+from hecate.config.typed import INVALID, REFERENCE, Report, none_of, read_sources, read_value, unique_pairs
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
 from hecate.errors import UserError
 from hecate.io.plain_files import open_plain
@@ -233,7 +233,8 @@ def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple
             refuse(key, bad.what, f"put the value in quotes: {key}='\"...\"'")
             continue
         if node is None or not text.strip():
-            refuse(key, "has no value", f"write {key}=null for none")
+            empty = none_of(LEAF_TYPES[key]) if key in LEAF_TYPES and key not in REQUIRED else ""
+            refuse(key, "has no value", f"write {key}={empty} for none" if empty else f"write {key}=VALUE, or leave it out")
         elif isinstance(node, Scalar) and node.plain and node.text != text.strip():
             what = f"YAML reads only {shorten(node.text) or 'nothing'} of {shorten(text)}"
             refuse(key, what, f"put the value in quotes: {key}='\"...\"'")
