@@ -37,7 +37,9 @@ _UNREAD: dict[str, Any] = {"data.train": ({"path": "data.jsonl"},), "output_dir"
 """what stands for required keys that nothing reads"""
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, claim_output: bool = True, inputs: bool = True) -> Config:
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, claim_output: bool = True, inputs: bool = True, trains: bool = True
+) -> Config:
     """Load the configuration of a run from the YAML file at `path`, or from the preset of that name (`hecate.config.presets`).
 
     `${key}` repeats another key's value. Everything is checked, also that the named files exist and that output_dir is free.
@@ -48,6 +50,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
         claim_output: False on a rank that is not the first, whose output_dir is already in use by its own run.
         inputs: False where nothing is read but sizes: then neither the model's weights nor the data must be there, and data.train and
             output_dir need not be given.
+        trains: False where what only a training reads, data.train and lora.init_from, need not be there.
 
     Raises:
         ConfigError: a UserError with all problems.
@@ -73,12 +76,12 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     if not inputs:
         values = {**_UNREAD, **values}
     if values.get("hub") is True:
-        values = with_local_paths(values, report.add, may_fetch=claim_output)
+        values = with_local_paths(values, report.add, may_fetch=claim_output, trains=trains)
     for key in REQUIRED:
         if key not in values:
             report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")
     tree = _as_omegaconf(values)
-    check_values(_resolve(tree, values, report), report.add, claim_output=claim_output, inputs=inputs)
+    check_values(_resolve(tree, values, report), report.add, claim_output=claim_output, inputs=inputs, trains=trains)
     if report.problems:
         raise ConfigError(report.problems)
     policy = given[_POLICY][0] if _POLICY in given else None

@@ -28,13 +28,14 @@ from hecate.parallel.expert_kinds import kind_of
 SLUG = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inputs: bool = True) -> None:
+def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inputs: bool = True, trains: bool = True) -> None:
     """Add every problem of `values`, which maps dotted keys to typed values.
 
     A key that is absent already has a problem, so rules that depend on it are skipped.
 
     Args:
         inputs: whether the model's weights and the data must be there.
+        trains: whether the training data and the adapter of lora.init_from must be there.
     """
     for key, allowed in RANGES.items():
         value = values.get(key)
@@ -44,7 +45,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
                 add(at, f"must be {allowed}, got {one}", "")
     _check_length(values, add)
     _check_experts(values, add)
-    _check_kind(values, add)
+    _check_kind(values, add, trains=trains)
     check_pairs(values, add)
     check_router(values, add)
     check_privacy(values, add)
@@ -56,7 +57,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     _check_prefetch(values, add)
     _check_copies(values, add)
     _check_shard_size(values, add)
-    _check_sources("data.train", values, add, exist=inputs)
+    _check_sources("data.train", values, add, exist=inputs and trains)
     _check_sources("data.eval", values, add, exist=inputs)
     _check_target_modules(values, add)
     _check_names(values, add)
@@ -149,7 +150,7 @@ def _check_allocation(values: Mapping[str, Any], allocation: tuple[int, ...], ad
         add(key, what, f"give at most {layers} numbers, or moe.num_experts")
 
 
-def _check_kind(values: Mapping[str, Any], add: Add) -> None:
+def _check_kind(values: Mapping[str, Any], add: Add, *, trains: bool) -> None:
     family, over_linears = values.get("moe.family"), values.get("moe.unit") == "linear"
     if over_linears and values.get("model.front_end") == "megatron":
         what = "linear needs model.front_end=transformers: Megatron's front end builds a model from scratch, which has no frozen linears"
@@ -164,7 +165,7 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     folder = values.get("lora.init_from")
     if folder is not None and not kind.has_pairs:
         add("lora.init_from", f"is about low-rank pairs, which experts of moe.family={family} do not have", "leave it out")
-    elif folder is not None and not _has_adapter(folder, values):
+    elif folder is not None and trains and not _has_adapter(folder, values):
         hint = "give the folder of an adapter, or of a run that has left one; of a checkpoint, hecate export CHECKPOINT -o FOLDER makes one"
         add("lora.init_from", f"no {ADAPTER_CONFIG} in {shorten(folder)}", hint)
     for key, leaf in LEAVES.items():
