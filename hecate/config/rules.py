@@ -21,10 +21,12 @@ from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.replay_rules import check_replay
 from hecate.config.round_rules import check_rounds
 from hecate.config.router_rules import check_router
-from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, RANGES
+from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, MEGATRON_EP, RANGES
 from hecate.errors import UserError
 from hecate.parallel.expert_kinds import kind_of
 
+_KEEP_A_BOUND = ("auto", "llep")
+"""the policies that read fssdp.max_imbalance"""
 SLUG = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -56,6 +58,8 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     _check_evaluation(values, add)
     _check_prefetch(values, add)
     _check_copies(values, add)
+    _check_bound(values, add)
+    _check_retained(values, add)
     _check_shard_size(values, add)
     _check_sources("data.train", values, add, exist=inputs and trains)
     _check_sources("data.eval", values, add, exist=inputs)
@@ -171,7 +175,8 @@ def _check_kind(values: Mapping[str, Any], add: Add, *, trains: bool) -> None:
     for key, leaf in LEAVES.items():
         if leaf.family not in (None, family) and key in values and values[key] != leaf.default:
             add(key, f"applies to moe.family={leaf.family} only, but the family is {family}", "leave it out")
-    for key in ("lora.pairs", "lora.gradient_rule"):
+    # Rank, alpha and dropout stay allowed: a configuration that gives them is trained with another family by an override.
+    for key in ("lora.pairs", "lora.gradient_rule", "lora.use_rslora"):
         if not kind.has_pairs and key in values and values[key] != LEAVES[key].default:
             add(key, f"is about low-rank pairs, which experts of moe.family={family} do not have, got {values[key]}", "leave it out")
     targets = set(values.get("lora.target_modules") or ())
@@ -214,6 +219,19 @@ def _check_prefetch(values: Mapping[str, Any], add: Add) -> None:
 def _check_copies(values: Mapping[str, Any], add: Add) -> None:
     if values.get("fssdp.verify_copies_steps") and values.get("fssdp.redundancy") == 0:
         add("fssdp.verify_copies_steps", "compares experts with their backups, but there are none", "set fssdp.redundancy=1, or 2")
+
+
+def _check_bound(values: Mapping[str, Any], add: Add) -> None:
+    policy = values.get("fssdp.policy")
+    if values.get("fssdp.max_imbalance") is not None and policy not in (None, *_KEEP_A_BOUND, MEGATRON_EP):
+        what = f"is read by the policies {' and '.join(_KEEP_A_BOUND)} only, but fssdp.policy is {policy}"
+        add("fssdp.max_imbalance", what, "leave it out")
+
+
+def _check_retained(values: Mapping[str, Any], add: Add) -> None:
+    for key in ("save_retain_steps", "save_retain_hours"):
+        if values.get(key) is not None and values.get("save_total_limit", 1) is None:
+            add(key, "needs save_total_limit, without which all checkpoints are kept", "set save_total_limit, or leave it out")
 
 
 def _check_shard_size(values: Mapping[str, Any], add: Add) -> None:
