@@ -116,6 +116,9 @@ def test_data_are_checked_once_for_each_model(folder: Path) -> None:
     swept = sweep_of("grid: {learning_rate: [1e-4, 1e-3], model.dtype: [float32, bfloat16]}\n")
     checked_configs(swept, {}, once_for_data(lambda config: seen.append(config.model.dtype)))
     assert sorted(seen) == ["bfloat16", "float32"]
+    swept = sweep_of("grid: {fssdp.plan: [history, replay]}\n")  # with replay each record must have its routing
+    checked_configs(swept, {}, once_for_data(lambda config: seen.append(config.fssdp.plan)))
+    assert seen[2:] == ["history", "replay"]
 
 
 @pytest.mark.parametrize(
