@@ -100,7 +100,7 @@ def evaluate(
     # What can be told now is told before any process starts.
     assert nproc is not None
     check_devices(nproc, "--nproc")
-    loaded = None if file is None else load_config(file, given, claim_output=False)
+    loaded = None if file is None else load_config(file, given, claim_output=False, trains=False)
     for name in names if names is not None else [] if loaded is None else [str(default_trained(loaded))]:
         if name != BASE:
             require_no_checkpoint(find_trained(Path(name), says=False))

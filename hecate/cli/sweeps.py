@@ -134,7 +134,7 @@ def once_for_data(check: Callable[[Config], None]) -> Callable[[Config], None]:
     passed = set()
 
     def check_once(config: Config) -> None:
-        if (read := (config.data, config.moe.router, config.model)) not in passed:
+        if (read := (config.data, config.moe.router, config.moe.replay, config.model)) not in passed:
             check(config)
             passed.add(read)
 

@@ -21,12 +21,19 @@ _OF_A_MODEL = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
 
 def hub_hint(name: str) -> str:
     """Return what to say of a path that is not there, but may be a name on the hub; "": it cannot be one, or its first folder is there."""
-    may_be = _DATA_NAME.fullmatch(name) and not os.path.isdir(name.split("/")[0])
-    return f" hub: true fetches {shorten(name)} from the hub, if it is a name there." if may_be else ""
+    return f" hub: true fetches {shorten(name)} from the hub, if it is a name there." if _data_name(name) else ""
 
 
-def with_local_paths(values: dict[str, Any], add: Callable[[str, str, str], None], *, may_fetch: bool) -> dict[str, Any]:
-    """Return a configuration's values with local paths in the place of names on the hub. Paths that exist stay as they are.
+def _data_name(path: str) -> re.Match[str] | None:
+    """The parts of a path that may be the name of data on the hub; None: it is none, or its first folder is there."""
+    return None if os.path.isdir(path.split("/")[0]) else _DATA_NAME.fullmatch(path)
+
+
+def with_local_paths(
+    values: dict[str, Any], add: Callable[[str, str, str], None], *, may_fetch: bool, trains: bool = True
+) -> dict[str, Any]:
+    """Return a configuration's values with local paths in the place of names on the hub. Paths that exist stay as they are, and so do
+    paths of data whose first folder exists.
 
     The model is called `OWNER/NAME`; data are called `OWNER/NAME`, which means the whole data set, or `OWNER/NAME/PATH`, where PATH is
     a file of it or a pattern. What was fetched lies in the hub's own cache, and the path names its revision.
@@ -34,6 +41,7 @@ def with_local_paths(values: dict[str, Any], add: Callable[[str, str, str], None
     Args:
         add: is called with the key, the problem and a hint for each name that cannot be had.
         may_fetch: False on all ranks but the one whose launcher has fetched: they find what is in the cache.
+        trains: whether data.train is read; it stays as it is otherwise.
     """
     found = dict(values)
     name = values.get(MODEL)
@@ -43,7 +51,7 @@ def with_local_paths(values: dict[str, Any], add: Callable[[str, str, str], None
         except UserError as error:
             what, _, hint = str(error).partition("\n")
             add(MODEL, what, hint)
-    for key in SOURCES:
+    for key in SOURCES if trains else SOURCES[1:]:
         if isinstance(sources := values.get(key), tuple):
             found[key] = tuple(_of_source(source, f"{key}[{at}].path", add, may_fetch=may_fetch) for at, source in enumerate(sources))
     return found
@@ -51,7 +59,7 @@ def with_local_paths(values: dict[str, Any], add: Callable[[str, str, str], None
 
 def _of_source(source: dict[str, Any], key: str, add: Callable[[str, str, str], None], *, may_fetch: bool) -> dict[str, Any]:
     path = source.get("path")
-    match = _DATA_NAME.fullmatch(path) if isinstance(path, str) and not os.path.exists(path) else None
+    match = _data_name(path) if isinstance(path, str) else None
     if match is None:
         return source
     name, inside = match[1], match[2]

@@ -19,7 +19,7 @@ from hecate.config.round_rules import with_clients
 from hecate.config.rules import check_values
 from hecate.config.scalars import NULLS
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, ClientConfig, Config, DataSource, MoeConfig
-from hecate.config.typed import INVALID, REFERENCE, Report, read_sources, read_value, unique_pairs
+from hecate.config.typed import INVALID, REFERENCE, Report, none_of, read_sources, read_value, unique_pairs
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
 from hecate.errors import UserError
 from hecate.io.plain_files import open_plain
@@ -37,7 +37,9 @@ _UNREAD: dict[str, Any] = {"data.train": ({"path": "data.jsonl"},), "output_dir"
 """what stands for required keys that nothing reads"""
 
 
-def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, claim_output: bool = True, inputs: bool = True) -> Config:
+def load_config(
+    path: str | os.PathLike[str], overrides: Sequence[str] = (), *, claim_output: bool = True, inputs: bool = True, trains: bool = True
+) -> Config:
     """Load the configuration of a run from the YAML file at `path`, or from the preset of that name (`hecate.config.presets`).
 
     `${key}` repeats another key's value. Everything is checked, also that the named files exist and that output_dir is free.
@@ -48,6 +50,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
         claim_output: False on a rank that is not the first, whose output_dir is already in use by its own run.
         inputs: False where nothing is read but sizes: then neither the model's weights nor the data must be there, and data.train and
             output_dir need not be given.
+        trains: False where what only a training reads, data.train and lora.init_from, need not be there.
 
     Raises:
         ConfigError: a UserError with all problems.
@@ -73,12 +76,12 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = (), *, 
     if not inputs:
         values = {**_UNREAD, **values}
     if values.get("hub") is True:
-        values = with_local_paths(values, report.add, may_fetch=claim_output)
+        values = with_local_paths(values, report.add, may_fetch=claim_output, trains=trains)
     for key in REQUIRED:
         if key not in values:
             report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")
     tree = _as_omegaconf(values)
-    check_values(_resolve(tree, values, report), report.add, claim_output=claim_output, inputs=inputs)
+    check_values(_resolve(tree, values, report), report.add, claim_output=claim_output, inputs=inputs, trains=trains)
     if report.problems:
         raise ConfigError(report.problems)
     policy = given[_POLICY][0] if _POLICY in given else None
@@ -233,7 +236,8 @@ def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple
             refuse(key, bad.what, f"put the value in quotes: {key}='\"...\"'")
             continue
         if node is None or not text.strip():
-            refuse(key, "has no value", f"write {key}=null for none")
+            empty = none_of(LEAF_TYPES[key]) if key in LEAF_TYPES and key not in REQUIRED else ""
+            refuse(key, "has no value", f"write {key}={empty} for none" if empty else f"write {key}=VALUE, or leave it out")
         elif isinstance(node, Scalar) and node.plain and node.text != text.strip():
             what = f"YAML reads only {shorten(node.text) or 'nothing'} of {shorten(text)}"
             refuse(key, what, f"put the value in quotes: {key}='\"...\"'")

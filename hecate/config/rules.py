@@ -21,20 +21,23 @@ from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.replay_rules import check_replay
 from hecate.config.round_rules import check_rounds
 from hecate.config.router_rules import check_router
-from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, RANGES
+from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, MEGATRON_EP, RANGES
 from hecate.errors import UserError
 from hecate.parallel.expert_kinds import kind_of
 
+_KEEP_A_BOUND = ("auto", "llep")
+"""the policies that read fssdp.max_imbalance"""
 SLUG = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inputs: bool = True) -> None:
+def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inputs: bool = True, trains: bool = True) -> None:
     """Add every problem of `values`, which maps dotted keys to typed values.
 
     A key that is absent already has a problem, so rules that depend on it are skipped.
 
     Args:
         inputs: whether the model's weights and the data must be there.
+        trains: whether the training data and the adapter of lora.init_from must be there.
     """
     for key, allowed in RANGES.items():
         value = values.get(key)
@@ -44,7 +47,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
                 add(at, f"must be {allowed}, got {one}", "")
     _check_length(values, add)
     _check_experts(values, add)
-    _check_kind(values, add)
+    _check_kind(values, add, trains=trains)
     check_pairs(values, add)
     check_router(values, add)
     check_privacy(values, add)
@@ -55,8 +58,10 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     _check_evaluation(values, add)
     _check_prefetch(values, add)
     _check_copies(values, add)
+    _check_bound(values, add)
+    _check_retained(values, add)
     _check_shard_size(values, add)
-    _check_sources("data.train", values, add, exist=inputs)
+    _check_sources("data.train", values, add, exist=inputs and trains)
     _check_sources("data.eval", values, add, exist=inputs)
     _check_target_modules(values, add)
     _check_names(values, add)
@@ -149,7 +154,7 @@ def _check_allocation(values: Mapping[str, Any], allocation: tuple[int, ...], ad
         add(key, what, f"give at most {layers} numbers, or moe.num_experts")
 
 
-def _check_kind(values: Mapping[str, Any], add: Add) -> None:
+def _check_kind(values: Mapping[str, Any], add: Add, *, trains: bool) -> None:
     family, over_linears = values.get("moe.family"), values.get("moe.unit") == "linear"
     if over_linears and values.get("model.front_end") == "megatron":
         what = "linear needs model.front_end=transformers: Megatron's front end builds a model from scratch, which has no frozen linears"
@@ -164,13 +169,14 @@ def _check_kind(values: Mapping[str, Any], add: Add) -> None:
     folder = values.get("lora.init_from")
     if folder is not None and not kind.has_pairs:
         add("lora.init_from", f"is about low-rank pairs, which experts of moe.family={family} do not have", "leave it out")
-    elif folder is not None and not _has_adapter(folder, values):
+    elif folder is not None and trains and not _has_adapter(folder, values):
         hint = "give the folder of an adapter, or of a run that has left one; of a checkpoint, hecate export CHECKPOINT -o FOLDER makes one"
         add("lora.init_from", f"no {ADAPTER_CONFIG} in {shorten(folder)}", hint)
     for key, leaf in LEAVES.items():
         if leaf.family not in (None, family) and key in values and values[key] != leaf.default:
             add(key, f"applies to moe.family={leaf.family} only, but the family is {family}", "leave it out")
-    for key in ("lora.pairs", "lora.gradient_rule"):
+    # Rank, alpha and dropout stay allowed: a configuration that gives them is trained with another family by an override.
+    for key in ("lora.pairs", "lora.gradient_rule", "lora.use_rslora"):
         if not kind.has_pairs and key in values and values[key] != LEAVES[key].default:
             add(key, f"is about low-rank pairs, which experts of moe.family={family} do not have, got {values[key]}", "leave it out")
     targets = set(values.get("lora.target_modules") or ())
@@ -213,6 +219,19 @@ def _check_prefetch(values: Mapping[str, Any], add: Add) -> None:
 def _check_copies(values: Mapping[str, Any], add: Add) -> None:
     if values.get("fssdp.verify_copies_steps") and values.get("fssdp.redundancy") == 0:
         add("fssdp.verify_copies_steps", "compares experts with their backups, but there are none", "set fssdp.redundancy=1, or 2")
+
+
+def _check_bound(values: Mapping[str, Any], add: Add) -> None:
+    policy = values.get("fssdp.policy")
+    if values.get("fssdp.max_imbalance") is not None and policy not in (None, *_KEEP_A_BOUND, MEGATRON_EP):
+        what = f"is read by the policies {' and '.join(_KEEP_A_BOUND)} only, but fssdp.policy is {policy}"
+        add("fssdp.max_imbalance", what, "leave it out")
+
+
+def _check_retained(values: Mapping[str, Any], add: Add) -> None:
+    for key in ("save_retain_steps", "save_retain_hours"):
+        if values.get(key) is not None and values.get("save_total_limit", 1) is None:
+            add(key, "needs save_total_limit, without which all checkpoints are kept", "set save_total_limit, or leave it out")
 
 
 def _check_shard_size(values: Mapping[str, Any], add: Add) -> None:

@@ -285,7 +285,7 @@ class MoeConfig:
     force: tokens go to these, and are weighed by the router's own scores of them, which train it as ever (routing replay, R3). check: the
     router chooses, and its assignments that differ are counted (`routing_differs` in metrics.jsonl). null: the key is not read; with
     fssdp.plan replay, force. Held-out data are routed by the router."""
-    upcycle_noise: float = field(default=0.01, metadata=key(AT_LEAST_ZERO))
+    upcycle_noise: float = field(default=0.01, metadata=key(AT_LEAST_ZERO, family="full"))
     """With family full: normal noise is added to each copied weight, with this share of its matrix's standard deviation. 0: none."""
     router_aux_loss_coef: float = field(default=0.001, metadata=key(AT_LEAST_ZERO))
     """The weight of the load-balancing loss in the training loss. 0: none."""

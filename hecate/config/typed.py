@@ -103,6 +103,12 @@ def describe(hint: Any) -> str:
     return " or ".join("null" if arm is NoneType else describe(arm) for arm in _arms(hint))
 
 
+def none_of(hint: Any) -> str:
+    """Return what stands for nothing at all in a value of this type, as YAML; "": nothing does."""
+    arms = _arms(hint)
+    return "null" if NoneType in arms else "[]" if all(get_origin(arm) is tuple for arm in arms) else ""
+
+
 def _read_scalar(node: Scalar, hint: Any) -> Any:
     arms = _arms(hint)
     if NoneType in arms and node.plain and node.text in scalars.NULLS:
@@ -118,7 +124,9 @@ def _read_scalar(node: Scalar, hint: Any) -> Any:
         return text
     scalar = next((arm for arm in arms if arm in _SCALARS), None)
     if scalar is None:
-        raise Refused(f"must be {describe(hint)}, got {scalars.shown(node.text, node.plain)}", f"write [{shorten(node.text)}]")
+        is_null = node.plain and node.text in scalars.NULLS
+        mend = "write [] for an empty one" if is_null else f"write [{shorten(node.text)}]"
+        raise Refused(f"must be {describe(hint)}, got {scalars.shown(node.text, node.plain)}", mend)
     try:
         return _SCALARS[scalar][1](node.text, node.plain)
     except Refused as refused:

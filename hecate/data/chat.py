@@ -16,7 +16,8 @@ _DATE = "26 Jul 2024"
 
 
 class TemplateRefusal(Exception):
-    """The chat template refused a conversation, for example because its roles do not alternate."""
+    """The chat template refused a conversation, for example because its roles do not alternate, or it cannot be trained on in the form that
+    the template gives it."""
 
 
 def require_chat_template(tokenizer: Any, where: str) -> None:
@@ -32,7 +33,7 @@ def no_chat_template(where: str) -> UserError:
     )
 
 
-def render(tokenizer: Any, messages: Sequence[Message], where: str, *, tools: Sequence[Any] = (), given: int = 0) -> tuple[str, list[Span]]:
+def render(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] = (), given: int = 0) -> tuple[str, list[Span]]:
     """Return the conversation as one string, and the character span of each assistant turn: its content, its calls of tools, and its
     end-of-turn mark.
 
@@ -44,8 +45,8 @@ def render(tokenizer: Any, messages: Sequence[Message], where: str, *, tools: Se
         given: how many messages are a prompt; the assistant's turns among them have no span.
 
     Raises:
-        UserError: the template rewrites earlier turns once later ones follow; the text names `where`.
-        TemplateRefusal: the template refuses this conversation, or leaves out its tools or its calls of them.
+        TemplateRefusal: the template refuses this conversation, leaves out its tools or its calls of them, or rewrites earlier turns once
+            later ones follow.
     """
     whole = _apply(tokenizer, messages, tools)
     _refuse_dropped_calls(tokenizer, messages, tools, whole)
@@ -56,11 +57,9 @@ def render(tokenizer: Any, messages: Sequence[Message], where: str, *, tools: Se
         prompt = render_prompt(tokenizer, messages[:turn], tools)
         upto = whole if turn + 1 == len(messages) else _apply(tokenizer, messages[: turn + 1], tools)
         if not (whole.startswith(upto) and upto.startswith(prompt)):
-            raise UserError(
-                f"{where}: the tokenizer's chat template cannot be used for training on this conversation\n"
-                f"the rendering up to message {turn + 1} is not a prefix of the whole conversation's: the template "
-                "rewrites earlier turns, so the assistant's tokens cannot be found\n"
-                "use a template that only appends, or conversations with one assistant turn"
+            raise TemplateRefusal(
+                f"it rewrites earlier turns, so that the assistant's tokens cannot be found: its rendering up to message {turn + 1} is not "
+                "a prefix of the whole conversation's; use a template that only appends, or conversations with one assistant turn"
             )
         spans.append((len(prompt), len(prompt) + len(upto[len(prompt) :].rstrip())))
     return whole, spans

@@ -354,9 +354,9 @@ def _text_to_tokenize(sample: Sample, tokenizer: Any) -> tuple[Sample, str, list
     if sample.messages[0]["role"] == "assistant":
         return sample.fault("the conversation begins with an assistant turn, which answers nothing")
     try:
-        return sample, *render(tokenizer, sample.messages, sample.place, tools=sample.tools, given=sample.given)
+        return sample, *render(tokenizer, sample.messages, tools=sample.tools, given=sample.given)
     except TemplateRefusal as refusal:
-        return sample.fault(f"the chat template refuses the conversation: {refusal}")
+        return sample.fault(f"the chat template cannot be used for training on this conversation: {refusal}")
 
 
 def _ended(ids: NDArray[np.int32], tokenizer: Any) -> NDArray[np.int32]:

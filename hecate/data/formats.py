@@ -5,7 +5,7 @@ raises UserError.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,18 @@ _KEYS = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion"),
 }
-"""the keys by which `auto` knows a format, in the order in which it looks for them"""
+"""the keys that a format needs, by which `auto` knows it, in the order in which it looks for them"""
+_OPTIONAL = {
+    "messages": ("system", "tools"),
+    "sharegpt": ("system", "tools"),
+    "alpaca": ("input", "system"),
+    "text": (),
+    "prompt_completion": ("system", "tools"),
+}
+"""the keys that a format also reads, and that a record need not have"""
+_MAY_LACK = frozenset(key for keys in _OPTIONAL.values() for key in keys)
+_OF_ALL = ("user", "routed_experts")
+"""the keys that all formats read"""
 
 
 @dataclass(frozen=True)
@@ -101,23 +112,27 @@ def read_samples(
     a record whose user has no features.
 
     Args:
-        names: the names that the records have for the formats' keys.
+        names: the names that the records have for the formats' keys. `auto` then takes only formats that read all of these keys.
         routed: a record that brings no routing (`hecate.data.routed_experts`) is a Fault, too.
 
     Raises:
-        UserError: `format` is unknown, a file cannot be read or is empty, or the first record is of no known format.
+        UserError: `format` is unknown, or does not read a key of `names`; a file cannot be read or is empty; the first record is of no
+            known format; or, at the end, no record had a key of `names`.
     """
     if format not in FORMATS:
         raise UserError(f"data format {format!r} is unknown: it must be one of {', '.join(FORMATS)}")
-    parse = None if format == "auto" else _PARSERS[format]
     renamed = {name: theirs for name, theirs in asdict(names).items() if theirs is not None} if names else {}
+    formats = _formats_with(renamed, format, str(path))
+    parse = None if format == "auto" else _PARSERS[format]
+    unseen, read = set(renamed), 0
     for record in read_records(str(path)):
         try:
             if record.reason:
                 raise _BadRecord(record.reason)
+            unseen -= {name for name in unseen if renamed[name] in record.value}
             value = _renamed(record.value, renamed)
             if parse is None:
-                parse = _PARSERS[_detect(value, record)]
+                parse = _PARSERS[_detect(value, record, formats)]
             sample = parse(value)
             _refuse_lone_surrogates(sample)
             if users is not None and (problem := users.problem(sample["extra"])):
@@ -127,20 +142,49 @@ def read_samples(
         except _BadRecord as bad:
             yield Fault(record.file, record.line, str(bad)[:_LONGEST], record.number, record.raw)
         else:
+            read += 1
             yield Sample(record.file, record.line, number=record.number, record=record, **sample)
+    if unseen and read:
+        raise UserError(
+            f"{path}: none of its records has the key {', '.join(repr(renamed[name]) for name in sorted(unseen))}, "
+            f"which fields gives for {', '.join(sorted(unseen))}\n"
+            "correct the name, or leave it out of fields"
+        )
 
 
 def _renamed(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-    """A copy of the record in which the format's keys have the format's names."""
-    if missing := [f"data.*.fields.{name} says {theirs!r}" for name, theirs in names.items() if theirs not in record]:
+    """A copy of the record in which the format's keys have the format's names. Optional keys may be missing."""
+    lacking = {name: theirs for name, theirs in names.items() if theirs not in record}
+    if missing := [f"data.*.fields.{name} says {theirs!r}" for name, theirs in lacking.items() if name not in _MAY_LACK]:
         raise _BadRecord(f"the record has no such key: {missing[0]} (its keys: {', '.join(sorted(record)) or 'none'})")
     taken = {*names, *names.values()}
-    return {key: value for key, value in record.items() if key not in taken} | {name: record[theirs] for name, theirs in names.items()}
+    found = {name: record[theirs] for name, theirs in names.items() if name not in lacking}
+    return {key: value for key, value in record.items() if key not in taken} | found
 
 
-def _detect(value: dict[str, Any], record: Record) -> str:
-    for format, keys in _KEYS.items():
-        if all(key in value for key in keys):
+def _formats_with(names: Iterable[str], format: str, path: str) -> list[str]:
+    """The formats that read all of these keys, among all or the one that is given. Raises UserError: there is none."""
+    reads = {one: (*needed, *_OPTIONAL[one]) for one, needed in _KEYS.items()}
+    unread = {one: [name for name in names if name not in (*keys, *_OF_ALL)] for one, keys in reads.items()}
+    fitting = [one for one in _KEYS if not unread[one]]
+    if format == "auto" and not fitting:
+        known = "; ".join(f"{one}: {', '.join(keys)}" for one, keys in reads.items())
+        raise UserError(
+            f"{path}: fields names {', '.join(names)}, but no data format reads all of these keys\n"
+            f"name the keys of one format only; the formats read {known}"
+        )
+    if format != "auto" and format not in fitting:
+        other = f", or give another format: {', '.join(fitting)}" if fitting else ""
+        raise UserError(
+            f"{path}: fields names {', '.join(unread[format])}, which the format {format} does not read\n"
+            f"leave that out{other}; of {format}, fields may name {', '.join((*reads[format], *_OF_ALL))}"
+        )
+    return fitting if format == "auto" else [format]
+
+
+def _detect(value: dict[str, Any], record: Record, formats: Sequence[str]) -> str:
+    for format in formats:
+        if all(key in value for key in _KEYS[format]):
             return format
     place = place_of(record.file, record.line)
     if "chosen" in value and "rejected" in value:
@@ -149,17 +193,19 @@ def _detect(value: dict[str, Any], record: Record) -> str:
             "to train on the chosen answers, say so: {path: ..., fields: {completion: chosen}}"
         )
     first, second, *_ = (str(name)[:40] for name in value) if len(value) > 1 else ("question", "answer")
-    known = ", ".join(f"{format} {{{', '.join(keys)}}}" for format, keys in _KEYS.items())
+    known = ", ".join(f"{format} {{{', '.join(_KEYS[format])}}}" for format in formats)
+    which = "the known ones" if len(formats) == len(_KEYS) else "those that read the keys that fields names"
     raise UserError(
         f"{place}: no known data format has the keys {', '.join(sorted(map(str, value)))[:_LONGEST] or '(none)'}\n"
-        f"the known ones: {known}\n"
+        f"{which}: {known}\n"
         f"or say which keys they are: {{path: ..., fields: {{prompt: {first}, completion: {second}}}}}"
     )
 
 
 def _parse_messages(record: dict[str, Any]) -> dict[str, Any]:
-    messages, tools = _turns(record, "messages"), _tools(record)
-    return {"messages": _messages(messages, "messages", keep_calls=_has_calls(messages, tools)), "tools": tools, "extra": record}
+    turns, tools = _turns(record, "messages"), _tools(record)
+    messages = (*_system_message(record, turns), *_messages(turns, "messages", keep_calls=_has_calls(turns, tools)))
+    return {"messages": messages, "tools": tools, "extra": record}
 
 
 def _parse_prompt_completion(record: dict[str, Any]) -> dict[str, Any]:
@@ -167,7 +213,7 @@ def _parse_prompt_completion(record: dict[str, Any]) -> dict[str, Any]:
     prompt, completion = (_text_or_turns(record, key, role) for key, role in (("prompt", "user"), ("completion", "assistant")))
     tools = _tools(record)
     keep_calls = _has_calls([*prompt, *completion], tools)
-    given = (*_system_message(record), *_messages(prompt, "prompt", keep_calls=keep_calls))
+    given = (*_system_message(record, [*prompt, *completion]), *_messages(prompt, "prompt", keep_calls=keep_calls))
     messages = (*given, *_messages(completion, "completion", keep_calls=keep_calls))
     return {"messages": messages, "given": len(given), "tools": tools, "extra": record}
 
@@ -179,8 +225,10 @@ def _text_or_turns(record: dict[str, Any], key: str, role: str) -> list[dict[str
 
 
 def _parse_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
+    """Tools may be given as bare descriptions of functions, as LLaMA-Factory has them; chat templates take them inside an object."""
     turns = _turns(record, "conversations")
-    messages = _system_message(record)
+    tools = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in _tools(record))
+    messages = _system_message(record, turns)
     for number, turn in enumerate(turns):
         speaker = _string(turn, "from", f"conversations[{number}]")
         if speaker not in _SHAREGPT_ROLES:
@@ -188,7 +236,7 @@ def _parse_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
             raise _BadRecord(f"conversations[{number}].from is {speaker!r}: it must be one of {known}")
         value = _string(turn, "value", f"conversations[{number}]")
         messages.append({"role": _SHAREGPT_ROLES[speaker], "content": value})
-    return {"messages": tuple(messages), "extra": record}
+    return {"messages": tuple(messages), "tools": tools, "extra": record}
 
 
 def _parse_alpaca(record: dict[str, Any]) -> dict[str, Any]:
@@ -299,10 +347,13 @@ def _tools(record: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(tools)
 
 
-def _system_message(record: dict[str, Any]) -> list[dict[str, str]]:
+def _system_message(record: dict[str, Any], turns: Sequence[dict[str, Any]] = ()) -> list[dict[str, str]]:
+    """Remove the key `system` from the record and return it as a message. None at all, or an empty text: no message."""
     if not record.get("system"):
         return []
     text = _string(record, "system")
+    if any(turn.get("role", turn.get("from")) in ("system", "developer") for turn in turns):
+        raise _BadRecord("the record has the key 'system', and a system message among its turns, too: keep one of the two")
     del record["system"]
     return [{"role": "system", "content": text}]
 

@@ -6,7 +6,7 @@ Values stay text, as they would stand on the command line: what type a value has
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -15,8 +15,9 @@ from typing import Any
 from hecate.config.load import read_mapping
 from hecate.config.problems import ConfigError, shorten
 from hecate.config.rules import SLUG
+from hecate.config.schema import SECTIONS
 from hecate.config.typed import INVALID, Report, read_value, unique_pairs
-from hecate.config.yaml_text import Mapping, Node, Scalar
+from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
 from hecate.config.yaml_text import Sequence as List
 from hecate.errors import UserError
 from hecate.sweep.names import LONGEST, run_names
@@ -126,8 +127,9 @@ def load_run_sweep(file: str, overrides: Sequence[str] = ()) -> Sweep:
     if report.problems:
         raise ConfigError(report.problems)
 
-    over = [value for value in given if value.key not in own]
-    varied = {value.key for _, values in combinations for value in values} | ({"seed"} if seeds else set())
+    fixed = _leaves(fixed)
+    over = _leaves(value for value in given if value.key not in own)
+    varied = {value.key for _, values in combinations for value in _leaves(values)} | ({"seed"} if seeds else set())
     _refuse_varied(file, fixed, varied)
     _refuse_varied("command line", over, varied)
     replaced = {value.key for value in over}
@@ -200,6 +202,24 @@ def _values(node: Node, where: str, report: Report) -> list[SweepValue]:
             report.add(at, f"{shorten(flaw)} is not supported", "write the value out, or use ${key} to repeat one")
         else:
             found.append(SweepValue(key, text_of(value), value.line))
+    return found
+
+
+def _leaves(values: Iterable[SweepValue]) -> list[SweepValue]:
+    """The values with one for each key in the place of one for a section. What cannot be read stays, for `load_config` to refuse."""
+    found = []
+    for value in values:
+        try:
+            node = parse(value.text) if value.key in SECTIONS else None
+        except BadYaml:
+            node = None
+        pairs = node.pairs if isinstance(node, Mapping) and not node.flaw else []
+        names = [name.text for name, _ in pairs if isinstance(name, Scalar) and not name.flaw]
+        if not pairs or len(set(names)) < len(pairs):
+            found.append(value)
+        else:
+            inner = (SweepValue(f"{value.key}.{name}", text_of(one), value.line) for name, (_, one) in zip(names, pairs, strict=True))
+            found += _leaves(inner)
     return found
 
 

@@ -77,7 +77,7 @@ def evaluate_as_rank(request: EvaluationRequest) -> None:
     from hecate.train.lm_eval_tasks import LmEvalTasks
     from hecate.train.trained import default_trained
 
-    config = None if request.config is None else load_config(Path(request.config), request.overrides, claim_output=False)
+    config = None if request.config is None else load_config(Path(request.config), request.overrides, claim_output=False, trains=False)
     models = request.models
     if models is None:
         assert config is not None

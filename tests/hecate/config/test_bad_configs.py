@@ -264,7 +264,11 @@ def test_bad_file(folder: Path, changes: dict[str, str | None], key: str, words:
 ON_COMMAND_LINE = [
     ("seed", "seed", "must have the form key=value"),
     ("=3", "=3", "must have the form key=value"),
-    ("seed=", "seed", "write seed=null for none"),
+    ("seed=", "seed", "write seed=VALUE, or leave it out"),
+    ("data.eval=", "data.eval", "write data.eval=[] for none"),
+    ("data.eval=null", "data.eval", "must be a list, got null\n    hint: write [] for an empty one"),
+    ("data.train=", "data.train", "write data.train=VALUE, or leave it out"),
+    ("moe.top_k=", "moe.top_k", "write moe.top_k=null for none"),
     ("--seed=3", "--seed", "write seed=... without signs"),
     ("--max-grad-norm=3", "--max-grad-norm", "write max_grad_norm=..."),
     ("+lora.r=3", "+lora.r", "write lora.r=..."),

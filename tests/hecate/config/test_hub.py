@@ -67,6 +67,11 @@ def test_only_the_launcher_fetches(asked: list[tuple[Any, ...]]) -> None:
 
 def test_what_is_there_is_not_fetched(asked: list[tuple[Any, ...]]) -> None:
     load(MINIMAL, "hub=true")
+    Path("data/talk").mkdir(parents=True)
+    Path("data/talk/a.jsonl").write_text('{"text": "hello"}\n')
+    assert load(MINIMAL, "hub=true", "data.train=data/talk/*.jsonl").data.train[0].path == "data/talk/*.jsonl"
+    with pytest.raises(ConfigError, match=r"data\.train\[0\]\.path: no file matches data/talks/\*\.jsonl"):
+        load(MINIMAL, "hub=true", "data.train=data/talks/*.jsonl")
     assert not asked
 
 

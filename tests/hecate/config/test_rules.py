@@ -67,6 +67,26 @@ def test_keys_that_are_absent_have_their_problem_elsewhere() -> None:
             {"moe.family": "full", "lora.pairs": "nola"},
             ("lora.pairs", "is about low-rank pairs, which experts of moe.family=full do not have, got nola", "leave it out"),
         ),
+        (
+            {"moe.family": "full", "lora.use_rslora": True},
+            ("lora.use_rslora", "is about low-rank pairs, which experts of moe.family=full do not have, got True", "leave it out"),
+        ),
+        (
+            {"moe.family": "mixlora", "moe.upcycle_noise": 0.1, "moe.num_experts": 2},
+            ("moe.upcycle_noise", "applies to moe.family=full only, but the family is mixlora", "leave it out"),
+        ),
+        (
+            {"fssdp.policy": "static_ep", "fssdp.max_imbalance": 1.5},
+            ("fssdp.max_imbalance", "is read by the policies auto and llep only, but fssdp.policy is static_ep", "leave it out"),
+        ),
+        (
+            {"save_total_limit": None, "save_retain_hours": 24},
+            (
+                "save_retain_hours",
+                "needs save_total_limit, without which all checkpoints are kept",
+                "set save_total_limit, or leave it out",
+            ),
+        ),
         ({"lora.r": (4, 0)}, ("lora.r[1]", "must be >= 1 and <= 2147483647, got 0", "")),
         ({"lora.r": ()}, ("lora.r", "must be a number, or a list with one for each expert", "")),
         (

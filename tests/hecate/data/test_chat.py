@@ -19,7 +19,7 @@ TALK = [
 
 
 def test_a_turn_of_the_assistant_is_its_content_and_its_end_mark(byte_tokenizer: Any) -> None:
-    text, spans = render(byte_tokenizer, TALK, "here")
+    text, spans = render(byte_tokenizer, TALK)
     assert text == "<s>user\n2?<e>\n<s>assistant\n two\n<e>\n<s>user\n3?<e>\n<s>assistant\nthree<e>\n"
     assert [text[start:end] for start, end in spans] == [" two\n<e>", "three<e>"]
     assert spans == [(27, 35), (63, 71)]
@@ -32,15 +32,14 @@ def test_a_prompt_ends_where_the_answer_is_to_begin(byte_tokenizer: Any) -> None
 def test_a_refusal_carries_the_templates_own_words() -> None:
     picky = build_byte_tokenizer(chat_template="{{ raise_exception('roles must alternate') }}")
     with pytest.raises(TemplateRefusal, match=r"^roles must alternate$"):
-        render(picky, TALK, "here")
+        render(picky, TALK)
 
 
 def test_a_template_that_rewrites_earlier_turns_is_named_with_the_message() -> None:
     last_only = build_byte_tokenizer(chat_template=TEMPLATE.replace("'<e>", "('!' if loop.last and loop.index == 2 else '') + '<e>"))
-    render(last_only, TALK[:2], "here")
-    with pytest.raises(UserError, match=r"here: .*\n.* up to message 2 is not a prefix") as caught:
-        render(last_only, TALK, "here")
-    assert len(str(caught.value).splitlines()) <= 8
+    render(last_only, TALK[:2])
+    with pytest.raises(TemplateRefusal, match=r"^it rewrites earlier turns.* up to message 2 is not a prefix"):
+        render(last_only, TALK)
 
 
 TOOLS = (
@@ -60,19 +59,19 @@ CALLING = [
 
 def test_calls_of_tools_are_learned_and_what_the_tools_are_is_given() -> None:
     able = build_byte_tokenizer(chat_template=TOOLS)
-    text, spans = render(able, CALLING, "here", tools=[{"name": "add"}])
+    text, spans = render(able, CALLING, tools=[{"name": "add"}])
     assert text.startswith("[add]<s>user\n2 + 3?<e>\n<s>assistant\n(add ")
     assert [text[start:end] for start, end in spans] == ['(add {"a": 2, "b": 3})<e>', "five<e>"]
     assert render_prompt(able, CALLING[:1], [{"name": "add"}]) == "[add]<s>user\n2 + 3?<e>\n<s>assistant\n"
-    text, spans = render(able, CALLING, "here", given=3)
+    text, spans = render(able, CALLING, given=3)
     assert [text[start:end] for start, end in spans] == ["five<e>"]
 
 
 def test_a_template_that_leaves_tools_or_calls_out_refuses_them(byte_tokenizer: Any) -> None:
     with pytest.raises(TemplateRefusal, match=r"it writes no calls of tools \(tool_calls\); use a model whose template does"):
-        render(byte_tokenizer, CALLING, "here")
+        render(byte_tokenizer, CALLING)
     with pytest.raises(TemplateRefusal, match="it writes no tools"):
-        render(byte_tokenizer, TALK, "here", tools=[{"name": "add"}])
+        render(byte_tokenizer, TALK, tools=[{"name": "add"}])
 
 
 def test_templates_are_given_one_date_for_ever() -> None:

@@ -159,19 +159,20 @@ def test_tokenizers_that_cannot_do_it(tmp_path: Path, policy: str) -> None:
         encode_records(tmp_path, [{"text": "a"}], build_byte_tokenizer(eos_token=None), on_bad_sample=policy)
 
 
-@pytest.mark.parametrize("policy", ["error", "skip"])
 @pytest.mark.parametrize(
     "template",
     [
-        "{{ messages | length }}" + TEMPLATE,  # a longer conversation begins otherwise
+        "{{ messages | length > 2 }}" + TEMPLATE,  # a longer conversation begins otherwise
         # an answer ends otherwise once a question follows
         TEMPLATE.replace("'<e>", "('!' if loop.last and message['role'] == 'assistant' else '') + '<e>"),
     ],
 )
-def test_template_that_rewrites_earlier_turns(tmp_path: Path, policy: str, template: str) -> None:
+def test_a_conversation_that_the_template_rewrites_is_a_bad_sample(tmp_path: Path, template: str) -> None:
     tokenizer = build_byte_tokenizer(chat_template=template)
-    with pytest.raises(UserError, match=r"data.jsonl:1: .*chat template cannot be used"):
-        encode_records(tmp_path, [chat("q", "a", "q", "b")], tokenizer, on_bad_sample=policy)
+    records = [chat("q", "a", "q", "b"), chat("q", "a")]
+    with pytest.raises(UserError, match=r"data.jsonl:1: the chat template cannot be used .* rewrites earlier turns"):
+        encode_records(tmp_path, records, tokenizer)
+    assert encode_records(tmp_path, records, tokenizer, on_bad_sample="skip").lines.tolist() == [2]
 
 
 def test_tokenizers_own_beginning_is_for_documents_only(tmp_path: Path) -> None:
@@ -188,7 +189,7 @@ def test_refusal_by_the_template_is_a_bad_sample(tmp_path: Path) -> None:
         chat_template="{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
     )
     records = [chat("q", "a", system="s"), chat("q", "b")]
-    with pytest.raises(UserError, match=r":1: the chat template refuses the conversation: no system"):
+    with pytest.raises(UserError, match=r":1: the chat template cannot be used for training on this conversation: no system"):
         encode_records(tmp_path, records, picky)
     assert encode_records(tmp_path, records, picky, on_bad_sample="skip").lines.tolist() == [2]
 

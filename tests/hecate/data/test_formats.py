@@ -38,6 +38,7 @@ def read(tmp_path: Path, records: list[Any], format: str = "auto") -> list[Sampl
             [SYSTEM, USER, ASSISTANT],
             {},
         ),
+        ({"system": "s", "messages": [USER, ASSISTANT]}, [SYSTEM, USER, ASSISTANT], {}),
     ],
 )
 def test_chat_formats_become_messages(tmp_path: Path, record: Any, messages: Any, extra: Any) -> None:
@@ -68,6 +69,41 @@ def test_fields_give_the_records_names_for_the_formats_keys(tmp_path: Path) -> N
     assert fault.reason == "the record has no such key: data.*.fields.completion says 'prompt' (its keys: completion)"
 
 
+def test_fields_decide_which_format_auto_takes(tmp_path: Path) -> None:
+    """As of tatsu-lab/alpaca, whose column `text` holds the other three once more."""
+    path = write_jsonl(tmp_path / "data.jsonl", [{"instruction": "u", "input": "", "output": "a", "text": "u and a"}])
+    (sample,) = read_samples(path, names=FieldNames(prompt="instruction", completion="output"))
+    assert sample == Sample(str(path), 1, messages=(USER, ASSISTANT), given=1, extra={"input": "", "text": "u and a"})
+    with pytest.raises(UserError, match=r"those that read the keys that fields names: prompt_completion \{prompt, completion\}\n"):
+        list(read_samples(path, names=FieldNames(prompt="instruction")))
+
+
+@pytest.mark.parametrize(
+    ("format", "names", "told"),
+    [
+        ("auto", {"messages": "a", "prompt": "b"}, r"fields names messages, prompt, but no data format reads all of these keys\n"),
+        ("text", {"prompt": "a"}, r"fields names prompt, which the format text does not read\n.* another format: prompt_completion"),
+        ("alpaca", {"user": "a", "text": "b"}, r"fields names text, which the format alpaca does not read\n"),
+    ],
+)
+def test_fields_that_the_format_does_not_read_are_refused(tmp_path: Path, format: str, names: dict[str, str], told: str) -> None:
+    path = write_jsonl(tmp_path / "data.jsonl", [{"a": "u", "b": "a", "instruction": "u", "output": "a", "text": "t"}])
+    with pytest.raises(UserError, match=rf"data\.jsonl: {told}") as caught:
+        list(read_samples(path, format, names=FieldNames(**names)))
+    assert len(str(caught.value).splitlines()) <= 8
+
+
+def test_a_record_may_lack_what_fields_says_of_an_optional_key(tmp_path: Path) -> None:
+    """Rows of Parquet and Arrow files lack what is null in them."""
+    records = [{"instruction": "u", "output": "a"} | more for more in ({}, {"more": None}, {"more": "v", "input": "not read"})]
+    path = write_jsonl(tmp_path / "data.jsonl", records)
+    samples = list(read_samples(path, names=FieldNames(input="more")))
+    asked = [sample.messages[0]["content"] for sample in samples if isinstance(sample, Sample) and sample.messages]
+    assert asked == ["u", "u", "u\n\nv"]
+    with pytest.raises(UserError, match=r"data\.jsonl: none of its records has the key 'mroe', which fields gives for input\n"):
+        list(read_samples(path, names=FieldNames(input="mroe")))
+
+
 CALL = {"function": {"name": "add", "arguments": {"a": 1}}}
 
 
@@ -80,6 +116,14 @@ def test_tool_calls_go_to_the_template_as_objects(tmp_path: Path) -> None:
         call = {"type": "function", "function": CALL["function"], "id": "1"}
         messages = (USER, {"role": "assistant", "content": "", "tool_calls": [call]}, result)
         assert sample == Sample(str(tmp_path / "data.jsonl"), 1, messages=messages, tools=(CALL,))
+
+
+def test_tools_beside_conversations_may_be_bare_functions(tmp_path: Path) -> None:
+    """As LLaMA-Factory has them."""
+    turns = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
+    (sample,) = read(tmp_path, [{"conversations": turns, "tools": '[{"name": "add"}]'}])
+    wrapped = {"type": "function", "function": {"name": "add"}}
+    assert sample == Sample(str(tmp_path / "data.jsonl"), 1, messages=(USER, ASSISTANT), tools=(wrapped,))
 
 
 def test_text(tmp_path: Path) -> None:
@@ -142,6 +186,9 @@ def test_bad_line_is_a_fault_in_its_place(tmp_path: Path, line: bytes, reason: s
         ({"conversations": [{"from": "bing", "value": "x"}]}, "sharegpt", "from is 'bing'"),
         ({"conversations": [{"from": "gpt"}]}, "sharegpt", "value is missing"),
         ({"text": True}, "text", "text is a JSON boolean"),
+        ({"system": "t", "messages": [SYSTEM, USER, ASSISTANT]}, "messages", "a system message among its turns, too"),
+        ({"system": "t", "prompt": [SYSTEM, USER], "completion": "a"}, "prompt_completion", "a system message among its turns, too"),
+        ({"system": "t", "conversations": [{"from": "system", "value": "s"}]}, "sharegpt", "a system message among its turns, too"),
     ],
 )
 def test_fault_of_the_other_formats(tmp_path: Path, record: Any, format: str, reason: str) -> None:

@@ -55,6 +55,13 @@ def test_a_list_has_named_runs_with_values_of_any_form(folder: Path) -> None:
     assert swept.keys == ["lora", "lora.target_modules", "model.dtype", "lora.r"]
 
 
+def test_the_command_line_replaces_keys_of_a_section_in_set(folder: Path) -> None:
+    sets = "set: {lora: {r: 8, alpha: 16}, moe: {router: {dense: true}}}\ngrid: {seed: [1, 2]}\n"
+    for override in ("lora.r=16", "lora={r: 16}"):
+        config = checked(sweep_of(sets, override))["seed-1"]
+        assert (config.lora.r, config.lora.alpha, config.moe.router.dense) == (16, 16.0, True)
+
+
 @pytest.mark.parametrize(
     "text", ["1e-4", "null", "[a, 'b, c', \"1\"]", "{path: a.jsonl, weight: 2, name: '{x}'}", "'true'", "${seed}", "['${seed}', [1, 2]]"]
 )
@@ -100,7 +107,7 @@ def test_problems_of_all_runs_are_told_at_once_with_their_lines(folder: Path) ->
     assert "sweep.yaml:5: learning_rate: must be > 0, got -1.0\n    in learning_rate--1_top_k-2, learning_rate--1_top_k-40" in text
     assert text.count("moe.top_k: must be from 1 to 8") == 1
     with pytest.raises(UserError, match=r"sweep\.yaml:5: lora\.r: "):  # the line of the value that holds
-        checked(sweep_of("set: {lora: {r: 4}}\ngrid:\n  lora.r: [0, 1]\n"))
+        checked(sweep_of("set: {lora: {alpha: 4}}\ngrid:\n  lora.r: [0, 1]\n"))
 
 
 def test_data_are_checked_once_for_each_model(folder: Path) -> None:
@@ -109,6 +116,9 @@ def test_data_are_checked_once_for_each_model(folder: Path) -> None:
     swept = sweep_of("grid: {learning_rate: [1e-4, 1e-3], model.dtype: [float32, bfloat16]}\n")
     checked_configs(swept, {}, once_for_data(lambda config: seen.append(config.model.dtype)))
     assert sorted(seen) == ["bfloat16", "float32"]
+    swept = sweep_of("grid: {fssdp.plan: [history, replay]}\n")  # with replay each record must have its routing
+    checked_configs(swept, {}, once_for_data(lambda config: seen.append(config.fssdp.plan)))
+    assert seen[2:] == ["history", "replay"]
 
 
 @pytest.mark.parametrize(
@@ -116,6 +126,7 @@ def test_data_are_checked_once_for_each_model(folder: Path) -> None:
     [
         ("grid: {learning_rate: [1e-3, 0.001]}", "learning_rate-0.001: is the same run as learning_rate-1e-3"),
         ("grid: {lora.r: [4]}\nset: {lora.r: 8}", "sweep.yaml: lora.r: is one of the keys that the sweep varies"),
+        ("list: [{lora: {r: 4}}]\nset: {lora: {r: 8}}", "sweep.yaml: lora.r: is one of the keys that the sweep varies"),
         ("grid: {seed: [4]}\nseeds: [1]\nset: {seed: 8}", "sweep.yaml: seed: is one of the keys that the sweep varies"),
         ("grid: {lora.r: 4}", "sweep.yaml:3: grid.lora.r: must be a list of values\n    hint: write [4, ...]"),
         ("grid: {lora.r: [4, 4]}", "grid.lora.r: has 4 twice"),

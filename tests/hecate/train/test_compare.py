@@ -176,7 +176,8 @@ def test_what_cannot_be_compared_is_refused(workshop: Path, tmp_path: Path) -> N
         ([model, "seed=1", "--choices", which], "nothing that seed=1 could change"),
         ([model, "--models", "base", "--choices", which], "without a configuration there is no base model"),
         (
-            [config, "data.eval=[]", "eval.generate=false"],
+            # an evaluation reads neither the training data nor what the training began from
+            [config, "data.eval=[]", "eval.generate=false", "data.train=gone.jsonl", "lora.init_from=gone"],
             "data.eval is empty\n  name held-out files, as in hecate eval runs/qwen data.eval=held_out.jsonl, or give --choices",
         ),
     ):
