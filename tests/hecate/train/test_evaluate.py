@@ -1,0 +1,61 @@
+"""Answers are compared as the chat template writes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hecate.config import load_config
+from hecate.data.choices import ChoiceItem
+from hecate.model.base import BaseModel
+from hecate.ranks.ranks import join_ranks
+from hecate.train import evaluate as evaluate_module
+from hecate.train.generation import Answer
+from hecate.train.likelihood import _pair
+from hecate.train.training import Training
+from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
+from testing.tiny_run import make_workshop
+from tests.hecate.data.files import chat, encode_records
+
+# As Qwen3's: an answer at the end has an empty block of thoughts, which the generation prompt lacks.
+THINKING = TEMPLATE.replace(
+    "'\\n' + message['content']",
+    "'\\n' + ('<think>\\n\\n</think>\\n\\n' if loop.last and message['role'] == 'assistant' else '') + message['content']",
+)
+
+
+def test_a_model_that_says_what_it_was_trained_on_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that says the content alone is, too; the template writes something before it."""
+    workshop = make_workshop(tmp_path)
+    build_byte_tokenizer(chat_template=THINKING).save_pretrained(workshop / "model")
+    config = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/a"], claim_output=False)
+    asked: dict[str, str] = {}
+    for path in (workshop / "up.eval.jsonl", workshop / "echo.eval.jsonl"):
+        for line in path.read_text().splitlines():
+            question, answer = (turn["content"] for turn in json.loads(line)["messages"])
+            asked.setdefault(question, answer)  # of the same question in both files, the first file's answer
+
+    def generate(base: BaseModel, prompts: Sequence[Sequence[int]], *_: Any, **__: Any) -> list[Answer]:
+        questions = [base.tokenizer.decode(ids).split("\n")[1].removesuffix("<e>") for ids in prompts]
+        blocks = ["<think>\n\n</think>\n\n" if number % 2 else "" for number in range(len(questions))]
+        return [Answer(block + asked[question], finished=True) for block, question in zip(blocks, questions, strict=True)]
+
+    monkeypatch.setattr(evaluate_module, "generate", generate)
+    with join_ranks() as ranks:
+        scores = Training(config, ranks).evaluate().scores
+    assert (scores["up.eval"].accuracy, scores["echo.eval"].accuracy) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, THINKING])
+def test_choices_are_judged_as_they_were_trained(tmp_path: Path, template: str) -> None:
+    tokenizer = build_byte_tokenizer(chat_template=template)
+    trained = encode_records(tmp_path, [chat("red or blue?", " blue")], tokenizer)[0].input_ids.tolist()
+    opened: Any = SimpleNamespace(base=SimpleNamespace(tokenizer=tokenizer))
+    context, more = _pair(opened, ChoiceItem("red or blue?", True, ("red", " blue"), 1, "here"), " blue")
+    assert context + more == trained
+    assert tokenizer.decode(more) == " blue"
