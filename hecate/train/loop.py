@@ -136,6 +136,8 @@ def train(
             try:
                 if _evaluates_first(training, lacks=not joins and measured.before is None):
                     measured.before = _evaluate(training, outside)
+                if _evaluates_late(training, outside.reports):
+                    measured.last = _evaluate(training, outside)
                 if training.standing.completed >= config.max_steps:
                     facts = _finish(training, outside)
                 elif not _one_step(training, outside, measured):
@@ -163,6 +165,22 @@ def _evaluates_first(training: Training, *, lacks: bool) -> bool:
     if training.standing.step > 0 or not training.parts.config.eval.on_start or not training.parts.eval_sources:
         return False
     return training.ranks.all_max(float(lacks)) > 0
+
+
+def _evaluates_late(training: Training, reports: Reports) -> bool:
+    """Whether the evaluation that was due after the last step comes now, because a stop came before it. Every rank must call it."""
+    standing = training.standing
+    if standing.completed < standing.step or not _evaluation_is_due(training):
+        return False
+    return training.ranks.all_max(float(training.ranks.is_first and reports.lacks_evaluation(standing.step))) > 0
+
+
+def _evaluation_is_due(training: Training) -> bool:
+    """Whether an evaluation follows the step that was done last."""
+    config, step = training.parts.config, training.standing.step
+    if step == 0 or not training.parts.eval_sources:
+        return False
+    return step == config.max_steps or (config.eval_steps is not None and step % config.eval_steps == 0)
 
 
 def _finish(training: Training, outside: _Outside) -> list[tuple[str, str]]:
@@ -196,7 +214,7 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
     done = step == config.max_steps
     if config.fssdp.reshard_interval and step % config.fssdp.reshard_interval == 0:
         _reshard(training, config.fssdp.reshard_interval, outside)
-    if training.parts.eval_sources and not agreement.stop and (done or (config.eval_steps and step % config.eval_steps == 0)):
+    if not agreement.stop and _evaluation_is_due(training):
         measured.last = _evaluate(training, outside)
     if done or agreement.stop or (config.save_steps and step % config.save_steps == 0):
         _save(training, outside, last=done or agreement.stop)
