@@ -49,7 +49,7 @@ def _drawn(path: Path, evaluation: Evaluation) -> str:
     """Where the picture is, or why there is none, in one line."""
     try:
         write_heatmap(path, _shares(evaluation), "Share of each task's tokens by layer and expert")
-    except Exception as error:  # the run is done, and all else that it leaves is there
+    except Exception as error:  # noqa: BLE001 - the run is done, and all else that it leaves is there
         return f"not drawn: {'; '.join(line.strip() for line in str(error).splitlines()) or type(error).__name__}"
     return str(path)
 

@@ -29,4 +29,5 @@ def test_the_summary_is_shown_where_no_picture_can_be_drawn(
     shown = capsys.readouterr().out
     assert "1.250" in shown
     assert "runs/a/adapter" in shown
-    assert [line for line in shown.splitlines() if line.startswith("expert loads")][0].split(maxsplit=2)[2].startswith(f"not drawn: {reason}")
+    said = next(line for line in shown.splitlines() if line.startswith("expert loads")).split(maxsplit=2)[2]
+    assert said.startswith(f"not drawn: {reason}")
