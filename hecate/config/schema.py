@@ -464,7 +464,8 @@ class EvalConfig:
     max_new_tokens: int = field(default=32, metadata=key(COUNT))
     """The longest answer to decode, in tokens."""
     batch_size: int = field(default=16, metadata=key(COUNT))
-    """The number of samples that a rank evaluates together."""
+    """The number of answers that a rank generates together, and of choices and of lm-eval's requests that it scores together. The held-out
+    loss is computed as in training, with micro_batch_size sequences together."""
 
 
 @dataclass(frozen=True, kw_only=True)
