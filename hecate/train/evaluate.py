@@ -70,7 +70,8 @@ def evaluate(
 
                 mine, answers = _answers(config, ranks, base, items, together, begin)
                 exact = sum(answer == item.answer_text for answer, item in zip(answers, mine, strict=True))
-                accuracy = ranks.all_sum(torch.tensor([float(exact)])).item() / max(len(items), 1)
+                if items:
+                    accuracy = ranks.all_sum(torch.tensor([float(exact)])).item() / len(items)
                 if heard is not None:
                     heard(source.name, mine, answers)
             scores[source.name] = EvalScore(loss=loss, accuracy=accuracy, samples=samples)
@@ -133,7 +134,7 @@ def _answers(
     """
     mine = items[ranks.rank :: ranks.world_size]
     asked = list(mine)
-    if together:  # as many as the others have; what is answered to the last one is thrown away
+    if together and items:  # as many as the others have; what is answered to the last one is thrown away
         asked += [items[0]] * (-(-len(items) // ranks.world_size) - len(mine))
     answers = generate(
         base,

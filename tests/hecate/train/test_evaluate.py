@@ -1,14 +1,16 @@
-"""Answers are compared as the chat template writes them."""
+"""Held-out data: answers are compared as the chat template writes them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch import nn
 
 from hecate.config import load_config
 from hecate.data.choices import ChoiceItem
@@ -59,3 +61,13 @@ def test_choices_are_judged_as_they_were_trained(tmp_path: Path, template: str) 
     context, more = _pair(opened, ChoiceItem("red or blue?", True, ("red", " blue"), 1, "here"), " blue")
     assert context + more == trained
     assert tokenizer.decode(more) == " blue"
+
+
+def test_ranks_with_nothing_to_ask_generate_nothing() -> None:
+    """As where all conversations end in calls of tools, and ranks go forward together."""
+    model = nn.Linear(1, 1)
+    model.generation_config = SimpleNamespace(eos_token_id=0)  # type: ignore[assignment]
+    base: Any = SimpleNamespace(model=model, tokenizer=SimpleNamespace(eos_token_id=0))
+    config: Any = SimpleNamespace(eval=SimpleNamespace(max_new_tokens=4, batch_size=2))
+    ranks: Any = SimpleNamespace(rank=1, world_size=2)
+    assert evaluate_module._answers(config, ranks, base, [], True, nullcontext) == ([], [])
