@@ -1,10 +1,11 @@
-"""Held-out data: answers are compared as the chat template writes them."""
+"""Held-out data: answers are compared as the chat template writes them, and samples that are left out have files of their own."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,11 +18,12 @@ from hecate.data.choices import ChoiceItem
 from hecate.model.base import BaseModel
 from hecate.ranks.ranks import join_ranks
 from hecate.train import evaluate as evaluate_module
+from hecate.train.compare import Questions, compare
 from hecate.train.generation import Answer
 from hecate.train.likelihood import _pair
 from hecate.train.training import Training
 from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
-from testing.tiny_run import make_workshop
+from testing.tiny_run import make_workshop, write_samples
 from tests.hecate.data.files import chat, encode_records
 
 # As Qwen3's: an answer at the end has an empty block of thoughts, which the generation prompt lacks.
@@ -71,3 +73,19 @@ def test_ranks_with_nothing_to_ask_generate_nothing() -> None:
     config: Any = SimpleNamespace(eval=SimpleNamespace(max_new_tokens=4, batch_size=2))
     ranks: Any = SimpleNamespace(rank=1, world_size=2)
     assert evaluate_module._answers(config, ranks, base, [], True, nullcontext) == ([], [])
+
+
+def test_held_out_samples_that_are_left_out_have_a_file_of_their_own(tmp_path: Path) -> None:
+    """Also where the training data have the same name; an evaluation writes none and makes no folder."""
+    workshop, run = make_workshop(tmp_path), tmp_path / "runs/a"
+    for part, word in (("train", "too long "), ("held", "very long ")):
+        (tmp_path / part).mkdir()
+        write_samples(tmp_path / part / "chats.jsonl", ["w1", "w2", 9 * word], str)
+    sources = [f"data.{key}=[{tmp_path}/{part}/chats.jsonl]" for key, part in (("train", "train"), ("eval", "held"))]
+    config = load_config(workshop / "config.yaml", [*sources, f"output_dir={run}", "eval.generate=false"], claim_output=False)
+    with join_ranks() as ranks:
+        Training(config, ranks)
+        compare(replace(config, output_dir=str(tmp_path / "new")), ["base"], Questions(), ranks)
+    left_out = {path.name: "very long" in path.read_text() for path in run.glob("quarantine*")}
+    assert left_out == {"quarantine-chats.jsonl": False, "quarantine-eval-chats.jsonl": True}
+    assert not (tmp_path / "new").exists()
