@@ -21,7 +21,7 @@ from hecate.report.events import StepResult
 from hecate.train import step as step_module
 from hecate.train.loop import train
 from hecate.train.replay_step import Replayed, replay_step
-from hecate.train.skipped_steps import STEP_FILE
+from hecate.train.skipped_steps import STEP_FILE, _places_in
 from hecate.train.step_totals import Totals, exchange_totals
 from hecate.train.training import Training
 from testing.byte_tokenizer import build_byte_tokenizer
@@ -218,3 +218,7 @@ def test_a_run_stops_when_its_skipped_steps_are_used_up(workshop: str) -> None:
     events = [record["text"] for record in records if record["kind"] == "event"]
     assert events == [f"step {step} was skipped: the loss or a gradient was not finite" for step in (1, 2)]
     assert [record["skipped"] for record in records if record["kind"] == "step"] == [True, True]
+
+
+def test_a_sample_whose_file_has_gone_is_named_by_its_number() -> None:
+    assert _places_in("no/such.csv", [3]) == {3: "record 3 of no/such.csv"}
