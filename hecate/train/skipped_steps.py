@@ -23,6 +23,7 @@ import torch
 
 from hecate import __version__
 from hecate.checkpoint.files import CheckpointError
+from hecate.checkpoint.history import latest_good
 from hecate.checkpoint.save_run import save_state
 from hecate.checkpoint.train_state import TrainedParts, TrainState
 from hecate.config import Config, to_yaml
@@ -46,11 +47,17 @@ class StepInputs:
     sequences: list[PackedSequence]
 
 
-def too_many_skipped(config: Config, ranks: Ranks, parts: TrainedParts, inputs: StepInputs, result: StepResult) -> UserError:
+def too_many_skipped(
+    config: Config, ranks: Ranks, parts: TrainedParts, inputs: StepInputs, state: TrainState, result: StepResult
+) -> UserError:
     """Write the folder of the step that was skipped last, and return the error that ends the run. Every rank must call it.
 
     A skipped step has changed nothing, so that what `parts` hold now is what they held before it. Only where each source has an adapter
-    of its own, adapters whose gradients were finite have taken the step. If the disk refuses, the error says so.
+    of its own, adapters whose gradients were finite have taken the step. If the disk refuses, the error says so. A run that has no
+    checkpoint yet gets one, from which it can be resumed.
+
+    Args:
+        state: where the run stands after the step.
     """
     step = inputs.before.step + 1
     folder = Path(config.output_dir) / f"skipped-step-{step}"
@@ -62,6 +69,8 @@ def too_many_skipped(config: Config, ranks: Ranks, parts: TrainedParts, inputs: 
         refused = _write_files(folder, config, ranks, inputs, result, places)
     shown, refused = (ranks.broadcast_from(0, text.encode() if ranks.is_first else None).decode() for text in (shown, refused))
     refused = refused or _save(replace(config, output_dir=str(folder), save_total_limit=None), ranks, parts, inputs.before)
+    is_lacking = ranks.is_first and latest_good(Path(config.output_dir)) is None
+    unsaved = _save(config, ranks, parts, state) if ranks.all_max(float(is_lacking)) else ""
     go_on = f"hecate train {Path(config.output_dir) / 'config.yaml'} resume=true max_skipped_steps={10 * config.max_skipped_steps}"
     look = f"{folder} could not be written: {refused}" if refused else f"to see where it begins: hecate replay-step {folder}"
     return UserError(
@@ -70,7 +79,7 @@ def too_many_skipped(config: Config, ranks: Ranks, parts: TrainedParts, inputs: 
         f"  its samples: {shown}\n"
         f"  {look}\n"
         "  mend the samples in a new run, or begin it with a lower learning_rate; to train on over these steps:\n"
-        f"  {go_on}"
+        f"  {f'this run cannot be resumed, because it has no checkpoint: {unsaved}' if unsaved else go_on}"
     )
 
 
