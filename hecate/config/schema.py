@@ -123,8 +123,9 @@ class DataConfig:
     """The number of steps whose samples a new run passes over, so that it begins in the data where another run of that many steps ended."""
     on_bad_sample: Literal["skip_long", "error", "skip", "truncate"] = field(default="skip_long", metadata=key(computes=False))
     """What to do with a sample that cannot be read or is longer than seq_len. skip_long: leave one that is too long out, count it and write
-    it to quarantine-NAME.jsonl in output_dir; stop at other faults. error: stop at every fault. skip: leave out every sample with a fault,
-    in the same way. truncate: shorten a sample that is too long to seq_len and count it; stop at other faults."""
+    it to quarantine-NAME.jsonl in output_dir, or quarantine-eval-NAME.jsonl if it is held out; stop at other faults. error: stop at every
+    fault. skip: leave out every sample with a fault, in the same way. truncate: shorten a sample that is too long to seq_len and count it;
+    stop at other faults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -464,7 +465,8 @@ class EvalConfig:
     max_new_tokens: int = field(default=32, metadata=key(COUNT))
     """The longest answer to decode, in tokens."""
     batch_size: int = field(default=16, metadata=key(COUNT))
-    """The number of samples that a rank evaluates together."""
+    """The number of answers that a rank generates together, and of choices and of lm-eval's requests that it scores together. The held-out
+    loss is computed as in training, with micro_batch_size sequences together."""
 
 
 @dataclass(frozen=True, kw_only=True)

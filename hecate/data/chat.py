@@ -1,6 +1,7 @@
 """Render conversations with the tokenizer's chat template, and find which characters belong to the assistant's turns."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -13,6 +14,23 @@ Span = tuple[int, int]
 # A template that prints today's date (Llama 3.1, 3.2) would make another data set tomorrow. This is the date that those templates
 # print by default.
 _DATE = "26 Jul 2024"
+
+
+# Stands for an answer, to see what a template writes around it. It is of Unicode's private use, so that no template writes it.
+_MARK = "\ue000"
+
+
+@dataclass(frozen=True)
+class RenderedAnswer:
+    """The assistant's turn at the end of a conversation, as the chat template writes it."""
+
+    prompt: str
+    """the messages before it and the generation prompt"""
+    before: str
+    """what the template writes between the generation prompt and the content, such as an empty block of thoughts"""
+    content: str
+    after: str
+    """such as the mark that ends the turn"""
 
 
 class TemplateRefusal(Exception):
@@ -68,6 +86,34 @@ def render(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] 
 def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
     """Return the messages followed by the template's generation prompt. Raises TemplateRefusal."""
     return _apply(tokenizer, messages, tools, add_generation_prompt=True)
+
+
+def render_answer(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = ()) -> RenderedAnswer:
+    """Return the last message, which is the assistant's, as the template writes it after its generation prompt.
+
+    Of a template that rewrites the content, all that it writes for the turn is the content.
+
+    Raises:
+        TemplateRefusal: the template refuses the conversation, or the rendering does not begin with the prompt.
+    """
+    *asked, answer = messages
+    prompt = render_prompt(tokenizer, asked, tools)
+    turn = _after(prompt, _apply(tokenizer, messages, tools))
+    try:
+        marked = _after(prompt, _apply(tokenizer, [*asked, answer | {"content": _MARK}], tools))
+    except TemplateRefusal:  # it wants a content of a certain form
+        marked = ""
+    before, _, after = marked.partition(_MARK)
+    for content in (answer["content"], answer["content"].strip()):
+        if turn == before + content + after:
+            return RenderedAnswer(prompt, before, content, after)
+    return RenderedAnswer(prompt, "", turn, "")
+
+
+def _after(prompt: str, whole: str) -> str:
+    if not whole.startswith(prompt):
+        raise TemplateRefusal("it writes the messages before an answer in another way once the answer follows")
+    return whole[len(prompt) :].rstrip()
 
 
 def _refuse_dropped_calls(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], whole: str) -> None:

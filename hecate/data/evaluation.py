@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hecate.config.schema import FieldNames
-from hecate.data.chat import render_prompt, require_chat_template
+from hecate.data.chat import render_answer, require_chat_template
 from hecate.data.formats import Sample, read_samples
 from hecate.data.indexed import IndexedSource
 from hecate.data.pack import pack
@@ -27,6 +27,14 @@ class GenerationItem:
     task: str | None = None
     entry: Mapping[str, Any] | None = None
     """reasoning-gym's record of the question, by which its verifier judges an answer; None: there is none"""
+    before: str = ""
+    """what the chat template writes before an answer, without special tokens: a model that was trained with it says it, too"""
+    after: str = ""
+    """likewise behind an answer"""
+
+    def content_of(self, text: str) -> str:
+        """What a model has said, without what the template writes around it."""
+        return text.removeprefix(self.before).removesuffix(self.after).strip()
 
 
 def eval_sequences(
@@ -58,7 +66,8 @@ def generation_items(
 ) -> list[GenerationItem]:
     """Return a prompt for each conversation that `read_source` kept, or for the first `max_items`, in file order.
 
-    The prompt is everything before the last assistant turn, followed by the generation prompt; the answer is that turn's content.
+    The prompt is everything before the last assistant turn, followed by the generation prompt; the answer is that turn's content, or all
+    that the chat template makes of it if it rewrites it.
     The file is read again. A conversation whose last assistant turn calls tools has no text for an answer and gets no prompt.
 
     Args:
@@ -84,11 +93,13 @@ def generation_items(
         last = max(turn for turn, message in enumerate(sample.messages) if message["role"] == "assistant")
         if sample.messages[last].get("tool_calls"):
             continue
-        prompt = render_prompt(tokenizer, sample.messages[:last], sample.tools)
+        answer = render_answer(tokenizer, sample.messages[: last + 1], sample.tools)
         items.append(
             GenerationItem(
-                prompt_ids=tokenizer(prompt, add_special_tokens=False)["input_ids"],
-                answer_text=sample.messages[last]["content"],
+                prompt_ids=tokenizer(answer.prompt, add_special_tokens=False)["input_ids"],
+                answer_text=_shown(tokenizer, answer.content),
+                before=_shown(tokenizer, answer.before),
+                after=_shown(tokenizer, answer.after),
                 file=sample.file,
                 line=sample.line,
                 user=kept[sample.number],
@@ -97,6 +108,11 @@ def generation_items(
             )
         )
     return items
+
+
+def _shown(tokenizer: Any, text: str) -> str:
+    """A text as it would be shown if a model said it: without special tokens, and without white space at its ends."""
+    return str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True)).strip() if text else ""
 
 
 def _entry(record: Mapping[str, Any]) -> Mapping[str, Any] | None:

@@ -7,7 +7,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
@@ -66,6 +66,24 @@ def read_records(path: str) -> Iterator[Record]:
             yield Record(file, record.line, number, record.value, record.reason, record.text)
         if number == before:
             raise UserError(f"{file} is empty: a data file needs at least one sample, such as one JSON object per line")
+
+
+def places_of_records(path: str, numbers: Iterable[int]) -> dict[int, str]:
+    """Where the records of a source with these numbers are, as errors say it; what is not there any more has no place.
+
+    Raises:
+        UserError: as `read_records`.
+    """
+    missing, files = set(numbers), data_files(path)
+    if len(files) == 1 and file_form(files[0]) == "jsonl":  # a line for each record, so that nothing need be read
+        return {number: place_of(files[0], number) for number in missing}
+    found: dict[int, str] = {}
+    records = read_records(path)
+    while missing and (record := next(records, None)) is not None:
+        if record.number in missing:
+            missing.remove(record.number)
+            found[record.number] = place_of(record.file, record.line)
+    return found
 
 
 def _records_of(file: str) -> Iterator[Record]:

@@ -138,6 +138,10 @@ class MetricsWriter:
         self._file = self._open()
         return lines - kept
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an evaluation after so many steps is recorded. Raises UserError as `truncate_after`."""
+        return any(its_step == step and parse_json(line).get("kind") == "eval" for line, its_step in self._read())
+
     def close(self) -> None:
         """Close the file; closing twice is fine."""
         try:

@@ -64,6 +64,8 @@ class Reports:
         self._facts = facts
         self._step = facts.step
         """of the last record"""
+        self._evaluated = -1
+        """the step after which this process has evaluated last"""
         self._lost = 0
         """how many of the last records the disk has refused"""
 
@@ -122,9 +124,14 @@ class Reports:
 
     def evaluated(self, step: int, found: Evaluation) -> None:
         """Record and show an evaluation."""
+        self._evaluated = step
         if self._progress and self._metrics:
             self._record(eval_record(step, found.scores))
             self._progress.evaluated(step, found.scores)
+
+    def lacks_evaluation(self, step: int) -> bool:
+        """Whether nobody has recorded an evaluation after so many steps. Only the first rank knows of those of another process."""
+        return self._evaluated != step and not (self._metrics and self._metrics.has_evaluation(step))
 
     def resharded(self, step: int, done: Resharding) -> None:
         """Record and show a re-sharding."""

@@ -54,11 +54,11 @@ def as_record(prompt: Prompt, answers: Sequence[Answer]) -> str:
 def prompt_ids(opened: Opened, prompt: Prompt) -> list[int]:
     """The tokens of a prompt. Raises UserError: as `answers_to`."""
     tokenizer = opened.base.tokenizer
-    text = prompt.messages[-1]["content"]
     if opened.chats or len(prompt.messages) > 1:
         require_chat_template(tokenizer, str(opened.trained))
-        text = _rendered(opened, prompt.messages)
-    found: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+        found: list[int] = tokenizer(_rendered(opened, prompt.messages), add_special_tokens=False)["input_ids"]
+    else:
+        found = _begun(tokenizer, prompt.messages[-1]["content"])
     if not found:
         raise UserError(f"{opened.trained}: an empty prompt has no token, so that nothing can follow it")
     return found
@@ -141,6 +141,14 @@ class Conversation:
             self._seen = self._seen[:count]
         except (RuntimeError, ValueError, NotImplementedError, AttributeError):  # sliding windows and recurrent layers cannot go back
             self._forget()
+
+
+def _begun(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a plain text that is to go on, with those that the tokenizer writes before a text, as in training."""
+    whole: list[int] = tokenizer(text)["input_ids"]
+    own: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ended = whole[-1:] == [tokenizer.eos_token_id] and own[-1:] != whole[-1:]
+    return whole[:-1] if ended else whole
 
 
 def _rendered(opened: Opened, messages: Sequence[Message]) -> str:

@@ -98,8 +98,8 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     users = users_of(config)
     _say(ranks, "reading the data")
     # Held-out data are routed by the router, whether they bring a routing or not.
-    train_sources = encode_sources(config.data.train, config, base, ranks, users, routing_shape(config, base))
-    eval_sources = encode_sources(config.data.eval, config, base, ranks, users)
+    train_sources = encode_sources(config.data.train, config, base, ranks, users, routing_shape(config, base), quarantine="quarantine")
+    eval_sources = encode_sources(config.data.eval, config, base, ranks, users, quarantine="quarantine-eval")
     stream = _stream_of(config, train_sources, ranks)
     if not config.resume:
         for _ in range(config.data.skip_steps):
@@ -261,12 +261,16 @@ def encode_sources(
     ranks: Ranks,
     users: UserFeatures | None = None,
     routing: RoutingShape | None = None,
+    *,
+    quarantine: str | None = None,
 ) -> list[TokenSource]:
-    """Tokenize data sources. Rank 0 says which samples were left out, and writes them to quarantine files in the run's folder.
+    """Tokenize data sources. Rank 0 says how many samples were left out.
 
     Args:
         users: features that each sample's user must have; None: samples need no users.
         routing: what the routing that each sample must bring must fit; None: it is not read.
+        quarantine: how the names of files in output_dir begin to which rank 0 writes those samples, one file for each source; None: nothing
+            is written.
     """
     cache = cache_folder(config.data.cache)
     return [
@@ -276,7 +280,7 @@ def encode_sources(
             seq_len=config.data.seq_len,
             vocab_size=base.vocab_size,
             on_bad_sample=config.data.on_bad_sample,
-            quarantine=Path(config.output_dir) / f"quarantine-{source.name}.jsonl" if ranks.is_first else None,
+            quarantine=Path(config.output_dir) / f"{quarantine}-{source.name}.jsonl" if quarantine and ranks.is_first else None,
             users=users,
             routing=routing,
             speaks=ranks.is_first,

@@ -69,8 +69,9 @@ def evaluate(
                     return evaluation.forward(replace(tokens, users=_users_of(batch, features_UF)))
 
                 mine, answers = _answers(config, ranks, base, items, together, begin)
-                exact = sum(answer == item.answer_text.strip() for answer, item in zip(answers, mine, strict=True))
-                accuracy = ranks.all_sum(torch.tensor([float(exact)])).item() / max(len(items), 1)
+                exact = sum(answer == item.answer_text for answer, item in zip(answers, mine, strict=True))
+                if items:
+                    accuracy = ranks.all_sum(torch.tensor([float(exact)])).item() / len(items)
                 if heard is not None:
                     heard(source.name, mine, answers)
             scores[source.name] = EvalScore(loss=loss, accuracy=accuracy, samples=samples)
@@ -126,14 +127,14 @@ def _answers(
     together: bool,
     begin: Callable[[Sequence[GenerationItem]], AbstractContextManager[object]],
 ) -> tuple[Sequence[GenerationItem], list[str]]:
-    """The prompts of this rank, and the greedy answers to them, without white space at the ends.
+    """The prompts of this rank, and the greedy answers to them, without what the chat template writes around an answer.
 
     Args:
         begin: begins the forward passes of a batch, whose rows are these prompts.
     """
     mine = items[ranks.rank :: ranks.world_size]
     asked = list(mine)
-    if together:  # as many as the others have; what is answered to the last one is thrown away
+    if together and items:  # as many as the others have; what is answered to the last one is thrown away
         asked += [items[0]] * (-(-len(items) // ranks.world_size) - len(mine))
     answers = generate(
         base,
@@ -143,7 +144,7 @@ def _answers(
         begin=lambda chosen: begin([asked[i] for i in chosen]),
         together=together,
     )
-    return mine, [answer.text for answer in answers[: len(mine)]]
+    return mine, [item.content_of(answer.text) for item, answer in zip(mine, answers[: len(mine)], strict=True)]
 
 
 def _users_of(items: Sequence[GenerationItem], features_UF: Tensor | None) -> PassUsers | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hecate.data.chat import render_prompt
+from hecate.data.chat import TemplateRefusal, render_answer
 from hecate.data.choices import ChoiceItem
 from hecate.engine.protocol import EvaluationPasses
 from hecate.errors import UserError
@@ -105,8 +105,12 @@ def positions(base: BaseModel) -> int | None:
 def _pair(opened: Opened, item: ChoiceItem, choice: str) -> Pair:
     tokenizer = opened.base.tokenizer
     if item.is_chat and tokenizer.chat_template:
-        prompt = render_prompt(tokenizer, [{"role": "user", "content": item.text}])
-        whole, begun = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt + choice, prompt))
+        try:
+            rendered = render_answer(tokenizer, [{"role": "user", "content": item.text}, {"role": "assistant", "content": choice}])
+        except TemplateRefusal as refusal:
+            raise UserError(f"{item.place}: the chat template refuses the question: {refusal}") from refusal
+        context = rendered.prompt + rendered.before
+        whole, begun = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (context + rendered.content, context))
         pair = whole[: len(begun)], whole[len(begun) :]
     else:
         space = "" if item.text[-1].isspace() or choice[0].isspace() else " "

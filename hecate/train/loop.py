@@ -33,10 +33,9 @@ from hecate.parallel.topology import Topology, local_topology
 from hecate.ranks.peak_memory import peak_memory
 from hecate.ranks.ranks import Ranks, loss_in_words, lost_a_peer
 from hecate.report.events import Evaluation
-from hecate.report.heatmap import write_heatmap
 from hecate.report.metrics import REPLANNED, STOPPED
 from hecate.report.run_report import Reports
-from hecate.report.summary import print_summary
+from hecate.train.run_summary import Measured, show_summary
 from hecate.train.step_profile import StepProfile
 from hecate.train.training import Training
 
@@ -76,17 +75,6 @@ class _Outside:
         """Show a line on the terminal; None: there is none."""
         if text is not None:
             self.reports.note(text)
-
-
-@dataclass
-class _Measured:
-    """What the summary at the end shows."""
-
-    before: Evaluation | None = None
-    last: Evaluation | None = None
-    train_seconds: float = 0.0
-    tokens: int = 0
-    """trained by this process"""
 
 
 def train(
@@ -139,7 +127,7 @@ def train(
         outside = _Outside(reports, membership, link, told, stopping, profile, None if controller else SlowRanks(), MismatchWatch())
         stack.callback(outside.mismatches.end)
         _tell_beginning(training, outside)
-        measured = _Measured()
+        measured = Measured()
         if membership is not None and not joins:
             faults.at("loaded")
             membership.loaded()
@@ -148,6 +136,8 @@ def train(
             try:
                 if _evaluates_first(training, lacks=not joins and measured.before is None):
                     measured.before = _evaluate(training, outside)
+                if _evaluates_late(training, outside.reports):
+                    measured.last = _evaluate(training, outside)
                 if training.standing.completed >= config.max_steps:
                     facts = _finish(training, outside)
                 elif not _one_step(training, outside, measured):
@@ -160,7 +150,7 @@ def train(
                     raise
                 reports.event(training.standing.step, f"went on after: {loss_in_words(error)}")
     if training.ranks.is_first:
-        _show_summary(training, measured, time.monotonic() - started, facts)
+        show_summary(Path(config.output_dir), training.standing, measured, time.monotonic() - started, facts)
     return True
 
 
@@ -175,6 +165,22 @@ def _evaluates_first(training: Training, *, lacks: bool) -> bool:
     if training.standing.step > 0 or not training.parts.config.eval.on_start or not training.parts.eval_sources:
         return False
     return training.ranks.all_max(float(lacks)) > 0
+
+
+def _evaluates_late(training: Training, reports: Reports) -> bool:
+    """Whether the evaluation that was due after the last step comes now, because a stop came before it. Every rank must call it."""
+    standing = training.standing
+    if standing.completed < standing.step or not _evaluation_is_due(training):
+        return False
+    return training.ranks.all_max(float(training.ranks.is_first and reports.lacks_evaluation(standing.step))) > 0
+
+
+def _evaluation_is_due(training: Training) -> bool:
+    """Whether an evaluation follows the step that was done last."""
+    config, step = training.parts.config, training.standing.step
+    if step == 0 or not training.parts.eval_sources:
+        return False
+    return step == config.max_steps or (config.eval_steps is not None and step % config.eval_steps == 0)
 
 
 def _finish(training: Training, outside: _Outside) -> list[tuple[str, str]]:
@@ -192,7 +198,7 @@ def _finish(training: Training, outside: _Outside) -> list[tuple[str, str]]:
     ]
 
 
-def _one_step(training: Training, outside: _Outside, measured: _Measured) -> bool:
+def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool:
     """One step and everything that comes after it; False: the run was asked to stop, and has saved."""
     config = training.parts.config
     if training.standing.completed == training.standing.step:
@@ -208,7 +214,7 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
     done = step == config.max_steps
     if config.fssdp.reshard_interval and step % config.fssdp.reshard_interval == 0:
         _reshard(training, config.fssdp.reshard_interval, outside)
-    if training.parts.eval_sources and not agreement.stop and (done or (config.eval_steps and step % config.eval_steps == 0)):
+    if not agreement.stop and _evaluation_is_due(training):
         measured.last = _evaluate(training, outside)
     if done or agreement.stop or (config.save_steps and step % config.save_steps == 0):
         _save(training, outside, last=done or agreement.stop)
@@ -226,7 +232,7 @@ def _one_step(training: Training, outside: _Outside, measured: _Measured) -> boo
     return True
 
 
-def _train_one(training: Training, outside: _Outside, measured: _Measured) -> tuple[bool, ...]:
+def _train_one(training: Training, outside: _Outside, measured: Measured) -> tuple[bool, ...]:
     """One step, and what the ranks have asked for meanwhile (`Agreement`)."""
     with outside.profile.step():
         event = training.train_one(lambda: _requests(training, outside))
@@ -397,29 +403,3 @@ def _stop_on_signals() -> Iterator[_Stopping]:
 
     with on_signals(ask):
         yield stopping
-
-
-def _show_summary(training: Training, measured: _Measured, seconds: float, facts: list[tuple[str, str]]) -> None:
-    """Show what was learned, and draw which expert serves which task."""
-    state = training.standing
-    speed = f"{measured.tokens / measured.train_seconds:.0f}" if measured.train_seconds else "-"
-    shown = [
-        ("steps", f"{state.step}" + (f", {state.skipped} skipped" if state.skipped else "")),
-        ("tokens trained", f"{state.tokens}"),
-        ("training tokens/s", speed),
-        ("time", f"{seconds:.0f} s, of which training {measured.train_seconds:.0f} s"),
-        *facts,
-    ]
-    if measured.last:
-        path = Path(training.parts.config.output_dir) / "expert_load.png"
-        write_heatmap(path, _shares(measured.last), "Share of each task's tokens by layer and expert")
-        shown.append(("expert loads", str(path)))
-    print_summary(measured.before.scores if measured.before else None, measured.last.scores if measured.last else {}, shown)
-
-
-def _shares(evaluation: Evaluation) -> dict[str, list[list[float]]]:
-    """Per source and unit, each expert's share of the assignments."""
-    return {
-        source: [[count / max(sum(counts), 1) for count in counts] for _, counts in sorted(units.items())]
-        for source, units in evaluation.loads.items()
-    }

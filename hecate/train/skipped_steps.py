@@ -12,8 +12,10 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,12 @@ import torch
 
 from hecate import __version__
 from hecate.checkpoint.files import CheckpointError
+from hecate.checkpoint.history import latest_good
 from hecate.checkpoint.save_run import save_state
 from hecate.checkpoint.train_state import TrainedParts, TrainState
 from hecate.config import Config, to_yaml
+from hecate.config.paths import indexed_prefix
+from hecate.data.records import places_of_records
 from hecate.data.sequences import PackedSequence
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
@@ -42,24 +47,31 @@ class StepInputs:
     sequences: list[PackedSequence]
 
 
-def too_many_skipped(config: Config, ranks: Ranks, parts: TrainedParts, inputs: StepInputs, result: StepResult) -> UserError:
+def too_many_skipped(
+    config: Config, ranks: Ranks, parts: TrainedParts, inputs: StepInputs, state: TrainState, result: StepResult
+) -> UserError:
     """Write the folder of the step that was skipped last, and return the error that ends the run. Every rank must call it.
 
     A skipped step has changed nothing, so that what `parts` hold now is what they held before it. Only where each source has an adapter
-    of its own, adapters whose gradients were finite have taken the step. If the disk refuses, the error says so.
+    of its own, adapters whose gradients were finite have taken the step. If the disk refuses, the error says so. A run that has no
+    checkpoint yet gets one, from which it can be resumed.
+
+    Args:
+        state: where the run stands after the step.
     """
     step = inputs.before.step + 1
     folder = Path(config.output_dir) / f"skipped-step-{step}"
-    places = _places(config, parts, inputs.sequences)
-    refused = _write_files(folder, config, ranks, inputs, result, places) if ranks.is_first else ""
-    refused = ranks.broadcast_from(0, refused.encode() if ranks.is_first else None).decode()
-    if not refused:
-        try:
-            save_state(replace(config, output_dir=str(folder), save_total_limit=None), ranks, parts, inputs.before)
-        except CheckpointError as error:
-            refused = str(error).splitlines()[0]
-    known = [place for of_sequence in places for place in of_sequence]
-    shown = ", ".join(known[:_SHOWN_SAMPLES]) + (f" and {len(known) - _SHOWN_SAMPLES} more" if len(known) > _SHOWN_SAMPLES else "")
+    shown = refused = ""
+    if ranks.is_first:
+        places = _places(config, parts, inputs.sequences)
+        known = [place for of_sequence in places for place in of_sequence]
+        shown = ", ".join(known[:_SHOWN_SAMPLES]) + (f" and {len(known) - _SHOWN_SAMPLES} more" if len(known) > _SHOWN_SAMPLES else "")
+        refused = _write_files(folder, config, ranks, inputs, result, places)
+    shown, refused = (ranks.broadcast_from(0, text.encode() if ranks.is_first else None).decode() for text in (shown, refused))
+    refused = refused or _save(replace(config, output_dir=str(folder), save_total_limit=None), ranks, parts, inputs.before)
+    is_lacking = ranks.is_first and latest_good(Path(config.output_dir)) is None
+    unsaved = _save(config, ranks, parts, state) if ranks.all_max(float(is_lacking)) else ""
+    go_on = f"hecate train {Path(config.output_dir) / 'config.yaml'} resume=true max_skipped_steps={10 * config.max_skipped_steps}"
     look = f"{folder} could not be written: {refused}" if refused else f"to see where it begins: hecate replay-step {folder}"
     return UserError(
         f"the last {config.max_skipped_steps} steps, up to step {step}, were skipped, as many as max_skipped_steps allows\n"
@@ -67,8 +79,17 @@ def too_many_skipped(config: Config, ranks: Ranks, parts: TrainedParts, inputs: 
         f"  its samples: {shown}\n"
         f"  {look}\n"
         "  mend the samples in a new run, or begin it with a lower learning_rate; to train on over these steps:\n"
-        f"  hecate train {Path(config.output_dir) / 'config.yaml'} resume=true max_skipped_steps={10 * config.max_skipped_steps}"
+        f"  {f'this run cannot be resumed, because it has no checkpoint: {unsaved}' if unsaved else go_on}"
     )
+
+
+def _save(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainState) -> str:
+    """Save; returns why the disk has refused, or nothing. Every rank must call it."""
+    try:
+        save_state(config, ranks, parts, state)
+    except CheckpointError as error:
+        return str(error).splitlines()[0]
+    return ""
 
 
 def sequences_as_json(sequences: Sequence[PackedSequence]) -> list[dict[str, Any]]:
@@ -85,9 +106,23 @@ def sequences_as_json(sequences: Sequence[PackedSequence]) -> list[dict[str, Any
 
 
 def _places(config: Config, parts: TrainedParts, sequences: Sequence[PackedSequence]) -> list[list[str]]:
-    """PATH:NUMBER of each sample, by sequence; the number is the sample's in its source, from 1: the line of a JSONL file."""
-    sources, paths = parts.stream.sources, [source.path for source in config.data.train]
-    return [[f"{paths[source]}:{int(sources[source].lines[sample])}" for source, sample in one.samples] for one in sequences]
+    """File and line of each sample, by sequence."""
+    numbers = [[(source, int(parts.stream.sources[source].lines[sample])) for source, sample in one.samples] for one in sequences]
+    of_source: dict[int, set[int]] = {}
+    for source, number in chain.from_iterable(numbers):
+        of_source.setdefault(source, set()).add(number)
+    places = {source: _places_in(config.data.train[source].path, wanted) for source, wanted in of_source.items()}
+    return [[places[source][number] for source, number in of_sequence] for of_sequence in numbers]
+
+
+def _places_in(path: str, numbers: Collection[int]) -> dict[int, str]:
+    """Where the samples of a source with these numbers, from 1, are; by their numbers where the data set has no lines or has gone."""
+    if indexed_prefix(path) is not None:
+        return {number: f"document {number} of {path}" for number in numbers}
+    found: dict[int, str] = {}
+    with suppress(UserError):
+        found = places_of_records(path, numbers)
+    return {number: found.get(number, f"record {number} of {path}") for number in numbers}
 
 
 def _write_files(

@@ -240,7 +240,7 @@ class Training:
     def too_many_skipped(self, result: StepResult) -> UserError:
         """See `hecate.train.skipped_steps`; of the step that was done last, with its result."""
         assert self._last is not None
-        return too_many_skipped(self.parts.config, self.ranks, self.parts.trained, self._last, result)
+        return too_many_skipped(self.parts.config, self.ranks, self.parts.trained, self._last, self.standing, result)
 
     def _count_copies(self, units: Collection[Unit]) -> tuple[int, int]:
         """How many replicas of these units' experts are on other ranks than their owners', and how many of them the step before lacked."""

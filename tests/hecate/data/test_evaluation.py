@@ -5,6 +5,7 @@ import pytest
 
 from hecate.data.evaluation import eval_sequences, generation_items, share_of_rank
 from hecate.errors import UserError
+from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
 from tests.hecate.data.files import chat, encode_records, source_of_lengths
 
 LENGTHS = [5, 7, 4, 3, 6, 1, 9, 2]
@@ -57,3 +58,9 @@ def test_documents_have_no_answers(tmp_path: Path, byte_tokenizer: Any) -> None:
     source = encode_records(tmp_path, [{"text": "abc"}], byte_tokenizer)
     with pytest.raises(UserError, match="no answers to generate"):
         generation_items(source, "text", byte_tokenizer)
+
+
+def test_an_answer_that_the_template_rewrites_is_what_it_writes(tmp_path: Path) -> None:
+    tokenizer = build_byte_tokenizer(chat_template=TEMPLATE.replace("message['content']", "message['content'] | upper"))
+    (item,) = generation_items(encode_records(tmp_path, [chat("q", "four")], tokenizer), "auto", tokenizer)
+    assert (item.before, item.answer_text, item.after) == ("", "FOUR", "")

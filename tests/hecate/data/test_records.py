@@ -15,7 +15,7 @@ import pytest
 from hecate.config.paths import data_files, name_of_source
 from hecate.data import json_array, tables
 from hecate.data.formats import Fault, Sample, read_samples
-from hecate.data.records import read_records
+from hecate.data.records import places_of_records, read_records
 from hecate.errors import UserError
 
 RECORDS = [{"prompt": f'q{i}, "ü🙂"\nsecond line', "completion": "a" * i + "\\"} for i in range(1, 30)]
@@ -48,6 +48,17 @@ def test_every_text_form_holds_the_same_records(tmp_path: Path, name: str, chunk
     assert values(tmp_path / name) == RECORDS
     (tmp_path / f"{name}.gz").write_bytes(gzip.compress(TEXTS[name].encode()))
     assert values(tmp_path / f"{name}.gz") == RECORDS
+
+
+def test_records_are_found_again_by_their_numbers(tmp_path: Path) -> None:
+    """A record takes two lines in a CSV with a header, and four in an indented list; records of several files are numbered on."""
+    for name in ("a.csv", "b.json", "a.jsonl"):
+        (tmp_path / name).write_bytes(TEXTS[name].encode())
+    assert places_of_records(f"{tmp_path}/a.csv", {1, 3}) == {1: f"{tmp_path}/a.csv:2", 3: f"{tmp_path}/a.csv:6"}
+    assert places_of_records(f"{tmp_path}/b.json", {2}) == {2: f"{tmp_path}/b.json:6"}
+    assert places_of_records(f"{tmp_path}/a.jsonl", {3}) == {3: f"{tmp_path}/a.jsonl:3"}
+    (tmp_path / "b.jsonl").write_bytes(TEXTS["a.jsonl"].encode())
+    assert places_of_records(f"{tmp_path}/*.jsonl", {31, 99}) == {31: f"{tmp_path}/b.jsonl:2"}
 
 
 @pytest.mark.parametrize("form", ["parquet", "arrow file", "arrow stream"])

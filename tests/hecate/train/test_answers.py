@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 from hecate.cli import app
@@ -20,12 +21,14 @@ from hecate.config import load_config
 from hecate.data.prompts import asked, read_prompts
 from hecate.errors import UserError
 from hecate.ranks.ranks import join_ranks
-from hecate.train.answers import Conversation, answers_to
+from hecate.train.answers import Conversation, answers_to, prompt_ids
 from hecate.train.generation import Decoding, _sampling, answer_of, generate
 from hecate.train.inference import answer, answering
 from hecate.train.opened import Opened
 from hecate.train.training import Training
+from testing.byte_tokenizer import build_byte_tokenizer
 from testing.tiny_run import make_workshop
+from tests.hecate.data.files import encode_records
 
 QUESTIONS = ["w1x1", "a", "a longer question than the others", "w2x2", "", "w3x3?", "what is w4x4, and what is w5x5?"]
 SAMPLED = Decoding(8, temperature=0.9, top_p=0.95, top_k=50, seed=3)
@@ -74,6 +77,17 @@ def test_a_batch_gives_what_single_prompts_give(opened: Opened) -> None:
     assert said(opened, SAMPLED, 5, count=2) == sampled
     assert sampled != said(opened, Decoding(8, temperature=0.9, seed=4), 5, count=2)
     assert len(set(sampled)) > len(QUESTIONS)
+
+
+def test_a_plain_text_begins_as_in_training(tmp_path: Path) -> None:
+    """With the tokenizer's mark before a text, and without the one behind it."""
+    tokenizer = build_byte_tokenizer(chat_template=None)
+    marks = TemplateProcessing(single="<s> $A <e>", special_tokens=[("<s>", 256), ("<e>", 257)])
+    tokenizer.backend_tokenizer.post_processor = marks
+    opened: Any = SimpleNamespace(chats=False, trained="here", base=SimpleNamespace(tokenizer=tokenizer))
+    trained = encode_records(tmp_path, [{"text": "ab"}], tokenizer)[0].input_ids.tolist()
+    assert trained[0] == 256
+    assert prompt_ids(opened, asked("ab", None)) == trained
 
 
 def test_samples_are_of_the_softmax() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from hecate.report.events import StepResult
 from hecate.train import step as step_module
 from hecate.train.loop import train
 from hecate.train.replay_step import Replayed, replay_step
-from hecate.train.skipped_steps import STEP_FILE
+from hecate.train.skipped_steps import STEP_FILE, _places_in
 from hecate.train.step_totals import Totals, exchange_totals
 from hecate.train.training import Training
 from testing.byte_tokenizer import build_byte_tokenizer
@@ -200,21 +201,29 @@ def test_the_step_at_which_a_run_stops_can_be_done_again_in_one_process(workshop
     assert "loss              " in again.in_words()
 
 
-def stopped(rank: int, world: int, workshop: str) -> str:
-    config = load_config(
-        f"{workshop}/config.yaml", (*OVERRIDES, f"output_dir={workshop}/runs/stopped", "max_skipped_steps=2"), claim_output=False
-    )
+def stopped(rank: int, world: int, workshop: str) -> tuple[str, int]:
+    """The error, and the step from which the run goes on if it is resumed as the error says."""
+    settings = (*OVERRIDES, f"output_dir={workshop}/runs/stopped", "max_skipped_steps=2")
+    config = load_config(f"{workshop}/config.yaml", settings, claim_output=False)
     real = step_module.forward_loss
     with mock.patch.object(step_module, "forward_loss", lambda *given: bad_loss(real, *given)), pytest.raises(UserError) as caught:
         train(config, ranks_of_default_group(rank, world))
-    return str(caught.value)
+    advice = shlex.split(str(caught.value).splitlines()[-1])
+    assert advice[:2] == ["hecate", "train"]
+    resumed = load_config(advice[2], advice[3:], claim_output=False)
+    return str(caught.value), Training(resumed, ranks_of_default_group(rank, world)).standing.step
 
 
 def test_a_run_stops_when_its_skipped_steps_are_used_up(workshop: str) -> None:
-    first, second = run_ranks(2, stopped, workshop)
-    assert first == second
+    (first, step), other = run_ranks(2, stopped, workshop)
+    assert other == (first, step)
+    assert step == 2
     assert f"hecate replay-step {workshop}/runs/stopped/skipped-step-2" in first
     records = [json.loads(line) for line in Path(workshop, "runs/stopped/metrics.jsonl").read_text().splitlines()]
     events = [record["text"] for record in records if record["kind"] == "event"]
     assert events == [f"step {step} was skipped: the loss or a gradient was not finite" for step in (1, 2)]
     assert [record["skipped"] for record in records if record["kind"] == "step"] == [True, True]
+
+
+def test_a_sample_whose_file_has_gone_is_named_by_its_number() -> None:
+    assert _places_in("no/such.csv", [3]) == {3: "record 3 of no/such.csv"}

@@ -1,0 +1,91 @@
+"""Held-out data: answers are compared as the chat template writes them, and samples that are left out have files of their own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from hecate.config import load_config
+from hecate.data.choices import ChoiceItem
+from hecate.model.base import BaseModel
+from hecate.ranks.ranks import join_ranks
+from hecate.train import evaluate as evaluate_module
+from hecate.train.compare import Questions, compare
+from hecate.train.generation import Answer
+from hecate.train.likelihood import _pair
+from hecate.train.training import Training
+from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
+from testing.tiny_run import make_workshop, write_samples
+from tests.hecate.data.files import chat, encode_records
+
+# As Qwen3's: an answer at the end has an empty block of thoughts, which the generation prompt lacks.
+THINKING = TEMPLATE.replace(
+    "'\\n' + message['content']",
+    "'\\n' + ('<think>\\n\\n</think>\\n\\n' if loop.last and message['role'] == 'assistant' else '') + message['content']",
+)
+
+
+def test_a_model_that_says_what_it_was_trained_on_is_exact(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that says the content alone is, too; the template writes something before it."""
+    workshop = make_workshop(tmp_path)
+    build_byte_tokenizer(chat_template=THINKING).save_pretrained(workshop / "model")
+    config = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/a"], claim_output=False)
+    asked: dict[str, str] = {}
+    for path in (workshop / "up.eval.jsonl", workshop / "echo.eval.jsonl"):
+        for line in path.read_text().splitlines():
+            question, answer = (turn["content"] for turn in json.loads(line)["messages"])
+            asked.setdefault(question, answer)  # of the same question in both files, the first file's answer
+
+    def generate(base: BaseModel, prompts: Sequence[Sequence[int]], *_: Any, **__: Any) -> list[Answer]:
+        questions = [base.tokenizer.decode(ids).split("\n")[1].removesuffix("<e>") for ids in prompts]
+        blocks = ["<think>\n\n</think>\n\n" if number % 2 else "" for number in range(len(questions))]
+        return [Answer(block + asked[question], finished=True) for block, question in zip(blocks, questions, strict=True)]
+
+    monkeypatch.setattr(evaluate_module, "generate", generate)
+    with join_ranks() as ranks:
+        scores = Training(config, ranks).evaluate().scores
+    assert (scores["up.eval"].accuracy, scores["echo.eval"].accuracy) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, THINKING])
+def test_choices_are_judged_as_they_were_trained(tmp_path: Path, template: str) -> None:
+    tokenizer = build_byte_tokenizer(chat_template=template)
+    trained = encode_records(tmp_path, [chat("red or blue?", " blue")], tokenizer)[0].input_ids.tolist()
+    opened: Any = SimpleNamespace(base=SimpleNamespace(tokenizer=tokenizer))
+    context, more = _pair(opened, ChoiceItem("red or blue?", True, ("red", " blue"), 1, "here"), " blue")
+    assert context + more == trained
+    assert tokenizer.decode(more) == " blue"
+
+
+def test_ranks_with_nothing_to_ask_generate_nothing() -> None:
+    """As where all conversations end in calls of tools, and ranks go forward together."""
+    model = nn.Linear(1, 1)
+    model.generation_config = SimpleNamespace(eos_token_id=0)  # type: ignore[assignment]
+    base: Any = SimpleNamespace(model=model, tokenizer=SimpleNamespace(eos_token_id=0))
+    config: Any = SimpleNamespace(eval=SimpleNamespace(max_new_tokens=4, batch_size=2))
+    ranks: Any = SimpleNamespace(rank=1, world_size=2)
+    assert evaluate_module._answers(config, ranks, base, [], True, nullcontext) == ([], [])
+
+
+def test_held_out_samples_that_are_left_out_have_a_file_of_their_own(tmp_path: Path) -> None:
+    """Also where the training data have the same name; an evaluation writes none and makes no folder."""
+    workshop, run = make_workshop(tmp_path), tmp_path / "runs/a"
+    for part, word in (("train", "too long "), ("held", "very long ")):
+        (tmp_path / part).mkdir()
+        write_samples(tmp_path / part / "chats.jsonl", ["w1", "w2", 9 * word], str)
+    sources = [f"data.{key}=[{tmp_path}/{part}/chats.jsonl]" for key, part in (("train", "train"), ("eval", "held"))]
+    config = load_config(workshop / "config.yaml", [*sources, f"output_dir={run}", "eval.generate=false"], claim_output=False)
+    with join_ranks() as ranks:
+        Training(config, ranks)
+        compare(replace(config, output_dir=str(tmp_path / "new")), ["base"], Questions(), ranks)
+    left_out = {path.name: "very long" in path.read_text() for path in run.glob("quarantine*")}
+    assert left_out == {"quarantine-chats.jsonl": False, "quarantine-eval-chats.jsonl": True}
+    assert not (tmp_path / "new").exists()
