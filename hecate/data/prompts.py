@@ -43,8 +43,10 @@ def read_prompts(path: str, piped: Iterable[bytes] = (), *, system: str | None =
             reason = "tools are not supported in prompts"
         if reason:
             raise UserError(f"{place}: {reason}")
-        said = record.get("user", user)
-        yield Prompt(_messages(record, place, system), None if said is None else str(said), record)
+        said, messages = record.get("user", user), _messages(record, place, system)
+        if half := next((sign for turn in messages for sign in turn["content"] if "\ud800" <= sign <= "\udfff"), None):
+            raise UserError(f"{place}: lone surrogate {half!r} in the text, which no tokenizer accepts\n  correct the prompt")
+        yield Prompt(messages, None if said is None else str(said), record)
     if empty:
         raise UserError('standard input holds no prompts\n  it needs an object a line, such as {"prompt": "What is FSSDP?"}')
 

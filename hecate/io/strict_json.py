@@ -34,6 +34,12 @@ def dump_json(value: Any, *, depth: int | None = None) -> bytes:
     return data
 
 
+def json_line(value: Any) -> str:
+    """Return `value` as JSON on one line, for readers of text. What JSON has no form for, such as a date, becomes text. Half a surrogate
+    pair, which UTF-8 cannot hold, stays an escape."""
+    return json.dumps(value, ensure_ascii=False, default=str).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 _on_a_line = json.JSONEncoder(allow_nan=False).encode
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from inspect import signature
@@ -15,6 +14,7 @@ from hecate.data.chat import Message, TemplateRefusal, render_prompt, require_ch
 from hecate.data.prompts import Prompt, asked
 from hecate.engine.protocol import EvaluationPasses
 from hecate.errors import UserError
+from hecate.io.strict_json import json_line
 from hecate.model.attention import generating
 from hecate.train.generation import Answer, Decoding, answer_of, arguments, generate
 from hecate.train.opened import Opened
@@ -48,7 +48,7 @@ def answers_to(
 def as_record(prompt: Prompt, answers: Sequence[Answer]) -> str:
     """The prompt's line with its answers, as JSON."""
     more = {"answers": [answer.text for answer in answers], "finished": [answer.finished for answer in answers]}
-    return json.dumps(prompt.record | more, ensure_ascii=False)
+    return json_line(prompt.record | more)
 
 
 def prompt_ids(opened: Opened, prompt: Prompt) -> list[int]:

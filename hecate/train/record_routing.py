@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from hecate.data.sources import TokenSource
 from hecate.errors import UserError
 from hecate.experts.router import RouterStats
 from hecate.io.durable import replace_file
+from hecate.io.strict_json import json_line
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.units import FFN, Unit
 
@@ -68,7 +68,7 @@ class RoutingRecord:
             for record in read_records(named.path):
                 if record.number in by_record:
                     value = record.value | {key: as_text(np.concatenate(by_record[record.number]))}
-                    yield json.dumps(value, ensure_ascii=False, default=str).encode() + b"\n"
+                    yield json_line(value).encode() + b"\n"
 
         try:
             replace_file(path, lines(), durable=False)

@@ -167,7 +167,7 @@ def test_a_conversation_is_what_reading_it_anew_gives(workshop: Path, template: 
 
 def test_prompts_of_a_file_are_answered_in_place(workshop: Path, tmp_path: Path) -> None:
     model = str(workshop / "model")
-    lines = [{"prompt": "w1x1", "id": 7}, {"messages": [{"role": "user", "content": "w2x2"}]}]
+    lines = [{"prompt": "w1x1", "id": "7\ud800"}, {"messages": [{"role": "user", "content": "w2x2"}]}]
     (tmp_path / "asked.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
     out = tmp_path / "answered.jsonl"
     run = CliRunner().invoke
@@ -177,7 +177,7 @@ def test_prompts_of_a_file_are_answered_in_place(workshop: Path, tmp_path: Path)
     records = [json.loads(line) for line in out.read_text().splitlines()]
     wanted = [answer(Path(model), text, system=None, model=None, max_new_tokens=4) for text in ("w1x1", "w2x2")]
     assert [record["answers"] for record in records] == [[text] for text in wanted]
-    assert records[0]["id"] == 7
+    assert records[0]["id"] == "7\ud800", "half a surrogate pair, which UTF-8 has no bytes for"
     piped = run(app, [*given, "-", "-n", "2", "--temperature", "1"], input=json.dumps(lines[0]))
     assert len(json.loads(piped.output)["answers"]) == 2
     alone = run(app, ["generate", model, "w1x1", "--max-new-tokens", "4"])
@@ -208,6 +208,7 @@ def test_what_cannot_be_asked_is_refused(workshop: Path) -> None:
         ("[]", "standard input:1: a JSON list where an object is needed"),
         ('{"prompt": "a", "tools": [{}]}', "standard input:1: tools are not supported"),
         ('{"prompt": "a", "messages": []}', 'standard input:1: needs an object with "prompt" or "messages"'),
+        ('{"prompt": "a\\ud800"}', "standard input:1: lone surrogate"),
         ('{"prompt": 3}', "standard input:1: prompt must be a text"),
         ('{"messages": [{"role": "poet", "content": ""}]}', "standard input:1: messages must be a list of"),
         ('{"messages": [{"role": "assistant", "content": ""}]}', "standard input:1: the last message is the assistant's"),

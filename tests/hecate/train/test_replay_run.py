@@ -75,7 +75,7 @@ def test_what_is_recorded_is_what_the_routers_choose_and_can_be_forced(workshop:
 
 def test_packed_rows_are_taken_apart_and_the_pieces_of_a_document_put_together(tmp_path: Path) -> None:
     """Passes come in any order, and rows without tokens among them."""
-    records = [{"text": "abcde"}, {"text": "xy"}]
+    records = [{"text": "abcde", "id": "half a pair: \ud800"}, {"text": "xy"}]
     named = DataSource(path=str(tmp_path / "data.jsonl"), name="data")
     Path(named.path).write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
     source = encode_source(named, build_byte_tokenizer(), seq_len=3, vocab_size=300)
@@ -88,7 +88,9 @@ def test_packed_rows_are_taken_apart_and_the_pieces_of_a_document_put_together(t
         stats = {Unit(layer): RouterStats(torch.zeros(99), torch.zeros(1, 99), expert_TK=number_TK + 40 * layer) for layer in (1, 0)}
         record.note(row, stats)
     assert record.write(tmp_path / "routed.jsonl", source, named) == 2
-    first, second = (RoutingShape((99, 99), 1).routing(line)[..., 0].tolist() for line in lines_of(tmp_path / "routed.jsonl"))
+    written = lines_of(tmp_path / "routed.jsonl")
+    assert written[0]["id"] == records[0]["id"]
+    first, second = (RoutingShape((99, 99), 1).routing(line)[..., 0].tolist() for line in written)
     assert first == [[20, 60], [21, 61], [22, 62], [12, 52], [13, 53]]
     assert second == [[10, 50], [11, 51]]
 
