@@ -8,6 +8,7 @@ Shapes: L layers, E experts, W ranks, T tokens of a rank, K assignments of a tok
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,15 +16,31 @@ import torch
 from benchmarks.gloo_steps import Shape
 from hecate.parallel.comm.dispatch import destinations
 from hecate.parallel.cost_model import Route
-from hecate.parallel.layer_plan import layer_plan
+from hecate.parallel.layer_plan import LayerPlan, layer_plan
 from hecate.parallel.layout import ChunkSize
 from hecate.parallel.placement import Placement
 from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.topology import Topology
 from hecate.parallel.transfer_plan import choose_route
 
 INDEX = 8
 """the bytes of a slot, of a token's number and of a count of tokens"""
 FLOAT = 4
+
+
+@dataclass(frozen=True)
+class RowBytes:
+    """The bytes that travel for a token whose experts another rank computes."""
+
+    inputs: int
+    """of its row on the way there; the gradient that returns has as many"""
+    outputs: int
+    """of the result that returns; its gradient has as many"""
+    weights: int
+    """of its experts' weights; their gradients have as many"""
+    top_k: int
+    differentiable: bool = True
+    """whether a gradient of rows or weights returns; False where nothing before the layer trains"""
 
 
 def planned_traffic(
@@ -35,30 +52,42 @@ def planned_traffic(
         int64 [W, W], the bytes of experts, gradients and tokens, forward and backward, from each rank to each other; and int64 [L, W], the
         distinct tokens that each rank computes in each layer.
     """
-    world = given.world_size
-    sent_WW = np.zeros((world, world), dtype=np.int64)
-    rows_LW = np.zeros((given.num_layers, world), dtype=np.int64)
+    sent_WW = np.zeros((given.world_size, given.world_size), dtype=np.int64)
+    rows_LW = np.zeros((given.num_layers, given.world_size), dtype=np.int64)
+    row = RowBytes(shape.hidden * FLOAT, shape.hidden * FLOAT, shape.top_k * FLOAT, shape.top_k)
     for layer, expert_WTK in enumerate(expert_LWTK):
-        where_ED, owner_E = plan.where_LED[layer], plan.owner_LE[layer]
-        chunk = ChunkSize(given.cost.chunk_numel, int(given.cost.trainable_bytes) // given.cost.chunk_numel)
-        route = choose_route(Placement(owner_E.copy(), where_ED.copy()), chunk, given.topology)
-        numbers_WW = gathered_numbers(route, owner_E, where_ED, chunk.numel, given.topology.node_of_rank)
-        sent_WW += numbers_WW * chunk.element_bytes
-        sent_WW += numbers_WW.T * (int(given.cost.reduced_bytes) // chunk.numel)
-        of_layer = layer_plan(plan, given, layer)
-        splits = [of_layer.split(given.topology, source) for source in range(world)]
-        if all((split_EW[:, source] == 1).all() for source, split_EW in enumerate(splits)):  # no token leaves its rank
-            rows_LW[layer] = [len(expert_TK) for expert_TK in expert_WTK]
-            continue
-        for source, (expert_TK, split_EW) in enumerate(zip(expert_WTK, splits, strict=True)):
-            rank_TK = destinations(torch.from_numpy(expert_TK), torch.from_numpy(np.cumsum(split_EW, 1)[:, :-1])).numpy()
-            for rank in range(world):
-                rows = int((rank_TK == rank).any(1).sum())
-                rows_LW[layer, rank] += rows
-                if rank != source:
-                    sent_WW[source, rank] += INDEX + rows * (_row(shape) + _weights(shape) + (shape.top_k + 1) * INDEX + _row(shape))
-                    sent_WW[rank, source] += rows * (_row(shape) + _row(shape) + _weights(shape))
+        tokens_WW, rows_LW[layer] = token_bytes(layer_plan(plan, given, layer), given.topology, expert_WTK, row)
+        sent_WW += chunk_bytes(given, plan, layer) + tokens_WW
     return sent_WW, rows_LW
+
+
+def chunk_bytes(given: PlanInput, plan: Plan, layer: int) -> np.ndarray:
+    """Compute the bytes of a layer's experts and of their gradients from each rank to each other, int64 [W, W]."""
+    where_ED, owner_E = plan.where_LED[layer], plan.owner_LE[layer]
+    chunk = ChunkSize(given.cost.chunk_numel, int(given.cost.trainable_bytes) // given.cost.chunk_numel)
+    route = choose_route(Placement(owner_E.copy(), where_ED.copy()), chunk, given.topology)
+    numbers_WW = gathered_numbers(route, owner_E, where_ED, chunk.numel, given.topology.node_of_rank)
+    return numbers_WW * chunk.element_bytes + numbers_WW.T * (int(given.cost.reduced_bytes) // chunk.numel)
+
+
+def token_bytes(plan: LayerPlan, topology: Topology, expert_WTK: Sequence[np.ndarray], row: RowBytes) -> tuple[np.ndarray, np.ndarray]:
+    """Compute the bytes of a layer's tokens and of their gradients from each rank to each other, int64 [W, W], and the distinct tokens that
+    each rank computes, int64 [W]."""
+    world = topology.world_size
+    sent_WW, rows_W = np.zeros((world, world), dtype=np.int64), np.zeros(world, dtype=np.int64)
+    splits = [plan.split(topology, source) for source in range(world)]
+    if all((split_EW[:, source] == 1).all() for source, split_EW in enumerate(splits)):  # no token leaves its rank
+        return sent_WW, np.array([len(expert_TK) for expert_TK in expert_WTK])
+    back = row.inputs + row.weights if row.differentiable else 0
+    for source, (expert_TK, split_EW) in enumerate(zip(expert_WTK, splits, strict=True)):
+        rank_TK = destinations(torch.from_numpy(expert_TK), torch.from_numpy(np.cumsum(split_EW, 1)[:, :-1])).numpy()
+        for rank in range(world):
+            rows = int((rank_TK == rank).any(1).sum())
+            rows_W[rank] += rows
+            if rank != source:
+                sent_WW[source, rank] += INDEX + rows * (row.inputs + row.weights + (row.top_k + 1) * INDEX + row.outputs)
+                sent_WW[rank, source] += rows * (row.outputs + back)
+    return sent_WW, rows_W
 
 
 def gathered_numbers(route: Route, owner_E: np.ndarray, where_ED: np.ndarray, chunk_numel: int, node_of_rank: Sequence[int]) -> np.ndarray:
@@ -93,12 +122,3 @@ def _copies(route: Route, number: int, owner: int, wanted: Sequence[int], node_o
         leader = ranks[number % len(ranks)]
         yield owner, leader
         yield from ((leader, rank) for rank in ranks if rank != leader)
-
-
-def _row(shape: Shape) -> int:
-    """Return the bytes of a token, which are also those of a result and of their gradients."""
-    return shape.hidden * FLOAT
-
-
-def _weights(shape: Shape) -> int:
-    return shape.top_k * FLOAT

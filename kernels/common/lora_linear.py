@@ -307,7 +307,7 @@ def _pair_gradients(
     dlow_Tr: Tensor | None, x_TI: Tensor, low_Tr: Tensor, dy_TO: Tensor, dropout: TokenDropout | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, Tensor]:
     """Return dlow' drop(x), [r, I], or None without dlow, and dy' low, [O, r]."""
-    # Without A's gradient there are no blocks of inputs.
+    # Without A's gradient there are no blocks of inputs, and no program reads dlow; but the kernel compiles with a pointer only.
     (tokens, rank), inputs, outputs = low_Tr.shape, 0 if dlow_Tr is None else x_TI.shape[1], dy_TO.shape[1]
     config = _config("lora_outer", rank, x_TI)
     chunks = num_blocks(tokens, CHUNK_ROWS)
@@ -316,7 +316,7 @@ def _pair_gradients(
         lora_outer_kernel,
         (chunks, num_blocks(inputs, config.blocks["BN"]) + num_blocks(outputs, config.blocks["BN"])),
         {
-            "p_dlow": dlow_Tr,
+            "p_dlow": low_Tr if dlow_Tr is None else dlow_Tr,
             "p_x": x_TI,
             "p_low": low_Tr,
             "p_dy": dy_TO,

@@ -56,7 +56,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         _interpreter(ROWS=16, CHUNK_ROWS=32),
     ),
     "mixlora_shrink": (
-        _rule(4, 3, max_rank=64, itemsizes=_FP32, BC=32),
+        _rule(4, 3, max_rank=32, itemsizes=_FP32, BC=32),
         _rule(8, 2, itemsizes=_FP32, BC=32),
         _rule(4, 3, max_rank=64, BC=64),
         _rule(8, 3, max_rank=128, BC=32),

@@ -75,6 +75,8 @@ class Dispatched:
     def bytes_to(self, rank: int, y_RO: Tensor, *, backward: bool) -> list[int]:
         """Bytes that `rank`, this rank, sends to each rank in dispatch and combine; with `backward`, in their backward passes, too.
 
+        Rows and weights have gradients unless nothing before the layer trains, as with given routing in the model's first layer.
+
         Args:
             y_RO: the results that return.
         """
@@ -84,7 +86,7 @@ class Dispatched:
         meta = (self.slot_RK.shape[1] + 1) * self.slot_RK.element_size()
         # Gradients of rows and weights return the way they came, and those of the results, too.
         each_away = hidden + weight + meta + (result if backward else 0)
-        each_back = result + (hidden + weight if backward else 0)
+        each_back = result + (hidden + weight if backward and self.x_RD.requires_grad else 0)
         count = self.slot_RK.element_size()
         return [
             0 if other == rank else away * each_away + back * each_back + count

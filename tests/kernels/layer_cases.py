@@ -44,6 +44,9 @@ class LayerCase:
     activation: str = "silu"
     dropout: float = 0.0
     projections: tuple[str, ...] = PROJECTIONS
+    eta: float | None = None
+    """of the gradient rule row_norm"""
+    trains_a: bool = True
 
     def launches(self) -> list[Launch]:
         """Of the forward pass, then of the backward pass."""
@@ -65,9 +68,13 @@ class LayerCase:
         pairs = {}
         for name in self.projections:
             wide, narrow = (self.ffn, self.hidden) if name == "down_proj" else (self.hidden, self.ffn)
-            a, b = (self.experts, self.rank, wide), (self.experts, narrow, self.rank)
-            pairs[name] = LowRankPairs(self.tensor(*a, dtype=self.pair_dtype), self.tensor(*b, dtype=self.pair_dtype), 2.0)
+            a, b = self.pair((self.experts, self.rank, wide), (self.experts, narrow, self.rank))
+            pairs[name] = LowRankPairs(a, b, 2.0, self.eta)
         return pairs
+
+    def pair(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """A and B of these shapes; what trains requires a gradient, which is how the layers tell that A does not."""
+        return self.tensor(*a, dtype=self.pair_dtype).requires_grad_(self.trains_a), self.tensor(*b, dtype=self.pair_dtype).requires_grad_()
 
     def dropout_or_none(self) -> Dropout | None:
         return Dropout(self.dropout, key=1) if self.dropout else None
@@ -93,6 +100,10 @@ CASES: Mapping[str, LayerCase] = {
     "7B, rank 64, dropout": replace(_7B, rank=64, dropout=0.05),
     "1B, rank 128": replace(_1B, rank=128),
     "1B, rank 256": replace(_1B, rank=256),
+    "1B, row_norm": replace(_1B, eta=1.0),
+    "1B, row_norm, rank 64": replace(_1B, eta=1.0, rank=64),
+    "1B, row_norm, rank 128": replace(_1B, eta=1.0, rank=128),
+    "1B, fixed A": replace(_1B, trains_a=False),
     "1B, gelu": replace(_1B, activation="gelu"),
     "1B, gelu_tanh": replace(_1B, activation="gelu_tanh"),
     "1B, top-4 of 64": replace(_1B, experts=64, k=4),
@@ -100,6 +111,7 @@ CASES: Mapping[str, LayerCase] = {
     "1B, down, dropout": replace(_1B, projections=("down_proj",), dropout=0.05),
     "135M, float32": replace(_135M, dtype=torch.float32),
     "135M, float32, rank 64, dropout": replace(_135M, dtype=torch.float32, rank=64, dropout=0.05),
+    "135M, float32, row_norm, rank 64": replace(_135M, dtype=torch.float32, eta=1.0, rank=64),
     "135M, float16": replace(_135M, dtype=torch.float16),
     "135M, rank 1": replace(_135M, rank=1),
     "fine-grained": _FINE,
@@ -110,6 +122,9 @@ CASES: Mapping[str, LayerCase] = {
     "Mixtral": _MIXTRAL,
     "Mixtral, rank 128, dropout": replace(_MIXTRAL, rank=128, dropout=0.05),
     "Mixtral, rank 256": replace(_MIXTRAL, rank=256),
+    "Mixtral, row_norm": replace(_MIXTRAL, eta=1.0),
+    "Mixtral, row_norm, rank 128": replace(_MIXTRAL, eta=1.0, rank=128),
+    "Mixtral, fixed A": replace(_MIXTRAL, trains_a=False),
     "Mixtral, down": replace(_MIXTRAL, projections=("down_proj",)),
     "OLMoE, float16": replace(_FINE, ffn=1024, experts=64, dtype=torch.float16),
     "full experts": replace(_FINE, kind="full", experts=64),
@@ -124,8 +139,14 @@ CASES: Mapping[str, LayerCase] = {
     "linear, float32": replace(_LINEAR, dtype=torch.float32),
     "linear, float32, rank 64": replace(_LINEAR, dtype=torch.float32, rank=64),
     "linear, float32, rank 256": replace(_LINEAR, dtype=torch.float32, rank=256),
+    "linear, row_norm": replace(_LINEAR, dropout=0.0, eta=1.0),
+    "linear, row_norm, rank 128": replace(_LINEAR, dropout=0.0, eta=1.0, rank=128),
+    "linear, fixed A": replace(_LINEAR, trains_a=False),
     "experts over a linear": _LINEARS,
     "experts over a linear, no dropout": replace(_LINEARS, dropout=0.0),
+    "experts over a linear, row_norm": replace(_LINEARS, dropout=0.0, eta=1.0),
+    "experts over a linear, row_norm, rank 128": replace(_LINEARS, dropout=0.0, eta=1.0, rank=128),
+    "experts over a linear, fixed A": replace(_LINEARS, trains_a=False),
     "experts over a linear, float32, rank 64": replace(_LINEARS, dtype=torch.float32, rank=64),
     "experts over a linear, single ranks": replace(_LINEARS, rank=1, experts=64, k=8),
 }
@@ -161,17 +182,17 @@ def _full(case: LayerCase) -> list[Launch]:
 
 def _linear(case: LayerCase) -> list[Launch]:
     x, weight = case.tensor(case.tokens, case.hidden).requires_grad_(), case.tensor(case.ffn, case.hidden)
-    a, b = (case.tensor(*shape, dtype=case.pair_dtype).requires_grad_() for shape in ((case.rank, case.hidden), (case.ffn, case.rank)))
+    a, b = case.pair((case.rank, case.hidden), (case.ffn, case.rank))
     how = case.dropout_or_none()
     dropout = None if how is None else TokenDropout(how, case.tensor(case.tokens, dtype=torch.int64), stream=5)
     with recorded() as launches:
-        lora_linear_triton(x, weight, None, a, b, 2.0, dropout).sum().backward()
+        lora_linear_triton(x, weight, None, a, b, 2.0, dropout, case.eta).sum().backward()
     return launches
 
 
 def _linears(case: LayerCase) -> list[Launch]:
     routed, (pairs,) = case.routed(), replace(case, projections=("up_proj",)).low_rank_pairs().values()
-    leaves = [tensor.requires_grad_() for tensor in (routed.x_TD, routed.weight_TK, pairs.a_SrI, pairs.b_SOr)]
+    leaves = [routed.x_TD.requires_grad_(), routed.weight_TK.requires_grad_(), pairs.b_SOr, *([pairs.a_SrI] if case.trains_a else [])]
     with recorded() as launches:
         torch.autograd.grad(routed_pairs_triton(routed, pairs, dropout=case.dropout_or_none()).sum(), leaves)
     return launches

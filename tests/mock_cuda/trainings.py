@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
+import numpy as np
 import torch
 
 from hecate.config.schema import MEGATRON_EP, FssdpConfig
@@ -48,6 +50,14 @@ GIVEN = (
     "lora.target_modules=[gate_proj,up_proj,down_proj]",
     *("eval.generate=true", "data.eval=[{{path: {folder}/echo.eval.jsonl, name: echo.train}}]"),
 )
+LINEAR = ("moe.unit=linear", "moe.num_experts=3", "moe.top_k=2", "lora.target_modules=[q_proj,v_proj,down_proj]")
+ROW_NORM = ("lora.gradient_rule=row_norm", "lora.eta=2", "lora.alpha=null", "lora.dropout=0")
+FIXED_A, NOLA = ("lora.pairs=fixed_a",), ("lora.pairs=nola", "lora.nola.bases=6")
+SHARDS = ("lora.pairs=shards", "lora.r=4", "lora.alpha=8")
+USERS = (
+    *("moe.router.input=user", "moe.top_k=null", "moe.router_aux_loss_coef=0", "eval.on_start=true"),
+    *("data.train=[{folder}/users.train.jsonl]", "data.eval=[{folder}/users.eval.jsonl]", "data.features={folder}/users.npz"),
+)
 EXACT, CALIBRATED = ("fssdp.plan=exact",), ("fssdp.plan=calibrated",)
 FREED = ("fssdp.rematerialize=true", "gradient_checkpointing=true", "fssdp.prefetch=2")
 SHARDED = ("model.shard_non_experts=true", "moe.train_router=true")
@@ -90,6 +100,14 @@ TWO_RANKS: dict[str, Settings] = {
     "mixlora-balancing": (*EVERYWHERE, *BALANCING),
     "mixlora-samples": (*EVERYWHERE, *SAMPLES, "gradient_checkpointing=true"),
     "mixlora-given": (*STATIC, *GIVEN),
+    "mixlora-row_norm": (*STATIC, *ROW_NORM),
+    "mixlora-shards": (*HECATE, *SHARDS),
+    "linear-evaluated": (*STATIC, *LINEAR, *EVALUATED),
+    "linear-fixed-row_norm": (*STATIC, *LINEAR, *FIXED_A, *ROW_NORM),
+    "linear-nola-freed": (*HECATE, *LINEAR, *NOLA, *FREED),
+    "linear-shards": (*EVERYWHERE, *LINEAR, *SHARDS),
+    "linear-users": (*STATIC, *LINEAR, *USERS),
+    "linear-users-products": (*STATIC, *LINEAR, *USERS, "moe.router.mix=products", "gradient_checkpointing=true"),
     "full-static": (*FULL, *STATIC, *EVALUATED),
     "full-exact": (*FULL, *EXACT, "gradient_checkpointing=true"),
     "full-all-weights": (*FULL, *STATIC, "model.train_non_experts=true"),
@@ -97,7 +115,9 @@ TWO_RANKS: dict[str, Settings] = {
     "moe_lora-calibrated-freed": (*MOE_LORA, *CALIBRATED, *HECATE, *FREED),
     "moe_lora-sharded": (*MOE_LORA, *SHARDED, *EVERYWHERE, "gradient_checkpointing=true"),
 }
-WAITS_OF_TWO_RANKS: dict[str, dict[str, bool]] = {
+SIX_LINEARS = {"layers": 6}
+"""of two layers the three that `LINEAR` names"""
+WAITS_OF_TWO_RANKS: dict[str, dict[str, Any]] = {
     "mixlora-static": {"tokens_travel": True},
     "mixlora-full-padded": {},
     "mixlora-exact": {"plans_by_micro_step": True},
@@ -105,6 +125,13 @@ WAITS_OF_TWO_RANKS: dict[str, dict[str, bool]] = {
     "mixlora-balancing": {},
     "mixlora-samples": {"computes_twice": True},
     "mixlora-given": {"tokens_travel": True},
+    "mixlora-row_norm": {"tokens_travel": True},
+    "linear-evaluated": {**SIX_LINEARS, "tokens_travel": True},
+    # Ranks that are few in all, without dropout, are multiplied densely, and mixed factors are one pair: the host cuts no products.
+    "linear-fixed-row_norm": {**SIX_LINEARS, "tokens_travel": True, "torch_path": False},
+    "linear-users": {**SIX_LINEARS, "torch_path": False},
+    "linear-shards": SIX_LINEARS,
+    "linear-users-products": {**SIX_LINEARS, "tokens_travel": True, "computes_twice": True},
     "full-static": {"tokens_travel": True},
     "full-exact": {"plans_by_micro_step": True, "computes_twice": True},
     "full-all-weights": {"tokens_travel": True},
@@ -129,7 +156,7 @@ FOUR_RANKS: dict[str, Settings] = {
     "moe_lora-slices": (*MOE_LORA, *OVER_LEADERS, *EVERYWHERE),
     "moe_lora-groups-sharded": (*MOE_LORA, *SHARDED, "fssdp.shard_size=2", "micro_batch_size=1"),
 }
-WAITS_OF_FOUR_RANKS: dict[str, dict[str, bool]] = {
+WAITS_OF_FOUR_RANKS: dict[str, dict[str, Any]] = {
     "mixlora-groups": {"several_groups": True},
     "mixlora-leaders": {},
     "moe_lora-groups-sharded": {"several_groups": True},
@@ -139,8 +166,14 @@ ROUTES = {"leaders": "two_level", "slices": "sliced"}
 
 
 def make_folder(folder: Path) -> Path:
-    """Fill the empty `folder` with models, data, topologies and config.yaml; returns it."""
+    """Fill the empty `folder` with models, data, users, topologies and config.yaml; returns it."""
     make_workshop(folder)
+    for split in ("train", "eval"):
+        samples = map(json.loads, (folder / f"up.{split}.jsonl").read_text(encoding="utf-8").splitlines())
+        lines = [json.dumps(sample | {"user": f"u{number % 3}"}) + "\n" for number, sample in enumerate(samples)]
+        (folder / f"users.{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    features = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    np.savez(folder / "users.npz", ids=np.array(["u0", "u1", "u2"]), features=features)
     tokenizer = build_byte_tokenizer()
     ends = {"eos_token_id": 257, "bos_token_id": 256, "pad_token_id": 257}
     save_tiny("qwen3_moe", folder / "moe", torch.float32, vocab_size=len(tokenizer), max_position_embeddings=128, **ends)
