@@ -37,14 +37,16 @@ def cache_folder(given: str | None) -> Path | None:
     """The folder for tokenized data that `data.cache` names, which is created; None: none is used. Raises UserError: it cannot be."""
     if given is None:
         return None
+    folder = Path(given)
     try:
-        home = os.environ.get("HECATE_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hecate")
-        folder = Path(home) / "tokens" if given == "auto" else Path(given)
+        if given == "auto":
+            home = os.environ.get("HECATE_CACHE") or os.path.join(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "hecate")
+            folder = Path(home) / "tokens"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds what the data hold
         for part in ("files", "checked"):
             (folder / part).mkdir(exist_ok=True)
     except (OSError, RuntimeError) as error:
-        raise unwritable(given, error) from error
+        raise unwritable(folder, error) from error
     return folder
 
 

@@ -219,8 +219,11 @@ def test_what_a_killed_writer_has_left_is_removed(data: DataSource, folder: Path
     assert not stale.exists()
 
 
-def test_a_folder_that_cannot_be_written_is_refused_with_the_key(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_refused_with_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
+    monkeypatch.setenv("HECATE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=f"cannot be written to {tmp_path}/file/tokens: "):
+        cache_folder("auto")
     with pytest.raises(
         UserError, match=r"tokenized data cannot be written to .*/file: .*\nname another folder with data.cache, or set it to null"
     ):
