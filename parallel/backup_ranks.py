@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from hecate.parallel.topology import Topology
 
 
+@lru_cache(maxsize=16)
 def backup_ranks(topology: Topology, backups: int, tp_size: int = 1) -> np.ndarray:
-    """Return the backup ranks of each rank, int64 [ranks, backups]; there are no more columns than other tensor groups, of `tp_size` ranks.
+    """Return the backup ranks of each rank, int64 [ranks, backups], read-only.
 
-    A tensor group is lost as a whole, so each backup is in another one.
+    A tensor group, of `tp_size` ranks, is lost as a whole, so each backup is in another one, and there are no more columns than those.
 
     They are on other nodes if there are any, each on another one while there are enough, so that a backup survives the loss of nodes. For
     the first backup, and then for the next, each rank in turn gets the candidate that is the backup rank of the fewest ranks so far; ties
@@ -30,4 +33,6 @@ def backup_ranks(topology: Topology, backups: int, tp_size: int = 1) -> np.ndarr
             best = min(away or others, key=lambda other, rank=rank: (wards[other], (other - rank) % world))  # type: ignore[misc]
             wards[best] += 1
             own.append(best)
-    return np.array(chosen, dtype=np.int64).reshape(world, -1)
+    found = np.array(chosen, dtype=np.int64).reshape(world, -1)
+    found.setflags(write=False)
+    return found

@@ -32,6 +32,9 @@ from hecate.ranks.ranks import Ranks
 LOOK_SECONDS, STILL_SECONDS, CROSSED_SECONDS = 0.2, 0.6, 0.6
 """how often the thread looks; for how long a rank has begun no collective before it asks the others; for how long all ranks must then stand
 still in different groups"""
+MORE_STILL = 1 / 20
+"""the share of STILL_SECONDS by which a rank waits longer after each record that it has left: a store in a file only grows, so that a run
+whose ranks often stand still in ordinary steps would fill the disk"""
 LOOKS_APART = 0.2
 """the share of the time that all has stood still after which a rank looks again, so that many ranks that wait for long read little"""
 
@@ -113,6 +116,11 @@ def next_look(still_since: float, now: float) -> float:
     return now + LOOKS_APART * (now - still_since)
 
 
+def still_seconds(records: int) -> float:
+    """For how long a rank that has left so many records has begun no collective before it leaves the next one."""
+    return STILL_SECONDS * (1 + MORE_STILL * records)
+
+
 class MismatchWatch:
     """The thread of one rank. It runs from the first ranks until the end of the process."""
 
@@ -158,7 +166,7 @@ class MismatchWatch:
         watched: Ranks | None = None
         numbers: list[int] = []
         still_since = look_at = 0.0
-        published = False
+        published, records = False, 0
         while True:
             pause.wait(LOOK_SECONDS)
             ranks, store = self._ranks, self._store
@@ -170,7 +178,7 @@ class MismatchWatch:
                 seconds = time.monotonic()
                 if ranks is not watched or now != numbers:
                     watched, numbers, still_since, published = ranks, now, seconds, False
-                    look_at = still_since + STILL_SECONDS
+                    look_at = still_since + still_seconds(records)
                 elif published and store.check([_FOUND]):
                     self._end(ranks, store.get(_FOUND).decode())
                 elif seconds > look_at:
@@ -179,7 +187,7 @@ class MismatchWatch:
                         own = calls_of(_dump(), self._since_ns)
                         names = [distributed_c10d._get_process_group_name(group) for group in ranks.all_groups()]
                         store.set(f"rank-{ranks.rank}", json.dumps([own, dict(zip(names, now, strict=True))]))
-                        published = True
+                        published, records = True, records + 1
                     if published:
                         self._compare(ranks, store)
             except RuntimeError:  # the groups or their store were left meanwhile

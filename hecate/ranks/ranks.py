@@ -179,6 +179,10 @@ def ranks_from_environment() -> tuple[int, int] | None:
     return rank, world_size
 
 
+_NEWEST: list[Ranks] = []
+"""the ranks that this process has joined last"""
+
+
 @contextmanager
 def join_ranks(shard_size: int | None = None, tp_size: int = 1, *, sharded_layers: bool = False) -> Iterator[Ranks]:
     """Join the process group that the environment describes. A process that no launcher has started becomes a world of one rank.
@@ -213,7 +217,7 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1, *, sharded_layer
         try:
             yield ranks
         except BaseException:
-            ranks.abort()  # ranks that wait for this one fail now, not at their timeout
+            _NEWEST[0].abort()  # ranks that wait for this one fail now, not at their timeout
             raise
     except BaseException:
         forget_groups()
@@ -299,10 +303,11 @@ def connect(
     ranks = Ranks(rank, world_size, device, groups, tensor=tensor, layers=layers, store=store)
     if is_nccl(ranks.groups.world):
         use_once(ranks.all_groups(), device)
-        return ranks
-    connections = _of_gloo(ranks, tcp_sockets() - before)
-    notice_lost_machines(connections)
-    return replace(ranks, connections=connections)
+    else:
+        ranks = replace(ranks, connections=_of_gloo(ranks, tcp_sockets() - before))
+        notice_lost_machines(ranks.connections)
+    _NEWEST[:] = [ranks]
+    return ranks
 
 
 def _of_gloo(ranks: Ranks, new: set[Connection]) -> frozenset[Connection]:

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.elastic import mismatch_watch
-from hecate.elastic.mismatch_watch import MismatchWatch, calls_of, crossing_of, difference_of, next_look
+from hecate.elastic.mismatch_watch import MismatchWatch, calls_of, crossing_of, difference_of, next_look, still_seconds
 from hecate.errors import UserError
 from hecate.ranks.ranks import connect
 from testing.ranks import run_ranks
@@ -67,6 +67,14 @@ def test_ranks_that_wait_for_half_an_hour_look_at_the_store_rarely() -> None:
     assert len([look for look in looks if look < 102]) >= 5, "a few times a second at first"
     assert max(after - before for before, after in pairwise(looks)) < 1800 / 5
     assert len(looks) < 50
+
+
+def test_a_run_whose_ranks_often_stand_still_leaves_few_records() -> None:
+    assert still_seconds(0) < 1
+    records = 0
+    for _ in range(100_000):  # steps in each of which the rank waits for another for three seconds
+        records += still_seconds(records) < 3.0
+    assert records < 100
 
 
 def goes_astray(rank: int, world_size: int, store: str, how: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -22,7 +23,7 @@ from hecate.parallel.transfer_plan import TokenPlan
 from hecate.parallel.units import Unit
 from hecate.ranks.backend import is_nccl
 from hecate.ranks.groups import TensorGroups
-from hecate.ranks.ranks import Ranks, connect
+from hecate.ranks.ranks import Ranks, connect, join_ranks
 from hecate.train.step_totals import exchange_totals
 from testing.ranks import run_ranks
 from tests.hecate.ranks.stand_in import gloo_as_nccl
@@ -124,3 +125,22 @@ def refused_reads(rank: int, world: int) -> list[str]:
 
 def test_nothing_that_an_aborted_group_has_written_is_used() -> None:
     assert run_ranks(2, refused_reads) == [[], []]
+
+
+def fails_after_regrouping(rank: int, world: int) -> list[bool]:
+    dist.destroy_process_group()
+    joined: list[Ranks] = []
+
+    def regroup_and_fail() -> None:
+        with join_ranks() as first:
+            first.leave()
+            joined.extend([first, connect(dist.HashStore(), 0, 1)])
+            raise ArithmeticError
+
+    with pytest.raises(ArithmeticError):
+        regroup_and_fail()
+    return [ranks.aborted for ranks in joined]
+
+
+def test_an_error_breaks_off_the_groups_that_replaced_the_first() -> None:
+    assert run_ranks(1, fails_after_regrouping) == [[True, True]]
