@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hecate.adapters.card import CARD, model_card
-from hecate.adapters.model_files import DTYPE_NAMES, write_model
+from hecate.adapters.model_files import DTYPE_NAMES, save_config, write_model
 from hecate.adapters.peft_moe import PeftMoeConfig, expert_a, expert_b, expert_names, linear_names
 from hecate.adapters.per_expert import experts_paths
 from hecate.checkpoint.layout import TensorEntry
@@ -136,7 +136,7 @@ def add_files_of(base: StoredModel, folder: Path, card: bytes) -> None:
     """Copy what the base model's folder holds beside weights, and add the model card."""
     write_durable(folder / CARD, [card])
     if base.source.gguf_file is not None:
-        base.config.save_pretrained(folder)
+        save_config(base.config, folder)
         load_tokenizer(base.source).save_pretrained(folder)
         return
     for path in sorted(base.source.folder.iterdir()):
