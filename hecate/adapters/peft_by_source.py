@@ -25,10 +25,11 @@ from hecate.config import Config, RouterConfig, adapter_in, named_model
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.model.base import BaseChoice, BaseModel, build_base
-from hecate.model.gated_ffn import decoder_layers
+from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
 from hecate.model.insert import InsertionPlan, insert_experts
-from hecate.model.linears import find_linears, target_linears
+from hecate.model.linears import target_linears
 from hecate.model.moe_model import MoeModel
+from hecate.model.stored_experts import holds_experts
 from hecate.parallel.expert_kinds import ONLY_PROJECTION, PROJECTIONS, ExpertKind, LoraShape, kind_written_as
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -206,19 +207,32 @@ def _base_for(
 ) -> tuple[BaseModel, ExpertKind, tuple[str, ...]]:
     """The base model, the kind of experts that adapters of these modules are, and the modules as experts of that kind have them.
 
+    Any model with linears will do, also one with experts of its own, whose pairs an ordinary LoRA does not have.
+
     Raises:
         UserError: a module is no linear of the base model.
     """
-    kind = kind_written_as("mixlora")
-    base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
-    of_ffn = base.ffns[0].projection_names
-    if set(description.target_modules) <= set(of_ffn.values()):
-        return base, kind, tuple(name for name in PROJECTIONS if of_ffn[name] in description.target_modules)
-    linears = tuple(find_linears(base.model))
-    known = dict.fromkeys(one.name for one in linears)
+    over_linears = kind_written_as("linears")
+    base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, over_linears, choice.attention, experts_stay=True)
+    known = dict.fromkeys(one.name for one in base.linears)
     if unknown := [module for module in description.target_modules if module not in known]:
         raise UserError(f"{folder}: adapts {', '.join(unknown)}, which is no linear of the base model's decoder layers: {', '.join(known)}")
-    return replace(base, ffns=(), linears=linears), kind_written_as("linears"), description.target_modules
+    ffns = _dense_ffns(base)
+    of_ffn = ffns[0].projection_names if ffns else {}
+    if set(description.target_modules) <= set(of_ffn.values()):
+        modules = tuple(name for name in PROJECTIONS if of_ffn[name] in description.target_modules)
+        return replace(base, ffns=ffns, linears=()), kind_written_as("mixlora"), modules
+    return base, over_linears, description.target_modules
+
+
+def _dense_ffns(base: BaseModel) -> tuple[GatedFfn, ...]:
+    """The gated FFNs of a dense model; none where it has experts, or FFNs of another kind, whose linears are then adapted one by one."""
+    if holds_experts(base.model.state_dict()):
+        return ()
+    try:
+        return tuple(find_gated_ffns(base.model))
+    except UserError:
+        return ()
 
 
 def _refuse_misfit(folder: Path, tensors: dict[str, Tensor], moe: MoeModel, paths: Paths) -> None:

@@ -77,6 +77,11 @@ def expert_layers(entries: Mapping[str, StoredTensor], folder: Path) -> dict[int
     return {layer: _layer(tensors, f"{folder}: layer {layer}") for layer, tensors in sorted(by_layer.items())}
 
 
+def holds_experts(names: Iterable[str]) -> bool:
+    """Whether tensors of these names belong to a model with experts, in whatever layout."""
+    return any(EXPERTS.search(name) for name in names)
+
+
 def refuse_experts(names: Iterable[str], where: Path, kind: ExpertKind) -> None:
     """Refuse an MoE model where a dense one is wanted, before anything is loaded.
 
@@ -86,7 +91,7 @@ def refuse_experts(names: Iterable[str], where: Path, kind: ExpertKind) -> None:
     Raises:
         UserError: some belong to experts, in whatever layout.
     """
-    if any(EXPERTS.search(name) for name in names):
+    if holds_experts(names):
         raise UserError(
             f"{where}: the model has experts already, but moe.family {kind.name} puts experts in the place of a dense FFN\n"
             f"  take {kinds_for(moe_base=True)}, or give a dense model"
