@@ -23,7 +23,7 @@ from hecate.checkpoint.layout import TensorEntry
 from hecate.errors import UserError
 from hecate.io.durable import write_durable
 from hecate.model.load import load_tokenizer
-from hecate.model.stored_experts import EXPERTS, ROLES
+from hecate.model.stored_experts import EXPERTS, ROLES, usual_name
 from hecate.model.stored_model import StoredModel
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -68,7 +68,7 @@ def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoe
     for name, weight in base.weights.items():
         layer = _layer_of(name)
         place: tuple[int | None, str] | None = None
-        if match := EXPERTS.search(name):
+        if match := EXPERTS.search(usual_name(name)):
             layer, projection = int(match[1]), _projection_of(match[2])
             if projection not in config.projections:
                 continue
@@ -78,8 +78,8 @@ def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoe
             if pairs is None or change is None:
                 raise UserError(f"has no pair for {projection} of layer {layer}, where the base model has {name}")
             used |= {pairs.name_a, pairs.name_b}
-        elif layer in routers and name.endswith(".gate.weight"):
-            place = layer, "gate.weight"
+        elif layer in routers and usual_name(name).endswith((".gate.weight", ".router.weight")):
+            place = layer, "router"
             used.add(routers[layer])
             change = _replaced_by(tensors[routers[layer]])
         else:

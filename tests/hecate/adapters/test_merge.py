@@ -158,3 +158,16 @@ def test_a_model_merged_from_a_gguf_file_says_its_rotary_base_to_version_4(tmp_p
     base = StoredModel(ModelSource(tmp_path, "model.gguf"), config, {}, lambda name: torch.zeros(1))
     add_files_of(base, tmp_path, b"card")
     assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 5e5
+
+
+def test_a_granite_with_experts_under_its_own_names_is_read_and_merged(tmp_path: Path) -> None:
+    model = save_moe("granitemoe", tmp_path / "model")
+    names = load_file(model / "model.safetensors")
+    assert "model.layers.0.block_sparse_moe.input_linear.weight" in names
+    parameters = [f"block_sparse_moe.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    adapter, wanted = save_peft(tmp_path / "adapter", model, ["q_proj"], target_parameters=parameters)
+    torch.testing.assert_close(hecate_logits(adapter), wanted, **LIMIT)
+    with_router(adapter, router="block_sparse_moe.router")
+    out = export(adapter, "merged", tmp_path / "out")
+    assert load_file(out / "model.safetensors").keys() == names.keys()
+    torch.testing.assert_close(transformers_logits(out), hecate_logits(adapter), **LIMIT)
