@@ -17,6 +17,7 @@ from torch import Tensor
 from hecate.adapters.card import how_trained
 from hecate.adapters.config import CONFIG
 from hecate.adapters.export import pairs_on_first, refuse_different, with_drawn_digest
+from hecate.adapters.folder import refuse_existing
 from hecate.adapters.lora_folder import load_lora
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
 from hecate.adapters.per_expert import pad_rank
@@ -24,6 +25,7 @@ from hecate.adapters.tensors import require_tensors
 from hecate.config import Config, RouterConfig, adapter_in, named_model
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.io.durable import delete_files, new_folder
 from hecate.model.base import BaseChoice, BaseModel, build_base
 from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
 from hecate.model.insert import InsertionPlan, insert_experts
@@ -92,10 +94,27 @@ def export_by_source(folder: Path, sources: Sequence[str], description: PeftMoeC
                 of_source[name_a] = lora.a_SrI[expert].detach().cpu().contiguous()
                 of_source[name_b] = lora.b_SOr[expert].detach().cpu().contiguous()
     if ranks.is_first:
-        folder.mkdir(parents=True)
-        description = with_drawn_digest(description, moe)
-        for source, of_source in zip(sources, tensors, strict=True):
-            save_peft_adapter(folder / source, of_source, description)
+        refuse_existing(folder)
+        write_sources(folder, dict(zip(sources, tensors, strict=True)), with_drawn_digest(description, moe))
+
+
+def write_sources(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], description: PeftMoeConfig) -> None:
+    """Write the new folder `folder` with an adapter for each source, all or none: commands take what is there for all that there is.
+
+    Raises:
+        UserError: a tensor is not finite, or the disk fails.
+    """
+    try:
+        with new_folder(folder) as staging:
+            try:
+                for source, of_source in tensors.items():
+                    save_peft_adapter(staging / source, of_source, description)
+            except Exception:
+                for source in tensors:
+                    delete_files(staging / source)
+                raise
+    except OSError as error:
+        raise UserError(f"{folder}: the adapters cannot be written: {error.strerror}") from error
 
 
 def begin_with_loras(config: Config, base: BaseModel, moe: MoeModel) -> None:
