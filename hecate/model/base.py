@@ -102,6 +102,8 @@ def build_base(
             if source.gguf_file is None and not experts_stay:
                 refuse_experts(stored_tensors(source.folder), source.folder, kind)
             model = load_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
+            if source.gguf_file is not None and not experts_stay:  # whose tensors have names of their own, so that the model is asked
+                refuse_experts(model.state_dict(), source.folder / source.gguf_file, kind)
             if kind.over_linears:
                 linears = tuple(find_linears(model))
             else:

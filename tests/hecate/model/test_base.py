@@ -51,3 +51,13 @@ def test_an_moe_model_is_found_with_its_own_experts(tmp_path: Path) -> None:
 def test_experts_of_another_kind_are_refused(tmp_path: Path, model_type: str, kind: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         build_base(saved(tmp_path, model_type), "float32", None, CPU, kind)
+
+
+def test_a_gguf_file_of_a_model_with_experts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors have names of their own. The one gated FFN of each layer is the expert that all tokens share."""
+    (tmp_path / "model.gguf").touch()
+    model = tiny("qwen2_moe", torch.float32, num_experts=3, moe_intermediate_size=8, shared_expert_intermediate_size=8)
+    monkeypatch.setattr("hecate.model.base.load_model", lambda *_: model)
+    monkeypatch.setattr("hecate.model.base.load_tokenizer", lambda _: build_byte_tokenizer())
+    with pytest.raises(UserError, match=r"model\.gguf: the model has experts already"):
+        build_base(str(tmp_path / "model.gguf"), "float32", None, CPU, MIXLORA)
