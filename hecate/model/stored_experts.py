@@ -82,13 +82,22 @@ def expert_layers(entries: Mapping[str, StoredTensor], folder: Path) -> dict[int
     """The layers that have experts, by number; none for a dense model.
 
     Raises:
-        UserError: an expert is quantised, has biases or tensors of unknown meaning, lacks one, or has another shape than its neighbours.
+        UserError: an expert is quantised, has biases or tensors of unknown meaning, lacks one, or has another shape than its neighbours; or
+            two tensors are the same one's.
     """
     by_layer: dict[int, dict[str, StoredTensor]] = {}
+    origins: dict[tuple[int, str], str] = {}
     for name, entry in entries.items():
         match = EXPERTS.search(usual_name(name))
         if match is not None:
-            by_layer.setdefault(int(match[1]), {})[match[2]] = entry
+            layer, rest = int(match[1]), match[2]
+            other = origins.setdefault((layer, rest), name)
+            if other != name:
+                raise UserError(
+                    f"{folder}: two tensors are {rest} of the experts of layer {layer}: {other} and {name}\n"
+                    "  hecate trains the decoder layers alone: take a checkpoint without others, such as those of multi-token prediction"
+                )
+            by_layer.setdefault(layer, {})[rest] = entry
     return {layer: _layer(tensors, f"{folder}: layer {layer}") for layer, tensors in sorted(by_layer.items())}
 
 
