@@ -1,7 +1,7 @@
 """Write docs/support.md, which says what goes together: `python docs/make_support.py`.
 
-Nothing in it is asserted by hand: models are made, tiny and with random weights, and hecate looks for places for experts in them;
-settings are put together, and hecate's rules accept or refuse them. A slow test holds the page to what this program writes.
+Nothing in it is asserted by hand: models are made, tiny and with random weights, hecate looks for places for experts in them, and computes
+their logits; settings are put together, and hecate's rules accept or refuse them. A slow test holds the page to what this program writes.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ SMALL = {
     "num_experts_per_tok": 2,
     "first_k_dense_replace": 0,
     "pad_token_id": None,
+    "logits_scaling": 8.0,
 }
 Settings = dict[str, Any]
 KINDS: dict[str, Settings] = {
@@ -124,8 +125,23 @@ def model_rows() -> list[list[str]]:
     rows = []
     for model_type in MODELS:
         model = tiny(model_type)
-        rows.append([f"`{model_type}`", *(found(find, model) for find in finders)])
+        answers = [found(find, model) for find in finders]
+        rows.append([f"`{model_type}`", *answers_with_logits(answers, model)])
     return rows
+
+
+def answers_with_logits(answers: Sequence[str], model: Any) -> list[str]:
+    """The answers, with the reason for a no in the place of each yes where hecate computes other logits than the model."""
+    from hecate.errors import UserError
+    from hecate.model.attention import AUTO, pick_way
+    from hecate.model.causal_head import LanguageModelHead
+
+    if YES in answers:
+        try:
+            LanguageModelHead(model, pick_way(AUTO, model))
+        except UserError as error:
+            return [str(error).splitlines()[0] if answer == YES else answer for answer in answers]
+    return list(answers)
 
 
 def setting_rows() -> list[list[str]]:
@@ -186,8 +202,8 @@ def page() -> str:
         "# What goes together",
         "",
         "Which models can be trained, with what, and what is not supported? This page is written by `python docs/make_support.py`:",
-        "it makes each model, tiny and with random weights, and hecate looks for places for experts in it; and it puts settings",
-        "together, and hecate's rules accept or refuse them.",
+        "it makes each model, tiny and with random weights, hecate looks for places for experts in it and computes its logits; and it",
+        "puts settings together, and hecate's rules accept or refuse them.",
         "",
         "## Models",
         "",

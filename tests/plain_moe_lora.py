@@ -35,13 +35,16 @@ KINDS: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": EXPERTS, "norm_topk_prob": False, "intermediate_size": 20},
     "qwen2_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 20, "shared_expert_intermediate_size": 12},
 }
+MORE_KINDS: dict[str, dict[str, Any]] = {
+    "granitemoe": {"num_local_experts": EXPERTS, "logits_scaling": 4.0, "residual_multiplier": 0.5},
+}
 PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 def save_tiny(kind: str, folder: Path, dtype: torch.dtype = torch.float64, **changes: Any) -> None:
     """A random model in a folder, in the layout of real checkpoints: one tensor a projection and expert."""
     torch.manual_seed(len(kind))
-    config = AutoConfig.for_model(kind, **{**SIZES, **KINDS[kind], **changes})
+    config = AutoConfig.for_model(kind, **{**SIZES, **(KINDS | MORE_KINDS)[kind], **changes})
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
 
 

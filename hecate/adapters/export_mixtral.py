@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.adapters.card import CARD
-from hecate.adapters.model_files import DTYPE_NAMES, by_file, write_model
+from hecate.adapters.model_files import DTYPE_NAMES, by_file, save_config, write_model
 from hecate.checkpoint.layout import TensorEntry, file_layout
 from hecate.errors import UserError
 from hecate.experts.layer import MoeLayer
@@ -101,7 +101,7 @@ def export_mixtral(folder: Path, description: MixtralFolder, dense: Mapping[str,
 
     def add_others(staging: Path) -> None:
         description.config.dtype = description.dtype
-        description.config.save_pretrained(staging)
+        save_config(description.config, staging)
         description.tokenizer.save_pretrained(staging)
         write_durable(staging / CARD, [description.card])
 

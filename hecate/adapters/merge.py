@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 
 from hecate.adapters.card import CARD, model_card
-from hecate.adapters.model_files import DTYPE_NAMES, write_model
+from hecate.adapters.model_files import DTYPE_NAMES, save_config, write_model
 from hecate.adapters.peft_moe import PeftMoeConfig, expert_a, expert_b, expert_names, linear_names
 from hecate.adapters.per_expert import experts_paths
 from hecate.checkpoint.layout import TensorEntry
 from hecate.errors import UserError
 from hecate.io.durable import write_durable
 from hecate.model.load import load_tokenizer
-from hecate.model.stored_experts import EXPERTS, ROLES
+from hecate.model.stored_experts import EXPERTS, ROLES, usual_name
 from hecate.model.stored_model import StoredModel
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -68,7 +68,7 @@ def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoe
     for name, weight in base.weights.items():
         layer = _layer_of(name)
         place: tuple[int | None, str] | None = None
-        if match := EXPERTS.search(name):
+        if match := EXPERTS.search(usual_name(name)):
             layer, projection = int(match[1]), _projection_of(match[2])
             if projection not in config.projections:
                 continue
@@ -78,8 +78,8 @@ def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoe
             if pairs is None or change is None:
                 raise UserError(f"has no pair for {projection} of layer {layer}, where the base model has {name}")
             used |= {pairs.name_a, pairs.name_b}
-        elif layer in routers and name.endswith(".gate.weight"):
-            place = layer, "gate.weight"
+        elif layer in routers and usual_name(name).endswith((".gate.weight", ".router.weight")):
+            place = layer, "router"
             used.add(routers[layer])
             change = _replaced_by(tensors[routers[layer]])
         else:
@@ -136,7 +136,7 @@ def add_files_of(base: StoredModel, folder: Path, card: bytes) -> None:
     """Copy what the base model's folder holds beside weights, and add the model card."""
     write_durable(folder / CARD, [card])
     if base.source.gguf_file is not None:
-        base.config.save_pretrained(folder)
+        save_config(base.config, folder)
         load_tokenizer(base.source).save_pretrained(folder)
         return
     for path in sorted(base.source.folder.iterdir()):

@@ -17,7 +17,7 @@ from hecate.adapters.card import CARD, model_card
 from hecate.adapters.config import AdapterConfig
 from hecate.adapters.export_mixtral import MIXTRAL_PARTS, file_by_layer, mixtral_config
 from hecate.adapters.merge import plus_pair
-from hecate.adapters.model_files import write_model
+from hecate.adapters.model_files import save_config, write_model
 from hecate.adapters.names import ATTENTION_MODULES, attention_tensor_name, expert_tensor_name, router_tensor_name
 from hecate.config import RouterConfig
 from hecate.errors import UserError
@@ -73,7 +73,7 @@ def write_mixtral(folder: Path, base: StoredModel, tensors: Mapping[str, Tensor]
 
     def add_others(staging: Path) -> None:
         described.dtype = dtype
-        described.save_pretrained(staging)
+        save_config(described, staging)
         load_tokenizer(base.source).save_pretrained(staging)
         write_durable(staging / CARD, [card])
 

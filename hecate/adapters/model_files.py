@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from hecate.checkpoint.layout import TensorEntry, file_layout
 from hecate.checkpoint.shard import DTYPES
 from hecate.errors import UserError
-from hecate.io.durable import new_folder, write_durable
+from hecate.io.durable import new_folder, replace_file, write_durable
 from hecate.model.safetensors_headers import INDEX, SINGLE
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -53,6 +54,32 @@ def write_model(
             add_others(staging)
     except OSError as error:
         raise UserError(f"{folder}: the model cannot be written: {error.strerror}") from error
+
+
+def save_config(config: Any, folder: Path) -> None:
+    """Write a model's configuration as config.json, for readers of transformers 4 and 5 alike.
+
+    Version 5 writes `rope_parameters` alone. Version 4, and servers that read as it does, look for `rope_theta` and `rope_scaling`, and
+    without them compute other logits with their defaults, and say nothing.
+    """
+    config.save_pretrained(folder)
+    path = folder / "config.json"
+    value = json.loads(path.read_bytes())
+    replace_file(path, [json.dumps(value | _rope_of_version_4(value), indent=2, sort_keys=True).encode() + b"\n"])
+
+
+def _rope_of_version_4(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys for rotary positions that version 4 reads, for a config.json of version 5."""
+    rope = value.get("rope_parameters") or {}
+    keys: dict[str, Any] = {}
+    if str(value.get("model_type")).startswith("gemma3") and "full_attention" in rope:  # the only family with two in version 4
+        local = rope.get("sliding_attention") or {}
+        keys["rope_local_base_freq"], rope = local.get("rope_theta"), rope["full_attention"]
+    outside = ("rope_theta", "partial_rotary_factor")
+    keys |= {name: rope.get(name) for name in outside}
+    if rope.get("rope_type", "default") != "default":
+        keys["rope_scaling"] = {name: one for name, one in rope.items() if name not in outside}
+    return {name: one for name, one in keys.items() if one is not None}
 
 
 def blocks(inside: Mapping[str, TensorEntry], fetch: Callable[[str], Tensor | None]) -> Iterator[memoryview | bytes]:

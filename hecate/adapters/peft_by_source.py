@@ -17,6 +17,7 @@ from torch import Tensor
 from hecate.adapters.card import how_trained
 from hecate.adapters.config import CONFIG
 from hecate.adapters.export import pairs_on_first, refuse_different, with_drawn_digest
+from hecate.adapters.folder import refuse_existing
 from hecate.adapters.lora_folder import load_lora
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
 from hecate.adapters.per_expert import pad_rank
@@ -24,11 +25,13 @@ from hecate.adapters.tensors import require_tensors
 from hecate.config import Config, RouterConfig, adapter_in, named_model
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
+from hecate.io.durable import delete_files, new_folder
 from hecate.model.base import BaseChoice, BaseModel, build_base
-from hecate.model.gated_ffn import decoder_layers
+from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
 from hecate.model.insert import InsertionPlan, insert_experts
-from hecate.model.linears import find_linears, target_linears
+from hecate.model.linears import target_linears
 from hecate.model.moe_model import MoeModel
+from hecate.model.stored_experts import holds_experts
 from hecate.parallel.expert_kinds import ONLY_PROJECTION, PROJECTIONS, ExpertKind, LoraShape, kind_written_as
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
@@ -91,10 +94,27 @@ def export_by_source(folder: Path, sources: Sequence[str], description: PeftMoeC
                 of_source[name_a] = lora.a_SrI[expert].detach().cpu().contiguous()
                 of_source[name_b] = lora.b_SOr[expert].detach().cpu().contiguous()
     if ranks.is_first:
-        folder.mkdir(parents=True)
-        description = with_drawn_digest(description, moe)
-        for source, of_source in zip(sources, tensors, strict=True):
-            save_peft_adapter(folder / source, of_source, description)
+        refuse_existing(folder)
+        write_sources(folder, dict(zip(sources, tensors, strict=True)), with_drawn_digest(description, moe))
+
+
+def write_sources(folder: Path, tensors: Mapping[str, Mapping[str, Tensor]], description: PeftMoeConfig) -> None:
+    """Write the new folder `folder` with an adapter for each source, all or none: commands take what is there for all that there is.
+
+    Raises:
+        UserError: a tensor is not finite, or the disk fails.
+    """
+    try:
+        with new_folder(folder) as staging:
+            try:
+                for source, of_source in tensors.items():
+                    save_peft_adapter(staging / source, of_source, description)
+            except Exception:
+                for source in tensors:
+                    delete_files(staging / source)
+                raise
+    except OSError as error:
+        raise UserError(f"{folder}: the adapters cannot be written: {error.strerror}") from error
 
 
 def begin_with_loras(config: Config, base: BaseModel, moe: MoeModel) -> None:
@@ -206,19 +226,32 @@ def _base_for(
 ) -> tuple[BaseModel, ExpertKind, tuple[str, ...]]:
     """The base model, the kind of experts that adapters of these modules are, and the modules as experts of that kind have them.
 
+    Any model with linears will do, also one with experts of its own, whose pairs an ordinary LoRA does not have.
+
     Raises:
         UserError: a module is no linear of the base model.
     """
-    kind = kind_written_as("mixlora")
-    base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
-    of_ffn = base.ffns[0].projection_names
-    if set(description.target_modules) <= set(of_ffn.values()):
-        return base, kind, tuple(name for name in PROJECTIONS if of_ffn[name] in description.target_modules)
-    linears = tuple(find_linears(base.model))
-    known = dict.fromkeys(one.name for one in linears)
+    over_linears = kind_written_as("linears")
+    base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, over_linears, choice.attention, experts_stay=True)
+    known = dict.fromkeys(one.name for one in base.linears)
     if unknown := [module for module in description.target_modules if module not in known]:
         raise UserError(f"{folder}: adapts {', '.join(unknown)}, which is no linear of the base model's decoder layers: {', '.join(known)}")
-    return replace(base, ffns=(), linears=linears), kind_written_as("linears"), description.target_modules
+    ffns = _dense_ffns(base)
+    of_ffn = ffns[0].projection_names if ffns else {}
+    if set(description.target_modules) <= set(of_ffn.values()):
+        modules = tuple(name for name in PROJECTIONS if of_ffn[name] in description.target_modules)
+        return replace(base, ffns=ffns, linears=()), kind_written_as("mixlora"), modules
+    return base, over_linears, description.target_modules
+
+
+def _dense_ffns(base: BaseModel) -> tuple[GatedFfn, ...]:
+    """The gated FFNs of a dense model; none where it has experts, or FFNs of another kind, whose linears are then adapted one by one."""
+    if holds_experts(base.model.state_dict()):
+        return ()
+    try:
+        return tuple(find_gated_ffns(base.model))
+    except UserError:
+        return ()
 
 
 def _refuse_misfit(folder: Path, tensors: dict[str, Tensor], moe: MoeModel, paths: Paths) -> None:

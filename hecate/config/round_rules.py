@@ -147,7 +147,12 @@ def _check_aggregate(values: Mapping[str, Any], clients: tuple[ClientConfig, ...
 
 def _check_base(values: Mapping[str, Any], add: Add) -> None:
     name = values.get("model.name_or_path")
-    if not values.get(_PREFIX + "merge_into_base") or name is None:
+    if not values.get(_PREFIX + "merge_into_base"):
+        return
+    if values.get("model.num_hidden_layers") is not None:
+        what = "merges into the whole base model, but with model.num_hidden_layers its last layers have no adapters"
+        add(_PREFIX + "merge_into_base", what, "leave model.num_hidden_layers out, or give a base model that has only the layers to keep")
+    if name is None:
         return
     try:
         path = find_model(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hecate.errors import UserError
 from hecate.forecast.tensor_shapes import model_config, numel, tensor_shapes, tensors_of
-from hecate.model.stored_experts import LayerExperts, expert_layers, no_experts, refuse_experts
+from hecate.model.stored_experts import LayerExperts, expert_layers, no_experts, refuse_experts, usual_name
 from hecate.parallel.expert_kinds import ExpertKind
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
@@ -68,7 +68,7 @@ def read_base_shape(path: Path, kind: ExpertKind, num_hidden_layers: int | None 
     Raises:
         UserError: a file is damaged, the architecture is not one that experts can be put into, or there are fewer layers.
     """
-    shapes = tensor_shapes(path)
+    shapes = {usual_name(name): shape for name, shape in tensor_shapes(path).items()}
     experts = _own_experts(path, shapes, kind)
     by_layer: dict[int, dict[str, tuple[int, ...]]] = {}
     rest: dict[str, tuple[int, ...]] = {}

@@ -6,7 +6,7 @@ from hecate.config import Config, find_model
 from hecate.forecast.base_shape import LAYER
 from hecate.forecast.pair_check import check_pairs
 from hecate.forecast.tensor_shapes import tensor_shapes
-from hecate.model.stored_experts import EXPERTS, no_experts, refuse_experts
+from hecate.model.stored_experts import holds_experts, no_experts, refuse_experts
 
 
 def check_model(config: Config, ranks_here: int | None = None) -> None:
@@ -37,5 +37,5 @@ def _check_experts(config: Config) -> None:
     if not kind.of_moe_base:
         refuse_experts(names, path, kind)
         config.moe.experts_per_layer(min(config.model.num_hidden_layers or len(layers), len(layers)))
-    elif not any(map(EXPERTS.search, names)):
+    elif not holds_experts(names):
         raise no_experts(path, kind)

@@ -77,8 +77,14 @@ def build_base(
     device: torch.device,
     kind: ExpertKind,
     attention: AttentionChoice = AUTO,
+    *,
+    experts_stay: bool = False,
 ) -> BaseModel:
     """Load model and tokenizer. The model stays in eval mode: dropout of a frozen base would only be noise that depends on ranks.
+
+    Args:
+        experts_stay: a model with experts of its own will do for experts over linears, too. It is loaded whole, and its experts stay as
+            they are.
 
     Raises:
         UserError: the model cannot be read, or has experts of its own where this kind of experts needs a model without, or the reverse; or
@@ -93,9 +99,11 @@ def build_base(
         if kind.of_moe_base:
             model, own_experts = load_moe_model(source, pick_dtype(dtype, device), device, kind, num_hidden_layers)
         else:
-            if source.gguf_file is None:
+            if source.gguf_file is None and not experts_stay:
                 refuse_experts(stored_tensors(source.folder), source.folder, kind)
             model = load_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
+            if source.gguf_file is not None and not experts_stay:  # whose tensors have names of their own, so that the model is asked
+                refuse_experts(model.state_dict(), source.folder / source.gguf_file, kind)
             if kind.over_linears:
                 linears = tuple(find_linears(model))
             else:

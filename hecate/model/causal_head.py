@@ -52,7 +52,8 @@ class CausalHead(Protocol):
 
 
 class LanguageModelHead:
-    """A causal LM taken apart into its decoder and its output projection (with the soft cap that Gemma 2 puts on logits).
+    """A causal LM taken apart into its decoder and its output projection (with the factor of Cohere's logits, the divisor of
+    Granite's, and the soft cap of Gemma 2's).
 
     Args:
         way: in which layers compute attention; None: as transformers does by itself.
@@ -65,6 +66,8 @@ class LanguageModelHead:
         self.decoder: nn.Module = model.get_decoder()
         self._project: nn.Module = model.get_output_embeddings()
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self._factor: float = getattr(model.config, "logit_scale", None) or 1.0
+        self._divisor: float = getattr(model.config, "logits_scaling", None) or 1.0
         self._way = way
         self._device: torch.device = next(model.parameters()).device
         if way is not None:
@@ -101,6 +104,10 @@ class LanguageModelHead:
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """[N, D] -> [N, vocabulary]."""
         logits = self._project(hidden_ND)
+        if self._factor != 1:
+            logits = logits * self._factor
+        if self._divisor != 1:
+            logits = logits / self._divisor
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def loss_sum(self, hidden_ND: Tensor, target_N: Tensor, weight_N: Tensor | None = None) -> Tensor:
@@ -124,7 +131,8 @@ class LanguageModelHead:
         model.train(was_training)
         if whole.shape != parts.shape or float((whole - parts).abs().max()) > 1e-2 * float(whole.abs().max()):
             raise UserError(
-                f"unsupported architecture: {type(model).__name__} does more between its decoder and its logits than one projection"
+                f"unsupported architecture: {type(model).__name__} does more between its decoder and its logits than one projection, "
+                "a factor and a soft cap"
             )
         if float((packed - alone).abs().max()) > 1e-2 * float(whole.abs().max()):
             raise UserError(f"unsupported architecture: in {type(model).__name__} the samples of a packed sequence see each other")

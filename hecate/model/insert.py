@@ -126,7 +126,8 @@ def insert_experts(
     """
     model.requires_grad_(False)
     if plan.kind.over_linears:
-        found = target_linears([one for one in found if isinstance(one, FoundLinear)], plan.target_modules, type(model).__name__)
+        linears, routed = [one for one in found if isinstance(one, FoundLinear)], plan.router.input != "given"
+        found = target_linears(linears, plan.target_modules, type(model).__name__, without_routers=not routed)
     counts = _experts_of(found, plan)
     changed = [one for one in found if counts[one.unit] > 0 and (plan.choices.projections or not plan.kind.has_pairs)]
     if plan.kind.over_linears:

@@ -58,11 +58,14 @@ def find_linears(model: nn.Module) -> list[FoundLinear]:
     ]
 
 
-def target_linears(found: Sequence[FoundLinear], target_modules: Sequence[str], model: str) -> list[FoundLinear]:
+def target_linears(
+    found: Sequence[FoundLinear], target_modules: Sequence[str], model: str, *, without_routers: bool = False
+) -> list[FoundLinear]:
     """Those of the linears whose last names are targets, in their order.
 
     Args:
         model: the name of the model's class, for messages.
+        without_routers: no linear gets a router, so that one which computes several projections may be a target as any other.
 
     Raises:
         UserError: a target matches none, or one that computes several projections at once.
@@ -70,7 +73,7 @@ def target_linears(found: Sequence[FoundLinear], target_modules: Sequence[str], 
     names = dict.fromkeys(one.name for one in found)
     for target in target_modules:
         holder = next((name for name, parts in FUSED.items() if name in names and target in (name, *parts)), None)
-        if holder is not None and (target == holder or target not in names):
+        if holder is not None and ((target == holder and not without_routers) or target not in names):
             parts = ", ".join(FUSED[holder])
             raise UserError(
                 f"lora.target_modules: {target}: {model} computes {parts} with one weight, {holder}, whose parts cannot be told apart\n"

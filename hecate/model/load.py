@@ -73,7 +73,9 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device, nu
     """
     from transformers import AutoModelForCausalLM
 
-    arguments = source.arguments() | {"config": read_config(source, num_hidden_layers)}
+    config = read_config(source, num_hidden_layers)
+    require_text_model(config, source)
+    arguments = source.arguments() | {"config": config}
     if source.gguf_file is not None:
         arguments |= _gguf_dequantized()
     return _loaded(AutoModelForCausalLM, arguments, source, dtype, device)
@@ -93,12 +95,31 @@ def read_config(source: ModelSource, num_hidden_layers: int | None = None) -> An
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"{source.folder}: transformers cannot read its configuration: {_first_line(error)}") from error
     if num_hidden_layers is not None:
-        if num_hidden_layers > config.num_hidden_layers:
-            raise UserError(f"model.num_hidden_layers: {num_hidden_layers}, but the model has only {config.num_hidden_layers}")
-        config.num_hidden_layers = num_hidden_layers
-        if getattr(config, "layer_types", None):
-            config.layer_types = config.layer_types[:num_hidden_layers]
+        text = config.get_text_config()  # of a model of text alone: itself
+        if num_hidden_layers > text.num_hidden_layers:
+            raise UserError(f"model.num_hidden_layers: {num_hidden_layers}, but the model has only {text.num_hidden_layers}")
+        text.num_hidden_layers = num_hidden_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:num_hidden_layers]
     return config
+
+
+def require_text_model(config: Any, source: ModelSource) -> None:
+    """Refuse a multimodal model that transformers loads as one, before anything is loaded.
+
+    Raises:
+        UserError: the model has a language model in it, beside other parts. (Of some such models transformers loads that alone.)
+    """
+    from transformers import AutoModelForCausalLM
+
+    text = config.get_text_config()
+    model_class = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    if text is config or model_class is None or getattr(model_class, "config_class", None) is type(text):
+        return
+    raise UserError(
+        f"{source.folder}: {config.model_type} is a multimodal model ({model_class.__name__}); only models of text alone are supported\n"
+        f"  give its language model by itself: a folder whose config.json has the model_type {text.model_type}, with that model's weights"
+    )
 
 
 def load_without(

@@ -10,7 +10,7 @@ from torch import nn
 from hecate.errors import UserError
 from hecate.experts.family import FfnSource
 from hecate.kernels.common.ffn import FfnShape
-from hecate.model.load import ModelSource, load_without, read_config
+from hecate.model.load import ModelSource, load_without, read_config, require_text_model
 from hecate.model.moe_blocks import MoeBlock, find_moe_blocks
 from hecate.model.read_experts import read_expert
 from hecate.model.safetensors_headers import stored_tensors
@@ -74,6 +74,7 @@ def load_moe_model(
             "  give a folder with config.json and *.safetensors"
         )
     config = read_config(source, num_hidden_layers)
+    require_text_model(config, source)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"{source.folder}: config.json has a quantization_config: quantised models are not supported by moe.family {kind.name}\n"

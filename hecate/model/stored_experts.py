@@ -3,6 +3,7 @@
 Checkpoints store experts in one of two layouts. This module describes both in the same way, as an expert's gate, up and down in this order:
 
     fused       ...layers.3.mlp.experts.gate_up_proj [E, 2F, D], ...down_proj [E, D, F]         as transformers 5 holds them
+                ...layers.3.block_sparse_moe.input_linear.weight, ...output_linear.weight       GraniteMoE, of the same shapes
     per expert  ...layers.3.mlp.experts.7.gate_proj.weight [F, D], up_proj, down_proj [D, F]    Qwen3-MoE, OLMoE
                 ...layers.3.block_sparse_moe.experts.7.w1.weight [F, D], w3 [F, D], w2 [D, F]   Mixtral
 """
@@ -28,6 +29,20 @@ ROLES = {
     "w3.weight": "up",
     "w2.weight": "down",
 }
+_GRANITE = {
+    "block_sparse_moe.input_linear.weight": "block_sparse_moe.experts.gate_up_proj",
+    "block_sparse_moe.output_linear.weight": "block_sparse_moe.experts.down_proj",
+    "block_sparse_moe.router.layer.weight": "block_sparse_moe.router.weight",
+}
+"""the ends of names in GraniteMoE's files, and of those names in the model"""
+
+
+def usual_name(name: str) -> str:
+    """The name of a stored tensor as other models call it, and as transformers 5 does in the model."""
+    for stored, usual in _GRANITE.items():
+        if name.endswith(stored):
+            return name.removesuffix(stored) + usual
+    return name
 
 
 @dataclass(frozen=True)
@@ -67,14 +82,28 @@ def expert_layers(entries: Mapping[str, StoredTensor], folder: Path) -> dict[int
     """The layers that have experts, by number; none for a dense model.
 
     Raises:
-        UserError: an expert is quantised, has biases or tensors of unknown meaning, lacks one, or has another shape than its neighbours.
+        UserError: an expert is quantised, has biases or tensors of unknown meaning, lacks one, or has another shape than its neighbours; or
+            two tensors are the same one's.
     """
     by_layer: dict[int, dict[str, StoredTensor]] = {}
+    origins: dict[tuple[int, str], str] = {}
     for name, entry in entries.items():
-        match = EXPERTS.search(name)
+        match = EXPERTS.search(usual_name(name))
         if match is not None:
-            by_layer.setdefault(int(match[1]), {})[match[2]] = entry
+            layer, rest = int(match[1]), match[2]
+            other = origins.setdefault((layer, rest), name)
+            if other != name:
+                raise UserError(
+                    f"{folder}: two tensors are {rest} of the experts of layer {layer}: {other} and {name}\n"
+                    "  hecate trains the decoder layers alone: take a checkpoint without others, such as those of multi-token prediction"
+                )
+            by_layer.setdefault(layer, {})[rest] = entry
     return {layer: _layer(tensors, f"{folder}: layer {layer}") for layer, tensors in sorted(by_layer.items())}
+
+
+def holds_experts(names: Iterable[str]) -> bool:
+    """Whether tensors of these names belong to a model with experts, in whatever layout."""
+    return any(EXPERTS.search(usual_name(name)) for name in names)
 
 
 def refuse_experts(names: Iterable[str], where: Path, kind: ExpertKind) -> None:
@@ -86,7 +115,7 @@ def refuse_experts(names: Iterable[str], where: Path, kind: ExpertKind) -> None:
     Raises:
         UserError: some belong to experts, in whatever layout.
     """
-    if any(EXPERTS.search(name) for name in names):
+    if holds_experts(names):
         raise UserError(
             f"{where}: the model has experts already, but moe.family {kind.name} puts experts in the place of a dense FFN\n"
             f"  take {kinds_for(moe_base=True)}, or give a dense model"

@@ -128,12 +128,12 @@ def export(source: Path, form: str, out: Path) -> Path:
     return out
 
 
-def with_router(adapter: Path, layers: int = 2) -> None:
+def with_router(adapter: Path, layers: int = 2, router: str = "mlp.gate") -> None:
     """Let an adapter have trained routers, too."""
     file, config = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
-    routers = {f"base_model.model.model.layers.{n}.mlp.gate.weight": torch.randn(5, 16) for n in range(layers)}
+    routers = {f"base_model.model.model.layers.{n}.{router}.weight": torch.randn(5, 16) for n in range(layers)}
     save_file({**load_file(file), **routers}, file)
-    config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": ["mlp.gate"]}))
+    config.write_text(json.dumps({**json.loads(config.read_text()), "modules_to_save": [router]}))
 
 
 def damaged(adapter: Path, name: str, tensor: Tensor | None) -> None:

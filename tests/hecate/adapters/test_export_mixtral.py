@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def test_transformers_computes_the_same(tmp_path: Path, model_type: str, changes
     logits = run_ranks(3, _export, str(tmp_path), model_type, changes)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "README.md").read_text() == "the card"
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["rope_theta"] == 10000  # version 4 would take 1000000
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

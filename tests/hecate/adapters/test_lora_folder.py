@@ -84,3 +84,13 @@ def test_modules_named_by_a_regular_expression_are_read(tmp_path: Path) -> None:
     file.unlink()
     assert load_lora(adapter)[1].target_modules == ("q_proj", "v_proj")
     torch.testing.assert_close(hecate_logits(adapter), wanted, **LIMIT)
+
+
+@pytest.mark.parametrize(
+    ("kind", "modules"), [("phi", ["q_proj", "fc1"]), ("phi3", ["qkv_proj", "down_proj"]), ("qwen3_moe", ["q_proj", "o_proj"])]
+)
+def test_a_lora_over_a_model_without_a_gated_ffn_of_its_own_is_read(tmp_path: Path, kind: str, modules: list[str]) -> None:
+    """phi has FFNs without gates and with biases, phi3 linears of several projections, and qwen3_moe experts, which stay as they are."""
+    model = (save_moe if kind == "qwen3_moe" else save_dense)(kind, tmp_path / "model")
+    adapter, wanted = save_peft(tmp_path / "adapter", model, modules, experts=False)
+    torch.testing.assert_close(hecate_logits(adapter), wanted, **LIMIT)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hecate.adapters.lora_folder import load_lora
-from hecate.adapters.merge import changes_of, merge
-from hecate.adapters.model_files import write_model
+from hecate.adapters.merge import add_files_of, changes_of, merge
+from hecate.adapters.model_files import save_config, write_model
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names
 from hecate.checkpoint.layout import TensorEntry
 from hecate.errors import UserError
-from hecate.model.load import resolve_model
-from hecate.model.stored_model import open_stored
+from hecate.model.load import ModelSource, resolve_model
+from hecate.model.stored_model import StoredModel, open_stored
+from testing.byte_tokenizer import build_byte_tokenizer
 from tests.hecate.adapters.exporting import (
     LIMIT,
     export,
@@ -120,3 +123,51 @@ def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     save_file({**tensors, "model.norm.weight": tensors["model.norm.weight"].to(torch.float8_e4m3fn)}, file)
     with pytest.raises(UserError, match=r"model.norm.weight is stored as F8_E4M3: quantised models cannot be changed"):
         open_stored(resolve_model(str(model)))
+
+
+ROPE_OF_4: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("llama", {"rope_type": "default", "rope_theta": 5e5}, {"rope_theta": 5e5}),
+    (
+        "llama",
+        {"rope_type": "linear", "rope_theta": 7e3, "factor": 2.0},
+        {"rope_theta": 7e3, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    ),
+    ("stablelm", {"rope_theta": 9e3, "partial_rotary_factor": 0.5}, {"rope_theta": 9e3, "partial_rotary_factor": 0.5}),
+    (
+        "gemma3_text",
+        {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0}, "sliding_attention": {"rope_theta": 2e4}},
+        {"rope_theta": 1e6, "rope_local_base_freq": 2e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "rope", "wanted"), ROPE_OF_4, ids=["default", "scaled", "partial", "two bases"])
+def test_rotary_positions_are_written_for_version_4_too(tmp_path: Path, kind: str, rope: Any, wanted: dict[str, Any]) -> None:
+    config = AutoConfig.for_model(kind, rope_parameters=rope)
+    before = copy.deepcopy(config.rope_parameters)
+    save_config(config, tmp_path)
+    value = json.loads((tmp_path / "config.json").read_text())
+    keys = ("rope_theta", "rope_scaling", "partial_rotary_factor", "rope_local_base_freq")
+    assert {key: value[key] for key in keys if key in value} == wanted
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == before, "version 5 reads something else"
+
+
+def test_a_model_merged_from_a_gguf_file_says_its_rotary_base_to_version_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hecate.adapters.merge.load_tokenizer", lambda source: build_byte_tokenizer())
+    config = AutoConfig.for_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
+    base = StoredModel(ModelSource(tmp_path, "model.gguf"), config, {}, lambda name: torch.zeros(1))
+    add_files_of(base, tmp_path, b"card")
+    assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 5e5
+
+
+def test_a_granite_with_experts_under_its_own_names_is_read_and_merged(tmp_path: Path) -> None:
+    model = save_moe("granitemoe", tmp_path / "model")
+    names = load_file(model / "model.safetensors")
+    assert "model.layers.0.block_sparse_moe.input_linear.weight" in names
+    parameters = [f"block_sparse_moe.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    adapter, wanted = save_peft(tmp_path / "adapter", model, ["q_proj"], target_parameters=parameters)
+    torch.testing.assert_close(hecate_logits(adapter), wanted, **LIMIT)
+    with_router(adapter, router="block_sparse_moe.router")
+    out = export(adapter, "merged", tmp_path / "out")
+    assert load_file(out / "model.safetensors").keys() == names.keys()
+    torch.testing.assert_close(transformers_logits(out), hecate_logits(adapter), **LIMIT)

@@ -112,6 +112,16 @@ def test_a_mixture_as_a_mixtral(tmp_path: Path, kind: str, changes: dict[str, An
     torch.testing.assert_close(hecate_logits(out), transformers_logits(out), **LIMIT)
 
 
+def test_readers_of_version_4_find_the_rotary_base(tmp_path: Path) -> None:
+    """They do not know `rope_parameters`, and take 1000000 as the base of a Mixtral that says none. The model's is 10000."""
+    adapter = save_mixlora(tmp_path / "adapter", save_dense("llama", tmp_path / "model"))
+    out = export(adapter, "mixtral", tmp_path / "out")
+    wanted, value = transformers_logits(out), json.loads((out / "config.json").read_text())
+    value.pop("rope_parameters")
+    (out / "config.json").write_text(json.dumps(value))
+    torch.testing.assert_close(transformers_logits(out), wanted, **LIMIT)
+
+
 DENSE_REFUSALS: list[tuple[dict[str, Any], str, str, str]] = [
     ({}, "llama", "merged", r"mixture of experts over a dense model's FFNs.*the form merged cannot hold\n  give --to mixlora or mixtral"),
     ({}, "llama", "peft", "the form peft cannot hold"),

@@ -54,6 +54,10 @@ REFUSED = [
     (("rounds.aggregate=stack",), "rounds.aggregate: stack has more terms than any client's.*rounds.merge_into_base=true"),
     (("rounds.merge_into_base=true",), "rounds.merge_into_base: is for rounds.aggregate=stack, but it is average"),
     (("rounds.aggregate=stack", "rounds.codec.up=0.5"), "rounds.codec.up: does not go together with rounds.aggregate=stack"),
+    (
+        ("rounds.aggregate=stack", "rounds.merge_into_base=true", "model.num_hidden_layers=1"),
+        "rounds.merge_into_base: merges into the whole base model.*leave model.num_hidden_layers out",
+    ),
     (("rounds.codec.up=0",), "rounds.codec.up: must be > 0"),
     (("rounds.aggregate=lego", "rounds.server.optimizer=adamw"), "rounds.server.optimizer: is read with rounds.aggregate=average only"),
     (("rounds.server.optimizer=adamw", UNEQUAL), "rounds.server.optimizer: needs clients of one rank"),

@@ -45,7 +45,10 @@ def test_a_saved_model_is_told_from_its_headers(tmp_path: Path, model_type: str)
     assert layer.query_width == decoder.self_attn.o_proj.in_features
 
 
-@pytest.mark.parametrize(("model_type", "kind"), [("llama", MIXLORA), ("qwen3", MIXLORA), ("mixtral", MOE_LORA), ("qwen3_moe", MOE_LORA)])
+@pytest.mark.parametrize(
+    ("model_type", "kind"),
+    [("llama", MIXLORA), ("qwen3", MIXLORA), ("mixtral", MOE_LORA), ("qwen3_moe", MOE_LORA), ("granitemoe", MOE_LORA)],
+)
 def test_sizes_alone_tell_the_same(tmp_path: Path, model_type: str, kind: ExpertKind) -> None:
     """With a folder that has lost its weights, and with its config.json as a file of another name."""
     write_model(tmp_path, model_type)

@@ -10,6 +10,8 @@ import torch
 
 from hecate.errors import UserError
 from hecate.model.base import build_base
+from hecate.model.safetensors_headers import StoredTensor
+from hecate.model.stored_experts import expert_layers
 from hecate.parallel.expert_kinds import FULL, MIXLORA, MOE_LORA
 from testing.byte_tokenizer import build_byte_tokenizer
 from tests.hecate.model.tiny import tiny
@@ -51,3 +53,24 @@ def test_an_moe_model_is_found_with_its_own_experts(tmp_path: Path) -> None:
 def test_experts_of_another_kind_are_refused(tmp_path: Path, model_type: str, kind: Any, words: str) -> None:
     with pytest.raises(UserError, match=words):
         build_base(saved(tmp_path, model_type), "float32", None, CPU, kind)
+
+
+def test_a_gguf_file_of_a_model_with_experts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors have names of their own. The one gated FFN of each layer is the expert that all tokens share."""
+    (tmp_path / "model.gguf").touch()
+    model = tiny("qwen2_moe", torch.float32, num_experts=3, moe_intermediate_size=8, shared_expert_intermediate_size=8)
+    monkeypatch.setattr("hecate.model.base.load_model", lambda *_: model)
+    monkeypatch.setattr("hecate.model.base.load_tokenizer", lambda _: build_byte_tokenizer())
+    with pytest.raises(UserError, match=r"model\.gguf: the model has experts already"):
+        build_base(str(tmp_path / "model.gguf"), "float32", None, CPU, MIXLORA)
+
+
+def test_two_tensors_for_the_same_experts_are_refused(tmp_path: Path) -> None:
+    """A second stack of layers, for the prediction of several tokens, has numbers from 0, too."""
+    shapes = {"gate_up_proj": (2, 6, 4), "down_proj": (2, 4, 3)}
+    names = {f"{stack}.layers.0.mlp.experts.{name}": shape for stack in ("model", "mtp") for name, shape in shapes.items()}
+    entries = {name: StoredTensor(tmp_path / "m.safetensors", "F32", shape, 0) for name, shape in names.items()}
+    first = {name: entry for name, entry in entries.items() if name.startswith("model.")}
+    assert expert_layers(first, tmp_path)[0].num_experts == 2
+    with pytest.raises(UserError, match=r"(?s)two tensors are gate_up_proj .* model\.layers\.0\..* and mtp\.layers\.0\..*multi-token"):
+        expert_layers(entries, tmp_path)

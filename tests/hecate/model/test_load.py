@@ -8,10 +8,10 @@ from unittest import mock
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hecate.errors import UserError
-from hecate.model.load import load_model, load_tokenizer, pick_dtype, resolve_model
+from hecate.model.load import ModelSource, load_model, load_tokenizer, pick_dtype, resolve_model
 from tests.hecate.model.tiny import tiny, token_ids
 
 CPU = torch.device("cpu")
@@ -155,3 +155,15 @@ def test_a_model_with_experts_runs_in_float64(tmp_path: Path) -> None:
     model = load_model(resolve_model(str(tmp_path)), torch.float64, CPU)
     with torch.no_grad():
         assert model(token_ids()).logits.isfinite().all()
+
+
+def test_a_multimodal_model_is_refused_before_it_is_loaded(tmp_path: Path) -> None:
+    """But not one of which transformers loads the language model alone."""
+    source = ModelSource(tmp_path, None)
+    AutoConfig.for_model("gemma3").save_pretrained(tmp_path)
+    for layers in (None, 1):
+        with pytest.raises(UserError, match=r"(?s)gemma3 is a multimodal model \(Gemma3ForConditionalGeneration\).*model_type gemma3_text"):
+            load_model(source, torch.float32, CPU, layers)
+    AutoConfig.for_model("llama4").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="cannot load the model"):
+        load_model(source, torch.float32, CPU)
