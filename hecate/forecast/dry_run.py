@@ -330,11 +330,11 @@ def _head_seconds(run: RunShape) -> float:
 
 
 def _plain_ffn_seconds(run: RunShape) -> float:
-    """Return the seconds of the FFNs that are no experts'."""
-    plain = len(run.base.layers)
-    if not run.config.moe.kind.over_linears:
-        plain -= sum(group.number for group in run.groups)
-    forwards = 2 if run.config.gradient_checkpointing else 1
-    layer = run.base.layers[0]
-    flops = plain * (forwards + 1) * 6.0 * layer.hidden * layer.ffn
+    """Return the seconds of the FFNs that are no experts', apart from weights that are among `LayerShape.linears`."""
+    layer, forwards = run.base.layers[0], 2 if run.config.gradient_checkpointing else 1
+    if run.config.moe.kind.over_linears:
+        weights = sum(outputs * inputs for layer in run.base.layers for _, outputs, inputs in layer.ffn_linears)
+    else:
+        weights = (len(run.base.layers) - sum(group.number for group in run.groups)) * 3 * layer.hidden * layer.ffn
+    flops = (forwards + 1) * 2.0 * weights
     return flops * run.tokens * run.config.gradient_accumulation_steps / min(run.topology.flops)

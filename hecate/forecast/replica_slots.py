@@ -21,19 +21,30 @@ _PLANNED_SHARE = 0.9
 """of a device's memory; the rest is for what is not counted (docs/simulator.md), and for ranks that serve more tokens than others"""
 
 
-def slots_of_config(config: Config) -> Callable[[Topology], np.ndarray | None]:
+def slots_of_config(config: Config, say: Callable[[str], None] | None = None) -> Callable[[Topology], np.ndarray | None]:
     """Return the function that says for any topology of the ranks' devices what `replica_slots` says for this configuration.
 
     It returns None where `fssdp.memory_slots` is a number, on CPUs, and for a model whose files do not tell its sizes: as many slots as
     experts, or as the number says. Every rank that has the same files gets the same answer.
+
+    Args:
+        say: is told once if the files do not tell the model's sizes.
     """
+    said = False
 
     def slots(topology: Topology) -> np.ndarray | None:
         if config.fssdp.memory_slots is not None or not has_gpus(topology):
             return None
         try:
             return replica_slots(shape_on(config, SeenTopology(topology), config.topology))
-        except UserError:
+        except UserError as error:
+            nonlocal said
+            if say is not None and not said:
+                said = True
+                say(
+                    "fssdp.memory_slots: how many replicas fit into the memory is not known, so that there are as many slots as experts; "
+                    f"if memory runs out, give a number\n  {str(error).splitlines()[0][:200]}"
+                )
             return None
 
     return slots

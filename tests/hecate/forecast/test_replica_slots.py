@@ -63,5 +63,12 @@ def test_a_training_asks_for_its_topology_and_cpus_have_as_many_as_experts() -> 
     assert found is not None
     np.testing.assert_array_equal(found, replica_slots(run_shape(recipe(*MIXTRAL), "h100-node", None)))
     assert slots_of_config(recipe(*MIXTRAL, slots=3))(gpus) is None
-    assert slots_of_config(replace(recipe(*MIXTRAL), model=replace(recipe(*MIXTRAL).model, name_or_path="/nowhere")))(gpus) is None
+    said: list[str] = []
+    unknown = slots_of_config(replace(recipe(*MIXTRAL), model=replace(recipe(*MIXTRAL).model, name_or_path="/nowhere")), said.append)
+    assert unknown(cpus) is None
+    assert said == []
+    assert unknown(gpus) is unknown(gpus) is None
+    (note,) = said
+    assert "fssdp.memory_slots" in note
+    assert "/nowhere" in note
     assert replica_slots(run_shape(recipe(*MIXTRAL), "two-cpu-ranks", None)).tolist() == [8, 8]
