@@ -26,8 +26,7 @@ class LayerShape:
     """the inner size of the FFN; where units are linears and the FFN is not gated, it is found by shapes alone"""
     parameters: int
     linears: tuple[tuple[str, int, int], ...]
-    """(last name, outputs, inputs) of each weight outside the FFN, or outside router and experts; of an FFN that is not gated they are here,
-    too"""
+    """(last name, outputs, inputs) of each weight outside the FFN, or outside router and experts; with those of an FFN that is not gated"""
     experts: int = 0
     """the number of the model's own experts, whose inner size is `ffn`"""
     ffn_linears: tuple[tuple[str, int, int], ...] = ()

@@ -15,10 +15,11 @@ from hecate.errors import UserError
 from hecate.forecast.dry_run import Forecast, PolicyForecast, fits, forecast
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.plan import _policy_tables, run_plan
-from hecate.forecast.run_shape import run_shape
+from hecate.forecast.run_shape import run_shape, shape_on
 from hecate.parallel.cost_loops import distinct
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Link, Topology
+from hecate.parallel.topology_cards import SeenTopology
 from hecate.parallel.traces import Trace
 from hecate.parallel.units import Unit
 from testing.unit_cases import unit_topology
@@ -169,6 +170,21 @@ def test_a_run_whose_layers_choose_their_mode(folder: Path, micro_steps: int, ca
     assert found["auto"].as_dict()["policies"][0]["plan_modes"] == found["auto"].policies[0].plan_modes
     run_plan(found["auto"].run.config, topology="two-cpu-ranks", ranks=None, workload="rotating", trace=None, json_path=None)
     assert "From which loads layers were planned" in capsys.readouterr().out
+
+
+def test_a_fast_rank_has_the_tokens_that_its_speed_gives_it(folder: Path) -> None:
+    """Of four sequences three go to a rank that is three times as fast as the other: both need as long as the slow one for a sequence."""
+    config, devices = config_for(folder, "micro_batch_size=2"), replace(slow_node(), flops=(3.0, 1.0))
+    run = shape_on(config, SeenTopology(devices), "fast-and-slow")
+    found, one = forecast(run, "balanced"), forecast(shape_on(config_for(folder), SeenTopology(slow_node()), "slow"), "balanced")
+    for part in ("attention", "head"):
+        assert of(found, "full").parts[part] == pytest.approx(of(one, "full").parts[part], rel=1e-12), part
+    assert of(found, "full").parts["experts"] == pytest.approx(of(one, "full").parts["experts"], rel=1e-12)
+    assert run.groups[0].cost == one.run.groups[0].cost, "what hides a gather"
+    for rank, sequences in ((0, 3), (1, 1)):
+        alike = shape_on(config_for(folder, f"micro_batch_size={sequences}"), SeenTopology(slow_node()), "slow")
+        wanted = of(forecast(alike, "balanced"), "full").memory_PD
+        np.testing.assert_allclose(of(found, "full").memory_PD[:, rank], wanted[:, rank], rtol=1e-12)
 
 
 def test_layers_without_experts_keep_their_ffn(folder: Path) -> None:
