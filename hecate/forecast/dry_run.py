@@ -57,7 +57,7 @@ class Forecast:
 
     run: RunShape
     workload: str
-    """the name of the synthetic loads; recorded ones are called recorded"""
+    """the name of the synthetic loads; recorded ones are called recorded, or where they were of other numbers of tokens scaled recorded"""
     policies: list[PolicyForecast]
     """the policies, with the configured one first"""
 
@@ -109,7 +109,8 @@ def forecast(run: RunShape, loads: str | Trace) -> Forecast:
     by_group = [_simulate_group(run, group, loads, names, slots_D) for group in run.groups]
     pools = [_simulate_pool(run, pool) for pool in run.pools]
     policies = [_policy_forecast(run, name, [rows[index] for rows in by_group], pools) for index, name in enumerate(names)]
-    return Forecast(run, "recorded" if isinstance(loads, Trace) else loads, policies)
+    name = loads if isinstance(loads, str) else "scaled recorded" if _is_of_other_batch(run, loads) else "recorded"
+    return Forecast(run, name, policies)
 
 
 def fits(one: PolicyForecast, run: RunShape) -> bool:
@@ -169,7 +170,26 @@ def _recorded_loads(run: RunShape, group: ExpertLayers, trace: Trace) -> np.ndar
     units = [unit for unit, experts in enumerate(trace.num_experts) if experts == group.experts]
     chosen = sorted({units[0], units[len(units) // 2], units[-1]})
     loads = trace.loads[-STEPS:, chosen, : group.experts].astype(np.int64)
-    return loads // (run.config.gradient_accumulation_steps // _micro_steps_together(run))
+    return _scaled(loads, _ratios(run, trace) * _micro_steps_together(run) / run.config.gradient_accumulation_steps)
+
+
+def _is_of_other_batch(run: RunShape, trace: Trace) -> bool:
+    """Whether the most tokens of a rank in a step were not as many as in the run that is planned."""
+    planned = int(run.sequences_D.max()) * run.config.gradient_accumulation_steps * run.config.data.seq_len
+    return trace.tokens_per_rank != planned
+
+
+def _ratios(run: RunShape, trace: Trace) -> np.ndarray:
+    """Return by what the loads of each source are multiplied to be those of as many tokens as are planned, float64 [source ranks].
+
+    The share of tokens that is padding is taken to be the same; it is known of the source with the most tokens.
+    """
+    if not _is_of_other_batch(run, trace):
+        return np.ones(run.topology.world_size)
+    recorded_S = trace.loads[-STEPS:].sum(2).mean((0, 1)) / trace.top_k
+    filled = recorded_S.max() * run.tensor_parallel / trace.tokens_per_rank
+    planned_S = run.tokens_D * run.config.gradient_accumulation_steps * filled
+    return np.divide(planned_S, recorded_S, out=np.zeros_like(recorded_S), where=recorded_S > 0)
 
 
 def _check_recorded(run: RunShape, trace: Trace) -> None:

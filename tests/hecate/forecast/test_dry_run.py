@@ -99,6 +99,26 @@ def test_a_layers_backward_pass_needs_memory_for_its_own_tokens(folder: Path) ->
     assert (np.delete(by_most, backward, 0) == np.delete(by_mean, backward, 0)).all()
 
 
+def test_recorded_loads_of_another_batch_are_those_of_as_many_tokens(folder: Path) -> None:
+    """Rank 0 had 24 of 32 tokens, and rank 1 half as many as that: with 16 planned, the share of padding stays, and both have 12."""
+    other = replace(recorded(), loads=np.array([24, 12]) * (recorded().loads > 0), tokens_per_rank=32)
+    same = replace(recorded(), loads=np.array([12, 12]) * (recorded().loads > 0))
+    run = run_shape(config_for(folder), None, 2)
+    scaled, wanted = forecast(run, other), forecast(run, same)
+    assert scaled.workload == "scaled recorded"
+    for one, plain in zip(scaled.policies, wanted.policies, strict=True):
+        assert one.parts == plain.parts
+        np.testing.assert_array_equal(one.memory_PD, plain.memory_PD)
+
+
+def test_half_of_a_steps_recorded_loads_lacks_no_token(folder: Path) -> None:
+    """Each rank's 64 assignments of two micro-steps are odd numbers; one micro-step has the 32 that it has with even loads."""
+    run = run_shape(config_for(folder, "gradient_accumulation_steps=2", "fssdp.rematerialize=true"), None, 2)
+    odd = np.broadcast_to(np.array([17, 15, 17, 15])[None, None, :, None], (1, 3, 4, 2)).copy()
+    trace = replace(recorded(), loads=odd, tokens_per_rank=32)
+    assert of(forecast(run, trace), "full").parts["experts"] == of(forecast(run, "balanced"), "full").parts["experts"]
+
+
 @pytest.mark.parametrize(
     ("trace", "text"),
     [
