@@ -58,9 +58,8 @@ def main(arguments: Sequence[str]) -> None:
             peak = peak_bytes(_changes(events), steps.start_time_ns, steps.end_time_ns, before)
         Path(f"{out}.{ranks.rank}").write_text(json.dumps({"peak_bytes": peak}), encoding="utf-8")
         if ranks.rank == 0:
-            of_a_step = max(int(of_unit.sum(0).max()) for one in loads for of_unit in one.values())
-            top_k = training.parts.config.moe.experts_per_token
-            trace = TraceWriter(Path(f"{out}.loads"), top_k=top_k, tokens_per_rank=of_a_step // top_k, model="", notes={}, after=0)
+            top_k, most = training.parts.config.moe.experts_per_token, training.facts().tokens_per_rank
+            trace = TraceWriter(Path(f"{out}.loads"), top_k=top_k, tokens_per_rank=most, model="", notes={}, after=0)
             for step, one in enumerate(loads, start=1):
                 trace.append(step, one)
             trace.save()

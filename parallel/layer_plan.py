@@ -24,7 +24,7 @@ from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.planners.auto import TIE
 from hecate.parallel.planners.new_split import split_anew
 from hecate.parallel.route_loops import FASTEST
-from hecate.parallel.source_split import SourceSplit, flows_of_shares
+from hecate.parallel.source_split import ALL_SOURCES, SourceSplit, flows_of_shares
 from hecate.parallel.topology import Topology
 
 
@@ -42,16 +42,15 @@ class LayerPlan:
 
     def dispatches(self, topology: Topology) -> bool:
         """Whether a token may have to leave its rank."""
-        share_ESD = self._shares(topology)
-        if share_ESD is not None:
-            return not (self.placement.where_ED.all() and (np.diagonal(share_ESD, axis1=1, axis2=2) == 1).all())
+        if self.source_split is not None and self.quota_ED is not None:
+            return not (self.placement.where_ED.all() and all(self._keeps(topology, rank) for rank in range(topology.world_size)))
         return not nothing_travels(self.placement.where_ED, self.loads_ED, self.quota_ED, topology)
 
     def split(self, topology: Topology, source: int) -> np.ndarray:
         """float64 [experts, ranks]: see `token_split`."""
-        share_ESD = self._shares(topology)
+        share_ESD = self._shares(topology, slice(source, source + 1))
         if share_ESD is not None:
-            return share_ESD[:, source]
+            return share_ESD[:, 0]
         return token_split(self.placement.where_ED, self.loads_ED, self.quota_ED, topology, source)
 
     def flow(self, loads_ED: np.ndarray, topology: Topology) -> Flows:
@@ -67,11 +66,15 @@ class LayerPlan:
         """float64 [ranks]: number of assignments that each rank serves under these loads."""
         return served(self.flow(loads_ED, topology)).sum(0)
 
-    def _shares(self, topology: Topology) -> np.ndarray | None:
-        """float64 [experts, sources, ranks]; None: by the quotas."""
+    def _keeps(self, topology: Topology, rank: int) -> bool:
+        """Whether no token leaves this rank."""
+        return bool((self.split(topology, rank)[:, rank] == 1).all())
+
+    def _shares(self, topology: Topology, sources: slice = ALL_SOURCES) -> np.ndarray | None:
+        """float64 [experts, these sources, ranks]; None: by the quotas."""
         if self.source_split is None or self.quota_ED is None:
             return None
-        return self.source_split.shares(self.placement.where_ED, self.quota_ED, self.loads_ED, topology)
+        return self.source_split.shares(self.placement.where_ED, self.quota_ED, self.loads_ED, topology, sources)
 
 
 def layer_plan(plan: Plan, given: PlanInput, index: int) -> LayerPlan:

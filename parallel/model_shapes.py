@@ -84,8 +84,11 @@ class ModelShape:
 
     @property
     def pair_parameters(self) -> int:
-        """The parameters of one expert's LoRA pairs."""
-        return 0 if self.rank is None else self.matrices * self.rank * (self.hidden + self.ffn)
+        """The parameters of one expert's LoRA pairs: A and B of each matrix. Where gate and up are joined, they have one A together."""
+        if self.rank is None:
+            return 0
+        joined = self.of_kind.joins_gate_and_up and self.matrices == 3
+        return self.rank * (self.matrices * (self.hidden + self.ffn) - self.hidden * joined)
 
     @property
     def attention_parameters(self) -> int:

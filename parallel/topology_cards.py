@@ -123,7 +123,8 @@ def topology_of_devices(devices: Sequence[RankDevice]) -> SeenTopology:
         memory_bandwidth=tuple(card.memory_bandwidth for card in cards),
     )
     seen = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
-    unknown = [_unknown(name) for name in dict.fromkeys(names) if _table_name(name) not in CARDS]
+    guessed = {name for name, device in zip(names, devices, strict=True) if device.memory is None}
+    unknown = [_unknown(name, name in guessed) for name in dict.fromkeys(names) if _table_name(name) not in CARDS]
     return SeenTopology(topology, (f"topology: {seen} on {_nodes(topology)}", *unknown, *_between_nodes(topology)))
 
 
@@ -146,11 +147,12 @@ def _table_name(name: str) -> str:
     return name.removeprefix("NVIDIA ").strip()
 
 
-def _unknown(name: str) -> str:
+def _unknown(name: str, memory_is_guessed: bool) -> str:
     card = _sustained(name)
+    memory = f" with {card.memory / 1e9:.0f} GB of memory" if memory_is_guessed else ""
     return (
         f"topology: auto does not know the card {name!r}; plans take it for one of {card.bf16_flops / 1e12:.0f} TFLOP/s and "
-        f"{card.link / 1e9:.0f} GB/s to its neighbours; `hecate profile` measures it"
+        f"{card.link / 1e9:.0f} GB/s to its neighbours{memory}; `hecate profile` measures it"
     )
 
 

@@ -67,10 +67,9 @@ def threads() -> Finding:
 def memory() -> Finding:
     if not _MEMINFO.is_file():
         return skipped(f"no {_MEMINFO} on this system")
-    from hecate.profile.probe import available_memory
+    from hecate.profile.probe import memory_of_machine
 
-    limit = _CGROUP / "memory.max"
-    free = available_memory(_MEMINFO.read_text(encoding="ascii"), limit.read_text(encoding="ascii") if limit.is_file() else None)
+    free = memory_of_machine(_MEMINFO, _CGROUP)
     what = f"{free / _GIB:.1f} GiB free"
     if free < _LEAST_MEMORY:
         return problem(

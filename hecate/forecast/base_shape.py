@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ class LayerShape:
 
     hidden: int
     ffn: int
+    """the inner size of the FFN; where units are linears and the FFN is not gated, it is found by shapes alone"""
     parameters: int
     linears: tuple[tuple[str, int, int], ...]
-    """(last name, outputs, inputs) of each weight outside the FFN, or outside router and experts"""
+    """(last name, outputs, inputs) of each weight outside the FFN, or outside router and experts; with those of an FFN that is not gated"""
     experts: int = 0
     """the number of the model's own experts, whose inner size is `ffn`"""
     ffn_linears: tuple[tuple[str, int, int], ...] = ()
@@ -48,7 +50,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class BaseShape:
-    """The sizes of a decoder-only language model with gated FFNs."""
+    """The sizes of a decoder-only language model, whose FFNs are gated unless units are linears."""
 
     layers: tuple[LayerShape, ...]
     vocabulary: int
@@ -84,7 +86,9 @@ def read_base_shape(path: Path, kind: ExpertKind, num_hidden_layers: int | None 
     if num_hidden_layers is not None and num_hidden_layers > count:
         raise UserError(f"model.num_hidden_layers: {num_hidden_layers}, but the model has only {count}")
     layers = tuple(
-        _moe_layer_shape(by_layer[index], experts[index]) if index in experts else _layer_shape(by_layer[index], f"{path}: layer {index}")
+        _moe_layer_shape(by_layer[index], experts[index])
+        if index in experts
+        else _layer_shape(by_layer[index], kind, f"{path}: layer {index}")
         for index in range(num_hidden_layers or count)
     )
     embeddings = [shape for name, shape in rest.items() if "embed" in name and len(shape) == 2 and shape[1] == layers[0].hidden]
@@ -137,26 +141,36 @@ def _moe_layer_shape(tensors: dict[str, tuple[int, ...]], experts: LayerExperts)
     )
 
 
-def _layer_shape(tensors: dict[str, tuple[int, ...]], where: str) -> LayerShape:
+def _layer_shape(tensors: dict[str, tuple[int, ...]], kind: ExpertKind, where: str) -> LayerShape:
     by_parent: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, shape in tensors.items():
-        module, _, kind = name.rpartition(".")
-        if kind == "weight" and len(shape) == 2:
+        module, _, last_part = name.rpartition(".")
+        if last_part == "weight" and len(shape) == 2:
             parent, _, last = module.rpartition(".")
             by_parent.setdefault(parent, {})[last] = shape
     found = {parent: sizes for parent, weights in by_parent.items() if (sizes := _gated(weights)) is not None}
+    named = [(parent, last, shape) for parent, weights in by_parent.items() for last, shape in weights.items()]
+    if len(found) != 1 and kind.over_linears and named:  # such experts need no gated FFN
+        return _plain_layer_shape(tensors, tuple((last, shape[0], shape[1]) for _, last, shape in named))
     if len(found) != 1:
         raise UserError(
             f"unsupported architecture: {where} has {len(found) or 'no'} gated FFN{'s' if len(found) > 1 else ''}; exactly one is needed.\n"
             "  a gated FFN has three weights under one module: two [F, D] and one [D, F] (fused or expert projections are not supported)"
         )
     ((of_ffn, (hidden, ffn)),) = found.items()
-    named = [(parent, last, shape) for parent, weights in by_parent.items() for last, shape in weights.items()]
     linears = tuple((last, shape[0], shape[1]) for parent, last, shape in named if parent != of_ffn)
     ffn_linears = tuple((last, shape[0], shape[1]) for parent, last, shape in named if parent == of_ffn)
     return LayerShape(
         hidden, ffn, sum(map(numel, tensors.values())), linears, ffn_linears=ffn_linears, normalized=_normalized(tensors, linears)
     )
+
+
+def _plain_layer_shape(tensors: dict[str, tuple[int, ...]], linears: tuple[tuple[str, int, int], ...]) -> LayerShape:
+    """Return the sizes of a layer without one gated FFN. Most of its weights read hidden states, and the widest that leads back to these,
+    attention's output left out, is taken for the FFN's."""
+    ((hidden, _),) = Counter(inputs for _, _, inputs in linears).most_common(1)
+    ffn = max((inputs for name, outputs, inputs in linears if outputs == hidden and name not in _OUTPUT_NAMES), default=0)
+    return LayerShape(hidden, ffn, sum(map(numel, tensors.values())), linears, normalized=_normalized(tensors, linears))
 
 
 def _normalized(tensors: Iterable[str], linears: Iterable[tuple[str, int, int]]) -> int:

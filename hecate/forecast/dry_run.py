@@ -57,7 +57,7 @@ class Forecast:
 
     run: RunShape
     workload: str
-    """the name of the synthetic loads; recorded ones are called recorded"""
+    """the name of the synthetic loads; recorded ones are called recorded, or where they were of other numbers of tokens scaled recorded"""
     policies: list[PolicyForecast]
     """the policies, with the configured one first"""
 
@@ -109,7 +109,8 @@ def forecast(run: RunShape, loads: str | Trace) -> Forecast:
     by_group = [_simulate_group(run, group, loads, names, slots_D) for group in run.groups]
     pools = [_simulate_pool(run, pool) for pool in run.pools]
     policies = [_policy_forecast(run, name, [rows[index] for rows in by_group], pools) for index, name in enumerate(names)]
-    return Forecast(run, "recorded" if isinstance(loads, Trace) else loads, policies)
+    name = loads if isinstance(loads, str) else "scaled recorded" if _is_of_other_batch(run, loads) else "recorded"
+    return Forecast(run, name, policies)
 
 
 def fits(one: PolicyForecast, run: RunShape) -> bool:
@@ -149,9 +150,19 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
 
 def _synthetic_loads(run: RunShape, group: ExpertLayers, workload: str) -> np.ndarray:
     """Return loads for some layers that stand for the group, int [steps, layers, experts, source ranks]."""
-    config, tokens = run.config, run.tokens * _micro_steps_together(run)
+    config, most = run.config, int(run.tokens_D.max())
     layers, world = min(group.number, SAMPLED_LAYERS), run.topology.world_size
-    return WORKLOADS[workload](STEPS, layers, world, group.experts, tokens, config.moe.experts_per_token, config.seed)
+    tokens, k = most * _micro_steps_together(run), config.moe.experts_per_token
+    return _scaled(WORKLOADS[workload](STEPS, layers, world, group.experts, tokens, k, config.seed), run.tokens_D / most)
+
+
+def _scaled(loads: np.ndarray, ratio_S: float | np.ndarray) -> np.ndarray:
+    """Return each source's loads times its ratio, int64 [steps, layers, experts, source ranks].
+
+    What is rounded down in one expert is carried to the next, so that each source loses less than one assignment.
+    """
+    through_E = np.floor(np.cumsum(loads, axis=2) * ratio_S + 1e-6).astype(np.int64)
+    return np.diff(through_E, axis=2, prepend=0)
 
 
 def _recorded_loads(run: RunShape, group: ExpertLayers, trace: Trace) -> np.ndarray:
@@ -159,7 +170,26 @@ def _recorded_loads(run: RunShape, group: ExpertLayers, trace: Trace) -> np.ndar
     units = [unit for unit, experts in enumerate(trace.num_experts) if experts == group.experts]
     chosen = sorted({units[0], units[len(units) // 2], units[-1]})
     loads = trace.loads[-STEPS:, chosen, : group.experts].astype(np.int64)
-    return loads // (run.config.gradient_accumulation_steps // _micro_steps_together(run))
+    return _scaled(loads, _ratios(run, trace) * _micro_steps_together(run) / run.config.gradient_accumulation_steps)
+
+
+def _is_of_other_batch(run: RunShape, trace: Trace) -> bool:
+    """Whether the most tokens of a rank in a step were not as many as in the run that is planned."""
+    planned = int(run.sequences_D.max()) * run.config.gradient_accumulation_steps * run.config.data.seq_len
+    return trace.tokens_per_rank != planned
+
+
+def _ratios(run: RunShape, trace: Trace) -> np.ndarray:
+    """Return by what the loads of each source are multiplied to be those of as many tokens as are planned, float64 [source ranks].
+
+    The share of tokens that is padding is taken to be the same; it is known of the source with the most tokens.
+    """
+    if not _is_of_other_batch(run, trace):
+        return np.ones(run.topology.world_size)
+    recorded_S = trace.loads[-STEPS:].sum(2).mean((0, 1)) / trace.top_k
+    filled = recorded_S.max() * run.tensor_parallel / trace.tokens_per_rank
+    planned_S = run.tokens_D * run.config.gradient_accumulation_steps * filled
+    return np.divide(planned_S, recorded_S, out=np.zeros_like(recorded_S), where=recorded_S > 0)
 
 
 def _check_recorded(run: RunShape, trace: Trace) -> None:
@@ -298,18 +328,16 @@ def _tensor_traffic(run: RunShape) -> _Traffic:
     config, topology, size = run.config, run.topology, run.tensor_parallel
     forwards = 2 if config.gradient_checkpointing else 1
     collectives = config.gradient_accumulation_steps * (len(run.base.layers) * (2 * forwards + 3) + 4)
-    port = collectives * (size - 1) * run.tokens * run.base.layers[0].hidden * run.dtype_bytes
-    groups = run.mesh.tensor_groups()
-    crossing = sum(len({topology.node_of_rank[rank] for rank in group}) > 1 for group in groups)
+    sent_D = collectives * (size - 1) * run.tokens_D * run.base.layers[0].hidden * run.dtype_bytes
+    crossing = [group for group in run.mesh.tensor_groups() if len({topology.node_of_rank[rank] for rank in group}) > 1]
     link = topology.inter_node if crossing else topology.intra_node
-    all_bytes = float(port * topology.world_size)
-    far = all_bytes * crossing / len(groups)
+    all_bytes, port, far = float(sent_D.sum()), float(sent_D.max()), float(sent_D[crossing].sum())
     seconds = port / link.bandwidth + collectives * link.latency if size > 1 else 0.0
-    return _Traffic(seconds, all_bytes - far, far, float(port), float(port) if crossing else 0.0)
+    return _Traffic(seconds, all_bytes - far, far, port, float(sent_D[crossing].max()) if crossing else 0.0)
 
 
 def _attention_seconds(run: RunShape) -> float:
-    """Return the seconds of attention on the slowest device.
+    """Return the seconds of attention on the rank that takes longest.
 
     The backward pass of frozen projections costs as much as the forward pass; that of their adapters and of the scores costs twice as much.
     """
@@ -319,22 +347,22 @@ def _attention_seconds(run: RunShape) -> float:
     for layer, (a, b) in zip(run.base.layers, run.adapters, strict=True):
         trained = 2.0 * (a + b) + 2.0 * config.data.seq_len * layer.query_width
         flops += (forwards + (2 if run.trains_non_experts else 1)) * 2.0 * layer.linear_parameters + (forwards + 2) * trained
-    return flops * run.tokens * config.gradient_accumulation_steps / min(run.topology.flops)
+    return flops * config.gradient_accumulation_steps * run.slowest_token_seconds
 
 
 def _head_seconds(run: RunShape) -> float:
     """Return the seconds of the logits, of the gradient of their inputs, and of the head's gradient if it is trained."""
     gemms = 3 if run.trains_non_experts else 2
     flops = gemms * 2.0 * run.base.layers[0].hidden * run.base.vocabulary
-    return flops * run.tokens * run.config.gradient_accumulation_steps / min(run.topology.flops)
+    return flops * run.config.gradient_accumulation_steps * run.slowest_token_seconds
 
 
 def _plain_ffn_seconds(run: RunShape) -> float:
-    """Return the seconds of the FFNs that are no experts'."""
-    plain = len(run.base.layers)
-    if not run.config.moe.kind.over_linears:
-        plain -= sum(group.number for group in run.groups)
-    forwards = 2 if run.config.gradient_checkpointing else 1
-    layer = run.base.layers[0]
-    flops = plain * (forwards + 1) * 6.0 * layer.hidden * layer.ffn
-    return flops * run.tokens * run.config.gradient_accumulation_steps / min(run.topology.flops)
+    """Return the seconds of the FFNs that are no experts', apart from weights that are among `LayerShape.linears`."""
+    layer, forwards = run.base.layers[0], 2 if run.config.gradient_checkpointing else 1
+    if run.config.moe.kind.over_linears:
+        weights = sum(outputs * inputs for layer in run.base.layers for _, outputs, inputs in layer.ffn_linears)
+    else:
+        weights = (len(run.base.layers) - sum(group.number for group in run.groups)) * 3 * layer.hidden * layer.ffn
+    flops = (forwards + 1) * 2.0 * weights
+    return flops * run.config.gradient_accumulation_steps * run.slowest_token_seconds

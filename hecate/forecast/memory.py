@@ -226,8 +226,8 @@ def _activation_bytes(run: RunShape, served_tokens_D: np.ndarray, most_tokens_D:
     if not run.config.gradient_checkpointing:
         kept = np.asarray(sum(layers))
         return kept + head, left * kept + gradients
-    inputs = sum(layer.hidden for layer in run.base.layers) * run.tokens * run.dtype_bytes
-    last_norm = 4.0 * run.tokens * run.base.layers[-1].hidden
+    inputs = sum(layer.hidden for layer in run.base.layers) * run.tokens_D * run.dtype_bytes
+    last_norm = 4.0 * run.tokens_D * run.base.layers[-1].hidden
     running_3D = np.stack([layers[-1], layers[-min(2, len(layers))], layers[0]])
     return inputs + np.maximum(np.max(layers, axis=0), last_norm + head), left * inputs + running_3D + gradients
 
@@ -257,7 +257,7 @@ def _saved_layer_bytes(run: RunShape, index: int, served_tokens_D: np.ndarray) -
     attention = _saved_by_attention(run, index)
     wide = 4 * (2 * layer.hidden + layer.normalized)
     if run.config.moe.kind.over_linears:
-        return np.full(run.topology.world_size, float(run.tokens * (b * attention + _saved_by_linears(run, index) + wide)))
+        return np.asarray(run.tokens_D * (b * attention + _saved_by_linears(run, index) + wide), dtype=np.float64)
     low_rank = 0
     if run.config.moe.kind.has_pairs:
         low_rank = run.config.lora.rank * sum(name in run.config.lora.target_modules for name, _, _ in layer.linears)
@@ -265,7 +265,7 @@ def _saved_layer_bytes(run: RunShape, index: int, served_tokens_D: np.ndarray) -
     per_token = b * (layer.hidden + attention + low_rank) + wide
     if index == 0 and not run.trains_non_experts and not any(run.adapters[0]):  # nothing before its router is trained
         per_token = 4 * layer.hidden if b < 4 else 0
-    return np.asarray(run.tokens * (per_token + trained) + b * (served_tokens_D * layer.hidden + products_D * 2 * layer.ffn))
+    return np.asarray(run.tokens_D * (per_token + trained) + b * (served_tokens_D * layer.hidden + products_D * 2 * layer.ffn))
 
 
 def _saved_by_attention(run: RunShape, index: int) -> int:
@@ -311,7 +311,7 @@ def _products_per_token(run: RunShape, index: int, served_tokens_D: np.ndarray) 
 
 def _assignments_per_token(run: RunShape, served_tokens_D: np.ndarray) -> float:
     """Return how many of a token's assignments the ranks that compute it have, on average."""
-    return run.tokens * run.topology.world_size * run.config.moe.experts_per_token / max(float(served_tokens_D.sum()), 1.0)
+    return float(run.tokens_D.sum()) * run.config.moe.experts_per_token / max(float(served_tokens_D.sum()), 1.0)
 
 
 def _backward_bytes(run: RunShape, served_tokens_D: np.ndarray, assignments: float) -> np.ndarray:
@@ -352,14 +352,15 @@ def _mask_bytes(run: RunShape, rows: float | np.ndarray, index: int) -> float | 
     return rows * (run.dtype_bytes * (layer.hidden + layer.ffn) + 4 * max(layer.hidden, layer.ffn))
 
 
-def _head_bytes(run: RunShape) -> float:
-    """Return the bytes that the head needs: the logits of one chunk of tokens, and the hidden states of all with their gradients.
+def _head_bytes(run: RunShape) -> np.ndarray:
+    """Return the bytes that the head needs, float64 [ranks]: the logits of one chunk of tokens, and all hidden states with their gradients.
 
     The softmax takes the place of float32 logits. In a narrower type there are the logits, the softmax in float32, and its rounded copy.
     Hidden states that are gathered from several ranks, and their gradients, are included.
     """
-    tokens, parts = run.tokens * run.tensor_parallel, run.tensor_parallel
-    together = 2 * tokens * run.base.layers[0].hidden * run.dtype_bytes if parts > 1 else 0
-    rows = min(_HEAD_ROWS, tokens)
+    tokens_D, parts = run.tokens_D * run.tensor_parallel, run.tensor_parallel
+    together = 2 * tokens_D * run.base.layers[0].hidden * run.dtype_bytes if parts > 1 else 0
+    rows_D = np.minimum(_HEAD_ROWS, tokens_D)
     b, hidden = run.dtype_bytes, run.base.layers[-1].hidden
-    return float(rows * run.base.vocabulary // parts * (b if b >= 4 else 2 * b + 4) + 2 * run.tokens * hidden * b + together)
+    logits_D = rows_D * run.base.vocabulary // parts * (b if b >= 4 else 2 * b + 4)
+    return np.asarray(logits_D + 2 * run.tokens_D * hidden * b + together, dtype=np.float64)

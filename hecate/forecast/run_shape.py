@@ -30,6 +30,7 @@ from hecate.parallel.expert_kinds import (
     require_public_shards,
 )
 from hecate.parallel.mesh import Mesh, make_mesh
+from hecate.parallel.sequence_shares import sequences_by_speed, slowest_of_each
 from hecate.parallel.topology import Topology
 from hecate.parallel.topology_cards import RankDevice, SeenTopology, topology_of_devices
 from hecate.parallel.topology_file import load_topology
@@ -97,9 +98,19 @@ class RunShape:
         return _is_gpu(self.topology)
 
     @property
-    def tokens(self) -> int:
-        """The tokens of one rank in one micro-step; with tensor parallelism those that it routes."""
-        return self.config.micro_batch_size * self.config.data.seq_len // self.tensor_parallel
+    def sequences_D(self) -> np.ndarray:
+        """The sequences that each rank has in one micro-step, int64 [ranks]; the ranks of a tensor group have the same ones."""
+        return np.repeat(_sequences(self.config, self.topology), self.tensor_parallel)
+
+    @property
+    def tokens_D(self) -> np.ndarray:
+        """The tokens of each rank in one micro-step, int64 [ranks]; with tensor parallelism those that it routes."""
+        return np.asarray(self.sequences_D * self.config.data.seq_len // self.tensor_parallel)
+
+    @property
+    def slowest_token_seconds(self) -> float:
+        """The seconds of a FLOP for each token of a micro-step, on the rank that takes longest."""
+        return float((self.tokens_D / np.asarray(self.topology.flops)).max())
 
     @property
     def tensor_parallel(self) -> int:
@@ -226,12 +237,27 @@ def shape_on(config: Config, seen: SeenTopology, name: str) -> RunShape:
         dtype_bytes,
         master_bytes,
         _groups(
-            [(number, unit_costs(layer, config, dtype_bytes, master_bytes)) for layer, number in zip(base.layers, experts, strict=True)]
+            [
+                (number, unit_costs(layer, config, dtype_bytes, master_bytes, _hiding_sequences(config, machines)))
+                for layer, number in zip(base.layers, experts, strict=True)
+            ]
         ),
         pool_shapes(base, config),
         None if users is None else users.width,
         seen.notes,
     )
+
+
+def _sequences(config: Config, topology: Topology) -> np.ndarray:
+    """Return the sequences of a micro-step that training deals to each tensor group by its speed, int64 [groups]."""
+    speeds = slowest_of_each(topology.flops, config.model.tensor_parallel)
+    return np.asarray(sequences_by_speed(config.micro_batch_size * len(speeds), speeds, config.deterministic_group))
+
+
+def _hiding_sequences(config: Config, topology: Topology) -> float:
+    """Return how many sequences the slowest device would compute until the last device has computed its own."""
+    speed = np.asarray(slowest_of_each(topology.flops, config.model.tensor_parallel))
+    return float((_sequences(config, topology) * (speed.min() / speed)).max())
 
 
 def has_gpus(topology: Topology) -> bool:
@@ -274,9 +300,14 @@ def pool_shapes(base: BaseShape, config: Config) -> tuple[PoolShape, ...]:
     return tuple(found)
 
 
-def unit_costs(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int) -> list[tuple[int, LayerCost, int]]:
+def unit_costs(
+    layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int, sequences: float
+) -> list[tuple[int, LayerCost, int]]:
     """Return the inputs of each unit of a layer, the cost with which the engine plans (`hecate.experts.family.ExpertFamily.cost`), and how
     many numbers of pairs are made for each replica (`PairSizes.made`).
+
+    Args:
+        sequences: whose attention hides transfers, on the slowest device.
 
     Raises:
         UserError: units are linears, and one of lora.target_modules is none of the layer's.
@@ -296,7 +327,7 @@ def unit_costs(layer: LayerShape, config: Config, dtype_bytes: int, master_bytes
             place=place,
             top_k=config.moe.experts_per_token,
             number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
-            non_moe_flops=2.0 * weights * config.micro_batch_size * config.data.seq_len / config.model.tensor_parallel,
+            non_moe_flops=2.0 * weights * sequences * config.data.seq_len / config.model.tensor_parallel,
             undivided=config.deterministic or (kind.over_linears and config.moe.router.mixes in UNDIVIDED_MIXES),
         )
         costs.append((inputs, cost, pairs.made))

@@ -145,9 +145,16 @@ def free_memory(device: torch.device, ranks_on_node: int) -> float:
     """Return the bytes that this rank may use: those free on its GPU, or on a CPU machine an equal share of the available memory."""
     if device.type == "cuda":
         return float(torch.cuda.mem_get_info(device)[0])
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text(encoding="utf-8") if limit.is_file() else None
-    return available_memory(Path("/proc/meminfo").read_text(encoding="utf-8"), text) / ranks_on_node
+    return memory_of_machine(Path("/proc/meminfo"), Path("/sys/fs/cgroup")) / ranks_on_node
+
+
+def memory_of_machine(meminfo: Path, cgroup: Path) -> float:
+    """Return the available bytes of a machine or of a container, from the kernel's file of memory and folder of the control group."""
+    limit, used, parts = (
+        path.read_text(encoding="utf-8") if path.is_file() else None
+        for path in (cgroup / "memory.max", cgroup / "memory.current", cgroup / "memory.stat")
+    )
+    return available_memory(meminfo.read_text(encoding="utf-8"), limit, used or "0", parts or "")
 
 
 def device_name(device: torch.device) -> str:
@@ -160,11 +167,20 @@ def device_name(device: torch.device) -> str:
     return f"{model}, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def available_memory(meminfo: str, limit: str | None) -> float:
-    """Return the available bytes, from the text of the machine's /proc/meminfo and, if there is one, of the container's memory.max."""
+def available_memory(meminfo: str, limit: str | None, used: str = "0", parts: str = "") -> float:
+    """Return the available bytes, from the text of the machine's /proc/meminfo and of the container's files, if there are any.
+
+    Args:
+        limit: memory.max.
+        used: memory.current, which counts the cache of files, too.
+        parts: memory.stat. The cache of files that are not in use is given up as soon as something else needs memory.
+    """
     line = next(line for line in meminfo.splitlines() if line.startswith("MemAvailable:"))
     available = float(line.split()[1]) * 1024
-    return available if limit is None or limit.strip() == "max" else min(available, float(limit))
+    if limit is None or limit.strip() == "max":
+        return available
+    cache = next((float(line.split()[1]) for line in parts.splitlines() if line.startswith("inactive_file ")), 0.0)
+    return min(available, max(0.0, float(limit) - max(0.0, float(used) - cache)))
 
 
 def _matmul(device: torch.device, sizes: ProbeSizes) -> Callable[[], object]:

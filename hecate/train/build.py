@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +162,7 @@ def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) ->
     if config.model.front_end == "megatron":
         from hecate.megatron.front_end import build_megatron
 
-        return build_megatron(config, ranks, topology, slots_of_config(config))
+        return build_megatron(config, ranks, topology, slots_of_config(config, partial(_say, ranks)))
     attention = AttentionChoice(config.model.attention, config.data.packing)
     return build_base(
         config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks.device, config.moe.kind, attention
@@ -182,7 +183,7 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
         return base.moe
     flops = non_moe_flops_per_token(base.model, base.found) * config.micro_batch_size * config.data.seq_len
     plan = insertion_plan(config, len({one.unit.layer for one in base.found}), user_width)
-    settings = engine_config(config, ranks, flops, topology, slots_of_config(config))
+    settings = engine_config(config, ranks, flops, topology, slots_of_config(config, partial(_say, ranks)))
     moe = insert_experts(base.model, base.found, plan, settings, ranks.groups)
     if config.model.shard_non_experts:
         assert ranks.layers is not None, "the ranks were joined without model.shard_non_experts"

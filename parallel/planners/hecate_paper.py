@@ -31,17 +31,19 @@ def plan_hecate_paper(given: PlanInput) -> Plan:
 def _deal_slots(given: PlanInput, load_E: np.ndarray, hottest: np.ndarray, where_ED: np.ndarray) -> None:
     """Slot by slot: the expert with the highest load per replica that still finds room gets one more, in `where_ED`."""
     node_of_rank, num_nodes = np.asarray(given.topology.node_of_rank), given.topology.num_nodes
-    free_D = given.slots_D.copy()
-    open_experts = list(hottest)
-    while open_experts:
-        expert = max(open_experts, key=lambda e: load_E[e] / where_ED[e].sum())  # the first of equals
+    free_D, copies_E = given.slots_D.copy(), where_ED.sum(1)
+    open_experts = hottest
+    while len(open_experts):
+        place = int((load_E[open_experts] / copies_E[open_experts]).argmax())  # the first of equals
+        expert = open_experts[place]
         candidates = np.flatnonzero((free_D > 0) & ~where_ED[expert])
         if not len(candidates):
-            open_experts.remove(expert)
+            open_experts = np.delete(open_experts, place)
             continue
         copies_in_node = np.bincount(node_of_rank, weights=where_ED[expert], minlength=num_nodes)
         free_in_node = np.bincount(node_of_rank, weights=free_D, minlength=num_nodes)
         node = node_of_rank[candidates]
         rank = candidates[np.lexsort((candidates, -free_D[candidates], -free_in_node[node], copies_in_node[node]))[0]]
         where_ED[expert, rank] = True
+        copies_E[expert] += 1
         free_D[rank] -= 1

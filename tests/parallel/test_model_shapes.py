@@ -23,8 +23,9 @@ def test_the_papers_models_have_its_parameters(preset: str, billions: float) -> 
 
 @pytest.mark.parametrize(
     ("preset", "frozen_mb", "pair_millions"),
-    # Mixtral: 3 · 4096 · 14336 weights of 2 bytes. MixLoRA's paper-sized Llama-7B: 0.725 M parameters an expert.
-    [("mixtral-8x7b", 352, 0.885), ("llama-7b-mixlora", 0, 0.725), ("qwen3-30b-a3b", 9, 0.135), ("olmoe-1b-7b", 13, 0.147)],
+    # Mixtral: 3 · 4096 · 14336 weights of 2 bytes; of rank 16 a pair over gate and up, (4096 + 28672), and one over down, (14336 + 4096).
+    # MixLoRA's paper-sized Llama-7B: 0.725 M parameters an expert.
+    [("mixtral-8x7b", 352, 0.819), ("llama-7b-mixlora", 0, 0.725), ("qwen3-30b-a3b", 9, 0.102), ("olmoe-1b-7b", 13, 0.115)],
 )
 def test_lora_presets_by_published_sizes(preset: str, frozen_mb: int, pair_millions: float) -> None:
     shape = load_model_shape(PRESETS / f"{preset}.yaml")
@@ -60,12 +61,15 @@ def test_pairs_over_a_shared_ffn_by_hand() -> None:
 
 
 def test_pairs_over_frozen_experts_by_hand() -> None:
-    """Backward: once the 1200 FLOPs of the frozen expert; of its pairs' 360 the half that is A's once more, and all twice."""
+    """A pair of rank 2 over gate and up, 10 to 40, and one over down: 2 · 50 + 2 · 30 = 160 parameters.
+
+    Backward: once the 1200 FLOPs of the frozen expert; of its pairs' 320 half once more, as A's are taken to be, and all twice.
+    """
     shape = ModelShape(kind="moe_lora", rank=2, **SMALL)
     cost = shape.layer_cost(16)
-    assert (cost.trainable_bytes, cost.frozen_bytes, cost.row_flops, cost.assignment_flops) == (720, 1200, 0, 1560)
-    assert cost.assignment_backward * cost.assignment_flops == pytest.approx(1200 + 2.5 * 360)
-    assert num_params(shape) == 3 * (400 + 4 * (600 + 180))
+    assert (cost.trainable_bytes, cost.frozen_bytes, cost.row_flops, cost.assignment_flops) == (640, 1200, 0, 1520)
+    assert cost.assignment_backward * cost.assignment_flops == pytest.approx(1200 + 2.5 * 320)
+    assert num_params(shape) == 3 * (400 + 4 * (600 + 160))
     assert shape.replicated_bytes() == 3 * 400 * 2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,9 +11,10 @@ from hypothesis import strategies as st
 
 from hecate.parallel.executed_flows import served
 from hecate.parallel.flows import Flows, token_split
-from hecate.parallel.layer_plan import layer_plan
+from hecate.parallel.layer_plan import LayerPlan, layer_plan
+from hecate.parallel.placement import Placement
 from hecate.parallel.planners import POLICIES, ROWS, WITH_OURS, Plan, PlanInput
-from hecate.parallel.source_split import SourceSplit, even_shares
+from hecate.parallel.source_split import SourceSplit, SplitRule, even_shares
 from tests.parallel.planners.rival_inputs import inputs, plan_input
 
 TWO_SOURCES = [[12.0, 0.0], [4.0, 0.0]]
@@ -84,6 +87,38 @@ def test_counts_are_exchanged_wherever_a_token_may_leave() -> None:
         plan = ROWS[name](given_)
         assert plan.where_LED.all()
         assert layer_plan(plan, given_, 0).dispatches(given_.topology) is travels
+
+
+@pytest.mark.parametrize("rule", ["alike", "in_node", "in_order"])
+def test_a_sources_shares_are_those_of_all_together_to_the_bit(rule: SplitRule) -> None:
+    """Of 19 ranks, as sums of 8 numbers and more depend on how they lie in memory. Of one expert no rank has a weight."""
+    random, ranks = np.random.default_rng(5), 19
+    topology = plan_input([0], None, [0] * ranks, nodes=tuple(np.arange(ranks) // 11)).topology
+    quota_ED, planned_ED = random.random((2, 6, ranks))
+    weight_ED = np.cumsum(quota_ED, axis=1) - quota_ED if rule == "in_order" else quota_ED * (random.random(quota_ED.shape) < 0.5)
+    weight_ED[0] = 0.0
+    split = SourceSplit(rule, weight_ED)
+    share_ESD = split.shares(quota_ED > 0, quota_ED, planned_ED, topology)
+    for source in range(ranks):
+        own_E1D = split.shares(quota_ED > 0, quota_ED, planned_ED, topology, slice(source, source + 1))
+        assert np.array_equal(own_E1D, share_ESD[:, source : source + 1])
+
+
+@pytest.mark.parametrize("rule", ["alike", "in_node", "in_order"])
+def test_a_training_step_makes_no_array_of_all_sources(rule: SplitRule) -> None:
+    """64 experts on 256 ranks: 32 MiB for the shares of all sources, 128 KiB for those of one."""
+    ranks, experts = 256, 64
+    topology = plan_input([0], None, [0] * ranks, nodes=tuple(np.arange(ranks) // 8)).topology
+    where_ED, loads_ED = np.ones((experts, ranks), dtype=bool), np.ones((experts, ranks))
+    begin_ED = np.broadcast_to(np.arange(float(ranks)), loads_ED.shape)  # each rank serves its own
+    split = SourceSplit(rule, begin_ED if rule == "in_order" else loads_ED)
+    one = LayerPlan(Placement(np.zeros(experts, np.int64), where_ED), loads_ED, loads_ED, split)
+    tracemalloc.start()
+    assert one.dispatches(topology) is (rule != "in_order")
+    one.split(topology, 3)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 4 << 20
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))

@@ -72,6 +72,9 @@ def test_an_unknown_card_is_reported() -> None:
     _, note = seen.notes
     assert note.startswith(f"topology: auto does not know the card '{slice_of_one}'; plans take it for one of 400 TFLOP/s and 200 GB/s")
     assert "hecate profile" in note
+    assert "memory" not in note, "the devices have said it"
+    _, of_plan = topology_of_devices([RankDevice("here", "Card of tomorrow")]).notes
+    assert "with 80 GB of memory;" in of_plan
 
 
 def test_unknown_cards_alone_are_planned_for_as_one_node_of_them() -> None:

@@ -15,10 +15,11 @@ from hecate.errors import UserError
 from hecate.forecast.dry_run import Forecast, PolicyForecast, fits, forecast
 from hecate.forecast.memory import PHASES, memory_parts
 from hecate.forecast.plan import _policy_tables, run_plan
-from hecate.forecast.run_shape import run_shape
+from hecate.forecast.run_shape import run_shape, shape_on
 from hecate.parallel.cost_loops import distinct
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Link, Topology
+from hecate.parallel.topology_cards import SeenTopology
 from hecate.parallel.traces import Trace
 from hecate.parallel.units import Unit
 from testing.unit_cases import unit_topology
@@ -98,6 +99,26 @@ def test_a_layers_backward_pass_needs_memory_for_its_own_tokens(folder: Path) ->
     assert (np.delete(by_most, backward, 0) == np.delete(by_mean, backward, 0)).all()
 
 
+def test_recorded_loads_of_another_batch_are_those_of_as_many_tokens(folder: Path) -> None:
+    """Rank 0 had 24 of 32 tokens, and rank 1 half as many as that: with 16 planned, the share of padding stays, and both have 12."""
+    other = replace(recorded(), loads=np.array([24, 12]) * (recorded().loads > 0), tokens_per_rank=32)
+    same = replace(recorded(), loads=np.array([12, 12]) * (recorded().loads > 0))
+    run = run_shape(config_for(folder), None, 2)
+    scaled, wanted = forecast(run, other), forecast(run, same)
+    assert scaled.workload == "scaled recorded"
+    for one, plain in zip(scaled.policies, wanted.policies, strict=True):
+        assert one.parts == plain.parts
+        np.testing.assert_array_equal(one.memory_PD, plain.memory_PD)
+
+
+def test_half_of_a_steps_recorded_loads_lacks_no_token(folder: Path) -> None:
+    """Each rank's 64 assignments of two micro-steps are odd numbers; one micro-step has the 32 that it has with even loads."""
+    run = run_shape(config_for(folder, "gradient_accumulation_steps=2", "fssdp.rematerialize=true"), None, 2)
+    odd = np.broadcast_to(np.array([17, 15, 17, 15])[None, None, :, None], (1, 3, 4, 2)).copy()
+    trace = replace(recorded(), loads=odd, tokens_per_rank=32)
+    assert of(forecast(run, trace), "full").parts["experts"] == of(forecast(run, "balanced"), "full").parts["experts"]
+
+
 @pytest.mark.parametrize(
     ("trace", "text"),
     [
@@ -169,6 +190,21 @@ def test_a_run_whose_layers_choose_their_mode(folder: Path, micro_steps: int, ca
     assert found["auto"].as_dict()["policies"][0]["plan_modes"] == found["auto"].policies[0].plan_modes
     run_plan(found["auto"].run.config, topology="two-cpu-ranks", ranks=None, workload="rotating", trace=None, json_path=None)
     assert "From which loads layers were planned" in capsys.readouterr().out
+
+
+def test_a_fast_rank_has_the_tokens_that_its_speed_gives_it(folder: Path) -> None:
+    """Of four sequences three go to a rank that is three times as fast as the other: both need as long as the slow one for a sequence."""
+    config, devices = config_for(folder, "micro_batch_size=2"), replace(slow_node(), flops=(3.0, 1.0))
+    run = shape_on(config, SeenTopology(devices), "fast-and-slow")
+    found, one = forecast(run, "balanced"), forecast(shape_on(config_for(folder), SeenTopology(slow_node()), "slow"), "balanced")
+    for part in ("attention", "head"):
+        assert of(found, "full").parts[part] == pytest.approx(of(one, "full").parts[part], rel=1e-12), part
+    assert of(found, "full").parts["experts"] == pytest.approx(of(one, "full").parts["experts"], rel=1e-12)
+    assert run.groups[0].cost == one.run.groups[0].cost, "what hides a gather"
+    for rank, sequences in ((0, 3), (1, 1)):
+        alike = shape_on(config_for(folder, f"micro_batch_size={sequences}"), SeenTopology(slow_node()), "slow")
+        wanted = of(forecast(alike, "balanced"), "full").memory_PD
+        np.testing.assert_allclose(of(found, "full").memory_PD[:, rank], wanted[:, rank], rtol=1e-12)
 
 
 def test_layers_without_experts_keep_their_ffn(folder: Path) -> None:

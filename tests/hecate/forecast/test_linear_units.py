@@ -50,21 +50,41 @@ def built(folder: Path, group: dist.ProcessGroup, *overrides: str) -> tuple[MoeM
     return insert_experts(model, found, plan, engine, ExpertGroups(group, group)), head
 
 
-def test_its_units_and_costs_are_the_engines(one_rank: dist.ProcessGroup, tmp_path: Path) -> None:
-    write_model(tmp_path)
-    moe, _ = built(tmp_path, one_rank)
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "units"),
+    # Phi-3 has gate and up in one weight, which is no gated FFN that experts could replace.
+    [("llama", (), 7), ("phi3", ("lora.target_modules=[o_proj,down_proj]",), 2)],
+)
+def test_its_units_and_costs_are_the_engines(
+    one_rank: dist.ProcessGroup, tmp_path: Path, model_type: str, overrides: tuple[str, ...], units: int
+) -> None:
+    write_model(tmp_path, model_type)
+    moe, _ = built(tmp_path, one_rank, *overrides)
     shards = moe.engine.shards
     wanted: dict[Any, int] = {}
     for family in shards.families.values():
         key = family.num_experts, family.cost(2, shards.config.non_moe_flops)
         wanted[key] = wanted.get(key, 0) + 1
-    run = planned(tmp_path)
+    run = planned(tmp_path, *overrides)
     counted: dict[Any, int] = {}
     for group in run.groups:  # linears of one cost may have routers of different widths
         counted[group.experts, group.cost] = counted.get((group.experts, group.cost), 0) + group.number
     assert counted == wanted
-    assert sum(group.number for group in run.groups) == 2 * 7
+    assert sum(group.number for group in run.groups) == 2 * units
     assert run.replicated_parameters == sum(parameter.numel() for parameter in moe.replicated_parameters().values())
+    assert {layer.ffn for layer in run.base.layers} == {24}
+
+
+def test_weights_of_an_ffn_that_is_not_gated_are_counted_once(tmp_path: Path) -> None:
+    """Both models have the same weights, of which Phi-3 joins some."""
+    seconds = []
+    for model_type in ("llama", "phi3"):
+        (tmp_path / model_type).mkdir()
+        write_model(tmp_path / model_type, model_type)
+        run = planned(tmp_path / model_type, "lora.target_modules=[o_proj,down_proj]")
+        parts = forecast(run, "balanced").policies[0].parts
+        seconds.append(parts["attention"] + parts["experts"])
+    assert seconds[1] == pytest.approx(seconds[0], rel=1e-12)
 
 
 def test_the_units_of_a_layer_share_one_message_and_what_hides_it(tmp_path: Path) -> None:

@@ -55,6 +55,15 @@ def test_each_device_has_its_own_room_and_a_larger_one_has_more() -> None:
     assert replica_slots(tiny).tolist() == [0] * 8
 
 
+def test_a_fast_device_has_less_room_beside_the_tokens_of_more_sequences() -> None:
+    """Four of eight devices are three times as fast, and have three of four sequences; they own as many experts as the others."""
+    run = run_shape(recipe(*MIXTRAL, "micro_batch_size=8"), "h100-node", None)
+    flops = tuple(speed * share for speed, share in zip(run.topology.flops, (3.0, 1.0) * 4, strict=True))
+    alike, slots_D = replica_slots(run), replica_slots(replace(run, topology=replace(run.topology, flops=flops)))
+    assert (slots_D[::2] < alike[::2]).all()
+    assert (slots_D[1::2] > alike[1::2]).all()
+
+
 def test_a_training_asks_for_its_topology_and_cpus_have_as_many_as_experts() -> None:
     cpus, gpus = (load_topology(find_preset("topologies", "topology", name)) for name in ("two-cpu-ranks", "h100-node"))
     slots = slots_of_config(recipe(*MIXTRAL))
@@ -63,5 +72,12 @@ def test_a_training_asks_for_its_topology_and_cpus_have_as_many_as_experts() -> 
     assert found is not None
     np.testing.assert_array_equal(found, replica_slots(run_shape(recipe(*MIXTRAL), "h100-node", None)))
     assert slots_of_config(recipe(*MIXTRAL, slots=3))(gpus) is None
-    assert slots_of_config(replace(recipe(*MIXTRAL), model=replace(recipe(*MIXTRAL).model, name_or_path="/nowhere")))(gpus) is None
+    said: list[str] = []
+    unknown = slots_of_config(replace(recipe(*MIXTRAL), model=replace(recipe(*MIXTRAL).model, name_or_path="/nowhere")), said.append)
+    assert unknown(cpus) is None
+    assert said == []
+    assert unknown(gpus) is unknown(gpus) is None
+    (note,) = said
+    assert "fssdp.memory_slots" in note
+    assert "/nowhere" in note
     assert replica_slots(run_shape(recipe(*MIXTRAL), "two-cpu-ranks", None)).tolist() == [8, 8]

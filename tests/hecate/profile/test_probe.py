@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -28,6 +29,18 @@ def test_memory_of_a_cpu_rank() -> None:
     assert probe.available_memory(meminfo, limit=None) == 4096 * 1024
     assert probe.available_memory(meminfo, limit="max\n") == 4096 * 1024
     assert probe.available_memory(meminfo, limit="1000000\n") == 1e6
+
+
+def test_what_a_container_uses_is_not_free(tmp_path: Path) -> None:
+    """Of 1,000,000 bytes 700,000 are in use, of which 200,000 are a cache of files that nobody uses."""
+    (tmp_path / "meminfo").write_text("MemAvailable:   4096 kB\n")
+    for name, text in (("max", "1000000\n"), ("current", "700000\n"), ("stat", "anon 400000\ninactive_file 200000\n")):
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert probe.memory_of_machine(tmp_path / "meminfo", tmp_path) == 5e5
+    (tmp_path / "memory.stat").unlink()
+    assert probe.memory_of_machine(tmp_path / "meminfo", tmp_path) == 3e5
+    (tmp_path / "memory.current").write_text("1000001\n")
+    assert probe.memory_of_machine(tmp_path / "meminfo", tmp_path) == 0
 
 
 def test_ranks_share_the_memory_of_their_machine() -> None:
