@@ -27,6 +27,8 @@ Place = Literal[
     "stepped",  # the parameters have changed
     "trained",  # the step counts as done; with its sequences
     "save",  # a checkpoint is about to be written
+    "move",  # in a re-shard a layer's experts are about to move; then: those of this rank have arrived, and it does not own them yet
+    "backups",  # a layer's new backups have arrived, and this rank does not hold them yet; then: all ranks hold theirs
     "output",  # what the run leaves is about to be written; then: it is written, and the ranks are about to agree on that
     "lost",  # this rank has noticed that another one is lost
     "regrouped",  # this rank goes on with the ranks that are left, or that have come

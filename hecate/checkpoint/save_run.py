@@ -2,7 +2,9 @@
 
     rank 0 looks what is there, and whether there is room -> the ranks of the first sharding group write -> rank 0 commits, and prunes
 
-Only the writing may be done by a thread beside the training (`begin_save` with `background`). It sends no messages.
+What a rank does with files, a thread of its own does. It sends no messages; every second the ranks agree on whether all have done their
+parts. So none waits in a collective, which has a timeout, for files, which may take long. With `begin_save` and `background` the training
+goes on beside the writing.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,10 @@ from hecate.config import Config, to_yaml
 from hecate.ranks.ranks import Ranks
 
 _NONCE_BYTES = 8
+_POLL_SECONDS = 1.0
+"""how long a rank waits for its own files at most before it says that it is still at work"""
+_Action = Callable[[Callable[[], None]], None]
+"""a rank's part of a save; it gets a function to call now and then (`WriteThread`), and raises CheckpointError where it fails"""
 _as_yaml = lru_cache(maxsize=1)(to_yaml)
 """the same in each save of a run"""
 
@@ -55,10 +61,9 @@ class SaveUnderWay:
     meta: dict[str, Any]
     world_size: int
     """how many ranks write"""
-    write: Callable[[], None]
-    """writes this rank's part, or waits until its thread has; raises CheckpointError"""
+    write: _Action | None
+    """writes this rank's part; None: it has none, or `thread` writes it already"""
     thread: WriteThread | None
-    """None: nothing is written before `write` is called"""
 
     def requests(self) -> tuple[bool, bool]:
         """Whether this rank is still writing, and whether it has failed; `end_save` is due once no rank writes, or any has failed."""
@@ -107,14 +112,15 @@ def begin_save(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainSt
     meta = {"config": _as_yaml(config), "owners": owners, "base_model": parts.base_digest, "drawn": parts.drawn_digest, **state.to_json()}
     meta |= {"residency": shards.residency_to_json(), SAVED_AT: int(time.time())}
     needed = int(ranks.all_sum(torch.tensor(shard_bytes(rank, world_size, tensors) if writes else 0)))
-    _together(ranks, final, (lambda: require_room(final, needed)) if ranks.is_first else _nothing)
+    _together(ranks, final, (lambda _: require_room(final, needed)) if ranks.is_first else None)
     if not writes:
-        return SaveUnderWay(config, final, staging, meta, world_size, _nothing, None)
+        return SaveUnderWay(config, final, staging, meta, world_size, None, None)
     if not background:
-        return SaveUnderWay(config, final, staging, meta, world_size, lambda: write_shard(staging, rank, world_size, tensors), None)
+        write = lambda go_on: write_shard(staging, rank, world_size, tensors, go_on)  # noqa: E731
+        return SaveUnderWay(config, final, staging, meta, world_size, write, None)
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     thread = WriteThread(lambda go_on: write_shard(staging, rank, world_size, copies, go_on))
-    return SaveUnderWay(config, final, staging, meta, world_size, thread.wait, thread)
+    return SaveUnderWay(config, final, staging, meta, world_size, None, thread)
 
 
 def end_save(ranks: Ranks, save: SaveUnderWay, *, failed: bool = False) -> Saved:
@@ -129,20 +135,21 @@ def end_save(ranks: Ranks, save: SaveUnderWay, *, failed: bool = False) -> Saved
     if failed:
         save.break_off()
     try:
-        _together(ranks, save.final, save.write)
+        _together(ranks, save.final, save.write, save.thread)
     except CheckpointError:
         if ranks.is_first:
             discard(save.staging)
         raise
     warnings: list[str] = []
-    _together(ranks, save.final, (lambda: _commit(save, warnings)) if ranks.is_first else _nothing)
+    _together(ranks, save.final, (lambda _: _commit(save, warnings)) if ranks.is_first else None)
+    note_damage(save.final, None)  # on all ranks: any of them may be the first one day, and prune
     return Saved(save.final, tuple(warnings))
 
 
 def require_durable_folder(config: Config, ranks: Ranks) -> None:
     """Have rank 0 try whether checkpoints can be saved in output_dir. Every rank must call it. Raises CheckpointError, on all ranks."""
     root = Path(config.output_dir)
-    _together(ranks, root, (lambda: require_durable(root)) if ranks.is_first else _nothing)
+    _together(ranks, root, (lambda _: require_durable(root)) if ranks.is_first else None)
 
 
 def _commit(save: SaveUnderWay, warnings: list[str]) -> None:
@@ -158,26 +165,47 @@ def _commit(save: SaveUnderWay, warnings: list[str]) -> None:
 
 def _agreed_nonce(ranks: Ranks, final: Path) -> str | None:
     """The nonce of a new save, as rank 0 has drawn it; None: rank 0 sees a whole checkpoint there. Every rank must call it."""
-    own = None
-    if ranks.is_first:
+    own: bytes | None = None
+
+    def look(_go_on: Callable[[], None]) -> None:
+        nonlocal own
         is_there = os.path.lexists(final) and first_damage(final) is None
         own = b"" if is_there else secrets.token_bytes(_NONCE_BYTES).hex().encode()
+
+    _together(ranks, final, look if ranks.is_first else None)
     return ranks.broadcast_from(0, own).decode() or None
 
 
-def _together(ranks: Ranks, final: Path, action: Callable[[], None]) -> None:
-    """Do this rank's part of a save. Every rank must call it; if one fails, all raise CheckpointError, after all have ended their parts."""
+def _together(ranks: Ranks, final: Path, action: _Action | None, thread: WriteThread | None = None) -> None:
+    """Do this rank's part of a save. Every rank must call it; if one fails, all raise CheckpointError, after all have ended their parts.
+
+    Args:
+        action: this rank's part; None: it has none, or `thread` does it already.
+    """
+    if action is not None:
+        thread = WriteThread(partial(_on_device, ranks.device, action))
     failure: CheckpointError | None = None
+    anyone_works, failed = True, False
     try:
-        action()
-    except CheckpointError as error:
-        failure = error
-    failed = ranks.all_max(float(failure is not None))
+        while anyone_works:
+            works = thread is not None and not thread.ends_within(_POLL_SECONDS)
+            if thread is not None and not works:
+                try:
+                    thread.wait()
+                except CheckpointError as error:
+                    failure = error
+            anyone_works, failed = (value > 0 for value in ranks.all_most([float(works), float(failure is not None)]))
+    finally:
+        if thread is not None:
+            thread.break_off()  # if a rank is lost: whatever comes next must not meet a thread that is still at work
     if failure is not None:
         raise failure
     if failed:
         raise CheckpointError(f"{final}: another rank could not write its part; its own message says why")
 
 
-def _nothing() -> None:
-    pass
+def _on_device(device: torch.device, action: _Action, go_on: Callable[[], None]) -> None:
+    """Do a rank's part in a thread, which would else use the process's first GPU."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    action(go_on)

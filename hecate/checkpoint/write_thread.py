@@ -7,7 +7,7 @@ from hecate.checkpoint.files import CheckpointError
 
 
 class WriteThread:
-    """One call of a function that writes, in a thread of its own, which begins at once."""
+    """One call of a function that works on files, in a thread of its own, which begins at once."""
 
     def __init__(self, write: Callable[[Callable[[], None]], None]) -> None:
         """Begin.
@@ -28,6 +28,11 @@ class WriteThread:
     @property
     def has_failed(self) -> bool:
         return not self.is_writing and self._failure is not None
+
+    def ends_within(self, seconds: float) -> bool:
+        """Wait for so long at most, and return whether it has ended."""
+        self._thread.join(seconds)
+        return not self.is_writing
 
     def wait(self) -> None:
         """Wait until it has ended, and raise what it has raised."""

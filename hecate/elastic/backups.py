@@ -7,6 +7,7 @@ the replicated gradients. (MoE-LoRA can afford backups, because the frozen base 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from hecate import faults
 from hecate.engine.protocol import ExpertEngine
 from hecate.optim.optimizer import MASTER, ExpertOptimizer
 from hecate.parallel.backup_ranks import backup_ranks
+from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.reshard import RowSpec, reshard
 from hecate.parallel.units import Unit, expert_name
 
@@ -36,21 +39,43 @@ def holders(engine: ExpertEngine, unit: Unit, backups: int) -> np.ndarray:
     return np.concatenate([owner_E[None], backup_ranks(config.topology, backups, config.tp_size)[owner_E].T])
 
 
-def copy_to_backup_ranks(engine: ExpertEngine, optimizer: ExpertOptimizer, backups: int) -> int:
-    """Make the backups of all owned experts anew, with their moments.
+def copy_to_backup_ranks(engine: ExpertEngine, optimizer: ExpertOptimizer, redundancy: int, units: Collection[Unit] | None = None) -> int:
+    """Make the backups of owned experts anew, with their moments, one unit at a time.
 
-    Every rank must call it, between two steps, after owners have changed.
+    Every rank must call it, between two steps, after owners have changed. No rank gives up an old backup, or a former owner's copy, before
+    every rank holds the new ones: until then those may be the only copies that a lost rank leaves.
 
     Args:
-        backups: of each expert; where there are too few ranks, as many as there are other ranks.
+        redundancy: see `backups_kept`; where there are too few ranks, each expert has as many backups as there are other ranks.
+        units: whose owners have changed; None: all.
 
     Returns:
         Number of bytes sent by all ranks together.
     """
+    backups = backups_kept(engine, redundancy)
+    num_bytes = 0
+    for unit in engine.shards.stores if units is None else units:
+        copies, states, sent = _new_backups(engine, optimizer, unit, backups)
+        faults.at("backups")
+        optimizer.replace_backups({**optimizer.backups, **copies}, states)
+        _wait_for_all(engine)
+        faults.at("backups")
+        of_unit = {expert_name(unit, expert) for expert in range(engine.shards.chunked[unit].num_experts)}
+        kept = {name: one for name, one in optimizer.backups.items() if name in copies or name not in of_unit}
+        optimizer.replace_backups(kept, {})
+        num_bytes += sent
+    return num_bytes
+
+
+def _new_backups(
+    engine: ExpertEngine, optimizer: ExpertOptimizer, unit: Unit, backups: int
+) -> tuple[dict[str, nn.Parameter], dict[str, dict[str, Tensor]], int]:
+    """The backups of a unit's experts that this rank is to hold and their states, by name, and the bytes sent by all ranks together."""
     copies: dict[str, nn.Parameter] = {}
     states: dict[str, dict[str, Tensor]] = {}
     num_bytes = 0
-    for unit, store in engine.shards.stores.items():
+    if backups:
+        store = engine.shards.stores[unit]
         rows = {expert: optimizer.row(parameter) for expert, parameter in zip(store.experts, store.parameters, strict=True)}
         specs = optimizer.row_specs(RowSpec((store.chunk_numel,), store.owned.dtype))
         owner_E, *backup_BE = holders(engine, unit, backups)
@@ -60,8 +85,14 @@ def copy_to_backup_ranks(engine: ExpertEngine, optimizer: ExpertOptimizer, backu
                 copies[expert_name(unit, expert)] = nn.Parameter(row.pop(MASTER))
                 states[expert_name(unit, expert)] = row
             num_bytes += done.num_bytes
-    optimizer.replace_backups(copies, states)
-    return num_bytes
+    return copies, states, num_bytes
+
+
+def _wait_for_all(engine: ExpertEngine) -> None:
+    """Return when every rank has come here, or raise because one is lost."""
+    token = torch.zeros((), device=engine.shards.device)
+    dist.all_reduce(token, group=engine.shards.groups.world)
+    read(token, engine.shards.groups.world)
 
 
 @dataclass(frozen=True)

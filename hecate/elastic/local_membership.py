@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+
+import torch
 
 from hecate.config import Config
 from hecate.config.topology import AUTO, whole_topology
@@ -27,7 +30,7 @@ from hecate.ranks.launcher_files import (
     ready_file,
 )
 from hecate.ranks.meeting import meeting_store
-from hecate.ranks.ranks import Ranks, connect, first_generation
+from hecate.ranks.ranks import Ranks, connect, first_generation, loss_in_words
 
 _GRACE = 10.0
 """Seconds within which a launcher that has lost a rank writes the next generation. It waits for a silent node for some of them
@@ -113,7 +116,11 @@ class LocalMembership:
             except RuntimeError:
                 ranks.abort()  # only the direct peers of a lost rank notice the loss by themselves
                 raise
-        except RuntimeError:
+        except torch.OutOfMemoryError:
+            raise  # the next try would need as much memory
+        except RuntimeError as error:
+            reason = loss_in_words(error)
+            print(f"hecate: member {self._member} could not join group {generation.number}: {reason}", file=sys.stderr, flush=True)
             forget_groups()
             return None
 

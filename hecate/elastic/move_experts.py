@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hecate import faults
+from hecate.elastic.backups import copy_to_backup_ranks
 from hecate.engine.protocol import ExpertEngine
 from hecate.errors import UserError
 from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
@@ -39,10 +41,13 @@ def check_room(engine: ExpertEngine) -> None:
         owned_slots(number, inputs[0][1].topology.memory)
 
 
-def reshard_if_it_pays(engine: ExpertEngine, optimizer: ExpertOptimizer, steps: int) -> Resharding | None:
+def reshard_if_it_pays(engine: ExpertEngine, optimizer: ExpertOptimizer, steps: int, redundancy: int = 0) -> Resharding | None:
     """Find better owners for the predicted loads and move the experts there, if `steps` more steps repay it.
 
     Every rank must call it, after a step of the optimizer and before the next one begins.
+
+    Args:
+        redundancy: see `move_experts`.
 
     Returns:
         What was moved; None: all experts stay, because moving does not pay or the devices' memory is too small (`check_room`).
@@ -60,10 +65,10 @@ def reshard_if_it_pays(engine: ExpertEngine, optimizer: ExpertOptimizer, steps: 
     refuse_different_owners(engine, owners)
     if better is None:
         return None
-    return Resharding(move_experts(engine, optimizer, owners), better[1], time.monotonic() - started)
+    return Resharding(move_experts(engine, optimizer, owners, redundancy), better[1], time.monotonic() - started)
 
 
-def move_experts(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray]) -> Move:
+def move_experts(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[Unit, np.ndarray], redundancy: int = 0) -> Move:
     """Move master parameters, moments and frozen parts to `owners`, bit for bit, one unit at a time.
 
     Every rank must call it, between two steps. An expert that was never stepped has no moments, neither before nor after. A frozen part
@@ -71,20 +76,26 @@ def move_experts(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[
 
     Args:
         owners: int64 [experts] for each of the engine's units and pools.
+        redundancy: how many ranks may be lost meanwhile without taking an expert's last copy. Unless 0, a former owner keeps its copies
+            until their backups are made anew, and these are made here.
     """
     experts = num_bytes = 0
     for unit, store in engine.shards.stores.items():
         before, after = engine.shards.owners[unit], owners[unit]
         if np.array_equal(before, after):
             continue
+        faults.at("move")
         rows: dict[int, dict[str, Tensor]] = {
             expert: optimizer.row(parameter) for expert, parameter in zip(store.experts, store.parameters, strict=True)
         }
         chunk = RowSpec((store.chunk_numel,), store.owned.dtype)
         done = reshard(rows, optimizer.row_specs(chunk), before, after, engine.shards.groups.experts, store.device)
+        faults.at("move")
         frozen_bytes = engine.shards.change_owners(unit, after, {expert: tensors.pop(MASTER) for expert, tensors in done.rows.items()})
         states = {expert_name(unit, expert): tensors for expert, tensors in done.rows.items()}
-        optimizer.replace_owned(owned_parameters(engine), states)
+        optimizer.replace_owned(owned_parameters(engine), states, keep_leaving=redundancy > 0)
+        if redundancy:
+            copy_to_backup_ranks(engine, optimizer, redundancy, [unit])
         experts += done.moved
         num_bytes += done.num_bytes + frozen_bytes
     if engine.shards.groups.replicate is not None:

@@ -9,7 +9,8 @@ Then all ranks of that group go through the same phases (`hecate.train.training`
 3. `redeal`: each expert is taken from its owner, or else from its backup, and dealt anew. A new rank receives the replicated parameters
    and the `TrainState`. If an expert has no copy left, all ranks go back to the last checkpoint (`go_back`).
 
-No rank frees anything until everything has arrived. So if another rank is lost meanwhile, the remaining ranks begin these phases again.
+No rank frees anything until everything has arrived; with backups, until the new ones are made, too (`copy_to_backup_ranks`). So if another
+rank is lost meanwhile, the remaining ranks begin these phases again.
 """
 
 from __future__ import annotations
@@ -137,9 +138,12 @@ class NoCopyLeft:
 
 
 def redeal(
-    parts: TrainedParts, state: TrainState | None, standings: Sequence[Standing], group: Group
+    parts: TrainedParts, state: TrainState | None, standings: Sequence[Standing], group: Group, redundancy: int
 ) -> tuple[TrainState, int] | NoCopyLeft:
     """Deal all experts anew over the group, and send everything else to ranks without a state. Every rank must call it.
+
+    Args:
+        redundancy: unless 0, former owners keep their copies until their backups are made anew (`copy_to_backup_ranks`).
 
     Returns:
         The state of the run, and the number of experts that moved; or which experts have no copy left, and nothing was changed.
@@ -156,7 +160,7 @@ def redeal(
     everyone_has_state = all(standing.has_state for standing in standings)
     received = None if everyone_has_state else _send_replicated(parts, ranks, source, state)
     ranks.barrier()  # every rank has received everything, so no rank needs what the next lines free
-    _install(parts, group, owners, dealt)
+    _install(parts, group, owners, dealt, keep_leaving=redundancy > 0)
     if state is None:
         assert received is not None
         state = _take_over(parts, *received)
@@ -244,7 +248,7 @@ def _deal(
     return dealt, moved
 
 
-def _install(parts: TrainedParts, group: Group, owners: dict[Unit, np.ndarray], dealt: ExpertStates) -> None:
+def _install(parts: TrainedParts, group: Group, owners: dict[Unit, np.ndarray], dealt: ExpertStates, *, keep_leaving: bool) -> None:
     chunks = {unit: {expert: row[MASTER] for expert, row in experts.items()} for unit, experts in dealt.items()}
     states = {
         expert_name(unit, expert): {key: value for key, value in row.items() if key != MASTER}
@@ -252,7 +256,7 @@ def _install(parts: TrainedParts, group: Group, owners: dict[Unit, np.ndarray], 
         for expert, row in experts.items()
     }
     parts.engine.rejoin(group.topology, group.ranks.groups, owners, chunks)
-    parts.optimizer.replace_owned(owned_parameters(parts.engine), states)
+    parts.optimizer.replace_owned(owned_parameters(parts.engine), states, keep_leaving=keep_leaving)
 
 
 def _send_replicated(

@@ -298,14 +298,22 @@ class ExpertOptimizer:
         """What `row` holds for a parameter like `chunk`, once it was stepped."""
         return {MASTER: chunk, **self._rule.state_specs(chunk)}
 
-    def replace_owned(self, owned: dict[str, nn.Parameter], states: Mapping[str, Mapping[str, Tensor]]) -> None:
+    def replace_owned(
+        self, owned: dict[str, nn.Parameter], states: Mapping[str, Mapping[str, Tensor]], *, keep_leaving: bool = False
+    ) -> None:
         """Step `owned` from now on in place of the parameters owned so far.
 
         A parameter that was owned before keeps its state; another takes the one of its name in `states`, and has none if there is none.
         The order of `owned` is the order in which the norm is summed.
+
+        Args:
+            keep_leaving: what is owned no longer becomes a backup. No step may be taken before `replace_backups` has taken it away.
         """
+        leaving = {name: parameter for name, parameter in self.owned.items() if name not in owned} if keep_leaving else {}
+        states_of_leaving = {name: self._state.get(parameter, {}) for name, parameter in leaving.items()}
         self._replace(self.owned, owned, states)
         self.owned = owned
+        self.replace_backups({**self.backups, **leaving}, states_of_leaving)
 
     def replace_backups(self, backups: dict[str, nn.Parameter], states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """`replace_owned` for backups."""

@@ -138,9 +138,9 @@ class MetricsWriter:
         self._file = self._open()
         return lines - kept
 
-    def has_evaluation(self, step: int) -> bool:
-        """Whether an evaluation after so many steps is recorded. Raises UserError as `truncate_after`."""
-        return any(its_step == step and parse_json(line).get("kind") == "eval" for line, its_step in self._read())
+    def has_record(self, kind: str, step: int) -> bool:
+        """Whether there is such a record, as "eval", of so many steps done. Raises UserError as `truncate_after`."""
+        return any(its_step == step and parse_json(line).get("kind") == kind for line, its_step in self._read())
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""

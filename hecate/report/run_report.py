@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -131,7 +131,7 @@ class Reports:
 
     def lacks_evaluation(self, step: int) -> bool:
         """Whether nobody has recorded an evaluation after so many steps. Only the first rank knows of those of another process."""
-        return self._evaluated != step and not (self._metrics and self._metrics.has_evaluation(step))
+        return self._evaluated != step and not (self._metrics and self._metrics.has_record("eval", step))
 
     def resharded(self, step: int, done: Resharding) -> None:
         """Record and show a re-sharding."""
@@ -174,6 +174,15 @@ class Reports:
         self._progress.note(text + (f"; back at the last checkpoint, because no copy is left of {done.lost}" if done.lost else ""))
         for warning in done.warnings:
             self.event(done.step, warning)
+        self._tell_missing_step(self._metrics, done.step)
+
+    def _tell_missing_step(self, metrics: MetricsWriter, step: int) -> None:
+        """Say so where the step that was done last should have a record and has none: only one who has taken it as usual writes one."""
+        if step == 0 or step % self._config.logging_steps:
+            return
+        with suppress(UserError):  # what is wrong with the file is told where it matters
+            if not metrics.has_record("step", step):
+                self.event(step, f"step {step} is done and has no record: a rank was lost before the first one had written it")
 
     def _open(self, facts: RunFacts) -> None:
         if not facts.is_first:

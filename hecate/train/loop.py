@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+import torch.distributed as dist
 
 from hecate import faults
 from hecate.checkpoint.manifest import step_of
@@ -228,7 +229,8 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
         return False
     if agreement.regroup and outside.membership is not None:
         _end_save(training, outside)
-        _regroup(training, outside.membership, outside, together=True)
+        if not _regroup(training, outside.membership, outside, together=True):
+            raise dist.DistError(f"after step {step} the ranks left their group for another one, and none was formed; the reason is above")
     return True
 
 

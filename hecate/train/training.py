@@ -272,9 +272,10 @@ class Training:
     def reshard(self, steps: int) -> Resharding | None:
         """Move experts to better owners, if `steps` more steps repay it; at most the run's remaining steps count."""
         parts = self.parts
-        done = reshard_if_it_pays(parts.moe.engine, parts.optimizer, min(steps, parts.config.max_steps - self.standing.step))
+        rest = min(steps, parts.config.max_steps - self.standing.step)
+        done = reshard_if_it_pays(parts.moe.engine, parts.optimizer, rest, parts.config.fssdp.redundancy)
         if done:
-            self._copy_backups()
+            self.copies.forget()
         return done
 
     def save(self) -> Saved:
@@ -333,7 +334,7 @@ class Training:
         if can_catch_up(standings):
             if self.state is not None:
                 self.state = catch_up(parts, self.state, standings, config)
-            dealt = redeal(parts, self.state, standings, group)
+            dealt = redeal(parts, self.state, standings, group, config.fssdp.redundancy)
         if isinstance(dealt, NoCopyLeft):
             self.state = None  # until the checkpoint is loaded, nothing that this rank holds counts
             loaded = go_back(parts, config, group, dealt.experts)
@@ -378,11 +379,7 @@ class Training:
     def _copy_backups(self) -> None:
         self.copies.forget()
         if redundancy := self.parts.config.fssdp.redundancy:
-            engine, optimizer = self.parts.moe.engine, self.parts.optimizer
-            if backups := backups_kept(engine, redundancy):
-                copy_to_backup_ranks(engine, optimizer, backups)
-            else:
-                optimizer.replace_backups({}, {})
+            copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer, redundancy)
 
 
 def require_cpu(device: torch.device) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from hecate.elastic.local_membership import LocalMembership, local_membership
 from hecate.errors import UserError
@@ -104,3 +105,19 @@ def test_a_rank_that_the_launcher_left_out_says_so(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="the launcher removed this rank"):
         membership.next_group()
     thread.join()
+
+
+def test_why_a_group_was_not_joined_is_told_and_too_little_memory_ends_the_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hecate.elastic.local_membership._GRACE", 0.05)
+    monkeypatch.setattr("hecate.elastic.local_membership.meeting_store", mock.Mock())
+    connect = mock.Mock(side_effect=[RuntimeError("[../gloo/transport/tcp/pair.cc:1] Connection closed by peer"), torch.OutOfMemoryError()])
+    monkeypatch.setattr("hecate.elastic.local_membership.connect", connect)
+    membership = member(tmp_path, monkeypatch)
+    write_generation(tmp_path / "store", Generation(1, (1,), (1,), 2))
+    assert membership.next_group() is None
+    assert capsys.readouterr().err == "hecate: member 1 could not join group 1: another rank closed its connection\n"
+    write_generation(tmp_path / "store", Generation(2, (1,), (1,), 2))
+    with pytest.raises(torch.OutOfMemoryError):
+        membership.next_group()

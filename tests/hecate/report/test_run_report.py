@@ -105,5 +105,22 @@ def test_another_rank_writes_nothing_until_it_becomes_the_first(tmp_path: Path, 
         reports.step(a_step(2))
         reports.regrouped(Rebuilt(2, "", 0), replace(FACTS, step=2, is_first=False), seconds=0.1)
         reports.step(a_step(3))
-    assert kinds(folder) == ["event", "step"]
-    assert "2 ranks go on after step 1, 3 experts moved" in capsys.readouterr().out
+    assert kinds(folder) == ["event", "event", "step"]
+    shown = capsys.readouterr().out
+    assert "2 ranks go on after step 1, 3 experts moved" in shown
+    assert "step 1 is done and has no record" in shown
+
+
+def test_only_a_step_without_a_record_is_told(tmp_path: Path) -> None:
+    """The first rank had not come to report step 4 when it took that step with the gradients that it had."""
+    write_parts(tmp_path)
+    config = config_of(tmp_path, "logging_steps=2")
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    with Reports(config, FACTS) as reports:
+        for step, recorded in ((0, False), (1, False), (2, True), (3, False), (4, False)):
+            if recorded:
+                reports.step(a_step(step))
+            reports.regrouped(Rebuilt(step, "", 0), replace(FACTS, step=step), seconds=0.1)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if "has no record" in record.get("text", "")] == [4]

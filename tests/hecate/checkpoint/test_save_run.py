@@ -1,0 +1,67 @@
+"""While ranks save, none waits in a collective for another one's files."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from hecate.checkpoint import CheckpointError
+from hecate.checkpoint.save_run import save_state
+from hecate.checkpoint.verify import first_damage
+from hecate.ranks.ranks import Ranks
+from testing.ranks import run_ranks
+from tests.hecate.checkpoint.stepping import state_of, stepped_parts
+from tests.hecate.megatron.making import config_of, ranks_of, write_parts
+
+
+def saving(rank: int, world: int, folder: str, slow: str, step: int) -> str | None:
+    """Save step 1, then `step` while rank 0 gets on with its files only once rank 1 has returned from a collective."""
+    ranks, parts, config = ranks_of(rank, world), stepped_parts(rank, world), config_of(Path(folder), "save_total_limit=1")
+    save_state(config, ranks, parts, state_of(parts, 1))
+    returned, all_most = Path(folder, "returned"), Ranks.all_most
+    module, _, name = slow.rpartition(".")
+    real: Any = getattr(__import__(module, fromlist=[name]), name)
+
+    def wait(*arguments: Any) -> Any:
+        for _ in range(500):
+            if rank or returned.exists():
+                return real(*arguments)
+            time.sleep(0.01)
+        raise CheckpointError("rank 1 waits in a collective")
+
+    def noted(self: Ranks, values: Any) -> list[float]:
+        most = all_most(self, values)
+        if rank and most[0]:
+            returned.touch()
+        return most
+
+    with mock.patch(slow, wait), mock.patch.object(Ranks, "all_most", noted), mock.patch("hecate.checkpoint.save_run._POLL_SECONDS", 0.01):
+        saved = save_state(config, ranks, parts, state_of(stepped_parts(rank, world), step))
+    return saved.folder and saved.folder.name
+
+
+SLOW = {"writing": ("save_run.write_shard", 2), "pruning": ("history.first_damage", 2), "looking": ("save_run.first_damage", 1)}
+
+
+@pytest.mark.parametrize(("slow", "step"), SLOW.values(), ids=SLOW)
+def test_a_rank_that_is_long_at_its_files_leaves_no_other_in_a_collective(tmp_path: Path, slow: str, step: int) -> None:
+    write_parts(tmp_path)
+    assert run_ranks(2, saving, str(tmp_path), f"hecate.checkpoint.{slow}", step) == [None if step == 1 else "checkpoint-2"] * 2
+
+
+def verified(rank: int, world: int, folder: str) -> str | None:
+    ranks, parts = ranks_of(rank, world), stepped_parts(rank, world)
+    saved = save_state(config_of(Path(folder)), ranks, parts, state_of(parts, 1)).folder
+    assert saved is not None
+    with mock.patch("hecate.checkpoint.verify.find_damage", side_effect=AssertionError("it reads the whole checkpoint again")):
+        return first_damage(saved)
+
+
+def test_no_rank_reads_again_what_the_ranks_have_written(tmp_path: Path) -> None:
+    """The first rank verifies old checkpoints, and when it is lost, another one is the first."""
+    write_parts(tmp_path)
+    assert run_ranks(2, verified, str(tmp_path)) == [None, None]
