@@ -163,6 +163,11 @@ class MessageStore:
 
     def order(self, orders: JobOrders) -> None:
         self._store.set("orders", json.dumps(to_json_values(orders)))
+        self._store.add("times-ordered", 1)
+
+    def times_ordered(self) -> int:
+        """How many orders were written. Whoever waits for new ones asks for this number, since the orders themselves may be long."""
+        return self._store.add("times-ordered", 0)
 
     def orders(self) -> bytes:
         """The last orders, as they were written."""

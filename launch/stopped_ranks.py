@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from hecate.launch.rank_command import RankProcess
@@ -77,7 +78,8 @@ def end_stopped_ranks(folder: Path) -> None:
         for rank, seconds in stopped.look(pid_of).items():
             if _is_descendant(pid_of[rank]):
                 say_stopped(rank, seconds)
-                os.kill(pid_of[rank], signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has ended by itself
+                    os.kill(pid_of[rank], signal.SIGKILL)
         time.sleep(LOOK_SECONDS)
 
 

@@ -245,7 +245,8 @@ class _Nodes:
         generation = read_generation(self._files) if self.surviving is not None else None
         here = () if generation is None else tuple(sorted(path.name for path in self._files.parent.glob(f"here-{generation.number}-*")))
         lost = tuple(number for number, node in self._nodes.items() if node.lost)
-        orders = JobOrders(generation, here, dict(self._orders), lost, self._status)
+        members = {name: order for name, order in self._orders.items() if int(name) not in self._ended}
+        orders = JobOrders(generation, here, members, lost, self._status)
         if orders != self._written:
             self._store.order(orders)
             self._written = orders
@@ -336,11 +337,11 @@ class _OwnRanks:
         """Follow until the run has ended, and return its exit status; None: this node has been taken for lost."""
         self.end_all()
         self._processes, self._devices, self._delivered = {}, {}, {}
-        said, read = self._report(), b""
+        said, times_read = self._report(), 0
         number = store.arrive(said)
         while True:
-            if (text := store.orders()) != read:
-                orders, read = read_orders(text), text
+            if (times := store.times_ordered()) != times_read:
+                orders, times_read = read_orders(store.orders()), times
                 if number in orders.lost:
                     return None
                 self._carry_out(number, orders)

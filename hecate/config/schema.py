@@ -499,7 +499,8 @@ class RayConfig:
     max_failures: int = field(default=3, metadata=key(WHOLE))
     """How many failures of the same cause the job survives in a row, that is, without a finished step in between."""
     start_timeout: int = field(default=300, metadata=key(COUNT))
-    """The longest wait in seconds for workers to be placed, for them to start, and for a device to return when too few are left."""
+    """The longest wait in seconds for workers to be placed, for them to start, to end their step after a
+    loss, and for a device to return when too few are left."""
     report_steps: int = field(default=10, metadata=key(COUNT))
     """The number of steps between two reports of loads and step times from the ranks to the controller."""
 

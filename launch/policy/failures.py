@@ -43,7 +43,7 @@ class FailurePolicy:
         """The policy after a finished step: failures are counted from 0 again."""
         return replace(self, counts={}) if self.counts else self
 
-    def decide(self, cause: Cause, left: int, *, copied: bool = False) -> tuple[Decision, FailurePolicy]:
+    def decide(self, cause: Cause, left: int, *, copied: bool = False, counted: bool = True) -> tuple[Decision, FailurePolicy]:
         """Decide what to do after a failure, and return the policy with this failure counted.
 
         A process that died or was stopped on a living node is replaced, since its device is free and a new process loads in seconds. If the
@@ -53,8 +53,9 @@ class FailurePolicy:
         Args:
             left: number of workers that still live.
             copied: whether the other workers have copies of what the lost worker owned.
+            counted: False: it belongs to a failure that was counted already, like the loss of a second rank of one node.
         """
-        counts = {**self.counts, cause: self.counts.get(cause, 0) + 1}
+        counts = {**self.counts, cause: self.counts.get(cause, 0) + counted}
         after = replace(self, counts=counts)
         if counts[cause] > self.max_failures:
             return Decision.RAISE, after

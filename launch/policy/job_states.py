@@ -33,6 +33,6 @@ NEXT = {
     State.RECOVERING: (State.STARTING, State.WAITING, State.STOPPING, State.FINISHED),
     State.WAITING: (State.STARTING, State.STOPPING),
     State.RESIZING: (State.STARTING, State.RECOVERING, State.STOPPING, State.FINISHED),
-    State.STOPPING: (),
+    State.STOPPING: (State.FINISHED,),
 }
 """state -> the states that may follow it; FAILED and STOPPED may follow any state"""

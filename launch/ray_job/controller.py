@@ -53,8 +53,6 @@ from hecate.report.events import DenseWork
 
 _PING_SECONDS = 10.0
 """after which a worker that does not answer counts as hung"""
-_SETTLE_SECONDS = 15.0
-"""after which a rank counts as hung that goes on training though the other ranks cannot"""
 _POLL_SECONDS = 0.25
 """longest wait for an event before the controller looks at its clocks"""
 _PAUSE_SECONDS = 5.0
@@ -63,6 +61,7 @@ _DEATH_SECONDS = 3.0
 """how long an error of a rank may come before the news of the lost rank that caused it"""
 _LAST_OUTPUT_SECONDS = 1.0
 """Ray forwards what workers print with a delay, and drops the output of workers that are gone."""
+_SILENT = f"for {_PING_SECONDS:.0f} s"
 
 _END_OF = {
     Outcome.FINISHED: RankEnd.FINISHED,
@@ -108,6 +107,10 @@ class Controller:
         """devices outside the generation whose workers have loaded and wait to join"""
         self._awaited: set[int] = set()
         """devices without which the next generation does not begin"""
+        self._causes: set[Cause] = set()
+        """why ranks of this generation were lost"""
+        self._interrupted: int | None = None
+        """the generation whose ranks were told last to break off"""
         self._shares = WorkShares(topology, [device.index for device in group.devices], config.deterministic_group)
         self._shown_at = 0.0
         self.shown = self._status()
@@ -167,6 +170,8 @@ class Controller:
                     self._group.send(device, Prepare())
             case Prepared():
                 self._prepared.add(device.index)
+                if device.index in self._generation.at_work:  # it was let in, and could not connect
+                    self._generation = self._generation.with_end(device.index, RankEnd.FAILED)
             case WorkerLost():
                 self._lost(device, event.text, cannot_import=event.cannot_import)
             case Begun():
@@ -199,7 +204,7 @@ class Controller:
                 "  install it on all nodes, in the Python that runs Ray, in the same version"
             )
         is_member, end = device.index in self._generation.members, self._generation.ends.get(device.index)
-        if is_member and end is RankEnd.FINISHED:
+        if is_member and end in (RankEnd.FINISHED, RankEnd.STOPPED):
             return
         if is_member and end is not RankEnd.LOST:
             alive = self._group.node_lives(device)
@@ -213,24 +218,40 @@ class Controller:
         Args:
             device: whose worker has failed; None: training has failed on all ranks.
         """
+        who = "the workers" if device is None else f"{device.name} (rank {self._rank_text(device)})"
+        is_member = device is not None and device.index in self._generation.members
+        loses_rank = device is not None and is_member and self._generation.ends.get(device.index) is not RankEnd.LOST
+        if self._state is State.STOPPING:
+            self._note(f"{who}: {cause.value} ({text[:160]}); the job stops without it")
+            self._give_up(device)
+            if loses_rank:
+                self._interrupt()
+            return
         alive = sum(each.alive for each in self._group.devices)
         copied = self._config.fssdp.redundancy > 0 and not self._generation.loss_answered
-        decision, self._policy = self._policy.decide(cause, alive, copied=copied)
-        who = "the workers" if device is None else f"{device.name} (rank {self._rank_text(device)})"
+        counted = not loses_rank or cause not in self._causes  # the ranks of a lost node are one failure
+        decision, self._policy = self._policy.decide(cause, alive, copied=copied, counted=counted)
         self._note(f"{who}: {cause.value} ({text[:160]}); {decision.value}")
         if decision is Decision.RAISE:
             raise JobFailed(f"{who}: {cause.value}, {self._policy.counts[cause]} times in a row without a finished step: {text[:200]}")
         if device is not None:
-            is_member = device.index in self._generation.members
-            if is_member:
-                self._generation = self._generation.with_end(device.index, RankEnd.LOST)
-            self._group.kill(device)
-            self._prepared.discard(device.index)
+            self._give_up(device)
             self._group.request_worker(device)  # it starts now, or when a node returns
             if decision is Decision.REPLACE and (is_member or not self._generation.has_begun):
                 self._awaited.add(device.index)
-        if self._generation.has_begun and self._state in (State.STARTING, State.RUNNING, State.RESIZING):
-            self._begin_recovery()
+        if loses_rank:
+            self._causes.add(cause)
+            if self._state in (State.STARTING, State.RUNNING, State.RESIZING):
+                self._begin_recovery()
+
+    def _give_up(self, device: JobDevice | None) -> None:
+        """End the worker of a device, whose part in the generation counts as lost."""
+        if device is None:
+            return
+        if device.index in self._generation.members:
+            self._generation = self._generation.with_end(device.index, RankEnd.LOST)
+        self._group.kill(device)
+        self._prepared.discard(device.index)
 
     def _add_report(self, device: JobDevice, report: StepsDone) -> None:
         rank = self._generation.rank_of(device.index)
@@ -279,10 +300,7 @@ class Controller:
         elif self._state in (State.RECOVERING, State.WAITING):
             self._recover()
         elif self._state is State.STOPPING:
-            if all_ended:
-                self._enter(State.STOPPED)
-            elif self._clock() > self._deadline:
-                raise JobFailed("the workers did not stop in time; the last checkpoint is what is left")
+            self._advance_stop()
 
     def _advance_start(self) -> None:
         if not self._generation.has_begun:
@@ -304,6 +322,18 @@ class Controller:
         late = next(device for device in self._members if device.index not in self._begun)
         self._answer(Cause.HUNG, late, "its part of the run was not built in time (ray.start_timeout)")
 
+    def _advance_stop(self) -> None:
+        """Wait until all ranks have saved and ended. Steps and saves may take long; once a rank is lost, nothing more is saved."""
+        if not self._generation.all_ended:
+            self._watch()
+            if self._clock() > self._deadline:
+                raise JobFailed("the workers did not stop in time; the last checkpoint is what is left")
+            return
+        if not set(self._generation.ends.values()) <= {RankEnd.FINISHED, RankEnd.STOPPED}:
+            left = "the last checkpoint is what is left" if self._has_checkpoint() else "there is no checkpoint"
+            self._note(f"the ranks could not save together; {left}")
+        self._enter(State.STOPPED)
+
     def _generation_begun(self, of_first: Begun) -> None:
         self._shares.generation_begun(of_first.sequences, of_first.topology)
         self._report.max_steps = of_first.max_steps
@@ -322,25 +352,38 @@ class Controller:
 
     def _watch(self) -> None:
         """Find workers that hang, and ranks whose training has ended while that of others goes on."""
-        for device in self._at_work():
-            if self._group.ping(device, self._clock()) > _PING_SECONDS:
-                self._answer(Cause.HUNG, device, f"for {_PING_SECONDS:.0f} s")
-                return
+        silent = self._silent()
+        if silent is not None:
+            self._answer(Cause.HUNG, silent, _SILENT)
+            return
         ends = self._generation.ends.values()
         if RankEnd.FAILED in ends or (self._state is not State.RESIZING and RankEnd.WAITING in ends):
-            self._begin_recovery()
+            if self._state is State.STOPPING:
+                self._interrupt()
+            else:
+                self._begin_recovery()
+
+    def _silent(self) -> JobDevice | None:
+        """Send pings to all workers at work, and return one that has not answered for a while, if there is any."""
+        seconds = {device.index: self._group.ping(device, self._clock()) for device in self._at_work()}
+        return next((self._group.devices[index] for index, silence in seconds.items() if silence > _PING_SECONDS), None)
 
     def _begin_recovery(self) -> None:
         self._enter(State.RECOVERING, self._config.ray.start_timeout)
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        """Have the ranks at work break off, once in a generation."""
+        if self._interrupted == self._generation.number:
+            return
+        self._interrupted = self._generation.number
+        self._deadline = self._clock() + self._config.ray.start_timeout
         for device in self._at_work():
             self._group.send(device, Interrupt(generation=self._generation.number))
 
     def _recover(self) -> None:
         if not self._generation.all_ended:
-            # A rank notices a lost peer at its next message. One that does not is hung, or the news of its death is on its way.
-            if self._clock() - self._changed_at > _SETTLE_SECONDS:
-                device = self._group.devices[self._generation.at_work[0]]
-                self._answer(Cause.HUNG, device, f"it went on for {_SETTLE_SECONDS:.0f} s without the others")
+            self._end_hung()
             return
         if not self._generation.loss_answered:
             if self._clock() - self._changed_at < _DEATH_SECONDS:
@@ -359,6 +402,19 @@ class Controller:
         elif ready < needed and self._state is not State.WAITING and not self._awaited:
             self._enter(State.WAITING, self._config.ray.start_timeout)
 
+    def _end_hung(self) -> None:
+        """End a rank that gives no sign of life, or has not ended its part in time. One that loads or saves notices a loss late."""
+        late = self._clock() > self._deadline
+        silent = self._silent()
+        if silent is not None:
+            self._answer(Cause.HUNG, silent, _SILENT)
+        elif late:
+            seconds = self._config.ray.start_timeout
+            device = self._group.devices[self._generation.at_work[0]]
+            self._answer(Cause.HUNG, device, f"it went on for {seconds} s without the others (ray.start_timeout)")
+        if silent is not None or late:  # the others may have waited for it, and a new worker has to load
+            self._deadline = self._clock() + self._config.ray.start_timeout
+
     def _may_grow(self) -> bool:
         since = self._clock() - self._grown_at
         decision = self._scaling.decide(working=len(self._generation.members), ready=len(self._prepared), seconds_since_growth=since)
@@ -375,7 +431,7 @@ class Controller:
             recoverable=self._config.fssdp.redundancy > 0 or has_checkpoint,
         )
         members = self._members
-        self._begun, self._awaited = {}, set()
+        self._begun, self._awaited, self._causes = {}, set(), set()
         self._prepared -= set(self._generation.members)
         topology = self._shares.begin_generation(self._generation.members)
         for rank, device in enumerate(members):
@@ -405,7 +461,7 @@ class Controller:
         if self._state not in (State.STARTING, State.RUNNING, State.RESIZING) or not self._generation.has_begun:
             self._enter(State.STOPPED)  # no rank is in a step that it could end; the last checkpoint is what is left
             return
-        self._enter(State.STOPPING, self._config.ray.start_timeout)
+        self._enter(State.STOPPING, math.inf)
         for device in self._members:
             self._group.send(device, Stop())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -166,7 +165,8 @@ def _stop_on_signals(controller: Any) -> Iterator[list[int]]:
         if controller.stop_wanted:
             raise KeyboardInterrupt
         controller.stop_wanted = True
-        print(STOPPING, end="", file=sys.stderr, flush=True)
+        with suppress(OSError):  # not print, which the signal may have interrupted
+            os.write(2, STOPPING.encode())
 
     with on_signals(ask):
         yield signals

@@ -9,7 +9,9 @@ import os
 import platform
 import queue
 import socket
+import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,12 +46,17 @@ from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import SURVIVAL_SETTINGS
 
 if TYPE_CHECKING:  # a worker imports training in its own thread, after it has started
+    import torch.distributed as dist
+
     from hecate.elastic.observer import BeginFacts, ReplanOrder, StepFacts
     from hecate.elastic.rebuild import Group
     from hecate.parallel.topology import Topology
     from hecate.ranks.ranks import Ranks
 
 _TRACEBACK_FRAMES = 4
+_THERE = "ranks-there"
+"""key of the number of ranks that are about to connect"""
+_LOOK_SECONDS = 0.02
 
 
 class Worker:
@@ -123,8 +130,8 @@ class Worker:
                 if link is not None:
                     link.leaving = True
             case Interrupt():
-                if link is not None and link.generation == order.generation and link.ranks is not None:
-                    link.ranks.abort()
+                if link is not None:
+                    link.interrupt(order.generation)
             case Replan():
                 if link is not None and link.generation == order.generation:
                     link.replan = order
@@ -187,8 +194,28 @@ class TrainingLink:
         """this process's `Ranks` in the newest generation; None: it has joined none"""
         self.sharded_layers = False
         """`model.shard_non_experts`, which the training's thread reads"""
+        self._interrupted: int | None = None
+        """the generation that was broken off last"""
         self._events, self._report_steps = events, report_steps
         self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
+
+    def interrupt(self, generation: int) -> None:
+        """Break off the collectives of a generation, if it is the one that this process is in, or is about to join."""
+        self._interrupted = generation
+        if generation == self.generation and self.ranks is not None:
+            self.ranks.abort()
+
+    def connected(self, ranks: Ranks) -> Ranks:
+        """Take over the groups that this process has just connected to. They break off at once if they were interrupted meanwhile."""
+        self.ranks = ranks
+        if self.interrupted:
+            ranks.abort()
+        return ranks
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the generation that this process is in, or joins, was broken off."""
+        return self._interrupted == self.generation
 
     def loaded(self) -> None:
         """The controller learns it from `begins`."""
@@ -254,11 +281,12 @@ class TrainingLink:
 
     def _join(self, waiting: Callable[[], WorkerEvent]) -> Group | None:
         """Send the event `waiting()`, and join the generation that the controller assigns; None: this thread is not needed any more."""
+        from torch import OutOfMemoryError
+
         from hecate.elastic.rebuild import Group
         from hecate.parallel.topology_file import parse_topology
         from hecate.ranks.backend import forget_groups
-        from hecate.ranks.meeting import meet
-        from hecate.ranks.ranks import connect
+        from hecate.ranks.ranks import connect, loss_in_words
 
         while True:
             self._events.put(waiting())
@@ -268,12 +296,16 @@ class TrainingLink:
             assert assignment.topology is not None
             self.replan, self.leaving, self.generation, self._rank = None, False, assignment.generation, assignment.rank
             try:
-                store = meet(assignment.host, assignment.port, assignment.generation)
-                self.ranks = connect(store, assignment.rank, assignment.world_size, sharded_layers=self.sharded_layers)
-            except RuntimeError:  # another rank was lost while the ranks connected
+                store = _meet_all(assignment, self)
+                ranks = connect(store, assignment.rank, assignment.world_size, sharded_layers=self.sharded_layers)
+            except OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # another rank was lost while the ranks connected
+                where = f"rank {assignment.rank} could not connect in generation {assignment.generation}"
+                print(f"hecate: {where}: {loss_in_words(error)}", file=sys.stderr, flush=True)
                 forget_groups()
             else:
-                return Group(self.ranks, parse_topology(assignment.topology, "the controller's topology"))
+                return Group(self.connected(ranks), parse_topology(assignment.topology, "the controller's topology"))
 
 
 def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) -> bool:
@@ -286,7 +318,6 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
     from hecate.config import load_config
     from hecate.parallel.topology_file import parse_topology
     from hecate.ranks.backend import forget_groups
-    from hecate.ranks.meeting import meet
     from hecate.ranks.ranks import connect
     from hecate.train.loop import train
 
@@ -300,11 +331,12 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
             link.ranks = connect(dist.HashStore(), 0, 1, sharded_layers=sharded)
             finished = train(config, link.ranks, link, joins=True, controller=link)
         else:
-            store = meet(assignment.host, assignment.port, assignment.generation)
-            ranks = link.ranks = connect(store, assignment.rank, assignment.world_size, sharded_layers=sharded)
+            store = _meet_all(assignment, link)
+            ranks = link.connected(connect(store, assignment.rank, assignment.world_size, sharded_layers=sharded))
             given = None if assignment.topology is None else parse_topology(assignment.topology, "the controller's topology")
             topology = given or _measured(ranks, assignment.nodes)
             finished = train(replace(config, resume=assignment.resume), ranks, link, topology=topology, controller=link)
+        assert link.ranks is not None
         link.ranks.leave(together=True)
         return finished
     finally:
@@ -312,6 +344,31 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
             # A waiting peer must see at once that this rank is gone. Dropping the groups is not enough: a traceback may keep them alive.
             link.ranks.leave()
         forget_groups()
+
+
+def _meet_all(assignment: Assignment, link: TrainingLink) -> dist.Store:
+    """Wait until all ranks of a generation are about to connect, and return the store where they meet.
+
+    Without this a rank that connects would wait minutes for one that is lost, since gloo cannot be interrupted meanwhile.
+
+    Raises:
+        RuntimeError: the generation was broken off meanwhile.
+    """
+    from hecate.ranks.meeting import meet
+
+    store = meet(assignment.host, assignment.port, assignment.generation)
+    broken_off = RuntimeError("the controller broke the generation off, because another rank was lost")
+    if link.interrupted:
+        raise broken_off
+    store.add(_THERE, 1)
+    while store.add(_THERE, 0) < assignment.world_size:
+        if link.interrupted:
+            if store.add(_THERE, -1) < assignment.world_size - 1:
+                raise broken_off
+            store.add(_THERE, 1)  # all were there for a moment, so others may connect to this rank by now; it breaks off afterwards
+            break
+        time.sleep(_LOOK_SECONDS)
+    return store
 
 
 def _measured(ranks: Ranks, nodes: tuple[str, ...]) -> Topology:

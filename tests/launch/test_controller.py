@@ -59,6 +59,7 @@ class Scripted:
         self.halted: dict[int, float] = {}
         """device -> how long its worker has been stopped"""
         self.closed = False
+        self.controller: Controller | None = None
 
     def reserve(self, timeout: float) -> None: ...
 
@@ -137,6 +138,16 @@ def failed(generation: int, text: str) -> TrainingEnded:
     return TrainingEnded(generation=generation, outcome=Outcome.FAILED, text=text)
 
 
+def stopped(generation: int) -> TrainingEnded:
+    return TrainingEnded(generation=generation, outcome=Outcome.STOPPED)
+
+
+def stop_is_asked_for(group: Scripted) -> Sequence[tuple[int, WorkerEvent]]:
+    assert group.controller is not None
+    group.controller.stop_wanted = True
+    return []
+
+
 def steps(step: int, tokens: int) -> StepsDone:
     return StepsDone(step=step, dense_tokens=tokens, dense_seconds=1.0, step_seconds=1.0, totals=None)
 
@@ -155,10 +166,34 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     return load_config(folder / "config.yaml", overrides)
 
 
+class SteppedClock:
+    """In an AwakeClock's place: time passes only as a step of the script says."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def passes(self, seconds: float) -> Step:
+        def step(_: Scripted) -> Sequence[tuple[int, WorkerEvent]]:
+            self.now += seconds
+            return []
+
+        return step
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SteppedClock:
+    made = SteppedClock()
+    monkeypatch.setattr(under_test, "AwakeClock", lambda: made)
+    return made
+
+
 def play(config: Config, *script: Step) -> tuple[int, Scripted, list[JobStatus], list[str]]:
     """Exit status, the group, every status shown, every line said."""
     group, shown, said = Scripted(list(script)), list[JobStatus](), list[str]()
-    controller = Controller(cast(WorkerGroup, group), config, Rendezvous("127.0.0.1"), None, said.append, shown.append)
+    group.controller = controller = Controller(cast(WorkerGroup, group), config, Rendezvous("127.0.0.1"), None, said.append, shown.append)
     try:
         status = controller.run()
     finally:
@@ -296,6 +331,110 @@ def test_a_silent_worker_is_ended_by_name(config: Config) -> None:
     assert status == 0
     assert 2 in group.killed
     assert any("device 2" in line and "did not answer" in line for line in said)
+
+
+def test_ranks_that_answer_may_load_or_save_for_long_before_they_notice_a_loss(config: Config, clock: SteppedClock) -> None:
+    smaller = (clock.passes(20), clock.passes(9), each([0, 2], left(0)), begins([0, 2], 5))
+    status, group, _, _ = play(config, UP, begins([0, 1, 2]), one(1, GONE), *smaller, each([0, 2], finished(1)))
+    assert status == 0
+    assert group.killed == [1]
+
+
+def test_a_rank_that_falls_silent_while_another_is_mourned_is_ended(config: Config, clock: SteppedClock) -> None:
+    def falls_silent(group: Scripted) -> Sequence[tuple[int, WorkerEvent]]:
+        group.silent.add(2)
+        return []
+
+    config = replace(config, ray=replace(config.ray, min_workers=1))
+    end = (one(0, left(0)), begins([0], 5), one(0, finished(1)))
+    status, group, _, _ = play(config, UP, begins([0, 1, 2]), one(1, GONE), falls_silent, *end)
+    assert status == 0
+    assert group.killed == [1, 2]
+
+
+def test_of_ranks_that_do_not_end_in_time_one_is_ended_and_the_others_have_as_long_again(config: Config, clock: SteppedClock) -> None:
+    hangs = (clock.passes(31), clock.passes(29), one(2, left(0)))
+    back = (clock.passes(29), one(0, up()), one(0, Prepared()), begins([0, 2], 5))
+    status, group, _, said = play(config, UP, begins([0, 1, 2]), one(1, GONE), *hangs, *back, each([0, 2], finished(1)))
+    assert status == 0
+    assert group.killed == [1, 0]
+    assert any("it went on for 30 s without the others (ray.start_timeout)" in line for line in said)
+
+
+def test_a_new_worker_that_dies_while_it_loads_interrupts_nobody(config: Config) -> None:
+    smaller = (each([0, 2], left(0)), begins([0, 2], 5))
+    end = each([0, 2], finished(1))
+    status, group, _, _ = play(config, UP, begins([0, 1, 2]), one(1, GONE), *smaller, one(1, up()), one(1, GONE), NOTHING, end)
+    assert status == 0
+    assert group.receivers(Interrupt) == [0, 2], "for the first loss alone"
+
+
+def test_a_new_rank_that_could_not_connect_waits_for_the_next_generation(config: Config) -> None:
+    config = replace(config, ray=replace(config.ray, max_failures=2))
+    smaller = (each([0, 2], left(0)), begins([0, 2], 5))
+    larger = (one(1, up()), one(1, Prepared()), each([0, 2], left(1)))
+    broken = (one(2, GONE), one(0, left(2)), one(1, Prepared()))
+    end = (begins([0, 1], 5), each([0, 1], finished(3)))
+    status, group, _, _ = play(config, UP, begins([0, 1, 2]), one(1, GONE), *smaller, *larger, *broken, *end)
+    assert status == 0
+    assert group.joined()[-2:] == [(0, 3, 2), (1, 3, 2)]
+
+
+def test_the_ranks_of_a_lost_node_are_one_failure(config: Config) -> None:
+    def node_dies(group: Scripted) -> Sequence[tuple[int, WorkerEvent]]:
+        group.dead_nodes.update({1, 2})
+        return [(1, GONE), (2, GONE)]
+
+    config = replace(config, ray=replace(config.ray, min_workers=1))
+    script = (UP, begins([0, 1, 2]), node_dies, one(0, left(0)), begins([0], 5))
+    assert play(config, *script, one(0, finished(1)))[0] == 0
+
+
+def test_ranks_that_are_to_stop_may_step_and_save_for_long(config: Config, clock: SteppedClock) -> None:
+    ends = (one(1, stopped(0)), one(1, GONE), each([0, 2], stopped(0)))
+    status, group, shown, _ = play(config, UP, begins([0, 1, 2]), stop_is_asked_for, clock.passes(1000), NOTHING, *ends)
+    assert status == 0
+    assert states(shown)[-1] == "stopped"
+    assert group.killed == []
+    assert group.receivers(Interrupt) == [], "the rank that died had saved its part"
+
+
+def test_ranks_that_are_to_stop_break_off_when_one_is_lost(config: Config, clock: SteppedClock) -> None:
+    stops = (UP, begins([0, 1, 2]), stop_is_asked_for, one(1, GONE))
+    status, group, shown, said = play(config, *stops, NOTHING, each([0, 2], left(0)))
+    assert status == 0
+    assert states(shown)[-1] == "stopped"
+    assert group.receivers(Interrupt) == [0, 2]
+    assert any("(rank 1): the worker's process died (gone); the job stops without it" in line for line in said)
+    assert any("no checkpoint" in line for line in said)
+    status, _, _, said = play(config, *stops, clock.passes(31))
+    assert status == 1
+    assert "did not stop in time" in said[-1]
+
+
+def test_a_rank_that_falls_silent_while_it_is_to_stop_is_ended(config: Config, clock: SteppedClock) -> None:
+    def falls_silent(group: Scripted) -> Sequence[tuple[int, WorkerEvent]]:
+        group.silent.add(2)
+        return []
+
+    status, group, _, _ = play(config, UP, begins([0, 1, 2]), stop_is_asked_for, falls_silent, NOTHING, each([0, 1], left(0)))
+    assert status == 0
+    assert group.killed == [2]
+    assert group.receivers(Interrupt) == [0, 1]
+
+
+def test_a_stop_that_comes_in_the_last_step_finishes_the_job(config: Config) -> None:
+    status, _, shown, _ = play(config, UP, begins([0, 1, 2]), stop_is_asked_for, each([0, 1, 2], finished(0)))
+    assert status == 0
+    assert states(shown)[-2:] == ["stopping", "finished"]
+
+
+def test_a_replacement_that_dies_again_and_again_fails_the_job(config: Config) -> None:
+    config = replace(config, fssdp=replace(config.fssdp, redundancy=0))
+    dies = (one(1, up()), one(1, GONE))
+    status, _, _, said = play(config, UP, begins([0, 1, 2]), one(1, GONE), each([0, 2], left(0)), *dies, *dies)
+    assert status == 1
+    assert "did not come up in time, 2 times in a row" in said[-1]
 
 
 def test_an_error_is_tried_again_and_then_given_up(config: Config) -> None:

@@ -94,6 +94,25 @@ def test_a_stopped_rank_is_killed_and_a_process_of_others_is_not(
         os.kill(foreign, signal.SIGKILL)
 
 
+def test_a_stopped_rank_that_ends_just_before_it_is_killed_ends_no_watch(
+    sleeper: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LookedAgain(Exception): ...
+
+    def ends_meanwhile(_: int) -> bool:
+        sleeper.kill()
+        sleeper.wait()
+        return True
+
+    monkeypatch.setattr(stopped_ranks, "STOPPED_SECONDS", -1.0)
+    monkeypatch.setattr(stopped_ranks, "_is_descendant", ends_meanwhile)
+    monkeypatch.setattr(time, "sleep", mock.Mock(side_effect=LookedAgain))
+    (tmp_path / "pid-1").write_text(str(sleeper.pid), encoding="ascii")
+    stop(sleeper)
+    with pytest.raises(LookedAgain):
+        end_stopped_ranks(tmp_path)
+
+
 def test_ranks_leave_their_numbers_for_their_launcher(tmp_path: Path) -> None:
     leave_pid(tmp_path, 2)
     (tmp_path / "pid-3").touch()

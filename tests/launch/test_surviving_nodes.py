@@ -145,6 +145,7 @@ def test_a_rank_of_another_node_that_dies_is_replaced_there(tmp_path: Path, monk
     orders = leading.orders()
     assert orders.generation == read_generation(leading.files)
     assert orders.members["4"] == MemberOrder(1, 1, None, ())
+    assert sorted(orders.members) == ["2", "4"], "nothing is left to say of the one that has ended"
     assert here_file(leading.files, 0, 2).exists()
     leading.words.store.report(1, replace(QUIET, beat=1, ended={"3": -9}, files=("ready-4",)))
     surviving.look()
@@ -348,6 +349,19 @@ def test_a_node_starts_signals_and_reports_its_own_members(tmp_path: Path) -> No
         node.words.store.order(replace(ORDERS, members=given, status=0))
         assert node.end() == 0
         assert node.report().leaves
+
+
+def test_a_node_reads_orders_only_when_they_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(surviving_nodes, "_BEAT_SECONDS", 0.01)
+    reading = mock.Mock(side_effect=MessageStore.orders, autospec=True)
+    monkeypatch.setattr(MessageStore, "orders", lambda store: reading(store))
+    with following(tmp_path) as node:
+        for number in (1, 2):
+            node.words.store.order(replace(ORDERS, here=(f"here-0-{number}",)))
+            node.until(here_file(node.files, 0, number).exists)
+            before, beat = reading.call_count, node.report().beat
+            node.until(lambda beat=beat: node.report().beat > beat + 10)
+            assert reading.call_count == before
 
 
 def test_a_device_is_given_to_one_member(tmp_path: Path) -> None:

@@ -13,10 +13,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+from unittest import mock
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from hecate.config import load_config, to_yaml
+from hecate.launch.ray_job import worker as worker_module
 from hecate.launch.ray_job.messages import (
     Assignment,
     Begin,
@@ -26,6 +30,7 @@ from hecate.launch.ray_job.messages import (
     Join,
     LeftGeneration,
     Outcome,
+    Prepared,
     StepsDone,
     Stop,
     TrainingEnded,
@@ -35,8 +40,12 @@ from hecate.launch.ray_job.messages import (
     event_from_json,
 )
 from hecate.launch.ray_job.rendezvous import Rendezvous
+from hecate.launch.ray_job.worker import TrainingLink, Worker
 from hecate.parallel.topology import local_topology
 from hecate.parallel.topology_file import topology_text
+from hecate.ranks import meeting
+from hecate.ranks import ranks as ranks_module
+from hecate.ranks.ranks import Ranks
 from testing.processes import OVERRIDES, losses
 from testing.tiny_run import make_workshop
 
@@ -162,3 +171,87 @@ def test_a_rank_left_alone_waits_with_its_state_and_goes_on(crew: Crew, workshop
     assert saved.step == max(steps)
     missing = set(range(1, saved.step + 1)) - set(steps)
     assert len(missing) <= 1, "a step that was at its end when a rank was lost is finished, without a record"
+
+
+class Joining:
+    """A worker in this process whose new rank is let into generations, and a stand-in for what connects it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ranks = mock.create_autospec(Ranks, instance=True)
+        self.connect = mock.Mock(return_value=self.ranks)
+        self.others = 1
+        """how many other ranks are about to connect in each generation"""
+        monkeypatch.setattr(meeting, "meet", lambda *_: self._store())
+        monkeypatch.setattr(ranks_module, "connect", self.connect)
+        with mock.patch.dict(os.environ):
+            self.worker = Worker(0, "127.0.0.1", 1, "secret", "", 1, "127.0.0.1")
+        self.events: queue.SimpleQueue[WorkerEvent] = queue.SimpleQueue()
+        self.worker._link = self.link = TrainingLink(self.events, 1, None)
+
+    def _store(self) -> dist.Store:
+        made = dist.HashStore()
+        made.add("ranks-there", self.others)
+        return made
+
+    def order_to_join(self, generation: int) -> None:
+        topology = topology_text(local_topology(2, cuda=False))
+        assignment = Assignment(
+            generation=generation, rank=1, world_size=2, host="", port=0, nodes=("one", "one"), topology=topology, resume=False
+        )
+        self.worker._carry_out(Join(assignment=assignment))
+
+
+def test_a_rank_interrupted_while_it_connects_breaks_off_when_it_has_connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining = Joining(monkeypatch)
+    joining.order_to_join(3)
+    joining.connect.side_effect = lambda *_, **__: (joining.worker._carry_out(Interrupt(generation=3)), mock.DEFAULT)[1]
+    assert joining.link.first_group().ranks is joining.ranks
+    joining.ranks.abort.assert_called_once_with()
+
+
+@pytest.mark.parametrize("waits", [True, False], ids=["waits", "comes"])
+def test_a_rank_does_not_connect_in_vain(monkeypatch: pytest.MonkeyPatch, *, waits: bool) -> None:
+    """It is interrupted while it waits for a rank that never comes, or before it comes itself."""
+    joining = Joining(monkeypatch)
+    joining.order_to_join(3)
+    joining.order_to_join(4)
+    joining.others = 0 if waits else 1
+
+    def is_interrupted(_: float = 0) -> None:
+        joining.others = 1
+        joining.worker._carry_out(Interrupt(generation=3))
+
+    monkeypatch.setattr(worker_module.time, "sleep", mock.Mock(side_effect=is_interrupted))
+    if not waits:
+        is_interrupted()
+    joining.link.first_group()
+    assert (joining.connect.call_count, joining.link.generation) == (1, 4)
+    joining.ranks.abort.assert_not_called()
+
+
+def test_an_interrupt_of_an_earlier_generation_breaks_off_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining = Joining(monkeypatch)
+    joining.worker._carry_out(Interrupt(generation=2))
+    joining.order_to_join(3)
+    joining.link.first_group()
+    joining.ranks.abort.assert_not_called()
+
+
+def test_why_a_rank_could_not_connect_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    joining = Joining(monkeypatch)
+    for generation in (3, 4):
+        joining.order_to_join(generation)
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:5555")
+    joining.connect.side_effect = [lost, joining.ranks]
+    joining.link.first_group()
+    assert capsys.readouterr().err == "hecate: rank 1 could not connect in generation 3: another rank closed its connection\n"
+    assert [type(joining.events.get(timeout=1)) for _ in range(2)] == [Prepared, Prepared], "it waits for the next generation"
+
+
+def test_too_little_memory_to_connect_is_no_lost_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    joining = Joining(monkeypatch)
+    joining.order_to_join(3)
+    joining.link.assignments.put(None)
+    joining.connect.side_effect = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        joining.link.first_group()
