@@ -55,7 +55,8 @@ def check_case(rank: int, world: int, case: LinearCase, *, reshard: bool = False
     units = len(plain.linears)
     if case.router.bias == "balancing":
         assert any(bias.any() for bias in sharded.optimizer.buffers.values()), "no bias has moved"
-    assert (0 < calibrations < case.steps * MICRO_STEPS * units) == (case.plan == "calibrated"), calibrations
+    if case.plan != "exact":  # a layer may plan anew after its router, or not, as it is predicted to be faster
+        assert (0 < calibrations < case.steps * MICRO_STEPS * units) == (case.plan == "calibrated"), calibrations
     if case.scenario == "idle experts" and max(case.experts) > case.top_k and world == 1:
         assert ever_idle, "the scenario did not leave any expert idle"
 
