@@ -193,7 +193,7 @@ class UnitExperts(ABC):
         self.num_experts = site.num_experts
         self._pairs = pairs
         self._pair_sizes = NO_PAIRS if pairs is None else pairs.sizes
-        self._number_E = torch.tensor([name_number(name) for name in site.names], dtype=torch.int64)
+        self._number_E = torch.tensor([name_number(name) for name in site.names], dtype=torch.int64, device=site.device)
         self._place, self._ffn_numel = place, sum(spec.numel for spec in ffn)
         self._layout = kind.layout(ffn, self._pair_sizes)
 
@@ -272,13 +272,11 @@ class UnitExperts(ABC):
             return None
         return Dropout(rate, dropout_key(self.site.seed, step, *unit_numbers(self.site.unit)))
 
-    def _numbered_for_dropout(self, routed: RoutedTokens) -> RoutedTokens:
-        """The tokens with a number of each expert's name in place of the expert's own, where experts have names."""
-        if not self.site.names:
+    def _numbered_for(self, dropout: Dropout | None, routed: RoutedTokens) -> RoutedTokens:
+        """The tokens with the numbers of experts that dropout is hashed from: where experts have names, these stand for them."""
+        if dropout is None or not self.site.names:
             return routed
-        expert_S = routed.experts_in_slots
-        self._number_E = self._number_E.to(expert_S.device)
-        return replace(routed, expert_S=self._number_E[expert_S])
+        return replace(routed, expert_S=self._number_E[routed.experts_in_slots])
 
     def _kernels(self, x_TD: Tensor) -> ExpertKernels:
         return expert_kernels(self.site.kernels, x_TD, 0 if self._pairs is None else self._pairs.lora.widest)

@@ -37,7 +37,8 @@ class LinearExperts(UnitExperts):
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
         """[T, outputs]; see `ExpertFamily.compute`."""
         pairs = self.pairs(replicas.chunks_SC, routed.experts_in_slots)[ONLY_PROJECTION]
-        return self._mix(self._kernels(routed.x_TD))(self._numbered_for_dropout(routed), pairs, dropout=self._dropout(step))
+        dropout = self._dropout(step)
+        return self._mix(self._kernels(routed.x_TD))(self._numbered_for(dropout, routed), pairs, dropout=dropout)
 
 
 MIXES: dict[str, Callable[[ExpertKernels], Callable[..., Tensor]]] = {

@@ -20,4 +20,5 @@ class MixLoraExperts(FfnExperts):
 
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
         pairs = self.pairs(replicas.chunks_SC, routed.experts_in_slots)
-        return self._kernels(routed.x_TD).mixlora_ffn(self._numbered_for_dropout(routed), self.base, pairs, dropout=self._dropout(step))
+        dropout = self._dropout(step)
+        return self._kernels(routed.x_TD).mixlora_ffn(self._numbered_for(dropout, routed), self.base, pairs, dropout=dropout)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hecate.adapters.forms import FORMS, ReadAdapter, write_form
-from hecate.adapters.linear_format import LinearAdapterConfig
 from hecate.config import RouterConfig
 from hecate.errors import UserError
 from tests.hecate.adapters.exporting import (
@@ -20,6 +20,7 @@ from tests.hecate.adapters.exporting import (
     save_peft,
     with_router,
 )
+from tests.hecate.adapters.test_linear_adapters import DESCRIPTION
 
 
 def test_what_a_form_cannot_hold_of_a_lora_is_refused(tmp_path: Path) -> None:
@@ -70,18 +71,7 @@ OVER_LINEARS = {
 @pytest.mark.parametrize("system", OVER_LINEARS)
 def test_mixtures_over_linears_have_no_form_and_it_is_said_why(tmp_path: Path, system: str, form: str) -> None:
     router, reason = OVER_LINEARS[system]
-    description = LinearAdapterConfig(
-        base_model_name_or_path="models/tiny",
-        r=2,
-        alpha=4,
-        use_rslora=False,
-        target_modules=("q_proj",),
-        experts_per_layer=(3, 3),
-        top_k=2,
-        dropout=0.0,
-        router_aux_loss_coef=0.0,
-        router=router,
-    )
+    description = replace(DESCRIPTION, router=router)
     with pytest.raises(
         UserError, match=f"(?s)/left: is a mixture of experts over single linears.*the form {form} cannot hold\n  .*{reason}"
     ):
