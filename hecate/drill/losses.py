@@ -36,10 +36,6 @@ nodes: [{devices: 2, flops: 3e9, memory: 3e9}, {devices: 2, flops: 3e9, memory: 
 intra_node: {bandwidth: 1e9, latency: 1e-5}
 inter_node: {bandwidth: 1e8, latency: 1e-4}
 """
-_SLOW = """\
-nodes: [{devices: 4, flops: 1e6, memory: 1e9}]
-intra_node: {bandwidth: 1e9, latency: 1e-6}
-"""
 RANKS = 4
 _NOTICED, _RECOVERED, _EVICTED = 250.0, 1000.0, 3000.0
 """ms, for the median of the cases"""
@@ -72,7 +68,6 @@ def kill_any_rank(scope: Scope) -> DrillOutcome:
         run = begin_run(scope, "groups", RANKS, "fssdp.shard_size=2", injected=[fault]).end()
         cases.append(DrillCase(f"rank {rank} of two sharding groups, {phase}", problem := problem_of(run, whole, lost=1)))
         times.add(run, [] if problem else run.when("kill"))
-    cases += [] if scope.quick else _of_a_reshard(scope)
     cases += [] if scope.quick else _of_sharded_layers(scope)
     for rank, call in () if scope.quick else ((1, 1), (1, 5), (0, 3), (0, 60), (0, 110)):
         fault = Injected(action="kill", place="file", call=call, rank=rank, step=2)
@@ -82,21 +77,6 @@ def kill_any_rank(scope: Scope) -> DrillOutcome:
     cases += [] if scope.quick else _of_hecate_launch(scope, whole)
     cases += times.judged(scope)
     return outcome_of(cases, f"{RANKS - 1} ranks go on, 0 steps lost, results within {TOLERANCE:g} of the undisturbed run", times.counts())
-
-
-def _of_a_reshard(scope: Scope) -> list[DrillCase]:
-    """After the second step experts move, because on devices this slow it pays to share them evenly."""
-    (scope.path / "slow.yaml").write_text(_SLOW, encoding="utf-8")
-    given = (f"topology={scope.path}/slow.yaml", "fssdp.policy=static_ep", "fssdp.reshard_interval=2")
-    whole = begin_run(scope, "whole-moved", RANKS, *given).end()
-    assert whole.status == 0, whole.log
-    cases = []
-    points: tuple[tuple[Place, int], ...] = (("move", 1), ("move", 2), ("backups", 1), ("backups", 2))
-    for rank, (place, call) in enumerate(points):
-        fault = Injected(action="kill", place=place, call=call, rank=rank, step=1)
-        run = begin_run(scope, "moved", RANKS, *given, injected=[fault]).end()
-        cases.append(DrillCase(f"rank {rank} in a re-shard, {place} {call}", problem_of(run, whole, lost=1)))
-    return cases
 
 
 def _of_sharded_layers(scope: Scope) -> list[DrillCase]:
