@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hecate.adapters import AdapterConfig
+from hecate.adapters.linear_format import LinearAdapterConfig
 
 
 def config_of(**changes: object) -> AdapterConfig:
@@ -19,6 +20,22 @@ def config_of(**changes: object) -> AdapterConfig:
         "act_fn": "silu",
     }
     return AdapterConfig(**(values | changes))
+
+
+def linear_config_of(**changes: object) -> LinearAdapterConfig:
+    """The description of an adapter of experts over linears."""
+    values: dict = {
+        "base_model_name_or_path": "models/tiny",
+        "r": 2,
+        "alpha": 4,
+        "use_rslora": False,
+        "target_modules": ("q_proj",),
+        "experts_per_layer": (3, 3),
+        "top_k": 2,
+        "dropout": 0.1,
+        "router_aux_loss_coef": 0.001,
+    }
+    return LinearAdapterConfig(**(values | changes))
 
 
 def tensors_of(experts_per_layer: tuple[int, ...] = (3, 3), dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from tests.hecate.adapters.exporting import (
     save_peft,
     with_router,
 )
-from tests.hecate.adapters.test_linear_adapters import DESCRIPTION
+from tests.hecate.adapters.making import linear_config_of
 
 
 def test_what_a_form_cannot_hold_of_a_lora_is_refused(tmp_path: Path) -> None:
@@ -71,7 +70,7 @@ OVER_LINEARS = {
 @pytest.mark.parametrize("system", OVER_LINEARS)
 def test_mixtures_over_linears_have_no_form_and_it_is_said_why(tmp_path: Path, system: str, form: str) -> None:
     router, reason = OVER_LINEARS[system]
-    description = replace(DESCRIPTION, router=router)
+    description = linear_config_of(router=router)
     with pytest.raises(
         UserError, match=f"(?s)/left: is a mixture of experts over single linears.*the form {form} cannot hold\n  .*{reason}"
     ):

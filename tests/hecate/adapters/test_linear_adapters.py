@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from hecate.adapters.linear_experts import export_linear_adapter, load_linear_adapter_into
-from hecate.adapters.linear_format import LinearAdapterConfig, is_linear_adapter, load_linear_adapter, save_linear_adapter
+from hecate.adapters.linear_format import is_linear_adapter, load_linear_adapter, save_linear_adapter
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.model.insert import InsertionPlan, insert_experts
@@ -23,21 +23,12 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import local_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
+from tests.hecate.adapters.making import linear_config_of
 from tests.hecate.model.tiny import tiny
 
 EXPERTS, TARGETS = (3, 0, 2), ("q_proj", "down_proj")
 PREFIX = "base_model.model.model.layers"
-DESCRIPTION = LinearAdapterConfig(
-    base_model_name_or_path="models/tiny",
-    r=2,
-    alpha=4,
-    use_rslora=False,
-    target_modules=TARGETS,
-    experts_per_layer=EXPERTS,
-    top_k=2,
-    dropout=0.1,
-    router_aux_loss_coef=0.001,
-)
+DESCRIPTION = linear_config_of(target_modules=TARGETS, experts_per_layer=EXPERTS)
 
 
 def inserted(group: dist.ProcessGroup) -> MoeModel:
