@@ -45,8 +45,9 @@ WEIGHT_DECAY, MAX_NORM, AUX_COEF = 0.1, 0.5, 0.05
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-# Adam divides a gradient by its own size, so rounding in an element that is nearly zero moves it by a share of the learning rate.
-LEARNING_RATE = {torch.float64: 1e-2, torch.float32: 1e-3}
+LEARNING_RATE = 1e-3
+"""Adam divides a gradient by its own size, so rounding in an element that is nearly zero moves it by a share of this: at 1e-2, by 1.6e-10
+after three steps"""
 
 
 @dataclass(frozen=True)

@@ -261,7 +261,7 @@ class PlainModel:
             self.model.set_submodule(found.path, linear)
         self.parameters = [parameter for parts in self.trained.values() for parameter in parts]
         self.parameters += [shards for pool in pools.values() for shards in pool.shards.values()]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def step(self, step: int, empty_rows: range) -> tuple[float, float, float, set[str]]:
         """(cross-entropy, aux loss, gradient norm, idle experts); gradients of idle experts are None. Parameters have yet to be stepped."""
@@ -319,7 +319,7 @@ class ShardedTraining:
         self.optimizer = ExpertOptimizer(
             Trainables.of(self.moe),
             AdamW(weight_decay=WEIGHT_DECAY),
-            LearningRate(LEARNING_RATE[case.dtype]),
+            LearningRate(LEARNING_RATE),
             torch.device("cpu"),
         )
 

@@ -77,13 +77,13 @@ def plain_of(case: Case, moe: MoeModel, source: int) -> PlainAdapter:
         pairs = family.pair_source.stacked(chunk[None], torch.tensor([source]))
         of_layer = {f"{name}.A": pair.a_SrI[0].clone() for name, pair in pairs.items()}
         values.append(of_layer | {f"{name}.B": pair.b_SOr[0].clone() for name, pair in pairs.items()})
-    plain = PlainAdapter(tiny_llama(case.dtype), values, case.lora.scale, LEARNING_RATE[case.dtype], WEIGHT_DECAY)
+    plain = PlainAdapter(tiny_llama(case.dtype), values, case.lora.scale, LEARNING_RATE, WEIGHT_DECAY)
     if case.pairs == "fixed_a":
         for layer in plain.layers:
             for name in [name for name in layer if name.endswith(".A")]:
                 layer.pop(name).requires_grad_(False)
         plain.parameters = [parameter for layer in plain.layers for parameter in layer.values()]
-        plain.optimizer = torch.optim.AdamW(plain.parameters, lr=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY)
+        plain.optimizer = torch.optim.AdamW(plain.parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     return plain
 
 

@@ -106,7 +106,7 @@ def optimizer_of(moe: MoeModel) -> ExpertOptimizer:
     return ExpertOptimizer(
         Trainables(owned_parameters(moe.engine), moe.replicated_parameters()),
         AdamW(weight_decay=WEIGHT_DECAY),
-        LearningRate(LEARNING_RATE[torch.float64]),
+        LearningRate(LEARNING_RATE),
         torch.device("cpu"),
     )
 
@@ -157,7 +157,7 @@ class PlainUsers:
             self.linears[unit] = linear
             self.model.set_submodule(found.path, linear)
         self.parameters = [parameter for parts in self.trained.values() for parameter in parts]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE[torch.float64], weight_decay=WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def step(self, step: int, empty: range) -> tuple[float, float]:
         """(cross-entropy, gradient norm). Parameters have yet to be stepped."""

@@ -75,7 +75,7 @@ class RoutedReference:
                 setattr(layer.self_attn, name, lora)
                 self.named[f"{key}.A"], self.named[f"{key}.B"] = lora.a, lora.b
         self.parameters = [p for parts in self.chunks.values() for p in parts] + list(self.named.values())
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def step(self, step: int, empty_rows: range) -> tuple[float, float, float, dict[str, torch.Tensor | None]]:
         """(cross-entropy, balance loss, gradient norm, clipped gradients); None for an expert without tokens. The optimizer steps."""
@@ -134,7 +134,7 @@ def check_router(rank: int, world: int, case: Case, *, reshard: bool = False) ->
     reference = RoutedReference(case, moe)
     owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}
     trainables = Trainables(owned, moe.replicated_parameters(), routers=moe.router_modules)
-    optimizer = ExpertOptimizer(trainables, AdamW(weight_decay=WEIGHT_DECAY), LearningRate(LEARNING_RATE[case.dtype]), torch.device("cpu"))
+    optimizer = ExpertOptimizer(trainables, AdamW(weight_decay=WEIGHT_DECAY), LearningRate(LEARNING_RATE), torch.device("cpu"))
     seen = gradients_of(optimizer)
     empty_rows = range((world - 1) * ROWS // world, ROWS) if case.scenario == "empty rank" and world > 1 else range(0)
     idle = 0

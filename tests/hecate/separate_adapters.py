@@ -79,9 +79,7 @@ def labels_of_source(batches: list[Batch]) -> list[int]:
 
 
 def optimizer_of(moe: MoeModel, case: Case | LinearCase) -> ExpertOptimizer:
-    return ExpertOptimizer(
-        Trainables.of(moe), AdamW(weight_decay=WEIGHT_DECAY), LearningRate(LEARNING_RATE[case.dtype]), torch.device("cpu")
-    )
+    return ExpertOptimizer(Trainables.of(moe), AdamW(weight_decay=WEIGHT_DECAY), LearningRate(LEARNING_RATE), torch.device("cpu"))
 
 
 def one_step(
@@ -110,7 +108,7 @@ def plain_adapters(case: Case, moe: MoeModel) -> list[PlainAdapter]:
             flat = torch.randn(sum(s.numel for s in specs), generator=random, dtype=torch.float64) * 0.2
             parts = flat.split([s.numel for s in specs])
             values.append({s.name: part.view(s.shape) for s, part in zip(specs, parts, strict=True)})
-        adapters.append(PlainAdapter(tiny_llama(case.dtype), values, 0.7, LEARNING_RATE[case.dtype], WEIGHT_DECAY))
+        adapters.append(PlainAdapter(tiny_llama(case.dtype), values, 0.7, LEARNING_RATE, WEIGHT_DECAY))
     return adapters
 
 
@@ -125,7 +123,7 @@ def plain_linear_adapters(case: LinearCase, moe: MoeModel) -> list[PlainAdapter]
             values[unit.layer] |= {f"{name}.A": a, f"{name}.B": b}
         places = [unit.place for unit in moe.layers if unit.layer == 0]
         model = tiny_with_biases(case.dtype)
-        adapters.append(PlainAdapter(model, values, case.lora.scale, LEARNING_RATE[case.dtype], WEIGHT_DECAY, places))
+        adapters.append(PlainAdapter(model, values, case.lora.scale, LEARNING_RATE, WEIGHT_DECAY, places))
     return adapters
 
 

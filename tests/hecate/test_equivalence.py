@@ -110,7 +110,7 @@ class Reference:
                 self.replicated |= {f"{key}.A": plain.a, f"{key}.B": plain.b} if lora.trains_a else {f"{key}.B": plain.b}
         parameters = [p for each in self.chunks.values() for p in each] + list(self.replicated.values()) + trained_in_pool
         self.parameters = parameters
-        self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY)
+        self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
 
     def gradients(self, step: int, empty_rows: range) -> tuple[float, float, set[str]]:
         """(cross-entropy, gradient norm, idle experts); gradients of idle experts are None."""
@@ -192,7 +192,7 @@ def check_case(rank: int, world: int, case: Case) -> None:
     optimizer = ExpertOptimizer(
         Trainables(owned, moe.replicated_parameters()),
         AdamW(weight_decay=WEIGHT_DECAY),
-        LearningRate(LEARNING_RATE[case.dtype]),
+        LearningRate(LEARNING_RATE),
         torch.device("cpu"),
     )
     empty_rows = range((world - 1) * ROWS // world, ROWS) if case.scenario == "empty rank" and world > 1 else range(0)

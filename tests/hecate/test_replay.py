@@ -48,7 +48,7 @@ CASE = Case("llep", 8, 2, "hot expert", plan="replay")
 
 def trainer(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead, ExpertOptimizer]:
     moe, head = sharded(case, world)
-    rule, rate = AdamW(weight_decay=WEIGHT_DECAY), LearningRate(LEARNING_RATE[case.dtype])
+    rule, rate = AdamW(weight_decay=WEIGHT_DECAY), LearningRate(LEARNING_RATE)
     return moe, head, ExpertOptimizer(Trainables.of(moe), rule, rate, torch.device("cpu"))
 
 

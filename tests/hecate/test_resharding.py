@@ -45,7 +45,7 @@ class Training:
         self.optimizer = ExpertOptimizer(
             Trainables(owned_parameters(self.moe.engine), self.moe.replicated_parameters()),
             AdamW(weight_decay=WEIGHT_DECAY),
-            LearningRate(LEARNING_RATE[case.dtype], lambda step: 1 / (1 + step)),
+            LearningRate(LEARNING_RATE, lambda step: 1 / (1 + step)),
             torch.device("cpu"),
         )
 

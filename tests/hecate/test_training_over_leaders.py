@@ -57,7 +57,7 @@ def _train(
         optimizer = ExpertOptimizer(
             Trainables(owned, moe.replicated_parameters()),
             AdamW(weight_decay=WEIGHT_DECAY),
-            LearningRate(LEARNING_RATE[case.dtype]),
+            LearningRate(LEARNING_RATE),
             torch.device("cpu"),
         )
         losses = []

@@ -143,7 +143,7 @@ def test_with_a_fixed_a_a_dense_model_trains_as_with_pefts_lora_whose_a_is_froze
         weight_b[str(unit)] = layer.lora_B["default"].weight
         weight_b[str(unit)].data.copy_(of.b_SOr[0])
     assert len(weight_b) == 2 * len(TARGETS)
-    optimizer = torch.optim.AdamW(weight_b.values(), lr=LEARNING_RATE[case.dtype], weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(weight_b.values(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     for step in range(3):
         batches = [micro_batch(step, micro, range(0)) for micro in range(MICRO_STEPS)]
         labels = sum(int((batch.targets != -100).sum()) for batch in batches)
