@@ -113,7 +113,7 @@ def measured_cost(found: Parts, shape: Shape, topology: Topology) -> LayerCost:
     rate, cost = min(topology.flops), plain_cost(shape)
     return replace(
         cost,
-        non_moe_flops=found.attention / 3 * rate,
+        non_moe_flops=found.attention * rate / (1 + cost.non_moe_backward),
         row_flops=found.row * rate / (1 + cost.row_backward),
         assignment_flops=found.assignment * rate / (1 + cost.assignment_backward),
     )

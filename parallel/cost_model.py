@@ -112,7 +112,9 @@ class LayerCost:
     assignment_backward: float = 2.0
     """backward over forward FLOPs of an assignment"""
     non_moe_flops: float = 0.0
-    """FLOPs of one rank's attention, which hides transfers; the backward pass takes twice as long"""
+    """forward FLOPs of one rank's attention, which hides transfers"""
+    non_moe_backward: float = 2.0
+    """backward over forward FLOPs of the attention; 1 for frozen projections, 2 for trained ones"""
     hidden_from: int = 1
     """from this `ExecutionMode.prefetch` on, that work hides the forward pass's gather: 1 for experts after their layer's attention, 2 for
     those that the layer needs at its very beginning"""
@@ -324,7 +326,7 @@ def cost_numbers(cost: LayerCost, topology: Topology, execution: ExecutionMode) 
         float(cost.assignment_flops * (1 + cost.assignment_backward)),
         float(DISPATCH_COLLECTIVES * (1 if execution.per_micro_step else execution.micro_steps)),
         attention if execution.hides_gather and execution.prefetch >= cost.hidden_from else 0.0,
-        2 * attention,
+        float(cost.non_moe_backward * attention),
         execution.prefetch > 0,
         int(execution.rematerialize),
         ROUTE_NUMBERS[execution.route],

@@ -61,7 +61,8 @@ def expert_layer_cost(
     """Return the cost of a layer, as planners need it.
 
     The backward pass of a trained FFN takes twice as long as its forward pass (gradients of its inputs and of its weights), that of a
-    frozen FFN as long, and that of pairs `ExpertParameters.pair_backward` times as long.
+    frozen FFN as long, and that of pairs `ExpertParameters.pair_backward` times as long. The attention's projections are trained where
+    experts are trained whole, and frozen otherwise.
 
     Args:
         undivided: see `LayerCost.undivided`.
@@ -81,6 +82,7 @@ def expert_layer_cost(
         assignment_flops=flops,
         assignment_backward=backward / flops if flops else expert.pair_backward,
         non_moe_flops=non_moe_flops / place.together,
+        non_moe_backward=2.0 if expert.trained_ffn else 1.0,
         hidden_from=2 if place.at_beginning else 1,
         message_share=1.0 / place.together,
         undivided=undivided,

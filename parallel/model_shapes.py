@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +113,20 @@ class ModelShape:
 
         These are the projections, the scores, and the products of scores and values.
         """
+        return tokens * (2.0 * self.attention_parameters + self._score_flops)
+
+    @property
+    def attention_backward(self) -> float:
+        """Backward over forward FLOPs of the attention: as many for frozen projections, twice as many for trained ones and for scores."""
+        projections = 2.0 * self.attention_parameters
+        frozen = projections if self.of_kind.has_pairs else 0.0
+        return 2.0 - frozen / (projections + self._score_flops)
+
+    @property
+    def _score_flops(self) -> float:
+        """Of one token and layer."""
         query = self.hidden if self.query_width is None else self.query_width
-        scores = 4.0 * self.seq * query * (0.5 if self.causal else 1.0)
-        return tokens * (2.0 * self.attention_parameters + scores)
+        return 4.0 * self.seq * query * (0.5 if self.causal else 1.0)
 
     def layer_cost(self, tokens_per_rank: float) -> LayerCost:
         """Return the cost of a layer, as planners need it.
@@ -123,13 +134,14 @@ class ModelShape:
         Fully trained weights are sent in the type that they are computed in; pairs are sent as float32 master parameters.
         """
         trained = _MASTER_BYTES if self.of_kind.has_pairs else self.dtype_bytes
-        return expert_layer_cost(
+        cost = expert_layer_cost(
             self.of_kind.parameters(self.ffn_parameters, self.pair_parameters, 2.0 * self.pair_parameters),
             place=ffn_place(self.hidden),
             top_k=self.top_k,
             number=NumberBytes(trained=trained, gradient=trained, master=_MASTER_BYTES, computed=self.dtype_bytes),
             non_moe_flops=self.attention_flops(tokens_per_rank),
         )
+        return replace(cost, non_moe_backward=self.attention_backward)
 
 
 def load_model_shape(path: Path) -> ModelShape:

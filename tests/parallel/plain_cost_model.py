@@ -54,16 +54,16 @@ def plain_layer_seconds(
             fresh = Placement(placement.owner_E, fresh_ED | at_owner_ED)
             fetch[layer] = route_seconds("flat", fresh, topology, cost.frozen_bytes, 1)
     attention = cost.non_moe_flops / rate_D.min()
-    slowdown = topology.overlap_slowdown
+    behind, slowdown = cost.non_moe_backward * attention, topology.overlap_slowdown
     hides = attention if execution.hides_gather and execution.prefetch >= cost.hidden_from else 0.0
     # Frozen parts stay, and so one step in a lifetime fetches them, and a second gather is without them.
     lifetime = cost.frozen_lifetime
     gather = ((lifetime - 1) * again + (again + fetch)) / lifetime
     exposed = ((lifetime - 1) * exposed_seconds(hides, again, slowdown) + exposed_seconds(hides, again + fetch, slowdown)) / lifetime
     if execution.rematerialize and execution.prefetch:
-        exposed = exposed + exposed_seconds(2 * attention, reduce + again, slowdown)
+        exposed = exposed + exposed_seconds(behind, reduce + again, slowdown)
     else:
-        exposed = exposed + exposed_seconds(2 * attention, reduce, slowdown) + (again if execution.rematerialize else 0.0)
+        exposed = exposed + exposed_seconds(behind, reduce, slowdown) + (again if execution.rematerialize else 0.0)
     owned_D = (owner_E[..., None] == np.arange(where_ED.shape[-1])).sum(-2)
     optimizer = (owned_D * (cost.reduced_bytes + 2 * cost.state_bytes) / np.asarray(topology.memory_bandwidth)).max(-1)
     asked = np.asarray(~where_ED.all((-2, -1)) & loads_ED.any((-2, -1)))

@@ -277,6 +277,13 @@ def test_attention_hides_gathers_forward_and_reductions_backward(slowdown: float
     assert found["total"] == pytest.approx(expected)
 
 
+def test_the_backward_pass_of_a_frozen_attention_hides_less() -> None:
+    """A reduction of 10 s behind a backward pass that takes 3 s, as long as the forward pass."""
+    cost = LayerCost(trainable_bytes=0.0, gradient_bytes=10.0, non_moe_flops=6.0, non_moe_backward=1.0)
+    machines = topology((0, 0), flops=(2.0, 5.0), near=Link(1.0, 0.0))
+    assert seconds(machines, cost, owner=[0], where=[[1, 1]])["exposed"] == pytest.approx(10 - 3)
+
+
 def test_rematerialization_gathers_again_before_the_backward_pass() -> None:
     """As above without slowdown: 2 s forward; 10 + 5 s behind 6 s backward."""
     cost = LayerCost(trainable_bytes=5.0, gradient_bytes=10.0, non_moe_flops=6.0)

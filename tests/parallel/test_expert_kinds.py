@@ -58,10 +58,14 @@ def test_layouts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "trained", "frozen", "row", "assignment", "backward"),
-    [(MIXLORA, 64, 0, 360, 128, 3 * 128), (FULL, 180, 0, 0, 360, 2 * 360), (MOE_LORA, 64, 180, 0, 360 + 128, 360 + 2.5 * 128)],
+    ("kind", "trained", "frozen", "row", "assignment", "backward", "attention"),
+    [
+        (MIXLORA, 64, 0, 360, 128, 3 * 128, 1),
+        (FULL, 180, 0, 0, 360, 2 * 360, 2),
+        (MOE_LORA, 64, 180, 0, 360 + 128, 360 + 2.5 * 128, 1),
+    ],
 )
-def test_costs(kind: ExpertKind, trained: int, frozen: int, row: int, assignment: int, backward: float) -> None:
+def test_costs(kind: ExpertKind, trained: int, frozen: int, row: int, assignment: int, backward: float, attention: int) -> None:
     """Parameters of 8 bytes and gradients of 5 travel, masters and moments take 4 each, weights are computed with in 2 bytes."""
     number = NumberBytes(trained=8, gradient=5, master=4, computed=2)
     cost = expert_layer_cost(kind.parameters(180, 64, 2.0 * 64), place=ffn_place(6), top_k=2, number=number, non_moe_flops=7.0)
@@ -69,7 +73,7 @@ def test_costs(kind: ExpertKind, trained: int, frozen: int, row: int, assignment
     assert (cost.frozen_bytes, cost.state_bytes) == (2 * frozen, 3 * 4 * trained)
     assert (cost.row_bytes, cost.row_flops, cost.assignment_flops) == (12, row, assignment)
     assert cost.assignment_backward * cost.assignment_flops == backward
-    assert (cost.top_k, cost.non_moe_flops) == (2, 7.0)
+    assert (cost.top_k, cost.non_moe_flops, cost.non_moe_backward) == (2, 7.0, attention)
 
 
 def test_the_flops_of_pairs_are_not_those_of_what_is_trained_of_them() -> None:

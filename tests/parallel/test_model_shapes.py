@@ -44,18 +44,22 @@ def test_full_experts_by_hand() -> None:
     cost = shape.layer_cost(16)
     assert (cost.trainable_bytes, cost.reduced_bytes, cost.frozen_bytes, cost.state_bytes) == (800, 800, 0, 4800)
     assert (cost.assignment_flops, cost.assignment_backward, cost.row_flops, cost.row_bytes) == (800, 2, 0, 20)
-    assert cost.non_moe_flops == 16 * (800 + 320)
+    assert (cost.non_moe_flops, cost.non_moe_backward) == (16 * (800 + 320), 2)
     assert cost.top_k == 2
     assert num_params(shape) == 3 * (400 + 4 * 400)
     assert shape.replicated_bytes() == 3 * 400 * 16
 
 
 def test_pairs_over_a_shared_ffn_by_hand() -> None:
-    """Three matrices of 10 x 20 and pairs of rank 2: 600 and 3 · 2 · 30 = 180 parameters, the pairs in float32."""
+    """Three matrices of 10 x 20 and pairs of rank 2: 600 and 3 · 2 · 30 = 180 parameters, the pairs in float32.
+
+    Attention: 800 FLOPs a token of frozen projections, backward as many, and 160 of scores, backward twice as many.
+    """
     shape = ModelShape(kind="mixlora", rank=2, **SMALL)
     cost = shape.layer_cost(16)
     assert (cost.trainable_bytes, cost.frozen_bytes, cost.state_bytes) == (720, 0, 2160)
     assert (cost.row_flops, cost.row_backward, cost.assignment_flops, cost.assignment_backward) == (1200, 1, 360, 3)
+    assert cost.non_moe_backward * cost.non_moe_flops == pytest.approx(16 * (800 + 2 * 160))
     assert num_params(shape) == 3 * (400 + 600 + 4 * 180)
     assert shape.replicated_bytes() == 3 * (400 + 600) * 2
 

@@ -68,6 +68,11 @@ def test_static_ep_by_hand() -> None:
     assert row.replica_bytes == 0
 
 
+def test_a_frozen_attention_takes_as_long_backward_as_forward() -> None:
+    row = run([ALL_TO_FIRST] * 2, POLICIES["static_ep"], cost=replace(COST, non_moe_backward=1.0))
+    assert row.seconds.attention == 5 + 5
+
+
 def test_full_by_hand() -> None:
     """Each rank gets and sends one expert of 4 bytes, hidden behind 5 s of attention, and its gradient, hidden behind 10."""
     row = run([ALL_TO_FIRST] * 2, POLICIES["full"])

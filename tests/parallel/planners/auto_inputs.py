@@ -33,6 +33,7 @@ KINDS = {
         assignment_flops=1e4,
         assignment_backward=3.0,
         non_moe_flops=1e9,
+        non_moe_backward=1.0,
     ),
     "frozen base": LayerCost(
         trainable_bytes=1e4,
@@ -43,6 +44,7 @@ KINDS = {
         assignment_flops=4e6,
         assignment_backward=1.0,
         non_moe_flops=1e8,
+        non_moe_backward=1.0,
     ),
 }
 
