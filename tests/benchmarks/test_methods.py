@@ -7,6 +7,7 @@ from dataclasses import asdict
 import pytest
 
 from benchmarks.method_cases import GOALS, METHODS, SEEDS, SHORT, Run
+from benchmarks.method_speed import BESIDE, NAMES, rows_of
 from benchmarks.methods import by_method, load_spread, wanted
 
 MOS = next(goal for goal in GOALS if goal.system == "mos")
@@ -40,3 +41,11 @@ def test_a_recording_has_each_system_with_each_seed_once_and_reads_what_it_wrote
     runs = [(method.name, seed, size.steps) for method, seed, size in wanted([], quick=False)]
     assert len(set(runs)) == len(runs) == len(SEEDS) * sum(len(method.steps) for method in METHODS)
     assert Run(**asdict(run_of("mos", 1, 1.0))).exact == 0.75
+
+
+def test_a_step_is_the_first_quartile_of_all_turns_over_that_of_lora() -> None:
+    """LoRA's quartile lies a quarter of the way from 2 to 4 s; the other system's steps are twice as long."""
+    rows = rows_of({BESIDE: [4.0, 2.0, 9.0, 5.0], "allora": [8.0, 4.0, 18.0, 10.0]})
+    assert [row["step_seconds"] for row in rows] == [2.5, 5.0]
+    assert [row[f"of_{BESIDE}"] for row in rows] == [1.0, 2.0]
+    assert set(NAMES) <= {method.name for method in METHODS}
