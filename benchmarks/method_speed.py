@@ -2,10 +2,10 @@
 
     python -m benchmarks.method_speed [--quick] [--json FILE]
 
-All runs are `hecate train` of SmolLM2-135M-Instruct on one rank with one thread, in bfloat16, with 512 tokens a step and with the systems'
-settings of `benchmarks.methods`; no bytes are sent. The systems take turns, three times. A system's step is the first quartile of its steps'
-seconds, because what else runs on a shared machine only ever slows a step down. `methods` records tokens a second, too, but over hours in
-which the machine does not stay the same. The goal: a step of ALLoRA takes at most 1.05 of LoRA's.
+All runs are `hecate train` of SmolLM2-135M-Instruct on one rank with one thread, in bfloat16, with 512 tokens a step and with the
+systems' settings of `benchmarks.methods`; no bytes are sent. The systems take turns, three times. A system's step is the first quartile
+of its steps' seconds, because what else runs on a shared machine only ever slows a step down. `methods` records tokens a second, too, but
+over hours in which the machine does not stay the same. The goal: a step of ALLoRA takes at most 1.05 of LoRA's.
 """
 
 from __future__ import annotations
