@@ -59,6 +59,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     _check_prefetch(values, add)
     _check_copies(values, add)
     _check_bound(values, add)
+    _check_slots(values, add)
     _check_retained(values, add)
     _check_shard_size(values, add)
     _check_sources("data.train", values, add, exist=inputs and trains)
@@ -226,6 +227,13 @@ def _check_bound(values: Mapping[str, Any], add: Add) -> None:
     if values.get("fssdp.max_imbalance") is not None and policy not in (None, *_KEEP_A_BOUND, MEGATRON_EP):
         what = f"is read by the policies {' and '.join(_KEEP_A_BOUND)} only, but fssdp.policy is {policy}"
         add("fssdp.max_imbalance", what, "leave it out")
+
+
+def _check_slots(values: Mapping[str, Any], add: Add) -> None:
+    slots, policy = values.get("fssdp.memory_slots"), values.get("fssdp.policy")
+    if slots is not None and policy == "full" and not values.get("deterministic"):
+        what = f"limits the replicas on a rank, but fssdp.policy=full has all experts on every rank, got {slots}"
+        add("fssdp.memory_slots", what, "set it to null, or take another policy")
 
 
 def _check_retained(values: Mapping[str, Any], add: Add) -> None:

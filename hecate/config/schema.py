@@ -607,7 +607,8 @@ class Config:
     run's folder has the number of steps."""
     num_train_epochs: float | None = field(default=None, metadata=key(POSITIVE, computes=False))
     """How many times to train on the data: as many steps as pack that many samples (docs/data.md). With several sources an epoch is as many
-    samples as all of them have together, drawn by their weights."""
+    samples as all of them have together, drawn by their weights; with data.separate it is once through the source of the most sequences,
+    with as many of each other source."""
     micro_batch_size: int = field(default=1, metadata=key(COUNT))
     """The number of sequences per rank in one forward and backward pass."""
     gradient_accumulation_steps: int = field(default=1, metadata=key(COUNT))
@@ -633,8 +634,8 @@ class Config:
     """The limit to which the global norm of all gradients is clipped. null: no clipping."""
     skip_step_sigma_factor: float | None = field(default=None, metadata=key(POSITIVE))
     """Skip a step whose gradient norm is a spike: above median + skip_step_sigma_factor * 1.4826 * MAD (the median absolute deviation) of
-    the last 128 finite norms, once there are 32. 6 is a usual value. null: only steps whose loss or gradient is not finite are skipped.
-    Must be null with moe.router.input given. See docs/training.md."""
+    the last 128 finite norms, once there are 32; a MAD below 0.0067 of the median counts as that. 6 is a usual value. null: only steps
+    whose loss or gradient is not finite are skipped. Must be null with moe.router.input given. See docs/training.md."""
     max_skipped_steps: int = field(default=10, metadata=key(COUNT, computes=False))
     """How many steps in a row may be skipped. Then the run stops, and leaves the last of them in output_dir for hecate replay-step."""
     logging_steps: int = field(default=1, metadata=key(COUNT, computes=False))

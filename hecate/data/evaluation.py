@@ -11,7 +11,7 @@ from hecate.data.indexed import IndexedSource
 from hecate.data.pack import pack
 from hecate.data.sequences import PackedSequence, build_sequence, empty_sequence, piece_of
 from hecate.data.sources import TokenSource
-from hecate.errors import UserError
+from hecate.data.syntax import no_answers
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,8 @@ def generation_items(
     Raises:
         UserError: the file holds documents.
     """
-    documents = UserError(f"{source.path} holds documents, which have no answers to generate: use conversations")
     if isinstance(source, IndexedSource):
-        raise documents
+        raise no_answers(source.path)
     lines: list[int] = source.lines.tolist()
     kept = dict.fromkeys(lines, -1) if source.users is None else dict(zip(lines, source.users.tolist(), strict=True))
     items: list[GenerationItem] = []
@@ -88,7 +87,7 @@ def generation_items(
         if not isinstance(sample, Sample) or sample.number not in kept:
             continue
         if sample.messages is None:
-            raise documents
+            raise no_answers(source.path)
         require_chat_template(tokenizer, source.path)
         last = max(turn for turn, message in enumerate(sample.messages) if message["role"] == "assistant")
         if sample.messages[last].get("tool_calls"):

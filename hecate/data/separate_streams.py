@@ -9,6 +9,7 @@ from typing import Any
 from hecate.data.sequences import PackedSequence
 from hecate.data.sources import TokenSource
 from hecate.data.stream import TrainStream
+from hecate.errors import UserError
 
 
 class SeparateStreams:
@@ -64,12 +65,18 @@ class SeparateStreams:
         return {"separate": [stream.state_dict() for stream in self._streams]}
 
     def check_state_dict(self, state: dict[str, Any]) -> None:
-        """See `TrainStream.check_state_dict`."""
+        """See `TrainStream.check_state_dict`; also raises UserError if there were more or fewer sources."""
+        if (then := len(state["separate"])) != len(self._streams):
+            raise UserError(
+                f"data.train: the run has {then} sources with a stream each (data.separate), but {len(self._streams)} are given\n"
+                "  give the same sources in the same order, or start a new run"
+            )
         for stream, saved in zip(self._streams, state["separate"], strict=True):
             stream.check_state_dict(saved)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the step at which `state` was saved. Raises as `check_state_dict`."""
+        self.check_state_dict(state)
         for stream, saved in zip(self._streams, state["separate"], strict=True):
             stream.load_state_dict(saved)
 

@@ -32,6 +32,24 @@ def check_template(files: Iterable[DataSource], model: Path) -> None:
             raise no_chat_template(file.path)
 
 
+def check_answers(files: Iterable[DataSource]) -> None:
+    """Check that the first record of each file is a conversation, whose answer a model can be asked for.
+
+    Raises:
+        UserError: it is a document.
+    """
+    for file in files:
+        indexed = indexed_prefix(file.path) is not None
+        first = None if indexed else next(iter(read_samples(file.path, file.format, None, file.fields)), None)
+        if indexed or (isinstance(first, Sample) and first.messages is None):
+            raise no_answers(str(file.path))
+
+
+def no_answers(path: str) -> UserError:
+    """What is wrong with held-out documents where answers are to be generated."""
+    return UserError(f"{path} holds documents, which have no answers to generate\n  use conversations, or set eval.generate=false")
+
+
 def _has_template(model: Path) -> bool:
     """Whether a folder has one in any of the files in which transformers looks for it."""
     if any((model / name).exists() for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")):

@@ -238,7 +238,8 @@ class _Arrays:
         self._files: dict[str, BinaryIO] = {}
         self._opened = ExitStack()
         self._pieces: list[Encoded] = []
-        self._tokens = self._waiting = 0
+        self._tokens = 0  # that the files hold
+        self._waiting = 0  # about how much memory the pieces take, in tokens with their targets
 
     def __enter__(self) -> _Arrays:
         for path in self._paths:
@@ -274,7 +275,8 @@ class _Arrays:
         }
         for name, file in self._files.items():
             file.write(columns[name].tobytes())
-        self._tokens, self._waiting, self._pieces = self._tokens + self._waiting, 0, []
+        self._tokens += sum(len(piece.input_ids) for piece in pieces)
+        self._waiting, self._pieces = 0, []
 
 
 _TOKENS = {"ids.i32": np.int32, "targets.i32": np.int32, "starts.i64": np.int64}

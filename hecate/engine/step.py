@@ -304,7 +304,8 @@ class Step:
         square = torch.stack([grad_SC.square().sum(dtype=torch.float64) for grad_SC in found.values()]).sum()
         factor = (limit / square.sqrt()).clamp(max=1.0)
         for unit, grad_SC in found.items():
-            grad_SC.mul_(factor.to(grad_SC.dtype))
+            # Slots of other sources have no gradient, and keep none if this one's is not finite: 0 * NaN is NaN.
+            grad_SC.copy_(torch.where(grad_SC == 0, grad_SC, grad_SC * factor.to(grad_SC.dtype)))
             self._clipped[unit] = self._clipped[unit].add_(grad_SC) if unit in self._clipped else grad_SC
         if self.ledger.in_last_micro_step:
             for unit, store in reversed(trained.items()):

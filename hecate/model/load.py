@@ -162,10 +162,23 @@ def _loaded(loader: Any, arguments: dict[str, Any], source: ModelSource, dtype: 
         raise UserError(f"{source.folder}: transformers cannot load the model: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{source.folder}: the model has no tensor {missing[0]} ({len(missing)} missing); is the download complete?")
+    model.generation_config = _end_tokens_alone(model.generation_config)
     model = model.requires_grad_(False).to(device)
     if device.type == "cuda":
         fuse_norms(model, dtype)
     return model
+
+
+def _end_tokens_alone(recommended: Any) -> Any:
+    """The settings of `generate` of a model whose folder recommends some: how a token is chosen is said by hecate's caller.
+
+    With a penalty on repetition, which some models' generation_config.json has, greedy answers were not the most likely ones, and
+    depended on the padding of their batch.
+    """
+    from transformers import GenerationConfig
+
+    special = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return GenerationConfig(**{name: getattr(recommended, name, None) for name in special})
 
 
 def load_tokenizer(source: ModelSource) -> Any:

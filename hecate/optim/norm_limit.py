@@ -26,8 +26,9 @@ def with_norm(norms: tuple[float, ...], norm: float) -> tuple[float, ...]:
 
 
 def norm_limit(norms: Sequence[float], sigma_factor: float | None) -> float:
-    """median + sigma_factor * 1.4826 * MAD of the norms; inf if `sigma_factor` is None, or if there are too few norms.
+    """median + sigma_factor * sigma of the norms; inf if `sigma_factor` is None, or if there are too few norms.
 
+    sigma is 1.4826 * MAD, and a hundredth of the median at least.
     It is the same, bit for bit, wherever the norms are the same.
     """
     if sigma_factor is None or len(norms) < LEAST:

@@ -1,6 +1,6 @@
 """A training run from beginning to end, on one rank.
 
-    train one step, and agree with the other ranks -> re-plan -> re-shard -> evaluate -> save -> regroup, if ranks have come
+    train one step, and agree with the other ranks -> re-plan -> re-shard -> save -> evaluate -> regroup, if ranks have come
 
 Each phase happens on all ranks alike. When a rank is lost, the others regroup and go on with the phase that was interrupted.
 """
@@ -88,7 +88,7 @@ def train(
     controller: RunController | None = None,
     observer: Observer | None = None,
 ) -> bool:
-    """Train as configured, then evaluate, save, export and show. Every rank must call it.
+    """Train as configured, then save, evaluate, export and show. Every rank must call it.
 
     Args:
         membership: says with whom to go on when a rank is lost or has come; None: a lost rank is the end.
@@ -215,10 +215,10 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
     done = step == config.max_steps
     if config.fssdp.reshard_interval and step % config.fssdp.reshard_interval == 0:
         _reshard(training, config.fssdp.reshard_interval, outside)
-    if not agreement.stop and _evaluation_is_due(training):
-        measured.last = _evaluate(training, outside)
     if done or agreement.stop or (config.save_steps and step % config.save_steps == 0):
         _save(training, outside, last=done or agreement.stop)
+    if not agreement.stop and _evaluation_is_due(training):  # after the save, so that an evaluation that fails costs no steps
+        measured.last = _evaluate(training, outside)
     for expert in training.copies.take_restored():
         outside.reports.event(step, f"memory has changed by itself: expert {expert}; it is restored from another rank's copy")
     training.complete_step()

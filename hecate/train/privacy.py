@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hecate.config import Config
 from hecate.data.batches import Batch
+from hecate.data.sources import TokenSource
 from hecate.engine.shards import ExpertShards
+from hecate.errors import UserError
 from hecate.experts.seeding import generator
 from hecate.parallel.comm.device_tables import copy_to
 
@@ -46,6 +49,20 @@ def privacy_of(config: Config) -> Privacy | None:
         return None
     names = tuple(source.name for source in config.data.train)
     return Privacy(clip=config.privacy.clip, noise=config.privacy.noise, seed=config.seed, first_step=config.data.skip_steps, sources=names)
+
+
+def require_whole_records(source: TokenSource, seq_len: int) -> None:
+    """Check that each record of a source is one sample, so that what is said of a sample holds for a record.
+
+    Raises:
+        UserError: a document is longer than `seq_len` tokens, and was cut into several samples, each of which would be clipped by itself.
+    """
+    numbers, count = np.unique(source.lines, return_counts=True)
+    if cut := numbers[count > 1].tolist():
+        raise UserError(
+            f"privacy.clip: {len(cut)} documents of {source.path} were cut into several samples, so that each would count several times\n"
+            f"  the first is record {cut[0]}; make documents shorter, or data.seq_len larger, which is {seq_len}"
+        )
 
 
 @dataclass(frozen=True)

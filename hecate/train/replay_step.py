@@ -115,7 +115,7 @@ def _for_one_rank(config: Config, folder: Path) -> Config:
         output_dir=str(folder),
         resume=True,
         topology="auto",
-        model=replace(config.model, tensor_parallel=1),
+        model=replace(config.model, tensor_parallel=1, shard_non_experts=False),
         data=replace(config.data, eval=()),
         fssdp=replace(config.fssdp, shard_size=None, redundancy=0, reshard_interval=None),
     )

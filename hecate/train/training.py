@@ -41,7 +41,7 @@ from hecate.report.events import DenseWork, Evaluation, Rebuilt, Resharding, Ste
 from hecate.report.run_report import RunFacts, trainable_rows
 from hecate.train.build import build_parts, shard_layers_again
 from hecate.train.evaluate import evaluate
-from hecate.train.privacy import privacy_of
+from hecate.train.privacy import privacy_of, require_whole_records
 from hecate.train.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
 from hecate.train.skipped_steps import StepInputs, too_many_skipped
 from hecate.train.step import StepRules, train_step
@@ -105,6 +105,7 @@ class Training:
         if config.privacy.clip is not None:
             for source, taken in _taken_by_step(parts.stream, config):
                 sampling_rate(source.name, len(source), taken)
+                require_whole_records(source, config.data.seq_len)
         if config.resume and not joins:
             self.notes += _notes_of_resume(self.parts.config, self.standing)
         self.plan_for(self.parts.moe.engine.shards.config.topology)
@@ -373,8 +374,9 @@ class Training:
         config = replace(parts.config, max_steps=steps, num_train_epochs=None)
         parts.optimizer.schedule = learning_rate(config)
         self.parts = replace(parts, config=config)
-        samples = sum(len(source) for source in parts.stream.sources)
-        self.notes.append(f"{epochs:g} epochs of {samples} samples are {steps} steps")
+        samples = f"{sum(len(source) for source in parts.stream.sources)} samples"
+        what = "the source of the most sequences" if config.data.separate else samples
+        self.notes.append(f"{epochs:g} epochs of {what} are {steps} steps")
 
     def _copy_backups(self) -> None:
         self.copies.forget()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from hecate.train import step as step_module
 from hecate.train.privacy import Privacy, SampleShares, add_noise
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import sharded
@@ -88,6 +91,30 @@ def test_an_idle_source_gets_no_noise(one_rank: dist.ProcessGroup) -> None:
     moe, _ = sharded(given_case("full", "balanced"), 1)
     add_noise(moe.engine.shards, Privacy(clip=1.0, noise=1.0, sources=NAMES), [1, 1, 0], 0)
     assert all(parameter.grad is None for parameter in moe.engine.shards.named_parameters().values())
+
+
+def test_a_gradient_that_is_not_finite_is_of_its_own_adapter_alone(one_rank: dist.ProcessGroup) -> None:
+    """The others are stepped as they are where that source has no samples."""
+    real, states = step_module.forward_loss, []
+    for poisoned in (True, False):
+        moe, head = sharded(given_case("full", "balanced"), 1)
+        batches = single_samples(0, range(0), False)
+        bad = [batch for batch in batches if int(batch.task.max()) == 2]
+        assert 0 < len(bad) < len(batches)
+
+        def forward_loss(head: Any, batch: Any, *given: Any, bad: list[Any] = bad) -> torch.Tensor:
+            loss = real(head, batch, *given)
+            if any(batch is one for one in bad):
+                loss.register_hook(lambda gradient: gradient * math.nan)
+            return loss
+
+        with mock.patch.object(step_module, "forward_loss", forward_loss):
+            chosen = batches if poisoned else [batch for batch in batches if int(batch.task.max()) != 2]
+            private_step(moe, head, optimizer_of(moe, given_case("full", "balanced")), chosen, 0, Privacy(clip=0.1, sources=NAMES))
+        states.append({name: parameter.detach().clone() for name, parameter in moe.engine.shards.named_parameters().items()})
+    assert states[0].keys() == states[1].keys()
+    for name, parameter in states[0].items():
+        assert torch.equal(parameter, states[1][name]), name
 
 
 def test_a_sample_counts_by_its_source_and_a_rank_without_one_by_none() -> None:

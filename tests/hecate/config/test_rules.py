@@ -80,6 +80,14 @@ def test_keys_that_are_absent_have_their_problem_elsewhere() -> None:
             ("fssdp.max_imbalance", "is read by the policies auto and llep only, but fssdp.policy is static_ep", "leave it out"),
         ),
         (
+            {"fssdp.policy": "full", "fssdp.memory_slots": 2},
+            (
+                "fssdp.memory_slots",
+                "limits the replicas on a rank, but fssdp.policy=full has all experts on every rank, got 2",
+                "set it to null, or take another policy",
+            ),
+        ),
+        (
             {"save_total_limit": None, "save_retain_hours": 24},
             (
                 "save_retain_hours",

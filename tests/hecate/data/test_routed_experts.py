@@ -12,6 +12,7 @@ import pytest
 from numpy.typing import NDArray
 
 from hecate.config.schema import DataSource, FieldNames
+from hecate.data import token_cache
 from hecate.data.batches import collate
 from hecate.data.content import cache_folder
 from hecate.data.encode import EncodedSource, encode_source
@@ -130,7 +131,11 @@ def test_a_long_document_is_cut_with_its_routing(tmp_path: Path, byte_tokenizer:
     assert np.array_equal(np.concatenate(pieces), known)  # type: ignore[arg-type]
 
 
-def test_on_disk_it_is_as_in_memory_and_is_not_believed_when_damaged(tmp_path: Path, byte_tokenizer: Any) -> None:
+@pytest.mark.parametrize("buffered", [1, 1 << 20])
+def test_on_disk_it_is_as_in_memory_and_is_not_believed_when_damaged(
+    tmp_path: Path, byte_tokenizer: Any, buffered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_cache, "_BUFFERED", buffered)
     records = [SAMPLE | {"routed_experts": npy(routing(READ, seed=seed))} for seed in range(5)]
     other = encode(tmp_path, byte_tokenizer, [*records[1:], records[0]])
     wanted, folder = encode(tmp_path, byte_tokenizer, records), cache_folder(str(tmp_path / "cache"))

@@ -57,6 +57,8 @@ def test_they_go_on_where_they_were_saved() -> None:
     state["separate"][1]["identity"]["seed"] = 6
     with pytest.raises(UserError, match="seed was 6, is 5"):
         resumed.load_state_dict(state)
+    with pytest.raises(UserError, match=r"the run has 2 sources with a stream each .* but 3 are given"):
+        resumed.load_state_dict({"separate": state["separate"][:2]})
 
 
 def test_an_epoch_is_over_when_the_longest_source_is() -> None:

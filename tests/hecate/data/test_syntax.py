@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hecate.config.schema import DataSource
-from hecate.data.syntax import check_syntax
+from hecate.data.syntax import check_answers, check_syntax
 from hecate.errors import UserError
 
 GOOD = '{"text": "a"}\n'
@@ -38,3 +38,13 @@ def test_a_broken_line_may_be_skipped_but_not_an_empty_file(tmp_path: Path) -> N
 def test_an_unknown_format(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no known data format has the keys question"):
         check_syntax([source(tmp_path, '{"question": "a"}\n')], "error")
+
+
+def test_documents_have_no_answers_to_generate(tmp_path: Path) -> None:
+    for name, record in (("talk", '{"prompt": "a", "completion": "b"}'), ("text", '{"text": "a"}')):
+        (tmp_path / f"{name}.jsonl").write_text(record + "\n", encoding="utf-8")
+    talk, text = (DataSource(path=str(tmp_path / f"{name}.jsonl")) for name in ("talk", "text"))
+    check_answers([talk])
+    for held_out in (text, DataSource(path=f"{tmp_path}/indexed.idx")):
+        with pytest.raises(UserError, match=r"holds documents, .* to generate\n  use conversations, or set eval\.generate=false"):
+            check_answers([talk, held_out])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,9 +21,10 @@ from hecate.cli.answers import talk
 from hecate.config import load_config
 from hecate.data.prompts import asked, read_prompts
 from hecate.errors import UserError
+from hecate.model import load as load_module
 from hecate.ranks.ranks import join_ranks
 from hecate.train.answers import Conversation, answers_to, prompt_ids
-from hecate.train.generation import Decoding, _sampling, answer_of, generate
+from hecate.train.generation import Decoding, _sampling, answer_of, generate, stop_tokens
 from hecate.train.inference import answer, answering
 from hecate.train.opened import Opened
 from hecate.train.training import Training
@@ -100,6 +102,24 @@ def test_samples_are_of_the_softmax() -> None:
     for token, share in enumerate((shares[:3] / shares[:3].sum()).tolist()):
         assert abs(drawn[token] / rows - share) < 4 * (share * (1 - share) / rows) ** 0.5
     assert not drawn[3]
+
+
+def test_what_a_model_recommends_for_generation_does_not_apply(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy answers are the most likely tokens, whatever penalty on repetition the model's folder has; its end tokens stay."""
+    shutil.copytree(workshop / "model", tmp_path / "model")
+
+    def answers(recommended: dict[str, float]) -> list[str]:
+        values = {"eos_token_id": [2, 5]} | recommended
+        (tmp_path / "model" / "generation_config.json").write_text(json.dumps(values), encoding="utf-8")
+        with answering(tmp_path / "model") as opened:
+            assert stop_tokens(opened.base.model, opened.base.tokenizer)[:2] == [2, 5]
+            return said(opened, Decoding(16), 2)
+
+    penalty = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 1, "min_new_tokens": 15}
+    plain = answers({})
+    assert answers(penalty) == plain
+    monkeypatch.setattr(load_module, "_end_tokens_alone", lambda recommended: recommended)
+    assert answers(penalty) != plain, "nothing that a penalty would change"
 
 
 def test_an_answer_ends_before_a_stop_text(workshop: Path) -> None:

@@ -72,3 +72,15 @@ def test_a_rank_with_fewer_sequences_runs_as_many_micro_steps(workshop: Path, on
 def test_a_step_larger_than_a_source_is_refused(workshop: Path, one_rank: dist.ProcessGroup) -> None:
     with pytest.raises(UserError, match=r"privacy\.clip: a step takes 133\.333 samples of up\.train, which has 120"):
         training(workshop, one_rank, "large", "gradient_accumulation_steps=100")
+
+
+def test_a_document_of_several_samples_is_refused(workshop: Path, one_rank: dist.ProcessGroup) -> None:
+    """Each of its samples would be clipped by itself, and epsilon would not hold for the document."""
+    for name, text in (("short", "w1"), ("long", "w1 " * 200)):
+        (workshop / f"{name}.jsonl").write_text('{"text": "w2"}\n' * 3 + f'{{"text": "{text}"}}\n', encoding="utf-8")
+    small = ("gradient_accumulation_steps=1", "micro_batch_size=1")
+    training(workshop, one_rank, "whole", f"data.train=[{workshop}/short.jsonl,{workshop}/echo.train.jsonl]", *small)
+    with pytest.raises(
+        UserError, match=r"privacy\.clip: 1 documents of .*long\.jsonl were cut into several samples.*\n  the first is record 4;"
+    ):
+        training(workshop, one_rank, "cut", f"data.train=[{workshop}/long.jsonl,{workshop}/echo.train.jsonl]", *small)

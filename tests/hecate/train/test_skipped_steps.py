@@ -21,7 +21,7 @@ from hecate.experts.router import TopKRouter
 from hecate.report.events import StepResult
 from hecate.train import step as step_module
 from hecate.train.loop import train
-from hecate.train.replay_step import Replayed, replay_step
+from hecate.train.replay_step import Replayed, _for_one_rank, replay_step
 from hecate.train.skipped_steps import STEP_FILE, _places_in
 from hecate.train.step_totals import Totals, exchange_totals
 from hecate.train.training import Training
@@ -223,6 +223,13 @@ def test_a_run_stops_when_its_skipped_steps_are_used_up(workshop: str) -> None:
     events = [record["text"] for record in records if record["kind"] == "event"]
     assert events == [f"step {step} was skipped: the loss or a gradient was not finite" for step in (1, 2)]
     assert [record["skipped"] for record in records if record["kind"] == "step"] == [True, True]
+
+
+def test_a_step_of_sharded_layers_is_done_again_with_whole_ones(workshop: str) -> None:
+    """One process has nothing to shard them over."""
+    config = load_config(f"{workshop}/config.yaml", OVERRIDES, claim_output=False)
+    alone = _for_one_rank(replace(config, model=replace(config.model, shard_non_experts=True)), Path(workshop))
+    assert not alone.model.shard_non_experts
 
 
 def test_a_sample_whose_file_has_gone_is_named_by_its_number() -> None:
