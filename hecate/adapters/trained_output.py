@@ -44,7 +44,7 @@ class TrainedOutput:
 
 
 def output_of(config: Config, base: BaseModel) -> TrainedOutput:
-    """Return the output that a run of this configuration will write. `base` is the loaded model, before experts are inserted.
+    """Return the output that a run of this configuration will write. `base` is the loaded model.
 
     Raises:
         UserError: the format cannot hold the trained model.

@@ -124,12 +124,12 @@ def prune(
     for folder in folders[folders.index(kept[-1]) + 1 :]:
         if _step(folder) in for_good:
             continue
-        if not _is_ours(folder) or not {MANIFEST, COMMIT} <= set(os.listdir(folder)):
-            _log.warning("%s holds files that no save wrote, or lacks some: not deleted", folder)
-            continue
         # The rename comes first, so that a process killed while deleting leaves no incomplete checkpoint under this name.
         doomed = folder.with_name(f"{folder.name}.tmp-pruned")
         try:
+            if not _is_ours(folder) or not {MANIFEST, COMMIT} <= set(os.listdir(folder)):
+                _log.warning("%s holds files that no save wrote, or lacks some: not deleted", folder)
+                continue
             delete_files(doomed)
             os.rename(folder, doomed)
             sync_folder(root)

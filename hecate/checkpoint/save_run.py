@@ -160,7 +160,10 @@ def _commit(save: SaveUnderWay, warnings: list[str]) -> None:
     commit(save.staging, final, save.meta, save.world_size)
     note_damage(final, None)
     if config.save_total_limit is not None:
-        prune(final.parent, config.save_total_limit, config.save_retain_steps, config.save_retain_hours, warnings.append)
+        try:
+            prune(final.parent, config.save_total_limit, config.save_retain_steps, config.save_retain_hours, warnings.append)
+        except CheckpointError as error:  # the new checkpoint is there, and the run can go on
+            warnings.append(f"{error}; the next save tries again")
 
 
 def _agreed_nonce(ranks: Ranks, final: Path) -> str | None:
@@ -184,7 +187,7 @@ def _together(ranks: Ranks, final: Path, action: _Action | None, thread: WriteTh
     """
     if action is not None:
         thread = WriteThread(partial(_on_device, ranks.device, action))
-    failure: CheckpointError | None = None
+    failure: Exception | None = None
     anyone_works, failed = True, False
     try:
         while anyone_works:
@@ -192,7 +195,7 @@ def _together(ranks: Ranks, final: Path, action: _Action | None, thread: WriteTh
             if thread is not None and not works:
                 try:
                     thread.wait()
-                except CheckpointError as error:
+                except Exception as error:  # noqa: BLE001  (the others wait to hear of it)
                     failure = error
             anyone_works, failed = (value > 0 for value in ranks.all_most([float(works), float(failure is not None)]))
     finally:

@@ -100,7 +100,7 @@ def federate(config: Config, verb: Sequence[str], say: Say) -> int:
             add_record(Path(config.output_dir), record)
             done.append(record)
             say(line_of(record, config.rounds.count))
-        for name, spent in privacy_of_clients(config, samples, config.rounds.count).items():
+        for name, spent in privacy_of_clients(config, samples, len(done)).items():
             say(f"privacy of {name}: {spent}")
         say(f"wrote {_write_result(config, shape, done)}")
     return 0

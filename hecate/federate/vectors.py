@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hecate.adapters.lora_folder import load_lora
@@ -119,6 +120,9 @@ def reader(pairs: Pairs, shape: VectorShape) -> Callable[[str], Terms]:
 def read_pairs(folder: Path, shape: VectorShape) -> Pairs:
     """Return the pairs of an adapter folder, with B for the shape's scale.
 
+    Where the folder has fewer terms than the shape, as after a round without the client of the largest rank, the others are those of new
+    pairs: A is drawn and B is zero, so that they are nothing yet, and can be trained.
+
     Raises:
         UserError: the folder cannot be read, lacks a pair, or has terms beyond the shape's rank.
     """
@@ -131,5 +135,10 @@ def read_pairs(folder: Path, shape: VectorShape) -> Pairs:
         a_rI, b_Or = tensors[name_a].to(torch.float64), tensors[name_b].to(torch.float64)
         if bool(a_rI[shape.rank :].any()) or bool(b_Or[:, shape.rank :].any()):
             raise UserError(f"{folder}: its pair for {site.path} has more than {shape.rank} terms")
-        pairs[site.path] = a_rI[: shape.rank], b_Or[:, : shape.rank] * (description.scale / shape.scale)
+        b_Or = b_Or[:, : shape.rank] * (description.scale / shape.scale)
+        missing = shape.rank - b_Or.shape[1]
+        if missing > 0:
+            a_rI = torch.cat([a_rI, _new_a(shape, site)[-missing:].to(torch.float64)])
+            b_Or = F.pad(b_Or, (0, missing))
+        pairs[site.path] = a_rI[: shape.rank], b_Or
     return pairs

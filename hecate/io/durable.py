@@ -29,7 +29,7 @@ def replace_file(path: Path, blocks: Iterable[memoryview | bytes], *, durable: b
         staged.unlink(missing_ok=True)
         _create(staged, blocks, durable=durable)
         os.rename(staged, path)
-    except Exception:
+    except BaseException:  # Ctrl-C, too
         with contextlib.suppress(OSError):
             staged.unlink(missing_ok=True)
         raise
@@ -59,7 +59,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Create `folder` with all its files or not at all.
 
     Yields a staging folder beside it, into which the block writes durably. After the block it is renamed to `folder`; if the block, or
-    the rename, raises an error, it is deleted.
+    the rename, raises an error or is interrupted, it is deleted.
     """
     staging = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
     try:
@@ -68,7 +68,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
         sync_folder(staging)
         os.rename(staging, folder)
         sync_folder(folder.parent)
-    except Exception:
+    except BaseException:  # Ctrl-C, too
         with contextlib.suppress(OSError):
             delete_files(staging)
         raise

@@ -49,7 +49,8 @@ def find_trained(path: Path, *, says: bool = True) -> Path:
             f"{path}: the run has left neither an adapter nor a checkpoint\n"
             "  it was stopped before its first checkpoint (save_steps); start it again"
         )
-    if left is not None and (newest is None or newest[1] <= (_steps_of(left) or newest[1])):
+    after = _steps_of(left) if left is not None else None
+    if left is not None and (newest is None or after is None or newest[1] <= after):
         taken = left
     else:
         assert newest is not None

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from hecate import faults
+from hecate.adapters.trained_output import output_of
 from hecate.checkpoint import remove_stale_staging
 from hecate.checkpoint.save_run import Saved, SaveUnderWay, begin_save, end_save, save_state
 from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, saved_max_steps
@@ -373,7 +374,7 @@ class Training:
         steps = steps_of_epochs(epochs, parts.stream)
         config = replace(parts.config, max_steps=steps, num_train_epochs=None)
         parts.optimizer.schedule = learning_rate(config)
-        self.parts = replace(parts, config=config)
+        self.parts = replace(parts, config=config, output=output_of(config, parts.base))  # which says how many steps were trained
         samples = f"{sum(len(source) for source in parts.stream.sources)} samples"
         what = "the source of the most sequences" if config.data.separate else samples
         self.notes.append(f"{epochs:g} epochs of {what} are {steps} steps")

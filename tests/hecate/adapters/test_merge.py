@@ -160,6 +160,14 @@ def test_a_model_merged_from_a_gguf_file_says_its_rotary_base_to_version_4(tmp_p
     assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 5e5
 
 
+def test_a_model_of_a_gguf_file_has_the_name_of_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers find by it what to build; transformers leaves it out for such files."""
+    model = AutoModelForCausalLM.from_pretrained(save_dense("llama", tmp_path / "model"))
+    model.config.architectures = None
+    monkeypatch.setattr("hecate.model.stored_model.load_model", lambda *given: model)
+    assert open_stored(ModelSource(tmp_path, "model.gguf")).config.architectures == ["LlamaForCausalLM"]
+
+
 def test_a_granite_with_experts_under_its_own_names_is_read_and_merged(tmp_path: Path) -> None:
     model = save_moe("granitemoe", tmp_path / "model")
     names = load_file(model / "model.safetensors")

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 from pathlib import Path
 from unittest import mock
 
@@ -195,6 +196,22 @@ def test_prune_that_the_disk_refuses_says_so(tmp_path: Path) -> None:
 
     with pytest.raises(CheckpointError, match=r"checkpoint-1: .*Read-only"), watched_disk(refuse):
         prune(tmp_path, 1)
+
+
+def test_prune_says_so_if_another_program_deletes_at_the_same_time(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, shards_of(float(step)))
+
+    def first_damage_after_deletion(folder: Path) -> str | None:
+        shutil.rmtree(tmp_path / "checkpoint-1", ignore_errors=True)
+        return None
+
+    with (
+        mock.patch("hecate.checkpoint.history.first_damage", first_damage_after_deletion),
+        pytest.raises(CheckpointError, match="checkpoint-1: "),
+    ):
+        prune(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-2"]
 
 
 def test_stale_staging_goes_and_nothing_else(tmp_path: Path) -> None:

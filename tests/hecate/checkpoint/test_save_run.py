@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -65,3 +66,34 @@ def test_no_rank_reads_again_what_the_ranks_have_written(tmp_path: Path) -> None
     """The first rank verifies old checkpoints, and when it is lost, another one is the first."""
     write_parts(tmp_path)
     assert run_ranks(2, verified, str(tmp_path)) == [None, None]
+
+
+def with_a_stubborn_disk(rank: int, world: int, folder: str) -> tuple[str, tuple[str, ...]]:
+    ranks, parts, config = ranks_of(rank, world), stepped_parts(rank, world), config_of(Path(folder), "save_total_limit=1")
+    save_state(config, ranks, parts, state_of(parts, 1))
+    with mock.patch("hecate.checkpoint.save_run.prune", side_effect=CheckpointError("checkpoint-1: the old checkpoint cannot be deleted")):
+        saved = save_state(config, ranks, parts, state_of(stepped_parts(rank, world), 2))
+    assert saved.folder is not None
+    return saved.folder.name, saved.warnings
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_does_not_cost_the_new_one(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    first, second = run_ranks(2, with_a_stubborn_disk, str(tmp_path))
+    assert first == ("checkpoint-2", ("checkpoint-1: the old checkpoint cannot be deleted; the next save tries again",))
+    assert second == ("checkpoint-2", ())
+
+
+def with_a_failing_write(rank: int, world: int, folder: str) -> str:
+    ranks, parts = ranks_of(rank, world), stepped_parts(rank, world)
+    failing = mock.patch("hecate.checkpoint.save_run.write_shard", side_effect=MemoryError("no memory"))
+    with failing if rank == 0 else nullcontext(), pytest.raises((CheckpointError, MemoryError)) as caught:
+        save_state(config_of(Path(folder)), ranks, parts, state_of(parts, 1))
+    return str(caught.value)
+
+
+def test_whatever_fails_on_one_rank_ends_the_save_on_all(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    first, second = run_ranks(2, with_a_failing_write, str(tmp_path))
+    assert first == "no memory"
+    assert "another rank could not write its part" in second

@@ -10,6 +10,7 @@ import torch
 
 from hecate.adapters.sets.adapter_set import AdapterSet, Merged
 from hecate.adapters.sets.forms import read_set, write_set
+from hecate.adapters.sets.sums import average
 from hecate.config.schema import ClientConfig, RefineConfig, RoundsConfig, ServerConfig
 from hecate.errors import UserError
 from hecate.federate.checks import client_weights, samples_of
@@ -173,3 +174,18 @@ def test_a_round_is_a_line(tmp_path: Path) -> None:
         file.write("{")
     with pytest.raises(UserError, match=r"rounds.jsonl: cannot be read: .*\n  remove its last line"):
         read_records(tmp_path)
+
+
+@pytest.mark.parametrize("trains_a", [True, False])
+def test_a_union_without_the_widest_client_goes_on_with_terms_that_can_be_trained(tmp_path: Path, trains_a: bool) -> None:
+    """As after a round in which that client has dropped out: its vector has its own length again, and says the same as the union."""
+    wide, narrow = replace(SHAPE, trains_a=trains_a), replace(SHAPE, trains_a=trains_a).of_rank(2, 8 / 2)
+    drawn = pairs_of(torch.randn(narrow.numel, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), narrow)
+    write_set(average([adapter_set("narrow", drawn, narrow, DESCRIBED)], [1.0], inexact=True), tmp_path / "union")
+    found = read_pairs(tmp_path / "union", wide)
+    new = new_pairs(wide)
+    for path, (a_rI, b_Or) in found.items():
+        torch.testing.assert_close(wide.scale * b_Or @ a_rI, narrow.scale * drawn[path][1] @ drawn[path][0], rtol=1e-6, atol=1e-6)
+        assert torch.equal(a_rI[2:], new[path][0][2:])
+        assert not bool(b_Or[:, 2:].any())
+    assert len(flat(found, wide)) == wide.numel

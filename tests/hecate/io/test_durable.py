@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hecate.io.durable import delete_files, replace_file, sync_folder, write_durable
+from hecate.io.durable import delete_files, new_folder, replace_file, sync_folder, write_durable
 
 
 def test_blocks_become_one_new_file(tmp_path: Path) -> None:
@@ -47,3 +47,18 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
             replace_file(path, broken(), durable=durable)
         assert path.read_bytes() == b"abc"
         assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_is_there_whole_or_not_at_all_also_after_an_interrupt(tmp_path: Path) -> None:
+    def begun_and(error: BaseException) -> None:
+        with new_folder(tmp_path / "folder") as staging:
+            (staging / "file").write_text("a")
+            raise error
+
+    for error in (OSError("the disk refuses"), KeyboardInterrupt()):
+        with pytest.raises(type(error)):
+            begun_and(error)
+        assert not list(tmp_path.iterdir())
+    with new_folder(tmp_path / "folder") as staging:
+        (staging / "file").write_text("a")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]

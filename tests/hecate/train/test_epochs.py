@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -40,6 +43,20 @@ def begin_and_go_on(rank: int, world: int, workshop: str) -> list[tuple[int, flo
     begun = build(rank, world, workshop, ("num_train_epochs=0.2",))
     again = build(rank, world, workshop, ("max_steps=2", "resume=true"), until=2)
     return [begun, again, *(build(rank, world, workshop, (length, "resume=true")) for length in ("max_steps=2", "num_train_epochs=2"))]
+
+
+def left_after(rank: int, world: int, workshop: str) -> tuple[int, dict[str, Any]]:
+    """The steps of a run of epochs, and what its adapter says of its training."""
+    given = (*UNPACKED, "num_train_epochs=0.1", f"output_dir={workshop}/runs/left")
+    run = Training(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks_of_default_group(rank, world))
+    folder = run.parts.output.replace(Path(workshop, "runs/left"), run.parts.moe, run.ranks)
+    described = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    return run.parts.config.max_steps, described["hecate"]["extra"]["training"]
+
+
+def test_an_adapter_says_after_how_many_steps_of_its_epochs_it_was_written(workshop: str) -> None:
+    ((steps, trained),) = run_ranks(1, left_after, workshop)
+    assert steps == trained["steps"] == 1
 
 
 def test_a_run_of_epochs_has_steps_and_says_how_to_go_on_when_they_are_done(workshop: str) -> None:
