@@ -112,7 +112,7 @@ class LayerCost:
     assignment_backward: float = 2.0
     """backward over forward FLOPs of an assignment"""
     non_moe_flops: float = 0.0
-    """forward FLOPs of one rank's attention, which hides transfers"""
+    """forward FLOPs of one rank's attention in one micro-step, which hides transfers"""
     non_moe_backward: float = 2.0
     """backward over forward FLOPs of the attention; 1 for frozen projections, 2 for trained ones"""
     hidden_from: int = 1

@@ -107,7 +107,7 @@ def judge_step(
             _seconds(own, exact, true_LED),
         ]
     )
-    late = given.execution.micro_steps * given.topology.exchange_latency  # the ranks tell each other their counts
+    late = given.execution.micro_steps * given.topology.latency_to_all  # the ranks tell each other their counts
     return JudgedStep(seconds_ML + np.array([[0.0], [late], [late]]), replanned_L, first.where_LED, own.where_LED)
 
 

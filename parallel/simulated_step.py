@@ -193,7 +193,7 @@ def execute(
         seconds = _after_calibration(before.seconds, priced.seconds, brought.seconds.gather, setting, execution)
     moved = (plan.owner_LE != owner_before_LE).any()
     step_seconds = StepSeconds(
-        attention=(1 + cost.non_moe_backward) * cost.non_moe_flops / min(topology.flops) * len(loads_LED),
+        attention=execution.micro_steps * (1 + cost.non_moe_backward) * cost.non_moe_flops / min(topology.flops) * len(loads_LED),
         reshard=reshard_seconds(owner_before_LE, plan.owner_LE, topology, cost) if moved else 0.0,
         optimizer=float(seconds.optimizer.sum()),
         **{name: times * float(getattr(seconds, name).sum()) for name in ("compute", "dispatch", "gather", "reduce", "exposed")},

@@ -109,6 +109,11 @@ class Topology:
             return self.intra_node.latency
         return self.inter_node.latency if self.num_nodes > 1 else 0.0
 
+    @property
+    def latency_to_all(self) -> float:
+        """Return the seconds until every rank has heard of every other one."""
+        return max(self.exchange_latency, self.inter_node.latency if self.num_nodes > 1 else 0.0)
+
     def ranks_of_node(self, node: int) -> list[int]:
         return [rank for rank, n in enumerate(self.node_of_rank) if n == node]
 

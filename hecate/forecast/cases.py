@@ -122,7 +122,7 @@ class Case:
         model, topology = self.model, self.topology
         mesh = make_mesh(topology.world_size, shard_size)
         loads, num_layers = self._loads(options), model.layers
-        cost = model.layer_cost(self.tokens_per_rank)
+        cost = model.layer_cost(self.tokens_per_rank / options.execution.micro_steps)  # a gather hides behind one micro-step's attention
         sizes = {"num_layers": num_layers, "num_experts": model.experts}
         other_bytes = model.replicated_bytes()
 

@@ -72,6 +72,17 @@ def test_rows_are_json_of_a_fixed_form(model: str) -> None:
     assert rows[1]["memory_bytes"] - rows[0]["memory_bytes"] == rows[1]["replica_bytes"] > 0
 
 
+def test_a_gather_hides_behind_one_micro_steps_attention() -> None:
+    """The attention of a step is the same in how many micro-steps it is cut."""
+    (case,) = synthetic_cases("paper-cluster-a", "gpt-moe-s", ["zipf"], 65536)
+    options = Options(policies=("full",), steps=2)
+    (whole,), (cut,) = (case.run(replace(options, execution=ExecutionMode(micro_steps=number))) for number in (1, 8))
+    assert cut["seconds"]["attention"] == pytest.approx(whole["seconds"]["attention"])
+    assert cut["seconds"]["gather"] == pytest.approx(whole["seconds"]["gather"])
+    hidden = [row["seconds"]["gather"] + row["seconds"]["reduce"] - row["seconds"]["exposed"] for row in (whole, cut)]
+    assert 0 < hidden[1] < hidden[0] / 2
+
+
 def test_speedups_are_over_expert_parallelism_in_groups(model: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Four experts on eight ranks: two groups of four, whose owners sum their gradients, each layer with a message."""
     (case,) = synthetic_cases("h100-node", model, ["one_hot_expert"], 4096)
