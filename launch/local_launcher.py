@@ -26,6 +26,8 @@ from hecate.ranks.launcher_files import LAUNCHED_VARIABLE, error_file, pid_files
 
 STOPPING = "hecate: stopping: the ranks finish their step and save; a second signal ends them at once\n"
 """the answer to a first Ctrl-C or SIGTERM"""
+_ENDED_BY_SIGNAL = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL}
+"""how ranks end that get a signal while they begin, and do not know yet what to do with it, or that get a second one"""
 
 ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
 """Variables with which glibc keeps freed memory. By default it returns large blocks to the kernel at once and gets them back page by page,
@@ -96,7 +98,7 @@ def watch(ranks: Mapping[int, RankProcess], store: Path, surviving: SurvivingRan
 
     try:
         with on_signals(pass_on):
-            status = _wait(ranks, store, surviving)
+            status = _wait(ranks, store, surviving, signals)
         return 128 + signals[0] if signals and status == 0 else status
     finally:
         _stop(ranks)
@@ -113,11 +115,12 @@ def _environment(num_ranks: int) -> dict[str, str]:
     return environment
 
 
-def _wait(ranks: Mapping[int, RankProcess], store: Path, surviving: SurvivingRanks | None) -> int:
+def _wait(ranks: Mapping[int, RankProcess], store: Path, surviving: SurvivingRanks | None, signals: Sequence[int]) -> int:
     """Wait for the end of the run, and return its exit status.
 
     Args:
         ranks: the processes, by rank; by member where `surviving` is given.
+        signals: those that have come so far; others may be added.
     """
     first_failure: int | None = None
     deadline = 0.0
@@ -157,6 +160,10 @@ def _wait(ranks: Mapping[int, RankProcess], store: Path, surviving: SurvivingRan
             text = said.read_text(encoding="utf-8") if said.exists() else "hecate: a rank has met an error and has not said which"
             print(text, file=sys.stderr)
         return USER_ERROR_EXIT
+    if signals and {codes[number] for number in failed} <= _ENDED_BY_SIGNAL:
+        text = "hecate: the ranks ended before they could save; resume=true goes on from the run's last checkpoint, if any"
+        print(text, file=sys.stderr)
+        return 128 + signals[0]
     print(
         f"hecate: rank {list(codes).index(number)} of {len(codes)} {cause_of(codes[number])}; the run is stopped; "
         "resume=true goes on from its last checkpoint, if any",

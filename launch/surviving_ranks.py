@@ -150,7 +150,8 @@ class SurvivingRanks:
         """Start all ranks again, unless one of them has met a user's mistake."""
         self._ends_at = 0.0
         causes = f"{self._causes(dead) or 'a node was lost'} before the run had begun"
-        self._kill(self._now.members)
+        self._kill((*self._now.members, *self._loading))
+        self._loading.clear()
         mistaken = [member for member in self._now.members if self.processes[member].wait() == USER_ERROR_EXIT]
         if mistaken or self.stopping or self._left_to_replace == 0:
             self.failed = [*mistaken, *dead, *self._now.members][0]

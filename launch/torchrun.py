@@ -32,12 +32,16 @@ from hecate.launch.run_folder import run_folder
 from hecate.launch.stopped_ranks import end_stopped_ranks
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
-from hecate.ranks.launcher_files import ERRORS_VARIABLE, LAUNCHED_VARIABLE, MEETING_VARIABLE, STORE_VARIABLE, mistakes
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, LAUNCHED_VARIABLE, MEETING_VARIABLE, STORE_VARIABLE, mistakes, saved_file
 from hecate.ranks.sockets import notice_lost_machines, tcp_sockets
 from hecate.train.preflight import check_devices
 
 _QUICK = {"keep_alive_interval": 1, "keep_alive_max_attempt": 3, "last_call_timeout": 3}
 """Seconds. With these a dead node is noticed in half of the time that torch's own settings take."""
+_SHUTDOWN_SECONDS = 7 * 24 * 3600
+"""how long ranks may take to save after a signal"""
+_SAVED_SECONDS = 5.0
+"""after this time since all ranks of this node have saved and ended, the signal has not come to this node"""
 _LOOK_SECONDS = 5.0
 """how often the connections to the meeting point are looked at"""
 
@@ -175,6 +179,7 @@ def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint
 
     _listen_to_the_agent(folder)
     threading.Thread(target=end_stopped_ranks, args=(folder,), daemon=True).start()
+    threading.Thread(target=_stop_with_the_ranks, args=(folder, job.ranks_per_node), daemon=True).start()
     settings: dict[str, Any] = dict(_QUICK)
     if meeting is None:
         settings["store_type"] = "file"
@@ -193,6 +198,9 @@ def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint
         max_restarts=job.max_restarts,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder)),
     )
+    # After a signal ranks end their step and save, which may take long; a second signal ends them at once.
+    if hasattr(launch_config, "shutdown_timeout"):  # torch 2.13
+        launch_config.shutdown_timeout = _SHUTDOWN_SECONDS
     try:
         with forking(folder, os.environ, program) as (executable, *options):
             elastic_launch(launch_config, executable)(*options, *arguments)
@@ -226,6 +234,18 @@ def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint
             f"  {job.nodes[0]} nodes must be started, each with the same --nnodes, --rdzv-endpoint and --rdzv-id"
         ) from None
     return 0
+
+
+def _stop_with_the_ranks(folder: Path, ranks_per_node: int) -> None:
+    """Stop this launcher when its ranks have saved and ended because of a signal that has come to another node alone.
+
+    Otherwise the agent takes that for the end of the run, and waits five minutes for the other node's agent.
+    """
+    while not all(saved_file(folder, place).exists() for place in range(ranks_per_node)):
+        time.sleep(0.2)
+    time.sleep(_SAVED_SECONDS)
+    print("hecate: a signal to another node has stopped the job, whose ranks have saved", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _notice_lost_meeting_point(meeting: Endpoint) -> None:

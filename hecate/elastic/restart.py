@@ -11,7 +11,7 @@ from pathlib import Path
 from hecate.checkpoint import good_checkpoints
 from hecate.config import Config
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.ranks.launcher_files import ERRORS_VARIABLE, MEMBER_VARIABLE, STORE_VARIABLE, error_file
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, MEMBER_VARIABLE, STORE_VARIABLE, agent_place, begun_file, error_file
 from hecate.ranks.ranks import Ranks, restarts
 
 
@@ -19,13 +19,14 @@ def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | 
     """The configuration to train with. After a restart it has `resume=true` if there is a checkpoint. Every rank must call it.
 
     The ranks must agree on whether there was a restart: each node's agent counts its own restarts, and the agent of a new node has counted
-    none.
+    none. Agents do not count it when all ranks start again because a node has come, so each rank also leaves a file for the next of its
+    place.
 
     Args:
         claim: a function that raises UserError if the output folder is taken; None on ranks that do not check this. It is called only at
             the beginning of a run.
     """
-    if ranks.all_max(float(restarts())):
+    if ranks.all_max(float(restarts() > 0 or _has_begun_before())):
         newest = next(good_checkpoints(Path(config.output_dir)), None) if ranks.is_first else None
         return replace(config, resume=ranks.all_max(float(newest is not None)) > 0)
     taken: UserError | None = None
@@ -47,3 +48,14 @@ def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | 
             error_file(Path(errors), number).write_text("hecate: rank 0 found an error; see its message above", encoding="utf-8")
         sys.exit(USER_ERROR_EXIT)
     return config
+
+
+def _has_begun_before() -> bool:
+    """Whether this node's agent has started this local rank before. From then on it has."""
+    folder, place = os.environ.get(ERRORS_VARIABLE), agent_place()
+    if folder is None or place is None:
+        return False
+    file = begun_file(Path(folder), place)
+    before = file.exists()
+    file.touch()
+    return before

@@ -49,10 +49,11 @@ def open_stored(source: ModelSource) -> StoredModel:
     if source.gguf_file is not None:
         with one_gguf_reader():
             model = load_model(source, torch.float32, torch.device("cpu"))
-        model.config.architectures = [type(model).__name__]  # which a GGUF file does not say, and readers of a model's folder look for
+        config: Any = model.config
+        config.architectures = [type(model).__name__]  # which a GGUF file does not say, and readers of a model's folder look for
         held = dict(model.named_parameters())
         weights = {name: StoredWeight(SINGLE, tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()}
-        return StoredModel(source, model.config, weights, lambda name: held[name].detach())
+        return StoredModel(source, config, weights, lambda name: held[name].detach())
     entries = stored_tensors(source.folder)
     for name, entry in entries.items():
         if entry.dtype not in DTYPES:

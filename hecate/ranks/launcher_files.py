@@ -64,6 +64,22 @@ def exit_with_user_error(error: UserError) -> NoReturn:
     sys.exit(USER_ERROR_EXIT)
 
 
+def agent_place() -> int | None:
+    """The number of this rank on its node, if torch's elastic agent has started it; None: another launcher has."""
+    place = os.environ.get("LOCAL_RANK", "")
+    return int(place) if "TORCHELASTIC_RUN_ID" in os.environ and place.isdigit() else None
+
+
+def begun_file(folder: Path, place: int) -> Path:
+    """The file by which a rank knows that its agent has started a rank in its place before."""
+    return folder / f"begun-{place}"
+
+
+def saved_file(folder: Path, place: int) -> Path:
+    """The file that a rank leaves for its agent's launcher when it ends before the last step, having saved, because of a signal."""
+    return folder / f"saved-{place}"
+
+
 def ready_file(store: Path, member: int) -> Path:
     """The file that a member makes when it has loaded: it can join a run, or go on after others of those that begin it are lost."""
     return store.with_name(f"ready-{member}")

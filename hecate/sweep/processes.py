@@ -130,7 +130,7 @@ def _begin(
     with log.open("ab") as output:
         if not resumes:
             output.truncate(0)
-        before = output.tell()
+        before = output.tell() if resumes else 0  # after `truncate` the position stays
         # In a session of its own, so that Ctrl-C reaches it once, from here; a second signal would end its ranks at once.
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, **variables},

@@ -80,7 +80,7 @@ class JobGeneration:
         return not self.has_begun or stays or device in prepared
 
     def following(
-        self, ready: Sequence[int], prepared: AbstractSet[int], *, described: bool, recoverable: bool
+        self, ready: Sequence[int], prepared: AbstractSet[int], *, described: bool, recoverable: bool, fewest: int = 1
     ) -> tuple[JobGeneration, bool]:
         """The generation that follows, and whether it begins warm.
 
@@ -91,9 +91,10 @@ class JobGeneration:
             ready: devices that may go on (`may_go_on`), in their order in the job.
             described: whether the topology has all of them.
             recoverable: whether the state of a lost rank can be had from copies or from a checkpoint.
+            fewest: with fewer members no generation begins warm.
         """
         waiting = [device for device in self.members if self.ends.get(device) is RankEnd.WAITING and device in ready]
         nobody_lost = not self.error_answered and all(end is RankEnd.WAITING for end in self.ends.values())
-        warm = bool(waiting) and described and (nobody_lost or recoverable)
-        members = [device for device in ready if device in waiting or device in prepared] if warm else ready
-        return JobGeneration(self.number + 1, tuple(members)), warm
+        loaded = [device for device in ready if device in waiting or device in prepared]
+        warm = bool(waiting) and len(loaded) >= fewest and described and (nobody_lost or recoverable)
+        return JobGeneration(self.number + 1, tuple(loaded if warm else ready)), warm

@@ -228,7 +228,9 @@ class Controller:
                 self._interrupt()
             return
         alive = sum(each.alive for each in self._group.devices)
-        copied = self._config.fssdp.redundancy > 0 and not self._generation.loss_answered
+        # Before the topology is known no rank has trained anything, and one that was measured without the lost device could not grow again.
+        measured = self._shares.topology is not None
+        copied = self._config.fssdp.redundancy > 0 and measured and not self._generation.loss_answered
         counted = not loses_rank or cause not in self._causes  # the ranks of a lost node are one failure
         decision, self._policy = self._policy.decide(cause, alive, copied=copied, counted=counted)
         self._note(f"{who}: {cause.value} ({text[:160]}); {decision.value}")
@@ -429,6 +431,7 @@ class Controller:
             self._prepared,
             described=self._topology_describes(ready),
             recoverable=self._config.fssdp.redundancy > 0 or has_checkpoint,
+            fewest=self._config.ray.min_workers,
         )
         members = self._members
         self._begun, self._awaited, self._causes = {}, set(), set()
@@ -446,6 +449,9 @@ class Controller:
                 resume=self._config.resume or has_checkpoint,
             )
             self._group.send(device, Join(assignment=assignment) if warm else Begin(assignment=assignment))
+        for device in ready:
+            if device not in members:  # its training has raised an error: it loads anew, and joins a later generation
+                self._group.send(device, Prepare())
         self._enter(State.STARTING, self._config.ray.start_timeout)
 
     def _ready(self, device: JobDevice) -> bool:

@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import hecate
 from hecate.errors import UserError
 
 SUFFIXES = (".py", ".yaml", ".yml", ".toml")
@@ -37,9 +38,9 @@ def _below(folder: Path, above: tuple[str, ...]) -> Iterator[Path]:
     for path in folder.iterdir():
         real = os.path.realpath(path)
         if path.is_dir():
-            if not _FOLDERS_LEFT_OUT.fullmatch(path.name) and not _is_left_out(path) and real not in above:
+            if (_is_package(path) or not _FOLDERS_LEFT_OUT.fullmatch(path.name)) and not _is_left_out(path) and real not in above:
                 yield from _below(path, (*above, real))
-        elif path.suffix in SUFFIXES and not path.name.startswith(".") and not _LEFT_OUT.search(path.stem):
+        elif path.suffix in SUFFIXES and not path.name.startswith(".") and (_is_own(real) or not _LEFT_OUT.search(path.stem)):
             yield path
 
 
@@ -60,6 +61,16 @@ def stage(root: Path, target: Path) -> int:
         (target / path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(root / path, target / path)
     return total
+
+
+def _is_own(real: str) -> bool:
+    """Whether a file is a module of hecate: `token` in its name is a token of text."""
+    return real.endswith(".py") and real.startswith(os.path.realpath(os.path.dirname(hecate.__file__)) + os.sep)
+
+
+def _is_package(folder: Path) -> bool:
+    """Whether a folder is code whatever its name, such as hecate/data. Those of installed programs are in environments."""
+    return (folder / "__init__.py").exists() and not folder.name.startswith(".") and folder.name not in ("node_modules", "venv")
 
 
 def _is_left_out(folder: Path) -> bool:

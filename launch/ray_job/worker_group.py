@@ -128,6 +128,7 @@ class WorkerGroup:
             if device.gpus is not None:
                 self.send(device, TakeGpus(gpus=device.gpus))
             return
+        device.gpus = None  # those of the actor that comes, which may be on another node
         resources = dict(device.spec.resources)
         device.worker = self._start_actor(
             device,

@@ -445,6 +445,35 @@ def test_an_error_is_tried_again_and_then_given_up(config: Config) -> None:
     assert "ValueError: boom" in said[-1]
 
 
+def test_a_rank_whose_training_has_raised_an_error_loads_anew_and_joins(config: Config) -> None:
+    fails = (one(1, failed(0, "OSError: boom")), each([0, 2], left(0)), NOTHING)
+    smaller, comes = begins([0, 2], 5), one(1, Prepared())
+    larger = (each([0, 2], left(1)), begins([0, 1, 2], 7))
+    status, group, _, _ = play(config, UP, begins([0, 1, 2]), *fails, smaller, comes, *larger, each([0, 1, 2], finished(2)))
+    assert status == 0
+    assert group.receivers(Prepare) == [1]
+    assert group.joined() == [(0, 1, 2), (2, 1, 2), (0, 2, 3), (1, 2, 3), (2, 2, 3)]
+
+
+def test_after_an_error_all_begin_again_where_the_others_are_too_few(config: Config) -> None:
+    config = replace(config, ray=replace(config.ray, min_workers=3))
+    fails = (one(1, failed(0, "OSError: boom")), each([0, 2], left(0)), NOTHING)
+    status, group, _, _ = play(config, UP, begins([0, 1, 2]), *fails, begins([0, 1, 2], 5), each([0, 1, 2], finished(1)))
+    assert status == 0
+    assert group.receivers(Begin) == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_worker_that_is_lost_while_all_load_is_waited_for(config: Config) -> None:
+    """Otherwise the others would measure a topology without it, with which it could never join."""
+    fails = each([0, 2], failed(0, "a message among the ranks failed"))
+    status, group, _, said = play(
+        config, UP, one(1, GONE), fails, one(1, up()), one(1, Prepared()), begins([0, 1, 2]), each([0, 1, 2], finished(1))
+    )
+    assert status == 0
+    assert group.receivers(Begin)[3:] == [0, 1, 2]
+    assert any("the worker's process died" in line and "replace" in line for line in said)
+
+
 def test_a_step_in_between_forgives(config: Config) -> None:
     fails = [each([0, 1, 2], failed(g, "ValueError: boom")) for g in range(2)]
     works = one(1, steps(5, tokens=10))

@@ -56,3 +56,5 @@ def test_a_warm_generation_leaves_out_ranks_whose_training_has_raised_an_error()
     generation = with_ends(d0=RankEnd.WAITING, d2=RankEnd.FAILED, d3=RankEnd.WAITING)
     assert generation.may_go_on(2, set())
     assert generation.following([0, 2, 3], set(), described=True, recoverable=True) == (JobGeneration(1, (0, 3)), True)
+    all_again = generation.following([0, 2, 3], set(), described=True, recoverable=True, fewest=3)
+    assert all_again == (JobGeneration(1, (0, 2, 3)), False), "two would be too few"

@@ -97,6 +97,8 @@ def test_a_signal_is_answered_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert errors.count("stopping: the ranks finish their step and save; a second signal ends them at once\n") == 1
+    assert errors.endswith("hecate: the ranks ended before they could save; resume=true goes on from the run's last checkpoint, if any\n")
+    assert process.returncode == 128 + signal.SIGINT, "ranks that have not begun know nothing of signals"
     assert wait_until_gone(pids, tmp_path / "tmp") == []
 
 

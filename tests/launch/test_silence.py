@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -39,3 +40,14 @@ def test_while_this_process_stands_still_nobody_is_silent() -> None:
     times = iter([50.0, 50.5, 51.0, 4000.0, 4000.5])
     clock = AwakeClock(lambda: next(times))
     assert [clock(), clock(), clock(), clock()] == [0.5, 1.0, 3.0, 3.5]
+
+
+def test_a_device_that_comes_back_is_asked_for_its_gpus_anew() -> None:
+    """It may be on another node, whose GPUs have other numbers; a spare of its node takes those that it had there."""
+    nobody, rendezvous = mock.MagicMock(), Rendezvous("127.0.0.1")
+    settings = WorkerSettings(config="", report_steps=1, worker=Worker, node="node", address=None)
+    group = WorkerGroup(nobody, [Device("node", "127.0.0.1", "GPU", (("GPU", 1.0),), ())], rendezvous, settings)
+    device = group.devices[0]
+    device.gpus = "3"
+    group.request_worker(device)
+    assert device.gpus is None

@@ -107,6 +107,17 @@ def test_a_loss_before_all_have_loaded_starts_all_again(tmp_path: Path, capsys: 
     assert run.ranks.failed is None
 
 
+@pytest.mark.usefixtures("at_once")
+def test_a_member_that_was_to_join_is_ended_when_all_start_again(tmp_path: Path) -> None:
+    """As of a node that has come while the others load: its device may be used by the run that begins again."""
+    run = Run(tmp_path, 2, loaded=False)
+    assert run.ranks._begin(2)
+    run.end(1)
+    assert run.members() == (3, 4)
+    assert run.process(2).returncode == -signal.SIGKILL
+    assert run.ranks._begin(2), "its device is free"
+
+
 def test_all_that_are_lost_at_once_start_again_as_well(tmp_path: Path) -> None:
     run = Run(tmp_path, 2, loaded=False)
     run.end(0, 1)

@@ -114,6 +114,31 @@ def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Pa
     assert sorted(steps) == list(range(1, len(steps) + 1))
 
 
+def test_a_node_joins_where_nothing_had_failed_and_a_signal_to_it_stops_both(workshop: Path) -> None:
+    """Torch's agents do not count a node's coming as a restart, and that of the node without the signal takes its ranks' end for success."""
+    temporary, run = workshop / "tmp", workshop / "runs" / "joined"
+    given = [*OVERRIDES, "fssdp.policy=hecate_paper", f"output_dir={run}", "max_steps=100000"]
+    with slow_link() as names, ExitStack() as stack:
+
+        def node(number: int) -> subprocess.Popen[str]:
+            command = ["ip", "netns", "exec", names[number], str(ROOT / "examples" / "two_nodes" / "run.sh")]
+            variables = {"NODES": "1:2", "RANKS": "1", "CONFIG": str(workshop / "config.yaml"), "SAVE_STEPS": "5"}
+            return stack.enter_context(running([*command, *given], temporary, MEETING=f"{HOSTS[0]}:29434", **variables))
+
+        nodes = [node(0)]
+        wait_for_checkpoint(run, of_ranks=1)
+        nodes.append(node(1))
+        wait_for_checkpoint(run, of_ranks=2)
+        nodes[1].send_signal(signal.SIGTERM)
+        signalled, printed = read_rest(nodes[1], 143), read_rest(nodes[0], 143)
+    assert "stopped by SIGTERM" in signalled
+    assert "a node has joined" in printed
+    assert "a signal to another node has stopped the job, whose ranks have saved" in printed
+    steps = losses(run)
+    assert sorted(steps) == list(range(1, len(steps) + 1))
+    assert (run / f"checkpoint-{len(steps)}").is_dir()
+
+
 def test_nodes_with_backups_lose_no_step_and_come_again(workshop: Path) -> None:
     """The second of two nodes is cut off for some seconds, comes again by itself, is killed, and is started again; each loses a rank.
     The loss of each step is that of a run that loses nobody. At last the first node is lost, and the other one ends with a clear error."""

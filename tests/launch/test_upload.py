@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+import hecate
 from hecate.errors import UserError
 from hecate.launch.ray_job import upload
 from hecate.launch.ray_job.submit import submit
 from hecate.launch.ray_job.upload import stage, uploaded_files
 
-TAKEN = ("config.yaml", "my/family.py", "pyproject.toml", "my/nested/deep.yml")
+TAKEN = ("my/data/__init__.py", "my/data/read.py", "config.yaml", "my/family.py", "pyproject.toml", "my/nested/deep.yml")
 LEFT = (
     ".env",
     ".env.yaml",
@@ -58,6 +59,15 @@ def test_a_linked_package_is_taken_where_it_is_linked_and_circles_end(tmp_path: 
     assert {"launch/ray_job/worker.py", "hecate/launch/ray_job/worker.py", "hecate/__init__.py"} <= {
         str(path) for path in uploaded_files(tmp_path)
     }
+
+
+def test_a_package_of_this_checkout_is_taken_whole() -> None:
+    """Among others hecate/data, whose name is that of folders with data."""
+    root = Path(hecate.__file__).parents[1]
+    taken = {str(path) for path in uploaded_files(root)}
+    packages = [path for path in (root / "hecate").rglob("*.py") if "__pycache__" not in path.parts]
+    assert {str(path.relative_to(root)) for path in packages} <= taken
+    assert "hecate/data/stream.py" in taken
 
 
 def test_a_copy_is_staged_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,3 +58,22 @@ def test_after_a_restart_anywhere_all_ranks_resume_if_there_is_a_checkpoint(tmp_
     assert begin_or_resume(config, ranks_of(1.0, 0.0), claim) == replace(config, resume=True)
     assert begin_or_resume(config, ranks_of(1.0, 1.0, rank=1), None) == replace(config, resume=True)
     claim.assert_not_called()
+
+
+def test_ranks_that_start_again_because_a_node_has_come_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No agent counts that as a restart; ranks of several places on a node begin in any order."""
+    write_parts(tmp_path)
+    config = config_of(tmp_path)
+    (tmp_path / "launcher").mkdir()
+    monkeypatch.setenv(ERRORS_VARIABLE, str(tmp_path / "launcher"))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    for place in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", place)
+        claim = mock.Mock()
+        assert begin_or_resume(config, ranks_of(0.0, 0.0), claim) == config
+        claim.assert_called_once()
+    Path(config.output_dir).mkdir(exist_ok=True)
+    save(Path(config.output_dir), 2, shards_of(1.0))
+    taken = mock.Mock(side_effect=UserError("output_dir is taken"))
+    assert begin_or_resume(config, ranks_of(0.0, 0.0), taken) == replace(config, resume=True)

@@ -115,6 +115,14 @@ def test_a_failed_run_lets_the_others_go_on_and_is_in_the_exit_status(stand_in: 
     assert states(stand_in) == {"r-2": "failed", "r-8": "finished"}
 
 
+def test_a_run_that_fails_again_says_why_again(stand_in: Path) -> None:
+    """It begins anew, and its log with it."""
+    for _ in range(2):
+        status, said = sweep(stand_in, "[2]")
+        assert status == 1
+        assert any(line.endswith("status 1: hecate: run.yaml: no such model") for line in said), said
+
+
 def test_there_may_be_more_places_than_runs(stand_in: Path) -> None:
     assert sweep(stand_in, "[1, 8]", "jobs=5")[0] == 0
     assert states(stand_in) == {"r-1": "finished", "r-8": "finished"}
