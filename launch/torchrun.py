@@ -32,7 +32,15 @@ from hecate.launch.run_folder import run_folder
 from hecate.launch.stopped_ranks import end_stopped_ranks
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
-from hecate.ranks.launcher_files import ERRORS_VARIABLE, LAUNCHED_VARIABLE, MEETING_VARIABLE, STORE_VARIABLE, mistakes, saved_file
+from hecate.ranks.launcher_files import (
+    ERRORS_VARIABLE,
+    LAUNCHED_VARIABLE,
+    MEETING_VARIABLE,
+    STORE_VARIABLE,
+    all_saved,
+    mistakes,
+    note_again,
+)
 from hecate.ranks.sockets import notice_lost_machines, tcp_sockets
 from hecate.train.preflight import check_devices
 
@@ -237,15 +245,17 @@ def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint
 
 
 def _stop_with_the_ranks(folder: Path, ranks_per_node: int) -> None:
-    """Stop this launcher when its ranks have saved and ended because of a signal that has come to another node alone.
+    """End this process when its ranks have saved and ended because of a signal that has come to another node alone.
 
     Otherwise the agent takes that for the end of the run, and waits five minutes for the other node's agent.
     """
-    while not all(saved_file(folder, place).exists() for place in range(ranks_per_node)):
+    since = time.monotonic()
+    while time.monotonic() - since < _SAVED_SECONDS:
         time.sleep(0.2)
-    time.sleep(_SAVED_SECONDS)
+        if not all_saved(folder, ranks_per_node):
+            since = time.monotonic()
     print("hecate: a signal to another node has stopped the job, whose ranks have saved", file=sys.stderr, flush=True)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os._exit(128 + signal.SIGTERM)  # the main thread waits in a store, which no signal interrupts; what guards the run's folder removes it
 
 
 def _notice_lost_meeting_point(meeting: Endpoint) -> None:
@@ -282,6 +292,8 @@ class _Restarts(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         action = agent_action(record.getMessage())
+        if action is not None:
+            note_again(self._folder)
         if action is None or (action is AgentAction.RANK_LOST and mistakes(self._folder)):
             return  # after a user's mistake the agent starts the ranks again, too, but these end at once
         print(f"hecate: {action.value}; all start again from the last checkpoint", file=sys.stderr, flush=True)

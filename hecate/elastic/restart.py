@@ -11,7 +11,7 @@ from pathlib import Path
 from hecate.checkpoint import good_checkpoints
 from hecate.config import Config
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.ranks.launcher_files import ERRORS_VARIABLE, MEMBER_VARIABLE, STORE_VARIABLE, agent_place, begun_file, error_file
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, MEMBER_VARIABLE, STORE_VARIABLE, begin_under_agent, error_file
 from hecate.ranks.ranks import Ranks, restarts
 
 
@@ -26,7 +26,7 @@ def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | 
         claim: a function that raises UserError if the output folder is taken; None on ranks that do not check this. It is called only at
             the beginning of a run.
     """
-    if ranks.all_max(float(restarts() > 0 or _has_begun_before())):
+    if ranks.all_max(float(begin_under_agent() or restarts() > 0)):
         newest = next(good_checkpoints(Path(config.output_dir)), None) if ranks.is_first else None
         return replace(config, resume=ranks.all_max(float(newest is not None)) > 0)
     taken: UserError | None = None
@@ -48,14 +48,3 @@ def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | 
             error_file(Path(errors), number).write_text("hecate: rank 0 found an error; see its message above", encoding="utf-8")
         sys.exit(USER_ERROR_EXIT)
     return config
-
-
-def _has_begun_before() -> bool:
-    """Whether this node's agent has started this local rank before. From then on it has."""
-    folder, place = os.environ.get(ERRORS_VARIABLE), agent_place()
-    if folder is None or place is None:
-        return False
-    file = begun_file(Path(folder), place)
-    before = file.exists()
-    file.touch()
-    return before

@@ -70,14 +70,43 @@ def agent_place() -> int | None:
     return int(place) if "TORCHELASTIC_RUN_ID" in os.environ and place.isdigit() else None
 
 
-def begun_file(folder: Path, place: int) -> Path:
-    """The file by which a rank knows that its agent has started a rank in its place before."""
-    return folder / f"begun-{place}"
+def leave_saved() -> None:
+    """Tell this rank's launcher, if torch's agent has started it, that it has saved and ends because of a signal that others got."""
+    folder, place = os.environ.get(ERRORS_VARIABLE), agent_place()
+    if folder is not None and place is not None:
+        _saved_file(Path(folder), place).touch()
 
 
-def saved_file(folder: Path, place: int) -> Path:
-    """The file that a rank leaves for its agent's launcher when it ends before the last step, having saved, because of a signal."""
+def all_saved(folder: Path, ranks_per_node: int) -> bool:
+    """Whether each rank of this node has left what `leave_saved` leaves, and the agent does not start them again."""
+    return not _again_file(folder).exists() and all(_saved_file(folder, place).exists() for place in range(ranks_per_node))
+
+
+def note_again(folder: Path) -> None:
+    """The agent ends the ranks of this node, and starts them again."""
+    _again_file(folder).touch()
+
+
+def begin_under_agent() -> bool:
+    """Whether this node's agent has started a rank in this one's place before; the agent's launcher hears that it has begun again."""
+    folder, place = os.environ.get(ERRORS_VARIABLE), agent_place()
+    if folder is None or place is None:
+        return False
+    _saved_file(Path(folder), place).unlink(missing_ok=True)
+    if place == 0:
+        _again_file(Path(folder)).unlink(missing_ok=True)
+    file = Path(folder, f"begun-{place}")
+    before = file.exists()
+    file.touch()
+    return before
+
+
+def _saved_file(folder: Path, place: int) -> Path:
     return folder / f"saved-{place}"
+
+
+def _again_file(folder: Path) -> Path:
+    return folder / "again"
 
 
 def ready_file(store: Path, member: int) -> Path:

@@ -24,11 +24,9 @@ from hecate.ranks.launcher_files import (
     MEETING_VARIABLE,
     MEMBER_VARIABLE,
     STORE_VARIABLE,
-    agent_place,
     exit_with_user_error,
     leave_pid,
     mistakes,
-    saved_file,
 )
 
 
@@ -107,9 +105,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
             checked = STORE_VARIABLE in os.environ and MEETING_VARIABLE not in os.environ
             claims = ranks.is_first and not checked and JOIN_VARIABLE not in os.environ
             config = begin_or_resume(config, ranks, claim=(lambda: load_config(config_path, overrides)) if claims else None)
-            ended = train(config, ranks, membership=membership, joins=JOIN_VARIABLE in os.environ)
-            if not ended and ERRORS_VARIABLE in os.environ and (place := agent_place()) is not None:
-                saved_file(Path(os.environ[ERRORS_VARIABLE]), place).touch()
+            train(config, ranks, membership=membership, joins=JOIN_VARIABLE in os.environ)
     except RuntimeError as error:
         if not lost_a_peer(error):
             raise

@@ -115,7 +115,7 @@ def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Pa
 
 
 def test_a_node_joins_where_nothing_had_failed_and_a_signal_to_it_stops_both(workshop: Path) -> None:
-    """Torch's agents do not count a node's coming as a restart, and that of the node without the signal takes its ranks' end for success."""
+    """torch's agents do not count that as a restart, and the agent of the node without the signal takes its ranks' end for success."""
     temporary, run = workshop / "tmp", workshop / "runs" / "joined"
     given = [*OVERRIDES, "fssdp.policy=hecate_paper", f"output_dir={run}", "max_steps=100000"]
     with slow_link() as names, ExitStack() as stack:

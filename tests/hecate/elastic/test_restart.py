@@ -11,7 +11,7 @@ import pytest
 
 from hecate.elastic.restart import begin_or_resume
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.ranks.launcher_files import ERRORS_VARIABLE, STORE_VARIABLE, error_file
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, STORE_VARIABLE, all_saved, begin_under_agent, error_file, leave_saved, note_again
 from tests.hecate.checkpoint.saving import save, shards_of
 from tests.hecate.megatron.making import config_of, write_parts
 
@@ -77,3 +77,28 @@ def test_ranks_that_start_again_because_a_node_has_come_resume(tmp_path: Path, m
     save(Path(config.output_dir), 2, shards_of(1.0))
     taken = mock.Mock(side_effect=UserError("output_dir is taken"))
     assert begin_or_resume(config, ranks_of(0.0, 0.0), taken) == replace(config, resume=True)
+
+
+def test_a_launcher_hears_that_its_ranks_have_saved_unless_they_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def as_rank(place: int) -> None:
+        monkeypatch.setenv("LOCAL_RANK", str(place))
+
+    leave_saved()  # of a rank that no agent has started
+    monkeypatch.setenv(ERRORS_VARIABLE, str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    for place in (0, 1):
+        as_rank(place)
+        assert not begin_under_agent()
+        assert not all_saved(tmp_path, 2)
+        leave_saved()
+    assert all_saved(tmp_path, 2)
+    note_again(tmp_path)
+    assert not all_saved(tmp_path, 2), "a node has come meanwhile"
+    for place in (0, 1):
+        as_rank(place)
+        assert begin_under_agent()
+        assert not all_saved(tmp_path, 2)
+    leave_saved()
+    as_rank(0)
+    leave_saved()
+    assert all_saved(tmp_path, 2)
