@@ -85,7 +85,8 @@ def token_bytes(plan: LayerPlan, topology: Topology, expert_WTK: Sequence[np.nda
             rows = int((rank_TK == rank).any(1).sum())
             rows_W[rank] += rows
             if rank != source:
-                sent_WW[source, rank] += INDEX + rows * (row.inputs + row.weights + (row.top_k + 1) * INDEX + row.outputs)
+                counts = 2 * INDEX  # of rows, and of the assignments that they bring
+                sent_WW[source, rank] += counts + rows * (row.inputs + row.weights + (row.top_k + 1) * INDEX + row.outputs)
                 sent_WW[rank, source] += rows * (row.outputs + back)
     return sent_WW, rows_W
 

@@ -303,7 +303,7 @@ class ExpertShards:
         if plan.tokens is not None:
             assert routed.token_T is not None
             sent = dispatch(routed.x_TD, routed.slot_TK, routed.weight_TK, routed.token_T, plan.tokens, self.groups.tokens)
-            routed = RoutedTokens(sent.x_RD, sent.slot_RK, sent.weight_RK, sent.token_R)
+            routed = RoutedTokens(sent.x_RD, sent.slot_RK, sent.weight_RK, sent.token_R, served=sent.served)
         # Where no token may have to leave its rank, every expert has a slot on every rank, and its slot is its number.
         routed = replace(routed, expert_S=chunk_tables(plan.chunks, routed.x_TD.device).expert_S)
         frozen_S = self.frozen[unit].chunks(plan.chunks.tables.expert_S.tolist()) if unit in self.frozen else ()

@@ -4,7 +4,7 @@ An assignment is a token with one of its top-k experts, so a token has k of them
 an expert's weights on this rank, so that neighbouring rows are multiplied by the same weights. `assignment_order` sorts on the device
 without waiting for it, so all sizes on the host are upper bounds; `assignment_tiles`, for the torch path, reads the group sizes back.
 
-Shapes: T tokens, K assignments of a token, P = T·K places of the sorted assignments, S slots, D hidden, m assignments of a tile.
+Shapes: T tokens, K assignments of a token, P places of the sorted assignments (T·K at most), S slots, D hidden, m assignments of a tile.
 """
 
 from __future__ import annotations
@@ -30,6 +30,13 @@ class RoutedTokens:
     """int64, the global number of each token; needed with dropout"""
     expert_S: Tensor | None = None
     """int64, the number of the expert in each slot; needed with dropout, and by experts with pairs"""
+    served: int | None = None
+    """the number of assignments that have a slot, where the host knows it: kernels have room for so many; None: for all"""
+
+    @property
+    def places(self) -> int:
+        """Return for how many assignments kernels have room."""
+        return self.slot_TK.numel() if self.served is None else self.served
 
     @property
     def experts_in_slots(self) -> Tensor:
@@ -50,7 +57,8 @@ class RoutedTokens:
 class AssignmentOrder:
     """The assignments sorted by slot. Within a slot the earlier token comes first, so sums over a slot have one order.
 
-    There are always P = T·K places. Assignments that are computed elsewhere (slot -1) take the last of them, from `starts[-1]` on.
+    There are P = T·K places, of which assignments that are computed elsewhere (slot -1) take the last, from `starts[-1]` on. Where the host
+    knows how many those are (`RoutedTokens.served`), they have none.
     """
 
     order_P: Tensor
@@ -66,7 +74,7 @@ class AssignmentOrder:
 
     @property
     def num_assignments(self) -> int:
-        """P, the number of all assignments, also of those that other ranks compute."""
+        """P, the number of places: at least that of the assignments that this rank computes."""
         return self.order_P.numel()
 
     @property
@@ -103,12 +111,11 @@ def assignment_order(slot_TK: Tensor, num_slots: int) -> AssignmentOrder:
     return AssignmentOrder(order_P, token_P, torch.where(slot < 0, -1, place).view(slot_TK.shape), starts)
 
 
-def fake_order(slot_TK: Tensor, num_slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def fake_order(slot_TK: Tensor, num_slots: int, places: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return tensors of the shapes and types of an `AssignmentOrder`, for an operator's fake implementation."""
-    num_assignments = slot_TK.numel()
     return (
-        slot_TK.new_empty(num_assignments, dtype=torch.int64),
-        slot_TK.new_empty(num_assignments, dtype=torch.int32),
+        slot_TK.new_empty(places, dtype=torch.int64),
+        slot_TK.new_empty(places, dtype=torch.int32),
         slot_TK.new_empty(slot_TK.shape, dtype=torch.int32),
         slot_TK.new_empty(num_slots + 1, dtype=torch.int32),
     )

@@ -157,13 +157,16 @@ def words_width(num_assignments: int) -> int:
     return -(-num_assignments // 4) * 4
 
 
-def sorted_assignments(slot_TK: Tensor, num_slots: int, numbers: Sequence[Tensor] = (), key: int = 0) -> tuple[AssignmentOrder, Tensor]:
+def sorted_assignments(
+    slot_TK: Tensor, num_slots: int, numbers: Sequence[Tensor] = (), key: int = 0, places: int | None = None
+) -> tuple[AssignmentOrder, Tensor]:
     """Return what `assignment_order` does, and dropout's words at each place, of x and of the gated hidden state: int32 [2, `words_width`].
 
     Without dropout there are no words, [2, 0]. Those of assignments that are computed elsewhere mean nothing.
 
     Args:
         numbers, key: the results of `dropout_numbers`.
+        places: see `RoutedTokens.places`; None: T·K.
     """
     token_T, expert_S = numbers or (None, None)
     num_assignments = slot_TK.numel()
@@ -198,6 +201,8 @@ def sorted_assignments(slot_TK: Tensor, num_slots: int, numbers: Sequence[Tensor
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     ).run()
+    if places is not None:
+        order = AssignmentOrder(order.order_P[:places], order.token_P[:places], order.place_TK, order.starts)
     return order, words
 
 

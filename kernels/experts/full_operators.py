@@ -29,15 +29,16 @@ from hecate.kernels.experts.slot_weights import SlotWeights, stacked_weights
 
 def full_ffn_triton(routed: RoutedTokens, experts_SC: Tensor, shape: FfnShape) -> Tensor:
     """As `torch_path.full_ffn`, in float32, bfloat16 or float16; differentiable once."""
-    y_TD, *_ = full_operator(routed.x_TD, routed.slot_TK, routed.weight_TK, experts_SC, shape.hidden, shape.ffn, shape.activation)
+    sizes = shape.hidden, shape.ffn, shape.activation
+    y_TD, *_ = full_operator(routed.x_TD, routed.slot_TK, routed.weight_TK, experts_SC, *sizes, routed.places)
     return y_TD
 
 
 def forward_passes(
-    x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str
+    x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str, places: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y [T, D], and for the backward pass gate and up of each assignment [P, 2F] and the four tensors of the `AssignmentOrder`."""
-    order, _ = sorted_assignments(slot_TK, len(experts_SC))
+    order, _ = sorted_assignments(slot_TK, len(experts_SC), places=places)
     gate_up, down = _expert_weights(experts_SC, x_TD.dtype, FfnShape(hidden, ffn, activation))
     gate_up_P = grouped_gemm(x_TD.contiguous(), gate_up, order, GemmOptions(gather=True))
     y_PD = grouped_gemm(gate(gate_up_P, order, activation), down, order)
@@ -49,9 +50,9 @@ full_forward = torch.library.custom_op("hecate::full_ffn", forward_passes, mutat
 
 @full_forward.register_fake
 def _(
-    x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str
+    x_TD: Tensor, slot_TK: Tensor, weight_TK: Tensor, experts_SC: Tensor, hidden: int, ffn: int, activation: str, places: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return (x_TD.new_empty(x_TD.shape), x_TD.new_empty((slot_TK.numel(), 2 * ffn)), *fake_order(slot_TK, experts_SC.shape[0]))
+    return (x_TD.new_empty(x_TD.shape), x_TD.new_empty((places, 2 * ffn)), *fake_order(slot_TK, experts_SC.shape[0], places))
 
 
 def backward_passes(
@@ -95,15 +96,15 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, _, *rest = inputs
+    x_TD, _, *rest, _ = inputs
     keep_for_backward(ctx, [list(output[1:]), x_TD, *rest])
 
 
 def _gradients(backward: Callable[..., Any], ctx: Any, dy_TD: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy_TD is None:
-        return (None,) * 7
+        return (None,) * 8
     dx_TD, dweight_TK, dexperts_SC = backward(dy_TD, *kept_for_backward(ctx))
-    return dx_TD, None, dweight_TK, dexperts_SC, None, None, None
+    return dx_TD, None, dweight_TK, dexperts_SC, None, None, None, None
 
 
 full_operator = DifferentiableOperator(Operator(full_forward, forward_passes), Operator(full_backward, backward_passes), _setup, _gradients)

@@ -64,6 +64,7 @@ def moe_lora_ffn_triton(
         0 if dropout is None else dropout.dropped_levels,
         numbers,
         key,
+        routed.places,
     )
     return y_TD
 
@@ -84,6 +85,7 @@ def forward_passes(
     dropped_levels: int,
     numbers: Sequence[Tensor],
     key: int,
+    places: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return y [T, D], and for the backward pass gate and up of each assignment [P, 2F], its A x, dropout's words (`sorted_assignments`),
     and the order's tensors.
@@ -92,8 +94,9 @@ def forward_passes(
         matrices, projections, scales, etas, trains_a: the results of `pack_pairs`.
         dropped_levels: of dropout; 0: nothing is dropped.
         numbers, key: the results of `dropout_numbers`.
+        places: see `RoutedTokens`.
     """
-    order, words = sorted_assignments(slot_TK, len(frozen_S), numbers, key)
+    order, words = sorted_assignments(slot_TK, len(frozen_S), numbers, key, places)
     inputs, down_pair = _padded(unpack_pairs(matrices, projections, scales, etas), x_TD.dtype)
     if not frozen_S:
         gate_up_P, low_P = x_TD.new_empty((order.num_assignments, 2 * ffn)), x_TD.new_empty((order.num_assignments, _low_width(inputs)))
@@ -137,12 +140,13 @@ def _(
     dropped_levels: int,
     numbers: Sequence[Tensor],
     key: int,
+    places: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     pairs = unpack_pairs(matrices, projections, scales, etas)
     ranks = [of.a_SrI.shape[1] for name, of in pairs.items() if name != "down_proj"]
-    low = x_TD.new_empty((slot_TK.numel(), 2 * padded_rank(max(ranks)) if ranks else 0))
+    low = x_TD.new_empty((places, 2 * padded_rank(max(ranks)) if ranks else 0))
     words = slot_TK.new_empty((2, words_width(slot_TK.numel()) if numbers else 0), dtype=torch.int32)
-    return (x_TD.new_empty(x_TD.shape), x_TD.new_empty((slot_TK.numel(), 2 * ffn)), low, words, *fake_order(slot_TK, len(frozen_S)))
+    return (x_TD.new_empty(x_TD.shape), x_TD.new_empty((places, 2 * ffn)), low, words, *fake_order(slot_TK, len(frozen_S), places))
 
 
 def backward_passes(
@@ -271,7 +275,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x_TD, _, *rest, numbers, _ = inputs
+    x_TD, _, *rest, numbers, _, _ = inputs
     ctx.num_numbers = len(numbers)
     keep_for_backward(ctx, [list(output[1:]), x_TD, *rest])
 
@@ -286,7 +290,7 @@ def _gradients(backward: Callable[..., Any], ctx: Any, dy_TD: Tensor | None, *_:
         dmatrices = gradients_of_pairs(gradients, of_a=arguments[10])
     # The gradient of an argument that is a list is a list.
     no_frozen, no_numbers = [None] * len(frozen_S), [None] * ctx.num_numbers
-    return dx_TD, None, dweight_TK, no_frozen, None, None, None, dmatrices, None, None, None, None, None, no_numbers, None
+    return dx_TD, None, dweight_TK, no_frozen, None, None, None, dmatrices, None, None, None, None, None, no_numbers, None, None
 
 
 moe_lora_operator = DifferentiableOperator(

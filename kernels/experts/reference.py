@@ -42,7 +42,7 @@ def moe_lora_ffn_reference(
     for slot, flat in enumerate(frozen_S):
         gate_up, down = shape.matrices(flat)
         gate, up = gate_up.chunk(2)
-        only = replace(routed, slot_TK=routed.slot_TK.where(routed.slot_TK == slot, -1))
+        only = replace(routed, slot_TK=routed.slot_TK.where(routed.slot_TK == slot, -1), served=None)
         y_TD = y_TD + mixlora_ffn_reference(only, FfnBase(gate, up, down, shape.activation), pairs, dropout=dropout)
     return y_TD
 

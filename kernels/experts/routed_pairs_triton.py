@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens
@@ -54,7 +55,7 @@ class _TritonRoutedPairs(torch.autograd.Function):
     ) -> Tensor:
         num_slots = len(a_SrI)
         numbers, key = dropout_numbers(dropout, routed) if num_slots else ([], 0)
-        order, words = sorted_assignments(routed.slot_TK, num_slots, numbers, key)
+        order, words = sorted_assignments(routed.slot_TK, num_slots, numbers, key, routed.places)
         ctx.dropped_levels = 0 if dropout is None else dropout.dropped_levels
         ctx.scale, ctx.eta = scale * (1.0 if dropout is None else dropout.scale), eta
         if num_slots == 0:
@@ -81,10 +82,9 @@ class _TritonRoutedPairs(torch.autograd.Function):
         weight_P = weight_TK.flatten()[order.order_P].to(x_TI.dtype)[:, None]
         options = GemmOptions(gather=True, transposed=True, scales=(ctx.scale, ctx.scale))
         dlow_PR = grouped_gemm(dy_TO, stacked_weights(b), order, options)
-        # Rows of assignments that other ranks compute were never written, and their sums are left out.
-        dot_P = (dlow_PR.float() * low_PR.float()).sum(1)
-        place_TK = order.place_TK.long()
-        dweight_TK = torch.where(place_TK < 0, 0.0, dot_P[place_TK.clamp(min=0)]).to(weight_TK.dtype)
+        # Rows of assignments that other ranks compute were never written; their place, -1, is that of the zero behind all sums.
+        dot_P = F.pad((dlow_PR.float() * low_PR.float()).sum(1), (0, 1))
+        dweight_TK = dot_P[order.place_TK.long()].to(weight_TK.dtype)
         dlow_PR = dlow_PR * weight_P
         factor_SO = row_factors(a_SrI, b_SOr, ctx.eta)
         da_SrI, db_SOr = None, b_SOr.new_empty(b_SOr.shape)

@@ -67,6 +67,7 @@ def forward_arguments(
         0 if dropout is None else dropout.dropped_levels,
         routed.slot_TK,
         *dropout_numbers(dropout, routed),
+        routed.places,
     )
 
 
@@ -84,6 +85,7 @@ def forward_passes(
     slot_TK: Tensor,
     numbers: Sequence[Tensor],
     key: int,
+    places: int,
 ) -> tuple[
     Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 ]:  # a schema is made of this
@@ -94,9 +96,10 @@ def forward_passes(
         matrices, projections, scales, etas, trains_a: the results of `pack_pairs`.
         dropped_levels: of dropout; 0: nothing is dropped.
         numbers, key: the results of `dropout_numbers`.
+        places: see `RoutedTokens`.
     """
     (gate_FD, up_FD, down_DF), pairs = base, unpack_pairs(matrices, projections, scales, etas)
-    order, words = sorted_assignments(slot_TK, matrices[0].shape[0], numbers, key)
+    order, words = sorted_assignments(slot_TK, matrices[0].shape[0], numbers, key, places)
     sizes = _block_sizes(x_TD, matrices, etas)
     blocks, dropout = blocks_of(order, sizes["ROWS"], sizes["CHUNK_ROWS"]), words_dropout(words, dropped_levels)
     gate_TF, up_TF = x_TD @ gate_FD.T, x_TD @ up_FD.T
@@ -129,15 +132,25 @@ def _(
     slot_TK: Tensor,
     numbers: Sequence[Tensor],
     key: int,
+    places: int,
 ) -> tuple[Any, ...]:
     pairs = unpack_pairs(matrices, projections, scales, etas)
     wide = [x_TD.new_empty((x_TD.shape[0], base[0].shape[0])) for _ in range(2)]
     ranks = [pairs[name].a_SrI.shape[1] if name in pairs else 0 for name in (*INPUTS, "down_proj")]
-    lows = [x_TD.new_empty((slot_TK.numel(), rank)) for rank in ranks]
+    lows = [x_TD.new_empty((places, rank)) for rank in ranks]
     words = slot_TK.new_empty((2, words_width(slot_TK.numel()) if numbers else 0), dtype=torch.int32)
     sizes, num_slots = _block_sizes(x_TD, matrices, etas), matrices[0].shape[0]
-    tiles, chunks = (words.new_empty((num_tiles_bound(slot_TK.numel(), num_slots, sizes[name]), 3)) for name in ("ROWS", "CHUNK_ROWS"))
-    return torch.empty_like(x_TD), *wide, *lows, words, *fake_order(slot_TK, num_slots), tiles, chunks, words.new_empty(num_slots + 1)
+    tiles, chunks = (words.new_empty((num_tiles_bound(places, num_slots, sizes[name]), 3)) for name in ("ROWS", "CHUNK_ROWS"))
+    return (
+        torch.empty_like(x_TD),
+        *wide,
+        *lows,
+        words,
+        *fake_order(slot_TK, num_slots, places),
+        tiles,
+        chunks,
+        words.new_empty(num_slots + 1),
+    )
 
 
 def backward_passes(
@@ -258,7 +271,7 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     _, *kept = output
     ctx.mark_non_differentiable(*kept)
-    *arguments, _slot, numbers, _key = inputs
+    *arguments, _slot, numbers, _key, _places = inputs
     ctx.num_numbers = len(numbers)
     keep_for_backward(ctx, [kept, *arguments])
 
@@ -271,7 +284,7 @@ def _gradients(backward: Callable[..., list[Tensor]], ctx: Any, dy_TD: Tensor | 
     dmatrices = gradients_of_pairs(split_like(dpairs_SC, matrices if trains_a else matrices[1::2]), of_a=trains_a)
     # The gradient of an argument that is a list is a list.
     no_base, no_numbers = [None] * len(arguments[2]), [None] * ctx.num_numbers
-    return dx_TD, dweight_TK, no_base, None, dmatrices, None, None, None, None, None, None, no_numbers, None
+    return dx_TD, dweight_TK, no_base, None, dmatrices, None, None, None, None, None, None, no_numbers, None, None
 
 
 mixlora_operator = DifferentiableOperator(

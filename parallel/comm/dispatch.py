@@ -71,6 +71,8 @@ class Dispatched:
     """per rank"""
     recv_rows: list[int]
     """per rank"""
+    served: int
+    """the number of assignments of these rows that this rank computes"""
 
     def bytes_to(self, rank: int, y_RO: Tensor, *, backward: bool) -> list[int]:
         """Bytes that `rank`, this rank, sends to each rank in dispatch and combine; with `backward`, in their backward passes, too.
@@ -87,7 +89,7 @@ class Dispatched:
         # Gradients of rows and weights return the way they came, and those of the results, too.
         each_away = hidden + weight + meta + (result if backward else 0)
         each_back = result + (hidden + weight if backward and self.x_RD.requires_grad else 0)
-        count = self.slot_RK.element_size()
+        count = 2 * self.slot_RK.element_size()
         return [
             0 if other == rank else away * each_away + back * each_back + count
             for other, (away, back) in enumerate(zip(self.send_rows, self.recv_rows, strict=True))
@@ -121,10 +123,12 @@ def dispatch(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor
     """
     tables = token_tables(plan, x_TD.device)
     rank_TK = destinations(expert_TK, tables.bound_EB)
-    row_N, place_N, send_D = _rows_to_send(rank_TK, len(tables.slot_DE))
-    recv_D = torch.empty_like(send_D)
-    dist.all_to_all_single(recv_D, send_D, group=group)
-    send_rows, recv_rows = read(torch.stack([send_D, recv_D]), group).tolist()
+    row_N, place_N, rows_D = _rows_to_send(rank_TK, len(tables.slot_DE))
+    assignments_D = torch.zeros_like(rows_D).scatter_add_(0, rank_TK.flatten(), torch.ones_like(rank_TK).flatten())
+    send_D2 = torch.stack([rows_D, assignments_D], dim=1)
+    recv_D2 = torch.empty_like(send_D2)
+    dist.all_to_all_single(recv_D2, send_D2, group=group)
+    send_rows, recv_rows, served_D = read(torch.cat([send_D2[:, :1], recv_D2], dim=1).T, group).tolist()
 
     num_tokens = len(x_TD)
     row_M = torch.empty_like(row_N).scatter_(0, place_N, row_N)[: sum(send_rows)]  # equal rows have one place
@@ -143,6 +147,7 @@ def dispatch(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor
         sources=sources,
         send_rows=send_rows,
         recv_rows=recv_rows,
+        served=sum(served_D),
     )
 
 

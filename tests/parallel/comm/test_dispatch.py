@@ -166,6 +166,7 @@ def _check_received(here: Any, case: Case, rank: int, world: int) -> None:
             if slot >= 0:
                 assert experts_here[slot] == expert[index, assignment]
                 served[index, assignment] += 1
+    assert int(served.sum()) == here.served
     dist.all_reduce(served)
     assert (served == 1).all(), "an assignment is served by no rank, or by two"
 
