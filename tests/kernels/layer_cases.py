@@ -225,7 +225,7 @@ def _plain(operator: Any) -> Callable[..., Any]:
 _OF_BACKWARD: Mapping[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
     "mixlora": lambda given: given[:10],
     "moe_lora": lambda given: (given[0], *given[2:13]),
-    "full": lambda given: (given[0], *given[2:]),
+    "full": lambda given: (given[0], *given[2:7]),
 }
 """the arguments of the forward operator that autograd gives the backward one"""
 _OF_KIND: Mapping[str, Callable[[LayerCase], list[Launch]]] = {
