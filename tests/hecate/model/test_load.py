@@ -44,7 +44,7 @@ def test_values_survive_in_the_asked_dtype_and_are_frozen(saved: Path, dtype: to
 @pytest.mark.parametrize("device", [CPU, torch.device("cuda", 3)])
 def test_transformers_is_told_to_put_weights_onto_the_gpu(saved: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """`tests/mock_cuda/test_loading.py` shows what that leads to."""
-    model = mock.MagicMock()
+    model = mock.MagicMock(generation_config=None)
     load = mock.Mock(return_value=(model, {"missing_keys": []}))
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
     load_model(resolve_model(str(saved)), torch.bfloat16, device)
