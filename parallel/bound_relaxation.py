@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from hecate.parallel.cost_loops import distinct, exposed_seconds
+from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, distinct, exposed_seconds
 from hecate.parallel.cost_model import cost_numbers
 from hecate.parallel.flows import node_index, node_membership
 from hecate.parallel.linear_program import LinearProgram
@@ -90,8 +90,9 @@ class Relaxation:
         self.program = LinearProgram()
         self.devices_N = problem.member_DN.sum(0)
         self.e_E, self.r_D, self.n_N = np.arange(len(problem.load_E)), np.arange(len(problem.rate_D)), np.arange(len(self.devices_N))
-        asks, inter = problem.topology.exchange_latency, problem.topology.inter_node.latency
-        waits = {"everywhere": 0.0, "stay": asks, "near": asks, "far": max(inter, asks)}
+        asks, to_all = problem.topology.exchange_latency, problem.topology.latency_to_all
+        inside = ((DISPATCH_COLLECTIVES - 1) * asks + to_all) / DISPATCH_COLLECTIVES
+        waits = {"everywhere": 0.0, "stay": inside, "near": inside, "far": to_all}
         self.stays = reach in ("everywhere", "stay")
         self.fixed = problem.optimizer + problem.numbers.dispatch_messages * waits[reach]
         self.lent_ED = problem.lent_ED & {"home": problem.home_ED, "away": ~problem.home_ED}.get(copies, True)

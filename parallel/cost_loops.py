@@ -269,13 +269,15 @@ def rows_received(ports: np.ndarray, load: np.ndarray, k: int) -> float:
 @loop
 def dispatch_latency(near: float, far: float, asked: bool, topology: TopologyNumbers, cost: CostNumbers) -> float:
     """Seconds of all messages of a layer's dispatch, by how much travels near and far; `asked`: ranks ask each other what they send, also
-    where that turns out to be nothing. No message is through before an empty one would be, so far rows do not make it any faster."""
+    where that turns out to be nothing. Counts go to all ranks, rows only where they are sent. No message is through before an empty one
+    would be, so far rows do not make it any faster."""
+    counts = cost.dispatch_messages / DISPATCH_COLLECTIVES
     if far > LEAST_TRAFFIC:
-        return cost.dispatch_messages * max(topology.far_latency, topology.exchange_latency)
+        return cost.dispatch_messages * topology.latency_to_all
     if near > LEAST_TRAFFIC:
-        return cost.dispatch_messages * topology.near_latency
+        return (cost.dispatch_messages - counts) * topology.near_latency + counts * topology.latency_to_all
     if asked:
-        return cost.dispatch_messages * topology.exchange_latency
+        return (cost.dispatch_messages - counts) * topology.exchange_latency + counts * topology.latency_to_all
     return 0.0
 
 

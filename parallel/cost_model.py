@@ -307,6 +307,7 @@ def topology_numbers(topology: Topology) -> TopologyNumbers:
         float(topology.intra_node.latency),
         float(topology.inter_node.latency),
         float(topology.exchange_latency),
+        float(topology.latency_to_all),
         float(topology.overlap_slowdown),
     )
 

@@ -32,6 +32,7 @@ class TopologyNumbers(NamedTuple):
     near_latency: float
     far_latency: float
     exchange_latency: float
+    latency_to_all: float
     slowdown: float
 
 

@@ -140,9 +140,10 @@ def dispatch_seconds(rows: Rows, topology: Topology, cost: LayerCost, asked: np.
     ports = PortBytes(rows.near[0], rows.near[1], rows.far[0], rows.far[1])
     once = port_seconds(ports, cost.row_bytes, topology)
     far, near = rows.far[0].sum(-1) > LEAST_TRAFFIC, rows.near[0].sum(-1) > LEAST_TRAFFIC
-    across = max(topology.inter_node.latency, topology.exchange_latency)
-    latency = np.where(far, across, np.where(near, topology.intra_node.latency, asked * topology.exchange_latency))
-    return 4 * once + DISPATCH_COLLECTIVES * times * latency
+    to_all = max(topology.inter_node.latency, topology.exchange_latency) if topology.num_nodes > 1 else topology.exchange_latency
+    latency = np.where(far, to_all, np.where(near, topology.intra_node.latency, asked * topology.exchange_latency))
+    counts = np.where(far | near | asked, to_all, 0.0)
+    return 4 * once + times * ((DISPATCH_COLLECTIVES - 1) * latency + counts)
 
 
 def port_seconds(ports: PortBytes, unit_bytes: float, topology: Topology) -> np.ndarray:

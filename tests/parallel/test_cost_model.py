@@ -141,7 +141,7 @@ def test_ranks_of_a_node_need_not_be_adjacent() -> None:
         ((0, 0), [[1, 1], [1, 0]], [[5, 5], [2, 0]], 8 * 0.5),  # every assignment stays, but the others cannot know that
         ((0, 0), [[1, 1], [1, 0]], [[0, 0], [0, 0]], 0.0),  # without tokens nothing happens
         ((0, 1), [[1, 1], [1, 0]], [[5, 5], [2, 0]], 8 * 3.0),
-        ((0, 0, 1), [[1, 1, 1], [1, 0, 0]], [[5, 5, 5], [2, 0, 0]], 8 * 0.5),
+        ((0, 0, 1), [[1, 1, 1], [1, 0, 0]], [[5, 5, 5], [2, 0, 0]], 7 * 0.5 + 3.0),  # counts go to the other node, too
         ((0,), [[1], [1]], [[5], [5]], 0.0),
     ],
 )
@@ -152,13 +152,13 @@ def test_asking_costs_latency_though_no_token_leaves(
     assert seconds(given_, ROW, owner=[0] * len(where), where=where, tokens=tokens)["dispatch"] == pytest.approx(waits)
 
 
-def test_an_exchange_inside_the_nodes_does_not_pay_the_latency_between_them() -> None:
+def test_rows_inside_the_nodes_do_not_pay_the_latency_between_them_only_counts_do() -> None:
     """Thirds, which no float64 holds: ranks 0 and 4 have an assignment, three other ranks of their nodes serve it."""
     machines = topology((0, 0, 0, 0, 1, 1, 1, 1), near=Link(FAST, 0.5), far=Link(FAST, 100.0))
     where = np.array([[0, 1, 1, 1, 0, 1, 1, 1]] * 3, dtype=bool)
     tokens = np.array([[1.0, 0, 0, 0, 0.1, 0, 0, 0]] * 3)
     found = layer_seconds(np.array([1, 1, 1]), where, even_quota(where, tokens, machines), tokens, machines, ROW)
-    assert float(found.dispatch) == pytest.approx(8 * 0.5)
+    assert float(found.dispatch) == pytest.approx(7 * 0.5 + 100.0)
 
 
 def test_gather_and_reduce_inside_a_node_by_hand() -> None:
