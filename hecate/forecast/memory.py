@@ -24,6 +24,8 @@ _HEAD_ROWS = 512
 """the number of tokens whose logits are in memory at a time"""
 _MIXLORA_TILE, _TILE_ROWS = 1 << 20, 512
 """on a CPU: bytes of one buffer of a tile of experts that share an FFN, and assignments of a tile of others (`kernels/`)"""
+_CHUNK_ROWS = 1024
+"""on a GPU: the assignments of which gradients of pairs are summed at once (`kernels/mixlora/passes.py`)"""
 _OTHER_TENSORS, _OUTSIDE_LAYERS = 5, 3
 """tensors of a layer beside its projections: three of its FFN, two norms; and tensors outside the layers: embedding, norm, head"""
 
@@ -73,7 +75,9 @@ def memory_parts(
         gradients += slots_D * group.cost.reduced_bytes / (1 if micro_steps > 1 else group.number)
     if of_stack:  # all units of a layer come together
         replicas = np.max(list(of_stack.values()), axis=0)
-    forward, backward_3D = _activation_bytes(run, served_tokens_D, served_tokens_D if most_tokens_D is None else most_tokens_D)
+    most_tokens_D = served_tokens_D if most_tokens_D is None else most_tokens_D
+    forward, backward_3D = _activation_bytes(run, served_tokens_D, most_tokens_D)
+    backward_3D = backward_3D + _chunk_bytes(run, others_GD, most_tokens_D * _assignments_per_token(run, served_tokens_D))
     held, backward = replicas, backward_3D[0]
     if micro_steps == 1:
         one_layer = fullest if config.fssdp.rematerialize else gradients
@@ -342,6 +346,25 @@ def _backward_bytes(run: RunShape, served_tokens_D: np.ndarray, assignments: flo
         product = 2.0 * ffn * hidden * (b + run.master_bytes)
     masks_D = 0.0 if run.is_gpu_D.any() else _mask_bytes(run, rows_D, index)
     return np.asarray(b * (served_tokens_D * 2 * hidden + rows_D * (5 * ffn + 3 * hidden)) + product + masks_D)
+
+
+def _chunk_bytes(run: RunShape, others_GD: list[np.ndarray], assignments_D: np.ndarray) -> np.ndarray:
+    """Return the bytes of the parts that the gradients of a layer's pairs are summed from on a GPU, float64 [ranks].
+
+    They are float32, of each chunk of assignments, where experts share an FFN; each expert's last chunk may be short.
+
+    Args:
+        others_GD: see `memory_parts`.
+        assignments_D: of the layer.
+    """
+    most = np.zeros(run.topology.world_size)
+    if not (run.config.moe.kind.shares_ffn and run.config.moe.kind.has_pairs and run.is_gpu_D.any()):
+        return most
+    for group, others_D in zip(run.groups, others_GD, strict=True):
+        slots_D = owned_experts(group, run) / group.number + others_D / (1 if run.config.fssdp.rematerialize else group.number)
+        chunks_D = assignments_D // _CHUNK_ROWS + np.minimum(slots_D, assignments_D)
+        most = np.maximum(most, 4.0 * (group.made or group.cost.chunk_numel) * chunks_D)
+    return most
 
 
 def _mask_bytes(run: RunShape, rows: float | np.ndarray, index: int) -> float | np.ndarray:

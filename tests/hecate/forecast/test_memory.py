@@ -19,10 +19,13 @@ from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.forecast.dry_run import forecast
 from hecate.forecast.gpu_memory import CONTEXT_BYTES, rounding_bytes
-from hecate.forecast.memory import PHASES, memory_parts
+from hecate.forecast.memory import PHASES, _chunk_bytes, memory_parts
 from hecate.forecast.pair_check import check_pairs
 from hecate.forecast.run_shape import PoolShape, RunShape, run_shape
+from hecate.kernels.common.assignments import assignment_blocks, assignment_order
 from hecate.kernels.common.dropout import DropoutMasks, FfnDropout, RowDropout
+from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.kernels.mixlora.passes import RULES, chunk_parts
 from hecate.kernels.mixlora.torch_path import _TILE_BYTES
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
@@ -409,6 +412,30 @@ def test_a_gpu_holds_more_than_tensors(tmp_path: Path) -> None:
     assert 120e6 <= CONTEXT_BYTES <= 550e6, "what is reported from machines"
     assert rounding_bytes(np.array([0, 2])).tolist() == [22 * 2**20, 22 * 2**20 + 1024]
     assert (parts["allocator's rounding (at most)"] == [22 * 2**20 + 512 * (30 + 4 * 27 + 4 * 6 + 2), 0]).all()
+
+
+def test_a_gpu_sums_gradients_of_pairs_from_parts_of_chunks(tmp_path: Path) -> None:
+    """Each rank owns 2 of 4 experts, and rank 0 has one more in each of 3 layers; the kernels' own buffer is what is counted."""
+    (layer, *_) = find_gated_ffns(write_model(tmp_path))
+    on_cpu = shape_of(tmp_path)
+    on_gpu = replace(on_cpu, topology=replace(local_topology(2, cuda=False), flops=(1e14, 1e14)))
+    replicas, tokens = [np.array([3.0, 0.0])], np.array([4000.0, 16.0])
+    rows = {rule.config.blocks["CHUNK_ROWS"] for rule in RULES["mixlora_rows"] if rule.min_sm}
+    wide = {"gate_proj": (layer.shape.hidden, layer.shape.ffn), "up_proj": (layer.shape.hidden, layer.shape.ffn)}
+    wide["down_proj"] = (layer.shape.ffn, layer.shape.hidden)
+    expected = []
+    for slots, num_tokens in ((3, 4000), (2, 16)):
+        order = assignment_order(torch.arange(2 * num_tokens).view(-1, 2) % slots, slots)
+        pairs = {name: LowRankPairs(torch.empty(slots, 2, i), torch.empty(slots, o, 2), 1.0) for name, (i, o) in wide.items()}
+        parts, _ = chunk_parts(assignment_blocks(order, 16, *rows), pairs)
+        expected.append(num_bytes([parts]))
+    found, without = (
+        {part.name: part.bytes_PD for part in memory_parts(on_gpu, others, tokens)}["activations (estimate)"][PHASES.index("backward")]
+        for others in (replicas, [np.zeros(2)])
+    )
+    assert _chunk_bytes(on_gpu, replicas, 2 * tokens).tolist() == expected
+    assert found[0] > without[0], "they are a part of the backward pass"
+    assert not _chunk_bytes(on_cpu, replicas, 2 * tokens).any()
 
 
 def test_drawn_matrices_that_do_not_fit_are_refused_before_any_process_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
