@@ -1,7 +1,7 @@
 """The systems that `methods` trains beside one another, as settings of `hecate train`, and the goals that they are held to.
 
-Systems of one table train on the same samples in the same order. Where a system's own learning rate differs from the others', its recipe in
-`configs/recipes` has that one, too.
+Systems of one table train on the same samples in the same order. FFA-LoRA's learning rate is its recipe's, and NOLA's twice that of its
+recipe, which has the authors' for GPT-2; SMoRA's bias moves a hundred times as fast as in its recipe, which is for longer runs.
 """
 
 from __future__ import annotations

@@ -92,6 +92,8 @@ class Fault:
 
 _LONGEST = 500
 """characters of a reason: a record may have keys of any length"""
+_IMAGES = ("image", "images")
+"""keys of records with images, in the formats of LLaVA and of chats"""
 
 
 class _BadRecord(Exception):
@@ -129,6 +131,7 @@ def read_samples(
         try:
             if record.reason:
                 raise _BadRecord(record.reason)
+            _refuse_images(record.value)
             unseen -= {name for name in unseen if renamed[name] in record.value}
             value = _renamed(record.value, renamed)
             if parse is None:
@@ -301,6 +304,8 @@ def _message(turn: dict[str, Any], where: str, *, keep_calls: bool) -> dict[str,
         raise _BadRecord(f"{where}.role is {role!r}: it must be one of {', '.join(ROLES)}")
     calls = turn.get("tool_calls")
     if not calls:
+        if isinstance(turn.get("content"), list):
+            raise _BadRecord(f"{where}.content is a list of parts, as turns with images have it: hecate reads text, one string")
         message: dict[str, Any] = {"role": role, "content": _string(turn, "content", where)}
     elif role != "assistant":
         raise _BadRecord(f"{where}.tool_calls is in a turn of the {role}: only the assistant calls tools")
@@ -365,6 +370,13 @@ def _string(record: dict[str, Any], key: str, where: str = "") -> str:
     if not isinstance(record[key], str):
         raise _BadRecord(f"{name} is a JSON {json_name(record[key])} where a string is needed")
     return record[key]
+
+
+def _refuse_images(record: dict[str, Any]) -> None:
+    """Refuse a record with images, whose text would be learned without them."""
+    for key in _IMAGES:
+        if record.get(key):
+            raise _BadRecord(f"the record has an image (key {key!r}), and hecate reads text only")
 
 
 def _refuse_lone_surrogates(sample: dict[str, Any]) -> None:

@@ -19,7 +19,10 @@ FUSED = {
     "c_attn": ("q_proj", "k_proj", "v_proj"),
     "W_pack": ("q_proj", "k_proj", "v_proj"),
     "Wqkv": ("q_proj", "k_proj", "v_proj"),
+    "in_proj_qkv": ("q_proj", "k_proj", "v_proj"),
+    "in_proj_qkvz": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
+    "input_linear": ("gate_proj", "up_proj"),
 }
 """names of linears that compute several projections at once, and those projections"""
 

@@ -158,6 +158,7 @@ def test_while_their_owners_change(world: int) -> None:
 @pytest.mark.slow
 def test_in_sharding_groups_smaller_than_the_world() -> None:
     cases = [LinearCase("hecate_paper", "empty rank"), LinearCase("random 7", "idle experts", (2, 4), checkpointing=True)]
+    cases += [LinearCase("hecate_paper", "empty rank", **SMORA)]
     run_ranks(4, _check_cases, [replace(case, shard_size=2) for case in cases], timeout=580)
 
 

@@ -25,6 +25,7 @@ CHOICES = (
     (1, RouterConfig(weights="gate")),
     (3, RouterConfig(dense=True, weights="gate")),
     (3, RouterConfig(score="sigmoid", dense=True)),
+    (3, RouterConfig(bias="learned", dense=True, weights="gate", balance="sample")),
 )
 """(experts of a token, of three; the choices)"""
 SCENARIOS = ("balanced", "hot expert", "idle experts", "empty rank")
@@ -44,6 +45,12 @@ def test_two_ranks_equal_one_process() -> None:
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_any_number_of_ranks_equals_one_process(world: int, scenario: str) -> None:
     run_ranks(world, check_routers, cases("hecate_paper", scenario), timeout=480)
+
+
+@pytest.mark.slow
+def test_in_sharding_groups_smaller_than_the_world() -> None:
+    """Balance and counts are those of all ranks, not of a group."""
+    run_ranks(4, check_routers, cases("hecate_paper", "empty rank", shard_size=2), timeout=580)
 
 
 @pytest.mark.slow

@@ -47,6 +47,24 @@ def test_chat_formats_become_messages(tmp_path: Path, record: Any, messages: Any
     assert sample == Sample(str(tmp_path / "data.jsonl"), 1, messages=tuple(messages), extra=extra)
 
 
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"messages": [USER, ASSISTANT], "images": ["x.png"]}, "the record has an image (key 'images'), and hecate reads text only"),
+        (
+            {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}], "image": "x.png"},
+            "the record has an image (key 'image'), and hecate reads text only",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]}, "messages[0].content is a list of parts"),
+    ],
+)
+def test_images_are_not_left_out_in_silence(tmp_path: Path, record: Any, reason: str) -> None:
+    first, fault = read(tmp_path, [{"messages": [USER, ASSISTANT], "images": []}, record])
+    assert isinstance(first, Sample)
+    assert isinstance(fault, Fault)
+    assert fault.reason.startswith(reason)
+
+
 def test_prompt_and_completion_are_a_question_and_its_answer(tmp_path: Path) -> None:
     first, second = read(
         tmp_path,
@@ -158,7 +176,7 @@ TURN = b'{"role": "assistant", "content": "a"%s}'
         (b'{"messages": [{"content": "u"}]}\n', r"messages\[0\].role is missing"),
         (b'{"messages": [{"role": "Assistant", "content": "u"}]}\n', "role is 'Assistant'"),
         (b'{"messages": [{"role": "user", "content": null}]}\n', r"messages\[0\].content is a JSON null"),
-        (b'{"messages": [{"role": "user", "content": [1]}]}\n', "content is a JSON list where a string"),
+        (b'{"messages": [{"role": "user", "content": [1]}]}\n', "content is a list of parts"),
         (b'{"messages": [{"role": "user", "content": "\\ud800"}]}\n', "lone surrogate"),
         (b'{"messages": [' + TURN % b', "function_call": {"name": "f"}' + b"]}\n", "function_call is not supported"),
         (b'{"messages": [' + TURN % b', "tool_calls": [1]' + b"]}\n", r"messages\[0\].tool_calls\[0\] is no call"),

@@ -47,6 +47,15 @@ def test_projections_that_share_one_weight_are_refused(target: str, holder: str)
     assert target_linears(found, ("o_proj", "down_proj"), "Phi3ForCausalLM"), "the others can be told apart"
 
 
+def test_linear_attention_has_one_weight_for_several_projections() -> None:
+    """Of four layers three have it, and the last one has projections of its own."""
+    changes = {"num_hidden_layers": 4, "linear_num_key_heads": 2, "linear_num_value_heads": 2, "num_experts": 0}
+    found = find_linears(tiny("qwen3_next", torch.float32, **changes))
+    with pytest.raises(UserError, match="Qwen3Next computes q_proj, k_proj, v_proj with one weight, in_proj_qkvz"):
+        target_linears(found, ("in_proj_qkvz",), "Qwen3Next")
+    assert [str(one.unit) for one in target_linears(found, ("q_proj",), "Qwen3Next")] == ["3.self_attn.q_proj"]
+
+
 def test_an_allocation_is_dealt_over_equal_groups_of_layers() -> None:
     assert allocated((2, 4, 6, 8), 32) == (2,) * 8 + (4,) * 8 + (6,) * 8 + (8,) * 8
     counts = allocated((2, 4, 6, 8), 30)

@@ -72,6 +72,16 @@ def test_every_method_merges(workshop: Path, tmp_path: Path, method: str) -> Non
     assert read_set(tmp_path / "out").rank == (8 if method == "stack" else 4)
 
 
+def test_the_average_of_adapters_with_one_a_is_exact(workshop: Path, tmp_path: Path) -> None:
+    """As runs with `lora.pairs: fixed_a` leave them."""
+    shutil.copytree(workshop / "a", tmp_path / "other")
+    file = tmp_path / "other/adapter_model.safetensors"
+    save_file({key: one * (-1.5 if ".lora_B." in key else 1.0) for key, one in load_file(file).items()}, file)
+    said = run(workshop / "a", tmp_path / "other", "--method", "average", "-o", tmp_path / "out").splitlines()
+    assert said[1].startswith("exact: the weighted sum to rounding")
+    torch.testing.assert_close(sums(read_set(tmp_path / "out")), -0.25 * sums(read_set(workshop / "a")), rtol=1e-5, atol=1e-6)
+
+
 def test_the_adapters_of_a_runs_sources_are_merged(workshop: Path, tmp_path: Path) -> None:
     for name in "ab":
         shutil.copytree(workshop / name, tmp_path / "run/adapters" / name)
