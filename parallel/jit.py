@@ -142,6 +142,11 @@ def waited_seconds() -> float:
     return _process.waited_seconds
 
 
+def code_folder() -> Path | None:
+    """The folder that machine code is kept in; None: there is none that only this user can write."""
+    return _folder()
+
+
 def can_compile() -> bool:
     """Whether numba is installed, and there is a folder for its machine code."""
     return _numba_is_there() and _folder() is not None

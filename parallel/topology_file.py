@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.io.durable import replace_file
+from hecate.io.durable import replace_output
 from hecate.io.plain_files import read_plain_text
 from hecate.io.strict_yaml import MOST_BYTES, YamlError, parse_yaml
 from hecate.parallel.topology import Link, Topology
@@ -111,7 +111,7 @@ def save_topology(topology: Topology, path: Path, comment: str = "") -> None:
     """
     check_writable(path)
     try:
-        replace_file(path, [topology_text(topology, comment).encode()])
+        replace_output(path, [topology_text(topology, comment).encode()])
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}") from error
 

@@ -140,6 +140,9 @@ def _weights_path(folder: Path) -> Path:
     return path
 
 
+_WANTED = "give the folder of a run, a checkpoint, an adapter or a whole model"
+
+
 def read_adapter_config(folder: Path) -> Any:
     """Return the JSON value of an adapter folder's adapter_config.json, of any kind of adapter.
 
@@ -151,8 +154,8 @@ def read_adapter_config(folder: Path) -> Any:
         return parse_json(read_plain(config_path, _MAX_CONFIG_BYTES))
     except OSError as error:
         if not os.path.lexists(folder):
-            raise UserError(f"{folder}: no such folder\n  give the folder of a run, a checkpoint, an adapter or a whole model") from error
-        raise UserError(f"{config_path}: cannot be read: {error.strerror}; is this an adapter folder?") from error
+            raise UserError(f"{folder}: no such folder\n  {_WANTED}") from error
+        raise UserError(f"{config_path}: cannot be read: {error.strerror}; is this an adapter folder?\n  {_WANTED}") from error
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error
 

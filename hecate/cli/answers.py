@@ -157,9 +157,9 @@ def _write(records: Iterable[str], out: Path | None) -> None:
         for record in records:
             print(record, flush=True)
         return
-    from hecate.io.durable import replace_file
+    from hecate.io.durable import replace_output
 
     try:
-        replace_file(out, (record.encode() + b"\n" for record in records), durable=False)
+        replace_output(out, (record.encode() + b"\n" for record in records))
     except OSError as error:
         raise UserError(f"{out}: cannot be written: {error.strerror or error}") from error

@@ -37,15 +37,25 @@ Overrides = Annotated[
 ]
 
 
+def check_json(path: Path | None) -> None:
+    """Check the file that --json names, before a command does what takes long.
+
+    Raises:
+        UserError: it is in a folder that does not exist.
+    """
+    if path is not None and not path.absolute().parent.is_dir():
+        raise UserError(f"--json {path}: there is no folder {path.parent}; make it first")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write the figures of a command to the file that its user names.
 
     Raises:
         UserError: it cannot be written.
     """
-    from hecate.io.durable import replace_file
+    from hecate.io.durable import replace_output
 
     try:
-        replace_file(path, [json.dumps(value, indent=1).encode() + b"\n"], durable=False)
+        replace_output(path, [json.dumps(value, indent=1).encode() + b"\n"])
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hecate.cli.arguments import write_json
+from hecate.cli.arguments import check_json, write_json
 
 
 def drill(
@@ -28,6 +28,7 @@ def drill(
         return
     from hecate.drill.run import chosen, ground
 
+    check_json(json_path)
     wanted, reports = chosen(names or ()), []
     with ground() as made:
         for one in wanted:

@@ -52,6 +52,7 @@ def check_local(config: Config, check_data: Callable[[Config], None]) -> int:
     Raises:
         UserError: the machine, the data or the model does not go with the configuration.
     """
+    from hecate.config.topology import AUTO, build_topology
     from hecate.forecast.model_check import check_model
     from hecate.parallel.mesh import make_mesh
     from hecate.train.preflight import check_devices, check_machine, check_resume, check_vocabulary, default_ranks
@@ -61,6 +62,8 @@ def check_local(config: Config, check_data: Callable[[Config], None]) -> int:
     count = config.nproc or default_ranks()
     check_devices(count, "nproc")
     make_mesh(count, config.fssdp.shard_size, config.model.tensor_parallel)
+    if config.topology != AUTO:
+        build_topology(config, count)
     check_model(config, count)
     check_data(config)
     check_vocabulary(config)

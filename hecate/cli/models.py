@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from hecate.cli.arguments import ConfigFile, Overrides
+from hecate.cli.arguments import ConfigFile, Overrides, check_json
 
 
 def evaluate(
@@ -45,8 +45,7 @@ def evaluate(
         raise UserError("--adapter and --models were given\n  name all of them in --models")
     if tasks is None and (task_folder is not None or apply_chat_template):
         raise UserError(f"{'--task-folder' if task_folder else '--apply-chat-template'} was given without --tasks")
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise UserError(f"--json {json_path}: there is no folder {json_path.parent}; make it first")
+    check_json(json_path)
     if record_routing is not None and not record_routing.absolute().parent.is_dir():
         raise UserError(f"--record-routing {record_routing}: there is no folder {record_routing.parent}; make it first")
     if record_routing is not None and nproc not in (None, 1):
@@ -69,9 +68,6 @@ def evaluate(
             raise UserError(f"{config}: not the folder of a run, nor one in it\n  give the configuration, and --adapter {config}")
         if file is None and given:
             raise UserError(f"{config}: without the configuration of a run there is nothing that {given[0]} could change")
-        # The folder may have been moved since its configuration was written.
-        if file is not None:
-            given += [f"output_dir={file.parent}"] * (not any(one.startswith("output_dir=") for one in given))
     names = models.split(",") if models is not None else None if adapter is None else [str(adapter)]
     request = EvaluationRequest(
         config=None if file is None else str(file),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hecate.cli.arguments import ConfigFile, Overrides, write_json
+from hecate.cli.arguments import ConfigFile, Overrides, check_json, write_json
 from hecate.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,9 +31,13 @@ def sweep(
     """
     if "RANK" in os.environ:
         raise UserError("hecate sweep: starts runs itself and cannot be a rank of torchrun's job\n  give the command without torchrun")
+    from hecate.config import load_config
     from hecate.sweep.sweep_file import load_run_sweep
 
+    check_json(json_path)
     loaded = load_run_sweep(str(file), overrides or ())
+    if table and overrides:
+        load_config(loaded.run, loaded.runs[0].overrides, claim_output=False)  # a key that does not exist is said
     status = 0 if table else _train(loaded, address)
     _show(loaded, json_path)
     raise typer.Exit(status)
@@ -134,7 +138,7 @@ def once_for_data(check: Callable[[Config], None]) -> Callable[[Config], None]:
     passed = set()
 
     def check_once(config: Config) -> None:
-        if (read := (config.data, config.moe.router, config.moe.replay, config.model)) not in passed:
+        if (read := (config.data, config.moe.router, config.moe.replay, config.model, config.eval.generate)) not in passed:
             check(config)
             passed.add(read)
 

@@ -15,6 +15,7 @@ from hecate.config.hub import hub_hint
 from hecate.config.megatron_rules import check_megatron, check_megatron_ep
 from hecate.config.pair_rules import check_pairs, largest_rank
 from hecate.config.paths import ADAPTER_CONFIG, INDEXED_SUFFIXES, adapter_in, data_files, find_model, indexed_prefix
+from hecate.config.presets import preset_names
 from hecate.config.privacy_rules import check_privacy
 from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
@@ -356,6 +357,8 @@ def _check_topology(values: Mapping[str, Any], add: Add) -> None:
             add("topology", f"no such file: {shorten(topology)}", "give auto, a preset's name or an existing YAML file")
     elif not SLUG.fullmatch(topology):
         add("topology", f"must be auto, a preset's name or a YAML file, got {shorten(topology)}", "")
+    elif topology != "auto" and topology not in (known := preset_names("topologies")):
+        add("topology", f"no such preset: {shorten(topology)}", f"use auto, {', '.join(known)}, or the path of a YAML file")
 
 
 def _check_output_dir(values: Mapping[str, Any], add: Add, *, claim: bool) -> None:

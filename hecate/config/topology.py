@@ -23,7 +23,10 @@ def build_topology(config: Config, world_size: int) -> Topology:
     """
     topology = whole_topology(config, ()).topology
     if topology.world_size != world_size:
-        raise UserError(f"topology: {config.topology} has {topology.world_size} devices, but the job has {world_size} ranks")
+        raise UserError(
+            f"topology: {config.topology} has {topology.world_size} devices, but the number of the job's ranks is {world_size}\n"
+            f"  start {topology.world_size} ranks (nproc), use auto, or give a file with {world_size} devices"
+        )
     return topology
 
 

@@ -213,6 +213,8 @@ def _parse_messages(record: dict[str, Any]) -> dict[str, Any]:
 
 def _parse_prompt_completion(record: dict[str, Any]) -> dict[str, Any]:
     """Each of the two is text, which becomes one turn, or a list of turns. Nothing of the prompt is learned."""
+    for key in ("prompt", "completion"):
+        _require(record, key)
     prompt, completion = (_text_or_turns(record, key, role) for key, role in (("prompt", "user"), ("completion", "assistant")))
     tools = _tools(record)
     keep_calls = _has_calls([*prompt, *completion], tools)
@@ -270,8 +272,7 @@ _PARSERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 
 def _turns(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
     """Remove the list of turns from the record and return it. Refuse turns with keys that would change what is to be learned."""
-    if key not in record:
-        raise _BadRecord(f"no {key!r} in the record (its keys: {', '.join(sorted(record)) or 'none'})")
+    _require(record, key)
     turns = record.pop(key)
     if not isinstance(turns, list) or not turns:
         raise _BadRecord(f"{key!r} must be a list with at least one turn")
@@ -283,6 +284,11 @@ def _turns(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
         if turn.get("weight") not in (None, 1):
             raise _BadRecord(f"{key}[{number}].weight is not supported: every assistant turn is trained on alike")
     return turns
+
+
+def _require(record: dict[str, Any], key: str) -> None:
+    if key not in record:
+        raise _BadRecord(f"no {key!r} in the record (its keys: {', '.join(sorted(record)) or 'none'})")
 
 
 def _has_calls(turns: list[dict[str, Any]], tools: tuple[Any, ...]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def checks_of(load: Callable[[], Config]) -> Checks:
         "model": _model,
         "data": _data,
         "kernels and attention": _kernels_and_attention,
+        "packages": _packages,
         "output folder": _output_folder,
     }
     return {name: partial(check, config) for name, check in of_config.items()}
@@ -74,13 +76,27 @@ def _data(config: Config) -> Finding:
 
 
 def _kernels_and_attention(config: Config) -> Finding:
+    from hecate.train.preflight import check_attention, check_kernels
+
+    try:
+        check_kernels(config.kernels)
+        check_attention(config.model)
+    except UserError as error:
+        what, _, mend = str(error).partition("\n")
+        return problem(what, mend.strip() or "use auto")
+    return ok(f"kernels {config.kernels}, attention {config.model.attention}")
+
+
+def _packages(config: Config) -> Finding:
+    """What `hecate train` checks of this machine beside kernels and attention."""
     from hecate.train.preflight import check_machine
 
     try:
-        check_machine(config)
+        check_machine(replace(config, kernels="auto", model=replace(config.model, attention="auto")))
     except UserError as error:
-        return problem(str(error).splitlines()[0], "use auto")
-    return ok(f"kernels {config.kernels}, attention {config.model.attention}")
+        what, _, mend = str(error).partition("\n")
+        return problem(what, mend.strip() or "install what is missing, or leave it out")
+    return ok("what the run's trackers and its privacy need is installed")
 
 
 def _output_folder(config: Config) -> Finding:

@@ -205,16 +205,17 @@ def triton() -> Finding:
 
 
 def planner_cache() -> Finding:
-    """Where numba keeps the planner's compiled loops: without it every start compiles them anew, for a minute."""
+    """Where numba keeps the planner's compiled loops: without such a folder they run as plain Python."""
     import numba
 
-    given = os.environ.get("NUMBA_CACHE_DIR")
-    folder = Path(given) if given else Path(__file__).resolve().parents[1] / "parallel" / "__pycache__"
-    while not folder.exists() and folder.parent != folder:
-        folder = folder.parent
-    if os.access(folder, os.W_OK):
-        return ok(f"numba {numba.__version__} keeps compiled loops in {folder}")
-    return warning(f"{folder} cannot be written", "each start compiles for a minute: export NUMBA_CACHE_DIR=$HOME/.cache/numba")
+    from hecate.parallel.jit import code_folder
+
+    if folder := code_folder():
+        return ok(f"numba {numba.__version__} keeps compiled loops in {folder.parent}")
+    return warning(
+        "no folder for compiled loops can be written by this user alone, so that planners run in plain Python",
+        "export NUMBA_CACHE_DIR=$HOME/.cache/numba",
+    )
 
 
 def ray_cluster() -> Finding:
@@ -223,6 +224,8 @@ def ray_cluster() -> Finding:
         return skipped("ray is not installed")
     if not address:
         return ok("RAY_ADDRESS is not set; hecate ray takes --address")
+    if address == "local":
+        return ok("RAY_ADDRESS=local: hecate ray starts a cluster of its own")
     import socket
 
     host, _, port = address.removeprefix("ray://").removeprefix("http://").partition(":")

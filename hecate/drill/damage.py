@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import resource
 import shutil
 import struct
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from hecate.checkpoint.layout import file_layout, file_size
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, commit_line, parse_entries
 from hecate.drill.disk import watched_disk
 from hecate.drill.fuzz import KINDS, fuzz_cases
-from hecate.drill.guard import limit_memory, watched
+from hecate.drill.guard import limit_memory, most_grown, watched
 from hecate.drill.hostile import HOSTILE, SECONDS, not_refused, tried_file
 from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of
 from hecate.drill.ranks import call_on_ranks
@@ -196,8 +195,12 @@ def hostile_files(scope: Scope) -> DrillOutcome:
     cases += fuzz_cases(scope.path / "fuzz", _FEW if scope.quick else _MANY, quick=scope.quick)
     ran = [str(path) for path in (Path("ran"), scope.path / "ran", Path("/tmp/ran")) if path.exists()]
     cases.append(DrillCase("no code has run", f"{ran[0]} is there" if ran else ""))
-    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    counts = {"hostile_files": files, "kinds_of_files": len(KINDS), "changed_files": len(cases) - files - 1, "most_memory_mib": grown}
+    counts = {
+        "hostile_files": files,
+        "kinds_of_files": len(KINDS),
+        "changed_files": len(cases) - files - 1,
+        "most_memory_mib": most_grown() / 2**20,
+    }
     return outcome_of(cases, "all read or refused; no code run, no file outside opened, memory bounded", counts)
 
 

@@ -40,6 +40,8 @@ class TooLong(BaseException):
 _watching: list[Seen] = []
 """who is watched; empty: nobody"""
 _hooks: list[bool] = []
+_most_grown = [0]
+"""of the blocks that have ended"""
 
 
 def _hook(event: str, args: tuple[Any, ...]) -> None:
@@ -81,6 +83,12 @@ def watched(seconds: float) -> Iterator[Seen]:
         _watching.pop()
         signal.signal(signal.SIGPROF, was)
         seen.grown = _peak() - before
+        _most_grown[0] = max(_most_grown[0], seen.grown)
+
+
+def most_grown() -> int:
+    """The bytes by which memory has grown in that block, of all that were watched, in which it has grown most."""
+    return _most_grown[0]
 
 
 def limit_memory(room: int) -> None:

@@ -56,6 +56,7 @@ def _workshop(folder: str) -> None:
 def _drill(function: str, scope: str, result: str) -> None:
     from hecate.drill.outcome import Scope
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it has started ends on the way out
     given = json.loads(scope)
     outcome = found(function)(Scope(**{**given, "start": tuple(given["start"])}))
     _leave(Path(result), vars(outcome))

@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from hecate.launch.run_folder import run_folder
 PROGRAM = "hecate.drill.program"
 _LIMIT = 900.0
 """seconds that a drill may take"""
+_ENDING = 30.0
+"""seconds that one which has taken longer has to end its processes"""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,9 @@ def _run_one(drill: Drill, scope: Scope) -> DrillReport:
             status = process.wait(_LIMIT)
         except subprocess.TimeoutExpired:
             status = None
+            process.terminate()  # it ends the processes that it has started
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_ENDING)
         finally:
             process.kill()
             process.wait()

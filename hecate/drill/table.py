@@ -13,6 +13,7 @@ from hecate.drill.run import DrillReport
 
 _WIDTH = 110
 _MOST_FAILURES = 5
+_KILLS, _FLIPS = "R1", "R8"
 
 
 def list_text(drills: Iterable[Drill]) -> str:
@@ -48,9 +49,10 @@ def state_of(outcome: DrillOutcome) -> str:
 
 
 def as_json(reports: Sequence[DrillReport]) -> dict[str, Any]:
-    """All figures."""
-    drills = {
-        report.drill.name: {
+    """All figures, in the form of a benchmark's: a row for each drill, and a summary."""
+    rows = [
+        {
+            "name": report.drill.name,
             "fault": report.drill.fault,
             "expected": report.drill.expected,
             "state": state_of(report.outcome),
@@ -58,5 +60,11 @@ def as_json(reports: Sequence[DrillReport]) -> dict[str, Any]:
             **vars(report.outcome),
         }
         for report in reports
-    }
-    return {"hecate": hecate.__version__, "passed": all(report.outcome.ok for report in reports), "drills": drills}
+    ]
+    of_drill = {report.drill.name: report.outcome for report in reports}
+    summary: dict[str, float] = {"passed": sum(report.outcome.ok for report in reports), "total": len(reports)}
+    if kills := of_drill.get(_KILLS):
+        summary |= {"kill_points": kills.total, "kill_points_equal": kills.passed}
+    if flips := of_drill.get(_FLIPS):
+        summary["bit_flips_found_share"] = flips.passed / flips.total
+    return {"name": "drill", "hecate": hecate.__version__, "rows": rows, "summary": summary}

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from hecate.errors import UserError
 from hecate.forecast.tensor_shapes import model_config, numel, tensor_shapes, tensors_of
-from hecate.model.stored_experts import LayerExperts, expert_layers, no_experts, refuse_experts, usual_name
+from hecate.model.stored_experts import LayerExperts, expert_layers, no_experts, no_gguf, refuse_experts, usual_name
 from hecate.parallel.expert_kinds import ExpertKind
 
 _OUTPUT_NAMES = ("o_proj", "out_proj", "dense", "wo")
@@ -104,7 +104,7 @@ def _own_experts(path: Path, names: Iterable[str], kind: ExpertKind) -> dict[int
         refuse_experts(names, path, kind)
         return {}
     if path.suffix == ".gguf":
-        raise UserError(f"{path}: moe.family {kind.name} does not read GGUF files\n  give a folder with config.json and *.safetensors")
+        raise no_gguf(path, kind)
     experts = expert_layers(tensors_of(path), path)
     if not experts:
         raise no_experts(path, kind)

@@ -6,7 +6,7 @@ from hecate.config import Config, find_model
 from hecate.forecast.base_shape import LAYER
 from hecate.forecast.pair_check import check_pairs
 from hecate.forecast.tensor_shapes import tensor_shapes
-from hecate.model.stored_experts import holds_experts, no_experts, refuse_experts
+from hecate.model.stored_experts import holds_experts, no_experts, no_gguf, refuse_experts
 
 
 def check_model(config: Config, ranks_here: int | None = None) -> None:
@@ -29,7 +29,7 @@ def check_model(config: Config, ranks_here: int | None = None) -> None:
 def _check_experts(config: Config) -> None:
     kind, path = config.moe.kind, find_model(config.model.name_or_path)
     if kind.of_moe_base and path.suffix == ".gguf":
-        return  # is read for dense models only, as those who load it say
+        raise no_gguf(path, kind)
     names = tensor_shapes(path)
     layers = {int(match[1]) for name in names if (match := LAYER.search(name))}
     if not layers:

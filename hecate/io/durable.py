@@ -37,6 +37,19 @@ def replace_file(path: Path, blocks: Iterable[memoryview | bytes], *, durable: b
         sync_folder(path.parent)
 
 
+def replace_output(path: Path, blocks: Iterable[memoryview | bytes]) -> None:
+    """Write the blocks to a file that a user names, as `replace_file`, but not durably.
+
+    A link stays, and the file it leads to is replaced; what is no regular file, such as /dev/stdout, is written to.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.exists() or target.is_file():
+        replace_file(target, blocks, durable=False)
+        return
+    with open(path, "wb") as stream:
+        stream.writelines(blocks)
+
+
 def sync_folder(folder: Path) -> None:
     """Call fsync on a folder, so that the names of its files survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -64,9 +64,21 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
             raise YamlError("an alias stands within what it repeats")
         return known[id(node)]
     known[id(node)] = 0
+    if isinstance(node, yaml.MappingNode):
+        _refuse_repeated_keys(node)
     inner = node.value if isinstance(node, yaml.CollectionNode) else []
     total = 1 + sum(_count(one, known) for item in inner for one in (item if isinstance(item, tuple) else (item,)))
     if total > _MOST_NODES:
         raise YamlError(f"more than {_MOST_NODES} values, with those that aliases repeat")
     known[id(node)] = total
     return total
+
+
+def _refuse_repeated_keys(node: yaml.MappingNode) -> None:
+    """Raises YamlError: a key is given twice, of which YAML would keep the last."""
+    seen = set()
+    for key, _ in node.value:
+        if isinstance(key, yaml.ScalarNode):
+            if (key.tag, key.value) in seen:
+                raise YamlError(f"line {key.start_mark.line + 1}: {key.value} is given twice")
+            seen.add((key.tag, key.value))

@@ -92,7 +92,9 @@ class ExpertParallelEngine:
         away = np.array([dispatcher.input_splits, dispatcher.output_splits], dtype=np.int64)
         away[:, self.shards.rank] = 0
         row = layer.config.hidden_size * outputs[0].element_size()
-        passes = 2 if outputs[0].requires_grad else 1
+        now = self.current.now
+        backward_follows = outputs[0].requires_grad and isinstance(now, ExpertParallelMicroStep) and now.counts
+        passes = 2 if backward_follows else 1
         wide = torch.promote_types(layer.config.params_dtype, torch.float32)  # of the weights that travel beside the rows
         self.shards.token_bytes_to += passes * row * away.sum(0) + wide.itemsize * away[:passes].sum(0)
 

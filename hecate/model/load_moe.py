@@ -14,7 +14,7 @@ from hecate.model.load import ModelSource, load_without, read_config, require_te
 from hecate.model.moe_blocks import MoeBlock, find_moe_blocks
 from hecate.model.read_experts import read_expert
 from hecate.model.safetensors_headers import stored_tensors
-from hecate.model.stored_experts import LayerExperts, expert_layers
+from hecate.model.stored_experts import LayerExperts, expert_layers, no_gguf
 from hecate.parallel.expert_kinds import ExpertKind, kinds_for
 from hecate.parallel.units import Unit
 
@@ -69,10 +69,7 @@ def load_moe_model(
     from transformers import AutoModelForCausalLM
 
     if source.gguf_file is not None:
-        raise UserError(
-            f"model.name_or_path: {source.gguf_file} is a GGUF file, which moe.family {kind.name} does not read\n"
-            "  give a folder with config.json and *.safetensors"
-        )
+        raise no_gguf(source.gguf_file, kind)
     config = read_config(source, num_hidden_layers)
     require_text_model(config, source)
     if getattr(config, "quantization_config", None) is not None:

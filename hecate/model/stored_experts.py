@@ -129,6 +129,14 @@ def no_experts(where: Path, kind: ExpertKind) -> UserError:
     )
 
 
+def no_gguf(path: Path | str, kind: ExpertKind) -> UserError:
+    """The error for a GGUF file where a model's own experts are wanted."""
+    return UserError(
+        f"{path}: a GGUF file, which moe.family {kind.name} does not read\n  give a folder with config.json and *.safetensors as "
+        "model.name_or_path"
+    )
+
+
 def _layer(tensors: dict[str, StoredTensor], where: str) -> LayerExperts:
     for name, entry in tensors.items():
         _check_kind(name, entry, where)

@@ -30,8 +30,9 @@ def expert_sections(run: RunRecords) -> Sequence[str]:
     highest = max(float(share_E.max()) for share_E in shares.values())
     busiest = max(shares, key=lambda unit: (float(shares[unit].max()), -unit.layer))
     said = (
-        f"An expert's load over the mean of its layer, in the whole run; 1 is even. The busiest is expert {int(shares[busiest].argmax())} "
-        f"of {_name(busiest)}, with {number_text(float(shares[busiest].max()))} times the mean."
+        "An expert's load over the mean of its layer, in the steps that are recorded; 1 is even. "
+        f"The busiest is expert {int(shares[busiest].argmax())} of {_name(busiest)}, "
+        f"with {number_text(float(shares[busiest].max()))} times the mean."
     )
     maps = []
     for place in dict.fromkeys(unit.place for unit in loads.experts):

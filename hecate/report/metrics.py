@@ -120,23 +120,31 @@ class MetricsWriter:
         Raises:
             UserError: a line before the last is no record, or the disk refuses.
         """
-        self._file.close()
-        lines = kept = 0
-
-        def remaining() -> Iterator[bytes]:
-            nonlocal lines, kept
-            for line, its_step in self._read():
-                lines += 1
-                if its_step is not None and its_step <= step:
-                    kept += 1
-                    yield line
-
+        lines = kept = leading = size = 0
+        for line, its_step in self._read():
+            is_kept = its_step is not None and its_step <= step
+            if is_kept and kept == lines:  # no line before it goes
+                leading, size = leading + 1, size + len(line)
+            lines, kept = lines + 1, kept + is_kept
         try:
-            replace_file(self.path, remaining())
+            if kept > leading:
+                self._rewrite(step)
+            elif size > (found := os.fstat(self._file.fileno()).st_size):  # the last line is whole but for its newline
+                self._file.write(b"\n")
+            elif size < found:  # takes no room, which a disk may lack
+                self._file.truncate(size)
+                os.fsync(self._file.fileno())
         except OSError as error:
             raise self._refused(error) from error
-        self._file = self._open()
         return lines - kept
+
+    def _rewrite(self, step: int) -> None:
+        kept = (line for line, its_step in self._read() if its_step is not None and its_step <= step)
+        self._file.close()
+        try:
+            replace_file(self.path, kept)
+        finally:
+            self._file = self._open()
 
     def has_record(self, kind: str, step: int) -> bool:
         """Whether there is such a record, as "eval", of so many steps done. Raises UserError as `truncate_after`."""

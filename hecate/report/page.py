@@ -6,6 +6,7 @@ the run has left nothing to say.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.io.durable import replace_file
+from hecate.io.durable import replace_output
 from hecate.parallel.policy_names import current_name
 from hecate.report.expert_pictures import expert_sections
 from hecate.report.metrics import REGROUPED, REPLANNED, RESUMED, SAVED, STOPPED
@@ -75,7 +76,7 @@ def write_page(path: Path, page: str) -> Path:
         UserError: the disk refuses.
     """
     try:
-        replace_file(path, [page.encode()], durable=False)
+        replace_output(path, [page.encode()])
     except OSError as error:
         raise UserError(f"{path}: the report cannot be written: {error.strerror or error}\n  give another file with -o") from error
     return path
@@ -84,7 +85,9 @@ def write_page(path: Path, page: str) -> Path:
 def _overview(run: RunRecords) -> str:
     ranks = run.column("ranks")
     speed, imbalance, static = (run.column(name) for name in ("tokens_per_s", "imbalance", "static_imbalance"))
-    loss, skipped = run.column("loss"), run.column("skipped")
+    loss = run.column("loss")
+    # Each skipped step is an event, also one whose record `logging_steps` leaves out.
+    skipped = sum(bool(re.match(r"step \d+ was skipped: ", str(event.get("text")))) for event in run.events)
     tiles = [
         ("steps", _state(run)),
         ("loss, last", NOT_RECORDED if loss is None else f"{loss[np.isfinite(loss)][-1]:.3f}"),
@@ -97,8 +100,8 @@ def _overview(run: RunRecords) -> str:
             else f"{np.nanmean(imbalance):.2f} ({NOT_RECORDED if static is None else f'{np.nanmean(static):.2f}'})",
         ),
     ]
-    if skipped is not None and np.nansum(skipped):
-        tiles.append(("steps skipped", f"{int(np.nansum(skipped))}: a loss or gradient was not finite, or a norm was a spike"))
+    if skipped:
+        tiles.append(("steps skipped", f"{skipped}: a loss or gradient was not finite, or a norm was a spike"))
     facts = [
         (label, current_name(str(value)))
         for label, key in (

@@ -97,7 +97,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Show a line that stays, above the panel if there is one."""
         if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._live.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
         else:
             print(text, flush=True)
 

@@ -70,7 +70,11 @@ class Reports:
         """how many of the last records the disk has refused"""
 
     def __enter__(self) -> Reports:
-        self._open(self._facts)
+        try:
+            self._open(self._facts)
+        except BaseException:  # nobody calls __exit__ then, and the terminal's panel is there
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -80,7 +84,10 @@ class Reports:
         """Write the effective configuration and the table of what trains to the run's folder, and show the table."""
         if self._progress is None:
             return
-        self._progress.note(self._write_description(self._facts))
+        try:
+            self._progress.note(self._write_description(self._facts))
+        except OSError as error:
+            raise UserError(f"{self._folder}: the run's configuration cannot be written: {error.strerror or error}") from error
         mesh = self._facts.mesh
         if mesh.num_sharding_groups > 1:
             self._progress.note(
@@ -158,17 +165,20 @@ class Reports:
     def regrouped(self, done: Rebuilt, facts: RunFacts, seconds: float) -> None:
         """Record and show that the run goes on with other ranks. This rank may have become the first, or may no longer be the first."""
         if facts.is_first and self._progress is None:
-            self._open(facts)
+            self._open(facts, going_on=True)
         elif not facts.is_first:
             self._stack.close()
             self._progress = self._metrics = self._trace = self._trackers = None
         if not (self._progress and self._metrics):
             return
         if done.lost:
-            self._metrics.truncate_after(done.step)
+            self._forget_after(done.step)
             self._trace = self._open_trace(facts)
             self._open_trackers(facts)
-        self._write_description(facts)
+        try:
+            self._write_description(facts)
+        except OSError as error:
+            self.note(f"{self._folder}: config.yaml and trainable.json stay as they were: {error.strerror or error}")
         text = f"{facts.mesh.world_size} {REGROUPED} after step {done.step}, {done.moved} experts moved, {seconds:.3f} s"
         self._record(event_record(done.step, text + (", back at the last checkpoint" if done.lost else "")))
         self._progress.note(text + (f"; back at the last checkpoint, because no copy is left of {done.lost}" if done.lost else ""))
@@ -184,14 +194,26 @@ class Reports:
             if not metrics.has_record("step", step):
                 self.event(step, f"step {step} is done and has no record: a rank was lost before the first one had written it")
 
-    def _open(self, facts: RunFacts) -> None:
+    def _open(self, facts: RunFacts, *, going_on: bool = False) -> None:
+        """Open the reports where this rank is the first; `going_on`: of a run that a full disk does not end any more."""
         if not facts.is_first:
             return
-        self._progress = self._stack.enter_context(Progress(self._config.max_steps, facts.step))
         self._metrics = self._stack.enter_context(MetricsWriter(self._folder / "metrics.jsonl"))
-        self._metrics.truncate_after(facts.step)
+        if not going_on:
+            self._metrics.truncate_after(facts.step)
+        self._progress = self._stack.enter_context(Progress(self._config.max_steps, facts.step))
+        if going_on:
+            self._forget_after(facts.step)
         self._trace = self._open_trace(facts)
         self._open_trackers(facts)
+
+    def _forget_after(self, step: int) -> None:
+        """Remove the records of later steps, or note that the disk refuses."""
+        assert self._metrics is not None
+        try:
+            self._metrics.truncate_after(step)
+        except UserError as error:
+            self.note(f"{error}; records of steps after {step} stay, and the run goes on")
 
     def _record(self, record: Record) -> None:
         """Write a record to metrics.jsonl, and send it to the trackers. What they do to it, they do later."""

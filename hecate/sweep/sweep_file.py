@@ -115,7 +115,7 @@ def load_run_sweep(file: str, overrides: Sequence[str] = ()) -> Sweep:
     given = [_override(text) for text in overrides]
     own = {value.key: value.text for value in given if value.key in ("output_dir", "jobs")}
     run = _typed(nodes, "run", report)
-    output_dir = own.get("output_dir") or _typed(nodes, "output_dir", report)
+    output_dir = _folder(own["output_dir"]) if "output_dir" in own else _typed(nodes, "output_dir", report)
     jobs = int(own["jobs"]) if own.get("jobs", "").isdecimal() else _typed(nodes, "jobs", report, 1)
     if (isinstance(jobs, int) and jobs < 1) or ("jobs" in own and not own["jobs"].isdecimal()):
         report.add("jobs", "must be an integer >= 1", "")
@@ -185,6 +185,19 @@ def _override(text: str) -> SweepValue:
     if key == "resume":
         raise UserError(f"command line: resume: {_OWN['resume']}\n  leave it out: the same command goes on with what is not finished")
     return SweepValue(key, value, None)
+
+
+def _folder(text: str) -> str:
+    """The text that an override of output_dir gives. Raises UserError: it gives none."""
+    try:
+        node = parse(text)
+    except BadYaml:
+        node = None
+    if not isinstance(node, Scalar) or node.flaw or not node.text or (node.plain and node.text in ("null", "~")):
+        raise UserError(
+            f"command line: output_dir: {shorten(text)}: must be the path of a folder\n  put it in quotes: output_dir='\"my runs: all\"'"
+        )
+    return node.text
 
 
 def _values(node: Node, where: str, report: Report) -> list[SweepValue]:

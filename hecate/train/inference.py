@@ -10,7 +10,7 @@ from hecate.config import Config
 from hecate.data.prompts import asked
 from hecate.data.user_features import UserFeatures, read_user_features
 from hecate.errors import UserError
-from hecate.io.durable import replace_file
+from hecate.io.durable import replace_output
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
 from hecate.train.answers import answers_to
@@ -47,7 +47,7 @@ def evaluate_models(config: Config | None, names: Sequence[str], questions: Ques
         show(found)  # before the file, which may fail
         if json_path is not None:
             try:
-                replace_file(json_path, [as_json(found).encode() + b"\n"], durable=False)
+                replace_output(json_path, [as_json(found).encode() + b"\n"])
             except OSError as error:
                 raise UserError(f"{json_path}: cannot be written: {error.strerror or error}") from error
 

@@ -7,6 +7,7 @@ Each phase happens on all ranks alike. When a rank is lost, the others regroup a
 
 from __future__ import annotations
 
+import shlex
 import sys
 import threading
 import time
@@ -225,7 +226,7 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
     training.complete_step()
     if agreement.stop:
         outside.note(outside.profile.merge(at_end=True))
-        resume = f"hecate train {Path(config.output_dir) / 'config.yaml'} resume=true"
+        resume = f"hecate train {shlex.quote(str(Path(config.output_dir) / 'config.yaml'))} resume=true"
         outside.reports.event(step, f"{STOPPED} after step {step}; go on with: {resume}")
         if not outside.stopping.is_set:
             leave_saved()

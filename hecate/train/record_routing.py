@@ -16,7 +16,7 @@ from hecate.data.sequences import PackedSequence
 from hecate.data.sources import TokenSource
 from hecate.errors import UserError
 from hecate.experts.router import RouterStats
-from hecate.io.durable import replace_file
+from hecate.io.durable import replace_output
 from hecate.io.strict_json import json_line
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.units import FFN, Unit
@@ -71,7 +71,7 @@ class RoutingRecord:
                     yield json_line(value).encode() + b"\n"
 
         try:
-            replace_file(path, lines(), durable=False)
+            replace_output(path, lines())
         except OSError as error:
             raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
         return len(by_record)

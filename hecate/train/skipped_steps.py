@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from collections.abc import Collection, Sequence
 from contextlib import suppress
@@ -71,8 +72,11 @@ def too_many_skipped(
     refused = refused or _save(replace(config, output_dir=str(folder), save_total_limit=None), ranks, parts, inputs.before)
     is_lacking = ranks.is_first and latest_good(Path(config.output_dir)) is None
     unsaved = _save(config, ranks, parts, state) if ranks.all_max(float(is_lacking)) else ""
-    go_on = f"hecate train {Path(config.output_dir) / 'config.yaml'} resume=true max_skipped_steps={10 * config.max_skipped_steps}"
-    look = f"{folder} could not be written: {refused}" if refused else f"to see where it begins: hecate replay-step {folder}"
+    own = shlex.quote(str(Path(config.output_dir) / "config.yaml"))
+    go_on = f"hecate train {own} resume=true max_skipped_steps={10 * config.max_skipped_steps}"
+    look = f"to see where it begins: hecate replay-step {shlex.quote(str(folder))}"
+    if refused:
+        look = f"{folder} could not be written: {refused}"
     return UserError(
         f"the last {config.max_skipped_steps} steps, up to step {step}, were skipped, as many as max_skipped_steps allows\n"
         f"  step {step}: {result.why_skipped}\n"

@@ -62,6 +62,8 @@ def merge_adapters(
     if wrong := [name for name in given if name not in taken]:
         takers = [name for name, (_, others) in METHODS.items() if wrong[0] in others]
         raise UserError(f"--{wrong[0]} was given, which the method {method} does not take\n  it is for {', '.join(takers)}")
+    if missing := [folder for folder in folders if not folder.exists()]:
+        raise UserError(f"{missing[0]}: no such folder\n  give the folder of a run, or of an adapter")
     if len(folders) == 1 and not {"rank", "experts"} & set(given):
         raise UserError(
             f"{folders[0]}: one adapter alone is what it is\n  name several, or give --rank or --experts, which make it smaller"

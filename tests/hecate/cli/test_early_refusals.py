@@ -66,6 +66,19 @@ def test_a_model_with_experts_and_one_without(workshop: Path) -> None:
     assert "the model has no experts, but moe.family is moe_lora" in without
 
 
+def test_a_gguf_file_where_a_models_own_experts_are_wanted(workshop: Path) -> None:
+    (workshop / "dense.gguf").write_bytes(b"GGUF")
+    of_moe = ("moe.family=moe_lora", "moe.num_experts=null", "moe.top_k=null")
+    said = refused(workshop, f"model.name_or_path={workshop}/dense.gguf", *of_moe)
+    assert "dense.gguf: a GGUF file, which moe.family moe_lora does not read\n  give a folder" in said
+
+
+def test_a_topology_that_is_not_there_or_has_other_devices(workshop: Path) -> None:
+    assert "topology: no such preset: nowhere" in refused(workshop, "topology=nowhere")
+    other = refused(workshop, "topology=h100-node")
+    assert "topology: h100-node has 8 devices, but the number of the job's ranks is 1\n  start 8 ranks (nproc), use auto, or" in other
+
+
 def test_conversations_without_a_chat_template(workshop: Path) -> None:
     said = refused(workshop, f"model.name_or_path={workshop}/base")
     assert said.startswith(f"{workshop}/up.train.jsonl holds conversations, but the model's tokenizer has no chat template")

@@ -78,7 +78,7 @@ def test_tables_hold_the_same_records(tmp_path: Path, form: str) -> None:
     assert values(path) == [*RECORDS, {"prompt": "q"}]
     fault = list(read_samples(path))[-1]
     assert isinstance(fault, Fault)
-    assert (fault.place, fault.reason) == (f"{path}, row 30", "no 'completion' in the record (its keys: none)")
+    assert (fault.place, fault.reason) == (f"{path}, row 30", "no 'completion' in the record (its keys: prompt)")
     Path(path).write_bytes(Path(path).read_bytes()[:100])
     with pytest.raises(UserError, match=f"{path}: cannot be read as"):
         values(path)

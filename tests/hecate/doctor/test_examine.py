@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_a_problem_is_shown_with_its_mend_and_ends_with_status_1(monkeypatch: py
     assert done.output.splitlines()[-1].endswith(": 3 checks: 1 warning, 2 problem")
 
 
-def test_the_inputs_of_a_run_are_checked(tmp_path: Path) -> None:
+def test_the_inputs_of_a_run_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_workshop(tmp_path)
 
     def found() -> dict[str, Finding]:
@@ -65,8 +66,16 @@ def test_the_inputs_of_a_run_are_checked(tmp_path: Path) -> None:
         )
 
     assert {name: finding.state for name, finding in found().items()} == dict.fromkeys(
-        ("configuration", "model", "data", "kernels and attention", "output folder"), "ok"
+        ("configuration", "model", "data", "kernels and attention", "packages", "output folder"), "ok"
     )
+    kept = (folder / "config.yaml").read_text(encoding="utf-8")
+    (folder / "config.yaml").write_text(f"{kept}report_to: [wandb]\n", encoding="utf-8")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None)
+    wandb = found()["packages"]
+    assert (wandb.state, wandb.what) == ("problem", "report_to: wandb: not installed")
+    assert "pip install" in wandb.mend
+    (folder / "config.yaml").write_text(kept, encoding="utf-8")
     index = folder / "model" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}}), encoding="utf-8")
     assert found()["model"].what.endswith("1 of 2 files of weights are missing, such as model-2.safetensors")

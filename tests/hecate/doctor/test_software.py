@@ -12,6 +12,7 @@ import torch
 from hecate.doctor import software, triton_kernel
 from hecate.doctor.finding import Finding
 from hecate.kernels import backend
+from hecate.parallel import jit
 
 
 def _versions(**other: str | None) -> Callable[[str], str]:
@@ -119,13 +120,22 @@ def test_a_kernel_that_does_not_compile_or_computes_wrongly_is_a_problem(monkeyp
 
 def test_loops_that_cannot_be_kept_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "new" / "cache"))
-    assert software.planner_cache().state == "ok"
-    monkeypatch.setattr("os.access", lambda *_: False)
-    assert software.planner_cache().state == "warning"
+    jit._folder.cache_clear()
+    try:
+        assert software.planner_cache().what.endswith(str(tmp_path / "new" / "cache"))
+        (tmp_path / "all").mkdir()
+        (tmp_path / "all").chmod(0o777)
+        monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "all"))
+        jit._folder.cache_clear()
+        assert software.planner_cache().state == "warning", "anybody could put machine code there"
+    finally:
+        jit._folder.cache_clear()
 
 
 def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     assert software.ray_cluster().state == "problem"
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    assert software.ray_cluster().state == "ok"
     monkeypatch.delenv("RAY_ADDRESS")
     assert software.ray_cluster().state == "ok"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from hecate.io.durable import delete_files, new_folder, replace_file, sync_folder, write_durable
+from hecate.io.durable import delete_files, new_folder, replace_file, replace_output, sync_folder, write_durable
 
 
 def test_blocks_become_one_new_file(tmp_path: Path) -> None:
@@ -47,6 +48,20 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
             replace_file(path, broken(), durable=durable)
         assert path.read_bytes() == b"abc"
         assert [each.name for each in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_output_is_written_where_its_name_leads(tmp_path: Path) -> None:
+    (tmp_path / "here").symlink_to(tmp_path / "there")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("file", "here", "pipe"):
+        replace_output(tmp_path / name, [b"ab", b"c"])
+    assert (os.read(reader, 9), (tmp_path / "there").read_bytes(), (tmp_path / "file").read_bytes()) == (b"abc",) * 3
+    os.close(reader)
+    assert (tmp_path / "here").is_symlink()
+    assert (tmp_path / "pipe").is_fifo()
+    with pytest.raises(IsADirectoryError):
+        replace_output(tmp_path, [b"x"])
 
 
 def test_a_folder_is_there_whole_or_not_at_all_also_after_an_interrupt(tmp_path: Path) -> None:

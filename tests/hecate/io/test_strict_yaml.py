@@ -30,8 +30,9 @@ def test_plain_values_and_aliases_are_read() -> None:
         ("a: 1\n---\nb: 2", "single document"),
         ("? [a]\n: b", "unhashable"),
         ("a: \0", "special characters"),
+        ("a: 1\nb: {c: 2,\n    c: 3}", "line 3: c is given twice"),
     ],
-    ids=["tag", "date", "digits", "number", "depth", "itself", "laughs", "end", "two", "key", "zero"],
+    ids=["tag", "date", "digits", "number", "depth", "itself", "laughs", "end", "two", "key", "zero", "twice"],
 )
 def test_all_else_is_refused(text: str, words: str) -> None:
     with pytest.raises(YamlError, match=words):

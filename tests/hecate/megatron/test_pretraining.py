@@ -48,6 +48,8 @@ class Found:
     """no tensor: those travel through shared memory, which ends with the rank"""
     replicated: int
     """parameters outside experts"""
+    token_bytes: tuple[int, int]
+    """that a rank sends for tokens in a step with Megatron's layers: without checkpointing, and with it"""
     cost: LayerCost
     """what the engine plans with"""
     held_out: float
@@ -63,6 +65,12 @@ def _train(config: Config, ranks: Ranks, save_at: int | None = None) -> Losses:
         if run.standing.step == save_at:
             run.save()
     return [*losses, (_held_out(run),)]
+
+
+def _token_bytes(config: Config, ranks: Ranks) -> int:
+    run = Training(config, ranks)
+    run.train_one()
+    return int(run.parts.moe.engine.shards.token_bytes_to.sum())
 
 
 def _held_out(run: Training) -> float:
@@ -96,7 +104,9 @@ def _two_ranks(rank: int, world: int, folder: str) -> Found:
     megatrons = [f"output_dir={folder}/megatrons", MEGATRONS]
     losses["whole, Megatron's layers"] = _train(config_of(Path(folder), *megatrons), ranks, save_at=1)
     losses["resumed, Megatron's layers"] = _train(config_of(Path(folder), *megatrons, "resume=true"), ranks)
-    return Found(losses, *_export(Path(folder), ranks))
+    token_bytes = [_token_bytes(config_of(Path(folder), *VARIANTS[name]), ranks) for name in VARIANTS if "Megatron" in name]
+    logits, replicated, cost, held_out = _export(Path(folder), ranks)
+    return Found(losses, logits, replicated, (token_bytes[0], token_bytes[1]), cost, held_out)
 
 
 def _one_rank(rank: int, world: int, folder: str) -> tuple[Losses, Losses]:
@@ -139,6 +149,12 @@ def test_the_losses_are_the_same_on_the_text_as_token_ids(found: Found) -> None:
 def test_megatrons_layers_accumulate_as_ours_do(found: Found) -> None:
     for got, wanted in zip(found.losses["megatron_ep, accumulating"], found.losses["static_ep, accumulating"], strict=True):
         assert got == pytest.approx(wanted, rel=2e-4)
+
+
+def test_a_layer_that_runs_again_sends_its_rows_once_more(found: Found) -> None:
+    """Forward and backward, and with checkpointing forward again."""
+    once, checkpointed = found.token_bytes
+    assert checkpointed == pytest.approx(1.5 * once, rel=0.02)
 
 
 @pytest.mark.parametrize("whose", ["", ", Megatron's layers"])

@@ -1,3 +1,4 @@
+import errno
 import json
 import math
 import os
@@ -178,7 +179,7 @@ def test_a_bad_line_in_the_middle_is_refused_and_left(tmp_path: Path) -> None:
 
 def test_killed_while_truncating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "m"
-    data = b"".join(b'{"kind":"event","step":%d}\n' % step for step in (1, 2, 3))
+    data = b"".join(b'{"kind":"event","step":%d}\n' % step for step in (3, 1, 2))
     path.write_bytes(data)
     (tmp_path / "m.tmp").write_bytes(b"left by a run that was killed")
     writer = MetricsWriter(path)
@@ -193,6 +194,21 @@ def test_killed_while_truncating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert path.read_bytes() == data
     with MetricsWriter(path) as again:
         assert again.truncate_after(1) == 2
+
+
+def test_later_records_go_from_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MetricsWriter(tmp_path / "m") as writer:
+        for step in (1, 2, 3):
+            writer.write(event_record(step, "x"))
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "write", full)
+        monkeypatch.setattr("hecate.report.metrics.replace_file", full)
+        assert writer.truncate_after(1) == 2
+        assert writer.truncate_after(9) == 0
+    assert [record["step"] for record in records(tmp_path / "m")] == [1]
 
 
 def test_no_folder_is_a_user_error(tmp_path: Path) -> None:

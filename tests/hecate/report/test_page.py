@@ -145,6 +145,12 @@ def test_how_far_a_run_has_come_is_known_between_records(tmp_path: Path) -> None
         assert said in page_of(write_run(tmp_path / str(number), records))[1].text
 
 
+def test_skipped_steps_are_counted_also_where_they_are_not_recorded(tmp_path: Path) -> None:
+    """With logging_steps=5, steps 3 and 5 were skipped."""
+    skipped = [event_record(3, "step 3 was skipped: its loss was nan"), event_record(5, "step 5 was skipped: its loss was nan")]
+    assert "2: a loss or gradient was not finite" in page_of(write_run(tmp_path / "run", [*skipped, step_record(a_step(5))]))[1].text
+
+
 def test_a_policys_former_name_is_shown_as_the_present_one(tmp_path: Path) -> None:
     page, _ = page_of(write_run(tmp_path / "run", usual_records(), {"fssdp": {"policy": "hecate"}}))
     assert "policy: hecate_paper" in page

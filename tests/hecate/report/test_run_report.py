@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import resource
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from hecate.errors import UserError
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.traces import load_trace
 from hecate.report.events import Rebuilt
+from hecate.report.progress import Progress
 from hecate.report.run_report import Reports, RunFacts
 from hecate.report.summary import EVERY_RANK, TrainableRow
 from tests.hecate.megatron.making import config_of, write_parts
@@ -75,6 +78,57 @@ def test_a_full_disk_stops_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [(record["kind"], record["step"]) for record in records] == [("step", 1), ("event", 4), ("step", 4)]
     assert records[1]["text"] == "2 records before this one are missing, because the disk has refused them"
     assert capsys.readouterr().out.count("metrics cannot be written") == 1
+
+
+@pytest.mark.parametrize("was_first", [True, False])
+def test_a_full_disk_stops_no_run_that_goes_on_without_a_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], was_first: bool
+) -> None:
+    write_parts(tmp_path)
+    config = config_of(tmp_path)
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    with Reports(config, FACTS) as reports:
+        for step in (2, 1, 3):  # so that what goes is not all at the end
+            reports.step(a_step(step))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Reports(config, replace(FACTS, step=9, is_first=was_first)) as reports:
+        for module in ("run_report", "metrics"):
+            monkeypatch.setattr(f"hecate.report.{module}.replace_file", full)
+        reports.regrouped(Rebuilt(1, "expert 0", 3), replace(FACTS, step=1), seconds=0.1)
+        reports.step(a_step(2))
+    assert kinds(folder)[-1] == "step"
+    shown = capsys.readouterr().out
+    assert "config.yaml and trainable.json stay as they were: No space left on device" in shown
+    assert "records of steps after 1 stay, and the run goes on" in shown
+    monkeypatch.undo()
+    monkeypatch.setattr("hecate.report.run_report.replace_file", full)
+    with Reports(config, FACTS) as reports, pytest.raises(UserError, match="configuration cannot be written: No space"):
+        reports.begin()
+
+
+def test_a_refusal_while_reports_open_leaves_no_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_parts(tmp_path)
+    config = config_of(tmp_path)
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("nonsense\n{}\n")
+    closed: list[Progress] = []
+    monkeypatch.setattr(Progress, "close", lambda self: closed.append(self))
+    with pytest.raises(UserError, match="not a record"), Reports(config, FACTS):
+        pass
+    (folder / "metrics.jsonl").unlink()
+
+    def refuse(*_: object) -> None:
+        raise UserError("no tracker")
+
+    monkeypatch.setattr(Reports, "_open_trackers", refuse)
+    with pytest.raises(UserError, match="no tracker"), Reports(config, FACTS):
+        pass
+    assert len(closed) == 1, "only the second had come to open one"
 
 
 def test_loads_that_the_disk_refuses_are_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

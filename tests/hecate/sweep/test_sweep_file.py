@@ -119,6 +119,9 @@ def test_data_are_checked_once_for_each_model(folder: Path) -> None:
     swept = sweep_of("grid: {fssdp.plan: [history, replay]}\n")  # with replay each record must have its routing
     checked_configs(swept, {}, once_for_data(lambda config: seen.append(config.fssdp.plan)))
     assert seen[2:] == ["history", "replay"]
+    swept = sweep_of("set: {data.eval: a.jsonl}\ngrid: {eval.generate: [false, true]}\n")  # answers are not asked for from documents
+    checked_configs(swept, {}, once_for_data(lambda config: seen.append(str(config.eval.generate))))
+    assert seen[4:] == ["False", "True"]
 
 
 @pytest.mark.parametrize(
@@ -158,6 +161,10 @@ def test_overrides_are_refused_with_the_reason(folder: Path) -> None:
         with pytest.raises(UserError, match=re.escape(told)):
             sweep_of(grid, override)
     assert sweep_of(grid, "output_dir=runs/t", "jobs=3").runs[0].folder == "runs/t/r-4"
+    assert sweep_of(grid, 'output_dir="/tmp/my runs/x"').runs[0].folder == "/tmp/my runs/x/r-4"
+    for given in ("null", "[a]", "a: b", ""):
+        with pytest.raises(UserError, match=r"output_dir: .*must be the path of a folder\n.*put it in quotes"):
+            sweep_of(grid, f"output_dir={given}")
     with pytest.raises(ConfigError, match="no such file"):
         load_run_sweep("nothing.yaml")
 

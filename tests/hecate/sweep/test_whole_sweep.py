@@ -26,6 +26,7 @@ def write_sweep(workshop: Path, name: str, text: str) -> Path:
 def test_a_sweep_trains_its_runs_and_compares_them(workshop: Path) -> None:
     file = write_sweep(workshop, "swept", COMMON + "grid: {learning_rate: [1e-6, 1e-2]}\n")
     assert run("sweep", file, "--table").stdout.splitlines()[1:] == ["1e-6           not begun", "1e-2           not begun"]
+    assert "learning_rat: unknown key" in run("sweep", file, "learning_rat=3", "--table", status=2).stderr
     lines = run("sweep", file, "--json", workshop / "swept.json").stdout.splitlines()
     assert [line.split()[0] for line in lines[-2:]] == ["1e-2", "1e-6"]  # the faster learner is first
     assert lines[-1].endswith("finished")

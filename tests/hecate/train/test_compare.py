@@ -161,6 +161,9 @@ def test_ranks_share_the_work(workshop: Path, tmp_path: Path) -> None:
             assert two["tasks"][task] == pytest.approx(values, rel=1e-6), task
     refused = run("eval", workshop / "runs/a", "--nproc", "2", status=2)
     assert "checkpoint-2: a checkpoint is opened by one process\n  leave --nproc out" in refused.stderr
+    shutil.copytree(workshop / "runs/a", tmp_path / "moved: run #2")  # no name for output_dir
+    moved = run("eval", tmp_path / "moved: run #2", "--nproc", "2", status=2)
+    assert "checkpoint-2: a checkpoint is opened by one process\n  leave --nproc out" in moved.stderr
 
 
 def test_what_cannot_be_compared_is_refused(workshop: Path, tmp_path: Path) -> None:

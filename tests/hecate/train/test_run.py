@@ -174,7 +174,7 @@ BAD_RUNS: dict[str, tuple[list[str], str]] = {
     "empty data": (["data.train={workshop}/empty.jsonl"], "empty.jsonl"),
     "no such target": (["lora.target_modules=[gate_proj,w_proj]"], "w_proj"),
     "nothing to resume": (["resume=true"], "no checkpoint"),
-    "no such preset": (["topology=nowhere"], "topology nowhere: no such preset"),
+    "no such preset": (["topology=nowhere"], "topology: no such preset: nowhere"),
 }
 
 
