@@ -169,10 +169,16 @@ def _figures(
         tasks |= _held_out(config, base, moe, ranks, name, questions.record_routing)
     if opened is not None:
         batch_size, most = (_BATCH, None) if config is None else (config.eval.batch_size, config.eval.max_samples)
-        with moe.engine.evaluation() as evaluation:
+        together = moe.engine.goes_together and questions.lm_eval is None  # one process alone asks lm-eval's tasks
+
+        def passes(mine: int) -> int:
+            return int(ranks.all_max(float(mine))) if together else mine
+
+        with moe.engine.evaluation(together=together) as evaluation:
             for task, all_items in questions.choices.items():
                 items = all_items[:most]
-                judged = accuracies(opened, evaluation, items[ranks.rank :: ranks.world_size], batch_size=batch_size)
+                mine = items[ranks.rank :: ranks.world_size]
+                judged = accuracies(opened, evaluation, mine, batch_size=batch_size, passes=passes)
                 right = ranks.all_sum(torch.tensor([float(sum(one)) for one in judged])).tolist()
                 tasks[task] = TaskFigures(len(items), {"acc": right[0] / len(items), "acc_norm": right[1] / len(items)})
             if questions.lm_eval is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,8 @@ from hecate.train.opened import Opened
 Pair = tuple[list[int], list[int]]
 """the tokens of a context, at least one, and those that follow it"""
 
+Passes = Callable[[int], int]
+
 
 @dataclass(frozen=True)
 class Likelihood:
@@ -31,8 +33,14 @@ class Likelihood:
     """whether each is the likeliest token at its place"""
 
 
-def log_likelihoods(base: BaseModel, evaluation: EvaluationPasses, pairs: Sequence[Pair], *, batch_size: int) -> list[Likelihood]:
+def log_likelihoods(
+    base: BaseModel, evaluation: EvaluationPasses, pairs: Sequence[Pair], *, batch_size: int, passes: Passes = int
+) -> list[Likelihood]:
     """Of each pair, in their order. A pair's figures do not depend on its batch.
+
+    Args:
+        passes: from the number of this rank's forward passes to that of all ranks, which go forward together; what is more than this
+            rank's is of no token.
 
     Raises:
         UserError: the model gives no logits to one process, or a pair is longer than the model's positions.
@@ -49,10 +57,10 @@ def log_likelihoods(base: BaseModel, evaluation: EvaluationPasses, pairs: Sequen
     device, multiple = next(base.model.parameters()).device, head.row_multiple(longest)
     found: dict[int, Likelihood] = {}
     with torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            rows = [(pairs[i][0] + pairs[i][1])[:-1] for i in chosen]
-            width = -(-max(map(len, rows)) // multiple) * multiple
+        for number_of_pass in range(passes(-(-len(order) // batch_size))):
+            chosen = order[number_of_pass * batch_size : (number_of_pass + 1) * batch_size]
+            rows = [(pairs[i][0] + pairs[i][1])[:-1] for i in chosen] or [[]]
+            width = -(-max(1, *map(len, rows)) // multiple) * multiple
             ids, valid = torch.zeros((len(rows), width), dtype=torch.int64), torch.zeros((len(rows), width), dtype=torch.bool)
             for number, row in enumerate(rows):
                 ids[number, : len(row)], valid[number, : len(row)] = torch.tensor(row), True
@@ -68,17 +76,20 @@ def log_likelihoods(base: BaseModel, evaluation: EvaluationPasses, pairs: Sequen
 
 
 def accuracies(
-    opened: Opened, evaluation: EvaluationPasses, items: Sequence[ChoiceItem], *, batch_size: int
+    opened: Opened, evaluation: EvaluationPasses, items: Sequence[ChoiceItem], *, batch_size: int, passes: Passes = int
 ) -> tuple[list[bool], list[bool]]:
     """Of each question, whether the likeliest choice is the right one: by its log-likelihood, and by that over its number of characters.
 
     As acc and acc_norm of EleutherAI's lm-evaluation-harness.
 
+    Args:
+        passes: see `log_likelihoods`.
+
     Raises:
         UserError: a choice has no tokens, or as `log_likelihoods`.
     """
     pairs = [_pair(opened, item, choice) for item in items for choice in item.choices]
-    logs = iter(log_likelihoods(opened.base, evaluation, pairs, batch_size=batch_size))
+    logs = iter(log_likelihoods(opened.base, evaluation, pairs, batch_size=batch_size, passes=passes))
     plain, normed = [], []
     for item in items:
         log = [next(logs).log for _ in item.choices]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,21 @@ import hecate.model.memory_check
 from hecate.adapters.lora_folder import load_peft_adapter
 from hecate.adapters.peft_experts import export_peft_adapter
 from hecate.config import load_config
+from hecate.data.choices import read_choices
+from hecate.engine.step_plans import StepPlans
 from hecate.errors import UserError
 from hecate.forecast.run_shape import run_shape
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
+from hecate.train.compare import Questions, compare
 from hecate.train.inference import answer, evaluate_trained
 from hecate.train.opened import with_adapter
 from hecate.train.training import Training
 from testing.byte_tokenizer import build_byte_tokenizer
+from testing.ranks import run_ranks
 from testing.tiny_run import write_samples
 from tests.hecate.train.command_line import records, run
+from tests.hecate.train.in_process import ranks_of_default_group
 from tests.plain_moe_lora import KINDS, peft_model, save_tiny
 
 STEPS, RANK, ALPHA = 4, 4, 8
@@ -101,6 +107,24 @@ def test_evaluation_and_answers_come_from_the_adapter(workshop: Path, trained: P
     assert f"{after['loss']:.3f}" in shown
     assert f"{after['accuracy']:.3f}" in shown
     assert isinstance(answer(trained, "w1x1", system=None, model=None, max_new_tokens=4), str)
+
+
+def _judged(rank: int, world: int, adapter: str, asked: str) -> dict[str, dict[str, float]]:
+    """On several ranks frozen experts stay with their owners, and ranks with fewer choices go forward with none."""
+    if world > 1:
+        StepPlans.place_everywhere = None  # type: ignore[method-assign,assignment]
+    questions = {path.stem: read_choices(path) for path in sorted(Path(asked).iterdir())}
+    (found,) = compare(None, [adapter], Questions(choices=questions), ranks_of_default_group(rank, world))
+    return {name: dict(one.figures) for name, one in found.tasks.items()}
+
+
+def test_ranks_share_questions_while_frozen_experts_stay_with_their_owners(trained: Path, tmp_path: Path) -> None:
+    for name, count in (("many", 7), ("one", 1)):
+        lines = [{"prompt": f"w{n}x? ", "choices": ["W", "long", "x y", "z" * n][: 2 + n % 3], "answer": n % 2} for n in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    alone, shared = (run_ranks(world, _judged, str(trained), str(tmp_path)) for world in (1, 2))
+    assert alone[0] == shared[0] == shared[1]
+    assert set(alone[0]) == {"many", "one"}
 
 
 def test_a_base_that_does_not_fit_is_not_loaded(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
