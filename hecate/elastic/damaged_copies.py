@@ -80,9 +80,9 @@ class CopyChecks:
         """Note what the optimizer has left in the step after `step`, if copies are compared in the next one."""
         self._noted = own_digests(self._optimizer) if self.of_step(step + 1) else None
 
-    def forget(self) -> None:
-        """Copies are made anew."""
-        self._noted = None
+    def made_anew(self, step: int | None) -> None:
+        """Copies were made anew, after so many steps; note them if the next one compares them. None: the number is not known yet."""
+        self._noted = own_digests(self._optimizer) if step is not None and self.of_step(step) else None
 
     def check(self) -> None:
         """Compare all copies, and restore those that are damaged. Every rank must call it while nothing may change.
@@ -97,7 +97,7 @@ class CopyChecks:
                 f"{named(compared.lost)}: the copies on different ranks differ, so the memory of one of them has changed by itself; "
                 "which one is not known, and nothing was saved\n"
                 "  check the memory of this job's machines; resume=true goes on from the last checkpoint, which was saved before\n"
-                "  fssdp.verify_copies_steps=1 or fssdp.redundancy=2 would have told which copy is right"
+                f"  {'fssdp.verify_copies_steps=1 or ' if self._every != 1 else ''}fssdp.redundancy=2 would have told which copy is right"
             )
         if compared.restored:
             self._restored += compared.restored

@@ -32,7 +32,7 @@ class ReplanOrder:
     flops: tuple[float, ...] | None = None
     """FLOP/s of each rank's device, for the plans from now on; None: as before"""
     sequences: tuple[int, ...] | None = None
-    """number of sequences in a micro-step, by rank; None: as before"""
+    """number of sequences in a micro-step, by rank; None: as before, or with `flops` by these speeds"""
     reshard: bool = False
     """whether to move experts to better owners, if that pays under the new speeds"""
 

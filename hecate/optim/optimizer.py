@@ -333,7 +333,7 @@ class ExpertOptimizer:
         """Replace what the rule keeps of a parameter; an empty mapping means that it was never stepped."""
         self._state.pop(parameter, None)
         if state:
-            self._state[parameter] = {key: value.to(parameter.device) if value.dim() else value.cpu() for key, value in state.items()}
+            self._state[parameter] = {key: _laid_out(value, parameter) for key, value in state.items()}
 
     def _stepped(self) -> list[Stepped]:
         """The parameters that have a gradient; those that are stepped for the first time get their state."""
@@ -372,6 +372,16 @@ def _number(name: str) -> int:
 
 def _spec(parameter: Tensor) -> RowSpec:
     return RowSpec(tuple(parameter.shape), parameter.dtype)
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """A value of a parameter's state where the parameter is, and in its strides, for the same reason as `_give_gradients`."""
+    if not value.dim():
+        return value.cpu()
+    there = value.to(parameter.device)
+    if there.shape != parameter.shape or there.stride() == parameter.stride():
+        return there
+    return torch.empty_like(parameter, dtype=there.dtype).copy_(there)
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:

@@ -277,7 +277,8 @@ def _replan(training: Training, outside: _Outside) -> None:
     assert outside.controller is not None
     order = outside.controller.receive_order(training.ranks)
     now = training.parts.moe.engine.shards.config.topology
-    training.plan_for(now if order.flops is None else replace(now, flops=order.flops), order.sequences)
+    shares = order.sequences or (training.shares if order.flops is None else None)
+    training.plan_for(now if order.flops is None else replace(now, flops=order.flops), shares)
     step = training.standing.step
     outside.reports.event(step, f"{REPLANNED} after step {step}: sequences {':'.join(map(str, training.shares))}")
     if order.reshard:

@@ -240,8 +240,13 @@ class Training:
         return self.standing.skipped_in_a_row >= self.parts.config.max_skipped_steps
 
     def too_many_skipped(self, result: StepResult) -> UserError:
-        """See `hecate.train.skipped_steps`; of the step that was done last, with its result."""
+        """See `hecate.train.skipped_steps`; of the step that was done last, with its result.
+
+        Raises:
+            UserError: copies of an expert differ, which may be why.
+        """
         assert self._last is not None
+        self.copies.check_before_save()
         return too_many_skipped(self.parts.config, self.ranks, self.parts.trained, self._last, self.standing, result)
 
     def _count_copies(self, units: Collection[Unit]) -> tuple[int, int]:
@@ -272,12 +277,17 @@ class Training:
         return evaluate(parts.config, self.ranks, parts.base, parts.moe, parts.eval_sources, parts.features_UF)
 
     def reshard(self, steps: int) -> Resharding | None:
-        """Move experts to better owners, if `steps` more steps repay it; at most the run's remaining steps count."""
+        """Move experts to better owners, if `steps` more steps repay it; at most the run's remaining steps count.
+
+        Raises:
+            UserError: copies of an expert differ, and which is damaged is not known; new ones are made of one of them.
+        """
+        self.copies.check_before_save()
         parts = self.parts
         rest = min(steps, parts.config.max_steps - self.standing.step)
         done = reshard_if_it_pays(parts.moe.engine, parts.optimizer, rest, parts.config.fssdp.redundancy)
         if done:
-            self.copies.forget()
+            self.copies.made_anew(self.standing.step)
         return done
 
     def save(self) -> Saved:
@@ -380,9 +390,9 @@ class Training:
         self.notes.append(f"{epochs:g} epochs of {what} are {steps} steps")
 
     def _copy_backups(self) -> None:
-        self.copies.forget()
         if redundancy := self.parts.config.fssdp.redundancy:
             copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer, redundancy)
+        self.copies.made_anew(None if self.state is None else self.state.step)
 
 
 def require_cpu(device: torch.device) -> None:
