@@ -145,7 +145,8 @@ def refuse_different(folder: Path, *compared: tuple[str, Any, Any]) -> None:
     """
     for key, of_file, configured in compared:
         if of_file != configured:
-            hint = f"give {key.partition(',')[0]} as the adapter has it, or leave lora.init_from out"
+            named = {"lora.alpha, scaled": "lora.alpha and lora.use_rslora", "rank and scale": "lora.r, lora.alpha and lora.use_rslora"}
+            hint = f"give {named.get(key, key.partition(',')[0])} as the adapter has it, or leave lora.init_from out"
             raise UserError(f"lora.init_from: {folder} has {key} {of_file}, but the configuration has {configured}\n  {hint}")
 
 

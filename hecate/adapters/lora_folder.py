@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from hecate.adapters.config import CONFIG
 from hecate.adapters.folder import WEIGHTS, read_adapter_config, read_weights
 from hecate.adapters.peft_moe import PREFIX, PeftMoeConfig, expert_names, is_peft_adapter, peft_config_from_json
-from hecate.adapters.per_expert import experts_paths, is_per_expert, join_experts, pad_rank
+from hecate.adapters.per_expert import experts_paths, is_per_expert, join_experts, pad_rank, scaled
 from hecate.adapters.stacked_experts import is_stacked, unstack_experts
 from hecate.errors import UserError
 from hecate.io.plain_files import require_plain
@@ -132,7 +133,7 @@ def with_one_rank(
             b = torch.nn.functional.pad(b.view(len(b), rank, experts), (0, 0, 0, largest - rank)).flatten(1)
         else:
             a, b = pad_rank(a, largest, a=True), pad_rank(b, largest, a=False)
-        result[one.name_a], result[one.name_b] = a.contiguous(), (b if alike else scales[one] * b).contiguous()
+        result[one.name_a], result[one.name_b] = a.contiguous(), (b if alike else scaled(b, scales[one])).contiguous()
     if any(rank != largest for rank, _ in found.values()):
         _log.warning(
             "ranks differ between modules (rank_pattern): all are padded with zeros to %d, and zeros stay if it is trained on", largest
@@ -203,4 +204,7 @@ def _names(folder: Path) -> list[str]:
         with safe_open(folder / WEIGHTS, "pt") as file:
             return list(file.keys())
     except (SafetensorError, OSError):
-        return []
+        pass
+    with suppress(UserError):  # an older adapter_model.bin
+        return list(read_weights(folder))
+    return []

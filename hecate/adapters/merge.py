@@ -100,6 +100,8 @@ def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoe
         changes[name] = change
     _require_all_experts(pairs_of_layers, by_layer)
     if left := sorted(set(tensors) - used):
+        if whole := [name for name in left if ".lora_" not in name]:
+            raise UserError(f"has a weight that was trained as a whole, {whole[0]}; of such only routers can be merged")
         raise UserError(f"the tensor {left[0]} ({len(left)} such) belongs to no weight of the base model")
     return changes
 

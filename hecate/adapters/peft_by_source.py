@@ -20,7 +20,7 @@ from hecate.adapters.export import pairs_on_first, refuse_different, with_drawn_
 from hecate.adapters.folder import refuse_existing
 from hecate.adapters.lora_folder import load_lora
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
-from hecate.adapters.per_expert import pad_rank
+from hecate.adapters.per_expert import pad_rank, scaled
 from hecate.adapters.tensors import require_tensors
 from hecate.config import Config, RouterConfig, adapter_in, named_model
 from hecate.engine.step_plans import EngineConfig
@@ -142,7 +142,7 @@ def begin_with_loras(config: Config, base: BaseModel, moe: MoeModel) -> None:
         factor, fitting = theirs.scale / shape.scale, {}
         for name, tensor in tensors.items():
             is_a = name.endswith("lora_A.weight")
-            fitting[name] = pad_rank(tensor if is_a else factor * tensor, shape.rank, a=is_a)
+            fitting[name] = pad_rank(tensor if is_a else scaled(tensor, factor), shape.rank, a=is_a)
         read.append(fitting)
     _fill(moe, base, folders, read)
 

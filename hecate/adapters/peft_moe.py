@@ -160,6 +160,8 @@ def peft_config_from_json(value: Any) -> PeftMoeConfig:
     """
     if not isinstance(value, dict):
         raise UserError("not a JSON object")
+    if isinstance(alpha := value.get("lora_alpha"), float) and alpha.is_integer():  # as prime-rl writes it
+        value = value | {"lora_alpha": int(alpha)}
     for name, kind in (("base_model_name_or_path", str), ("r", int), ("lora_alpha", int)):
         if type(value.get(name)) is not kind:
             raise UserError(f"{name} must be {'text' if kind is str else 'a whole number'}, not {str(value.get(name))[:100]}")

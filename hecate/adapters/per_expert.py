@@ -11,6 +11,7 @@ Shapes: E experts, r rank, D hidden, F ffn, I inputs, O outputs.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -71,10 +72,10 @@ def split_experts(tensors: Mapping[str, Tensor], config: PeftMoeConfig, spelling
             for part, (a_rI, b_Or) in _parts_of(pairs, expert, experts).items():
                 module = f"{prefix}.{expert}.{spelling.parts[part]}"
                 split[f"{module}.lora_A.weight"] = a_rI.contiguous()
-                split[f"{module}.lora_B.weight"] = (config.scale * b_Or).contiguous()
+                split[f"{module}.lora_B.weight"] = scaled(b_Or, config.scale).contiguous()
     for name, tensor in tensors.items():
         if name not in of_experts:
-            split[name] = config.scale * tensor if name.endswith(".lora_B.weight") else tensor
+            split[name] = scaled(tensor, config.scale) if name.endswith(".lora_B.weight") else tensor
     modules = (*config.target_modules, *(spelling.parts[part] for part in _PARTS))
     described = replace(config, alpha=config.r, use_rslora=False, target_modules=tuple(dict.fromkeys(modules)), target_parameters=())
     return split, described
@@ -104,7 +105,8 @@ def join_experts(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> tuple[
     joined: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if match := _NAME.fullmatch(name):
-            path = match[1].replace(_OLD_BLOCK, _BLOCK)
+            # Mixtral's files have an older name of its block; Granite's block has that name in the model, too.
+            path = match[1].replace(_OLD_BLOCK, _BLOCK) if match[3] in _MIXTRAL else match[1]
             found.setdefault(path, {})[int(match[2]), _MIXTRAL.get(match[3], match[3]), match[4]] = tensor
         else:
             joined[name] = tensor
@@ -123,7 +125,7 @@ def join_experts(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> tuple[
             assert pair is not None
             joined[name_a], joined[name_b] = join_a(pair[0]).contiguous(), join_b(pair[1]).contiguous()
     linears = {name.removesuffix(".lora_A.weight").rpartition(".")[2] for name in joined if name.endswith(".lora_A.weight")} - {"experts"}
-    own = {*_PARTS, *_MIXTRAL}
+    own = {*_PARTS, *_MIXTRAL, "experts"}
     modules = tuple(module for module in config.target_modules if module not in own or module in linears)
     ends = dict.fromkeys(re.sub(r"^.*?layers\.\d+\.", "", path) for path in found)
     parameters = tuple(f"{end}.{projection}" for end in ends for projection in projections)
@@ -173,10 +175,17 @@ def _with_both_a(
             a, b = stack["down_proj"]
             doubled[path]["down_proj"] = pad_rank(a, 2 * rank, a=True), pad_rank(b, 2 * rank, a=False)
     if config.use_rslora:  # alpha / sqrt(2 r) would need an alpha that is no whole number
-        doubled = {path: {part: (a, config.scale * b) for part, (a, b) in stack.items()} for path, stack in doubled.items()}
-        padded = {name: config.scale * tensor if name.endswith(".lora_B.weight") else tensor for name, tensor in padded.items()}
+        doubled = {path: {part: (a, scaled(b, config.scale)) for part, (a, b) in stack.items()} for path, stack in doubled.items()}
+        padded = {name: scaled(tensor, config.scale) if name.endswith(".lora_B.weight") else tensor for name, tensor in padded.items()}
         return padded, doubled, replace(config, r=2 * rank, alpha=2 * rank, use_rslora=False)
     return padded, doubled, replace(config, r=2 * rank, alpha=2 * config.alpha)
+
+
+def scaled(matrix: Tensor, scale: float) -> Tensor:
+    """Return scale · matrix, rounded no more than float32 is: in the matrix's own type only if the scale is a power of two."""
+    if abs(math.frexp(scale)[0]) == 0.5:
+        return scale * matrix
+    return scale * matrix.to(torch.promote_types(matrix.dtype, torch.float32))
 
 
 def pad_rank(matrix: Tensor, rank: int, *, a: bool) -> Tensor:

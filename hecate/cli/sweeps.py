@@ -56,12 +56,16 @@ def federate(
         raise UserError(
             "hecate federate: starts trainings itself and cannot be a rank of torchrun's job\n  give the command without torchrun"
         )
+    from dataclasses import replace
+
     from hecate.cli.jobs import check_local
     from hecate.config import load_config
     from hecate.federate.checks import check_federated
-    from hecate.train.preflight import check_data
+    from hecate.train.preflight import check_data, default_ranks
 
     loaded = load_config(config, overrides or ())
+    if address is None and loaded.nproc is None:  # all rounds have as many ranks
+        loaded = replace(loaded, nproc=default_ranks())
 
     def check_here(one: Config) -> None:
         check_local(one, check_data)

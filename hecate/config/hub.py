@@ -30,7 +30,7 @@ def _data_name(path: str) -> re.Match[str] | None:
 
 
 def with_local_paths(
-    values: dict[str, Any], add: Callable[[str, str, str], None], *, may_fetch: bool, trains: bool = True
+    values: dict[str, Any], add: Callable[[str, str, str], None], *, may_fetch: bool, trains: bool = True, inputs: bool = True
 ) -> dict[str, Any]:
     """Return a configuration's values with local paths in the place of names on the hub. Paths that exist stay as they are, and so do
     paths of data whose first folder exists.
@@ -42,6 +42,7 @@ def with_local_paths(
         add: is called with the key, the problem and a hint for each name that cannot be had.
         may_fetch: False on all ranks but the one whose launcher has fetched: they find what is in the cache.
         trains: whether data.train is read; it stays as it is otherwise.
+        inputs: whether any data are read.
     """
     found = dict(values)
     name = values.get(MODEL)
@@ -51,7 +52,7 @@ def with_local_paths(
         except UserError as error:
             what, _, hint = str(error).partition("\n")
             add(MODEL, what, hint)
-    for key in SOURCES if trains else SOURCES[1:]:
+    for key in () if not inputs else SOURCES if trains else SOURCES[1:]:
         if isinstance(sources := values.get(key), tuple):
             found[key] = tuple(_of_source(source, f"{key}[{at}].path", add, may_fetch=may_fetch) for at, source in enumerate(sources))
     return found

@@ -15,7 +15,7 @@ from hecate.config.hub import with_local_paths
 from hecate.config.paths import name_of_source
 from hecate.config.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
-from hecate.config.round_rules import with_clients
+from hecate.config.round_rules import with_clients, with_local_clients
 from hecate.config.rules import check_values
 from hecate.config.scalars import NULLS
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, ClientConfig, Config, DataSource, MoeConfig
@@ -76,7 +76,7 @@ def load_config(
     if not inputs:
         values = {**_UNREAD, **values}
     if values.get("hub") is True:
-        values = with_local_paths(values, report.add, may_fetch=claim_output, trains=trains)
+        values = with_local_clients(with_local_paths(values, report.add, may_fetch=claim_output, trains=trains, inputs=inputs))
     for key in REQUIRED:
         if key not in values:
             report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")

@@ -13,8 +13,6 @@ _SAME: dict[str, str] = {
     "base_model_name_or_path": "model.name_or_path",
     "model_name_or_path": "model.name_or_path",
     "model_path": "model.name_or_path",
-    "tokenizer_name": "model.tokenizer",
-    "tokenizer_name_or_path": "model.tokenizer",
     "attn_implementation": "model.attention",
     "flash_attn": "model.attention",
     "flash_attention": "model.attention",
@@ -82,6 +80,8 @@ _SAME: dict[str, str] = {
     "router_loss_coef": "moe.router_aux_loss_coef",
 }
 _WRITE: dict[str, str] = {
+    "tokenizer_name": "leave it out: the tokenizer is in the model's folder; with model.front_end=megatron write model.tokenizer",
+    "tokenizer_name_or_path": "leave it out: the tokenizer is in the model's folder; with model.front_end=megatron write model.tokenizer",
     "bf16": "write model.dtype=bfloat16, or leave auto",
     "fp16": "float16 is not supported, whose small range needs a loss scale; write model.dtype=bfloat16, or float32 where there is none",
     "precision": "write model.dtype=bfloat16, or leave auto",
@@ -147,6 +147,8 @@ def answer(key: str) -> str:
     Args:
         key: as it was given, such as lora_r or training.bf16; only its last part counts.
     """
+    if key.startswith("rounds."):  # no other trainer has these, and the same words mean other keys of the run
+        return ""
     name = key.rpartition(".")[2].replace("-", "_").lower()
     if name in _SAME:
         return f"write {_SAME[name]}"

@@ -114,9 +114,8 @@ def data_files(path: str) -> list[str]:
         return [path]
     found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
     if not found:
-        raise UserError(
-            f"no file matches {shorten(path)}\nrelative paths start from the working directory; ~ is not expanded{hub_hint(path)}"
-        )
+        hint = f"relative paths start from the working directory; ~ is not expanded.{hub_hint(path)}".removesuffix(".")
+        raise UserError(f"no file matches {shorten(path)}\n{hint}")
     return found
 
 

@@ -36,6 +36,20 @@ _REPLACED = {
 """keys that the clients decide, and what to do in their place"""
 
 
+def with_local_clients(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with the paths of `data.train` and `data.eval`, which `with_clients` has made of the clients', in the clients."""
+    clients = values.get(_CLIENTS)
+    if clients is INVALID or not clients:
+        return values
+    train = [source["path"] for source in values["data.train"]]
+    held_out = {source["name"]: source["path"] for source in values["data.eval"]}
+    local = [
+        {**client, "data": path} | ({"eval": held_out[client["name"]]} if client.get("eval") is not None else {})
+        for client, path in zip(clients, train, strict=True)
+    ]
+    return values | {_CLIENTS: tuple(local)}
+
+
 def with_clients(values: dict[str, Any], report: Report) -> dict[str, Any]:
     """Return the typed values of a configuration with those that its clients decide: the data, the experts and their ranks, the length.
 

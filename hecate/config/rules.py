@@ -277,6 +277,8 @@ def _check_sources(key: str, values: Mapping[str, Any], add: Add, *, exist: bool
                 add(f"{at}.path", f"no such file or folder: {shorten(path)}", hint)
         if prefix is not None and source.format != "auto":
             add(f"{at}.format", f"applies to text files only, got {source.format}", "leave it out: an indexed data set holds token ids")
+        if prefix is not None and source.fields is not None:
+            add(f"{at}.fields", "applies to files of records only", "leave it out: an indexed data set holds token ids")
         if source.weight not in POSITIVE:
             add(f"{at}.weight", f"must be {POSITIVE}, got {source.weight}", "leave the source out to give it no weight")
         if not SLUG.fullmatch(source.name):

@@ -1,7 +1,9 @@
 """Render conversations with the tokenizer's chat template, and find which characters belong to the assistant's turns."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -12,7 +14,7 @@ Message = dict[str, Any]
 Span = tuple[int, int]
 
 # A template that prints today's date (Llama 3.1, 3.2) would make another data set tomorrow. This is the date that those templates
-# print by default.
+# print by default, and all get it.
 _DATE = "26 Jul 2024"
 
 
@@ -130,11 +132,30 @@ def _refuse_dropped_calls(tokenizer: Any, messages: Sequence[Message], tools: Se
             raise TemplateRefusal(f"it writes no {what}; use a model whose template does")
 
 
+class _FixedDay(datetime):
+    @classmethod
+    def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
+        return datetime.strptime(_DATE, "%d %b %Y").replace(tzinfo=tz)
+
+
+@contextmanager
+def _fixed_day() -> Iterator[None]:
+    """Have templates that ask for today by `strftime_now` (Granite 3, SmolLM3) get that date, too. transformers takes no other clock."""
+    from transformers.utils import chat_template_utils
+
+    was, chat_template_utils.datetime = chat_template_utils.datetime, _FixedDay
+    try:
+        yield
+    finally:
+        chat_template_utils.datetime = was
+
+
 def _apply(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = (), add_generation_prompt: bool = False) -> str:
     options = {"tools": list(tools)} if tools else {}
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE, **options
-        )
+        with _fixed_day():
+            return tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE, **options
+            )
     except (TemplateError, TypeError) as error:  # TypeError: a filter met another type than the template expects
         raise TemplateRefusal(str(error)) from error

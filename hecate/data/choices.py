@@ -50,6 +50,9 @@ def _item(read: Record) -> ChoiceItem:
         raise UserError(f"{place}: question or prompt must be a text that is not empty")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
         raise UserError(f"{place}: choices must be a list of two texts or more, none of them empty")
+    for one in (text, *choices):
+        if any("\ud800" <= letter <= "\udfff" for letter in one):
+            raise UserError(f"{place}: half a surrogate pair in {one[:40]!r}, which no tokenizer accepts")
     return ChoiceItem(text, "question" in record, tuple(choices), _answer(record.get("answer"), choices, place), place)
 
 

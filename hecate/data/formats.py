@@ -96,6 +96,18 @@ _IMAGES = ("image", "images")
 """keys of records with images, in the formats of LLaVA and of chats"""
 
 
+_MOST_HELD = 1000
+"""records of no known format at the beginning of a file, until it is given up"""
+
+
+class _UnknownFormat(UserError):
+    """A record has the keys of no known format. `reason` leaves out where it is, and how to mend it."""
+
+    def __init__(self, reason: str, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
+
 class _BadRecord(Exception):
     """One record cannot be used; the text says why."""
 
@@ -110,7 +122,7 @@ def read_samples(
 ) -> Iterator[Sample | Fault]:
     """Yield every record of a data file, a folder or a pattern (`hecate.data.records`) in order, as a `Sample` or a `Fault`.
 
-    With `auto` the first record that is an object decides the format, and a later record of another format is a Fault. With `users` so is
+    With `auto` the first record of a known format decides the format, and a record of another format is a Fault. With `users` so is
     a record whose user has no features.
 
     Args:
@@ -118,7 +130,7 @@ def read_samples(
         routed: a record that brings no routing (`hecate.data.routed_experts`) is a Fault, too.
 
     Raises:
-        UserError: `format` is unknown, or does not read a key of `names`; a file cannot be read or is empty; the first record is of no
+        UserError: `format` is unknown, or does not read a key of `names`; a file cannot be read or is empty; no record is of a
             known format; or, at the end, no record had a key of `names`.
     """
     if format not in FORMATS:
@@ -127,6 +139,8 @@ def read_samples(
     formats = _formats_with(renamed, format, str(path))
     parse = None if format == "auto" else _PARSERS[format]
     unseen, read = set(renamed), 0
+    held: list[Fault] = []
+    unknown: _UnknownFormat | None = None
     for record in read_records(str(path)):
         try:
             if record.reason:
@@ -136,17 +150,25 @@ def read_samples(
             value = _renamed(record.value, renamed)
             if parse is None:
                 parse = _PARSERS[_detect(value, record, formats)]
+                yield from held
             sample = parse(value)
             _refuse_lone_surrogates(sample)
             if users is not None and (problem := users.problem(sample["extra"])):
                 raise _BadRecord(problem)
             if routed and (problem := missing(sample["extra"])):
                 raise _BadRecord(problem)
+        except _UnknownFormat as error:  # is bad if a later record is of a known one
+            unknown = unknown or error
+            if len(held) == _MOST_HELD:
+                raise unknown from None
+            held.append(Fault(record.file, record.line, error.reason[:_LONGEST], record.number, record.raw))
         except _BadRecord as bad:
             yield Fault(record.file, record.line, str(bad)[:_LONGEST], record.number, record.raw)
         else:
             read += 1
             yield Sample(record.file, record.line, number=record.number, record=record, **sample)
+    if unknown is not None and parse is None:
+        raise unknown
     if unseen and read:
         raise UserError(
             f"{path}: none of its records has the key {', '.join(repr(renamed[name]) for name in sorted(unseen))}, "
@@ -198,11 +220,9 @@ def _detect(value: dict[str, Any], record: Record, formats: Sequence[str]) -> st
     first, second, *_ = (str(name)[:40] for name in value) if len(value) > 1 else ("question", "answer")
     known = ", ".join(f"{format} {{{', '.join(_KEYS[format])}}}" for format in formats)
     which = "the known ones" if len(formats) == len(_KEYS) else "those that read the keys that fields names"
-    raise UserError(
-        f"{place}: no known data format has the keys {', '.join(sorted(map(str, value)))[:_LONGEST] or '(none)'}\n"
-        f"{which}: {known}\n"
-        f"or say which keys they are: {{path: ..., fields: {{prompt: {first}, completion: {second}}}}}"
-    )
+    reason = f"no known data format has the keys {', '.join(sorted(map(str, value)))[:_LONGEST] or '(none)'}"
+    hint = f"or say which keys they are: {{path: ..., fields: {{prompt: {first}, completion: {second}}}}}"
+    raise _UnknownFormat(reason, f"{place}: {reason}\n{which}: {known}\n{hint}")
 
 
 def _parse_messages(record: dict[str, Any]) -> dict[str, Any]:
@@ -389,8 +409,8 @@ def _refuse_lone_surrogates(sample: dict[str, Any]) -> None:
     """Refuse half a surrogate pair (`\\ud800`), which JSON can spell but no tokenizer accepts."""
     messages = sample.get("messages", ())
     texts = [message["content"] for message in messages] + [sample.get("text", "")]
-    if any(calls := [sample.get("tools"), *(message.get("tool_calls") for message in messages)]):
-        texts.append(json.dumps(calls, ensure_ascii=False))
+    others = [{name: value for name, value in message.items() if name != "content"} for message in messages]
+    texts.append(json.dumps([sample.get("tools"), others], ensure_ascii=False, default=str))
     for text in texts:
         try:
             text.encode("utf-8")

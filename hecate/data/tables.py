@@ -123,9 +123,24 @@ def _rows(batches: Iterator[Any]) -> Iterator[Row]:
     number = 0
     for batch in batches:
         batch.validate(full=True)  # offsets are not checked otherwise, and lead anywhere
-        for value in batch.to_pylist():
+        for value in _without_nanoseconds(batch).to_pylist():
             number += 1
             yield Row(number, _without_nulls(value))
+
+
+def _without_nanoseconds(batch: Any) -> Any:
+    """The batch with times of whole microseconds, as Python has them; no data format reads times."""
+    import pyarrow
+
+    for at, column in enumerate(batch.schema):
+        if getattr(column.type, "unit", None) == "ns":
+            wanted = pyarrow.time64("us")
+            if pyarrow.types.is_timestamp(column.type):
+                wanted = pyarrow.timestamp("us", column.type.tz)
+            elif pyarrow.types.is_duration(column.type):
+                wanted = pyarrow.duration("us")
+            batch = batch.set_column(at, column.name, batch.column(at).cast(wanted, safe=False))
+    return batch
 
 
 def _without_nulls(value: Any) -> Any:

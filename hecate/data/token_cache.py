@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import platform
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -44,7 +46,7 @@ from hecate.io.durable import delete_files, new_folder, write_durable
 from hecate.io.plain_files import read_plain, require_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
-_VERSION = 2
+_VERSION = 3
 """of the files and of how samples become tokens; a change of either needs another number"""
 _BLOCK = 1 << 14
 """tokens; what has a checksum of its own"""
@@ -158,9 +160,14 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def _host() -> str:
+    """This machine's name in names of files: locks of other machines are not seen on every disk, and their work is left alone."""
+    return re.sub(r"[^A-Za-z0-9.]", "", platform.node())[:40]
+
+
 def _clear(place: Path) -> None:
-    """Delete what a writer that was killed has left, and a source that is damaged."""
-    for stale in place.parent.glob(f"{place.name}.tmp-*"):
+    """Delete what a writer of this machine that was killed has left, and a source that is damaged."""
+    for stale in place.parent.glob(f"{place.name}.tmp-{_host()}-*"):
         delete_files(stale)
     if place.exists():
         logger.warning("%s is damaged: it is made again", place)
@@ -177,7 +184,7 @@ def _write(
     routing: RoutingShape | None,
 ) -> None:
     """Write the folder of a source, whole or not at all."""
-    with new_folder(place) as staging:
+    with new_folder(place, mark=f"{_host()}-") as staging:
         try:
             more = (["users.i64"] if features else []) + (["routed.i16"] if routing else [])
             counts, first = _write_samples(staging, samples, source, files, more)

@@ -12,8 +12,8 @@ from hecate.config.schema import ClientConfig
 from hecate.data.formats import Sample, read_samples
 from hecate.data.indexed_files import open_indexed
 from hecate.errors import UserError
-from hecate.federate.plans import configs_of
-from hecate.federate.records import rounds_file
+from hecate.federate.plans import TOGETHER, configs_of, round_folder
+from hecate.federate.records import read_records, rounds_file
 from hecate.io.durable import replace_file
 from hecate.io.plain_files import read_plain_text
 from hecate.io.strict_yaml import MOST_BYTES, YamlError
@@ -43,6 +43,8 @@ def check_federated(config: Config, check: Callable[[Config], None]) -> None:
         from hecate.adapters.sets.lego import require_scikit_learn
 
         require_scikit_learn()
+    if "," in str(Path(config.output_dir).absolute()):
+        raise UserError(f"output_dir: {config.output_dir}: hecate federate takes no path with a comma\n  choose another output_dir")
     _check_folder(config)
     for one in configs_of(config, 1).values():
         check(one)
@@ -98,7 +100,15 @@ def _check_folder(config: Config) -> None:
         if rounds_file(path.parent).exists() or (path.parent.is_dir() and any(path.parent.iterdir())):
             raise UserError(f"{path.parent}: is not the folder of a federated run: it has no {RECIPE}\n  choose another output_dir")
         return
-    changes = [one for one in _changes(path, config) if one.key not in _FREE]
+    every = _changes(path, config)
+    # On another number of ranks clients would not go on where they ended in their data, and epsilon would be that of other steps.
+    changes = [one for one in every if one.key not in _FREE and (one.key != "nproc" or one.then is not None)]
+    under_way = len(read_records(path.parent)) + 1
+    if any(one.key == "rounds.drop" for one in every) and (round_folder(config, under_way).runs / TOGETHER).exists():
+        raise UserError(
+            f"rounds.drop: cannot change in round {under_way}, which has begun: with rounds.isolation=none its clients are one process\n"
+            "  go back to the value until that round is done"
+        )
     if changes:
         one = changes[0]
         raise UserError(

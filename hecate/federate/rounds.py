@@ -43,7 +43,7 @@ from hecate.federate.server import adapter_set, aggregated, received, stepped, s
 from hecate.federate.server_optimizer import save_server
 from hecate.federate.standing import SERVER_STATE, ServerStanding, send_down, size_of, stacked_rank, standing_before
 from hecate.federate.vectors import Pairs, VectorShape, pairs_of
-from hecate.io.durable import replace_file
+from hecate.io.durable import new_folder, replace_file
 from hecate.io.json_records import to_json_values
 from hecate.io.strict_json import dump_json
 from hecate.sweep.ledger import RunState, read_entries, working_alone
@@ -116,6 +116,8 @@ def _train(config: Config, number: int, plans: Mapping[str, ClientPlan], verb: S
         UserError: see `_failed`.
     """
     folder, configs = round_folder(config, number), configs_of(config, number)
+    for left in folder.path.glob("*.tmp-*"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     folder.plans.mkdir(parents=True, exist_ok=True)
     for name, clients in processes_of(config, number).items():
         plan = process_plan(config, name, number, tuple(plans[client.name] for client in clients), tuple(verb))
@@ -192,10 +194,15 @@ def _held_out(config: Config, number: int, names: Sequence[str]) -> dict[str, di
 def _write_result(config: Config, shape: VectorShape, done: Sequence[RoundRecord]) -> Path:
     """Write the adapter that the rounds leave: the last result, or the terms of all, where each was merged into the base."""
     folder, unions = Path(config.output_dir) / "adapter", [round_folder(config, record.round).union for record in done]
-    shutil.rmtree(folder, ignore_errors=True)
+    for one in (folder, *folder.parent.glob(f"{folder.name}.tmp-*")):  # those of a process that was killed
+        shutil.rmtree(one, ignore_errors=True)
     if begins_anew(config):
         ranks = [stacked_rank(config, record) for record in done]
         write_set(sum_of_rounds(unions, shape, ranks, described_of(config, 1)), folder)
     else:
-        shutil.copytree(unions[-1], folder)
+        try:
+            with new_folder(folder) as staging:
+                shutil.copytree(unions[-1], staging, dirs_exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written: {error.strerror or error}\n  resume=true tries it again") from error
     return folder

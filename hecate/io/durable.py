@@ -68,13 +68,16 @@ def delete_files(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, *, mark: str = "") -> Iterator[Path]:
     """Create `folder` with all its files or not at all.
 
     Yields a staging folder beside it, into which the block writes durably. After the block it is renamed to `folder`; if the block, or
     the rename, raises an error or is interrupted, it is deleted.
+
+    Args:
+        mark: goes into the name of the staging folder, before a random part.
     """
-    staging = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(4)}")
+    staging = folder.with_name(f"{folder.name}.tmp-{mark}{secrets.token_hex(4)}")
     try:
         staging.mkdir(parents=True)
         yield staging

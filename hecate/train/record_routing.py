@@ -53,15 +53,18 @@ class RoutingRecord:
                 begin = end
 
     def write(self, path: Path, source: TokenSource, named: DataSource) -> int:
-        """Write each record whose samples were noted with their routing, one JSON object a line, in the order of the source; how many.
+        """Write each record whose samples were all noted with their routing, one JSON object a line, in the order of the source; how many.
 
         Raises:
             UserError: the file cannot be written.
         """
-        by_record: dict[int, list[NDArray[np.int16]]] = {}
+        of_record: dict[int, list[NDArray[np.int16] | None]] = {}
         for sample, line in enumerate(source.lines.tolist()):
-            if sample in self._of_sample:
-                by_record.setdefault(line, []).append(self._of_sample[sample])
+            of_record.setdefault(line, []).append(self._of_sample.get(sample))
+        # A document may be several samples, and eval.max_samples may leave some of them out.
+        by_record = {
+            line: noted for line, found in of_record.items() if len(noted := [one for one in found if one is not None]) == len(found)
+        }
         key = KEY if named.fields is None or named.fields.routed_experts is None else named.fields.routed_experts
 
         def lines() -> Iterator[bytes]:

@@ -239,6 +239,8 @@ def place_in_file(module: str, description: Description) -> Place:
     if isinstance(description, LinearAdapterConfig):
         return Place(*pair_names(path.removesuffix(".experts"), int(number)))
     experts_path, _, projection = path.rpartition(".")
+    if projection not in description.projections:  # a linear whose own name is a number
+        return Place(*linear_names(module))
     return Place(*expert_names(experts_path, description.projections)[projection], expert=int(number))
 
 

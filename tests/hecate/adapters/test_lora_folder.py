@@ -75,6 +75,16 @@ def test_a_configuration_that_is_wrong_or_not_supported_is_refused(tmp_path: Pat
         load_lora(adapter)
 
 
+def test_an_alpha_that_is_written_as_a_float_is_read(tmp_path: Path) -> None:
+    """As prime-rl writes it."""
+    adapter, _ = save_peft(tmp_path / "adapter", save_dense("llama", tmp_path / "model"), ["q_proj"], experts=False)
+    configured(adapter, "lora_alpha", 6.0)
+    assert load_lora(adapter)[1].alpha == 6
+    configured(adapter, "lora_alpha", 6.5)
+    with pytest.raises(UserError, match=r"lora_alpha must be a whole number, not 6\.5"):
+        load_lora(adapter)
+
+
 def test_modules_named_by_a_regular_expression_are_read(tmp_path: Path) -> None:
     """Also from adapter_model.bin, as older versions of PEFT wrote it."""
     given = {"target_modules": ".*self_attn.(q|v)_proj"}

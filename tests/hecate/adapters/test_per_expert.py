@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from hecate.adapters.forms import read_any, servers_for
 from hecate.adapters.peft_moe import expert_names
-from hecate.adapters.per_expert import experts_paths
+from hecate.adapters.per_expert import experts_paths, scaled
 from hecate.errors import UserError
 from tests.hecate.adapters.exporting import (
     LIMIT,
@@ -26,10 +26,27 @@ from tests.hecate.adapters.exporting import (
     save_peft,
 )
 
+FILE = "adapter_model.safetensors"
 NAMES = {
     "qwen3_moe": ("model.layers.1.mlp.experts.4.gate_proj.", "model.layers.0.mlp.experts.0.down_proj."),
     "mixtral": ("model.layers.1.block_sparse_moe.experts.4.w1.", "model.layers.0.block_sparse_moe.experts.0.w2."),
 }
+
+
+def test_granites_experts_keep_the_name_of_their_block(tmp_path: Path) -> None:
+    model = save_moe("granitemoe", tmp_path / "model")
+    parameters = [f"block_sparse_moe.experts.{name}" for name in ("gate_up_proj", "down_proj")]
+    adapter, wanted = save_peft(tmp_path / "adapter", model, ["q_proj"], target_parameters=parameters)
+    out = export(adapter, "per-expert", tmp_path / "out")
+    assert load_file(export(out, "peft", tmp_path / "back") / "adapter_model.safetensors").keys() == load_file(adapter / FILE).keys()
+    torch.testing.assert_close(hecate_logits(out), wanted, **LIMIT)
+
+
+def test_a_scale_is_folded_in_without_rounding() -> None:
+    b = torch.randn(64, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert scaled(b, 0.5).dtype == torch.bfloat16
+    assert torch.equal(scaled(b, 1.5), 1.5 * b.float())
+    assert scaled(b.double(), 1.5).dtype == torch.float64
 
 
 @pytest.mark.parametrize("kind", NAMES)

@@ -65,6 +65,20 @@ def test_only_the_launcher_fetches(asked: list[tuple[Any, ...]]) -> None:
     assert [call[3] for call in asked] == [True, True]
 
 
+def test_clients_read_what_was_fetched_for_them(asked: list[tuple[Any, ...]]) -> None:
+    rounds = "rounds: {local_steps: 2, clients: [{data: org/talk/data/one.jsonl, eval: org/talk/data/one.jsonl}]}\n"
+    text = MINIMAL.replace("data: {train: a.jsonl}\n", rounds).replace("max_steps: 10\n", "")
+    (client,) = load(text, "hub=true").rounds.clients
+    assert client.data == client.eval
+    assert Path(client.data).is_file()
+
+
+def test_a_plan_fetches_no_data(asked: list[tuple[Any, ...]]) -> None:
+    Path("run.yaml").write_text(NAMED)
+    load_config("run.yaml", ["hub=true"], claim_output=False, inputs=False)
+    assert [call[1] for call in asked] == ["model"]
+
+
 def test_what_is_there_is_not_fetched(asked: list[tuple[Any, ...]]) -> None:
     load(MINIMAL, "hub=true")
     Path("data/talk").mkdir(parents=True)

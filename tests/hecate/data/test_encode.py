@@ -200,6 +200,10 @@ def test_rendering_does_not_depend_on_the_day(tmp_path: Path) -> None:
     )
     first, second = (encode_records(tmp_path, [chat("q", "a")], dated).digest() for _ in range(2))
     assert first == second
+    always = build_byte_tokenizer(chat_template="{{ strftime_now('%f on %B %d, %Y') }}" + TEMPLATE)  # as SmolLM3's has it
+    first, second = (encode_records(tmp_path, [chat("q", "a")], always) for _ in range(2))
+    assert first.digest() == second.digest()
+    assert "July 26, 2024" in always.decode(first.input_ids)
 
 
 def test_nothing_left(tmp_path: Path, byte_tokenizer: Any) -> None:

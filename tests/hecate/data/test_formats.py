@@ -218,6 +218,12 @@ def test_fault_of_the_other_formats(tmp_path: Path, record: Any, format: str, re
 def test_auto_looks_past_broken_lines_and_then_keeps_to_one_format(tmp_path: Path) -> None:
     kinds = [type(item) for item in read(tmp_path, [b"broken\n", {"text": "a"}, {"messages": [USER]}])]
     assert kinds == [Fault, Sample, Fault]
+    first, second, sample = read(tmp_path, [{"id": 1}, {"instruction": "no answer"}, {"instruction": "u", "output": "a"}])
+    assert isinstance(first, Fault)
+    assert (first.line, first.reason) == (1, "no known data format has the keys id")
+    assert isinstance(second, Fault)
+    assert second.line == 2
+    assert isinstance(sample, Sample)
 
 
 def test_unusable_files_are_user_errors(tmp_path: Path) -> None:

@@ -143,6 +143,8 @@ def test_the_configuration_takes_and_refuses_paths(tmp_path: Path, byte_tokenize
     assert [source.name for source in load_config(config).data.train] == ["wiki.v2"]
     with pytest.raises(ConfigError, match="applies to text files only"):
         load_config(config, [f"data.train=[{{path: {prefix}, format: text}}]"])
+    with pytest.raises(ConfigError, match="fields: applies to files of records only"):
+        load_config(config, [f"data.train=[{{path: {prefix}, fields: {{text: body}}}}]"])
     (tmp_path / "wiki.v2.bin").unlink()
     for path in (prefix, prefix + ".idx"):
         with pytest.raises(ConfigError, match="no such file or folder"):

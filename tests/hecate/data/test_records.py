@@ -61,6 +61,18 @@ def test_records_are_found_again_by_their_numbers(tmp_path: Path) -> None:
     assert places_of_records(f"{tmp_path}/*.jsonl", {31, 99}) == {31: f"{tmp_path}/b.jsonl:2"}
 
 
+def test_times_finer_than_pythons_are_no_damage(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    columns = {"text": ["a"]}
+    for name, kind in (("when", pyarrow.timestamp("ns", "UTC")), ("long", pyarrow.duration("ns")), ("at", pyarrow.time64("ns"))):
+        columns[name] = pyarrow.array([1_234_567], type=kind)
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    (record,) = read_records(str(tmp_path / "a.parquet"))
+    assert record.value["text"] == "a"
+
+
 @pytest.mark.parametrize("form", ["parquet", "arrow file", "arrow stream"])
 def test_tables_hold_the_same_records(tmp_path: Path, form: str) -> None:
     pyarrow = pytest.importorskip("pyarrow")

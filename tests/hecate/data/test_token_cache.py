@@ -21,7 +21,7 @@ from hecate.data.encode import EncodedSource, encode_samples, encode_source
 from hecate.data.sources import read_source
 from hecate.data.stream import TrainStream
 from hecate.data.syntax import check_syntax
-from hecate.data.token_cache import MappedSource, cached_source
+from hecate.data.token_cache import MappedSource, _host, cached_source
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 from testing.byte_tokenizer import build_byte_tokenizer
@@ -212,7 +212,7 @@ def test_data_that_change_while_they_are_tokenized_are_not_kept(data: DataSource
 def test_what_a_killed_writer_has_left_is_removed(data: DataSource, folder: Path, byte_tokenizer: Any) -> None:
     cached_source(data, byte_tokenizer, folder, **RULES)
     (place,) = sources_in(folder)
-    stale = place.with_name(f"{place.name}.tmp-1234")
+    stale = place.with_name(f"{place.name}.tmp-{_host()}-1234")
     shutil.move(place, stale)
     cached_source(data, byte_tokenizer, folder, **RULES)
     assert sources_in(folder) == [place]

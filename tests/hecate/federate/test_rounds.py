@@ -206,6 +206,13 @@ def test_a_resumed_run_computes_the_same(workshop: Path) -> None:
     other = recipe(workshop, "changed", "resume=true", "rounds.local_steps=4")
     with pytest.raises(UserError, match=r"was begun with other values: max_steps was 3, and is 4 now\n  take another output_dir"):
         check_federated(other, lambda one: None)
+    with pytest.raises(UserError, match="nproc was 1, and is 2 now"):
+        check_federated(replace(more, nproc=2), lambda one: None)
+    (workshop / "runs/changed/round-1/runs/together").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"rounds\.drop: cannot change in round 1, which has begun"):
+        check_federated(more, lambda one: None)
+    with pytest.raises(UserError, match="takes no path with a comma"):
+        check_federated(replace(more, output_dir=f"{workshop}/lr=1,r=8/rounds"), lambda one: None)
 
 
 def test_a_failed_evaluation_says_where_to_look(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
