@@ -47,6 +47,11 @@ def find_endpoint(text: str) -> Endpoint:
     except OSError as error:
         raise UserError(f"--rdzv-endpoint {text}: the host {host} is unknown: {error.strerror}\n  give its numerical address") from None
     assert isinstance(address, str)
+    if ipaddress.ip_address(address).is_loopback and host not in ("localhost", address):
+        raise UserError(
+            f"--rdzv-endpoint {text}: on this node {host} is {address}, as /etc/hosts says, which no other node reaches\n"
+            "  give its numerical address"
+        )
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((address, int(number)))  # this reads the routing table and sends nothing

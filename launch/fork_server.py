@@ -27,6 +27,7 @@ from hecate.io.process_end import die_with_parent, run_and_end
 from hecate.ranks.launcher_files import LAUNCHED_VARIABLE
 
 _SERVER = (sys.executable, "-m", "hecate.launch.fork_server")
+_STOPS = (signal.SIGINT, signal.SIGTERM)
 _RANK = Path(__file__).with_name("forked_rank.py")
 _LONGEST_PATH = 100
 """largest number of bytes in the address of a Unix socket that every system takes"""
@@ -54,13 +55,19 @@ def forking(folder: Path, environment: Mapping[str, str], program: str) -> Itera
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         listening.bind(str(path))
         listening.listen(_WAITING)
-        server = subprocess.Popen(
-            [*_SERVER, str(listening.fileno()), program],
-            stdin=subprocess.PIPE,
-            pass_fds=[listening.fileno()],
-            env=dict(environment),
-            start_new_session=True,  # a terminal's signals go to the launcher alone
-        )
+        # A service that is stopped signals all of its processes. The server has these signals blocked from its beginning, and only passes
+        # on to ranks what the launcher sends them: without it they could not save.
+        was = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        try:
+            server = subprocess.Popen(
+                [*_SERVER, str(listening.fileno()), program],
+                stdin=subprocess.PIPE,
+                pass_fds=[listening.fileno()],
+                env=dict(environment),
+                start_new_session=True,  # a terminal's signals go to the launcher alone
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, was)
     try:
         yield (sys.executable, "-I", "-S", str(_RANK), str(path), program)
     finally:
@@ -170,6 +177,7 @@ def _become(order: StartOrder, descriptors: list[int], server: int) -> None:
     die_with_parent(server)  # also before it joins the other ranks
     with suppress(OSError):
         Path("/proc/self/comm").write_text(f"hecate-rank-{order.environment.get('RANK')}", encoding="ascii")
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from hecate.launch.rank_command import Beginning, RankCommand, RankProcess, caus
 from hecate.launch.run_folder import run_folder
 from hecate.launch.stopped_ranks import StoppedRanks
 from hecate.launch.surviving_ranks import MOST_REPLACED, SurvivingRanks, ThisMachine
+from hecate.ranks.cores import usable_cores
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import LAUNCHED_VARIABLE, error_file, pid_files
 
@@ -107,11 +108,12 @@ def watch(ranks: Mapping[int, RankProcess], store: Path, surviving: SurvivingRan
 def _environment(num_ranks: int) -> dict[str, str]:
     """The environment variables that are the same for all ranks."""
     environment = {**os.environ, LAUNCHED_VARIABLE: str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo"}
+    environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
     for name, value in (ALLOCATOR_SETTINGS | gpu_allocator_defaults(os.environ)).items():
         environment.setdefault(name, value)
     # Progress bars of several ranks would overwrite each other, and the run prints its own progress.
     environment.setdefault("TQDM_DISABLE", "1")
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_ranks)))
     return environment
 
 

@@ -87,7 +87,7 @@ def _is_descendant(pid: int) -> bool:
     """Whether this process, or one that it has started, has started the process. The id may have become that of another one."""
     while pid > 1 and pid != os.getpid():
         pid = _status(pid)[1]
-    return pid > 1
+    return pid == os.getpid()
 
 
 def _status(pid: int) -> tuple[str, int, int]:

@@ -309,7 +309,7 @@ def follow(own: RankCommand, job: JobShape, meeting: Endpoint) -> int:
         return 1
     finally:
         ranks.end_all()
-    if ranks.signals:
+    if ranks.signals and (status == 0 or status > 128):
         return 128 + ranks.signals[0]
     if status == USER_ERROR_EXIT and (found := mistakes(own.store.parent)):
         print(found[0].read_text(encoding="utf-8"), file=sys.stderr)

@@ -31,6 +31,7 @@ from hecate.launch.rank_command import RankCommand
 from hecate.launch.run_folder import run_folder
 from hecate.launch.stopped_ranks import end_stopped_ranks
 from hecate.parallel.mesh import make_mesh
+from hecate.ranks.cores import usable_cores
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import (
     ERRORS_VARIABLE,
@@ -154,11 +155,11 @@ def _set_environment(folder: Path, meeting: Endpoint | None, ranks_per_node: int
         **ALLOCATOR_SETTINGS,
         **gpu_allocator_defaults(os.environ),
         "TQDM_DISABLE": "1",
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks_per_node)),
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // ranks_per_node)),
     }
     if meeting is None:
         os.environ[STORE_VARIABLE] = str(folder / "store")
-        defaults["GLOO_SOCKET_IFNAME"] = "lo"
+        defaults |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     elif meeting.interface:
         # By default gloo takes the interface of the host's own name, which on many machines is loopback.
         defaults |= {"GLOO_SOCKET_IFNAME": meeting.interface, "NCCL_SOCKET_IFNAME": meeting.interface}

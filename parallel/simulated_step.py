@@ -88,6 +88,8 @@ class Setting:
     window: int
     sharded: bool = False
     """experts travel as parts (`sharded_gather`)"""
+    owner_E: np.ndarray | None = None
+    """the first owners of each layer; None: as expert parallelism has them"""
 
     def of_collective(self, collective: Collective | None) -> Setting:
         if collective is None or self.execution.route != "fastest":  # a route that is given holds for all policies

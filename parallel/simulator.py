@@ -114,6 +114,7 @@ def simulate(
     num_layers: int | None = None,
     collectives: Mapping[str, Collective] | None = None,
     choose_modes: Sequence[PlanMode] = (),
+    owner_E: np.ndarray | None = None,
 ) -> list[Simulated]:
     """Put loads through each policy, all layers alike.
 
@@ -134,6 +135,7 @@ def simulate(
         choose_modes: in each step each layer goes by whichever of these modes would have been fastest over the last steps (`modes_of`);
             `execution.plan` is history. Loads are those of all micro-steps, each of which gathers the layers of the modes calibrated and
             exact for itself. Empty: all layers go by `execution.plan`.
+        owner_E: int64 [experts]: the owner of each layer's experts at the beginning; None: runs of equal length (`contiguous_owners`).
 
     Raises:
         UserError: a load is negative or not finite.
@@ -156,6 +158,7 @@ def simulate(
         num_layers or loads.shape[1],
         tuple(choose_modes),
         history_steps,
+        owner_E=owner_E,
     )
     return [
         _simulate_policy(name, planner, loads, setting.of_collective((collectives or {}).get(name))) for name, planner in policies.items()
@@ -198,7 +201,8 @@ def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: Se
     first_known = 0 if knows else 1
     interval, averaged = (1, None) if knows or setting.choose_modes else _REPLANS.get(name, (1, None))
     reshard_interval = setting.reshard_interval if name in _RESHARDING else None
-    owner_LE = np.tile(contiguous_owners(num_experts, world_size), (num_layers, 1))
+    first_E = contiguous_owners(num_experts, world_size) if setting.owner_E is None else setting.owner_E
+    owner_LE = np.tile(first_E, (num_layers, 1))
     placed_LED: np.ndarray | None = None
     has_frozen = setting.cost.frozen_bytes > 0
     residency = [Residency.of_owners(owner_E, setting.slots_D) for owner_E in owner_LE] if has_frozen else []

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hecate.doctor.finding import Finding, by_name, ok, problem, skipped, warning
 from hecate.io.durable import new_folder, write_durable
+from hecate.ranks.cores import usable_cores
 
 _GIB = 1024**3
 _CGROUP = Path("/sys/fs/cgroup")
@@ -44,17 +45,11 @@ def account() -> Finding:
 
 def cores() -> Finding:
     """How many cores this process may use: a container's share can be smaller than the machine."""
-    seen, allowed = os.cpu_count() or 1, len(os.sched_getaffinity(0))
-    quota = _cpu_quota()
-    usable = min(allowed, quota) if quota is not None else allowed
-    what = f"{usable:g} of {seen}"
-    if usable < seen / 2 and "OMP_NUM_THREADS" not in os.environ:
-        return warning(what, f"ranks would start threads for {seen} cores: export OMP_NUM_THREADS={max(int(usable), 1)} divided by nproc")
-    return ok(what)
+    return ok(f"{usable_cores()} of {os.cpu_count() or 1}")
 
 
 def threads() -> Finding:
-    given, usable = os.environ.get("OMP_NUM_THREADS"), len(os.sched_getaffinity(0))
+    given, usable = os.environ.get("OMP_NUM_THREADS"), usable_cores()
     if given is None:
         return ok("OMP_NUM_THREADS is not set; each rank gets its share of the cores")
     if not given.isdigit() or int(given) < 1:
@@ -174,15 +169,6 @@ def _address_of(name: str) -> str:
         return socket.gethostbyname(name)
     except OSError:
         return ""
-
-
-def _cpu_quota() -> float | None:
-    """The cores that the container may use; None: as many as there are."""
-    file = _CGROUP / "cpu.max"
-    if not file.is_file():
-        return None
-    quota, _, period = file.read_text(encoding="ascii").partition(" ")
-    return None if quota == "max" else float(quota) / float(period)
 
 
 def _limit(value: int) -> str:

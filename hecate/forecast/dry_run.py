@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.forecast.memory import PHASES, MemoryPart, memory_parts, owned_blocks, owned_experts
+from hecate.forecast.memory import PHASES, MemoryPart, first_owners, memory_parts, owned_blocks, owned_experts
 from hecate.forecast.replica_slots import replica_slots
 from hecate.forecast.run_shape import ExpertLayers, PoolShape, RunShape
 from hecate.forecast.sharding_groups import simulate_groups, sum_over_groups
@@ -124,6 +124,7 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
     config = run.config
     loads = _recorded_loads(run, group, given) if isinstance(given, Trace) else _synthetic_loads(run, group, given)
     plan, choose_modes = execution_of(config.fssdp.plan, config.fssdp.prefetch)
+    owner_E = first_owners(group.experts, run)
 
     def of_one_group(loads: np.ndarray, topology: Topology, cost: LayerCost) -> list[Simulated]:
         return simulate(
@@ -143,6 +144,7 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
             lifetime=_of_long_runs,
             num_layers=group.number,
             choose_modes=choose_modes,
+            owner_E=owner_E,
         )
 
     return simulate_groups(loads, run.topology, group.cost, run.mesh, of_one_group)
@@ -213,9 +215,11 @@ def _simulate_pool(run: RunShape, pool: PoolShape) -> Simulated:
     block = float(pool.numel * run.master_bytes)
     cost = LayerCost(trainable_bytes=block, chunk_numel=pool.numel, state_bytes=STATE_NUMBERS * block)
     no_tokens = np.zeros((1, 1, pool.blocks, run.topology.world_size), dtype=np.int64)
+    owner_E = first_owners(pool.blocks, run)
 
     def of_one_group(loads: np.ndarray, topology: Topology, cost: LayerCost) -> list[Simulated]:
-        return simulate(loads, topology, cost, {"full": POLICIES["full"]}, slots_D=np.full(topology.world_size, pool.blocks))
+        slots_D = np.full(topology.world_size, pool.blocks)
+        return simulate(loads, topology, cost, {"full": POLICIES["full"]}, slots_D=slots_D, owner_E=owner_E)
 
     return simulate_groups(no_tokens, run.topology, cost, run.mesh, of_one_group)[0]
 
@@ -242,6 +246,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
     times = micro_steps // together
     # A checkpointed layer runs its forward pass twice, which with a frozen base adds half to computing and sending.
     again = 1.5 if run.config.gradient_checkpointing else 1.0
+    trained_again = 4 / 3 if run.config.gradient_checkpointing and run.config.moe.kind.ffn == "trained" else again
     reduced_bytes = _all_reduced_bytes(run)
     owned_bytes_D = sum(
         (owned_experts(group, run) * group.cost.reduced_bytes for group in run.groups), owned_blocks(run) * run.master_bytes
@@ -251,7 +256,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
     tensor = _tensor_traffic(run)
     parts = {
         "attention": _attention_seconds(run),
-        "experts": again * times * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
+        "experts": trained_again * times * sum(one.seconds.compute for one in groups) + _plain_ffn_seconds(run),
         "tokens": again * times * sum(one.seconds.dispatch for one in groups),
         "exposed": times * sum(one.seconds.exposed for one in moving),
         **({"tensor": tensor.seconds} if run.tensor_parallel > 1 else {}),
@@ -359,10 +364,11 @@ def _head_seconds(run: RunShape) -> float:
 
 def _plain_ffn_seconds(run: RunShape) -> float:
     """Return the seconds of the FFNs that are no experts', apart from weights that are among `LayerShape.linears`."""
-    layer, forwards = run.base.layers[0], 2 if run.config.gradient_checkpointing else 1
+    forwards, backward = 2 if run.config.gradient_checkpointing else 1, 2 if run.trains_non_experts else 1
     if run.config.moe.kind.over_linears:
         weights = sum(outputs * inputs for layer in run.base.layers for _, outputs, inputs in layer.ffn_linears)
     else:
-        weights = (len(run.base.layers) - sum(group.number for group in run.groups)) * 3 * layer.hidden * layer.ffn
-    flops = (forwards + 1) * 2.0 * weights
+        experts = run.config.moe.experts_per_layer(len(run.base.layers))
+        weights = sum(3 * layer.hidden * layer.ffn for layer, number in zip(run.base.layers, experts, strict=True) if not number)
+    flops = (forwards + backward) * 2.0 * weights
     return flops * run.config.gradient_accumulation_steps * run.slowest_token_seconds

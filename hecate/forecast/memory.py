@@ -195,10 +195,14 @@ def owned_blocks(run: RunShape) -> np.ndarray:
     return np.tile(owned, run.mesh.num_sharding_groups)
 
 
+def first_owners(experts: int, run: RunShape) -> np.ndarray:
+    """Return which rank of a sharding group owns each expert of a layer when training begins, int64 [experts]."""
+    return owners_by_memory(experts, owners_topology(run.topology, run.mesh).memory)
+
+
 def owned_experts(group: ExpertLayers, run: RunShape) -> np.ndarray:
     """Return the number of experts that each rank owns in all layers of the group, float64 [ranks]."""
-    memory = owners_topology(run.topology, run.mesh).memory
-    owned = group.number * np.bincount(owners_by_memory(group.experts, memory), minlength=len(memory)).astype(float)
+    owned = group.number * np.bincount(first_owners(group.experts, run), minlength=run.mesh.shard_size).astype(float)
     return np.tile(owned, run.mesh.num_sharding_groups)
 
 

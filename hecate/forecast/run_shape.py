@@ -225,6 +225,9 @@ def shape_on(config: Config, seen: SeenTopology, name: str) -> RunShape:
     machines = seen.topology
     make_mesh(machines.world_size, config.fssdp.shard_size, config.model.tensor_parallel)
     base, config = base_shape_of(config)
+    if config.privacy.clip is not None:  # each sequence is a micro-step of its own
+        steps = config.gradient_accumulation_steps * config.micro_batch_size
+        config = replace(config, gradient_accumulation_steps=steps, micro_batch_size=1)
     dtype_bytes = _DTYPE_BYTES[_dtype(config, machines)]
     master_bytes = max(4, dtype_bytes)
     experts = config.moe.experts_per_layer(len(base.layers))
@@ -402,7 +405,9 @@ def _topology(name: str, config: Config, ranks: int | None) -> SeenTopology:
         cards = _cards_here(_DRIVER)
         number = ranks or config.nproc or len(cards) or 2
         # A run of more ranks than there are GPUs is planned for machines like this one.
-        return topology_of_devices([RankDevice("here", cards[rank % len(cards)] if cards else None) for rank in range(number)])
+        if not cards:
+            return topology_of_devices([RankDevice("here")] * number)
+        return topology_of_devices([RankDevice(f"machine {rank // len(cards)}", cards[rank % len(cards)]) for rank in range(number)])
     path = find_preset("topologies", "topology", name)
     machines = load_topology(path)
     if ranks is not None and ranks != machines.world_size:

@@ -51,7 +51,8 @@ def shut_down(connections: Iterable[Connection]) -> None:
 def notice_lost_machines(connections: Iterable[Connection]) -> None:
     """Have the kernel break connections whose other machine has not answered for about twelve seconds, as without power or network.
 
-    Connections to a process that is only slow or stopped stay, because the kernel of its machine answers.
+    Connections to a process that is only slow stay, because the kernel of its machine answers. So do those to one that is stopped, unless
+    more has come for it than its machine keeps; on this machine they stay in any case.
     """
     options = (
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
@@ -62,6 +63,8 @@ def notice_lost_machines(connections: Iterable[Connection]) -> None:
     for connection in connections:
         with _opened(connection.descriptor) as handle:
             if handle is None or connection.peer is None or _describe(connection.descriptor, handle) != connection:
+                continue
+            if connection.local[0] == connection.peer[0]:  # a machine does not lose itself, and a stopped process may read later
                 continue
             for level, name, value in options:
                 if hasattr(socket, name):  # Linux has them all

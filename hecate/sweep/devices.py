@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 
 from hecate.errors import UserError
+from hecate.ranks.cores import usable_cores
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 
 
@@ -47,5 +48,5 @@ def places_environment(place: int, jobs: int, gpus: Sequence[str], ranks: int) -
     if gpus:
         share = len(gpus) // jobs
         return {"CUDA_VISIBLE_DEVICES": ",".join(gpus[place * share : (place + 1) * share])}
-    threads = max(1, (os.cpu_count() or 1) // (ranks * jobs))
+    threads = max(1, usable_cores() // (ranks * jobs))
     return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}

@@ -12,6 +12,7 @@ from pathlib import Path
 from hecate.config import Config
 from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
+from hecate.ranks.cores import usable_cores
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 from hecate.report.trackers import check_trackers
 
@@ -172,7 +173,7 @@ def warn_of_cores(ranks: int, key: str) -> None:
     Args:
         key: how the user sets this number.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     if ranks > 2 * cores and not any(map(os.path.exists, _GPU_FILES)):
         print(f"hecate: warning: {key}: {ranks} ranks on {cores} cores wait for each other; {key}={cores} is faster", file=sys.stderr)
 

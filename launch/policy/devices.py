@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,9 +85,10 @@ def choose_devices(devices: Sequence[Device], wanted: int | None, fewest: int) -
     return list(devices[: wanted or len(devices)])
 
 
-def one_machine(devices: Sequence[Device]) -> bool:
-    """Whether all devices are on one machine, so that nothing needs to listen beyond loopback."""
-    return len({device.address for device in devices}) == 1
+def one_machine(devices: Sequence[Device], nodes: Iterable[Mapping[str, Any]] = ()) -> bool:
+    """Whether all devices are on one machine, which is that of all living nodes, the driver's among them: nothing needs to listen beyond
+    loopback then."""
+    return len({device.address for device in devices} | {node["NodeManagerAddress"] for node in nodes if node["Alive"]}) == 1
 
 
 def _has_labels(node: Mapping[str, Any], wanted: Mapping[str, tuple[str, ...]]) -> bool:

@@ -112,7 +112,7 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
 
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    inside = one_machine(devices)
+    inside = one_machine(devices, ray.nodes())
     host = "127.0.0.1" if inside else ray.util.get_node_ip_address()
     rendezvous = Rendezvous(host)
     settings = WorkerSettings(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from hecate.io.signals import on_signals
 from hecate.launch.ray_job.cluster import WRONG_TOKEN, check_token, import_ray, refuse_if_nobody_listens
 from hecate.launch.ray_job.driver import check_for_ray
 from hecate.launch.ray_job.upload import stage
+from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 
 _STOP_SECONDS = "120"
 """seconds from the request that a job stop to its being killed, in which its ranks save"""
@@ -46,9 +48,9 @@ def submit(config: Path, overrides: Sequence[str], address: str, *, working_dir:
         staged.mkdir()
         stage(working_dir, staged)
         command = shlex.join(["python", "-m", "hecate", "ray", str(inside), *overrides])
-        job = client.submit_job(
-            entrypoint=command, runtime_env={"working_dir": str(staged), "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": _STOP_SECONDS}}
-        )
+        variables = {name: os.environ[name] for name in (COLLECTIVES_VARIABLE,) if name in os.environ}
+        variables["RAY_JOB_STOP_WAIT_TIME_S"] = _STOP_SECONDS
+        job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(staged), "env_vars": variables})
     print(f"hecate: job {job} on {address}", flush=True)
     return _follow(client, job)
 

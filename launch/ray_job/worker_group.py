@@ -10,6 +10,7 @@ imported everything that a worker needs and holds no device. It replaces the nex
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from hecate.launch.ray_job.messages import Ping, TakeGpus, WorkerEvent, WorkerLo
 from hecate.launch.ray_job.node_watch import NodeWatches
 from hecate.launch.ray_job.rendezvous import Rendezvous
 from hecate.launch.ray_job.worker import Worker
+from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 
 _PING_EVERY_SECONDS = 2.0
 """Pings are rare because each answer takes Python's interpreter lock from the training thread."""
@@ -219,6 +221,7 @@ class WorkerGroup:
             **ALLOCATOR_SETTINGS,
             "TQDM_DISABLE": "1",
             "OMP_NUM_THREADS": str(max(1, cpus)),
+            **({COLLECTIVES_VARIABLE: os.environ[COLLECTIVES_VARIABLE]} if COLLECTIVES_VARIABLE in os.environ else {}),
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # otherwise a spare that asks whether there is a GPU would never see one afterwards
         }
         described = self._ray.remote(self._settings.worker).options(max_restarts=0, runtime_env={"env_vars": environment}, **options)

@@ -68,6 +68,18 @@ def test_a_signal_reaches_the_rank(command: tuple[str, ...], number: signal.Sign
     assert process.wait(timeout=60) == 5
 
 
+def test_a_signal_to_all_processes_of_a_service_leaves_ranks_the_time_to_save(command: tuple[str, ...]) -> None:
+    what = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit(5)); print(os.getppid(), flush=True); {WAIT}"
+    process = start(command, what)
+    server = pid_of(process)
+    pid_of(process)
+    os.kill(server, signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 5
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGABRT])
 def test_a_killed_rank_looks_like_one(command: tuple[str, ...], number: signal.Signals) -> None:
     process = start(command, WAIT)

@@ -59,6 +59,8 @@ def test_too_few_devices_are_refused_with_what_there_is() -> None:
 def test_one_machine_by_addresses() -> None:
     assert one_machine(devices_of([node("a"), node("b")], {}, 4))
     assert not one_machine(devices_of([node("a"), node("b", address="10.0.0.2")], {}, 4))
+    assert one_machine(devices_of([node("a")], {}, 4), [node("a"), node("driver")])
+    assert not one_machine(devices_of([node("a")], {}, 4), [node("a"), node("driver", address="10.0.0.2")])
 
 
 @pytest.mark.parametrize(

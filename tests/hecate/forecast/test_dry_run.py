@@ -141,6 +141,34 @@ def test_checkpointing_repeats_the_forward_pass(folder: Path) -> None:
     assert again.parts["attention"] == 3 * 16 * (3 * 1536 + 4 * (448 + 512))
 
 
+def test_owners_are_those_that_training_begins_with(folder: Path) -> None:
+    """Of 4 experts a device with three times the memory owns 3, and under policy full each rank has all in the end."""
+    one = of(dry_run(folder, topology=replace(slow_node(), memory=(3e9, 1e9))), "full")
+    parts = {part.name: part.bytes_PD for part in one.memory}
+    owned, replicas = parts["owned experts, moments"][0], parts["replicas"][0]
+    assert (owned == [3 * 3 * 960 * 3, 1 * 3 * 960 * 3]).all()
+    assert (replicas == [4 * 3 * 960, 4 * 3 * 960]).all()
+    assert one.imbalance == 1, "who owns an expert does not say who computes it"
+
+
+def test_trained_weights_cost_a_third_product(tmp_path: Path) -> None:
+    """Experts that train have a forward pass and twice that backward, so that checkpointing adds a third; a plain FFN that trains, too."""
+    write_model(tmp_path)
+    full = ("moe.family=full", "moe.num_experts=[4,0,4]", "moe.top_k=2", "lora={}")
+    plain, again = (of(dry_run(tmp_path, *full, *more), "full").parts["experts"] for more in ((), ("gradient_checkpointing=true",)))
+    ffn = 16 * 2 * 3 * 16 * 24  # FLOPs of the plain layer's forward pass
+    assert again - 3 * ffn == pytest.approx(4 / 3 * (plain - 2 * ffn))
+    trained = of(dry_run(tmp_path, *full, "model.train_non_experts=true"), "full").parts["experts"]
+    assert trained == pytest.approx(plain + ffn)
+
+
+def test_private_samples_are_micro_steps(folder: Path) -> None:
+    separate = ("data.separate=true", "data.packing=false", "max_grad_norm=null", "fssdp.policy=full", "lora.target_modules=[down_proj]")
+    given = "moe={num_experts: 1, top_k: 1, router_aux_loss_coef: 0, router: {input: given}}"
+    run = run_shape(config_for(folder, "micro_batch_size=3", "privacy.clip=1.0", given, *separate), None, 2)
+    assert (run.config.gradient_accumulation_steps, run.sequences_D.tolist()) == (3, [1, 1])
+
+
 def test_micro_steps_share_one_gather(folder: Path) -> None:
     """Twice the tokens; parameters, gradients and the optimizer as before; each micro-step's all-to-alls have latencies of their own."""
     slow = replace(slow_node(), intra_node=Link(1.0, 5.0))

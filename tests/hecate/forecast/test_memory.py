@@ -392,6 +392,8 @@ def test_auto_plans_for_the_cards_that_the_driver_names(tmp_path: Path, monkeypa
     assert run.topology.memory == (40e9, 40e9)
     assert run.dtype_bytes == 2
     assert run.notes == ("topology: 2 x NVIDIA A100-SXM4-40GB on 1 node",)
+    more = run_shape(config_for(tmp_path, dtype="auto"), None, 4)
+    assert more.topology.node_of_rank == (0, 0, 1, 1), "machines like this one"
     assert run_shape(config_for(tmp_path), None, 3).topology.world_size == 3
 
 

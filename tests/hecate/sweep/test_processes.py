@@ -147,7 +147,7 @@ def test_the_reason_is_the_last_error() -> None:
 
 def test_runs_at_once_share_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    monkeypatch.setattr("hecate.sweep.devices.usable_cores", lambda: 16)
     gpus = ["0", "1", "2", "3", "4"]
     assert [places_environment(place, 2, gpus, 2) for place in (0, 1)] == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
     assert places_environment(1, 2, [], 4) == {"OMP_NUM_THREADS": "2"}
