@@ -165,7 +165,11 @@ class Controller:
     def _handle(self, device: JobDevice, event: WorkerEvent) -> None:
         match event:
             case WorkerUp():
-                check_versions(self._group.devices)
+                try:
+                    check_versions(self._group.devices)
+                except UserError as error:
+                    self._leave_out(device, error)
+                    return
                 if self._generation.has_begun:
                     self._group.send(device, Prepare())
             case Prepared():
@@ -199,10 +203,14 @@ class Controller:
 
     def _lost(self, device: JobDevice, text: str, *, cannot_import: bool = False) -> None:
         if cannot_import:
-            raise UserError(
-                f"{device.name}: hecate cannot be imported there: {text}\n"
-                "  install it on all nodes, in the Python that runs Ray, in the same version"
+            self._leave_out(
+                device,
+                UserError(
+                    f"{device.name}: hecate cannot be imported there: {text}\n"
+                    "  install it on all nodes, in the Python that runs Ray, in the same version"
+                ),
             )
+            return
         is_member, end = device.index in self._generation.members, self._generation.ends.get(device.index)
         if is_member and end in (RankEnd.FINISHED, RankEnd.STOPPED):
             return
@@ -234,6 +242,10 @@ class Controller:
         counted = not loses_rank or cause not in self._causes  # the ranks of a lost node are one failure
         decision, self._policy = self._policy.decide(cause, alive, copied=copied, counted=counted)
         self._note(f"{who}: {cause.value} ({text[:160]}); {decision.value}")
+        if decision is Decision.RAISE and device is not None and not loses_rank and self._others_train:
+            self._note(f"{device.name} is left out, because it cannot start; the others go on")
+            self._give_up(device)
+            return
         if decision is Decision.RAISE:
             raise JobFailed(f"{who}: {cause.value}, {self._policy.counts[cause]} times in a row without a finished step: {text[:200]}")
         if device is not None:
@@ -245,6 +257,18 @@ class Controller:
             self._causes.add(cause)
             if self._state in (State.STARTING, State.RUNNING, State.RESIZING):
                 self._begin_recovery()
+
+    @property
+    def _others_train(self) -> bool:
+        """Whether ranks train, whom a worker that is not among them yet need not end."""
+        return self._state in (State.RUNNING, State.RESIZING)
+
+    def _leave_out(self, device: JobDevice, error: UserError) -> None:
+        """Go on without a device where others train; raises the error otherwise."""
+        if not self._others_train or device.index in self._generation.at_work:
+            raise error
+        self._note(f"{device.name} is left out: {error}")
+        self._give_up(device)
 
     def _give_up(self, device: JobDevice | None) -> None:
         """End the worker of a device, whose part in the generation counts as lost."""

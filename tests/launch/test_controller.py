@@ -508,6 +508,22 @@ def test_a_node_with_another_version_is_named(config: Config) -> None:
         play(config, each([0, 1], up()), one(2, up(torch="3")))
 
 
+@pytest.mark.parametrize(
+    ("back", "said"),
+    [
+        ([one(1, up(torch="3"))], "different versions of torch"),
+        ([one(1, WorkerLost(text="ModuleNotFoundError: No module named 'hecate'", cannot_import=True))], "cannot be imported there"),
+        ([one(1, WorkerLost(text="no shared disk"))] * 2, "left out, because it cannot start"),
+    ],
+)
+def test_a_device_that_comes_back_and_cannot_start_ends_no_healthy_job(config: Config, back: list[Step], said: str) -> None:
+    smaller = (each([0, 2], left(0)), begins([0, 2], 5))
+    status, group, _, lines = play(config, UP, begins([0, 1, 2]), one(1, GONE), *smaller, *back, each([0, 2], finished(1)))
+    assert status == 0
+    assert any(said in line for line in lines)
+    assert 1 in group.killed
+
+
 def test_a_straggler_is_named_and_rows_are_dealt_anew(config: Config) -> None:
     def window(step: int) -> Step:
         return lambda _: [(index, steps(step, tokens=100 if index else 30)) for index in range(3)]
