@@ -96,8 +96,8 @@ _IMAGES = ("image", "images")
 """keys of records with images, in the formats of LLaVA and of chats"""
 
 
-_MOST_HELD = 1000
-"""records of no known format at the beginning of a file, until it is given up"""
+_MOST_HELD, _MOST_HELD_BYTES = 1000, 1 << 24
+"""records of no known format at the beginning of a file, until it is given up, and their bytes"""
 
 
 class _UnknownFormat(UserError):
@@ -140,6 +140,7 @@ def read_samples(
     parse = None if format == "auto" else _PARSERS[format]
     unseen, read = set(renamed), 0
     held: list[Fault] = []
+    held_bytes = 0
     unknown: _UnknownFormat | None = None
     for record in read_records(str(path)):
         try:
@@ -159,7 +160,8 @@ def read_samples(
                 raise _BadRecord(problem)
         except _UnknownFormat as error:  # is bad if a later record is of a known one
             unknown = unknown or error
-            if len(held) == _MOST_HELD:
+            held_bytes += len(record.raw)
+            if len(held) == _MOST_HELD or held_bytes > _MOST_HELD_BYTES:
                 raise unknown from None
             held.append(Fault(record.file, record.line, error.reason[:_LONGEST], record.number, record.raw))
         except _BadRecord as bad:
