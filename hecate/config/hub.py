@@ -52,7 +52,8 @@ def with_local_paths(
         except UserError as error:
             what, _, hint = str(error).partition("\n")
             add(MODEL, what, hint)
-    for key in () if not inputs else SOURCES if trains else SOURCES[1:]:
+    read = SOURCES if trains else SOURCES[1:]
+    for key in read if inputs else ():
         if isinstance(sources := values.get(key), tuple):
             found[key] = tuple(_of_source(source, f"{key}[{at}].path", add, may_fetch=may_fetch) for at, source in enumerate(sources))
     return found

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hecate.data.formats import lone_surrogate
 from hecate.data.records import Record, place_of, read_records
 from hecate.errors import UserError
 
@@ -51,8 +52,8 @@ def _item(read: Record) -> ChoiceItem:
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
         raise UserError(f"{place}: choices must be a list of two texts or more, none of them empty")
     for one in (text, *choices):
-        if any("\ud800" <= letter <= "\udfff" for letter in one):
-            raise UserError(f"{place}: half a surrogate pair in {one[:40]!r}, which no tokenizer accepts")
+        if half := lone_surrogate(one):
+            raise UserError(f"{place}: lone surrogate {half!r} in the text, which no tokenizer accepts")
     return ChoiceItem(text, "question" in record, tuple(choices), _answer(record.get("answer"), choices, place), place)
 
 

@@ -407,14 +407,22 @@ def _refuse_images(record: dict[str, Any]) -> None:
             raise _BadRecord(f"the record has an image (key {key!r}), and hecate reads text only")
 
 
+def lone_surrogate(text: str) -> str | None:
+    """Return the first half of a surrogate pair (`\\ud800`) that stands alone, which JSON can spell but no tokenizer accepts; or None."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
+
+
 def _refuse_lone_surrogates(sample: dict[str, Any]) -> None:
-    """Refuse half a surrogate pair (`\\ud800`), which JSON can spell but no tokenizer accepts."""
+    """Refuse a sample that has one in any text that the chat template or the tokenizer gets."""
     messages = sample.get("messages", ())
     texts = [message["content"] for message in messages] + [sample.get("text", "")]
-    others = [{name: value for name, value in message.items() if name != "content"} for message in messages]
-    texts.append(json.dumps([sample.get("tools"), others], ensure_ascii=False, default=str))
+    others = [{name: value for name, value in one.items() if name != "content"} for one in messages if one.keys() > {"role", "content"}]
+    if others or sample.get("tools"):
+        texts.append(json.dumps([sample.get("tools"), others], ensure_ascii=False, default=str))
     for text in texts:
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise _BadRecord(f"lone surrogate {text[error.start]!r} in the text") from error
+        if half := lone_surrogate(text):
+            raise _BadRecord(f"lone surrogate {half!r} in the text")

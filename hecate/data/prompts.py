@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hecate.data.chat import Message
-from hecate.data.formats import ROLES
+from hecate.data.formats import ROLES, lone_surrogate
 from hecate.data.records import json_object, place_of, read_records
 from hecate.errors import UserError
 
@@ -44,7 +44,7 @@ def read_prompts(path: str, piped: Iterable[bytes] = (), *, system: str | None =
         if reason:
             raise UserError(f"{place}: {reason}")
         said, messages = record.get("user", user), _messages(record, place, system)
-        if half := next((sign for turn in messages for sign in turn["content"] if "\ud800" <= sign <= "\udfff"), None):
+        if half := next(filter(None, (lone_surrogate(turn["content"]) for turn in messages)), None):
             raise UserError(f"{place}: lone surrogate {half!r} in the text, which no tokenizer accepts\n  correct the prompt")
         yield Prompt(messages, None if said is None else str(said), record)
     if empty:

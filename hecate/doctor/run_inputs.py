@@ -82,8 +82,7 @@ def _kernels_and_attention(config: Config) -> Finding:
         check_kernels(config.kernels)
         check_attention(config.model)
     except UserError as error:
-        what, _, mend = str(error).partition("\n")
-        return problem(what, mend.strip() or "use auto")
+        return _problem_of(error, "use auto")
     return ok(f"kernels {config.kernels}, attention {config.model.attention}")
 
 
@@ -94,9 +93,14 @@ def _packages(config: Config) -> Finding:
     try:
         check_machine(replace(config, kernels="auto", model=replace(config.model, attention="auto")))
     except UserError as error:
-        what, _, mend = str(error).partition("\n")
-        return problem(what, mend.strip() or "install what is missing, or leave it out")
+        return _problem_of(error, "install what is missing, or leave it out")
     return ok("what the run's trackers and its privacy need is installed")
+
+
+def _problem_of(error: UserError, otherwise: str) -> Finding:
+    """The error as a problem: its first line, and how to mend it, which is `otherwise` where the error does not say it."""
+    what, _, mend = str(error).partition("\n")
+    return problem(what, mend.strip() or otherwise)
 
 
 def _output_folder(config: Config) -> Finding:

@@ -105,8 +105,8 @@ class CopyChecks:
                 self._noted = own_digests(self._optimizer)
             raise CopiesRestoredError(compared.restored)
 
-    def check_before_save(self) -> None:
-        """As `check`, if there are backups, but the run goes on with what was restored."""
+    def check_and_restore(self) -> None:
+        """As `check`, if there are backups, but what was restored raises nothing: the run goes on with it."""
         if self._backups:
             with suppress(CopiesRestoredError):
                 self.check()

@@ -11,11 +11,11 @@ _CGROUP = Path("/sys/fs/cgroup")
 def usable_cores() -> int:
     """The number of cores that this process may use, at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cpu_quota(_CGROUP)
+    quota = _cpu_quota(_CGROUP)
     return max(1, allowed if quota is None else min(allowed, int(quota)))
 
 
-def cpu_quota(cgroup: Path) -> float | None:
+def _cpu_quota(cgroup: Path) -> float | None:
     """The cores that the container may use at a time; None: as many as there are."""
     try:
         quota, _, period = (cgroup / "cpu.max").read_text(encoding="ascii").partition(" ")

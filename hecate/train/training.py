@@ -246,7 +246,7 @@ class Training:
             UserError: copies of an expert differ, which may be why.
         """
         assert self._last is not None
-        self.copies.check_before_save()
+        self.copies.check_and_restore()
         return too_many_skipped(self.parts.config, self.ranks, self.parts.trained, self._last, self.standing, result)
 
     def _count_copies(self, units: Collection[Unit]) -> tuple[int, int]:
@@ -282,7 +282,7 @@ class Training:
         Raises:
             UserError: copies of an expert differ, and which is damaged is not known; new ones are made of one of them.
         """
-        self.copies.check_before_save()
+        self.copies.check_and_restore()
         parts = self.parts
         rest = min(steps, parts.config.max_steps - self.standing.step)
         done = reshard_if_it_pays(parts.moe.engine, parts.optimizer, rest, parts.config.fssdp.redundancy)
@@ -298,7 +298,7 @@ class Training:
         """
         assert self.saving is None
         faults.at("save")
-        self.copies.check_before_save()
+        self.copies.check_and_restore()
         return save_state(self.parts.config, self.ranks, self.parts.trained, self.standing)
 
     def begin_save(self) -> None:
@@ -309,7 +309,7 @@ class Training:
         """
         assert self.saving is None
         faults.at("save")
-        self.copies.check_before_save()
+        self.copies.check_and_restore()
         self.saving = begin_save(self.parts.config, self.ranks, self.parts.trained, self.standing, background=True)
 
     def end_save(self, *, failed: bool = False) -> Saved:

@@ -27,7 +27,7 @@ def test_an_answer_is_a_number_a_text_or_a_letter(tmp_path: Path, answer: Any, n
         ({"choices": CHOICES, "answer": 0}, 'needs an object with "question" or "prompt"'),
         ({"question": "a", "prompt": "b", "choices": CHOICES, "answer": 0}, 'needs an object with "question" or "prompt"'),
         ({"prompt": " ", "choices": CHOICES, "answer": 0}, "must be a text that is not empty"),
-        ({"prompt": "a", "choices": ["a", "b\ud800"], "answer": 0}, "half a surrogate pair in 'b"),
+        ({"prompt": "a", "choices": ["a", "b\ud800"], "answer": 0}, "lone surrogate"),
         ({"prompt": "a", "choices": ["a"], "answer": 0}, "choices must be a list of two texts or more"),
         ({"prompt": "a", "choices": CHOICES, "answer": 3}, "answer is '3': it must be the number of a choice"),
         ({"prompt": "a", "choices": CHOICES, "answer": True}, "answer is 'True'"),
