@@ -14,6 +14,8 @@ SEEDS = (1, 2, 3)
 TASKS = ("chain_sum", "gcd", "letter_counting", "count_bits", "number_sorting")
 SHORT, LONG = 64, 400
 """optimizer steps of the two tables"""
+_ONE_SEED = SEEDS[:1]
+"""for a variant that shows why a system misses its goal"""
 _EVERY = "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"
 _FFN = "[gate_proj,up_proj,down_proj]"
 
@@ -26,6 +28,7 @@ class Method:
     settings: Mapping[str, str]
     steps: tuple[int, ...] = (SHORT,)
     """the tables that it is in"""
+    seeds: tuple[int, ...] = SEEDS
 
 
 def plain_lora(name: str, rank: int, *, targets: str = _EVERY, learning_rate: str = "2e-3", steps: tuple[int, ...] = (SHORT,)) -> Method:
@@ -54,6 +57,26 @@ MOLA = {
     "mola_8228": "[8,2,2,8]",
     "mola_5555": "[5,5,5,5]",
 }
+_SMORA = {
+    **_linears(1),
+    "lora.alpha": "16.0",
+    "moe.num_experts": "64",
+    "moe.top_k": "8",
+    "moe.router.score": "sigmoid",
+    "moe.router.bias": "balancing",
+    "moe.router.bias_in_weights": "true",
+    "moe.router.bias_rate": "1e-3",
+}
+_LLAVA_MOLE = {
+    "lora.r": "8",
+    "lora.alpha": "16.0",
+    "moe.num_experts": "3",
+    "moe.top_k": "1",
+    "moe.router.bias": "learned",
+    "moe.router.weights": "one",
+    "moe.router.balance": "sample",
+    "moe.router_aux_loss_coef": "0.01",
+}
 _NO_ALPHA = {"lora.alpha": "null", "lora.gradient_rule": "row_norm", "lora.eta": "2.0"}
 METHODS: tuple[Method, ...] = (
     plain_lora("lora_r1_ffn", 1, targets=_FFN),
@@ -65,20 +88,9 @@ METHODS: tuple[Method, ...] = (
     plain_lora("lora_r16_ffn", 16, targets=_FFN),
     plain_lora("lora_r64", 64, steps=(SHORT, LONG)),
     Method("mixlora", {"lora.r": "8", "lora.alpha": "16.0", "moe.num_experts": "8"}, (SHORT, LONG)),
-    Method(
-        "smora",
-        {
-            **_linears(1),
-            "lora.alpha": "16.0",
-            "moe.num_experts": "64",
-            "moe.top_k": "8",
-            "moe.router.score": "sigmoid",
-            "moe.router.bias": "balancing",
-            "moe.router.bias_in_weights": "true",
-            "moe.router.bias_rate": "1e-3",
-        },
-        (SHORT, LONG),
-    ),
+    Method("smora", _SMORA, (SHORT, LONG)),
+    Method("smora_slower", {**_SMORA, "learning_rate": "1e-3"}, (LONG,), _ONE_SEED),
+    Method("smora_by_score", {**_SMORA, "moe.router.bias_in_weights": "false"}, (LONG,), _ONE_SEED),
     Method(
         "mos",
         {
@@ -92,24 +104,10 @@ METHODS: tuple[Method, ...] = (
     Method("nola", {**_one_pair(16, _FFN), "lora.pairs": "nola", "lora.nola.bases": "256", "learning_rate": "1e-2"}),
     Method("allora", {**_one_pair(8, _EVERY), **_NO_ALPHA}),
     Method("ffa_lora", {**_one_pair(8, _EVERY), "lora.pairs": "fixed_a", "learning_rate": "4e-3"}),
-    Method(
-        "llava_mole",
-        {
-            "lora.r": "8",
-            "lora.alpha": "16.0",
-            "moe.num_experts": "3",
-            "moe.top_k": "1",
-            "moe.router.bias": "learned",
-            "moe.router.weights": "one",
-            "moe.router.balance": "sample",
-            "moe.router_aux_loss_coef": "0.01",
-        },
-        (SHORT, LONG),
-    ),
+    Method("llava_mole", _LLAVA_MOLE, (SHORT, LONG)),
+    Method("llava_mole_gated", {**_LLAVA_MOLE, "moe.router.weights": "gate"}, (LONG,), _ONE_SEED),
     *(_mola(name, allocation) for name, allocation in MOLA.items()),
 )
-SYSTEMS = tuple(method.name for method in METHODS if not method.name.startswith("lora_"))
-"""those that are no plain LoRA"""
 
 
 @dataclass(frozen=True)
