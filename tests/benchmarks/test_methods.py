@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
-from benchmarks.method_cases import GOALS, METHODS, SEEDS, SHORT, Run
+from benchmarks.method_cases import GOALS, LONG, METHODS, SEEDS, SHORT, Run
 from benchmarks.method_speed import BESIDE, NAMES, rows_of
 from benchmarks.methods import by_method, load_spread, wanted
 
@@ -30,6 +30,15 @@ def test_a_goal_is_judged_by_the_seeds_that_all_its_systems_have() -> None:
     met = MOS.verdict(by_method([*runs, *(run_of("lora_r2", seed, 1.02) for seed in (1, 2))]))
     assert met.startswith(f"met (2 of {len(SEEDS)} seeds): below r 2 in 2 of 2; 1.010")
     assert MOS.verdict(by_method([*runs, run_of("lora_r2", 1, 1.02), run_of("lora_r2", 2, 1.0)])).startswith("missed (2 of")
+
+
+def test_after_400_steps_the_better_learning_rate_of_each_system_counts() -> None:
+    """LoRA has 0.7 at its first rate and LLaVA-MoLE 0.72 at its second, where the others of both are worse."""
+    exact = {"lora_r8": 0.7, "lora_r8_slower": 0.6, "llava_mole": 0.65, "llava_mole_slower": 0.72}
+    goal = next(goal for goal in GOALS if goal.system == "llava_mole")
+    runs = [replace(run_of(name, 1, 1.0), steps=LONG, accuracy={"gcd": share}) for name, share in exact.items()]
+    assert goal.verdict(by_method(runs)) == "met (1 of 3 seeds): exact 0.720 beside 0.700"
+    assert goal.verdict(by_method(runs[:3])) == "open: no runs yet of llava_mole_slower"
 
 
 def test_every_goal_names_systems_that_are_trained_for_as_many_steps() -> None:
