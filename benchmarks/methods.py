@@ -7,12 +7,12 @@ each, on five small tasks of reasoning-gym; all see the same samples in the same
 of 256 tokens, one of 400 steps of two sequences of 128, both over three seeds. Each run is written to the file
 (benchmarks/results/methods.json) as soon as it is through: a call with `--resume` goes on with the runs that are missing, the first seed's
 before the second's and short ones before long ones, and `--most` ends it after some. A call without it begins anew. `--tables` trains
-nothing. The complete recording takes about nine hours on two idle cores.
+nothing. The complete recording takes about twelve hours on two idle cores.
 
 Experts are materialized on both ranks in every step (`fssdp.policy: full`), so that bytes sent are those of one gather and one reduction.
 Tokens a second are the median step's, on a machine that others may use, too; tokens a processor second are not troubled by that.
-What is shown is a comparison at this size and this number of steps, with one learning rate a system; it does not show what any system
-could reach with rates of its own, with more steps, or with larger models.
+What is shown is a comparison at this size and this number of steps, with one or two learning rates a system; it does not show what any
+system could reach with rates of its own, with more steps, or with larger models.
 """
 
 from __future__ import annotations
