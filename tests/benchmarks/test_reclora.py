@@ -79,7 +79,7 @@ def test_both_aucs_are_the_share_of_pairs_in_order(movielens: ModuleType) -> Non
     assert auc(torch.tensor(score_N), torch.tensor(positive_N).double()) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("system", ["reclora", "reclora_products"])
+@pytest.mark.parametrize("system", ["reclora", "reclora_factors"])
 @pytest.mark.parametrize(
     ("lora", "said"),
     [((0.79, 0.79), "met (2 of 3 seeds)"), ((0.79, 0.801), "missed (2 of 3 seeds)"), ((0.797, 0.797), "missed (2 of 3 seeds)")],
@@ -90,7 +90,7 @@ def test_reclora_must_be_better_with_each_seed_and_by_enough_on_average(system: 
     rows += [{"system": "lora", "seed": seed, "auc": one} for seed, one in zip((1, 2), lora, strict=True)]
     found = summary(rows, {"test_texts_auc": 0.9})
     assert verdict(system, found).endswith(said)
-    other = "reclora" if system == "reclora_products" else "reclora_products"
+    other = "reclora" if system == "reclora_factors" else "reclora_factors"
     assert verdict(other, found).endswith("open, no seed has both")
 
 

@@ -73,11 +73,11 @@ def alone(group: dist.ProcessGroup) -> Ranks:
 
 def test_a_plan_has_all_experts_everywhere_under_every_policy_and_counts_the_gates(workshop: Path) -> None:
     """2 layers of q [32, 32] and v [16, 32], 3 experts of rank 8; gates of 5 numbers."""
-    shape = run_shape(loaded(workshop, "plan"), None, 2)
+    shape = run_shape(loaded(workshop, "plan", "moe.router.mix=factors"), None, 2)
     assert shape.config.moe.experts_per_token == 3
     assert shape.replicated_parameters == 4 * (2 * WIDTH + 60 * (WIDTH + 1) + 3 * 61)
     assert all(one.parts["tokens"] == 0 for one in forecast(shape, "zipf").policies)
-    products = run_shape(loaded(workshop, "plan", "moe.router.mix=products"), None, 2)
+    products = run_shape(loaded(workshop, "plan"), None, 2)
     by_policy = {one.policy: one.parts["tokens"] for one in forecast(products, "zipf").policies}
     assert by_policy["static_ep"] > 0 == by_policy["full"]
 
@@ -88,7 +88,8 @@ def test_from_recipe_to_one_users_lora(workshop: Path, one_rank: dist.ProcessGro
     import peft
     from transformers import AutoModelForCausalLM
 
-    ranks, config = alone(one_rank), loaded(workshop, mix, f"moe.router.mix={mix}", "moe.num_experts=[3,0]", "eval.generate=true")
+    router = "moe.router.temperature=5", f"moe.router.mix={mix}"
+    ranks, config = alone(one_rank), loaded(workshop, mix, *router, "moe.num_experts=[3,0]", "eval.generate=true")
     training = Training(config, ranks)
     losses = [training.train_one().result.loss for _ in range(4)]
     assert losses[-1] < losses[0]
