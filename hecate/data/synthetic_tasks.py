@@ -6,6 +6,7 @@ sample then has some 30 tokens, most of which carry information.
 
 import importlib.util
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -126,7 +127,10 @@ def _verifier(generator: str) -> Callable[[str, dict[str, Any]], float]:
 
 def _reasoning_gym() -> Any:
     try:
-        import reasoning_gym
+        with warnings.catch_warnings():
+            # Python compiles a package at its first import, and one that reasoning-gym needs compares strings by `is`.
+            warnings.simplefilter("ignore", SyntaxWarning)
+            import reasoning_gym
     except ImportError as error:
         raise UserError(f"the synthetic tasks need reasoning-gym, which is not installed\n  {install_hint('quickstart')}") from error
     return reasoning_gym
