@@ -1,16 +1,17 @@
 """One rank of a training of a few steps that measures how many bytes of tensors it holds: `python -m benchmarks.memory_rank OUT CONFIG`.
 
-On a GPU these are `torch.cuda.max_memory_allocated`. On a CPU torch's profiler records what torch's allocator gives out and takes back,
-from before the model is loaded, so that temporary tensors inside operators are counted, too. Tensors that are mapped from files are added.
+On a GPU these are `torch.cuda.max_memory_allocated`. On a CPU torch's profiler records how much torch's allocator has given out whenever it
+gives out or takes back a block, so that temporary tensors inside operators are counted, too. Tensors that are mapped from files are added.
 Not counted are the interpreter, libraries, and what libraries take without torch's allocator, such as gloo's buffers.
 """
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 STEPS = 3
 """the first makes the optimizer's moments"""
 _STEPS_MARK = "hecate: steps"
-Change = tuple[int, int, int]
-"""when torch's allocator gave out a block or took it back, its address, and its bytes: below 0 where it was taken back"""
+Change = tuple[int, int]
+"""when torch gave out a block or took it back, and the bytes of all blocks of its allocator then; 0 for a mapped file, which is none"""
 
 
 def preload() -> None:
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str]) -> None:
     from hecate.ranks.ranks import join_ranks
     from hecate.train.training import Training
 
+    count_in_all_threads()
     out, path = arguments
     config = load_config(path, claim_output=False)
     model = config.model
@@ -51,11 +53,11 @@ def main(arguments: Sequence[str]) -> None:
         else:
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:
                 training = Training(config, ranks)
-                before = live_tensors()
+                mapped = mapped_bytes()
                 loads = _take_steps(training)
-            events = list(_all_events(seen.profiler.kineto_results.experimental_event_tree()))
+            events = list(all_events(seen.profiler.kineto_results.experimental_event_tree()))
             steps = next(event for event in events if event.name == _STEPS_MARK)
-            peak = peak_bytes(_changes(events), steps.start_time_ns, steps.end_time_ns, before)
+            peak = peak_bytes(allocated(events), steps.start_time_ns, steps.end_time_ns) + mapped
         Path(f"{out}.{ranks.rank}").write_text(json.dumps({"peak_bytes": peak}), encoding="utf-8")
         if ranks.rank == 0:
             top_k, most = training.parts.config.moe.experts_per_token, training.facts().tokens_per_rank
@@ -65,41 +67,36 @@ def main(arguments: Sequence[str]) -> None:
             trace.save()
 
 
-def peak_bytes(changes: Iterable[Change], start: int, end: int, before: Mapping[int, int]) -> int:
-    """Return the most bytes of tensors between two times.
+def count_in_all_threads() -> None:
+    """Have torch's allocator count what it gives out and takes back in threads that the profiler does not see, too.
+
+    A tensor that ranks exchange is often freed by gloo's thread. Then no record of the profiler tells of its end, but the bytes of all
+    blocks, which the next record has, are without it.
+    """
+    library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    ctypes.c_bool.in_dll(library, "FLAGS_caffe2_report_cpu_memory_usage").value = True
+
+
+def peak_bytes(changes: Iterable[Change], start: int, end: int) -> int:
+    """Return the most bytes of all blocks of torch's allocator between two times.
 
     Args:
-        changes: of all blocks, from before the first tensor on.
-        before: the bytes of the tensors that are there at `start`, by address. Those that are in no block are mapped from files, and stay.
-            Of a block that is a whole mapped file, the tensors are counted that are still in use.
+        changes: from before the first tensor on.
     """
-    live: dict[int, int] = {}
-    held = most = 0
-    mapped: int | None = None
-    for when, address, size in sorted(changes):
-        if when > end:
-            break
-        if when >= start and mapped is None:
-            mapped = sum(before.values())
-            for at, large in live.items():
-                inside = {place: number for place, number in before.items() if at <= place < at + large}
-                mapped -= sum(inside.values())
-                if len(inside) > 1:
-                    live[at] = sum(inside.values())
-                    held += live[at] - large
-            most = held
-        if size > 0:
-            held += size - live.get(address, 0)  # the profiler misses the end of some blocks; another one in their place tells of it
-            live[address] = size
-        else:
-            held -= live.pop(address, 0)
-        most = max(most, held)
-    assert mapped is not None, "nothing was allocated in the steps"
-    return most + mapped
+    totals = [(when, total) for when, total in sorted(changes) if total and when <= end]
+    at_start = [total for when, total in totals if when < start][-1:]
+    return max(at_start + [total for when, total in totals if when >= start])
 
 
-def live_tensors() -> dict[int, int]:
-    """Return the bytes of the storages of all tensors that Python holds, by address. torch.compile's fake tensors have none."""
+def allocated(events: Iterable[Any]) -> Iterator[Change]:
+    """Yield what the events say of torch's allocator."""
+    for event in events:
+        if type(event.extra_fields).__name__ == "_ExtraFields_Allocation" and event.extra_fields.ptr:
+            yield event.start_time_ns, event.extra_fields.total_allocated
+
+
+def mapped_bytes() -> int:
+    """Return the bytes of the tensors that Python holds in files that are mapped into memory. torch.compile's fake tensors have none."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():
@@ -107,7 +104,13 @@ def live_tensors() -> dict[int, int]:
         if issubclass(of, torch.Tensor) and not issubclass(of, FakeTensor) and thing.device.type == "cpu":
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
-    return found
+    total = 0
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        region, *_, path = line.split(maxsplit=5)
+        if path.startswith("/"):
+            first, last = (int(address, 16) for address in region.split("-"))
+            total += sum(size for address, size in found.items() if first <= address < last)
+    return total
 
 
 def _take_steps(training: Any) -> list[dict[Any, Any]]:
@@ -116,16 +119,11 @@ def _take_steps(training: Any) -> list[dict[Any, Any]]:
         return [training.train_one().result.loads for _ in range(STEPS)]
 
 
-def _all_events(events: Iterable[Any]) -> Iterator[Any]:
+def all_events(events: Iterable[Any]) -> Iterator[Any]:
+    """Yield the events and all that are inside them."""
     for event in events:
         yield event
-        yield from _all_events(event.children)
-
-
-def _changes(events: Iterable[Any]) -> Iterator[Change]:
-    for event in events:
-        if type(event.extra_fields).__name__ == "_ExtraFields_Allocation" and event.extra_fields.ptr:
-            yield event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size
+        yield from all_events(event.children)
 
 
 if __name__ == "__main__":
