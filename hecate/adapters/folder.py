@@ -15,6 +15,7 @@ from hecate.adapters.config import CONFIG, AdapterConfig, config_from_json, conf
 from hecate.adapters.names import layer_in, modern_name
 from hecate.adapters.tensors import checked_tensors
 from hecate.checkpoint.shard import write_safetensors
+from hecate.config.paths import TRAINED, require_trained
 from hecate.errors import UserError
 from hecate.io.durable import new_folder, write_durable
 from hecate.io.plain_files import read_plain, require_plain
@@ -140,9 +141,6 @@ def _weights_path(folder: Path) -> Path:
     return path
 
 
-_WANTED = "give the folder of a run, a checkpoint, an adapter or a whole model"
-
-
 def read_adapter_config(folder: Path) -> Any:
     """Return the JSON value of an adapter folder's adapter_config.json, of any kind of adapter.
 
@@ -153,9 +151,8 @@ def read_adapter_config(folder: Path) -> Any:
     try:
         return parse_json(read_plain(config_path, _MAX_CONFIG_BYTES))
     except OSError as error:
-        if not os.path.lexists(folder):
-            raise UserError(f"{folder}: no such folder\n  {_WANTED}") from error
-        raise UserError(f"{config_path}: cannot be read: {error.strerror}; is this an adapter folder?\n  {_WANTED}") from error
+        require_trained(folder)
+        raise UserError(f"{config_path}: cannot be read: {error.strerror}; is this an adapter folder?\n  {TRAINED}") from error
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error
 

@@ -51,8 +51,11 @@ def generate(
 
     A PROMPT is answered in plain text. With --prompts each line is printed, or written to --out, with its answers.
     """
+    _check(given or (), prompts, out, answers, temperature)
+    from hecate.config.paths import require_trained
+
+    require_trained(trained)
     decoding = _decoding(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
-    _check(given or (), prompts, out, answers, decoding)
     if prompts is None:
         _require_user(user, features)
     from hecate.data.prompts import asked, read_prompts
@@ -88,6 +91,9 @@ def chat(
     features: Features = None,
 ) -> None:
     """Talk with a trained model. /reset begins anew, /exit ends; Ctrl-C breaks off an answer, which then was not given."""
+    from hecate.config.paths import require_trained
+
+    require_trained(trained)
     decoding = _decoding(max_new_tokens, temperature, top_p, top_k, seed, ())
     _require_user(user, features)
     from hecate.train.answers import Conversation
@@ -141,14 +147,14 @@ def _require_user(user: str | None, features: Path | None) -> None:
         raise UserError("--features was given without --user ID; an adapter that decides by users needs both")
 
 
-def _check(given: Sequence[str], prompts: str | None, out: Path | None, answers: int, decoding: Decoding) -> None:
+def _check(given: Sequence[str], prompts: str | None, out: Path | None, answers: int, temperature: float) -> None:
     if bool(given) == (prompts is not None):
         raise UserError('hecate generate: give a PROMPT, or --prompts FILE.jsonl\n  such as hecate generate runs/qwen "What is FSSDP?"')
     if out is not None and prompts is None:
         raise UserError("--out is for the answers of --prompts; the answer to a PROMPT is printed")
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}; make it first")
-    if answers > 1 and not decoding.samples:
+    if answers > 1 and temperature == 0:
         raise UserError(f"--answers {answers}: without sampling all answers to a prompt are the same\n  give --temperature 1, or less")
 
 

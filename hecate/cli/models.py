@@ -115,12 +115,14 @@ def export(
     features: Annotated[Path | None, typer.Option(help="the .npz file with that user's features")] = None,
 ) -> None:
     """Write what a run has trained in the form that another program reads: an adapter, or a whole model (docs/adapters.md)."""
+    from hecate.config.paths import require_trained
     from hecate.errors import UserError
 
     if (folder is None) == (out is None):
         raise UserError("hecate export: name the new folder once: hecate export RUN --to FORM -o OUT")
     new = out or folder
     assert new is not None
+    require_trained(trained)
     from hecate.train.trained import export as export_trained
 
     for line in export_trained(trained, new, to=to, user=user, features=features, model=model):

@@ -15,6 +15,7 @@ PACKAGE_PREFIX = "package:"
 CONFIG_SUFFIXES = (".json", ".yaml")
 """of a file with a model's sizes, like transformers' config.json"""
 ADAPTER_CONFIG = "adapter_config.json"
+TRAINED = "give the folder of a run, a checkpoint, an adapter or a whole model"
 INDEXED_SUFFIXES = (".idx", ".bin")
 """the endings of the two files of one of Megatron's indexed data sets"""
 
@@ -58,6 +59,12 @@ def find_model(name_or_path: str, *, weights: bool = True) -> Path:
 def is_gguf_name(name_or_path: str) -> bool:
     """Return whether `model.name_or_path` names a .gguf file, or a package that holds one."""
     return name_or_path.startswith(PACKAGE_PREFIX) or name_or_path.endswith(".gguf")
+
+
+def require_trained(name: str | os.PathLike[str]) -> None:
+    """Raises UserError: a path to what was trained leads nowhere. A package that holds a .gguf file is not looked for."""
+    if not is_gguf_name(os.fspath(name)) and not os.path.lexists(name):
+        raise UserError(f"{name}: no such folder\n  {TRAINED}")
 
 
 def named_model(name_or_path: str) -> str:

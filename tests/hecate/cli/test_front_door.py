@@ -75,3 +75,13 @@ def test_a_rank_without_arguments_says_how_to_start_it(program: str) -> None:
     assert done.returncode == 2
     assert f"python -m {program} " in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["generate nothing hello", "chat nothing", "export nothing --out new"])
+def test_a_folder_that_is_missing_is_named_before_libraries_are_loaded(command: str) -> None:
+    program = (
+        "import sys; sys.modules['torch'] = None\nfrom typer.testing import CliRunner; from hecate.cli import app\n"
+        "print(CliRunner().invoke(app, sys.argv[1:]).exception)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *command.split()], capture_output=True, text=True, check=True)
+    assert done.stdout == "nothing: no such folder\n  give the folder of a run, a checkpoint, an adapter or a whole model\n"
