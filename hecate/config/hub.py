@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hecate.config.problems import shorten
+from hecate.config.typed import INVALID
 from hecate.errors import UserError
 
 MODEL, SOURCES = "model.name_or_path", ("data.train", "data.eval")
@@ -39,7 +40,7 @@ def with_local_paths(
     a file of it or a pattern. What was fetched lies in the hub's own cache, and the path names its revision.
 
     Args:
-        add: is called with the key, the problem and a hint for each name that cannot be had.
+        add: is called with the key, the problem and a hint for each name that cannot be had. The value is INVALID then.
         may_fetch: False on all ranks but the one whose launcher has fetched: they find what is in the cache.
         trains: whether data.train is read; it stays as it is otherwise.
         inputs: whether any data are read.
@@ -52,14 +53,16 @@ def with_local_paths(
         except UserError as error:
             what, _, hint = str(error).partition("\n")
             add(MODEL, what, hint)
+            found[MODEL] = INVALID
     read = SOURCES if trains else SOURCES[1:]
     for key in read if inputs else ():
         if isinstance(sources := values.get(key), tuple):
-            found[key] = tuple(_of_source(source, f"{key}[{at}].path", add, may_fetch=may_fetch) for at, source in enumerate(sources))
+            fetched = tuple(_of_source(source, f"{key}[{at}].path", add, may_fetch=may_fetch) for at, source in enumerate(sources))
+            found[key] = INVALID if INVALID in fetched else fetched
     return found
 
 
-def _of_source(source: dict[str, Any], key: str, add: Callable[[str, str, str], None], *, may_fetch: bool) -> dict[str, Any]:
+def _of_source(source: dict[str, Any], key: str, add: Callable[[str, str, str], None], *, may_fetch: bool) -> dict[str, Any] | object:
     path = source.get("path")
     match = _data_name(path) if isinstance(path, str) else None
     if match is None:
@@ -70,7 +73,7 @@ def _of_source(source: dict[str, Any], key: str, add: Callable[[str, str, str], 
     except UserError as error:
         what, _, hint = str(error).partition("\n")
         add(key, what, hint)
-        return source
+        return INVALID
     called = {"name": name.partition("/")[2]} if source.get("name") is None else {}
     return source | called | {"path": str(folder if inside is None else folder / inside)}
 

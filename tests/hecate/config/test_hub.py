@@ -122,6 +122,7 @@ def test_offline_the_cache_is_all_there_is(folder: Path, tmp_path: Path, monkeyp
         load(NAMED, "hub=true")
     for said in ("hf download org/small", "hf download org/talk --repo-type dataset", "is not in the hub's cache"):
         assert said in str(refused.value)
+    assert sorted(problem.key for problem in refused.value.problems) == ["data.train[0].path", "model.name_or_path"], "each once"
 
 
 def test_paths_that_are_no_names_get_no_hint() -> None:
