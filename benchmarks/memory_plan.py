@@ -33,9 +33,6 @@ from testing.byte_tokenizer import build_byte_tokenizer
 RANK_PROGRAM = "benchmarks.memory_rank"
 GOAL = 0.05
 """the largest relative error of a plan"""
-TRAININGS = 3
-"""of each case; the one with the median peak counts. What ranks exchange is in memory until they have waited for each other, so that the
-peaks of a training that is repeated differ by some percent."""
 _SIZES: dict[str, int] = {
     "hidden_size": 512,
     "intermediate_size": 1408,
@@ -133,14 +130,11 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
     path = write_case(case, folder)
     config = load_config(path, claim_output=False)
     planned_D = planned_bytes(config, case.ranks, WORKLOAD)
-    trainings = []
-    for number in range(TRAININGS):
-        if launch_local(RANK_PROGRAM, [f"{folder}/measured{number}", str(path)], case.ranks):
-            sys.exit(f"{case.name}: the training failed")
-        files = [Path(f"{folder}/measured{number}.{rank}") for rank in range(case.ranks)]
-        trainings.append([json.loads(file.read_text(encoding="utf-8"))["peak_bytes"] for file in files])
-    measured = sorted(trainings, key=max)[TRAININGS // 2]
-    with_loads_D = planned_bytes(config, case.ranks, load_trace(folder / "measured0.loads"))
+    if launch_local(RANK_PROGRAM, [f"{folder}/measured", str(path)], case.ranks):
+        sys.exit(f"{case.name}: the training failed")
+    files = [Path(f"{folder}/measured.{rank}") for rank in range(case.ranks)]
+    measured = [json.loads(file.read_text(encoding="utf-8"))["peak_bytes"] for file in files]
+    with_loads_D = planned_bytes(config, case.ranks, load_trace(folder / "measured.loads"))
     return {
         "case": case.name,
         "ranks": case.ranks,
@@ -152,7 +146,6 @@ def compare(case: Case, folder: Path) -> dict[str, Any]:
         "planned_bytes": planned_D.tolist(),
         "planned_bytes_with_loads": with_loads_D.tolist(),
         "measured_bytes": measured,
-        "measured_mb_of_each": [max(peaks) / 1e6 for peaks in trainings],
         "overrides": list(case.overrides),
     }
 
