@@ -24,7 +24,7 @@ from importlib import import_module
 from pathlib import Path
 
 from hecate.io.process_end import die_with_parent, run_and_end
-from hecate.ranks.launcher_files import LAUNCHED_VARIABLE
+from hecate.ranks.launcher_files import LAUNCHED_VARIABLE, name_process
 
 _SERVER = (sys.executable, "-m", "hecate.launch.fork_server")
 _STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -175,8 +175,7 @@ def _become(order: StartOrder, descriptors: list[int], server: int) -> None:
     os.environ.update(order.environment)
     os.environ[LAUNCHED_VARIABLE] = str(server)
     die_with_parent(server)  # also before it joins the other ranks
-    with suppress(OSError):
-        Path("/proc/self/comm").write_text(f"hecate-rank-{order.environment.get('RANK')}", encoding="ascii")
+    name_process()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPS)
 
 

@@ -29,7 +29,7 @@ from hecate.ranks.backend import (
     wait_for_all,
 )
 from hecate.ranks.groups import TIMEOUT, ExpertGroups, TensorGroups, expert_groups, own_group, tensor_groups
-from hecate.ranks.launcher_files import BEGINS_VARIABLE, JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE
+from hecate.ranks.launcher_files import BEGINS_VARIABLE, JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, name_process
 from hecate.ranks.meeting import meeting_store
 from hecate.ranks.sockets import Connection, notice_lost_machines, ports, shut_down, tcp_sockets
 
@@ -211,6 +211,7 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1, *, sharded_layer
         store = None
     if LAUNCHED_VARIABLE in os.environ:
         die_with_parent(int(os.environ[LAUNCHED_VARIABLE]))
+        name_process()
     try:
         given_size = None if JOIN_VARIABLE in os.environ else shard_size
         ranks = connect(store, rank, world_size, given_size, tp_size, sharded_layers=sharded_layers)
