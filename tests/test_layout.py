@@ -292,7 +292,6 @@ WRITES_PLAINLY = {
     "hecate/forecast/plan.py": "a result to whatever path the user names, a pipe among them; the command can be given again",
     "hecate/forecast/report.py": "as hecate/forecast/plan.py",
     "hecate/sweep/processes.py": "what a run prints, as it prints it",
-    "launch/fork_server.py": "/proc is no disk",
     "launch/run_folder.py": "in the folder for temporary files, read by the process that removes it",
     "launch/ray_job/worker.py": "in a folder for temporary files",
     "parallel/jit.py": "a lock and a log",
