@@ -82,6 +82,7 @@ def peak_bytes(changes: Iterable[Change], start: int, end: int) -> int:
 
     Args:
         changes: from before the first tensor on.
+        start, end: nanoseconds, as the profiler's records have them.
     """
     totals = [(when, total) for when, total in sorted(changes) if total and when <= end]
     at_start = [total for when, total in totals if when < start][-1:]

@@ -15,7 +15,7 @@ from hecate.adapters.config import CONFIG, AdapterConfig, config_from_json, conf
 from hecate.adapters.names import layer_in, modern_name
 from hecate.adapters.tensors import checked_tensors
 from hecate.checkpoint.shard import write_safetensors
-from hecate.config.paths import TRAINED, require_trained
+from hecate.config.paths import TRAINED_HINT, require_trained
 from hecate.errors import UserError
 from hecate.io.durable import new_folder, write_durable
 from hecate.io.plain_files import read_plain, require_plain
@@ -152,7 +152,7 @@ def read_adapter_config(folder: Path) -> Any:
         return parse_json(read_plain(config_path, _MAX_CONFIG_BYTES))
     except OSError as error:
         require_trained(folder)
-        raise UserError(f"{config_path}: cannot be read: {error.strerror}; is this an adapter folder?\n  {TRAINED}") from error
+        raise UserError(f"{config_path}: cannot be read: {error.strerror}; is this an adapter folder?\n  {TRAINED_HINT}") from error
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error
 

@@ -15,7 +15,7 @@ PACKAGE_PREFIX = "package:"
 CONFIG_SUFFIXES = (".json", ".yaml")
 """of a file with a model's sizes, like transformers' config.json"""
 ADAPTER_CONFIG = "adapter_config.json"
-TRAINED = "give the folder of a run, a checkpoint, an adapter or a whole model"
+TRAINED_HINT = "give the folder of a run, a checkpoint, an adapter or a whole model"
 INDEXED_SUFFIXES = (".idx", ".bin")
 """the endings of the two files of one of Megatron's indexed data sets"""
 
@@ -64,7 +64,7 @@ def is_gguf_name(name_or_path: str) -> bool:
 def require_trained(name: str | os.PathLike[str]) -> None:
     """Raises UserError: a path to what was trained leads nowhere. A package that holds a .gguf file is not looked for."""
     if not is_gguf_name(os.fspath(name)) and not os.path.lexists(name):
-        raise UserError(f"{name}: no such folder\n  {TRAINED}")
+        raise UserError(f"{name}: no such folder\n  {TRAINED_HINT}")
 
 
 def named_model(name_or_path: str) -> str:
