@@ -35,6 +35,7 @@ from hecate.parallel.topology import Topology
 from hecate.parallel.topology_cards import RankDevice, SeenTopology, topology_of_devices
 from hecate.parallel.topology_file import load_topology
 from hecate.parallel.units import FFN
+from hecate.ranks.processor import computes_bfloat16
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _DRIVER = Path("/proc/driver/nvidia/gpus")
@@ -431,9 +432,4 @@ def _dtype(config: Config, topology: Topology) -> str:
         return "bfloat16"
     if config.model.front_end == "megatron":
         return "float32"
-    # This is the trainer's rule, without importing torch.
-    try:
-        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        return "float32"
-    return "bfloat16" if "avx512_bf16" in flags or "amx_tile" in flags else "float32"
+    return "bfloat16" if computes_bfloat16() else "float32"

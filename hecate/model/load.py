@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from hecate.config.paths import find_model
 from hecate.errors import UserError
 from hecate.model.norms import fuse_norms
+from hecate.ranks.processor import computes_bfloat16
 
 _log = logging.getLogger(__name__)
 
@@ -61,8 +62,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    fast_cpu = any(getattr(torch.cpu, f"_is_{isa}_supported", bool)() for isa in ("avx512_bf16", "amx_tile"))
-    return torch.bfloat16 if fast_cpu else torch.float32
+    return torch.bfloat16 if computes_bfloat16() else torch.float32
 
 
 def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device, num_hidden_layers: int | None = None) -> nn.Module:
