@@ -460,6 +460,9 @@ class EvalConfig:
     """Also evaluate before the first step, so that the result at the end can be compared with it."""
     max_samples: int | None = field(default=None, metadata=key(COUNT))
     """Evaluate only this many samples of each source, the first ones. null: all."""
+    max_samples_on_start: int | None = field(default=None, metadata=key(COUNT))
+    """With on_start: evaluate before the first step only this many samples of each source, the first ones of those that are evaluated
+    later. null: all of those."""
     generate: bool = False
     """Also decode an answer greedily for each sample and score exact match."""
     max_new_tokens: int = field(default=32, metadata=key(COUNT))

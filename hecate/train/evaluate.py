@@ -53,28 +53,22 @@ def evaluate(
         heard: is told the answers that were counted, if any were.
         recorded: is told what this rank's routers have done.
     """
-    scores, loads = {}, {}
-    together = moe.engine.goes_together
-    with moe.engine.evaluation(together=together) as evaluation, torch.no_grad():
+    losses, loads = {}, {}
+    with moe.engine.evaluation(together=moe.engine.goes_together) as evaluation, torch.no_grad():
         for index, source in enumerate(sources):
-            loss, loads[source.name] = _loss_and_loads(config, ranks, base, moe, evaluation, sources, index, features_UF, recorded)
-            accuracy = None
-            samples = len(source) if config.eval.max_samples is None else min(len(source), config.eval.max_samples)
-            if config.eval.generate:
-                named = config.data.eval[index]
-                items = generation_items(source, named.format, base.tokenizer, config.eval.max_samples, named.fields)
-                tokens = PassTokens(source=_expert_of(config, source.name, ranks.device))
-
-                def begin(batch: Sequence[GenerationItem], tokens: PassTokens = tokens) -> AbstractContextManager[object]:
-                    return evaluation.forward(replace(tokens, users=_users_of(batch, features_UF)))
-
-                mine, answers = _answers(config, ranks, base, items, together, begin)
-                exact = sum(answer == item.answer_text for answer, item in zip(answers, mine, strict=True))
-                if items:
-                    accuracy = ranks.all_sum(torch.tensor([float(exact)])).item() / len(items)
-                if heard is not None:
-                    heard(source.name, mine, answers)
-            scores[source.name] = EvalScore(loss=loss, accuracy=accuracy, samples=samples)
+            losses[source.name], loads[source.name] = _loss_and_loads(
+                config, ranks, base, moe, evaluation, sources, index, features_UF, recorded
+            )
+        exact = _exact(config, ranks, base, moe, evaluation, sources, features_UF, heard) if config.eval.generate else {}
+    most = config.eval.max_samples
+    scores = {
+        source.name: EvalScore(
+            loss=losses[source.name],
+            accuracy=exact.get(source.name),
+            samples=len(source) if most is None else min(len(source), most),
+        )
+        for source in sources
+    }
     return Evaluation(scores, loads)
 
 
@@ -119,6 +113,42 @@ def _expert_of(config: Config, source: str, device: torch.device) -> Tensor | No
     return copy_to(torch.tensor([[one.name for one in config.data.train].index(source)]), device)
 
 
+def _exact(
+    config: Config,
+    ranks: Ranks,
+    base: BaseModel,
+    moe: MoeModel,
+    evaluation: EvaluationPasses,
+    sources: Sequence[TokenSource],
+    features_UF: Tensor | None,
+    heard: Heard | None,
+) -> dict[str, float]:
+    """The share of exact answers of each source that has questions. Questions of all sources are answered together, by length, since a
+    forward pass over few rows takes nearly as long as one over many; those of sources that are experts by themselves are not."""
+    questions = {
+        source.name: generation_items(source, named.format, base.tokenizer, config.eval.max_samples, named.fields)
+        for source, named in zip(sources, config.data.eval, strict=True)
+    }
+    shares: dict[str, float] = {}
+    for names in [[name] for name in questions] if config.moe.by_source else [list(questions)]:
+        tokens = PassTokens(source=_expert_of(config, names[0], ranks.device)) if names else PassTokens()
+
+        def begin(batch: Sequence[GenerationItem], tokens: PassTokens = tokens) -> AbstractContextManager[object]:
+            return evaluation.forward(replace(tokens, users=_users_of(batch, features_UF)))
+
+        asked = [(name, item) for name in names for item in questions[name]]
+        mine = asked[ranks.rank :: ranks.world_size]
+        answers = _answers(config, ranks, base, [item for _, item in asked], moe.engine.goes_together, begin)
+        for name in names:
+            said = [(item, answer) for (of, item), answer in zip(mine, answers, strict=True) if of == name]
+            right = ranks.all_sum(torch.tensor([float(sum(answer == item.answer_text for item, answer in said))])).item()
+            if questions[name]:
+                shares[name] = right / len(questions[name])
+            if heard is not None:
+                heard(name, [item for item, _ in said], [answer for _, answer in said])
+    return shares
+
+
 def _answers(
     config: Config,
     ranks: Ranks,
@@ -126,8 +156,8 @@ def _answers(
     items: Sequence[GenerationItem],
     together: bool,
     begin: Callable[[Sequence[GenerationItem]], AbstractContextManager[object]],
-) -> tuple[Sequence[GenerationItem], list[str]]:
-    """The prompts of this rank, and the greedy answers to them, without what the chat template writes around an answer.
+) -> list[str]:
+    """The greedy answers to the prompts of this rank, items[rank :: world size], without what the chat template writes around an answer.
 
     Args:
         begin: begins the forward passes of a batch, whose rows are these prompts.
@@ -144,7 +174,7 @@ def _answers(
         begin=lambda chosen: begin([asked[i] for i in chosen]),
         together=together,
     )
-    return mine, [item.content_of(answer.text) for item, answer in zip(mine, answers[: len(mine)], strict=True)]
+    return [item.content_of(answer.text) for item, answer in zip(mine, answers[: len(mine)], strict=True)]
 
 
 def _users_of(items: Sequence[GenerationItem], features_UF: Tensor | None) -> PassUsers | None:

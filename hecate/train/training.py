@@ -272,9 +272,12 @@ class Training:
         self.state = replace(self.standing, completed=self.standing.step)
 
     def evaluate(self) -> Evaluation:
-        """Evaluate on all held-out sources."""
-        parts = self.parts
-        return evaluate(parts.config, self.ranks, parts.base, parts.moe, parts.eval_sources, parts.features_UF)
+        """Evaluate on all held-out sources; before the first step on `eval.max_samples_on_start` samples of each at most."""
+        parts, config = self.parts, self.parts.config
+        most = [count for count in (config.eval.max_samples, config.eval.max_samples_on_start) if count is not None]
+        if self.standing.step == 0 and most:
+            config = replace(config, eval=replace(config.eval, max_samples=min(most)))
+        return evaluate(config, self.ranks, parts.base, parts.moe, parts.eval_sources, parts.features_UF)
 
     def reshard(self, steps: int) -> Resharding | None:
         """Move experts to better owners, if `steps` more steps repay it; at most the run's remaining steps count.

@@ -39,12 +39,14 @@ def test_a_model_that_says_what_it_was_trained_on_is_exact(tmp_path: Path, monke
     build_byte_tokenizer(chat_template=THINKING).save_pretrained(workshop / "model")
     config = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/a"], claim_output=False)
     asked: dict[str, str] = {}
+    calls = []
     for path in (workshop / "up.eval.jsonl", workshop / "echo.eval.jsonl"):
         for line in path.read_text().splitlines():
             question, answer = (turn["content"] for turn in json.loads(line)["messages"])
             asked.setdefault(question, answer)  # of the same question in both files, the first file's answer
 
     def generate(base: BaseModel, prompts: Sequence[Sequence[int]], *_: Any, **__: Any) -> list[Answer]:
+        calls.append(len(prompts))
         questions = [base.tokenizer.decode(ids).split("\n")[1].removesuffix("<e>") for ids in prompts]
         blocks = ["<think>\n\n</think>\n\n" if number % 2 else "" for number in range(len(questions))]
         return [Answer(block + asked[question], finished=True) for block, question in zip(blocks, questions, strict=True)]
@@ -53,6 +55,21 @@ def test_a_model_that_says_what_it_was_trained_on_is_exact(tmp_path: Path, monke
     with join_ranks() as ranks:
         scores = Training(config, ranks).evaluate().scores
     assert (scores["up.eval"].accuracy, scores["echo.eval"].accuracy) == (1.0, 0.0)
+    assert calls == [scores["up.eval"].samples + scores["echo.eval"].samples], "questions of all sources are answered together"
+
+
+def test_the_evaluation_before_the_first_step_may_have_fewer_samples(tmp_path: Path) -> None:
+    workshop = make_workshop(tmp_path)
+    settings = [f"output_dir={workshop}/runs/a", "eval.generate=false", "eval.on_start=true", "eval.max_samples_on_start=2"]
+    config = load_config(workshop / "config.yaml", settings, claim_output=False)
+    with join_ranks() as ranks:
+        run = Training(config, ranks)
+        before = run.evaluate().scores
+        run.train_one()
+        after = run.evaluate().scores
+    assert {score.samples for score in before.values()} == {2}
+    assert {name: score.samples for name, score in after.items()} == {one.name: len(one) for one in run.parts.eval_sources}
+    assert min(score.samples for score in after.values()) > 2
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, THINKING])
@@ -72,7 +89,7 @@ def test_ranks_with_nothing_to_ask_generate_nothing() -> None:
     base: Any = SimpleNamespace(model=model, tokenizer=SimpleNamespace(eos_token_id=0))
     config: Any = SimpleNamespace(eval=SimpleNamespace(max_new_tokens=4, batch_size=2))
     ranks: Any = SimpleNamespace(rank=1, world_size=2)
-    assert evaluate_module._answers(config, ranks, base, [], True, nullcontext) == ([], [])
+    assert evaluate_module._answers(config, ranks, base, [], True, nullcontext) == []
 
 
 def test_held_out_samples_that_are_left_out_have_a_file_of_their_own(tmp_path: Path) -> None:
