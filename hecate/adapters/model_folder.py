@@ -13,7 +13,8 @@ from hecate.errors import UserError
 from hecate.model.attention import AUTO, AttentionChoice, pick_way
 from hecate.model.base import BaseModel
 from hecate.model.causal_head import LanguageModelHead
-from hecate.model.load import ModelSource, load_model, load_tokenizer, one_gguf_reader, pick_dtype, read_config
+from hecate.model.gguf_files import one_gguf_reader
+from hecate.model.load import ModelSource, load_model, load_tokenizer, pick_dtype, read_config
 from hecate.model.memory_check import require_room
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.planners import POLICIES

@@ -7,7 +7,8 @@ from typing import Any
 
 from hecate.config import Config
 from hecate.errors import UserError
-from hecate.model.load import ModelSource, load_tokenizer, one_gguf_reader, resolve_model
+from hecate.model.gguf_files import one_gguf_reader
+from hecate.model.load import ModelSource, load_tokenizer, resolve_model
 
 
 def tokenizer_of(config: Config) -> Any:

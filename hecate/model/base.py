@@ -13,9 +13,10 @@ from hecate.kernels.backend import Backend
 from hecate.model.attention import AUTO, AttentionChoice, pick_way
 from hecate.model.causal_head import CausalHead, LanguageModelHead
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
+from hecate.model.gguf_files import one_gguf_reader
 from hecate.model.insert import FoundUnit
 from hecate.model.linears import FoundLinear, find_linears
-from hecate.model.load import base_of, load_model, load_tokenizer, one_gguf_reader, pick_dtype, resolve_model
+from hecate.model.load import base_of, load_model, load_tokenizer, pick_dtype, resolve_model
 from hecate.model.load_moe import OwnExperts, load_moe_model
 from hecate.model.model_digest import model_digest
 from hecate.model.safetensors_headers import stored_tensors

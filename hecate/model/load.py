@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,22 +195,6 @@ def load_tokenizer(source: ModelSource) -> Any:
     if not tokenizer.is_fast:
         raise UserError(f"{source.folder}: its tokenizer has no fast version; character offsets are needed to mask the prompt")
     return tokenizer
-
-
-@contextmanager
-def one_gguf_reader() -> Iterator[None]:
-    """transformers reads a GGUF file's header anew for configuration, weights and tokenizer, some seconds each: read it once."""
-    try:
-        import gguf
-    except ImportError:  # transformers will say what to install if it is needed
-        yield
-        return
-    original = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(original)
-    try:
-        yield
-    finally:
-        gguf.GGUFReader = original
 
 
 def _gguf_dequantized() -> dict[str, Any]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hecate.errors import UserError
 from hecate.io.plain_files import require_plain
-from hecate.model.load import ModelSource, load_model, one_gguf_reader, read_config
+from hecate.model.gguf_files import one_gguf_reader
+from hecate.model.load import ModelSource, load_model, read_config
 from hecate.model.read_experts import DTYPES
 from hecate.model.safetensors_headers import SINGLE, stored_tensors
 

@@ -18,8 +18,9 @@ from hecate.experts.full import noisy_copies
 from hecate.kernels.common.ffn import FfnBase
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
+from hecate.model.gguf_files import one_gguf_reader
 from hecate.model.insert import InsertionPlan, insert_experts
-from hecate.model.load import load_model, one_gguf_reader, resolve_model
+from hecate.model.load import load_model, resolve_model
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.expert_kinds import FULL
 from hecate.parallel.planners import POLICIES
