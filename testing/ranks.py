@@ -20,6 +20,11 @@ _models = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "
 _context.set_forkserver_preload(["torch", "torch.distributed", "numpy", *_models])
 
 
+def fork_server_process(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """A process, not yet started, that calls an importable function, with torch and some models of transformers loaded already."""
+    return _context.Process(target=function, args=arguments)
+
+
 def run_ranks(
     world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120.0, namespaces: Sequence[str] | None = None
 ) -> list[Any]:

@@ -18,6 +18,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from testing.byte_tokenizer import build_byte_tokenizer
+from testing.commands import run_hecate
 from testing.tiny_run import write_samples
 from tests.docs.blocks import CommandLine, all_blocks, all_commands
 from tests.rooms import ROOT
@@ -102,17 +103,17 @@ def folder(tmp_path: Path) -> Path:
 
 def problem(command: CommandLine, folder: Path) -> str:
     """Run a command. What went wrong, with what it printed; empty: nothing."""
-    done = subprocess.run(
-        as_run(command, len(list(folder.glob("runs/*")))),
-        shell=True,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1", "HECATE_CACHE": str(folder / "cache")},
-        input="hello\n/exit\n",
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    text = as_run(command, len(list(folder.glob("runs/*"))))
+    variables = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NUMBA_DISABLE_JIT": "1", "HECATE_CACHE": str(folder / "cache")}
+    environment, said = os.environ | variables, "hello\n/exit\n"
+    if text.startswith("hecate ") and "|" not in text:
+        done = run_hecate(shlex.split(text, comments=True)[1:], folder=folder, environment=environment, given=said, timeout=300)
+    else:
+        text = re.sub(r"^torchrun ", f"{sys.executable} -m torch.distributed.run ", text)
+        text = re.sub(r"(^|\| )hecate ", rf"\1{sys.executable} -m hecate ", text)
+        done = subprocess.run(
+            text, shell=True, cwd=folder, env=environment, input=said, capture_output=True, text=True, timeout=300, check=False
+        )
     expected = {0, 1} if "doctor" in command.words else {0}  # the machine may lack something
     told = f"{command.place}: {command.text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return "" if done.returncode in expected and "Traceback" not in done.stderr else told
@@ -131,8 +132,7 @@ def as_run(command: CommandLine, number: int) -> str:
         text = text.replace("runs/a", "runs/qwen")
     for theirs, ours in CHANGED.items():
         text = text.replace(theirs, ours)
-    text = re.sub(r"^torchrun ", f"{sys.executable} -m torch.distributed.run ", text)
-    return re.sub(r"(^|\| )hecate ", rf"\1{sys.executable} -m hecate ", text)
+    return text
 
 
 def test_every_command_is_run_or_has_a_reason() -> None:

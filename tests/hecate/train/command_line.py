@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from testing.commands import run_hecate
 from testing.tiny_run import make_workshop
 
 
@@ -26,7 +27,7 @@ def hecate(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(hecate(*arguments), capture_output=True, text=True, timeout=240, check=False)
+    done = run_hecate([str(one) for one in arguments], timeout=240)
     assert done.returncode == status, f"status {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
