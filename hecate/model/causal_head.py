@@ -59,11 +59,13 @@ class LanguageModelHead:
         way: in which layers compute attention; None: as transformers does by itself.
 
     Raises:
-        UserError: the model has a part more, or the samples of packed rows see each other.
+        UserError: the model does not give its decoder, has a part more, or the samples of packed rows see each other.
     """
 
     def __init__(self, model: Any, way: Way | None = None) -> None:
         self.decoder: nn.Module = model.get_decoder()
+        if self.decoder is model:  # as transformers' Llama 4 does
+            raise UserError(f"unsupported architecture: {type(model).__name__} does not say which of its parts is the decoder")
         self._project: nn.Module = model.get_output_embeddings()
         self._softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
         self._factor: float = getattr(model.config, "logit_scale", None) or 1.0

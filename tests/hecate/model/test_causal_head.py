@@ -207,6 +207,11 @@ def test_a_model_whose_packed_samples_see_each_other_is_refused(monkeypatch: pyt
         LanguageModelHead(tiny("llama"))
 
 
+def test_a_model_that_does_not_give_its_decoder_is_refused() -> None:
+    with pytest.raises(UserError, match="unsupported architecture: Llama4ForCausalLM does not say"):
+        LanguageModelHead(tiny("llama4_text"))
+
+
 def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused() -> None:
     model = tiny("llama")
     model.register_forward_hook(lambda module, given, outputs: setattr(outputs, "logits", 3 * outputs.logits))
