@@ -17,7 +17,7 @@ from typing import Protocol
 from hecate.errors import USER_ERROR_EXIT
 from hecate.launch.rank_command import Beginning, RankCommand, RankProcess, cause_of
 from hecate.launch.stopped_ranks import StoppedRanks
-from hecate.ranks.launcher_files import Generation, error_file, failure_of, here_file, ready_file, write_generation
+from hecate.ranks.launcher_files import LOST_PEER_EXIT, Generation, error_file, failure_of, here_file, ready_file, write_generation
 
 MOST_REPLACED = 3
 """largest number of ranks that a run starts in place of lost ones, if nothing else is said"""
@@ -154,7 +154,8 @@ class SurvivingRanks:
         self._loading.clear()
         mistaken = [member for member in self._now.members if self.processes[member].wait() == USER_ERROR_EXIT]
         if mistaken or self.stopping or self._left_to_replace == 0:
-            self.failed = [*mistaken, *dead, *self._now.members][0]
+            causes_first = sorted(dead, key=lambda member: self.processes[member].poll() == LOST_PEER_EXIT)
+            self.failed = [*mistaken, *causes_first, *self._now.members][0]
             return
         self._left_to_replace -= 1
         print(f"hecate: {causes}; all ranks start again", file=sys.stderr, flush=True)
