@@ -86,7 +86,7 @@ def factors(folder: Path) -> list[dict[str, Tensor]]:
 
 def test_rounds_of_averaging_are_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workshop = make_workshop(tmp_path)
-    config = recipe(workshop, "rounds", "rounds.count=3", "rounds.local_steps=2", *SETTINGS)
+    config = recipe(workshop, "rounds", "rounds.local_steps=2", *SETTINGS)
     monkeypatch.setattr("hecate.federate.rounds.train_runs", train_in_this_process)
     assert federate(config, ["train"], lambda _: None) == 0
     (rounds,) = run_ranks(1, steps_of, config)
