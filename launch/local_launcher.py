@@ -23,7 +23,7 @@ from hecate.launch.stopped_ranks import StoppedRanks
 from hecate.launch.surviving_ranks import MOST_REPLACED, SurvivingRanks, ThisMachine
 from hecate.ranks.cores import usable_cores
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
-from hecate.ranks.launcher_files import LAUNCHED_VARIABLE, error_file, pid_files
+from hecate.ranks.launcher_files import LAUNCHED_VARIABLE, LOST_PEER_EXIT, error_file, failure_of, pid_files
 
 STOPPING = "hecate: stopping: the ranks finish their step and save; a second signal ends them at once\n"
 """the answer to a first Ctrl-C or SIGTERM"""
@@ -124,7 +124,8 @@ def _wait(ranks: Mapping[int, RankProcess], store: Path, surviving: SurvivingRan
         ranks: the processes, by rank; by member where `surviving` is given.
         signals: those that have come so far; others may be added.
     """
-    first_failure: int | None = None
+    seen: list[int] = []
+    killed: list[int] = []
     deadline = 0.0
     waiting = None if surviving else StoppedRanks()
 
@@ -139,27 +140,35 @@ def _wait(ranks: Mapping[int, RankProcess], store: Path, surviving: SurvivingRan
         if waiting:
             waiting.say_new(pid_files(store.parent))
         for number in surviving.members if surviving else ranks:
-            if first_failure is not None or ranks[number].poll() in (None, 0):
+            if number in seen or ranks[number].poll() in (None, 0):
                 continue
             if surviving is None or ranks[number].returncode == USER_ERROR_EXIT or not running():
-                first_failure = number
-                # All ranks find a user's mistake at about the same time, so they get a few seconds to end by themselves.
-                deadline = time.monotonic() + (5.0 if ranks[number].returncode == USER_ERROR_EXIT else 0.5)
-        if first_failure is not None and time.monotonic() > deadline:
+                if all(ranks[one].returncode == LOST_PEER_EXIT for one in seen):
+                    # All ranks find a user's mistake at about the same time, and one whose failure makes others stop may end after
+                    # them, so they get a few seconds to end by themselves.
+                    own_end = ranks[number].returncode in (USER_ERROR_EXIT, LOST_PEER_EXIT)
+                    deadline = time.monotonic() + (5.0 if own_end else 0.5)
+                seen.append(number)
+        if seen and time.monotonic() > deadline:
+            killed = running()
             _stop(ranks)
         time.sleep(0.02)
     codes = {number: ranks[number].wait() for number in (surviving.members if surviving else ranks)}
     failed = [number for number, code in codes.items() if code != 0]
     if not failed:
         return 0
-    if surviving is not None and surviving.failed is not None:
-        number = surviving.failed
-    else:
-        number = failed[0] if first_failure is None else first_failure
+    said = {number: failure_of(store.parent, number) for number in failed}
+
+    def consequence(number: int) -> tuple[bool, bool, bool, bool, int]:
+        """Larger, the more likely this end is a consequence of another rank's."""
+        lost, place = codes[number] == LOST_PEER_EXIT, seen.index(number) if number in seen else len(seen)
+        return codes[number] != USER_ERROR_EXIT, not said[number], number in killed, lost, place
+
+    number = min(failed, key=consequence) if surviving is None or surviving.failed is None else surviving.failed
     if codes[number] == USER_ERROR_EXIT:
         if codes.get(surviving.printing if surviving else 0) != USER_ERROR_EXIT:
-            said = error_file(store.parent, number)
-            text = said.read_text(encoding="utf-8") if said.exists() else "hecate: a rank has met an error and has not said which"
+            left = error_file(store.parent, number)
+            text = left.read_text(encoding="utf-8") if left.exists() else "hecate: a rank has met an error and has not said which"
             print(text, file=sys.stderr)
         return USER_ERROR_EXIT
     if signals and {codes[number] for number in failed} <= _ENDED_BY_SIGNAL:
@@ -167,7 +176,7 @@ def _wait(ranks: Mapping[int, RankProcess], store: Path, surviving: SurvivingRan
         print(text, file=sys.stderr)
         return 128 + signals[0]
     print(
-        f"hecate: rank {list(codes).index(number)} of {len(codes)} {cause_of(codes[number])}; the run is stopped; "
+        f"hecate: rank {list(codes).index(number)} of {len(codes)} {cause_of(codes[number], said[number])}; the run is stopped; "
         "resume=true goes on from its last checkpoint, if any",
         file=sys.stderr,
     )

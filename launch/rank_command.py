@@ -14,6 +14,7 @@ from hecate.ranks.launcher_files import (
     BEGINS_VARIABLE,
     ERRORS_VARIABLE,
     JOIN_VARIABLE,
+    LOST_PEER_EXIT,
     MEMBER_VARIABLE,
     STORE_VARIABLE,
     SURVIVAL_SETTINGS,
@@ -78,8 +79,17 @@ class RankCommand:
         return subprocess.Popen(self.command, env=environment)
 
 
-def cause_of(status: int) -> str:
-    """Say how a process ended, by its exit status as `subprocess.Popen` has it."""
+def cause_of(status: int, failure: str = "") -> str:
+    """Say how a rank's process ended.
+
+    Args:
+        status: its exit status as `subprocess.Popen` has it.
+        failure: what the rank has said of it (`hecate.ranks.launcher_files.failure_of`); "": nothing.
+    """
+    if failure:
+        return f"failed with {failure}"
+    if status == LOST_PEER_EXIT:
+        return "stopped because it lost another rank"
     if status >= 0:
         return f"ended with status {status}"
     name = f"signal {-status}"

@@ -17,7 +17,7 @@ from typing import Protocol
 from hecate.errors import USER_ERROR_EXIT
 from hecate.launch.rank_command import Beginning, RankCommand, RankProcess, cause_of
 from hecate.launch.stopped_ranks import StoppedRanks
-from hecate.ranks.launcher_files import Generation, error_file, here_file, ready_file, write_generation
+from hecate.ranks.launcher_files import LOST_PEER_EXIT, Generation, error_file, failure_of, here_file, ready_file, write_generation
 
 MOST_REPLACED = 3
 """largest number of ranks that a run starts in place of lost ones, if nothing else is said"""
@@ -154,7 +154,8 @@ class SurvivingRanks:
         self._loading.clear()
         mistaken = [member for member in self._now.members if self.processes[member].wait() == USER_ERROR_EXIT]
         if mistaken or self.stopping or self._left_to_replace == 0:
-            self.failed = [*mistaken, *dead, *self._now.members][0]
+            causes_first = sorted(dead, key=lambda member: self.processes[member].poll() == LOST_PEER_EXIT)
+            self.failed = [*mistaken, *causes_first, *self._now.members][0]
             return
         self._left_to_replace -= 1
         print(f"hecate: {causes}; all ranks start again", file=sys.stderr, flush=True)
@@ -208,7 +209,7 @@ class SurvivingRanks:
             self._regroup((*self._now.members, member), (*self._now.devices, self._loading.pop(member)))
         for member in [m for m in self._loading if self.processes[m].poll() is not None]:
             status, device = self.processes[member].wait(), self._loading.pop(member)
-            print(f"hecate: a rank that was to join the run {cause_of(status)}", file=sys.stderr, flush=True)
+            print(f"hecate: a rank that was to join the run {self._cause(member)}", file=sys.stderr, flush=True)
             if status != USER_ERROR_EXIT:
                 self._replace(device)
             elif (said := error_file(self._store.parent, member)).exists():
@@ -234,7 +235,10 @@ class SurvivingRanks:
         return process is not None
 
     def _causes(self, dead: Sequence[int]) -> str:
-        return ", ".join(f"rank {self._now.members.index(member)} {cause_of(self.processes[member].wait())}" for member in dead)
+        return ", ".join(f"rank {self._now.members.index(member)} {self._cause(member)}" for member in dead)
+
+    def _cause(self, member: int) -> str:
+        return cause_of(self.processes[member].wait(), failure_of(self._store.parent, member))
 
     def _kill(self, members: Iterable[int]) -> None:
         living = [self.processes[member] for member in members if self.processes[member].poll() is None]

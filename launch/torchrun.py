@@ -27,7 +27,7 @@ from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_fo
 from hecate.launch.foreign_texts import AgentAction, agent_action
 from hecate.launch.fork_server import forking
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS, launch_local
-from hecate.launch.rank_command import RankCommand
+from hecate.launch.rank_command import RankCommand, cause_of
 from hecate.launch.run_folder import run_folder
 from hecate.launch.stopped_ranks import end_stopped_ranks
 from hecate.parallel.mesh import make_mesh
@@ -36,9 +36,11 @@ from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import (
     ERRORS_VARIABLE,
     LAUNCHED_VARIABLE,
+    LOST_PEER_EXIT,
     MEETING_VARIABLE,
     STORE_VARIABLE,
     all_saved,
+    failure_of,
     mistakes,
     note_again,
 )
@@ -219,7 +221,7 @@ def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint
                 print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
             return USER_ERROR_EXIT
         if isinstance(error, ChildFailedError):
-            return _report(error.failures, job.max_restarts)
+            return _report(error.failures, folder, job.max_restarts)
         if isinstance(error, RendezvousClosedError):
             print(
                 "hecate: the job is over, because another node has given up; its own output has the reason\n"
@@ -269,14 +271,13 @@ def _notice_lost_meeting_point(meeting: Endpoint) -> None:
         time.sleep(_LOOK_SECONDS)
 
 
-def _report(failures: dict[int, Any], max_restarts: int) -> int:
+def _report(failures: dict[int, Any], folder: Path, max_restarts: int) -> int:
     """Print why the first rank that failed did so, and return the exit status."""
-    first = min(failures.values(), key=lambda failure: failure.timestamp)
     if any(failure.exitcode == USER_ERROR_EXIT for failure in failures.values()):  # for example a wrong argument
         return USER_ERROR_EXIT
-    rank = next(rank for rank, failure in failures.items() if failure is first)
-    code = first.exitcode
-    cause = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    said = {rank: failure_of(folder, rank) for rank in failures}
+    rank = min(failures, key=lambda rank: (not said[rank], failures[rank].exitcode == LOST_PEER_EXIT, failures[rank].timestamp))
+    cause = cause_of(failures[rank].exitcode, said[rank])
     print(
         f"hecate: rank {rank} {cause}, and {max_restarts} restarts are used up; resume=true goes on from the last checkpoint, if any",
         file=sys.stderr,

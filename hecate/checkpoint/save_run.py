@@ -180,7 +180,8 @@ def _agreed_nonce(ranks: Ranks, final: Path) -> str | None:
 
 
 def _together(ranks: Ranks, final: Path, action: _Action | None, thread: WriteThread | None = None) -> None:
-    """Do this rank's part of a save. Every rank must call it; if one fails, all raise CheckpointError, after all have ended their parts.
+    """Do this rank's part of a save. Every rank must call it; if one fails, all raise, after all have ended their parts: this one its own
+    error, the others a CheckpointError that names the rank and its error.
 
     Args:
         action: this rank's part; None: it has none, or `thread` does it already.
@@ -188,7 +189,7 @@ def _together(ranks: Ranks, final: Path, action: _Action | None, thread: WriteTh
     if action is not None:
         thread = WriteThread(partial(_on_device, ranks.device, action))
     failure: Exception | None = None
-    anyone_works, failed = True, False
+    anyone_works, failed = True, 0
     try:
         while anyone_works:
             works = thread is not None and not thread.ends_within(_POLL_SECONDS)
@@ -197,14 +198,16 @@ def _together(ranks: Ranks, final: Path, action: _Action | None, thread: WriteTh
                     thread.wait()
                 except Exception as error:  # noqa: BLE001  (the others wait to hear of it)
                     failure = error
-            anyone_works, failed = (value > 0 for value in ranks.all_most([float(works), float(failure is not None)]))
+            most = ranks.all_most([float(works), 0.0 if failure is None else ranks.rank + 1.0])
+            anyone_works, failed = most[0] > 0, int(most[1])
     finally:
         if thread is not None:
             thread.break_off()  # if a rank is lost: whatever comes next must not meet a thread that is still at work
-    if failure is not None:
-        raise failure
     if failed:
-        raise CheckpointError(f"{final}: another rank could not write its part; its own message says why")
+        said = str(failure) if isinstance(failure, CheckpointError) else f"{type(failure).__name__}: {failure}"
+        source = failed - 1
+        told = ranks.broadcast_from(source, said.encode(errors="replace") if ranks.rank == source else None).decode()
+        raise failure or CheckpointError(f"{final}: rank {source} could not write its part: {told}")
 
 
 def _on_device(device: torch.device, action: _Action, go_on: Callable[[], None]) -> None:

@@ -236,8 +236,8 @@ class RouterConfig:
     dense: bool = False
     """Every token goes to all experts of its layer; leave moe.top_k out."""
     weights: Literal["renormalised", "gate", "one"] = "renormalised"
-    """What the results of the chosen experts are multiplied by. renormalised: their scores, divided by the sum of these. gate: their
-    scores. one: 1, so that the loss of the text trains no router; needs top_k 1."""
+    """What the results of the chosen experts are multiplied by. renormalised: their scores, divided by the sum of these; with top_k 1 this
+    is 1. gate: their scores. one: 1, which needs top_k 1. With a weight that is always 1 the loss of the text trains no router."""
     balance: Literal["batch", "sample"] = "batch"
     """What the load-balancing loss evens out. batch: the loads of each micro-step's tokens of all ranks, as in Mixtral. sample: those of
     each sample by itself, and the mean over the samples of the step, as in LLaVA-MoLE."""

@@ -295,6 +295,7 @@ def _tokenized(
 ) -> Iterator[_Tokenized | Fault]:
     """Yield each sample, tokenized up to its last target, or a Fault if it is broken or has no target."""
     samples = read_samples(source.path, source.format, users, source.fields)
+    stripping = [token_id for token_id, added in tokenizer.added_tokens_decoder.items() if added.rstrip]
     while group := list(islice(samples, _SAMPLES_PER_CALL)):
         ready: list[tuple[Sample, str, list[Span] | None] | Fault] = [
             item if isinstance(item, Fault) else _text_to_tokenize(item, tokenizer) for item in group
@@ -316,13 +317,14 @@ def _tokenized(
             if isinstance(item, Fault):
                 yield item
                 continue
-            sample, _, spans = item
+            sample, text, spans = item
             ids = np.array(tokens["input_ids"][position], dtype=np.int32)
             if spans is None:
                 ids = _ended(ids, tokenizer)
                 learned = np.ones(len(ids), dtype=bool)
             else:
-                learned = _inside(spans, np.array(tokens["offset_mapping"][position], dtype=np.int64).reshape(-1, 2))
+                offsets = np.array(tokens["offset_mapping"][position], dtype=np.int64).reshape(-1, 2)
+                learned = _inside(spans, _without_stripped(offsets, text, np.isin(ids, stripping)))
             position += 1
             targets = np.where(learned[1:], ids[1:], np.int32(IGNORED))
             end = _end_of_targets(targets)
@@ -362,6 +364,18 @@ def _text_to_tokenize(sample: Sample, tokenizer: Any) -> tuple[Sample, str, list
 def _ended(ids: NDArray[np.int32], tokenizer: Any) -> NDArray[np.int32]:
     end = end_of_sequence(tokenizer)
     return ids if len(ids) and ids[-1] == end else np.append(ids, np.int32(end))
+
+
+def _without_stripped(offsets: NDArray[np.int64], text: str, strips: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Return the character ranges, [n, 2], without the white space that some tokens, bool [n], take away behind themselves.
+
+    Otherwise such a token before an answer that begins with white space, as Phi-3's `<|assistant|>`, would count as a part of the answer.
+    """
+    ends = offsets[:, 1].copy()
+    for place in np.flatnonzero(strips):
+        start, end = offsets[place]
+        ends[place] = start + len(text[start:end].rstrip())
+    return np.stack([offsets[:, 0], ends], axis=1)
 
 
 def _inside(spans: list[Span], offsets: NDArray[np.int64]) -> NDArray[np.bool_]:

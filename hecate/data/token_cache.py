@@ -46,7 +46,7 @@ from hecate.io.durable import delete_files, new_folder, write_durable
 from hecate.io.plain_files import read_plain, require_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
-_VERSION = 3
+_VERSION = 4
 """of the files and of how samples become tokens; a change of either needs another number"""
 _BLOCK = 1 << 14
 """tokens; what has a checksum of its own"""

@@ -36,8 +36,13 @@ JOIN_VARIABLE = "HECATE_JOIN"
 """Set for a member that joins a run under way."""
 COLLECTIVES_VARIABLE = "HECATE_COLLECTIVES"
 """The backend of all ranks' collectives, gloo or nccl. A user may set it; with gloo several ranks can share a GPU."""
+LOST_PEER_EXIT = 3
+"""exit status of a rank that stops because another one is lost, so that its launcher looks further for the cause"""
 SURVIVAL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 """Variables of ranks that go on after a loss. By default torch ends a process whose peer is lost; these abort their groups."""
+
+_LONGEST_FAILURE = 200
+"""characters of an error's text that a rank leaves"""
 
 
 def name_process() -> None:
@@ -64,10 +69,34 @@ def exit_with_user_error(error: UserError) -> NoReturn:
     """
     folder, rank = os.environ.get(ERRORS_VARIABLE), os.environ.get("RANK", "0")
     if folder:
-        error_file(Path(folder), int(os.environ.get(MEMBER_VARIABLE, rank))).write_text(f"hecate: {error}", encoding="utf-8")
+        error_file(Path(folder), own_number()).write_text(f"hecate: {error}", encoding="utf-8")
     if not folder or (rank == "0" and JOIN_VARIABLE not in os.environ):
         print(f"hecate: {error}", file=sys.stderr)
     sys.exit(USER_ERROR_EXIT)
+
+
+def leave_failure(error: Exception) -> None:
+    """Leave for the launcher, in one line, with what this rank fails. Nothing is left of a user's mistake, which has a text of its own."""
+    folder = os.environ.get(ERRORS_VARIABLE)
+    if folder and not isinstance(error, UserError):
+        said = next(iter(str(error).splitlines()), "")[:_LONGEST_FAILURE]
+        text = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        replace_file(_failure_file(Path(folder), own_number()), [text.encode(errors="replace")], durable=False)
+
+
+def failure_of(folder: Path, number: int) -> str:
+    """What a rank, or member, has failed with, in one line; "": it has left nothing."""
+    path = _failure_file(folder, number)
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def own_number() -> int:
+    """The number by which this process's launcher knows it, of a member or of a rank."""
+    return int(os.environ.get(MEMBER_VARIABLE) or os.environ.get("RANK", "0"))
+
+
+def _failure_file(folder: Path, number: int) -> Path:
+    return folder / f"failure-{number}"
 
 
 def agent_place() -> int | None:
@@ -126,7 +155,11 @@ def here_file(store: Path, generation: int, member: int) -> Path:
 
 
 def leave_pid(folder: Path, number: int) -> None:
-    """Leave the id of this process, a rank or a member, for its launcher, which may have started only a process that stands for it."""
+    """Leave the id of this process, a rank or a member, for its launcher, which may have started only a process that stands for it.
+
+    What one of the same number has failed with before is forgotten.
+    """
+    _failure_file(folder, number).unlink(missing_ok=True)
     (folder / f"pid-{number}").write_text(str(os.getpid()), encoding="ascii")
 
 

@@ -29,7 +29,14 @@ from hecate.ranks.backend import (
     wait_for_all,
 )
 from hecate.ranks.groups import TIMEOUT, ExpertGroups, TensorGroups, expert_groups, own_group, tensor_groups
-from hecate.ranks.launcher_files import BEGINS_VARIABLE, JOIN_VARIABLE, LAUNCHED_VARIABLE, STORE_VARIABLE, name_process
+from hecate.ranks.launcher_files import (
+    BEGINS_VARIABLE,
+    JOIN_VARIABLE,
+    LAUNCHED_VARIABLE,
+    STORE_VARIABLE,
+    leave_failure,
+    name_process,
+)
 from hecate.ranks.meeting import meeting_store
 from hecate.ranks.sockets import Connection, notice_lost_machines, ports, shut_down, tcp_sockets
 
@@ -217,7 +224,9 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1, *, sharded_layer
         ranks = connect(store, rank, world_size, given_size, tp_size, sharded_layers=sharded_layers)
         try:
             yield ranks
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, Exception) and not (lost_a_peer(error) or _NEWEST[0].aborted):
+                leave_failure(error)  # before others fail because of it
             _NEWEST[0].abort()  # ranks that wait for this one fail now, not at their timeout
             raise
     except BaseException:

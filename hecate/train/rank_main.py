@@ -21,6 +21,7 @@ from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import (
     ERRORS_VARIABLE,
     JOIN_VARIABLE,
+    LOST_PEER_EXIT,
     MEETING_VARIABLE,
     MEMBER_VARIABLE,
     STORE_VARIABLE,
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> None:
         arguments: the configuration's path, and key=value pairs that replace its values.
 
     Raises:
-        SystemExit: with status 2 after a user's mistake, whose text is printed; with status 1 if another rank was lost.
+        SystemExit: with status 2 after a user's mistake, whose text is printed; with LOST_PEER_EXIT if another rank was lost.
     """
     try:
         if not arguments:
@@ -72,7 +73,8 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
 
     Raises:
         UserError: the configuration, the data, the model or the disk is wrong.
-        SystemExit: with status 2 if a rank of this job has met a user's mistake before; with status 1 if another rank was lost.
+        SystemExit: with status 2 if a rank of this job has met a user's mistake before; with LOST_PEER_EXIT if another rank was
+            lost.
     """
     faulthandler.enable()  # gloo ends a process where two ranks' messages differ in size: this says in which collective
     errors = os.environ.get(ERRORS_VARIABLE)
@@ -91,7 +93,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
     preload()
     from hecate.elastic.local_membership import local_membership
     from hecate.elastic.restart import begin_or_resume
-    from hecate.ranks.ranks import join_ranks, lost_a_peer
+    from hecate.ranks.ranks import join_ranks, loss_in_words, lost_a_peer
     from hecate.train.loop import train
 
     try:
@@ -110,8 +112,8 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
         if not lost_a_peer(error):
             raise
         rank = os.environ.get("RANK", "0")
-        print(f"hecate: rank {rank} stops because it lost another rank: {str(error).splitlines()[0][:200]}", file=sys.stderr)
-        sys.exit(1)
+        print(f"hecate: rank {rank} stops because it lost another rank: {loss_in_words(error)}", file=sys.stderr)
+        sys.exit(LOST_PEER_EXIT)
 
 
 if __name__ == "__main__":

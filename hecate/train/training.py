@@ -16,7 +16,7 @@ from hecate.adapters.trained_output import output_of
 from hecate.checkpoint import remove_stale_staging
 from hecate.checkpoint.save_run import Saved, SaveUnderWay, begin_save, end_save, save_state
 from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, saved_max_steps
-from hecate.config import Config
+from hecate.config import Config, MoeConfig
 from hecate.data.batches import Batch, collate, sequence_ranges
 from hecate.data.encode import IGNORED
 from hecate.data.separate_streams import Stream
@@ -109,6 +109,7 @@ class Training:
                 require_whole_records(source, config.data.seq_len)
         if config.resume and not joins:
             self.notes += _notes_of_resume(self.parts.config, self.standing)
+        self.notes += _notes_of_routers(self.parts.config.moe)
         self.plan_for(self.parts.moe.engine.shards.config.topology)
         self._copy_backups()
 
@@ -415,6 +416,16 @@ def data_in_words(stream: Stream, steps: int) -> str:
     epochs = steps * stream.sequences_per_step / stream.sequences_per_epoch()
     times = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
     return f"samples: {shown}; {steps:,} steps of {stream.sequences_per_step:,} sequences go {times} times through them"
+
+
+def _notes_of_routers(moe: MoeConfig) -> list[str]:
+    """What the user should know of new routers whose one expert of a token always has the weight 1."""
+    if moe.kind.of_moe_base or not moe.trains_routers or moe.router.weights != "renormalised" or moe.experts_per_token > 1:
+        return []
+    balances = moe.router_aux_loss_coef > 0 and moe.router.bias != "balancing"
+    trains = "only the load-balancing loss trains" if balances else "nothing trains"
+    weight = "with moe.top_k=1 and renormalised weights each chosen expert has the weight 1"
+    return [f"{weight}, so that {trains} the routers; with moe.router.weights=gate the loss of the text does"]
 
 
 def _notes_of_resume(config: Config, state: TrainState) -> list[str]:

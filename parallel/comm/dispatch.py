@@ -111,8 +111,20 @@ def destinations(expert_TK: Tensor, bound_EB: Tensor) -> Tensor:
     first_E = torch.cumsum(count_E, 0) - count_E
     ordinal = torch.empty_like(expert)
     ordinal[order] = torch.arange(len(expert), device=expert.device)
-    position = (ordinal - first_E[expert] + 0.5) / count_E[expert]
+    position = positions(ordinal - first_E[expert], count_E[expert])
     return (position[:, None] >= bound_EB[expert]).sum(1).view_as(expert_TK)
+
+
+def positions(ordinal_N: Tensor, count_N: Tensor) -> Tensor:
+    """float64 [N]: where the middle of each assignment lies among those of its expert, above 0 and below 1.
+
+    In float32 the last of more than 2^24 assignments would lie at 1, behind all shares.
+
+    Args:
+        ordinal_N: the assignment's number among those of its expert, from 0.
+        count_N: how many its expert has.
+    """
+    return (ordinal_N.double() + 0.5) / count_N
 
 
 def dispatch(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor, plan: TokenPlan, group: dist.ProcessGroup) -> Dispatched:

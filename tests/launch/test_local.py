@@ -29,6 +29,12 @@ if what == "crash" and rank == "1":
 if what == "mistake" and rank == "1":
     store.with_name("error-1").write_text("hecate: rank 1 met it alone")
     sys.exit(2)
+if what == "failure" and rank == "0":
+    sys.exit(3)
+if what == "failure":
+    time.sleep(1)
+    store.with_name("failure-1").write_text("OSError: no such device")
+    sys.exit(1)
 if what == "wait" or rank == "0" and what == "crash":
     time.sleep(60)
 """
@@ -72,6 +78,13 @@ def test_a_crash_is_named_and_the_others_are_stopped(tmp_path: Path) -> None:
     assert process.returncode == 1
     assert "rank 1 of 2 ended with status 7" in errors
     assert wait_until_gone(started(tmp_path), tmp_path / "tmp") == []
+
+
+def test_of_ranks_that_end_before_the_one_that_they_have_lost_none_is_named(tmp_path: Path) -> None:
+    process = launch(tmp_path, "failure")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "rank 1 of 2 failed with OSError: no such device; the run is stopped" in errors
 
 
 def test_a_mistake_that_only_another_rank_met_is_shown(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hecate.launch import surviving_ranks
 from hecate.launch.rank_command import Beginning, cause_of
 from hecate.launch.surviving_ranks import SurvivingRanks
-from hecate.ranks.launcher_files import Generation, error_file, here_file, read_generation, ready_file
+from hecate.ranks.launcher_files import LOST_PEER_EXIT, Generation, error_file, here_file, read_generation, ready_file
 from tests.launch.stand_ins import StandIn, StandInMachines
 
 
@@ -270,3 +270,8 @@ def test_the_mistake_of_a_rank_that_was_to_join_is_shown_and_not_tried_again(tmp
 @pytest.mark.parametrize(("status", "words"), [(3, "ended with status 3"), (-9, "was killed by SIGKILL"), (-35, "was killed by signal 35")])
 def test_how_a_process_ended(status: int, words: str) -> None:
     assert cause_of(status) == words
+
+
+def test_what_a_rank_has_said_outweighs_its_status() -> None:
+    assert cause_of(-9, "OSError: no such device") == "failed with OSError: no such device"
+    assert cause_of(LOST_PEER_EXIT) == "stopped because it lost another rank"

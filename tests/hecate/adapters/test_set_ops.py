@@ -77,27 +77,42 @@ def test_the_average_is_exact_where_all_have_one_a() -> None:
     assert (merged.result.scale, merged.result.description.alpha) == (2.0, 6)  # a run can begin with it
 
 
-@pytest.mark.parametrize("negative", [False, True])
-def test_cat_linear_and_ties_are_those_of_peft(tmp_path: Path, negative: bool) -> None:
+PEFT_CASES: dict[str, tuple[int, list[int], list[float], float]] = {
+    "a mean": (2, [8, 2], [0.75, 0.25], 0.5),
+    "a difference": (2, [8, 2], [1.25, -0.25], 0.5),
+    "one term each": (1, [1, 3, 2], [0.2, 0.3, 0.5], 0.2),
+    "all numbers": (3, [3, 6, 1], [0.5, 0.25, 0.25], 1.0),
+    "many terms, few numbers": (8, [16, 4, 8, 32], [0.4, -0.3, 0.7, 0.2], 0.07),
+    "far apart": (4, [4, 8], [-1.5, 2.5], 0.3),
+}
+"""rank, alphas, weights, and the density of ties"""
+
+
+@pytest.mark.parametrize("case", PEFT_CASES)
+def test_cat_linear_and_ties_are_those_of_peft(tmp_path: Path, case: str) -> None:
     """Of adapters with different scales, on PEFT's own model."""
+    rank, alphas, weights, density = PEFT_CASES[case]
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(save_dense("llama", tmp_path / "model"), dtype=torch.float64)
-    weights = [1.25, -0.25] if negative else [0.75, 0.25]
-    alphas, names = (8, 2), ["first", "second"]
-    configs = [LoraConfig(r=2, lora_alpha=alpha, target_modules=["q_proj", "down_proj"]) for alpha in alphas]
-    model: Any = get_peft_model(base, configs[0], "first")
-    model.add_adapter("second", configs[1])
+    configs = {
+        f"adapter{number}": LoraConfig(r=rank, lora_alpha=alpha, target_modules=["q_proj", "down_proj"])
+        for number, alpha in enumerate(alphas)
+    }
+    names = list(configs)
+    model: Any = get_peft_model(base, configs[names[0]], names[0])
+    for name in names[1:]:
+        model.add_adapter(name, configs[name])
     random = torch.Generator().manual_seed(5)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(0, 0.3, generator=random)
     model.save_pretrained(tmp_path)
     sets = [read_set(tmp_path / name) for name in names]
-    merges = {"cat": stack(sets, weights), "linear": linear(sets, weights), "ties": ties(sets, weights, density=0.5)}
+    merges = {"cat": stack(sets, weights), "linear": linear(sets, weights), "ties": ties(sets, weights, density=density)}
     for kind, merged in merges.items():
-        model.add_weighted_adapter(names, weights, kind, combination_type=kind, **({"density": 0.5} if kind == "ties" else {}))
+        model.add_weighted_adapter(names, weights, kind, combination_type=kind, **({"density": density} if kind == "ties" else {}))
         assert len(write_set(merged, tmp_path / "out" / kind).errors) == len(merged.result.sizes) > 3
         written = read_set(tmp_path / "out" / kind)
         for module in merged.result.sizes:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import AddedToken, pre_tokenizers, processors
 
 from hecate.config.schema import LEAVES
 from hecate.data.encode import IGNORED, encode_source
@@ -31,6 +31,19 @@ def test_loss_is_on_assistant_content_and_end_mark_only(tmp_path: Path, byte_tok
     assert byte_tokenizer.decode(sample.input_ids) == (
         "<s>system\ns<e>\n<s>user\n2 + 2 =<e>\n<s>assistant\n4<e>\n<s>user\nwhy?<e>\n<s>assistant\n so\n it is "
     )
+
+
+@pytest.mark.parametrize("trim", [True, False])
+def test_a_token_before_the_answer_that_strips_white_space_is_not_learned(tmp_path: Path, trim: bool) -> None:
+    """Phi-3's `<|assistant|>` takes away all white space behind it: the template's line break, and that with which an answer begins."""
+    turn = "{{ ('<a>' if message['role'] == 'assistant' else '<s>') + '\\n' + message['content'] + '<e>\\n' }}"
+    template = "{% for message in messages %}" + turn + "{% endfor %}{% if add_generation_prompt %}{{ '<a>\\n' }}{% endif %}"
+    tokenizer = build_byte_tokenizer(chat_template=template)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=trim)
+    tokenizer.add_tokens([AddedToken("<a>", special=True, rstrip=True)])
+    source = encode_records(tmp_path, [chat("u", "\n yes", "u", "no")], tokenizer, vocab_size=259)
+    assert learned_text(tokenizer, source) == ["yes<e>", "no<e>"]
+    assert tokenizer.decode(source[0].input_ids).startswith("<s>\nu<e>\n<a>yes<e>\n<s>\nu<e>\n<a>n")
 
 
 def test_target_is_the_next_token(tmp_path: Path, byte_tokenizer: Any) -> None:

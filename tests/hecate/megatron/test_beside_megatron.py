@@ -1,7 +1,10 @@
-"""Our MoE layer in a GPTModel against Megatron's own, with experts spread over one and two ranks: outputs, routing, losses, gradients."""
+"""Our MoE layer in a GPTModel against Megatron's own, with experts spread over one and two ranks: outputs, routing, losses, gradients. And
+whole steps of the trainer against a plain loop over a GPTModel that is Megatron's throughout.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,10 @@ from torch import Tensor
 from hecate.experts.forward_pass import PassTokens
 from hecate.experts.router import load_balancing_loss
 from hecate.parallel.units import Unit
+from hecate.train.training import Training
 from testing.ranks import run_ranks
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
+from tests.plain_mixlora import clip
 
 ROWS, AUX_COEF = 4, 0.03
 
@@ -112,3 +117,94 @@ def test_our_layer_is_megatrons(tmp_path: Path, world: int, policies: tuple[str,
     """Contiguous owners are Megatron's, too, so each rank has the gradients of the same experts."""
     write_parts(tmp_path)
     run_ranks(world, _compare_all, str(tmp_path), policies)
+
+
+STEPS, RATE, DECAY, MAX_NORM = 5, 1e-3, 0.1, 0.5
+TRAINING = (
+    f"max_steps={STEPS}",
+    f"learning_rate={RATE}",
+    f"weight_decay={DECAY}",
+    f"max_grad_norm={MAX_NORM}",
+    "gradient_accumulation_steps=2",
+    "lr_scheduler_type=constant",
+    "warmup_ratio=0",
+    "moe.router_aux_loss_coef=0",  # Megatron's is of each layer, ours of all together
+    "data.packing=false",
+)
+
+
+def _train_beside(rank: int, world: int, folder: str) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """Losses and norms of our trainer's steps, and of a plain loop over Megatron's model, which must end with the same weights."""
+    from hecate.megatron.front_end import outside_experts
+    from hecate.megatron.imports import quietly
+
+    with quietly():
+        from hecate.megatron.expert_parallel import expert_parallel_config, expert_parallel_spec, flat_expert, set_expert
+        from hecate.megatron.gpt import build_gpt, process_groups
+    ranks = ranks_of(rank, world)
+    config = config_of(Path(folder), *TRAINING, f"data.train={folder}/rows.jsonl")
+    run, other = Training(config, ranks), Training(config, ranks)
+    base, moe = run.parts.base, run.parts.moe
+    with quietly():
+        theirs = build_gpt(
+            base.shape,  # type: ignore[attr-defined]
+            base.vocab_size,
+            expert_parallel_config(base.shape, torch.float32, world),  # type: ignore[attr-defined]
+            expert_parallel_spec(),
+            process_groups(ranks.groups),
+            seed=0,
+        )
+    layers: list[Any] = [layer.mlp for layer in theirs.decoder.layers]
+    others = outside_experts(theirs)
+    for name, parameter in others.items():
+        parameter.data.copy_(moe.others[name])
+    for index, layer in enumerate(layers):
+        moe.layers[Unit(index)].router.weight.data.mul_(20)
+        layer.router.weight.data.copy_(moe.layers[Unit(index)].router.weight)
+    owned = moe.engine.shards.named_parameters()
+    for (unit, expert), parameter in owned.items():
+        set_expert(layers[unit.layer], expert, parameter.detach())
+    began = {name: parameter.detach().clone() for name, parameter in others.items()}
+
+    trained = list(theirs.parameters())
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=DECAY)
+    wanted = []
+    for _ in range(STEPS):
+        batches = other.micro_batches(other.parts.stream.next_step())
+        assert all(bool(batch.layout.is_token.all()) for batch in batches), "Megatron would route padding, too"
+        labels, total = sum(int((batch.targets != -100).sum()) for batch in batches), 0.0
+        for batch in batches:
+            logits = theirs(batch.input_ids, None, None)
+            loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100, reduction="sum") / labels
+            loss.backward()
+            total += float(loss.detach())
+        for parameter in (one for layer in layers for one in layer.experts.parameters()):
+            if parameter.grad is not None and not parameter.grad.any():
+                parameter.grad = None  # an expert without tokens stays as it is
+        wanted.append((total, clip(trained, MAX_NORM)))
+        optimizer.step()
+        optimizer.zero_grad()
+    found = []
+    for _ in range(STEPS):
+        result = run.train_one().result
+        found.append((result.loss, result.grad_norm))
+
+    for (unit, expert), parameter in owned.items():
+        _close(parameter.detach(), flat_expert(layers[unit.layer], expert, grad=False), f"expert {unit}.{expert}")
+    for index, layer in enumerate(layers):
+        _close(moe.layers[Unit(index)].router.weight, layer.router.weight, f"router {index}")
+    for name, parameter in others.items():
+        _close(moe.others[name], parameter, name)
+        assert float((parameter - began[name]).detach().norm() / began[name].norm()) > 1e-3, f"{name} has not been trained"
+    return found, wanted
+
+
+def test_steps_of_the_trainer_are_those_of_a_plain_loop_over_megatrons_model(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    rows = [f"{number} sheep and {number * number} wolves went up the hill"[:32] for number in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    ((found, wanted),) = run_ranks(1, _train_beside, str(tmp_path), timeout=400)
+    assert wanted[-1][0] < wanted[0][0] - 0.05
+    assert any(norm > MAX_NORM for _, norm in wanted)
+    for got, plain in zip(found, wanted, strict=True):
+        assert got == pytest.approx(plain, rel=1e-5)

@@ -113,6 +113,41 @@ def test_gradients_of_a_bf16_projection_are_summed_over_chunks_in_fp32(monkeypat
     assert weight.grad.tolist() == [[-300.0], [300.0]]
 
 
+def test_bf16_gradients_are_scaled_by_a_factor_that_is_not_rounded_to_bf16() -> None:
+    """No eight binary digits divided by 3 lie in the middle of two values of bfloat16, so the quotient has one right rounding."""
+    model = frozen("llama", torch.bfloat16)
+    hidden, target = hidden_and_targets(model)
+    got_from, whole_from = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    head = LanguageModelHead(model)
+    (head.loss_sum(got_from, target) / 3).backward()
+    head.loss_sum(whole_from, target).backward()
+    assert got_from.grad is not None
+    assert whole_from.grad is not None
+    assert torch.equal(got_from.grad, (whole_from.grad.double() / 3).bfloat16())
+
+
+@pytest.mark.parametrize("leaf", ["projection", "hidden"])
+def test_without_gradients_nothing_is_computed_of_a_backward_pass(leaf: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation of a model whose output projection trains."""
+    model = frozen("llama")
+    model.lm_head.weight.requires_grad_(leaf == "projection")
+    hidden, target = hidden_and_targets(model)
+    hidden.requires_grad_(leaf == "hidden")
+    head = LanguageModelHead(model)
+    wanted = head.loss_sum(hidden, target)
+    real, calls = torch.autograd.grad, []
+
+    def counted(*arguments: Any) -> Any:
+        calls.append(None)
+        return real(*arguments)
+
+    monkeypatch.setattr(torch.autograd, "grad", counted)
+    with torch.no_grad():
+        got = head.loss_sum(hidden, target)
+    assert calls == []
+    assert got.item() == wanted.item()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_of_two_chunks_only_one_has_logits_at_a_time(dtype: torch.dtype) -> None:
     made: list[StorageWeakRef] = []
@@ -176,6 +211,11 @@ def test_a_model_whose_packed_samples_see_each_other_is_refused(monkeypatch: pyt
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: None)
     with pytest.raises(UserError, match="LlamaForCausalLM the samples of a packed sequence see each other"):
         LanguageModelHead(tiny("llama"))
+
+
+def test_a_model_that_does_not_give_its_decoder_is_refused() -> None:
+    with pytest.raises(UserError, match="unsupported architecture: Llama4ForCausalLM does not say"):
+        LanguageModelHead(tiny("llama4_text"))
 
 
 def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused() -> None:

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaForCausalLM
 
 from hecate.config import load_config
 from hecate.train.training import Training
@@ -15,6 +18,7 @@ from testing.byte_tokenizer import build_byte_tokenizer
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
 from tests.hecate.train.in_process import Losses, ranks_of_default_group, settings_of, train_until
+from tests.plain_lora import PlainAdapter
 from tests.plain_moe_lora import save_tiny
 
 KINDS: dict[str, tuple[str, ...]] = {
@@ -28,6 +32,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "LoRA over frozen experts": ("moe.family=moe_lora", "moe.train_router=true", "model.name_or_path={workshop}/moe"),
     "shards over frozen experts": ("moe.family=moe_lora", "lora.pairs=shards", "lora.r=4", "model.name_or_path={workshop}/moe"),
 }
+
+PLACES = ("self_attn.q_proj", "mlp.down_proj")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +58,65 @@ def test_four_then_two_then_three_ranks(workshop: str, kind: str) -> None:
     assert torch.tensor(parts).sub(torch.tensor(whole)).abs().max() <= 1e-10
     assert whole[0][0] - whole[-1][0] > 1e-3, "it must have learnt, or nothing was shown"
     assert (Path(workshop) / f"runs/{name}/checkpoint-6/rank-00002-of-00003.safetensors").is_file()
+
+
+PLAIN = (
+    "moe.unit=linear",
+    "moe.num_experts=1",
+    "moe.top_k=1",
+    "lora.dropout=0",
+    "lora.target_modules=[q_proj,down_proj]",
+    "lr_scheduler_type=constant",
+    "warmup_ratio=0",
+    "weight_decay=0.1",
+    "max_grad_norm=1e-3",
+)
+"""an ordinary LoRA, as `plain_steps` trains it"""
+
+
+def samples_and_first_adapter(rank: int, world: int, workshop: str) -> list[list[tuple[list[int], list[int]]]]:
+    """Token ids and targets of the samples of six steps. The adapter as it begins is left in runs/first."""
+    config = load_config(f"{workshop}/config.yaml", settings_of(workshop, "first", PLAIN), claim_output=False)
+    run = Training(config, ranks_of_default_group(rank, world))
+    run.parts.output.replace(Path(config.output_dir), run.parts.moe, run.ranks)
+    sources, steps = run.parts.stream.sources, []
+    for _ in range(6):
+        encoded = [sources[source][sample] for sequence in run.parts.stream.next_step() for source, sample in sequence.samples]
+        steps.append([(one.input_ids.tolist(), one.targets.tolist()) for one in encoded])
+    return steps
+
+
+def plain_lora(workshop: str, name: str) -> list[dict[str, Tensor]]:
+    """A and B of each layer of the adapter that a run has left, as `PlainAdapter` names them."""
+    tensors = load_file(f"{workshop}/runs/{name}/adapter/adapter_model.safetensors")
+    names = [(place, letter) for place in PLACES for letter in "AB"]
+    key = "base_model.model.model.layers.{}.{}.lora_{}.weight"
+    return [{f"{place.split('.')[1]}.{letter}": tensors[key.format(layer, place, letter)] for place, letter in names} for layer in range(2)]
+
+
+def train_and_leave(rank: int, world: int, workshop: str, name: str, until: int, overrides: tuple[str, ...]) -> Losses:
+    """`train_until`, and then the adapter is written."""
+    steps = train_until(rank, world, workshop, name, until, overrides)
+    config = load_config(f"{workshop}/config.yaml", settings_of(workshop, name, (*overrides, "resume=true")), claim_output=False)
+    run = Training(config, ranks_of_default_group(rank, world))
+    run.parts.output.replace(Path(config.output_dir), run.parts.moe, run.ranks)
+    return steps
+
+
+def test_two_then_three_ranks_then_one_train_as_a_plain_loop_that_never_stops(workshop: str) -> None:
+    """The plain one has no ranks: one sample after another through transformers' model, torch's AdamW."""
+    (samples,) = run_ranks(1, samples_and_first_adapter, workshop)
+    parts = run_ranks(2, train_until, workshop, "chain", 2, PLAIN)[0]
+    parts += run_ranks(3, train_until, workshop, "chain", 4, (*PLAIN, "resume=true"))[0]
+    parts += run_ranks(1, train_and_leave, workshop, "chain", 6, (*PLAIN, "resume=true"))[0]
+    model = LlamaForCausalLM.from_pretrained(f"{workshop}/model", dtype=torch.float64)
+    plain = PlainAdapter(model, plain_lora(workshop, "first"), scale=2.0, learning_rate=1e-2, weight_decay=0.1, places=PLACES)
+    wanted = [plain.step([(torch.tensor(ids), torch.tensor(targets)) for ids, targets in step], max_norm=1e-3) for step in samples]
+    assert all(norm > 1e-3 for _, norm in wanted), "nothing was clipped"
+    torch.testing.assert_close(torch.tensor(parts)[:, [0, 2]], torch.tensor(wanted), rtol=0, atol=1e-10)
+    for got, trained in zip(plain_lora(workshop, "chain"), plain.layers, strict=True):
+        for key, tensor in trained.items():
+            torch.testing.assert_close(got[key], tensor.detach(), rtol=0, atol=1e-10)
 
 
 def resumed_over_frozen_experts(rank: int, world: int, workshop: str) -> tuple[list[Losses], list[dict[str, Any]]]:

@@ -308,3 +308,37 @@ def test_a_run_is_the_same_on_any_ranks_and_resumed_on_others(workshop: str, rec
         assert got.keys() == wanted.keys()
         for name, tensor in got.items():
             torch.testing.assert_close(tensor, wanted[name], rtol=1e-9, atol=1e-10, msg=f"{name} on {world}")
+
+
+NOTES = {
+    "moe.top_k=2": "",
+    "moe.top_k=1": "only the load-balancing loss trains the routers",
+    "moe.top_k=1 moe.router_aux_loss_coef=0": "nothing trains the routers",
+    "moe.top_k=1 moe.router.weights=gate": "",
+    "moe.top_k=1 moe.num_experts=1": "",
+}
+"""settings -> what the user is told of the routers"""
+
+
+def notes_and_routers_moved(rank: int, world: int, workshop: str) -> list[tuple[list[str], bool]]:
+    """For each of these settings: what is said at the start, and whether the loss of the text has trained a router in a step."""
+    found = []
+    for number, settings in enumerate(NOTES):
+        given = [*settings.split(), "moe.unit=linear", "data.eval=[]", "eval.generate=false", f"output_dir={workshop}/runs/notes-{number}"]
+        run = Training(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks_of_default_group(rank, world))
+        routers = [layer.router for layer in run.parts.moe.layers.values()]
+        before = [[one.clone() for one in router.parameters()] for router in routers]
+        run.train_one()
+        after = [list(router.parameters()) for router in routers]
+        moved = any(not torch.equal(one, was) for held, old in zip(after, before, strict=True) for one, was in zip(held, old, strict=True))
+        found.append((run.notes, moved))
+    return found
+
+
+def test_a_run_says_that_the_text_trains_no_router(tmp_path: Path) -> None:
+    (found,) = run_ranks(1, notes_and_routers_moved, str(make_workshop(tmp_path)))
+    for (settings, wanted), (notes, moved) in zip(NOTES.items(), found, strict=True):
+        said = [note for note in notes if "routers" in note]
+        assert len(said) == bool(wanted), settings
+        assert wanted in "".join(said), settings
+        assert moved == ("nothing" not in wanted and "num_experts=1" not in settings), settings

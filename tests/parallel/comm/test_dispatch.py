@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hecate.parallel.comm.dispatch import combine, destinations, dispatch, row_sources, sum_rows
+from hecate.parallel.comm.dispatch import combine, destinations, dispatch, positions, row_sources, sum_rows
 from hecate.parallel.flows import token_split
 from hecate.parallel.placement import Placement
 from hecate.parallel.transfer_plan import TokenPlan, plan_tokens
@@ -55,6 +55,14 @@ def test_destinations_by_hand() -> None:
     expert_TK = torch.tensor([[0, 1], [1, 0], [0, 1], [0, 2]])
     split_EW = torch.tensor([[0.5, 0.5, 0.0], [0.25, 0.0, 0.75], [0.0, 1.0, 0.0]], dtype=torch.float64)
     assert destinations(expert_TK, torch.cumsum(split_EW, 1)[:, :-1]).tolist() == [[0, 0], [2, 0], [1, 2], [1, 1]]
+
+
+@pytest.mark.parametrize("count", [1, 7, 2**24 + 1, 2**31])
+def test_the_last_of_many_assignments_lies_before_the_end(count: int) -> None:
+    """Else it would be sent to a rank behind the last one with a share, whose bound is 1 but for rounding."""
+    first, last = positions(torch.tensor([0, count - 1]), torch.tensor([count, count])).tolist()
+    assert first == 0.5 / count
+    assert last == (count - 0.5) / count < 1
 
 
 def expert_output(expert: int, x: torch.Tensor) -> torch.Tensor:
