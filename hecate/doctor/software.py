@@ -22,8 +22,8 @@ _GPU_DRIVER = Path("/proc/driver/nvidia/version")
 
 def python() -> Finding:
     what = f"{sys.version.split()[0]} at {sys.executable}"
-    if not (3, 11) <= sys.version_info[:2] < (3, 13):
-        return problem(what, "hecate needs Python 3.11 or 3.12: make PYTHON=python3.12 install")
+    if sys.version_info < (3, 11):
+        return problem(what, "hecate needs Python 3.11 or newer: make PYTHON=python3.13 install")
     return ok(what)
 
 
