@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hecate.adapters.card import CARD, adapter_card
+from hecate.adapters.card import CARD, LOADING, adapter_card
 from hecate.adapters.config import CONFIG, AdapterConfig, config_from_json, config_to_json
 from hecate.adapters.names import layer_in, modern_name
 from hecate.adapters.tensors import checked_tensors
@@ -128,10 +128,17 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return an adapter folder's tensors: those of adapter_model.safetensors if it exists, otherwise of adapter_model.bin.
 
     Raises:
-        UserError: there is neither, or it cannot be read.
+        UserError: there is neither, it cannot be read, or a tensor is not of finite numbers of floating point.
     """
     path = _weights_path(folder)
-    return read_safetensors(path) if path.name == WEIGHTS else _read_bin(path)
+    tensors = read_safetensors(path) if path.name == WEIGHTS else _read_bin(path)
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or not tensor.is_floating_point():
+            raise UserError(f"{path}: tensor {name[:200]} is {tensor.dtype}, not a dense tensor of floating point")
+        # torch has no isfinite of types of one byte.
+        if not bool((tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all()):
+            raise UserError(f"{path}: tensor {name[:200]} holds NaN or infinity: the training that left it has failed")
+    return tensors
 
 
 def _weights_path(folder: Path) -> Path:
@@ -155,6 +162,19 @@ def read_adapter_config(folder: Path) -> Any:
         raise UserError(f"{config_path}: cannot be read: {error.strerror}; is this an adapter folder?\n  {TRAINED_HINT}") from error
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error
+
+
+def peft_type_of(folder: Path) -> str:
+    """Return which kind of adapter the folder's adapter_config.json says that it is.
+
+    Raises:
+        UserError: the file cannot be read, or says another kind than those that hecate reads.
+    """
+    value = read_adapter_config(folder)
+    found = value.get("peft_type") if isinstance(value, dict) else None
+    if found not in LOADING:
+        raise UserError(f"{folder / CONFIG}: peft_type is {str(found)[:100]!r}; supported: {', '.join(LOADING)}")
+    return str(found)
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -44,7 +44,13 @@ def test_what_a_form_cannot_hold_of_a_lora_is_refused(tmp_path: Path) -> None:
     refused("merged", f"has no tensor {q_proj}A.weight", lambda one: damaged(one, f"{q_proj}A.weight", None))
     refused("merged", "has no tensor", lambda one: damaged(one, experts, None))
     stranger = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
-    refused("merged", rf"the tensor {stranger} \(1 such\) belongs to no weight", lambda one: damaged(one, stranger, torch.ones(4, 16)))
+    refused("merged", f"has no tensor {stranger.replace('A', 'B')}", lambda one: damaged(one, stranger, torch.ones(4, 16)))
+
+    def with_strangers(adapter: Path) -> None:
+        damaged(adapter, stranger, torch.ones(4, 16))
+        damaged(adapter, stranger.replace("A", "B"), torch.ones(16, 4))
+
+    refused("merged", rf"the tensor {stranger} \(2 such\) belongs to no weight", with_strangers)
     refused(
         "merged", r"has the shape \[16, 17\], but the base model's is", lambda one: damaged(one, f"{q_proj}A.weight", torch.ones(4, 17))
     )

@@ -125,7 +125,7 @@ def test_an_expert_whose_pair_is_missing_is_named(tmp_path: Path) -> None:
     adapter, _ = save_peft(tmp_path / "adapter", save_moe("mixtral", tmp_path / "model"), [])
     out = export(adapter, "per-expert", tmp_path / "out")
     damaged(out, "base_model.model.model.layers.1.block_sparse_moe.experts.3.w3.lora_B.weight", None)
-    with pytest.raises(UserError, match=r"has no tensor base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_B.weight"):
+    with pytest.raises(UserError, match=r"has no tensor base_model.model.model.layers.1.block_sparse_moe.experts.3.w3.lora_B.weight"):
         read_any(out)
 
 
