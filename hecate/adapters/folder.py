@@ -24,6 +24,7 @@ from hecate.io.strict_json import dump_json, parse_json
 WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
 _MAX_CONFIG_BYTES = 2**24
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Description = TypeVar("Description")
 
 
@@ -133,10 +134,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     path = _weights_path(folder)
     tensors = read_safetensors(path) if path.name == WEIGHTS else _read_bin(path)
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or not tensor.is_floating_point():
-            raise UserError(f"{path}: tensor {name[:200]} is {tensor.dtype}, not a dense tensor of floating point")
-        # torch has no isfinite of types of one byte.
-        if not bool((tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all()):
+        if tensor.layout != torch.strided or tensor.dtype not in _FLOATS:
+            raise UserError(f"{path}: tensor {name[:200]} is {tensor.dtype}, not a dense tensor of floating point of 16 bits or more")
+        if not bool(tensor.isfinite().all()):
             raise UserError(f"{path}: tensor {name[:200]} holds NaN or infinity: the training that left it has failed")
     return tensors
 
@@ -171,10 +171,10 @@ def peft_type_of(folder: Path) -> str:
         UserError: the file cannot be read, or says another kind than those that hecate reads.
     """
     value = read_adapter_config(folder)
-    found = value.get("peft_type") if isinstance(value, dict) else None
+    found = str(value.get("peft_type") if isinstance(value, dict) else None)
     if found not in LOADING:
-        raise UserError(f"{folder / CONFIG}: peft_type is {str(found)[:100]!r}; supported: {', '.join(LOADING)}")
-    return str(found)
+        raise UserError(f"{folder / CONFIG}: peft_type is {found[:100]!r}; supported: {', '.join(LOADING)}")
+    return found
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
