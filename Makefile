@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FIRST := $(VENV)/.installed-quickstart
+# It is run, since a name on PATH may be a stand-in (pyenv has one for each version) that starts nothing.
+IS_NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null
+NAME_VERSION := -c 'import sys; print("Python %d.%d.%d" % sys.version_info[:3])' 2> /dev/null
 # Container images set this often. Each of the hundreds of processes of the tests would then compile all that it imports, which takes it
 # longer than importing.
 unexport PYTHONDONTWRITEBYTECODE
@@ -16,8 +19,13 @@ install-quickstart: $(FIRST)
 
 # What `make quickstart` runs, and no more.
 $(FIRST): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))' \
-		|| { echo "hecate needs Python 3.11 or 3.12: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) $(IS_NEW_ENOUGH) || { \
+		needs="hecate needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) $(NAME_VERSION) || echo no program that starts)"; \
+		for other in python3.14 python3.13 python3.12 python3.11; do \
+			! $$other $(IS_NEW_ENOUGH) || { echo "$$needs; $$other on PATH would do: make PYTHON=$$other $(MAKECMDGOALS)"; exit 1; }; \
+		done; \
+		echo "$$needs; install one from https://www.python.org/downloads and name it: make PYTHON=/path/to/python3 $(MAKECMDGOALS)"; \
+		exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@# setuptools warns about every editable install whose package is at the top of the checkout, which is where hecate belongs.

@@ -39,9 +39,53 @@ def test_another_project_has_the_name_hecate_on_the_package_index() -> None:
 
 def test_an_index_would_show_what_it_is() -> None:
     assert PROJECT["authors"]
-    assert {f"Programming Language :: Python :: {version}" for version in ("3.11", "3.12")} <= set(PROJECT["classifiers"])
-    assert PROJECT["requires-python"] == ">= 3.11, < 3.13"
+    assert {f"Programming Language :: Python :: {version}" for version in ("3.11", "3.12", "3.13", "3.14")} <= set(PROJECT["classifiers"])
+    assert PROJECT["requires-python"] == ">= 3.11"
     assert PROJECT["urls"]
+
+
+def test_an_extra_leaves_out_what_has_no_wheel_for_a_python_and_nothing_else() -> None:
+    marked = {text for extra in PROJECT["optional-dependencies"].values() for text in extra if "python_version" in text}
+    assert marked == {"megatron-core >= 0.16.1, < 0.20; python_version < '3.14'"}
+    assert not [text for text in PROJECT["dependencies"] if "python_version" in text]
+
+
+def python_of(folder: Path, name: str, version: tuple[int, int, int]) -> None:
+    """A program that answers as a Python of this version: it computes nothing but conditions on `sys.version_info`."""
+    program = folder / name
+    program.write_text(
+        f"#!{sys.executable}\nimport sys\nsys.version_info = {version}\n"
+        "if sys.argv[1] != '-c':\n    sys.exit('this Python is to be asked for its version alone: ' + ' '.join(sys.argv[1:]))\n"
+        "exec(sys.argv[2])\n"
+    )
+    program.chmod(0o755)
+
+
+def made(folder: Path, *given: str) -> str:
+    """What `make` says last with no other programs than those in the folder, and a shell. It must fail before it installs anything."""
+    command = [shutil.which("make") or "make", "--no-print-directory", f"VENV={folder}/venv", *given]
+    done = subprocess.run(command, cwd=ROOT, env={"PATH": str(folder)}, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode
+    assert not (folder / "venv").exists()
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+def test_a_python_that_is_too_old_is_refused_with_one_that_would_do(tmp_path: Path) -> None:
+    """A name on PATH that starts nothing, as pyenv leaves for versions that are not chosen, would not do."""
+    python_of(tmp_path, "python3", (3, 10, 12))
+    needed = "hecate needs Python 3.11 or newer, and {}; {}"
+    nowhere = "install one from https://www.python.org/downloads and name it: make PYTHON=/path/to/python3 install\n"
+    assert made(tmp_path, "install") == needed.format("python3 is Python 3.10.12", nowhere)
+    python_of(tmp_path, "python3.12", (3, 12, 1))
+    python_of(tmp_path, "python3.11", (3, 11, 9))
+    (tmp_path / "python3.14").write_text("#!/bin/sh\nexit 127\n")
+    (tmp_path / "python3.14").chmod(0o755)
+    there = "python3.12 on PATH would do: make PYTHON=python3.12 test\n"
+    assert made(tmp_path, "test") == needed.format("python3 is Python 3.10.12", there)
+    assert made(tmp_path, "test", "PYTHON=none") == needed.format("none is no program that starts", there)
+    python_of(tmp_path, "python3", (3, 15, 0))
+    assert "hecate needs" not in made(tmp_path, "install")
 
 
 def test_nothing_says_to_install_that_project() -> None:

@@ -45,7 +45,8 @@ def main() -> None:
                 halves = zip(parts, b.chunk(2), a.chunk(2), strict=True)
                 found |= {f"{layer}.{part}{end}": half_b @ half_a for part, half_b, half_a in halves}
             elif target == "qkv_proj":
-                heads, kv = base.num_attention_heads * base.head_dim, base.num_key_value_heads * base.head_dim
+                width = getattr(base, "head_dim", None) or base.hidden_size // base.num_attention_heads
+                heads, kv = base.num_attention_heads * width, base.num_key_value_heads * width
                 thirds = zip("qkv", b.split([heads, kv, kv]), a.chunk(3), strict=True)
                 found |= {f"{layer}.{one}_proj": third_b @ third_a for one, third_b, third_a in thirds}
             else:

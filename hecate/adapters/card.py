@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from hecate.adapters.peft_targets import listed
 from hecate.config import Config
 
 CARD = "README.md"
@@ -77,7 +78,7 @@ def adapter_card(config: Mapping[str, Any], loading: Loading | None = None) -> b
         "base model": config["base_model_name_or_path"],
         "rank": config["r"],
         "alpha": f"{config['lora_alpha']}{', scaled by alpha / sqrt(r)' if config.get('use_rslora') else ', scaled by alpha / r'}",
-        "adapted modules": ", ".join([*config["target_modules"], *(config.get("target_parameters") or [])]),
+        "adapted modules": ", ".join([*listed(config["target_modules"]), *(config.get("target_parameters") or [])]),
         "experts": config.get("number_experts", config.get("num_experts")),
         "experts for each token": config.get("top_k"),
         "trained routers": ", ".join(config.get("modules_to_save") or []) or None,

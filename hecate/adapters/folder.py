@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hecate.adapters.card import CARD, adapter_card
+from hecate.adapters.card import CARD, LOADING, adapter_card
 from hecate.adapters.config import CONFIG, AdapterConfig, config_from_json, config_to_json
 from hecate.adapters.names import layer_in, modern_name
 from hecate.adapters.tensors import checked_tensors
@@ -24,6 +24,7 @@ from hecate.io.strict_json import dump_json, parse_json
 WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
 _MAX_CONFIG_BYTES = 2**24
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Description = TypeVar("Description")
 
 
@@ -128,10 +129,16 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return an adapter folder's tensors: those of adapter_model.safetensors if it exists, otherwise of adapter_model.bin.
 
     Raises:
-        UserError: there is neither, or it cannot be read.
+        UserError: there is neither, it cannot be read, or a tensor is not of finite numbers of floating point.
     """
     path = _weights_path(folder)
-    return read_safetensors(path) if path.name == WEIGHTS else _read_bin(path)
+    tensors = read_safetensors(path) if path.name == WEIGHTS else _read_bin(path)
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.dtype not in _FLOATS:
+            raise UserError(f"{path}: tensor {name[:200]} is {tensor.dtype}, not a dense tensor of floating point of 16 bits or more")
+        if not bool(tensor.isfinite().all()):
+            raise UserError(f"{path}: tensor {name[:200]} holds NaN or infinity: the training that left it has failed")
+    return tensors
 
 
 def _weights_path(folder: Path) -> Path:
@@ -155,6 +162,19 @@ def read_adapter_config(folder: Path) -> Any:
         raise UserError(f"{config_path}: cannot be read: {error.strerror}; is this an adapter folder?\n  {TRAINED_HINT}") from error
     except UserError as error:
         raise UserError(f"{config_path}: {error}") from error
+
+
+def peft_type_of(folder: Path) -> str:
+    """Return which kind of adapter the folder's adapter_config.json says that it is.
+
+    Raises:
+        UserError: the file cannot be read, or says another kind than those that hecate reads.
+    """
+    value = read_adapter_config(folder)
+    found = str(value.get("peft_type") if isinstance(value, dict) else None)
+    if found not in LOADING:
+        raise UserError(f"{folder / CONFIG}: peft_type is {found[:100]!r}; supported: {', '.join(LOADING)}")
+    return found
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -34,10 +34,13 @@ from hecate.model.stored_model import open_stored
 
 _JOINED_IN_VLLM = ("gpt_oss", "interns1_pro", "qwen3_5", "qwen3_omni_moe", "qwen3_vl_moe")
 """how the model types begin whose experts vLLM has in one tensor"""
-_CHECKED = (
-    "The loaders of vLLM 0.32.0 and SGLang 0.5.23 and llama.cpp's converter read such folders of tiny models as meant. "
-    "No server has been run with one on a GPU.\n\n"
-)
+_OTHER_NAMES_IN_LLAMA_CPP = "granitemoe"
+"""how the model types begin of whose experts llama.cpp's converter looks for Mixtral's names, under a block that has another name there"""
+_CHECKED = {
+    **dict.fromkeys(("qwen3_moe", "olmoe"), "The loaders of vLLM 0.32.0 and SGLang 0.5.23 and llama.cpp's converter"),
+    "mixtral": "The loader of vLLM 0.32.0 and llama.cpp's converter",
+}
+"""who was seen to read an adapter over a model of a type as meant (`benchmarks.peers.reading`)"""
 Description = AdapterConfig | PeftMoeConfig | LinearAdapterConfig
 
 
@@ -134,7 +137,10 @@ def servers_for(model_type: str) -> list[str]:
         lines.append("vLLM: --enable-lora --lora-modules NAME=FOLDER --max-lora-rank RANK")
     if model_type not in SPELLINGS:  # whose experts' weights have other names than SGLang looks for
         lines.append("SGLang: --lora-paths NAME=FOLDER")
-    lines.append("llama.cpp: convert_lora_to_gguf.py --base BASE FOLDER; Ollama takes the result as ADAPTER")
+    if model_type.startswith(_OTHER_NAMES_IN_LLAMA_CPP):
+        lines.append("not llama.cpp, whose converter looks for other names of this model's experts: --to merged")
+    else:
+        lines.append("llama.cpp: convert_lora_to_gguf.py --base BASE FOLDER; Ollama takes the result as ADAPTER")
     lines.append("not PEFT, which has a form of its own: --to peft")
     return lines
 
@@ -176,7 +182,12 @@ def _to_per_expert(adapter: ReadAdapter, out: Path) -> list[str]:
     model_type = read_config(base_of(adapter.folder, config.base_model_name_or_path)).model_type
     tensors, described = split_experts(adapter.tensors, config, SPELLINGS.get(model_type, PLAIN))
     servers = servers_for(model_type)
-    loading = Loading("peft", ("lora", "mixture-of-experts"), _CHECKED + "\n".join(f"- {line}" for line in servers))
+    if model_type in _CHECKED:
+        checked = f"{_CHECKED[model_type]} read such folders of tiny models as meant."
+    else:
+        checked = f"No program has been seen to read such a folder over a model of the type {model_type}; the lines say what should."
+    how = f"{checked} No server has been run with one on a GPU.\n\n" + "\n".join(f"- {line}" for line in servers)
+    loading = Loading("peft", ("lora", "mixture-of-experts"), how)
     save_peft_adapter(out, tensors, described, adapter_card(peft_config_to_json(described), loading))
     return servers
 

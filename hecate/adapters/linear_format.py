@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from hecate.adapters.config import router_choices
-from hecate.adapters.folder import read_adapter, read_adapter_config, write_adapter_folder
+from hecate.adapters.folder import peft_type_of, read_adapter, write_adapter_folder
 from hecate.config import RouterConfig
 from hecate.errors import UserError
 from hecate.parallel.expert_kinds import lora_scale
@@ -137,9 +137,8 @@ def load_linear_adapter(folder: Path) -> tuple[dict[str, Tensor], LinearAdapterC
 
 
 def is_linear_adapter(folder: Path) -> bool:
-    """Return whether the folder's configuration is of this format. Raises UserError if there is none."""
-    value = read_adapter_config(folder)
-    return isinstance(value, dict) and value.get("peft_type") == PEFT_TYPE
+    """Return whether the folder's configuration is of this format. Raises UserError as `peft_type_of`."""
+    return peft_type_of(folder) == PEFT_TYPE
 
 
 def _config_from_json(value: Any) -> LinearAdapterConfig:

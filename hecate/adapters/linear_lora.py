@@ -15,7 +15,7 @@ from torch import Tensor
 from hecate.adapters.export import pairs_on_first, refuse_different, with_drawn_digest
 from hecate.adapters.linear_experts import path_of
 from hecate.adapters.lora_folder import load_lora
-from hecate.adapters.peft_by_source import lora_config
+from hecate.adapters.peft_by_source import lora_config, refuse_other_targets
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
 from hecate.adapters.tensors import require_tensors
 from hecate.config import Config, adapter_in
@@ -57,8 +57,8 @@ def begin_with_lora(config: Config, base: BaseModel, moe: MoeModel) -> None:
         folder,
         ("lora.r", theirs.r, ours.r),
         ("lora.alpha, scaled", theirs.scale, ours.scale),
-        ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
     )
+    refuse_other_targets(folder, theirs, ours, base)
     _set_values(moe, tensors, folder)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from hecate.adapters.card import CARD, model_card
 from hecate.adapters.model_files import DTYPE_NAMES, save_config, write_model
 from hecate.adapters.peft_moe import PeftMoeConfig, expert_a, expert_b, expert_names, linear_names
+from hecate.adapters.peft_targets import adapts
 from hecate.adapters.per_expert import experts_paths
 from hecate.checkpoint.layout import TensorEntry
 from hecate.errors import UserError
@@ -86,10 +87,9 @@ def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoe
             path = name.removesuffix(".weight")
             name_a, name_b = linear_names(path)
             if name_a not in tensors or name_b not in tensors:
-                last = path.rpartition(".")[2]
-                if name != path and layer is not None and last in config.target_modules and len(weight.shape) == 2:
+                if name != path and layer is not None and len(weight.shape) == 2 and adapts(config.target_modules, path):
                     missing = name_a if name_a not in tensors else name_b
-                    raise UserError(f"has no tensor {missing}, but it is for {last}, and the base model has {name}")
+                    raise UserError(f"has no tensor {missing}, but its target_modules name {path}, and the base model has {name}")
                 continue
             used |= {name_a, name_b}
             change = _plus_pair(tensors[name_a], tensors[name_b], config.scale)
@@ -161,16 +161,12 @@ def _replaced_by(router: Tensor) -> WeightChange:
 
 
 def _expert_pairs(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[int, dict[str, _ExpertPairs]]:
-    """By layer and projection. Raises UserError: one of A and B is missing, or is not of the adapter's rank."""
+    """By layer and projection."""
     found: dict[int, dict[str, _ExpertPairs]] = {}
     for path in experts_paths(tensors):
         of_layer = found.setdefault(_required_layer(path), {})
         for projection, (name_a, name_b) in expert_names(path, config.projections).items():
-            if name_a not in tensors or name_b not in tensors:
-                raise UserError(f"has no tensor {name_a if name_a not in tensors else name_b}")
             a, b = tensors[name_a], tensors[name_b]
-            if a.shape[0] % config.r or b.shape[1] != a.shape[0]:
-                raise UserError(f"{name_a} has the shape {list(a.shape)} and {name_b} {list(b.shape)}, which are not of rank {config.r}")
             of_layer[projection] = _ExpertPairs(name_a, name_b, a, b, a.shape[0] // config.r)
     return found
 

@@ -20,6 +20,7 @@ from hecate.adapters.export import pairs_on_first, refuse_different, with_drawn_
 from hecate.adapters.folder import refuse_existing
 from hecate.adapters.lora_folder import load_lora
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
+from hecate.adapters.peft_targets import adapted_linears, adapts, listed, unknown_targets
 from hecate.adapters.per_expert import pad_rank, scaled
 from hecate.adapters.tensors import require_tensors
 from hecate.config import Config, RouterConfig, adapter_in, named_model
@@ -27,7 +28,7 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.io.durable import delete_files, new_folder
 from hecate.model.base import BaseChoice, BaseModel, build_base
-from hecate.model.gated_ffn import GatedFfn, decoder_layers, find_gated_ffns
+from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.linears import target_linears
 from hecate.model.moe_model import MoeModel
@@ -137,14 +138,22 @@ def begin_with_loras(config: Config, base: BaseModel, moe: MoeModel) -> None:
         refuse_different(
             folder,
             ("rank and scale", (theirs.r, theirs.scale), whole if (theirs.r, theirs.scale) == whole else (rank, scale)),
-            ("lora.target_modules", sorted(theirs.target_modules), sorted(ours.target_modules)),
         )
+        refuse_other_targets(folder, theirs, ours, base)
         factor, fitting = theirs.scale / shape.scale, {}
         for name, tensor in tensors.items():
             is_a = name.endswith("lora_A.weight")
             fitting[name] = pad_rank(tensor if is_a else scaled(tensor, factor), shape.rank, a=is_a)
         read.append(fitting)
     _fill(moe, base, folders, read)
+
+
+def refuse_other_targets(folder: Path, theirs: PeftMoeConfig, ours: PeftMoeConfig, base: BaseModel) -> None:
+    """Raises UserError: an adapter is for other linears of the base model than the run's."""
+    paths = [path for of_unit in paths_of(base).values() for path in of_unit.values()]
+    same = [adapts(theirs.target_modules, path) for path in paths] == [adapts(ours.target_modules, path) for path in paths]
+    if not same or unknown_targets(theirs.target_modules, paths):
+        refuse_different(folder, ("lora.target_modules", sorted(listed(theirs.target_modules)), sorted(listed(ours.target_modules))))
 
 
 def sources_in(folder: Path) -> list[str]:
@@ -177,10 +186,9 @@ def with_lora_adapters(folders: Sequence[Path], ranks: Ranks, choice: BaseChoice
                 )
     name = choice.name_for(folders[0], description.base_model_name_or_path)
     base, kind, modules = _base_for(folders[0], name, description, ranks, choice)
-    layers = len(decoder_layers(base.model)[1])
     plan = InsertionPlan(
         kind=kind,
-        experts_per_layer=(len(folders),) * layers,
+        experts_per_layer=(len(folders),) * len({one.unit.layer for one in base.found}),
         router=RouterConfig(input="given"),
         lora=LoraShape(description.r, description.scale, 0.0),
         target_modules=modules,
@@ -233,15 +241,14 @@ def _base_for(
     """
     over_linears = kind_written_as("linears")
     base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, over_linears, choice.attention, experts_stay=True)
-    known = dict.fromkeys(one.name for one in base.linears)
-    if unknown := [module for module in description.target_modules if module not in known]:
-        raise UserError(f"{folder}: adapts {', '.join(unknown)}, which is no linear of the base model's decoder layers: {', '.join(known)}")
+    adapted = adapted_linears(description.target_modules, [one.path for one in base.linears], folder)
     ffns = _dense_ffns(base)
     of_ffn = ffns[0].projection_names if ffns else {}
-    if set(description.target_modules) <= set(of_ffn.values()):
-        modules = tuple(name for name in PROJECTIONS if of_ffn[name] in description.target_modules)
+    last = {path.rpartition(".")[2] for path in adapted}
+    if set(adapted) == {f"{ffn.path}.{name}" for ffn in ffns for name in last}:
+        modules = tuple(name for name in PROJECTIONS if of_ffn[name] in last)
         return replace(base, ffns=ffns, linears=()), kind_written_as("mixlora"), modules
-    return base, over_linears, description.target_modules
+    return replace(base, linears=tuple(one for one in base.linears if one.path in adapted)), over_linears, tuple(sorted(last))
 
 
 def _dense_ffns(base: BaseModel) -> tuple[GatedFfn, ...]:

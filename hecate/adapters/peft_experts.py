@@ -22,6 +22,7 @@ from hecate.adapters.peft_moe import (
     save_peft_adapter,
     saved_name,
 )
+from hecate.adapters.peft_targets import adapted_linears
 from hecate.adapters.tensors import require_tensors
 from hecate.config import Config, adapter_in, named_model
 from hecate.engine.step_plans import EngineConfig
@@ -30,6 +31,7 @@ from hecate.kernels.common.ffn import PROJECTIONS
 from hecate.model.base import BaseChoice, BaseModel, build_base
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts
+from hecate.model.linears import find_linears
 from hecate.model.load import pick_dtype, resolve_model
 from hecate.model.load_moe import OwnExperts
 from hecate.model.memory_check import require_room
@@ -134,15 +136,19 @@ def with_peft_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[B
     if source.gguf_file is None and choice.num_hidden_layers is None:
         require_room(source.folder, pick_dtype(choice.dtype, ranks.device), ranks.device)
     base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind_written_as("peft"), choice.attention)
-    plan = replace(peft_plan(description, base.own_experts, folder), kernels=choice.kernels)
+    linears = adapted_linears(description.target_modules, [one.path for one in find_linears(base.model)], folder)
+    plan = replace(peft_plan(description, tuple(linears), base.own_experts, folder), kernels=choice.kernels)
     topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")
     moe = insert_experts(base.model, base.own_experts, plan, EngineConfig(POLICIES["full"], topology), ranks.groups)
     load_peft_into(moe, base, tensors, folder)
     return base, moe
 
 
-def peft_plan(description: PeftMoeConfig, layers: tuple[OwnExperts, ...], where: Path) -> InsertionPlan:
+def peft_plan(description: PeftMoeConfig, linears: tuple[str, ...], layers: tuple[OwnExperts, ...], where: Path) -> InsertionPlan:
     """Return the plan of the pairs and routers that a model needs for the adapter to be loaded into it.
+
+    Args:
+        linears: the dotted names of those that are adapted.
 
     Raises:
         UserError: the adapter has trained modules other than routers.
@@ -157,7 +163,7 @@ def peft_plan(description: PeftMoeConfig, layers: tuple[OwnExperts, ...], where:
     return InsertionPlan(
         kind=kind_written_as("peft"),
         lora=lora,
-        target_modules=(*description.target_modules, *projections),
+        target_modules=(*linears, *projections),
         train_router=bool(routers),
         seed=0,
     )

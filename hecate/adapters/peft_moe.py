@@ -19,7 +19,8 @@ from typing import Any
 
 from torch import Tensor
 
-from hecate.adapters.folder import read_adapter_config, write_adapter_folder
+from hecate.adapters.folder import peft_type_of, write_adapter_folder
+from hecate.adapters.peft_targets import Targets, require_sound
 from hecate.errors import UserError
 from hecate.parallel.expert_kinds import lora_scale
 
@@ -45,8 +46,8 @@ class PeftMoeConfig:
     r: int
     alpha: int
     use_rslora: bool
-    target_modules: tuple[str, ...]
-    """the last names of the adapted linear layers"""
+    target_modules: Targets
+    """the adapted linear layers"""
     target_parameters: tuple[str, ...]
     """the ends of the dotted names of the adapted parameters, such as mlp.experts.gate_up_proj"""
     modules_to_save: tuple[str, ...] = ()
@@ -139,7 +140,7 @@ def peft_config_to_json(config: PeftMoeConfig) -> dict[str, Any]:
         "lora_dropout": 0.0,
         "use_rslora": config.use_rslora,
         # An empty list is written as one: for null, PEFT would adapt the attention projections of model types that it supports.
-        "target_modules": list(config.target_modules),
+        "target_modules": config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules),
         "target_parameters": list(config.target_parameters),
         "modules_to_save": list(config.modules_to_save) or None,
         "hecate": {"format_version": 1, "lora_dropout": config.dropout, "extra": dict(config.extra)},
@@ -147,9 +148,8 @@ def peft_config_to_json(config: PeftMoeConfig) -> dict[str, Any]:
 
 
 def is_peft_adapter(folder: Path) -> bool:
-    """Return whether the folder's configuration is of PEFT's format. Raises UserError if there is none."""
-    value = read_adapter_config(folder)
-    return isinstance(value, dict) and value.get("peft_type") == PEFT_TYPE
+    """Return whether the folder's configuration is of PEFT's format. Raises UserError as `peft_type_of`."""
+    return peft_type_of(folder) == PEFT_TYPE
 
 
 def peft_config_from_json(value: Any) -> PeftMoeConfig:
@@ -181,8 +181,11 @@ def peft_config_from_json(value: Any) -> PeftMoeConfig:
     lists = {}
     for name in ("target_modules", "target_parameters", "modules_to_save"):
         given = value.get(name) or []
+        if name == "target_modules" and isinstance(given, str):
+            require_sound(given, name)
+            continue
         if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
-            raise UserError(f"{name} must be a list of names, not {str(given)[:100]}; patterns are not supported")
+            raise UserError(f"{name} must be a list of names, not {str(given)[:100]}")
         lists[name] = tuple(sorted(given))
     ours = value.get("hecate") or {}
     if not isinstance(ours, dict) or not isinstance(ours.get("extra", {}), dict):
@@ -197,5 +200,5 @@ def peft_config_from_json(value: Any) -> PeftMoeConfig:
         use_rslora=bool(value.get("use_rslora", False)),
         dropout=float(dropout),
         extra=ours.get("extra", {}),
-        **lists,
+        **{"target_modules": value.get("target_modules"), **lists},
     )

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hecate.adapters.peft_moe import PREFIX, PeftMoeConfig, expert_a, expert_b, expert_names, join_a, join_b
+from hecate.adapters.peft_targets import without_experts
 from hecate.errors import UserError
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
@@ -55,6 +56,12 @@ def experts_paths(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(match[1] for name in names if (match := _FLAT.fullmatch(name))))
 
 
+def _linears(names: Iterable[str]) -> list[str]:
+    """The dotted names of the modules with a pair that are not all experts of a layer."""
+    ours = [name for name in names if name.endswith(".lora_A.weight") and not _FLAT.fullmatch(name)]
+    return [name.removeprefix(f"{PREFIX}.").removesuffix(".lora_A.weight") for name in ours]
+
+
 def split_experts(tensors: Mapping[str, Tensor], config: PeftMoeConfig, spelling: Spelling) -> tuple[dict[str, Tensor], PeftMoeConfig]:
     """Return an adapter of PEFT's own form in this one. Its scale is folded into B, so that alpha is r: not all servers read other scales.
 
@@ -76,7 +83,9 @@ def split_experts(tensors: Mapping[str, Tensor], config: PeftMoeConfig, spelling
     for name, tensor in tensors.items():
         if name not in of_experts:
             split[name] = scaled(tensor, config.scale) if name.endswith(".lora_B.weight") else tensor
-    modules = (*config.target_modules, *(spelling.parts[part] for part in _PARTS))
+    targets = config.target_modules
+    linears = _linears(tensors) if isinstance(targets, str) else targets  # servers know no regular expressions
+    modules = (*linears, *(spelling.parts[part] for part in _PARTS))
     described = replace(config, alpha=config.r, use_rslora=False, target_modules=tuple(dict.fromkeys(modules)), target_parameters=())
     return split, described
 
@@ -124,9 +133,8 @@ def join_experts(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> tuple[
             pair = of_projection[projection]
             assert pair is not None
             joined[name_a], joined[name_b] = join_a(pair[0]).contiguous(), join_b(pair[1]).contiguous()
-    linears = {name.removesuffix(".lora_A.weight").rpartition(".")[2] for name in joined if name.endswith(".lora_A.weight")} - {"experts"}
-    own = {*_PARTS, *_MIXTRAL, "experts"}
-    modules = tuple(module for module in config.target_modules if module not in own or module in linears)
+    own = {f"{path}.{expert}.{part}" for path, of_layer in found.items() for expert, _, _ in of_layer for part in (*_PARTS, *_MIXTRAL)}
+    modules = without_experts(config.target_modules, {*own, *found}, _linears(joined))
     ends = dict.fromkeys(re.sub(r"^.*?layers\.\d+\.", "", path) for path in found)
     parameters = tuple(f"{end}.{projection}" for end in ends for projection in projections)
     return joined, replace(config, target_modules=modules, target_parameters=parameters)

@@ -18,6 +18,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from hecate.adapters.peft_moe import PREFIX, PeftMoeConfig
+from hecate.adapters.peft_targets import without_experts
 from hecate.errors import UserError
 
 _HALVES = {"gate_up_proj": ("gate_proj", "up_proj")}
@@ -47,8 +48,8 @@ def unstack_experts(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> tup
             for half, b in zip(halves, b_Or.chunk(len(halves)), strict=True):
                 result[f"{path}.{expert}.{half}.lora_A.weight"] = a_rI.contiguous()
                 result[f"{path}.{expert}.{half}.lora_B.weight"] = b.contiguous()
-    modules = tuple(module for module in config.target_modules if module not in _HALVES)
-    return result, replace(config, target_modules=modules)
+    joined = {f"{match[1]}.{match[2]}" for name in tensors if (match := _NAME.fullmatch(name)) and match[2] in _HALVES}
+    return result, replace(config, target_modules=without_experts(config.target_modules, joined, ()))
 
 
 def _expert_first(name_b: str, a_ErI: Tensor, b: Tensor) -> Tensor:

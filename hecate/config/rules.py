@@ -302,9 +302,10 @@ def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:
     for i, module in enumerate(modules):
         if module in modules[:i]:
             add(f"{key}[{i}]", f"{shorten(module)} is listed twice", "keep one of the two")
-        elif not re.fullmatch(r"[A-Za-z0-9_.]+", module):
-            add(f"{key}[{i}]", f"must be a module's name, got {shorten(module)}", "patterns are not supported")
-    well_named = len(set(modules)) == len(modules) and all(re.fullmatch(r"[A-Za-z0-9_.]+", module) for module in modules)
+        elif not re.fullmatch(r"[A-Za-z0-9_]+", module):
+            what = f"must be a module's name of letters, digits and _, got {shorten(module)}"
+            add(f"{key}[{i}]", what, "give the last part of its dotted name; it is adapted in every layer, and patterns are not supported")
+    well_named = len(set(modules)) == len(modules) and all(re.fullmatch(r"[A-Za-z0-9_]+", module) for module in modules)
     over_linears = values.get("moe.unit") == "linear"
     if modules and well_named and not over_linears and not set(modules) & {"gate_proj", "up_proj", "down_proj"}:
         add(key, "names none of gate_proj, up_proj, down_proj: no expert would have anything to train", "add at least one of them")

@@ -28,7 +28,7 @@ from hecate.experts.router import ModelRouter, Router, RouterSite
 from hecate.kernels.backend import Backend
 from hecate.kernels.common.ffn import FfnShape
 from hecate.model.gated_ffn import decoder_layers
-from hecate.model.linears import FoundLinear, target_linears
+from hecate.model.linears import FoundLinear, ends_of, target_linears
 from hecate.model.lora import LoraLinear
 from hecate.model.moe_blocks import renormalises
 from hecate.model.moe_model import MoeModel, adapter_dtype
@@ -257,7 +257,7 @@ def _train_others(model: nn.Module, changed: Sequence[FoundUnit]) -> dict[str, n
 
 
 def _attention_targets(model: nn.Module, found: Sequence[FoundUnit], plan: InsertionPlan) -> list[tuple[int, str, str]]:
-    """(layer, name inside the layer, dotted path) of the decoder layers' linears whose last name is a target.
+    """(layer, name inside the layer, dotted path) of the decoder layers' linears whose dotted name has a target as its end.
 
     Blocks where units were found are no attention, in the layers without units either.
 
@@ -273,11 +273,11 @@ def _attention_targets(model: nn.Module, found: Sequence[FoundUnit], plan: Inser
         for module, child in layer.named_modules():
             if type(child) is not nn.Linear or module.startswith(excluded):
                 continue
-            last = module.rpartition(".")[2]
-            available.add(last)
-            if last in plan.target_modules:
-                targets.append((index, module, f"{name}.{index}.{module}"))
-                seen.add(last)
+            path = f"{name}.{index}.{module}"
+            available.add(module.rpartition(".")[2])
+            if matching := ends_of(path) & set(plan.target_modules):
+                targets.append((index, module, path))
+                seen |= matching
     missing = [target for target in plan.target_modules if target not in seen]
     if missing:
         raise UserError(

@@ -61,6 +61,12 @@ def find_linears(model: nn.Module) -> list[FoundLinear]:
     ]
 
 
+def ends_of(path: str) -> set[str]:
+    """Return a dotted name and each of its ends from a dot on. A target is one of them, as PEFT has it."""
+    parts = path.split(".")
+    return {".".join(parts[start:]) for start in range(len(parts))}
+
+
 def target_linears(
     found: Sequence[FoundLinear], target_modules: Sequence[str], model: str, *, without_routers: bool = False
 ) -> list[FoundLinear]:

@@ -101,9 +101,6 @@ def set_of(adapter: ReadAdapter) -> AdapterSet:
         if place.expert is not None:
             experts = a.shape[0] // description.r
             a, b = expert_a(a, place.expert, experts), expert_b(b, place.expert, experts)
-        for name, matrix in ((place.name_a, a), (place.name_b, b)):
-            if not bool(matrix.isfinite().all()):
-                raise UserError(f"{adapter.folder}: {name} is not finite; the training that left it has failed")
         return Terms(a.to(torch.float64), description.scale * b.to(torch.float64))
 
     used = {name for place in places.values() for name in (place.name_a, place.name_b)}

@@ -61,7 +61,7 @@ def average(sets: Sequence[AdapterSet], weights: Sequence[float], *, inexact: bo
 
 
 _DIFFERENT = (
-    "and the product of two means is not the mean of products\n  use stack, which is exact, or take the means all the same: inexact"
+    "and the product of two means is not the mean of products\n  use stack, which is exact, or take the means all the same: --inexact"
 )
 
 

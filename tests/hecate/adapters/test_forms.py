@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +12,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hecate.adapters.forms import FORMS, ReadAdapter, write_form
+from hecate.adapters.forms import FORMS, ReadAdapter, read_any, write_form
+from hecate.adapters.linear_format import save_linear_adapter
 from hecate.config import RouterConfig
 from hecate.errors import UserError
 from tests.hecate.adapters.exporting import (
     damaged,
     export,
+    hecate_logits,
+    save_dense,
+    save_mixlora,
     save_moe,
     save_peft,
     with_router,
 )
 from tests.hecate.adapters.making import linear_config_of
+from tests.hecate.adapters.test_stacked_experts import save_stacked
 
 
 def test_what_a_form_cannot_hold_of_a_lora_is_refused(tmp_path: Path) -> None:
@@ -44,7 +52,13 @@ def test_what_a_form_cannot_hold_of_a_lora_is_refused(tmp_path: Path) -> None:
     refused("merged", f"has no tensor {q_proj}A.weight", lambda one: damaged(one, f"{q_proj}A.weight", None))
     refused("merged", "has no tensor", lambda one: damaged(one, experts, None))
     stranger = "base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight"
-    refused("merged", rf"the tensor {stranger} \(1 such\) belongs to no weight", lambda one: damaged(one, stranger, torch.ones(4, 16)))
+    refused("merged", f"has no tensor {stranger.replace('A', 'B')}", lambda one: damaged(one, stranger, torch.ones(4, 16)))
+
+    def with_strangers(adapter: Path) -> None:
+        damaged(adapter, stranger, torch.ones(4, 16))
+        damaged(adapter, stranger.replace("A", "B"), torch.ones(16, 4))
+
+    refused("merged", rf"the tensor {stranger} \(2 such\) belongs to no weight", with_strangers)
     refused(
         "merged", r"has the shape \[16, 17\], but the base model's is", lambda one: damaged(one, f"{q_proj}A.weight", torch.ones(4, 17))
     )
@@ -54,6 +68,54 @@ def test_what_a_form_cannot_hold_of_a_lora_is_refused(tmp_path: Path) -> None:
         save_file({name: 0 * one if ".lora_B." in name else one for name, one in load_file(file).items()}, file)
 
     refused("merged", "all its B are zero: it was never trained", zero)
+
+
+def every_form(folder: Path) -> dict[str, Path]:
+    """A sound adapter of each form that is read."""
+    dense, moe = save_dense("llama", folder / "dense"), save_moe("qwen3_moe", folder / "moe")
+    mixture = save_mixlora(folder / "mixture", dense)
+    experts, _ = save_peft(folder / "experts", moe, ["q_proj"])
+    names = [f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{one}.weight" for layer in range(3) for one in ("A_0", "B_0")]
+    save_linear_adapter(
+        folder / "linears", {name: torch.ones(2, 2) for name in names}, linear_config_of(base_model_name_or_path=str(dense))
+    )
+    return {
+        "peft": save_peft(folder / "lora", dense, ["q_proj"], experts=False)[0],
+        "peft's experts": experts,
+        "per-expert": export(experts, "per-expert", folder / "per-expert"),
+        "three axes": save_stacked(folder / "stacked", experts, first=True),
+        "mixlora": mixture,
+        "adapter_model.bin": export(mixture, "mixlora", folder / "library"),
+        "experts over linears": folder / "linears",
+    }
+
+
+def test_numbers_that_are_not_finite_or_whole_are_refused_in_every_form(tmp_path: Path) -> None:
+    for form, adapter in every_form(tmp_path).items():
+        read_any(adapter)
+        file = adapter / ("adapter_model.bin" if form == "adapter_model.bin" else "adapter_model.safetensors")
+        sound = torch.load(file, weights_only=True) if file.suffix == ".bin" else load_file(file)
+        name = next(name for name in sound if ".lora_B" in name)
+        for spoilt in (torch.nan, torch.inf, -torch.inf, torch.int32, torch.float8_e4m3fn):
+            tensor = sound[name].clone()
+            if isinstance(spoilt, torch.dtype):
+                tensor, reason = tensor.to(spoilt), f"{name} is {spoilt}, not a dense tensor of floating point of 16 bits or more"
+            else:
+                tensor.flatten()[-1], reason = spoilt, f"{name} holds NaN or infinity"
+            save: Callable[..., None] = torch.save if file.suffix == ".bin" else save_file
+            save({**sound, name: tensor}, file)
+            with pytest.raises(UserError, match=f"{file}: tensor {reason}"):
+                read_any(adapter)
+
+
+@pytest.mark.parametrize("kind", ["IA3", None, ["LORA"]])
+def test_another_kind_of_adapter_is_refused_with_those_that_are_read(tmp_path: Path, kind: Any) -> None:
+    adapter = save_mixlora(tmp_path / "adapter", save_dense("llama", tmp_path / "dense"))
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": kind}))
+    for read in (read_any, hecate_logits):
+        with pytest.raises(UserError, match=f"peft_type is {re.escape(repr(str(kind)))}; supported: LORA, MIXLORA, MOLA"):
+            read(adapter)
 
 
 OVER_LINEARS = {

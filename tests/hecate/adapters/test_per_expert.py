@@ -40,6 +40,10 @@ def test_granites_experts_keep_the_name_of_their_block(tmp_path: Path) -> None:
     out = export(adapter, "per-expert", tmp_path / "out")
     assert load_file(export(out, "peft", tmp_path / "back") / "adapter_model.safetensors").keys() == load_file(adapter / FILE).keys()
     torch.testing.assert_close(hecate_logits(out), wanted, **LIMIT)
+    card = (out / "README.md").read_text()
+    assert "No program has been seen to read such a folder over a model of the type granitemoe" in card
+    assert "- not llama.cpp, whose converter looks for other names" in card
+    assert "convert_lora_to_gguf" not in card
 
 
 def test_a_scale_is_folded_in_without_rounding() -> None:
@@ -72,6 +76,8 @@ def test_one_pair_for_each_expert_and_back(tmp_path: Path, kind: str) -> None:
     card = (out / "README.md").read_text()
     assert "vLLM" in card
     assert "No server has been run with one on a GPU" in card
+    assert "llama.cpp's converter read such folders of tiny models as meant" in card
+    assert ("SGLang 0.5.23" in card) == (kind != "mixtral")
     assert ("--lora-paths" in card) == (kind != "mixtral")
     torch.testing.assert_close(hecate_logits(out), wanted, **LIMIT)
     back = read_any(export(out, "peft", tmp_path / "back"))
@@ -125,7 +131,7 @@ def test_an_expert_whose_pair_is_missing_is_named(tmp_path: Path) -> None:
     adapter, _ = save_peft(tmp_path / "adapter", save_moe("mixtral", tmp_path / "model"), [])
     out = export(adapter, "per-expert", tmp_path / "out")
     damaged(out, "base_model.model.model.layers.1.block_sparse_moe.experts.3.w3.lora_B.weight", None)
-    with pytest.raises(UserError, match=r"has no tensor base_model.model.model.layers.1.mlp.experts.3.up_proj.lora_B.weight"):
+    with pytest.raises(UserError, match=r"has no tensor base_model.model.model.layers.1.block_sparse_moe.experts.3.w3.lora_B.weight"):
         read_any(out)
 
 

@@ -45,6 +45,8 @@ def test_a_stack_is_the_weighted_sum_of_adapters_of_any_ranks_and_scales() -> No
     assert max(merged.errors().values()) < EXACT
     # The guard of this test: federated averaging of the same adapters is another matrix, and says so.
     assert min(average(MIXED, WEIGHTS, inexact=True).errors().values()) > 0.1
+    with pytest.raises(UserError, match=r"take the means all the same: --inexact$"):
+        average(MIXED, WEIGHTS)
 
 
 def test_an_error_is_that_of_dense_matrices() -> None:

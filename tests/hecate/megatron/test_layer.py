@@ -20,7 +20,9 @@ from hecate.model import attention_kernels
 from hecate.model.attention_kernels import takes_fewer_keys
 from hecate.parallel.units import Unit
 from testing.byte_tokenizer import build_byte_tokenizer
+from tests.hecate.megatron.making import require_megatron
 
+require_megatron()
 with quietly():
     from hecate.megatron.expert_parallel_engine import check_fit
     from hecate.megatron.export import mixtral_config_of, mixtral_weights

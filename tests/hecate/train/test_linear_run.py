@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,26 @@ def test_ranks_that_differ_leave_a_padded_adapter(workshop: Path, one_rank: dist
     alike = [one if not one.startswith("lora.r=") else "lora.r=4" for one in given]  # whose rows beyond 1 would never have trained
     with pytest.raises(UserError, match=r"has lora\.r \[4, 1, 2\], but the configuration has 4\n  give lora\.r as the adapter has it"):
         training(workshop, one_rank, "alike", *alike, f"lora.init_from={folder}", plain=True)
+
+
+def test_training_begins_with_a_lora_whose_modules_have_their_whole_names(workshop: Path, one_rank: dist.ProcessGroup) -> None:
+    """As PEFT writes them where all linears are adapted; one that is for some of the layers only is another adapter."""
+    given = ["moe.unit=linear", "moe.num_experts=1", "moe.top_k=1", "lora.target_modules=[q_proj,down_proj]"]
+    run, ranks = training(workshop, one_rank, "named", *given, plain=True)
+    run.train_one()
+    folder = run.parts.output.replace(workshop / "runs" / "named", run.parts.moe, ranks)
+    config = folder / "adapter_config.json"
+    described = json.loads(config.read_text())
+    whole = sorted(one.path for one in run.parts.base.linears if one.name in ("q_proj", "down_proj"))
+    for targets in (whole, r".*\.(q_proj|down_proj)"):
+        config.write_text(json.dumps({**described, "target_modules": targets}))
+        begun, _ = training(workshop, one_rank, "named-again", *given, f"lora.init_from={folder}", plain=True)
+        for key, chunk in run.parts.moe.engine.shards.named_parameters().items():
+            assert torch.equal(begun.parts.moe.engine.shards.named_parameters()[key], chunk)
+    for targets in (whole[1:], [*whole, "lm_head"]):
+        config.write_text(json.dumps({**described, "target_modules": targets}))
+        with pytest.raises(UserError, match=r"has lora\.target_modules .*, but the configuration has \['down_proj', 'q_proj'\]"):
+            training(workshop, one_rank, "named-other", *given, f"lora.init_from={folder}", plain=True)
 
 
 def test_an_ordinary_lora_does_not_replace_a_fixed_a(workshop: Path, one_rank: dist.ProcessGroup) -> None:
