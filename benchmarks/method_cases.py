@@ -55,6 +55,7 @@ MOLA = {
     "mola_8228": "[8,2,2,8]",
     "mola_5555": "[5,5,5,5]",
 }
+_MIXLORA = {"lora.r": "8", "lora.alpha": "16.0", "moe.num_experts": "8"}
 _SMORA = {
     **_linears(1),
     "lora.alpha": "16.0",
@@ -86,7 +87,8 @@ METHODS: tuple[Method, ...] = (
     plain_lora("lora_r16_ffn", 16, targets=_FFN),
     plain_lora("lora_r64", 64, steps=(SHORT, LONG)),
     plain_lora("lora_r64_slower", 64, learning_rate="1e-3", steps=(LONG,)),
-    Method("mixlora", {"lora.r": "8", "lora.alpha": "16.0", "moe.num_experts": "8"}, (SHORT, LONG)),
+    Method("mixlora", _MIXLORA, (SHORT, LONG)),
+    Method("mixlora_slower", {**_MIXLORA, "learning_rate": "1e-3"}, (LONG,)),
     Method("smora", _SMORA, (SHORT, LONG)),
     Method("smora_slower", {**_SMORA, "learning_rate": "1e-3"}, (LONG,)),
     Method(
