@@ -1,7 +1,7 @@
 """The systems that `methods` trains beside one another, as settings of `hecate train`, and the goals that they are held to.
 
-Systems of one table train on the same samples in the same order, with one learning rate. FFA-LoRA's is its recipe's, and NOLA's twice
-that of its recipe, which has the authors' for GPT-2; SMoRA's bias moves a hundred times as fast as in its recipe, which is for longer
+Systems of one table train on the same samples in the same order, with one learning rate, but for FFA-LoRA and NOLA. Their recipes and
+ALLoRA's are what is trained here; SMoRA's bias moves a hundred times as fast as in its recipe, which is for longer
 runs. After 400 steps the systems that have a goal, MoLA with two of its orders, and the LoRA beside which they are set have runs with
 half the rate, too (`_slower`); the better rate of each counts.
 """

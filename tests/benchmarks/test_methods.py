@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 
 from benchmarks.method_cases import GOALS, LONG, METHODS, SEEDS, SHORT, Run
 from benchmarks.method_speed import BESIDE, NAMES, rows_of
 from benchmarks.methods import by_method, load_spread, wanted
+from hecate.config import load_config
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 MOS = next(goal for goal in GOALS if goal.system == "mos")
 
 
@@ -44,6 +47,22 @@ def test_after_400_steps_the_better_learning_rate_of_each_system_counts() -> Non
 def test_every_goal_names_systems_that_are_trained_for_as_many_steps() -> None:
     steps = {method.name: method.steps for method in METHODS}
     assert all(goal.steps in steps[name] for goal in GOALS for name in goal.needs)
+
+
+@pytest.mark.parametrize("name", ["nola", "allora", "ffa_lora"])
+def test_a_recipe_under_a_system_s_name_is_what_is_measured(name: str) -> None:
+    """But for data, for where results go, and for the balance loss, which one pair has none of."""
+    settings = next(method.settings for method in METHODS if method.name == name)
+    recipe, measured = (
+        load_config(CONFIGS / where, overrides, claim_output=False, inputs=False)
+        for where, overrides in (
+            (f"recipes/{name}.yaml", []),
+            ("quickstart.yaml", [f"{key}={value}" for key, value in settings.items()]),
+        )
+    )
+    own = {"data": measured.data, "output_dir": measured.output_dir, "eval": measured.eval}
+    moe = replace(recipe.moe, router_aux_loss_coef=measured.moe.router_aux_loss_coef)
+    assert replace(recipe, moe=moe, **own) == measured
 
 
 def test_a_recording_has_each_system_with_each_seed_once_and_reads_what_it_wrote() -> None:
