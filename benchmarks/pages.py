@@ -182,7 +182,7 @@ def _cellm(runs: Mapping[str, Mapping[int, FederatedRun]]) -> Pieces:
     curves = [" ".join(f"{mean_of(arm, number):.2f}" for number in range(5)) for arm in ("cellm 1", "cellm 1/4", "cellm 0.1")]
     loss = mean_of("cellm 0.1", -1) / mean_of("cellm 1", -1)
     return [
-        f"sends {sent / dense:.2f} of the bytes, but after five rounds its loss is {loss:.2f} of the dense one's (goal: 1.02)",
+        f"at density 0.1 sends {sent / dense:.2f} of the bytes, but after five rounds its loss is {loss:.2f} of the dense one's (goal: 1.02)",
         f"{curves[0]} at density 1, {curves[1]} at ¼, {curves[2]} at 0.1",
     ]
 
