@@ -2,11 +2,12 @@
 
     python -m benchmarks.pages [PAGE]
 
-prints it, a piece a paragraph. `tests/docs/test_figures.py` holds each page to it: every piece is on the page, the recording is named with
-its commit, and no figure of the page's section is in none of the pieces. So a new recording shows which sentences are to be written anew.
+prints it, a piece a paragraph. `tests/benchmarks/test_pages.py` holds each page to it: every piece is on the page, the recording is named
+with its commit, and no figure of the page's section is in none of the pieces. So a new recording shows which sentences are to be written
+anew.
 
 A piece is a table, or as much of a sentence as has figures. Give a page that quotes a recording a function in `SAID`, which gets what the
-recording's file holds, and in `SECTIONS` the heading under which its figures stand.
+recording's file holds. Where all figures under a heading are from recordings, say so in `SECTIONS`.
 """
 
 from __future__ import annotations
@@ -190,6 +191,64 @@ def _cellm(runs: Mapping[str, Mapping[int, FederatedRun]]) -> Pieces:
     ]
 
 
+_MERGED_ROWS = {
+    "base": "base model",
+    "chain_sum": "the adapter of chain_sum alone",
+    "spell_backward": "that of spell_backward",
+    "word_sequence_reversal": "that of word_sequence_reversal",
+    "lego": "`lego`, rank 16",
+    "stack x 3": "`stack`, times 3: the exact sum",
+    "stack 16 x 3": "`stack --rank 16`, times 3",
+    "linear": "`linear`",
+    "linear x 3": "`linear`, times 3",
+    "ties": "`ties`",
+    "ties x 3": "`ties`, times 3",
+    "average": "`average --inexact`",
+    "stack": "`stack`",
+}
+
+
+def merging(recording: Mapping[str, Any]) -> Pieces:
+    found, tasks = {one["name"]: one for one in recording["adapters"]}, recording["training"]["tasks"]
+    lines = [f"| answers of | {' | '.join(tasks)} | mean | error |", _rule(6)]
+    for name, label in _MERGED_ROWS.items():
+        one = found[name]
+        shares = [one["exact"][task] for task in tasks]
+        error = "" if not one["seconds"] else f" {one['error']:.2f}" if one["error"] > 1e-6 else " 0"
+        lines.append(f"| {label} | {' | '.join(f'{share:.2f}' for share in (*shares, fmean(shares)))} |{error} |")
+    single, kept = fmean(found[task]["exact"][task] for task in tasks), fmean(found["lego"]["exact"].values())
+    return ["\n".join(lines), f"keeps {100 * kept / single:.0f} % of the {single:.2f} that the adapters have on their own tasks"]
+
+
+def plan_quality(recording: Mapping[str, Any]) -> Pieces:
+    found = recording["summary"]
+    whole, one, four = (found[f"auto_over_best_policy{slots}_geomean"] for slots in ("", "_slots_1", "_slots_4"))
+    worst = 100 * (found["auto_over_best_policy_worst"] - 1)
+    return [
+        f"`auto` takes {whole:.2f} of the seconds of the best other policy (geometric mean; {one:.2f} with one slot, {four:.2f} with four)",
+        f"another policy is more than half a percent faster, {worst:.1f} % at worst",
+    ]
+
+
+def memory_plan(recording: Mapping[str, Any]) -> Pieces:
+    cases = len(recording["rows"])
+    worst = max((row["error"] for row in recording["rows"]), key=abs)
+    within = sum(abs(row["error"]) <= recording["summary"]["goal"] for row in recording["rows"])
+    side = "low" if worst < 0 else "high"
+    counted = f"all {cases}" if within == cases else f"{within} of {cases}"
+    return [f"goal: within 5 %, **{_met(within == cases)}** in {counted} cases, of which the worst is {100 * abs(worst):.1f} % too {side}"]
+
+
+def fidelity(recording: Mapping[str, Any]) -> Pieces:
+    found = recording["summary"]
+    mean, worst, two = (100 * found[f"step_time_error_{which}"] for which in ("geomean", "worst", "geomean_2_ranks"))
+    return [
+        f"the predicted step times are {mean:.1f} % off (geometric mean of {len(recording['rows'])} runs",
+        f"{worst:.0f} % at worst; goals: 6 % and 12 %, **{_met(mean <= 6 and worst <= 12)}**",
+        f"Two ranks, with a core each, are {two:.1f} % off",
+    ]
+
+
 def _met(found: bool) -> str:
     return "met" if found else "missed"
 
@@ -206,6 +265,9 @@ def _rule(columns: int) -> str:
 SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
     "docs/systems.md": {"methods": methods, "many_adapters": many_adapters, "method_speed": method_speed, "reclora": reclora},
     "docs/federated.md": {"federated": federated},
+    "docs/adapters.md": {"merging": merging},
+    "docs/planners.md": {"plan_quality": plan_quality},
+    "docs/simulator.md": {"memory_plan": memory_plan, "fidelity": fidelity},
 }
 """page -> recording -> its pieces on that page"""
 SECTIONS: Mapping[str, str] = {"docs/systems.md": "What they reach", "docs/federated.md": "How they compare"}
