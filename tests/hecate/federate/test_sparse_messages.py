@@ -122,23 +122,6 @@ def test_rounds_of_the_servers_adamw_are_steps_of_torch_by_the_weighted_mean_of_
         torch.testing.assert_close(state.vector, parameter.detach(), rtol=1e-12, atol=1e-12)
 
 
-def test_a_number_that_does_not_go_down_is_asked_for_again_in_each_round(tmp_path: Path) -> None:
-    """The client wants 1.0 and 0.9, sees only the largest of the server's numbers, and takes the others for 0.
-
-    So the server's number goes past what is wanted, until it is the larger one, and then the other one does.
-    """
-    site = PairSite("model.layers.0.mlp.up_proj", 0, "mlp.up_proj", 1, 1)
-    shape = VectorShape((site,), 4, 2.0, False, "float64", 0)
-    wanted, found = torch.tensor([1.0, 0.9, 0.0, 0.0], dtype=torch.float64), []
-    state = ServerState(torch.zeros(4, dtype=torch.float64))
-    for number in range(5):
-        plan = plan_of(tmp_path / str(number), shape, 1.0)
-        _, seen = round_of(plan, state.vector, 0.25, wanted - masked(state.vector, 0.25))
-        state = stepped(state, {"one": pairs_of(seen, shape)}, shape, [1.0], RoundsConfig())
-        found.append([round(one, 6) for one in state.vector[:2].tolist()])
-    assert found == [[1.0, 0.9], [1.0, 1.8], [2.0, 0.9], [1.0, 1.8], [2.0, 0.9]]
-
-
 def test_a_message_that_another_adapter_wrote_is_refused(tmp_path: Path) -> None:
     shape = shape_of()
     plan = plan_of(tmp_path, shape, 1.0)
