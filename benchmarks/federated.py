@@ -3,14 +3,14 @@
     python -m benchmarks.federated [--quick] [--resume] [--most N] [--json FILE]
 
 Each run (`federated_cases.ARMS`) is a `hecate federate` of SmolLM2-135M-Instruct over five rounds of ten local steps, with three seeds:
-averaging of A and B (FedAvg), FLoRA, LoRA-FAIR, FFA-LoRA with and without noise for privacy, and CELLM at four densities. Adapters are of
-the FFNs and, where nothing else is said, of rank 8. Each run is written to the file (benchmarks/results/federated.json) as soon as it is
-through: a call with `--resume` goes on with the runs that are missing, the first seed's before the second's, in the round in which one was
-stopped; `--most` ends it after some. A call without it begins anew. What is not finished is in runs/federated.
+averaging of A and B (FedAvg), FLoRA, LoRA-FAIR as ridge regression and with the paper's cosine, FFA-LoRA, and CELLM at four densities.
+Adapters are of the FFNs and, where nothing else is said, of rank 8. Each run is written to the file (benchmarks/results/federated.json)
+as soon as it is through: a call with `--resume` goes on with the runs that are missing, the first seed's before the second's, in the
+round in which one was stopped; `--most` ends it after some. A call without it begins anew. What is not finished is in runs/federated.
 
 Every client has other questions than all others, so that this is as far from equal clients as can be. All arms train as many sequences.
-The learning rate is 2e-3, of B alone 4e-3, and with noise 1e-3, since AdamW takes steps of this size in noise, too; no arm's was searched
-for. FLoRA's clients begin each round anew, with another order of their data.
+The learning rate is 2e-3, and of B alone 4e-3; no arm's was searched for. FLoRA's clients begin each round anew, with another order of
+their data.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import whole_run
 from benchmarks.federated_cases import ARMS, GOALS, SEEDS, TASKS, Arm, Round, Run, Runs, mean_loss
-from benchmarks.report import arguments, machine
+from benchmarks.report import arguments, commit, machine
 from hecate.data.synthetic_tasks import write_tasks
 from hecate.federate.checks import RECIPE
 from hecate.federate.records import UNION, RoundRecord, read_records
@@ -91,7 +91,7 @@ def train(arm: Arm, seed: int, size: Size, folder: Path, model: str, training: M
     done = whole_run.hecate(["federate", str(recipe)], folder)
     records = read_records(output)
     shutil.rmtree(output)  # bases and adapters of every round
-    return Run(arm.name, seed, tuple(map(round_of, records)), done.seconds)
+    return Run(arm.name, seed, tuple(map(round_of, records)), done.seconds, commit())
 
 
 def settings_of(arm: Arm, seed: int, size: Size) -> dict[str, object]:
@@ -185,10 +185,8 @@ def _read(path: Path) -> list[Run]:
 
 def _write(path: Path, runs: Sequence[Run], size: Size, environment: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = by_arm(runs)
-    goals = {f"{goal.system}: {goal.text}": goal.verdict(found) for goal in GOALS}
     training = {**asdict(size), **TRAINING}
-    value = {"name": "federated", "machine": environment, "training": training, "goals": goals, "runs": [asdict(run) for run in runs]}
+    value = {"name": "federated", "machine": environment, "training": training, "runs": [asdict(run) for run in runs]}
     path.with_suffix(".part").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".part").replace(path)
 

@@ -26,7 +26,7 @@ from statistics import fmean, median
 from typing import Any
 
 from benchmarks import whole_run
-from benchmarks.report import arguments, machine
+from benchmarks.report import arguments, commit, machine
 from hecate.adapters.config import CONFIG
 from hecate.adapters.sets.forms import read_set
 from hecate.adapters.sets.terms import joined, relative_error
@@ -276,6 +276,7 @@ def table(measured: Sequence[Measured]) -> str:
 def _write(path: Path, measured: Sequence[Measured], size: Size, environment: dict[str, Any]) -> None:
     value = {
         "name": "merging",
+        "commit": commit(),
         "machine": environment,
         "training": {"tasks": TASKS, **asdict(size), **TRAINING},
         "goals": goals(measured),

@@ -1,16 +1,16 @@
 """The systems that `methods` trains beside one another, as settings of `hecate train`, and the goals that they are held to.
 
-Systems of one table train on the same samples in the same order, with one learning rate. FFA-LoRA's is its recipe's, and NOLA's twice
-that of its recipe, which has the authors' for GPT-2; SMoRA's bias moves a hundred times as fast as in its recipe, which is for longer
+Systems of one table train on the same samples in the same order, with one learning rate, but for FFA-LoRA and NOLA. Their recipes and
+ALLoRA's are what is trained here; SMoRA's bias moves a hundred times as fast as in its recipe, which is for longer
 runs. After 400 steps the systems that have a goal, MoLA with two of its orders, and the LoRA beside which they are set have runs with
-half the rate, too (`_slower`); the better rate of each counts.
+half the rate, too (`_slower`). A goal compares the best of a system's runs with the best of its rivals', whatever their rank and rate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 
 SEEDS = (1, 2, 3)
 TASKS = ("chain_sum", "gcd", "letter_counting", "count_bits", "number_sorting")
@@ -45,7 +45,8 @@ def _linears(rank: int, targets: str = _EVERY) -> dict[str, str]:
 
 
 def _mola(allocation: str) -> Mapping[str, str]:
-    return {**_linears(8), "lora.alpha": "16.0", "moe.allocation": allocation, "moe.router_aux_loss_coef": "0.001"}
+    """The recording has a balance loss of twice its authors' coefficient; their released commands, and the recipe, leave it off."""
+    return {**_linears(8), "lora.alpha": "16.0", "moe.allocation": allocation, "moe.router_aux_loss_coef": "0.002"}
 
 
 MOLA = {
@@ -55,6 +56,7 @@ MOLA = {
     "mola_8228": "[8,2,2,8]",
     "mola_5555": "[5,5,5,5]",
 }
+_MIXLORA = {"lora.r": "8", "lora.alpha": "16.0", "moe.num_experts": "8"}
 _SMORA = {
     **_linears(1),
     "lora.alpha": "16.0",
@@ -78,6 +80,7 @@ _LLAVA_MOLE = {
 _NO_ALPHA = {"lora.alpha": "null", "lora.gradient_rule": "row_norm", "lora.eta": "2.0"}
 METHODS: tuple[Method, ...] = (
     plain_lora("lora_r1_ffn", 1, targets=_FFN),
+    plain_lora("lora_r1_ffn_faster", 1, targets=_FFN, learning_rate="1e-2"),
     plain_lora("lora_r2", 2),
     plain_lora("lora_r8", 8, steps=(SHORT, LONG)),
     plain_lora("lora_r8_slower", 8, learning_rate="1e-3", steps=(SHORT, LONG)),
@@ -86,7 +89,8 @@ METHODS: tuple[Method, ...] = (
     plain_lora("lora_r16_ffn", 16, targets=_FFN),
     plain_lora("lora_r64", 64, steps=(SHORT, LONG)),
     plain_lora("lora_r64_slower", 64, learning_rate="1e-3", steps=(LONG,)),
-    Method("mixlora", {"lora.r": "8", "lora.alpha": "16.0", "moe.num_experts": "8"}, (SHORT, LONG)),
+    Method("mixlora", _MIXLORA, (SHORT, LONG)),
+    Method("mixlora_slower", {**_MIXLORA, "learning_rate": "1e-3"}, (LONG,)),
     Method("smora", _SMORA, (SHORT, LONG)),
     Method("smora_slower", {**_SMORA, "learning_rate": "1e-3"}, (LONG,)),
     Method(
@@ -131,6 +135,8 @@ class Run:
     """largest resident memory of a rank"""
     load_spread: float
     """coefficient of variation of the loads of a unit's experts over the last quarter of the steps, mean over units; 0 with one expert"""
+    commit: str
+    """of the program; of runs before this was noted, the commit that added them to the recording"""
 
     @property
     def exact(self) -> float:
@@ -143,125 +149,109 @@ Runs = Mapping[tuple[str, int], Mapping[int, Run]]
 
 
 @dataclass(frozen=True)
+class Measure:
+    """A figure of a run, and how its mean over seeds is shown."""
+
+    of: Callable[[Run], float]
+    digits: int
+    """that are shown behind the point"""
+    larger_is_better: bool = False
+
+    def mean_and_spread(self, runs: Mapping[int, Run]) -> tuple[float, float]:
+        """The mean over seeds and the standard deviation between them; of one seed alone it is 0, for nothing is known of it."""
+        values = [self.of(run) for run in runs.values()]
+        return fmean(values), stdev(values) if len(values) > 1 else 0.0
+
+    def mean(self, runs: Mapping[int, Run]) -> str:
+        return f"{self.mean_and_spread(runs)[0]:.{self.digits}f}"
+
+    def both(self, runs: Mapping[int, Run]) -> str:
+        """The mean, and how far seeds lie apart."""
+        mean, spread = self.mean_and_spread(runs)
+        return f"{mean:.{self.digits}f} ± {spread:.{self.digits}f}" if len(runs) > 1 else f"{mean:.{self.digits}f}"
+
+
+LOSS = Measure(lambda run: run.loss, 3)
+EXACT = Measure(lambda run: 100 * run.exact, 1, larger_is_better=True)
+"""in percent"""
+MEGABYTES = Measure(lambda run: run.bytes_per_step / 1e6, 2)
+"""sent in a step"""
+LOAD_SPREAD = Measure(lambda run: run.load_spread, 2)
+
+
+@dataclass(frozen=True)
 class Goal:
-    """What a system is to reach beside others."""
+    """What a system is to reach beside the best of its rivals: `factor` times what that has, plus `margin`."""
 
     system: str
     text: str
     steps: int
-    needs: tuple[str, ...]
-    """names of methods"""
-    judge: Callable[[Mapping[str, Mapping[int, Run]]], tuple[bool, str]]
-    """from the runs of each needed method by seed, the same seeds of all, to whether it is met and by which figures"""
+    measure: Measure
+    ours: tuple[str, ...]
+    """names of the system's methods, such as its learning rates, of which the best mean counts"""
+    rivals: tuple[str, ...] = ()
+    """likewise: all ranks and rates of plain LoRA that were tried, so that no badly chosen one counts; (): `margin` is the target"""
+    factor: float = 1.0
+    margin: float = 0.0
 
     def verdict(self, runs: Runs) -> str:
-        """`met`, `missed` or `open`, and the figures; of the seeds that all needed methods have."""
-        found = {name: runs.get((name, self.steps), {}) for name in self.needs}
-        seeds = sorted(set.intersection(*(set(of_seeds) for of_seeds in found.values())))
-        if not seeds:
-            missing = [name for name, of_seeds in found.items() if not of_seeds]
-            return f"open: no runs yet of {', '.join(missing) or 'the same seeds'}"
-        met, figures = self.judge({name: {seed: of_seeds[seed] for seed in seeds} for name, of_seeds in found.items()})
-        return f"{'met' if met else 'missed'} ({len(seeds)} of {len(SEEDS)} seeds): {figures}"
+        """`met`, `missed`, `not decided by this recording` or `open`, and the figures.
+
+        It is decided if the mean lies on one side of the target by more than the spread over seeds of either side. A method counts if it
+        has all seeds; it is open while a rival lacks one.
+        """
+        complete = {name: of for name in (*self.ours, *self.rivals) if set(of := runs.get((name, self.steps), {})) == set(SEEDS)}
+        missing = [name for name in (*self.ours, *self.rivals) if name not in complete]
+        if set(missing) & set(self.rivals) or not set(complete) & set(self.ours):
+            return f"open: seeds are missing of {', '.join(missing)}"
+        ours, got, spread = self._best(complete, self.ours)
+        target, figures = self.margin, f"{ours} {self.measure.both(complete[ours])}"
+        if self.rivals:
+            rival, beside, beside_spread = self._best(complete, self.rivals)
+            target, spread = self.factor * beside + self.margin, max(spread, self.factor * beside_spread)
+            figures += f", {rival} {self.measure.both(complete[rival])}"
+        ahead = got - target if self.measure.larger_is_better else target - got
+        found = "met" if ahead > spread else "missed" if -ahead > spread else "not decided by this recording"
+        return f"{found}: {figures}" + (f" (seeds are missing of {', '.join(missing)})" if missing else "")
+
+    def _best(self, runs: Mapping[str, Mapping[int, Run]], names: tuple[str, ...]) -> tuple[str, float, float]:
+        """The method with the best mean, that mean and its spread."""
+        found = [(name, *self.measure.mean_and_spread(runs[name])) for name in names if name in runs]
+        return (max if self.measure.larger_is_better else min)(found, key=lambda one: one[1])
 
 
-def mean(runs: Mapping[int, Run], what: Callable[[Run], float]) -> float:
-    """The mean over seeds."""
-    return fmean(what(run) for run in runs.values())
-
-
-def _loss(run: Run) -> float:
-    return run.loss
-
-
-def _exact(run: Run) -> float:
-    return run.exact
-
-
-def _best_rate(runs: Mapping[str, Mapping[int, Run]], name: str) -> float:
-    """The exact answers of a system at the better of its two learning rates."""
-    return max(mean(runs[trained], _exact) for trained in _both_rates(name))
-
-
-def _both_rates(*names: str) -> tuple[str, ...]:
-    return (*names, *(f"{name}_slower" for name in names))
-
-
-def _mola_goal(runs: Mapping[str, Mapping[int, Run]]) -> tuple[bool, str]:
-    def share(name: str) -> float:
-        return mean(runs[name], lambda run: run.parameters) / mean(runs["lora_r64"], lambda run: run.parameters)
-
-    # A quarter of 30 layers is 7 or 8 of them, so that some allocations have a little more than 66 %.
-    orders = {name: mean(of, _exact) for name, of in runs.items() if name.startswith("mola")}
-    beside, best = _best_rate(runs, "lora_r64"), max((exact for name, exact in orders.items() if share(name) <= 0.66), default=0.0)
-    every = ", ".join(f"{name} {exact:.3f} ({share(name):.3f} of the parameters)" for name, exact in orders.items())
-    return best >= beside, f"{every}; LoRA r 64 {beside:.3f}"
-
-
-def _smora_goal(runs: Mapping[str, Mapping[int, Run]]) -> tuple[bool, str]:
-    got, r8, r64 = (_best_rate(runs, name) for name in ("smora", "lora_r8", "lora_r64"))
-    return got >= r8 + 0.02 and got >= r64, f"exact {got:.3f}, LoRA r 8 {r8:.3f}, r 64 {r64:.3f}"
-
-
-def _smora_loads(runs: Mapping[str, Mapping[int, Run]]) -> tuple[bool, str]:
-    spreads = [mean(of_rate, lambda run: run.load_spread) for of_rate in runs.values()]
-    return max(spreads) <= 0.5, f"coefficient of variation {' and '.join(f'{spread:.2f}' for spread in spreads)}"
-
-
-def _mos_goal(runs: Mapping[str, Mapping[int, Run]]) -> tuple[bool, str]:
-    below = sum(runs["mos"][seed].loss < run.loss for seed, run in runs["lora_r2"].items())
-    ratio = mean(runs["mos"], _loss) / mean(runs["lora_r16"], _loss)
-    return below == len(runs["mos"]) and ratio <= 1.02, f"below r 2 in {below} of {len(runs['mos'])}; {ratio:.3f} of r 16's loss"
-
-
-def _nola_goal(runs: Mapping[str, Mapping[int, Run]]) -> tuple[bool, str]:
-    loss = mean(runs["nola"], _loss) / mean(runs["lora_r1_ffn"], _loss)
-    sent = mean(runs["lora_r16_ffn"], lambda run: run.bytes_per_step) / mean(runs["nola"], lambda run: run.bytes_per_step)
-    return loss <= 1.02 and sent >= 50, f"{loss:.3f} of r 1's loss; r 16 sends {sent:.1f} times its bytes"
-
-
-def _allora_goal(runs: Mapping[str, Mapping[int, Run]]) -> tuple[bool, str]:
-    got = mean(runs["allora"], _loss)
-    best = min(mean(of, _loss) for name, of in runs.items() if name != "allora")
-    return got <= best, f"{got:.4f} beside {best:.4f}"
-
-
-def _ffa_goal(runs: Mapping[str, Mapping[int, Run]]) -> tuple[bool, str]:
-    sent = mean(runs["ffa_lora"], lambda run: run.bytes_per_step) / mean(runs["lora_r8"], lambda run: run.bytes_per_step)
-    return sent < 0.6, f"{sent:.3f} of the bytes at {mean(runs['ffa_lora'], _loss) / mean(runs['lora_r8'], _loss):.3f} of the loss"
-
-
-def _llava_goal(runs: Mapping[str, Mapping[int, Run]]) -> tuple[bool, str]:
-    got, beside = (_best_rate(runs, name) for name in ("llava_mole", "lora_r8"))
-    return got >= beside + 0.01, f"exact {got:.3f} beside {beside:.3f}"
-
-
-_LORA_R8 = ("lora_r8", "lora_r8_slower", "lora_r8_faster")
+_LONG_LORA = ("lora_r8", "lora_r8_slower", "lora_r64", "lora_r64_slower")
+_SHORT_LORA = ("lora_r2", "lora_r8", "lora_r8_slower", "lora_r8_faster", "lora_r16", "lora_r64")
+_FFN_LORA = ("lora_r1_ffn", "lora_r1_ffn_faster", "lora_r16_ffn")
+_BOTH_MOLA = (*MOLA, "mola_2468_slower", "mola_2882_slower")
+_BOTH_SMORA = ("smora", "smora_slower")
 GOALS: tuple[Goal, ...] = (
+    Goal("mixlora", "exact answers of the best LoRA", LONG, EXACT, ("mixlora", "mixlora_slower"), _LONG_LORA),
     Goal(
         "llava_mole",
-        "exact answers on text: one point over plain LoRA of its active rank, 8",
+        "exact answers on text: one point over the best LoRA",
         LONG,
-        _both_rates("llava_mole", "lora_r8"),
-        _llava_goal,
+        EXACT,
+        ("llava_mole", "llava_mole_slower"),
+        _LONG_LORA,
+        margin=1.0,
     ),
+    Goal("mola", "exact answers of the best LoRA", LONG, EXACT, _BOTH_MOLA, _LONG_LORA),
+    Goal("smora", "exact answers: two points over the best LoRA", LONG, EXACT, _BOTH_SMORA, _LONG_LORA, margin=2.0),
+    Goal("smora", "even loads: coefficient of variation at most 0.5", LONG, LOAD_SPREAD, _BOTH_SMORA, margin=0.5),
+    Goal("mos", "loss below that of LoRA r 2, which has as many parameters", SHORT, LOSS, ("mos",), ("lora_r2",)),
+    Goal("mos", "loss within 2 % of the best LoRA's", SHORT, LOSS, ("mos",), _SHORT_LORA, factor=1.02),
+    Goal("nola", "loss within 2 % of the best LoRA's on FFNs", SHORT, LOSS, ("nola",), _FFN_LORA, factor=1.02),
+    Goal("nola", "1/50 of the bytes of LoRA r 16", SHORT, MEGABYTES, ("nola",), ("lora_r16_ffn",), factor=1 / 50),
+    Goal("allora", "loss at most that of the best LoRA", SHORT, LOSS, ("allora",), _SHORT_LORA),
+    Goal("ffa_lora", "0.6 of the bytes of LoRA of its rank", SHORT, MEGABYTES, ("ffa_lora",), ("lora_r8",), factor=0.6),
     Goal(
-        "mola",
-        "best allocation: exact answers of LoRA r 64 at 66 % of its parameters",
-        LONG,
-        (*MOLA, "mola_2468_slower", *_both_rates("lora_r64")),
-        _mola_goal,
+        "ffa_lora",
+        "loss within 2 % of LoRA's of its rank",
+        SHORT,
+        LOSS,
+        ("ffa_lora",),
+        ("lora_r8", "lora_r8_slower", "lora_r8_faster"),
+        factor=1.02,
     ),
-    Goal(
-        "smora",
-        "exact answers: two points over LoRA r 8, and those of r 64",
-        LONG,
-        _both_rates("smora", "lora_r8", "lora_r64"),
-        _smora_goal,
-    ),
-    Goal("smora", "even loads: coefficient of variation at most 0.5", LONG, _both_rates("smora"), _smora_loads),
-    Goal("mos", "loss below LoRA r 2's, within 2 % of r 16's", SHORT, ("mos", "lora_r2", "lora_r16"), _mos_goal),
-    Goal("nola", "1.02 of LoRA r 1's loss at 1/50 of r 16's bytes", SHORT, ("nola", "lora_r1_ffn", "lora_r16_ffn"), _nola_goal),
-    Goal("allora", "loss at most that of LoRA at the best of three learning rates", SHORT, ("allora", *_LORA_R8), _allora_goal),
-    Goal("ffa_lora", "fewer bytes than plain LoRA", SHORT, ("ffa_lora", "lora_r8"), _ffa_goal),
 )

@@ -27,8 +27,8 @@ from statistics import fmean, median, pstdev
 from typing import Any
 
 from benchmarks import whole_run
-from benchmarks.method_cases import GOALS, LONG, METHODS, SEEDS, SHORT, TASKS, Method, Run, Runs
-from benchmarks.report import arguments, machine
+from benchmarks.method_cases import EXACT, GOALS, LONG, METHODS, SEEDS, SHORT, TASKS, Method, Run, Runs
+from benchmarks.report import arguments, commit, machine
 from hecate.data.synthetic_tasks import write_tasks
 
 RESULTS = whole_run.ROOT / "benchmarks" / "results" / "methods.json"
@@ -90,6 +90,7 @@ def train(method: Method, seed: int, size: Size, folder: Path) -> Run:
         bytes_per_step=median(step["bytes_sent"] for step in steps),
         peak_megabytes=run.peak_megabytes,
         load_spread=load_spread([step["loads"] for step in steps[-max(len(steps) // 4, 1) :]]),
+        commit=commit(),
     )
 
 
@@ -131,9 +132,9 @@ def tables(runs: Sequence[Run]) -> str:
 
 
 def _row(name: str, runs: Sequence[Run]) -> str:
-    exact = [run.exact for run in runs]
+    exact, spread = EXACT.mean_and_spread({run.seed: run for run in runs})
     return (
-        f"{name:16}{len(runs):6}{runs[0].parameters:12}{fmean(run.loss for run in runs):8.4f}{fmean(exact):8.3f}{pstdev(exact):7.3f}"
+        f"{name:16}{len(runs):6}{runs[0].parameters:12}{fmean(run.loss for run in runs):8.4f}{exact / 100:8.3f}{spread / 100:7.3f}"
         + "".join(f"{fmean(run.accuracy[task] for run in runs):13.3f}" for task in TASKS)
         + f"{fmean(run.tokens_per_second for run in runs):10.0f}{fmean(run.tokens_per_processor_second for run in runs):10.1f}"
         + f"{fmean(run.bytes_per_step for run in runs) / 1e6:9.2f}{max(run.peak_megabytes for run in runs):9.0f}"
@@ -141,15 +142,14 @@ def _row(name: str, runs: Sequence[Run]) -> str:
     )
 
 
-def _read(path: Path) -> list[Run]:
+def read(path: Path) -> list[Run]:
+    """The runs of a recording; none where there is no file."""
     return [Run(**row) for row in json.loads(path.read_text(encoding="utf-8"))["runs"]] if path.exists() else []
 
 
 def _write(path: Path, runs: Sequence[Run], environment: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = by_method(runs)
-    goals = {f"{goal.system}: {goal.text} ({goal.steps} steps)": goal.verdict(found) for goal in GOALS}
-    value = {"name": "methods", "machine": environment, "goals": goals, "runs": [asdict(run) for run in runs]}
+    value = {"name": "methods", "machine": environment, "runs": [asdict(run) for run in runs]}
     path.with_suffix(".part").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     path.with_suffix(".part").replace(path)
 
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--tables", action="store_true", help="train nothing; show what the file has")
     given = parser.parse_args()
     path = given.json or (Path(tempfile.gettempdir()) / "methods-quick.json" if given.quick else RESULTS)
-    runs = _read(path) if given.resume or given.tables else []
+    runs = read(path) if given.resume or given.tables else []
     names = [name for name in given.only.split(",") if name]
     if unknown := sorted(set(names) - {method.name for method in METHODS}):
         sys.exit(f"--only: unknown: {', '.join(unknown)}\n  known: {', '.join(method.name for method in METHODS)}")

@@ -85,7 +85,7 @@ def finish(name: str, rows: Sequence[dict[str, Any]], summary: dict[str, float],
 
 
 def _write(name: str, rows: Sequence[dict[str, Any]], summary: dict[str, float], json_file: Path) -> None:
-    result = {"name": name, "commit": _commit(), "machine": machine(), "rows": list(rows), "summary": summary}
+    result = {"name": name, "commit": commit(), "machine": machine(), "rows": list(rows), "summary": summary}
     part = json_file.with_suffix(".part")
     part.write_text(json.dumps(result, indent=1), encoding="utf-8")
     part.replace(json_file)
@@ -103,7 +103,8 @@ def _cpu() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the program that runs, as git describes it; "unknown" outside a clone."""
     try:
         result = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

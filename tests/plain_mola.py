@@ -77,15 +77,14 @@ class PlainMolaLinear(PlainChoices, nn.Module):
 
 
 def plain_aux_by_layer(layers: Sequence[Sequence[PlainMolaLinear]]) -> Any:
-    """The sum over decoder layers of E · sum over k and e of f P, over the tokens of all the layer's linears in one pile."""
+    """The sum over decoder layers of E · sum over e of f P, over the tokens of all the layer's linears in one pile; f of all choices."""
     total: Any = 0.0
     for linears in layers:
         prob = _pile([linear.prob for linear in linears])
         expert_TK = _pile([linear.expert_TK for linear in linears])
         experts = prob.shape[1]
-        for k in range(expert_TK.shape[1]):
-            share = F.one_hot(expert_TK[:, k], experts).to(prob.dtype).mean(0)
-            total = total + experts * (share * prob.mean(0)).sum()
+        share = F.one_hot(expert_TK.flatten(), experts).to(prob.dtype).mean(0)
+        total = total + experts * (share * prob.mean(0)).sum()
     return total
 
 

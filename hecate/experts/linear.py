@@ -77,11 +77,12 @@ class MoeLinear(MoeLayer):
 
 
 def balance_by_layer(stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor:
-    """This rank's share of the sum over the decoder layers of E · sum_{k,e} f_{k,e} · P_e; the shares of all ranks add up to the loss.
+    """This rank's share of the sum over the decoder layers of E · sum_e f_e · P_e; the shares of all ranks add up to the loss.
 
-    f is the share of choices that are e, among the tokens' k-th ones, and P the mean probability of e, both over the tokens of all ranks
-    and the units of a decoder layer, which have equally many experts. f carries no gradient. Every rank must call it with the same units.
-    Source: HF Mixtral's `load_balancing_loss_func`, given the logits of a layer's units one after the other.
+    f is the share of all choices that are e, and P the mean probability of e, both over the tokens of all ranks and the units of a decoder
+    layer, which have equally many experts. f carries no gradient. Balanced routing gives 1 for each layer, whatever the number of choices.
+    Every rank must call it with the same units. Source: MoLA's code, which divides counts by their sum where HF Mixtral's
+    `load_balancing_loss_func` divides them by the number of tokens, given the logits of a layer's units one after the other.
     """
     by_layer: dict[int, list[RouterStats]] = {}
     for unit in sorted(stats):
@@ -93,7 +94,8 @@ def balance_by_layer(stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup
     total = torch.zeros((), dtype=next(iter(stats.values())).prob_sum_E.dtype, device=flat.device)
     for of_layer, count, shape_of in zip(by_layer.values(), flat.split([c.numel() for c in counts]), counts, strict=True):
         count_KE = count.view_as(shape_of)
-        num_tokens = count_KE[0].sum().clamp(min=1).to(total.dtype)  # times units
+        choices = count_KE.sum().clamp(min=1).to(total.dtype)
+        num_tokens = choices / count_KE.shape[0]  # times units
         prob_E = torch.stack([one.prob_sum_E for one in of_layer]).sum(0) / num_tokens
-        total = total + count_KE.shape[1] * (count_KE.sum(0).to(total.dtype) / num_tokens * prob_E).sum()
+        total = total + count_KE.shape[1] * (count_KE.sum(0).to(total.dtype) / choices * prob_E).sum()
     return total

@@ -18,7 +18,7 @@ ROUND = Round(dict.fromkeys(TASKS, 1.0), dict.fromkeys(TASKS, 0.5), aggregation_
 
 
 def run_of(arm: str, seed: int, loss: float, **changes: float) -> Run:
-    return Run(arm, seed, (ROUND, replace(ROUND, union=dict.fromkeys(TASKS, loss), **changes)), 60.0)  # type: ignore[arg-type]
+    return Run(arm, seed, (ROUND, replace(ROUND, union=dict.fromkeys(TASKS, loss), **changes)), 60.0, "abc")  # type: ignore[arg-type]
 
 
 def verdicts(system: str, runs: list[Run]) -> list[str]:

@@ -208,8 +208,8 @@ def test_dropout_is_of_the_experts_input_and_of_no_other(one_rank: dist.ProcessG
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_balance_equals_hugging_face_with_a_layers_logits_together(one_rank: dist.ProcessGroup, k: int) -> None:
-    """Seven linears in each of two layers, with 4 and with 6 experts."""
+def test_balance_is_mixtral_s_for_each_choice_with_a_layers_logits_together(one_rank: dist.ProcessGroup, k: int) -> None:
+    """Seven linears in each of two layers, with 4 and with 6 experts. Mixtral's divides counts by tokens, MoLA's by their own sum."""
     from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
     random = torch.Generator().manual_seed(k)
@@ -217,6 +217,6 @@ def test_balance_equals_hugging_face_with_a_layers_logits_together(one_rank: dis
     wanted = torch.zeros(())
     for layer, experts in enumerate((4, 6)):
         logits = tuple(torch.randn(37, experts, generator=random).mul(2) for _ in range(7))
-        wanted = wanted + load_balancing_loss_func(logits, num_experts=experts, top_k=k)
+        wanted = wanted + load_balancing_loss_func(logits, num_experts=experts, top_k=k) / k
         stats |= {Unit(layer, f"linear_{place}"): stats_of(values, k) for place, values in enumerate(logits)}
     torch.testing.assert_close(balance_by_layer(stats, one_rank), wanted, rtol=1e-6, atol=0)

@@ -44,9 +44,9 @@ SYSTEMS = {
     "llava_mole": System({(3, 32 * GATED)}),
     # A pool of four layers has shards for a rank of 4 at most.
     "mos": System({(1, 0)}, {2 * (HIDDEN + HIDDEN): 2, 2 * (HIDDEN + KV): 2, 2 * (HIDDEN + FFN): 3}, ("lora.r=4",)),
-    "nola": System({(8, 3 * 2 * 256)}),
-    "allora": System({(8, 8 * GATED)}),
-    "ffa_lora": System({(8, 8 * (FFN + FFN + HIDDEN))}),
+    "nola": System({(1, 2 * 256)}),
+    "allora": System({(1, 8 * width) for width in LINEAR.values()}),
+    "ffa_lora": System({(1, 8 * outputs) for outputs in (HIDDEN, KV, FFN)}),
     "reclora": System({(8, 8 * LINEAR["q_proj"]), (8, 8 * LINEAR["v_proj"])}),
     "many_adapters": System({(2, 16 * GATED)}, overrides=("moe.num_experts=2",)),
 }

@@ -1,0 +1,302 @@
+"""What pages of the documentation say of recordings, made of the recordings.
+
+    python -m benchmarks.pages [PAGE]
+
+prints it, a piece a paragraph. `tests/benchmarks/test_pages.py` holds each page to it: every piece is on the page, the recording is named
+with its commit, and no figure of the page's section is in none of the pieces. So a new recording shows which sentences are to be written
+anew.
+
+A piece is a table, or as much of a sentence as has figures. Give a page that quotes a recording a function in `SAID`, which gets what the
+recording's file holds. Where all figures under a heading are from recordings, say so in `SECTIONS`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from benchmarks.federated_cases import ARMS
+from benchmarks.federated_cases import Round as FederatedRound
+from benchmarks.federated_cases import Run as FederatedRun
+from benchmarks.method_cases import EXACT, GOALS, LONG, LOSS, SHORT, Run, Runs
+from benchmarks.methods import by_method
+from benchmarks.whole_run import ROOT
+
+Pieces = Sequence[str]
+
+_SHORT_ROWS = {
+    "lora_r1_ffn": "LoRA r 1, FFNs only",
+    "lora_r1_ffn_faster": "LoRA r 1, FFNs only, at 1e-2",
+    "lora_r2": "LoRA r 2",
+    "lora_r8": "LoRA r 8",
+    "lora_r8_slower": "LoRA r 8 at 1e-3",
+    "lora_r8_faster": "LoRA r 8 at 4e-3",
+    "lora_r16": "LoRA r 16",
+    "lora_r16_ffn": "LoRA r 16, FFNs only",
+    "lora_r64": "LoRA r 64",
+    "mixlora": "MixLoRA, 2 of 8 experts of r 8",
+    "smora": "SMoRA, 8 of 64 ranks",
+    "mola_8228": "MoLA, 8, 2, 2 and 8 experts",
+    "llava_mole": "LLaVA-MoLE, 1 of 3 experts",
+    "allora": "ALLoRA r 8",
+    "mos": "MoS, at r 2's parameters",
+    "nola": "NOLA r 16, FFNs only, at 1e-2",
+    "ffa_lora": "FFA-LoRA r 8 at 4e-3",
+}
+_LONG_ROWS = {
+    "lora_r8": "LoRA r 8",
+    "lora_r64": "LoRA r 64",
+    "mixlora": "MixLoRA, 2 of 8 experts of r 8",
+    "smora": "SMoRA, 8 of 64 ranks",
+    "llava_mole": "LLaVA-MoLE, 1 of 3 experts",
+    "mola_2468": "MoLA, 2, 4, 6 and 8 experts",
+    "mola_8642": "MoLA, 8, 6, 4 and 2",
+    "mola_2882": "MoLA, 2, 8, 8 and 2",
+    "mola_8228": "MoLA, 8, 2, 2 and 8",
+    "mola_5555": "MoLA, 5 in each layer",
+}
+
+
+def methods(recording: Mapping[str, Any]) -> Pieces:
+    found = by_method([Run(**row) for row in recording["runs"]])
+    return [_short_table(found), _long_table(found), _goals(found)]
+
+
+def _short_table(found: Runs) -> str:
+    lines = ["| system | held-out loss | exact answers | million parameters | MB sent in a step | tokens a processor second |", _rule(6)]
+    for name, label in _SHORT_ROWS.items():
+        if runs := found.get((name, SHORT)):
+            numbers = [run.parameters / 1e6 for run in runs.values()], [run.bytes_per_step / 1e6 for run in runs.values()]
+            speed = fmean(run.tokens_per_processor_second for run in runs.values())
+            figures = f"{fmean(numbers[0]):.2f} | {fmean(numbers[1]):.1f} | {speed:.0f}"
+            lines.append(f"| {label} | {LOSS.mean(runs)} | {EXACT.both(runs)} | {figures} |")
+    return "\n".join(lines)
+
+
+def _long_table(found: Runs) -> str:
+    lines = ["| system | loss at 2e-3 | exact answers at 2e-3 | loss at 1e-3 | exact answers at 1e-3 |", _rule(5)]
+    for name, label in _LONG_ROWS.items():
+        cells = [_of_rate(found.get((one, LONG), {})) for one in (name, f"{name}_slower")]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _of_rate(runs: Mapping[int, Run]) -> str:
+    if not runs:
+        return " | "
+    seeds = "" if len(runs) > 1 else " (one seed)"
+    return f"{LOSS.mean(runs)}{seeds} | {EXACT.both(runs)}{seeds}"
+
+
+def _goals(found: Runs) -> str:
+    rows = [f"| {goal.system} | {goal.text} | {goal.steps} | {goal.verdict(found)} |" for goal in GOALS]
+    return "\n".join(["| system | goal | steps | verdict |", _rule(4), *rows])
+
+
+def many_adapters(recording: Mapping[str, Any]) -> Pieces:
+    ratio = {row["case"]: row["at once / one"] for row in recording["rows"]}
+    batch = ratio["recipe's batch"]
+    time, memory = ratio["to the end, seconds"], ratio["peak megabytes, side by side"]
+    return [
+        f"{batch:.2f} of the tokens a second at the recipe's 4,096 tokens a step (goal 0.97: **{_met(batch >= 0.97)}**), "
+        f"{ratio['512 tokens']:.2f} at 512 tokens, {ratio['small batches']:.2f} with one short sequence of each in a step, "
+        f"and from start to export {time:.2f} of the time and {memory:.2f} of the memory of eight runs"
+    ]
+
+
+def method_speed(recording: Mapping[str, Any]) -> Pieces:
+    ratio = {row["system"]: row["of_lora_r8"] for row in recording["rows"]}
+    return [
+        f"A step of ALLoRA takes {ratio['allora']:.2f} of LoRA's (goal 1.05: {_met(ratio['allora'] <= 1.05)}), "
+        f"one of MoS {ratio['mos']:.2f}, of FFA-LoRA {ratio['ffa_lora']:.2f}, of NOLA {ratio['nola']:.2f}, "
+        f"of MoLA with 5 experts a linear {ratio['mola_5555']:.2f}, of LLaVA-MoLE {ratio['llava_mole']:.2f}, "
+        f"of SMoRA {ratio['smora']:.2f}, and of MixLoRA {ratio['mixlora']:.2f}"
+    ]
+
+
+def reclora(recording: Mapping[str, Any]) -> Pieces:
+    auc = {(row["system"], row["seed"]): row["auc"] for row in recording["rows"]}
+    seeds = sorted({seed for _, seed in auc})
+    products, factors, lora = (_listed([auc[system, seed] for seed in seeds]) for system in ("reclora", "reclora_factors", "lora"))
+    found = recording["summary"]
+    met = found["reclora_smallest_gain"] > 0 and found["reclora_gain"] >= 0.005
+    of_factors = found["reclora_factors_smallest_gain"] > 0 and found["reclora_factors_gain"] >= 0.005
+    ahead = auc["lora", 2] - auc["reclora_factors", 2]
+    return [
+        f"The goal is a larger AUC with each of three seeds, and by 0.005 on average: **{_met(met)}** by the recipe, which sums products "
+        f"at temperature 1. It has {products}, and LoRA {lora}",
+        f"it has {factors}: **{_met(of_factors)}**, since with the second seed LoRA lies {ahead:.3f} above",
+        f"The recommender alone, which is trained on 80,000 ratings, has {found['recommender_auc']:.3f}",
+    ]
+
+
+_ARM_ROWS = {
+    "fedavg": "FedAvg",
+    "fedavg mixed": "FedAvg, ranks 16 8 8 4 4",
+    "flora": "FLoRA, ranks 16 8 8 4 4",
+    "lora_fair": "LoRA-FAIR's ridge stand-in",
+    "lora_fair cosine": "LoRA-FAIR, the paper's cosine",
+    "ffa": "FFA-LoRA",
+    "cellm 1": "CELLM, density 1",
+    "cellm 1/2": "CELLM, ½",
+    "cellm 1/4": "CELLM, ¼",
+    "cellm 0.1": "CELLM, 0.1",
+}
+
+
+def federated(recording: Mapping[str, Any]) -> Pieces:
+    runs: dict[str, dict[int, FederatedRun]] = {}
+    for row in recording["runs"]:
+        run = FederatedRun(**{**row, "rounds": tuple(FederatedRound(**one) for one in row["rounds"])})
+        runs.setdefault(run.arm, {})[run.seed] = run
+    lines = ["| | held-out loss, seed by seed | mean | error of the aggregate | MB up | MB down |", _rule(6)]
+    for arm in ARMS:
+        if of := runs.get(arm.name):
+            error = fmean(run.rounds[-1].aggregation_error for run in of.values())
+            up, down = (
+                fmean(sum(getattr(one, way) for one in run.rounds) for run in of.values()) / 1e6 for way in ("bytes_up", "bytes_down")
+            )
+            losses = [of[seed].loss for seed in sorted(of)]
+            shown = f"{100 * error:.0f} %" if error > 1e-6 else "0"
+            by_seed = " ".join(f"{loss:.3f}" for loss in losses)
+            lines.append(f"| {_ARM_ROWS[arm.name]} | {by_seed} | {fmean(losses):.3f} | {shown} | {up:.0f} | {down:.0f} |")
+    return ["\n".join(lines), *_lora_fair(runs), *_cellm(runs)]
+
+
+def _lora_fair(runs: Mapping[str, Mapping[int, FederatedRun]]) -> Pieces:
+    left = [one.aggregation_error / one.average_error for run in runs["lora_fair"].values() for one in run.rounds]
+    below = sum(run.loss < runs["fedavg"][seed].loss for seed, run in runs["lora_fair"].items())
+    return [
+        f"leaves {min(left):.2f} to {max(left):.2f} of averaging's error (goal: 0.8), and its loss is below FedAvg's with {below} of "
+        f"{len(runs['lora_fair'])} seeds"
+    ]
+
+
+def _cellm(runs: Mapping[str, Mapping[int, FederatedRun]]) -> Pieces:
+    def mean_of(arm: str, round_: int) -> float:
+        return fmean(run.rounds[round_].loss for run in runs[arm].values())
+
+    sent, dense = (fmean(run.traffic for run in runs[arm].values()) for arm in ("cellm 0.1", "cellm 1"))
+    curves = [" ".join(f"{mean_of(arm, number):.2f}" for number in range(5)) for arm in ("cellm 1", "cellm 1/4", "cellm 0.1")]
+    loss = mean_of("cellm 0.1", -1) / mean_of("cellm 1", -1)
+    worse = sum(run.loss > runs["cellm 0.1"][seed].loss for seed, run in runs["cellm 1/4"].items())
+    return [
+        f"at density 0.1 sends {sent / dense:.2f} of the bytes, but after five rounds its loss is {loss:.2f} of the dense one's "
+        "(goal: 1.02)",
+        f"density ¼ is worse than 0.1 with {worse} of {len(runs['cellm 1/4'])} seeds",
+        f"{curves[0]} at density 1, {curves[1]} at ¼, {curves[2]} at 0.1",
+    ]
+
+
+_MERGED_ROWS = {
+    "base": "base model",
+    "chain_sum": "the adapter of chain_sum alone",
+    "spell_backward": "that of spell_backward",
+    "word_sequence_reversal": "that of word_sequence_reversal",
+    "lego": "`lego`, rank 16",
+    "stack x 3": "`stack`, times 3: the exact sum",
+    "stack 16 x 3": "`stack --rank 16`, times 3",
+    "linear": "`linear`",
+    "linear x 3": "`linear`, times 3",
+    "ties": "`ties`",
+    "ties x 3": "`ties`, times 3",
+    "average": "`average --inexact`",
+    "stack": "`stack`",
+}
+
+
+def merging(recording: Mapping[str, Any]) -> Pieces:
+    found, tasks = {one["name"]: one for one in recording["adapters"]}, recording["training"]["tasks"]
+    lines = [f"| answers of | {' | '.join(tasks)} | mean | error |", _rule(6)]
+    for name, label in _MERGED_ROWS.items():
+        one = found[name]
+        shares = [one["exact"][task] for task in tasks]
+        error = "" if not one["seconds"] else f" {one['error']:.2f}" if one["error"] > 1e-6 else " 0"
+        lines.append(f"| {label} | {' | '.join(f'{share:.2f}' for share in (*shares, fmean(shares)))} |{error} |")
+    single, kept = fmean(found[task]["exact"][task] for task in tasks), fmean(found["lego"]["exact"].values())
+    return ["\n".join(lines), f"keeps {100 * kept / single:.0f} % of the {single:.2f} that the adapters have on their own tasks"]
+
+
+def plan_quality(recording: Mapping[str, Any]) -> Pieces:
+    found = recording["summary"]
+    whole, one, four = (found[f"auto_over_best_policy{slots}_geomean"] for slots in ("", "_slots_1", "_slots_4"))
+    worst = 100 * (found["auto_over_best_policy_worst"] - 1)
+    return [
+        f"`auto` takes {whole:.2f} of the seconds of the best other policy (geometric mean; {one:.2f} with one slot, {four:.2f} with four)",
+        f"another policy is more than half a percent faster, {worst:.1f} % at worst",
+    ]
+
+
+def memory_plan(recording: Mapping[str, Any]) -> Pieces:
+    cases = len(recording["rows"])
+    worst = max((row["error"] for row in recording["rows"]), key=abs)
+    within = sum(abs(row["error"]) <= recording["summary"]["goal"] for row in recording["rows"])
+    side = "low" if worst < 0 else "high"
+    counted = f"all {cases}" if within == cases else f"{within} of {cases}"
+    return [f"goal: within 5 %, **{_met(within == cases)}** in {counted} cases, of which the worst is {100 * abs(worst):.1f} % too {side}"]
+
+
+def fidelity(recording: Mapping[str, Any]) -> Pieces:
+    found = recording["summary"]
+    mean, worst, two = (100 * found[f"step_time_error_{which}"] for which in ("geomean", "worst", "geomean_2_ranks"))
+    return [
+        f"the predicted step times are {mean:.1f} % off (geometric mean of {len(recording['rows'])} runs",
+        f"{worst:.0f} % at worst; goals: 6 % and 12 %, **{_met(mean <= 6 and worst <= 12)}**",
+        f"Two ranks, with a core each, are {two:.1f} % off",
+    ]
+
+
+def _met(found: bool) -> str:
+    return "met" if found else "missed"
+
+
+def _listed(figures: Sequence[float]) -> str:
+    shown = [f"{figure:.3f}" for figure in figures]
+    return f"{', '.join(shown[:-1])} and {shown[-1]}"
+
+
+def _rule(columns: int) -> str:
+    return "|" + "---|" * columns
+
+
+SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
+    "docs/systems.md": {"methods": methods, "many_adapters": many_adapters, "method_speed": method_speed, "reclora": reclora},
+    "docs/federated.md": {"federated": federated},
+    "docs/adapters.md": {"merging": merging},
+    "docs/planners.md": {"plan_quality": plan_quality},
+    "docs/simulator.md": {"memory_plan": memory_plan, "fidelity": fidelity},
+}
+"""page -> recording -> its pieces on that page"""
+SECTIONS: Mapping[str, str] = {"docs/systems.md": "What they reach", "docs/federated.md": "How they compare"}
+"""page -> the heading under which all figures are from recordings"""
+UNRECORDED: Mapping[str, str] = {"README.md": "Measured against others"}
+"""page -> a heading under which figures name no recording, and say when they were measured instead"""
+
+
+def recording_of(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return found
+
+
+def named(name: str, recording: Mapping[str, Any]) -> str:
+    """How a page names a recording: with the commit of the program, or the first and the last of those of its runs."""
+    commits = [recording["commit"]] if "commit" in recording else [run["commit"] for run in recording["runs"]]
+    which = f"commit {commits[0]}" if len(set(commits)) == 1 else f"commits {commits[0]} to {commits[-1]}"
+    return f"`benchmarks/results/{name}.json`, {which}"
+
+
+def pieces(page: str) -> Pieces:
+    """All that a page must say."""
+    found = []
+    for name, said in SAID[page].items():
+        recording = recording_of(name)
+        found += [named(name, recording), *said(recording)]
+    return found
+
+
+if __name__ == "__main__":
+    for one in sys.argv[1:] or SAID:
+        print("\n\n".join([f"# {one}", *pieces(one)]), end="\n\n")
