@@ -217,8 +217,9 @@ def main() -> None:
     if options.kernels:
         _start_again_as_ranks_are_started()
         torch.set_num_threads(1)
-        found = cpu_layer.rows(samples=3 if options.quick else 15)
-        finish("moe_layer", found, cpu_layer.summary_of(found), options.json)
+        budget = QUICK if options.quick else ENOUGH
+        found = cpu_layer.rows(budget)
+        finish("moe_layer", found, cpu_layer.summary_of(found, budget), options.json)
         return
     os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as hecate's launcher sets them
     shape, budget, table = (Shape(hidden=256, ffn=704, tokens=512), QUICK, QUICK) if options.quick else (Shape(), ENOUGH, TABLE)
