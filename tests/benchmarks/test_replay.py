@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.replay import SEED, Sizes, make_inputs, summarize
 from benchmarks.ratios import Budget, Ratio
+from benchmarks.replay import SEED, Sizes, make_inputs, summarize
 from hecate.config import DataSource
 from hecate.data.batches import sequence_ranges
 from hecate.data.encode import encode_source
