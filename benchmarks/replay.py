@@ -4,9 +4,9 @@
 
 A tiny Llama with full experts trains on two ranks, on samples that bring the routing of the workload `rotating`: in each step another
 expert is hot in each layer, so that a prediction from past steps is always wrong. The routing is forced in all trainings
-(`moe.replay: force`); only `fssdp.plan` differs. The trainings take turns in the same two processes (`benchmarks.ratios`), and
-a sample is the slowest rank's time of a step. Planners get a topology that is measured first. There are two settings: the loopback interface and, where
-this process may create it (root), a link of 4 Gbit/s between two network namespaces, as two nodes.
+(`moe.replay: force`); only `fssdp.plan` differs. The trainings take turns in the same two processes (`benchmarks.ratios`), and a sample
+is the slowest rank's time of a step. Planners get a topology that is measured first. There are two settings: the loopback interface
+and, where this process may create it (root), a link of 4 Gbit/s between two network namespaces, as two nodes.
 
 What it shows: the order of the three kinds of plans where links and cores are these, and that losses are equal. It shows no GPU's times.
 """
