@@ -1,9 +1,9 @@
 """The most that moving experts in place of tokens can win in a layer of LoRA over a dense base, at rates that were measured.
 
 Expert parallelism waits for the rank with the most work, and for the tokens that travel to it: a row goes there and back, in the forward
-and in the backward pass. Without travelling tokens each rank computes each of its own tokens once, which no plan can undercut, as all
-ranks have as many. Experts' parameters are gathered and their gradients reduced beside the attention's GEMMs, so of that only what
-lasts longer is counted. Nothing else is: no planning, no copies in memory, no latency.
+and in the backward pass. No plan can do with less than each rank computing as many tokens as it has, each once. That experts' parameters
+are gathered and their gradients reduced is not counted, since both can hide behind the attention's GEMMs, and neither is planning, copies
+in memory or latency. So it is a ceiling also where that cannot all be hidden, but then one that cannot be reached.
 
 Shapes: T tokens of a rank, K choices of a token, W ranks, E experts.
 """
@@ -62,19 +62,15 @@ def expert_parallel_seconds(work: Served, cost: LayerCost, rates: Rates) -> floa
     return float((flops_W.max() + attention) / rates.flops + 4 * busiest_port * cost.row_bytes / rates.bytes_per_s)
 
 
-def moved_experts_seconds(tokens: int, num_experts: int, world: int, cost: LayerCost, rates: Rates) -> float:
-    """Of forward and backward pass, if every rank has every expert."""
-    flops = tokens * cost.row_flops * (1 + cost.row_backward)
-    flops += tokens * cost.top_k * cost.assignment_flops * (1 + cost.assignment_backward)
-    others = num_experts * (world - 1) / world
-    beside = [
-        (cost.non_moe_flops, cost.trainable_bytes),
-        (cost.non_moe_flops * cost.non_moe_backward, cost.reduced_bytes),
-    ]
-    return flops / rates.flops + sum(max(work / rates.flops, others * size / rates.bytes_per_s) for work, size in beside)
+def least_seconds(tokens: int, cost: LayerCost, rates: Rates) -> float:
+    """Of forward and backward pass of a rank with so many tokens, under any plan."""
+    attention = cost.non_moe_flops * (1 + cost.non_moe_backward)
+    row = cost.row_flops * (1 + cost.row_backward)
+    assignment = cost.assignment_flops * (1 + cost.assignment_backward)
+    return (attention + tokens * (row + cost.top_k * assignment)) / rates.flops
 
 
 def ceiling(routing_WTK: Sequence[np.ndarray], num_experts: int, cost: LayerCost, rates: Rates, *, per_choice: bool) -> float:
     """The most that moving experts can win over expert parallelism under this routing."""
     theirs = expert_parallel_seconds(served(routing_WTK, num_experts, per_choice=per_choice), cost, rates)
-    return theirs / moved_experts_seconds(len(routing_WTK[0]), num_experts, len(routing_WTK), cost, rates)
+    return theirs / least_seconds(len(routing_WTK[0]), cost, rates)

@@ -3,7 +3,7 @@
 The paper states neither its loads nor its tokens per GPU. All figures are simulated with one setting: popularities lognormal with s = 1
 (the skew with which rival systems are compared elsewhere), 8192 tokens per GPU (4 sequences of 2048, or 16 of 512), and seed 0. These are
 this project's defaults, but other settings were looked at before they were kept. A dozen layers of one model, drawn once, are too few:
-depending on the seed, as few as half of the 12 speed-ups fall into the published ranges. So 48 layers are drawn, and their mean is scaled
+depending on the seed, 4 to 12 of the 12 speed-ups fall into the published ranges. So 48 layers are drawn, and their mean is scaled
 to the model. Further rows give the results of ten draws of a dozen layers, and those of other loads and tokens.
 
 `hecate_paper` is the paper's whole system: Algorithm 1 in every step and Algorithm 2 in every tenth. All of these policies use the same

@@ -64,6 +64,8 @@ class Ratio:
         return 1 if (self.value < 1) == self.of_times else -1
 
     def __str__(self) -> str:
+        if self.pairs < LEAST_PAIRS:
+            return f"{self.value:.3g}: nothing is claimed from {2 * self.pairs} rounds"
         wide = "" if self.narrow else f", not narrow enough after {2 * self.pairs} rounds"
         return f"{self.value:.3g} ({self.low:.3g} to {self.high:.3g}): {VERDICTS[self.verdict]}{wide}"
 

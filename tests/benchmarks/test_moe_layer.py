@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from benchmarks.moe_layer_ceiling import Rates, ceiling, expert_parallel_seconds, moved_experts_seconds, served
+from benchmarks.moe_layer_ceiling import Rates, ceiling, expert_parallel_seconds, least_seconds, served
 from benchmarks.moe_layer_parts import ROUTINGS, Shape, route
 from benchmarks.moe_layer_ratios import COMPARISONS, PER_CHOICE, compared, side_by_side, summary_of
 from benchmarks.ratios import Budget
@@ -47,10 +47,9 @@ def test_expert_parallelism_waits_for_the_busiest_rank_and_its_port() -> None:
     assert seconds == 5 * 100 * 2 + 8 * 10 * 3 + 7 * 3 + 4 * 2 * 10
 
 
-def test_moved_experts_hide_behind_the_attention_or_last_longer() -> None:
-    cost = LayerCost(trainable_bytes=2.0, gradient_bytes=50.0, top_k=2, row_flops=100.0, assignment_flops=10.0, non_moe_flops=30.0)
-    seconds = moved_experts_seconds(3, 4, 2, cost, Rates(flops=1.0, bytes_per_s=1.0))
-    assert seconds == 3 * 100 * 2 + 6 * 10 * 3 + max(30, 2 * 2) + max(60, 2 * 50)
+def test_a_plan_computes_each_token_once() -> None:
+    cost = LayerCost(trainable_bytes=2.0, top_k=2, row_flops=100.0, assignment_flops=10.0, non_moe_flops=30.0)
+    assert least_seconds(3, cost, Rates(flops=1.0, bytes_per_s=1.0)) == 3 * 100 * 2 + 6 * 10 * 3 + 30 * 3
 
 
 @pytest.mark.parametrize(

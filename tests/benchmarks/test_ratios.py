@@ -100,7 +100,7 @@ def test_of_few_pairs_nothing_is_claimed() -> None:
     few = 2 * (LEAST_PAIRS - 1)
     found = speedup([1.0] * few, [2.0] * few, ENOUGH)
     assert (found.value, found.verdict, found.narrow) == (2.0, 0, False)
-    assert str(found) == f"2 (2 to 2): a tie, not narrow enough after {few} rounds"
+    assert str(found) == f"2: nothing is claimed from {few} rounds"
 
 
 def test_sides_take_turns_forwards_and_backwards_until_all_ratios_are_narrow() -> None:
