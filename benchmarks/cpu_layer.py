@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from benchmarks.kernel_cases import TOLERANCE, Layer, LayerShape, errors, expected, make_inputs
+from benchmarks.ratios import Budget, Ratio, least, speedup, until_narrow
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from hecate.kernels.mixlora.torch_path import mixlora_ffn
 
@@ -21,8 +22,8 @@ SHAPE = LayerShape("cpu", hidden=512, ffn=1024, rank=8, experts=8, k=2, tokens=4
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def rows(samples: int) -> list[dict[str, Any]]:
-    """Time the naive layer and ours alternately, `samples` times after a warm-up, in each type. Raises RuntimeError if one is wrong."""
+def rows(budget: Budget) -> list[dict[str, Any]]:
+    """Time the naive layer and ours in turn in each type, after the check. Raises RuntimeError if one is wrong."""
     assert torch.get_num_threads() == 1, torch.get_num_threads()
     found = []
     for dtype in DTYPES:
@@ -35,22 +36,24 @@ def rows(samples: int) -> list[dict[str, Any]]:
             off = {result: error for result, error in errors(layer.results(inputs.dy_TD), wanted).items() if not error <= TOLERANCE}
             if off:
                 raise RuntimeError(f"{name} in {dtype} is wrong, so nothing is timed: {off}")
-        times: dict[str, list[float]] = {name: [] for name in layers}
-        for _ in range(samples):
-            for name, layer in layers.items():
-                start = time.perf_counter()
-                layer.step(inputs.dy_TD)
-                times[name].append(1e3 * (time.perf_counter() - start))
+
+        def seconds(name: str) -> float:
+            start = time.perf_counter()
+            layers[name].step(inputs.dy_TD)  # noqa: B023 - called at once
+            return time.perf_counter() - start
+
+        times = until_narrow(seconds, list(layers), [("ours", "naive")], budget)
         kind = str(dtype).removeprefix("torch.")
         found += [
             {"dtype": kind, "provider": name, "ms_median": statistics.median(ms), "ms_min": min(ms), "ms_all": ms}
-            for name, ms in times.items()
+            for name, ms in ((name, [1e3 * one for one in taken]) for name, taken in times.items())
         ]
     return found
 
 
-def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+def summary_of(rows: Sequence[dict[str, Any]], budget: Budget) -> dict[str, Ratio]:
     """Return how many times as long the naive loop takes, by type, and the smallest of these ratios."""
-    median = {(row["dtype"], row["provider"]): row["ms_median"] for row in rows}
-    ratios = {f"cpu_naive_over_ours_{dtype}": median[dtype, "naive"] / ms for (dtype, provider), ms in median.items() if provider == "ours"}
-    return {"cpu_naive_over_ours": min(ratios.values()), **ratios}
+    samples = {(row["dtype"], row["provider"]): row["ms_all"] for row in rows}
+    dtypes = dict.fromkeys(row["dtype"] for row in rows)
+    ratios = {f"cpu_naive_over_ours_{dtype}": speedup(samples[dtype, "ours"], samples[dtype, "naive"], budget) for dtype in dtypes}
+    return {"cpu_naive_over_ours": least(ratios.values()), **ratios}

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.paired_steps import Taken, alternating, ratios, training
+from benchmarks.paired_steps import Compared, alternating, training
+from benchmarks.ratios import Budget, Ratio, largest
 from benchmarks.report import arguments, finish
 from benchmarks.small_run import make_folder
 from testing.ranks import run_ranks
@@ -45,7 +46,7 @@ CASES = {
     "wide": Case({"hidden": 512, "ffn": 1376, "layers": 2, "seq_len": 256}, (1, 2), 6, (1, 2, 6)),
 }
 COMPARED_RANKS = (1, 2, 4)
-STEPS = 7
+ENOUGH = Budget(half_width=0.02, rounds=40)
 _WITHOUT = "without"
 
 
@@ -69,50 +70,67 @@ def require_same_bits(folder: str) -> None:
             sys.exit(f"1, 2 and 4 ranks do not end with the same bits in groups of {group}, so nothing was measured")
 
 
-def measured(name: str, folder: str, steps: int = STEPS) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Measured:
+    """Steps with it and without it, of one number of ranks and of sequences in a group."""
+
+    model: str
+    ranks: int
+    sequences: int
+    """of a rank in a micro-step"""
+    group: int
+    steps: Compared
+
+    def row(self, budget: Budget) -> dict[str, Any]:
+        """What is recorded."""
+        clock, processor = self.steps.clock(budget), self.steps.processor(budget)
+        with_it, without = self.steps.with_it, self.steps.without
+        return {
+            "model": self.model,
+            "ranks": self.ranks,
+            "sequences": self.sequences,
+            "group": self.group,
+            "with_s": median(with_it.clock),
+            "without_s": median(without.clock),
+            **clock.numbers("slowdown"),
+            **processor.numbers("processor_slowdown"),
+            "clock": [with_it.clock, without.clock],
+            "processor": [with_it.processor, without.processor],
+        }
+
+
+def measured(name: str, folder: str, budget: Budget = ENOUGH) -> list[Measured]:
     """Steps with it and without it, for each number of ranks and of sequences in a group.
 
     Args:
         name: of the case.
         folder: of its model (`make_folder`).
     """
-    case, rows = CASES[name], []
+    case, found = CASES[name], []
     settings = {"micro_batch_size": case.sequences}
     sides = {str(group): {**settings, "deterministic": True, "deterministic_group": group} for group in case.groups}
+    pairs = [(side, _WITHOUT) for side in sides]
     for world in case.ranks:
-        found = alternating(world, folder, {_WITHOUT: settings, **sides}, steps)
-        rows += [row_of(name, world, case.sequences, group, found[str(group)], found[_WITHOUT]) for group in case.groups]
-    return rows
+        taken = alternating(world, folder, {_WITHOUT: settings, **sides}, pairs, budget)
+        found += [Measured(name, world, case.sequences, int(side), Compared(taken[side], taken[_WITHOUT])) for side in sides]
+    return found
 
 
-def row_of(model: str, world: int, sequences: int, group: int, with_it: Taken, without: Taken) -> dict[str, Any]:
-    """What is recorded of one size of groups."""
-    return {
-        "model": model,
-        "ranks": world,
-        "sequences": sequences,
-        "group": group,
-        "with_s": median(with_it.clock),
-        "without_s": median(without.clock),
-        "slowdown": ratios(with_it.clock, without.clock).median,
-        "processor_slowdown": (by_processor := ratios(with_it.processor, without.processor)).median,
-        "processor_low": by_processor.low,
-        "processor_high": by_processor.high,
-        "clock": [with_it.clock, without.clock],
-        "processor": [with_it.processor, without.processor],
-    }
+def of_groups(found: Sequence[Measured], *, whole: bool) -> list[Measured]:
+    """Those of groups of a rank's whole micro-batch, or of groups of one."""
+    return [one for one in found if one.group == (one.sequences if whole else 1)]
 
 
-def worst(rows: list[dict[str, Any]], *, whole: bool) -> dict[str, Any]:
-    """The row with the largest cost in processor time, of groups of a rank's whole micro-batch, or of groups of one."""
-    chosen = [row for row in rows if row["group"] == (row["sequences"] if whole else 1)]
-    return max(chosen, key=lambda row: float(row["processor_slowdown"]))
+def worst(found: Sequence[Measured], budget: Budget, *, whole: bool) -> Ratio:
+    """The largest cost in processor time."""
+    return largest(one.steps.processor(budget) for one in of_groups(found, whole=whole))
 
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    rows: list[dict[str, Any]] = []
+    budget = Budget(ENOUGH.half_width, 4) if options.quick else ENOUGH
+    found: list[Measured] = []
     with tempfile.TemporaryDirectory() as base:
         folders = {}
         for name, case in CASES.items():
@@ -120,12 +138,12 @@ def main() -> None:
             folders[name] = str(make_folder(Path(base) / name, **case.model).parent)
         require_same_bits(folders["small"])
         for name, folder in folders.items():
-            rows += measured(name, folder, 3 if options.quick else STEPS)
+            found += measured(name, folder, budget)
     summary = {
-        f"{size}_processor_slowdown": worst(rows, whole=whole)["processor_slowdown"]
+        f"{size}_processor_slowdown": worst(found, budget, whole=whole)
         for size, whole in (("group_of_one", False), ("whole_micro_batch", True))
     }
-    finish("deterministic", rows, summary, options.json)
+    finish("deterministic", [one.row(budget) for one in found], summary, options.json)
 
 
 if __name__ == "__main__":

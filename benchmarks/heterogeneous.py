@@ -1,9 +1,9 @@
 """Compare equal shares of tokens, shares planned by speed, and the ideal, on devices of different speeds.
 
-Measured: two ranks train, one of them limited to half of a processor. Free and limited, equal and planned alternate in the same
-processes. The planned shares come from the probe that a Ray job starts with, run while the rank is limited. The ideal is three quarters
-of the tokens/s of two free ranks. Simulated: a mixed cluster of 20 GPUs of three kinds (`rows` are the sequences of a device of each
-kind). Its ideal shares out the dense part in fractions of a sequence.
+Measured: two ranks train, one of them limited to half of a processor. Free and limited, equal and planned take turns in the same
+processes (`benchmarks.ratios`). The planned shares come from the probe that a Ray job starts with, run while the rank is limited. The
+ideal is three quarters of the tokens/s of two free ranks. Simulated: a mixed cluster of 20 GPUs of three kinds (`rows` are the
+sequences of a device of each kind). Its ideal shares out the dense part in fractions of a sequence.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from benchmarks.ratios import Budget, Ratio, speedup, until_narrow
 from benchmarks.report import arguments, finish
 from benchmarks.small_run import make_folder
 from benchmarks.throttle import Processor
@@ -43,7 +44,12 @@ from testing.ranks import run_ranks
 
 HELD = 1
 """the rank that is limited to half of a core"""
-MODES = ("free", "equal", "planned")
+MODES = ("free", "planned", "equal")
+ENOUGH, QUICK = Budget(half_width=0.02, rounds=60), Budget(half_width=0.02, rounds=2)
+STEPS = 2
+"""of a sample"""
+IDEAL = 0.75
+"""of two ranks, one of which has half of a processor, over two free ones"""
 SEQUENCES_PER_RANK = 8
 """the sequences of each rank in the simulated cluster, on average"""
 
@@ -52,13 +58,13 @@ def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     with tempfile.TemporaryDirectory(prefix="hecate-") as folder:
         config = make_folder(Path(folder))
-        measured = run_ranks(2, bench_rank, str(config), 3 if options.quick else 15, timeout=600)[0]
+        measured = run_ranks(2, bench_rank, str(config), QUICK if options.quick else ENOUGH, timeout=3600)[0]
     rows, summary = measured
     more_rows, more = simulated(steps=4 if options.quick else 12)
     finish("heterogeneous", [*rows, *more_rows], summary | more, options.json)
 
 
-def bench_rank(rank: int, world: int, config: str, samples: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def bench_rank(rank: int, world: int, config: str, budget: Budget) -> tuple[list[dict[str, Any]], dict[str, float | Ratio]]:
     default = dist.group.WORLD
     assert default is not None
     ranks = Ranks(rank, world, torch.device("cpu"), ExpertGroups(default, dist.new_group()))
@@ -76,33 +82,37 @@ def bench_rank(rank: int, world: int, config: str, samples: int) -> tuple[list[d
         speeds = topology_from(measure(ranks, (0, 0), ("CPU", "CPU"), quick_sizes(ranks.device))).flops
         planned = replace(equal, flops=speeds)
         check(run, equal, planned)
-        tokens_per_s: dict[str, list[float]] = {mode: [] for mode in MODES}
         shares: dict[str, tuple[int, ...]] = {}
-        for _ in range(samples):
-            for mode in MODES:
-                held(mode != "free")
-                run.plan_for(planned if mode == "planned" else equal)
-                shares[mode] = run.shares
-                dist.barrier()
-                started = time.perf_counter()
-                tokens = sum(run.train_one().tokens for _ in range(2))
-                dist.barrier()
-                tokens_per_s[mode].append(tokens / (time.perf_counter() - started))
+
+        def token_seconds(mode: str) -> float:
+            """Seconds a token."""
+            held(mode != "free")
+            run.plan_for(planned if mode == "planned" else equal)
+            shares[mode] = run.shares
+            dist.barrier()
+            started = time.perf_counter()
+            tokens = sum(run.train_one().tokens for _ in range(STEPS))
+            dist.barrier()
+            return ranks.all_max((time.perf_counter() - started) / tokens)
+
+        seconds = until_narrow(token_seconds, MODES, [("planned", "free"), ("planned", "equal")], budget)
     finally:
         processor.close()
-    median = {mode: statistics.median(values) for mode, values in tokens_per_s.items()}
     rows = [
         {
             "setting": mode,
             "rows": ":".join(map(str, shares[mode])),
             "held_by": processor.how,
-            "tokens_per_s": median[mode],
-            "all": tokens_per_s[mode],
+            "tokens_per_s": 1 / statistics.median(seconds[mode]),
+            "token_seconds": seconds[mode],
         }
         for mode in MODES
     ]
-    ideal = 0.75 * median["free"]
-    return rows, {"share_of_ideal": median["planned"] / ideal, "speedup_over_equal_shares": median["planned"] / median["equal"]}
+    ideal = [one / IDEAL for one in seconds["free"]]
+    return rows, {
+        "share_of_ideal": speedup(seconds["planned"], ideal, budget),
+        "speedup_over_equal_shares": speedup(seconds["planned"], seconds["equal"], budget),
+    }
 
 
 def check(run: Training, equal: Any, planned: Any) -> None:

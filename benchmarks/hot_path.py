@@ -11,7 +11,8 @@ torch's plain form, a dozen operators.
 
 The processor time of the host is measured in runs of their own. It has Python, torch's dispatch and what the mock device adds to each
 operator; it lacks what CUDA and Triton take to launch. A sample is a step, and a layer's time is
-the difference of the least of runs of 6 and 2 layers, divided by 4. With OTHER_CHECKOUT, processes of both checkouts alternate.
+the difference of the least of runs of 6 and 2 layers, divided by 4. With OTHER_CHECKOUT, processes of both checkouts take turns until the
+ratio of their times is known well enough (`benchmarks.ratios`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.ratios import Budget, Ratio, of_times, until_narrow
 from benchmarks.report import arguments, finish
 from testing.tiny_run import save_random_llama, write_samples
 
@@ -36,6 +38,8 @@ COUNTED = (1, 3)
 """the layers of the runs that count"""
 TIMED = (2, 6)
 """the layers of the runs that are timed"""
+ENOUGH, ALONE, QUICK = Budget(half_width=0.03, rounds=40), Budget(half_width=0.03, rounds=4), Budget(half_width=0.03, rounds=2)
+"""with another checkout; without; and for `--quick`"""
 PARTS = ("forward", "backward", "rest")
 KINDS = {"operators": "operator", "launches": "launch", "waits": "wait"}
 """column -> the first word of its calls"""
@@ -125,15 +129,18 @@ def layer_seconds(steps: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str,
     return {part: (of[many, part] - of[few, part]) / (many - few) for part in PARTS}
 
 
-def timed(checkouts: Mapping[str, Path], folder: Path, rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
+def timed(checkouts: Mapping[str, Path], folder: Path, budget: Budget, steps: int) -> dict[str, dict[str, list[float]]]:
     """By checkout and part: the milliseconds of the host in one layer, of each round."""
     overrides = {f"{layers}": [f"model.name_or_path={folder}/model{layers}", f"max_steps={steps}"] for layers in TIMED}
     found: dict[str, dict[str, list[float]]] = {name: {part: [] for part in PARTS} for name in checkouts}
-    for _ in range(rounds):
-        for name, checkout in checkouts.items():
-            seconds = layer_seconds(run(checkout, folder, overrides, count=False))
-            for part in PARTS:
-                found[name][part].append(1e3 * seconds[part])
+
+    def both_passes(name: str) -> float:
+        seconds = layer_seconds(run(checkouts[name], folder, overrides, count=False))
+        for part in PARTS:
+            found[name][part].append(1e3 * seconds[part])
+        return seconds["forward"] + seconds["backward"]
+
+    until_narrow(both_passes, list(checkouts), [("this", "other")] if "other" in checkouts else [], budget)
     return found
 
 
@@ -169,14 +176,18 @@ def main() -> None:
     parser.add_argument("other", type=Path, nargs="?", metavar="OTHER_CHECKOUT", help="a checkout to compare with: before a change")
     options = parser.parse_args()
     checkouts = {"this": ROOT} | ({"other": options.other.resolve()} if options.other else {})
-    rounds, steps = (1, 6) if options.quick else (3, 12)
+    budget, steps = (QUICK, 6) if options.quick else (ENOUGH if options.other else ALONE, 12)
     with tempfile.TemporaryDirectory(prefix="hot_path-") as temporary:
         folder = Path(temporary)
         make_folder(folder, {*COUNTED, *TIMED})
         counted = {name: counts(checkout, folder) for name, checkout in checkouts.items()}
-        milliseconds = timed(checkouts, folder, rounds, steps)
+        milliseconds = timed(checkouts, folder, budget, steps)
     rows = [row for name in checkouts for row in rows_of(name, counted[name], milliseconds[name])]
-    finish("hot_path", rows, summary_of(rows), options.json)
+    summary: dict[str, float | Ratio] = {**summary_of(rows)}
+    if options.other:
+        for part in ("forward", "backward"):
+            summary[f"{part}_host_time_over_other"] = of_times(milliseconds["this"][part], milliseconds["other"][part], budget)
+    finish("hot_path", rows, summary, options.json)
 
 
 if __name__ == "__main__":

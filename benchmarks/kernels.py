@@ -4,8 +4,9 @@
     python -m benchmarks.kernels --json kernels.json        needs no network; some minutes
 
 The card's two ceilings are measured first. Then, for each shape, the results of every provider are compared with the float32 reference,
-and nothing is timed unless ours are right. Peers from wheels run in processes of their own, in which our layer is timed again, so that a
-peer's ratio is taken within one process. The row of a peer that cannot run, or is wrong, says why.
+and nothing is timed unless ours are right. Layers take turns, and ratios have intervals (`benchmarks.ratios`). Peers from wheels run in
+processes of their own, in which our layer is timed again, so that a peer's ratio is taken within one process. The row of a peer that
+cannot run, or is wrong, says why.
 
 `--determinism` runs our layer 20 times and compares every bit of every result. `--check` only runs the check, on small layers; without a
 GPU it needs TRITON_INTERPRET=1. `cpu_naive_over_ours` in the summary is copied from the result of `python -m benchmarks.moe_layer
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ import torch
 
 from benchmarks import gpu_timing, kernel_providers
 from benchmarks.kernel_cases import SHAPES, TOLERANCE, Inputs, Layer, LayerShape, errors, expected, make_inputs
+from benchmarks.ratios import Budget, Ratio, largest, least, of_times, speedup
 from benchmarks.report import arguments, finish
 from hecate.errors import UserError
 from hecate.kernels.backend import expert_kernels
@@ -49,6 +51,7 @@ PEER_SECONDS = 150
 """the most seconds of a peer at one shape"""
 RUN_SECONDS = 540
 """the most seconds of a whole run; peers get the rest of it"""
+ENOUGH = Budget(half_width=0.01, rounds=100)
 RUNS = 20
 """the number of runs of `--determinism`"""
 
@@ -85,7 +88,7 @@ def checked(inputs: Inputs, layers: Mapping[str, Layer]) -> dict[str, str]:
     return verdicts
 
 
-def compare(inputs: Inputs, rounds: int, compiled: bool = True) -> list[dict[str, Any]]:
+def compare(inputs: Inputs, budget: Budget, compiled: bool = True) -> list[dict[str, Any]]:
     """Return the rows of the providers that need only torch, compiled or not. Raises RuntimeError if our layer is wrong."""
     shape = inputs.shape
     layers = {name: provider(inputs, compiled) for name, provider in providers(shape).items()}
@@ -93,11 +96,13 @@ def compare(inputs: Inputs, rounds: int, compiled: bool = True) -> list[dict[str
     if verdicts["ours"]:
         raise RuntimeError(f"shape {shape.name}: ours is wrong, so nothing is timed: {verdicts['ours']}")
     right = {name: layer for name, layer in layers.items() if not verdicts[name]}
-    times = gpu_timing.alternate({name: functools.partial(layer.step, inputs.dy_TD) for name, layer in right.items()}, rounds)
+    times = gpu_timing.alternate(
+        {name: functools.partial(layer.step, inputs.dy_TD) for name, layer in right.items()}, beside_ours(right), budget
+    )
     return [row(shape, name, times.get(name, []), verdicts[name]) for name in layers]
 
 
-def compare_peer(module: str, inputs: Inputs, rounds: int) -> dict[str, Any]:
+def compare_peer(module: str, inputs: Inputs, budget: Budget) -> dict[str, Any]:
     """Time one peer and our layer, in a process of their own. Returns their times, or the reason why there are none."""
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -108,12 +113,18 @@ def compare_peer(module: str, inputs: Inputs, rounds: int) -> dict[str, Any]:
         verdicts = checked(inputs, layers)
         if any(verdicts.values()):
             return {"reason": "; ".join(f"{name}: {verdict}" for name, verdict in verdicts.items() if verdict)}
-        return gpu_timing.alternate({name: functools.partial(each.step, inputs.dy_TD) for name, each in layers.items()}, rounds)
+        return gpu_timing.alternate(
+            {name: functools.partial(each.step, inputs.dy_TD) for name, each in layers.items()}, beside_ours(layers), budget
+        )
 
 
-def peer_rows(module: str, shape: LayerShape, rounds: int, seconds: float) -> list[dict[str, Any]]:
+def beside_ours(names: Iterable[str]) -> list[tuple[str, str]]:
+    return [("ours", name) for name in names if name != "ours"]
+
+
+def peer_rows(module: str, shape: LayerShape, quick: bool, seconds: float) -> list[dict[str, Any]]:
     """Run `compare_peer` in a process of its own, and return the peer's row and that of our layer in the same process."""
-    command = [sys.executable, "-m", "benchmarks.kernels", "--peer", module, "--shape", shape.name, "--rounds", str(rounds)]
+    command = [sys.executable, "-m", "benchmarks.kernels", "--peer", module, "--shape", shape.name, *(["--quick"] if quick else [])]
     name = module.removesuffix("_layer")
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=max(seconds, 0.0))
@@ -139,25 +150,26 @@ def row(shape: LayerShape, provider: str, ms_all: list[float], reason: str) -> d
     }
 
 
-def summary_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Return the ratios of medians. Ratios without measurements are left out."""
-    median = {(row["shape"], row["provider"]): row["ms_median"] for row in rows if row["ms_median"]}
+def summary_of(rows: Sequence[Mapping[str, Any]], budget: Budget) -> dict[str, Ratio]:
+    """Return the ratios of times, the worst over the shapes. Ratios without measurements are left out."""
+    samples = {(row["shape"], row["provider"]): row["ms_all"] for row in rows if row["ms_all"]}
 
-    def ratios(provider: str, over: str) -> list[float]:
-        return [
-            median[shape, provider] / median[shape, over]
-            for shape in {key[0] for key in median}
-            if {(shape, provider), (shape, over)} <= median.keys()
-        ]
+    def ratios(ours: str, theirs: str, take: Callable[[Sequence[float], Sequence[float], Budget], Ratio]) -> list[Ratio]:
+        shapes = dict.fromkeys(shape for shape, _ in samples)
+        both = [shape for shape in shapes if {(shape, ours), (shape, theirs)} <= samples.keys()]
+        return [take(samples[shape, ours], samples[shape, theirs], budget) for shape in both]
 
-    found = {
-        "over_frozen_ffn_worst": max(ratios("ours", "frozen_ffn"), default=None),
-        "stock_torch_over_ours_min": min(ratios("stock_torch", "ours"), default=None),
-        "grouped_mm_over_ours_min": min(ratios("grouped_mm", "ours"), default=None),
-        "moe_peft_over_ours_min": min(ratios("moe_peft", "ours, beside moe_peft"), default=None),
-        "scattermoe_over_ours_min": min(ratios("scattermoe", "ours, beside scattermoe"), default=None),
-    }
-    return {name: value for name, value in found.items() if value is not None}
+    over_frozen = ratios("ours", "frozen_ffn", of_times)
+    found = {"over_frozen_ffn_worst": largest(over_frozen)} if over_frozen else {}
+    for rival, ours in (
+        ("stock_torch", "ours"),
+        ("grouped_mm", "ours"),
+        ("moe_peft", "ours, beside moe_peft"),
+        ("scattermoe", "ours, beside scattermoe"),
+    ):
+        if speedups := ratios(ours, rival, speedup):
+            found[f"{rival}_over_ours_min"] = least(speedups)
+    return found
 
 
 def differing_runs(layer: Layer, dy_TD: torch.Tensor, runs: int = RUNS) -> list[str]:
@@ -187,9 +199,8 @@ def main() -> None:
     parser.add_argument("--shape", action="append", choices=[shape.name for shape in SHAPES], help="only this one; may be repeated")
     parser.add_argument("--cpu-json", type=Path, help="the result of benchmarks.moe_layer --kernels")
     parser.add_argument("--peer", choices=list(PEERS), help=argparse.SUPPRESS)
-    parser.add_argument("--rounds", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    rounds = options.rounds or (5 if options.quick else 20)
+    budget = Budget(ENOUGH.half_width, 4) if options.quick else ENOUGH
     shapes = [shape for shape in SHAPES if options.shape is None or shape.name in options.shape]
     if options.check:
         _check()
@@ -198,11 +209,11 @@ def main() -> None:
             "benchmarks.kernels: no GPU here. `--check` runs without one; `python -m benchmarks.moe_layer --kernels` times the CPU path"
         )
     elif options.peer:
-        print(json.dumps(compare_peer(options.peer, make_inputs(shapes[0], torch.device("cuda")), rounds)))
+        print(json.dumps(compare_peer(options.peer, make_inputs(shapes[0], torch.device("cuda")), budget)))
     elif options.determinism:
         _determinism(shapes)
     else:
-        _measure(shapes, rounds, options)
+        _measure(shapes, budget, options)
 
 
 def _check() -> None:
@@ -227,22 +238,22 @@ def _determinism(shapes: Sequence[LayerShape]) -> None:
     raise SystemExit(int(wrong))
 
 
-def _measure(shapes: Sequence[LayerShape], rounds: int, options: argparse.Namespace) -> None:
+def _measure(shapes: Sequence[LayerShape], budget: Budget, options: argparse.Namespace) -> None:
     began = time.monotonic()
     bandwidth, rate = gpu_timing.copy_bandwidth(), gpu_timing.matmul_rate()
     print(f"{torch.cuda.get_device_name()}: copies at {bandwidth / 1e12:.2f} TB/s, bfloat16 products at {rate / 1e12:.0f} TFLOP/s")
     rows: list[dict[str, Any]] = []
     for shape in shapes:
-        rows += compare(make_inputs(shape, torch.device("cuda")), rounds)
+        rows += compare(make_inputs(shape, torch.device("cuda")), budget)
         torch.compiler.reset()
         gc.collect()
         torch.cuda.empty_cache()
     for module, timed_at in PEERS.items():
         for shape in shapes:
             if shape.name in timed_at:
-                rows += peer_rows(module, shape, rounds, min(PEER_SECONDS, RUN_SECONDS - (time.monotonic() - began)))
+                rows += peer_rows(module, shape, options.quick, min(PEER_SECONDS, RUN_SECONDS - (time.monotonic() - began)))
     rows += [row(shapes[0], name, [], reason) for name, reason in NOT_RELEASED.items()]
-    summary = summary_of(rows)
+    summary: dict[str, float | Ratio] = dict(summary_of(rows, budget))
     if options.cpu_json:
         summary["cpu_naive_over_ours"] = json.loads(options.cpu_json.read_text(encoding="utf-8"))["summary"]["cpu_naive_over_ours"]
     finish("kernels", rows, {**summary, "copy_tb_per_s": bandwidth / 1e12, "matmul_tflops": rate / 1e12}, options.json)

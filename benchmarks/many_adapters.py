@@ -2,29 +2,32 @@
 
     python -m benchmarks.many_adapters [--quick] [--json FILE]
 
-All runs are `hecate train` of SmolLM2-135M-Instruct on one rank with one thread. Sides alternate; a side's speed is the third quartile of
-its steps' tokens a second, because what else runs on a shared machine only ever slows a step down.
+All runs are `hecate train` of SmolLM2-135M-Instruct on one rank with one thread. Runs of a few steps take turns (`benchmarks.ratios`); the
+speed of one is the third quartile of its steps' tokens a second, because what else runs on a shared machine only ever slows a step down.
 
 `recipe's batch`: eight tasks in a step, or one, with as many tokens: what routing costs at the recipe's own 4,096 tokens a step. `512
 tokens`: the same at an eighth of them, where the update of eight adapters in place of one shows, too. `small batches`: a step has one short
 sequence of each task, all eight in one run, or one in a run of each task: what is won where a step is too small to be efficient. `to the
 end`: the whole runs with their start and their export, eight adapters in one run and in eight after one another, with small batches:
-wall-clock seconds, processor seconds, and the largest resident memory of one run and of eight side by side.
+wall-clock seconds, processor seconds, and the largest resident memory of one run and of eight side by side. These are single runs.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
-from statistics import quantiles
+from statistics import median, quantiles
 from typing import Any
 
+from benchmarks.ratios import Budget, Ratio, speedup, until_narrow
 from benchmarks.report import arguments, finish
 from benchmarks.whole_run import ROOT, WholeRun, train
 from hecate.data.synthetic_tasks import write_tasks
 
 TASKS = ("chain_sum", "gcd", "letter_counting", "count_bits", "number_sorting", "products", "number_filtering", "spell_backward")
+ENOUGH = Budget(half_width=0.03, rounds=30)
 RECIPES_BATCH: dict[str, str] = {}
 """what the recipe has"""
 TOKENS_512 = {"data.seq_len": "256", "micro_batch_size": "2", "gradient_accumulation_steps": "1"}
@@ -62,21 +65,26 @@ def run(folder: Path, tasks: Sequence[str], settings: dict[str, str], steps: int
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
-    rounds, steps, tasks = (1, 4, TASKS[:2]) if options.quick else (2, 8, TASKS)
+    steps, tasks, budget = (4, TASKS[:2], Budget(ENOUGH.half_width, 2)) if options.quick else (8, TASKS, ENOUGH)
     rows: list[dict[str, Any]] = []
+    summary: dict[str, float | Ratio] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tasks(folder / "data", TASKS, train_size=400, eval_size=1, seed=0)
-        numbers = iter(range(1000))
+        numbers = count()
         cases = [("512 tokens", TOKENS_512, TOKENS_512), ("small batches", SMALL, SMALL_OF_EIGHT)]
         for case, of_one, of_all in cases if options.quick else [("recipe's batch", RECIPES_BATCH, RECIPES_BATCH), *cases]:
-            one: list[WholeRun] = []
-            every: list[WholeRun] = []
-            for round_number in range(rounds):
-                one.append(run(folder, tasks[round_number : round_number + 1], of_one, steps, next(numbers)))
-                every.append(run(folder, tasks, of_all, steps, next(numbers)))
-            speeds = (max(speed(used) for used in every), max(speed(used) for used in one))
-            rows.append({"case": case, "at once": speeds[0], "one": speeds[1], "at once / one": speeds[0] / speeds[1]})
+
+            def token_seconds(side: str, of_one: dict[str, str] = of_one, of_all: dict[str, str] = of_all) -> float:
+                number = next(numbers)
+                chosen, settings = (tasks, of_all) if side == "at once" else ([tasks[number % len(tasks)]], of_one)
+                return 1 / speed(run(folder, chosen, settings, steps, number))
+
+            seconds = until_narrow(token_seconds, ["at once", "one"], [("at once", "one")], budget)
+            summary[case] = speedup(seconds["at once"], seconds["one"], budget)
+            rows.append(
+                {"case": case, **{side: 1 / median(values) for side, values in seconds.items()}, "at once / one": summary[case].value}
+            )
         alone = [run(folder, [task], SMALL, steps, next(numbers)) for task in tasks]
         together = run(folder, tasks, SMALL_OF_EIGHT, steps, next(numbers))
     for what, at_once, one_by_one in (
@@ -84,8 +92,9 @@ def main() -> None:
         ("to the end, processor seconds", together.processor_seconds, sum(used.processor_seconds for used in alone)),
         ("peak megabytes, side by side", together.peak_megabytes, sum(used.peak_megabytes for used in alone)),
     ):
-        rows.append({"case": what, "at once": at_once, "one": one_by_one, "at once / one": at_once / one_by_one})
-    finish("many_adapters", rows, {row["case"]: row["at once / one"] for row in rows}, options.json)
+        summary[what] = at_once / one_by_one
+        rows.append({"case": what, "at once": at_once, "one": one_by_one, "at once / one": summary[what]})
+    finish("many_adapters", rows, summary, options.json)
 
 
 if __name__ == "__main__":

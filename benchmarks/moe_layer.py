@@ -3,13 +3,17 @@
 There are three kinds of experts: LoRA over a dense base, full experts, and LoRA over the frozen experts of an MoE base. The layer is the
 engine's, with the collectives of a real step: gather, dispatch if the placement needs it, combine, reduce. Before the experts run four
 hidden x hidden projections, the GEMMs of attention (trained with full experts, otherwise frozen). As in a step, the gather starts before
-them and the reduction ends after their backward pass. All policies alternate in the same processes, and a sample is the slowest rank's
-time. Plans are made for this machine as measured at the start.
+them and the reduction ends after their backward pass. Policies take turns in the same processes (`benchmarks.ratios`), and a sample is the
+slowest rank's time. Those that the summary compares go on until their ratios are known well enough; the others are sampled a few times,
+for the table. Plans are made for this machine as measured at the start.
 
 `static_ep` is ours: a token is sent once to each rank and computed by one base FFN on it, whatever the number of its experts there.
 `ep_per_choice` is expert parallelism as in the textbook and in Megatron's dispatcher: every assignment is sent separately and computed by
 a base FFN of its own. `static_ep, balanced` draws all experts with equal odds, whatever the routing of the other rows: it is the time of
 a perfectly balanced layer, measured in the same minutes.
+
+Of LoRA over a dense base, GEMMs and an exchange of rows take turns with the policies. Their rates give the ceilings that stand beside the
+speed-ups: the most that moving experts can win (`benchmarks.moe_layer_ceiling`).
 
 Two further kinds compare full experts with Megatron's MoELayer and torch's FSDP2: see `benchmarks.moe_layer_rivals`.
 """
@@ -20,19 +24,24 @@ import os
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from benchmarks import cpu_layer
+from benchmarks.moe_layer_ceiling import Rates, ceiling
 from benchmarks.moe_layer_parts import FFN_KINDS, ROUTINGS, Formula, Projections, Shape, make_engine, make_family, one_step, route
-from benchmarks.moe_layer_rivals import RIVAL_KINDS, bench_kind, rival_ratios, rival_shape
+from benchmarks.moe_layer_ratios import BALANCED, EXACT, PER_CHOICE, REMATERIALIZE, compared, side_by_side, summary_of
+from benchmarks.moe_layer_rivals import RIVAL_KINDS, bench_kind, rival_shape
+from benchmarks.ratios import Budget
 from benchmarks.report import arguments, finish
+from benchmarks.slowest_rank import SlowestRank, take_turns
+from hecate.engine.engine import Engine
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
@@ -43,12 +52,13 @@ from hecate.ranks.ranks import Ranks
 from testing.ranks import run_ranks
 
 WORLD = 2
-PER_CHOICE = "ep_per_choice"
-BALANCED = "static_ep, balanced"
-REMATERIALIZE = "full, rematerialize"
+GEMM, EXCHANGE = "gemm", "exchange"
+"""what the rates come from: tokens x hidden times hidden x ffn on all ranks at once, and as many rows to the other rank as each has"""
+ENOUGH, QUICK, TABLE = Budget(half_width=0.02, rounds=60), Budget(half_width=0.02, rounds=2), Budget(half_width=0.02, rounds=4)
+"""for ratios; for `--quick`; and for policies that no ratio needs. In half of the rounds the rotating hot expert has just changed."""
+NO_FACTS = {"bytes_sent": None, "imbalance": None}
+"""of what is no policy of ours"""
 EVERY_KIND = (*FFN_KINDS, *RIVAL_KINDS)
-WARM_UP = 1
-"""the number of steps before the first sample: the one without history"""
 PROBES = ProbeSizes(matmul=1024, copy_bytes=1 << 26, small_bytes=1 << 10, large_bytes=1 << 24, seconds=0.5)
 
 
@@ -68,7 +78,7 @@ def variants(kind: str, policies: Collection[str]) -> dict[str, Variant]:
     if kind == "mixlora":
         named[PER_CHOICE] = Variant("static_ep", per_choice=True)
         named[REMATERIALIZE] = Variant("full", options={"rematerialize": True})
-    named["auto, exact"] = Variant("auto", options={"plan": "exact"})
+    named[EXACT] = Variant("auto", options={"plan": "exact"})
     return named
 
 
@@ -79,7 +89,7 @@ def measured_topology(rank: int, groups: ExpertGroups) -> Topology:
 
 
 def bench_rank(
-    rank: int, world: int, shape: Shape, kinds: Sequence[str], policies: Collection[str], samples: int, quick: bool
+    rank: int, world: int, shape: Shape, kinds: Sequence[str], policies: Collection[str], budget: Budget, table: Budget, quick: bool
 ) -> tuple[list[dict[str, Any]], Topology]:
     default = dist.group.WORLD
     assert default is not None
@@ -88,8 +98,8 @@ def bench_rank(
     rows = []
     for kind in kinds:
         if kind in RIVAL_KINDS:
-            found_rows = bench_kind(rank, kind, rival_shape(kind, quick=quick), samples, groups, topology)
-            rows += [row(kind, bytes_sent=None, imbalance=None, **one) for one in found_rows]
+            found_rows = bench_kind(rank, kind, rival_shape(kind, quick=quick), budget, table, groups, topology)
+            rows += [row(kind, **NO_FACTS, **one) for one in found_rows]
             continue
         family, named = make_family(kind, shape), variants(kind, policies)
         before = Projections(shape, trained=kind == "full")
@@ -99,28 +109,80 @@ def bench_rank(
             formula.check(engine, per_choice=variant.per_choice)
         del formula, engine
         for routing in ROUTINGS:
-            found: dict[str, dict[str, Any]] = {name: {"ms_all": [], "cpu_ms_all": []} for name in named}
-            engines = {name: make_engine(v.policy, shape, groups, topology, family, **v.options) for name, v in named.items()}
-            x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-            for step in range(WARM_UP + samples):
-                for name, engine in engines.items():
-                    expert, weight = route("balanced" if named[name].balanced else routing, shape, seed=rank, step=step)
-                    sent = engine.shards.bytes_sent
-                    dist.barrier()
-                    start, cpu_start = time.perf_counter(), time.process_time()
-                    _, loads = one_step(engine, step, x, expert, weight.requires_grad_(), per_choice=named[name].per_choice, before=before)
-                    ms = 1e3 * torch.tensor([time.perf_counter() - start, time.process_time() - cpu_start])
-                    dist.all_reduce(ms, op=dist.ReduceOp.MAX)
-                    before.zero_grad(set_to_none=True)
-                    x.grad = None
-                    total = torch.tensor(engine.shards.bytes_sent - sent)
-                    dist.all_reduce(total)
-                    if step >= WARM_UP:
-                        found[name]["ms_all"].append(ms[0].item())
-                        found[name]["cpu_ms_all"].append(ms[1].item())
-                    found[name].update(bytes_sent=int(total), imbalance=engine.shards.plans.imbalance(loads))
-            rows += [row(kind, name, routing, **result) for name, result in found.items()]
+            timed = {
+                name: TimedPolicy(make_engine(v.policy, shape, groups, topology, family, **v.options), v, routing, shape, rank, before)
+                for name, v in named.items()
+            }
+            pairs = compared(kind, routing)
+            rates = rate_actions(shape, world) if kind == "mixlora" and pairs else {}
+            clocks = {name: SlowestRank(prepare) for name, prepare in {**timed, **rates}.items()}
+            sides = [*side_by_side(pairs), *rates]
+            take_turns(clocks, sides, pairs, budget)
+            take_turns(clocks, [name for name in clocks if name not in sides], [], table)
+            rows += [
+                row(kind, name, routing, ms_all=one.ms, cpu_ms_all=one.cpu_ms, **timed[name].facts() if name in timed else NO_FACTS)
+                for name, one in clocks.items()
+            ]
     return rows, topology
+
+
+class TimedPolicy:
+    """The steps of one policy under one routing. Called with a step's number, it returns the step."""
+
+    def __init__(self, engine: Engine, variant: Variant, routing: str, shape: Shape, rank: int, before: Projections) -> None:
+        self._engine, self._variant, self._shape, self._rank, self._before = engine, variant, shape, rank, before
+        self._routing = "balanced" if variant.balanced else routing
+        self._x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+        self._sent_before = 0
+        self._loads: dict[int, np.ndarray] = {}
+
+    def __call__(self, step: int) -> Callable[[], None]:
+        expert, weight = route(self._routing, self._shape, seed=self._rank, step=step)
+        weight.requires_grad_()
+        self._before.zero_grad(set_to_none=True)
+        self._x.grad = None
+        self._sent_before = self._engine.shards.bytes_sent
+
+        def take() -> None:
+            per_choice = self._variant.per_choice
+            _, self._loads = one_step(self._engine, step, self._x, expert, weight, per_choice=per_choice, before=self._before)
+
+        return take
+
+    def facts(self) -> dict[str, Any]:
+        """Of the last step, on all ranks. All must call it."""
+        total = torch.tensor(self._engine.shards.bytes_sent - self._sent_before)
+        dist.all_reduce(total)
+        return {"bytes_sent": int(total), "imbalance": self._engine.shards.plans.imbalance(self._loads)}
+
+
+def rate_actions(shape: Shape, world: int) -> dict[str, Callable[[int], Callable[[], object]]]:
+    """What the rates of `measured_rates` come from."""
+    x, weight = torch.randn(shape.tokens, shape.hidden), torch.randn(shape.hidden, shape.ffn)
+    rows, received = torch.randn(world * shape.tokens, shape.hidden), torch.empty(world * shape.tokens, shape.hidden)
+    return {GEMM: lambda _: lambda: x @ weight, EXCHANGE: lambda _: lambda: dist.all_to_all_single(received, rows)}
+
+
+def measured_rates(rows: Sequence[dict[str, Any]], shape: Shape) -> Rates:
+    """The medians over all samples."""
+    seconds = {
+        name: statistics.median(ms / 1e3 for row in rows if row["policy"] == name for ms in row["ms_all"]) for name in (GEMM, EXCHANGE)
+    }
+    matmul, sent = 2.0 * shape.tokens * shape.hidden * shape.ffn, 4.0 * shape.tokens * shape.hidden
+    return Rates(matmul / seconds[GEMM], sent / seconds[EXCHANGE])
+
+
+def ceilings(rows: Sequence[dict[str, Any]], shape: Shape) -> dict[str, float]:
+    """The rates, and what stands beside the speed-ups of LoRA over a dense base."""
+    if not any(row["policy"] == GEMM for row in rows):
+        return {}
+    rates, cost = measured_rates(rows, shape), make_family("mixlora", shape).cost(shape.top_k, shape.attention_flops)
+    found = {"gemm_gflop_per_s": rates.flops / 1e9, "exchange_gb_per_s": rates.bytes_per_s / 1e9}
+    for name, routing in (("zipf", "zipf(1.2)"), ("balanced", "balanced")):
+        routed = [route(routing, shape, seed=rank)[0].numpy() for rank in range(WORLD)]
+        for rival, per_choice in (("static_ep", False), (PER_CHOICE, True)):
+            found[f"{name}_speedup_over_{rival}_ceiling"] = ceiling(routed, shape.experts, cost, rates, per_choice=per_choice)
+    return found
 
 
 def row(
@@ -145,33 +207,6 @@ def row(
     }
 
 
-def summary_of(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return the ratios of times, and under keys with `_cpu` those of processor times."""
-    by_cpu = {f"{key}_cpu": value for key, value in _ratios(rows, "cpu_ms_median").items()}
-    return {**_ratios(rows, "ms_median"), **by_cpu}
-
-
-def _ratios(rows: Sequence[dict[str, Any]], column: str) -> dict[str, float]:
-    median = {(row["kind"], row["policy"], row["routing"]): row[column] for row in rows}
-    kinds = {row["kind"] for row in rows}
-    summary = {}
-    if "mixlora" in kinds:
-        dense = {key[1:]: value for key, value in median.items() if key[0] == "mixlora"}
-        for routing, name in (("zipf(1.2)", "zipf"), ("balanced", "balanced")):
-            summary[f"{name}_speedup_over_static_ep"] = dense["static_ep", routing] / dense["hecate_paper", routing]
-            summary[f"{name}_auto_speedup_over_static_ep"] = dense["static_ep", routing] / dense["auto", routing]
-            summary[f"{name}_speedup_over_ep_per_choice"] = dense[PER_CHOICE, routing] / dense["hecate_paper", routing]
-        if (REMATERIALIZE, "zipf(1.2)") in dense:
-            summary["rematerialize_slowdown"] = dense[REMATERIALIZE, "zipf(1.2)"] / dense["full", "zipf(1.2)"]
-    summary |= rival_ratios(median, sorted(kinds))
-    for kind, name in (("full", "full_experts"), ("moe_lora", "frozen_moe")):
-        for policy in ("auto", "auto, exact"):
-            over = [median[kind, policy, r] / median[kind, BALANCED, r] for r in ROUTINGS if (kind, policy, r) in median]
-            if over:
-                summary[f"{name}_{'exact_' if 'exact' in policy else ''}worst_over_balanced_ep"] = max(over)
-    return summary
-
-
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument(
@@ -182,17 +217,17 @@ def main() -> None:
     if options.kernels:
         _start_again_as_ranks_are_started()
         torch.set_num_threads(1)
-        found = cpu_layer.rows(samples=3 if options.quick else 15)
-        finish("moe_layer", found, cpu_layer.summary_of(found), options.json)
+        budget = QUICK if options.quick else ENOUGH
+        found = cpu_layer.rows(budget)
+        finish("moe_layer", found, cpu_layer.summary_of(found, budget), options.json)
         return
     os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as hecate's launcher sets them
-    # In two of three samples the rotating hot expert has just changed.
-    shape, samples = (Shape(hidden=256, ffn=704, tokens=512), 2) if options.quick else (Shape(), 3)
+    shape, budget, table = (Shape(hidden=256, ffn=704, tokens=512), QUICK, QUICK) if options.quick else (Shape(), ENOUGH, TABLE)
     kinds = options.kind or EVERY_KIND
-    rows, topology = run_ranks(WORLD, bench_rank, shape, kinds, list(POLICIES), samples, options.quick, timeout=1800)[0]
+    rows, topology = run_ranks(WORLD, bench_rank, shape, kinds, list(POLICIES), budget, table, options.quick, timeout=7200)[0]
     link = topology.intra_node
     print(f"measured: {topology.flops[0]:.3g} FLOP/s, {link.bandwidth:.3g} B/s, {link.latency:.3g} s, slowdown {topology.overlap_slowdown}")
-    finish("moe_layer", rows, summary_of(rows), options.json)
+    finish("moe_layer", rows, {**summary_of(rows, budget), **ceilings(rows, shape)}, options.json)
 
 
 def _start_again_as_ranks_are_started() -> None:

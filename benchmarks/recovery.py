@@ -5,9 +5,9 @@
 - restart: there is no backup of the lost rank's experts, so all ranks return to the last checkpoint, which is that of the step before.
   Under `hecate launch` (torch's elastic agent) all processes end and start again; under Ray only one is new, and the others wait for it.
 
-The model is tiny and in float64 (hidden 32, 2 layers, 8 experts). Ranks of a job are killed several times, each time after it has trained
-for a while and its spare process, if it has one, is ready. Before times are reported, the losses of all jobs up to step 500 are
-checked against those of one process that trained alone.
+The model is tiny and in float64 (hidden 32, 2 layers, 8 experts). The ways take turns (`benchmarks.ratios`): a job starts, trains for a
+while until its spare process, if it has one, is ready, loses a rank, and ends when it has gone on. Before times are reported, the losses
+of all jobs up to step 500 are checked against those of one process that trained alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.following import Job, job
+from benchmarks.ratios import Budget, Ratio, speedup, until_narrow
 from benchmarks.report import arguments, finish
 from hecate.launch.policy.job_states import State
 from hecate.launch.ray_job.status import DeviceState, JobStatus
@@ -39,11 +40,11 @@ COMMON = (
 )
 ONE_SEQUENCE = "micro_batch_size=1"
 """one sequence on each rank"""
-_MOST_REPLACED = 3
-"""the most ranks that the local launcher replaces in one job"""
 _REST_STEPS = 20
 """the steps trained before the next kill"""
 _CHECKED_STEPS = 500
+ENOUGH = Budget(half_width=0.1, rounds=20)
+"""times of 0.2 s are compared with some of 1.4 s"""
 
 
 @dataclass(frozen=True)
@@ -69,52 +70,42 @@ def shrink_and_replace(run: Job, kill: Callable[[], None], said: str) -> Recover
     return Recovery(noticed - killed, step - killed, whole - killed)
 
 
-def local(workshop: Path, name: str, kills: int) -> list[Recovery]:
-    found = []
+def local(workshop: Path, name: str) -> Recovery:
     with job(workshop, name, ["train"], *COMMON, ONE_SEQUENCE, f"nproc={RANKS}", "fssdp.redundancy=1") as run:
-        for number in range(1, kills + 1):  # the ranks that the run started with
-            run.rest(_REST_STEPS)
-            found.append(shrink_and_replace(run, lambda: kill_rank(run.process.pid, number), "was killed"))  # noqa: B023 - called at once
-    return found
+        run.rest(_REST_STEPS)
+        return shrink_and_replace(run, lambda: kill_rank(run.process.pid, 1), "was killed")
 
 
-def torchrun(workshop: Path, name: str, kills: int) -> list[Recovery]:
-    found = []
+def torchrun(workshop: Path, name: str) -> Recovery:
     with job(
-        workshop, name, ["launch", "--nproc-per-node", str(RANKS), "--max-restarts", str(kills)], *COMMON, ONE_SEQUENCE, "save_steps=1"
+        workshop, name, ["launch", "--nproc-per-node", str(RANKS), "--max-restarts", "1"], *COMMON, ONE_SEQUENCE, "save_steps=1"
     ) as run:
-        for _ in range(kills):
-            run.rest(_REST_STEPS)
-            killed = time.perf_counter()
-            kill_rank(run.process.pid, 1)
-            noticed = run.until_said("hecate: a rank was lost")
-            run.until_said("resumed after step")
-            step, _ = run.next_step()
-            found.append(Recovery(noticed - killed, step - killed, step - killed))
-    return found
+        run.rest(_REST_STEPS)
+        killed = time.perf_counter()
+        kill_rank(run.process.pid, 1)
+        noticed = run.until_said("hecate: a rank was lost")
+        run.until_said("resumed after step")
+        step, _ = run.next_step()
+        return Recovery(noticed - killed, step - killed, step - killed)
 
 
-def ray(workshop: Path, name: str, kills: int, *, backups: bool) -> list[Recovery]:
-    found = []
+def ray(workshop: Path, name: str, *, backups: bool) -> Recovery:
     overrides = [*COMMON, ONE_SEQUENCE, f"ray.workers={RANKS}", "fssdp.redundancy=1" if backups else "save_steps=1"]
     with job(workshop, name, ["ray", "--address", "local"], *overrides) as run:
-        for _ in range(kills):
-            devices = run.status(lambda s: s.state is State.RUNNING and _all_train(s) and s.spares == 1).devices
-            run.rest(_REST_STEPS)
+        devices = run.status(lambda s: s.state is State.RUNNING and _all_train(s) and s.spares == 1).devices
+        run.rest(_REST_STEPS)
 
-            def kill(pid: int = devices[1].pid) -> None:
-                os.kill(pid, signal.SIGKILL)
+        def kill() -> None:
+            os.kill(devices[1].pid, signal.SIGKILL)
 
-            if backups:
-                found.append(shrink_and_replace(run, kill, "the worker's process died"))
-                continue
-            killed = time.perf_counter()
-            kill()
-            noticed = run.until_said("the worker's process died")
-            run.until_ranks(RANKS)
-            step, _ = run.next_step()
-            found.append(Recovery(noticed - killed, step - killed, step - killed))
-    return found
+        if backups:
+            return shrink_and_replace(run, kill, "the worker's process died")
+        killed = time.perf_counter()
+        kill()
+        noticed = run.until_said("the worker's process died")
+        run.until_ranks(RANKS)
+        step, _ = run.next_step()
+        return Recovery(noticed - killed, step - killed, step - killed)
 
 
 def _all_train(status: JobStatus) -> bool:
@@ -141,23 +132,24 @@ def check(workshop: Path, names: list[str]) -> None:
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
-    kills = 1 if options.quick else 5
-    replaced = min(kills, _MOST_REPLACED)
-    jobs: list[tuple[str, Callable[[Path, str, int], list[Recovery]], int]] = [
-        ("local", local, replaced),
-        ("torchrun", torchrun, kills),
-        ("ray", partial(ray, backups=True), kills),
-        ("local", local, kills - replaced),
-        ("ray_restart", partial(ray, backups=False), kills),
-    ]
-    found: dict[str, list[Recovery]] = {way: [] for way, _, _ in jobs}
+    budget = Budget(ENOUGH.half_width, 2) if options.quick else ENOUGH
+    ways: dict[str, Callable[[Path, str], Recovery]] = {
+        "torchrun": torchrun,
+        "local": local,
+        "ray": partial(ray, backups=True),
+        "ray_restart": partial(ray, backups=False),
+    }
+    found: dict[str, list[Recovery]] = {way: [] for way in ways}
     names: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         workshop = make_workshop(Path(folder))
-        for way, recoveries, number in jobs:
-            if number:
-                names.append(f"{way}-{len(names)}")
-                found[way] += recoveries(workshop, names[-1], number)
+
+        def until_next_step(way: str) -> float:
+            names.append(f"{way}-{len(names)}")
+            found[way].append(ways[way](workshop, names[-1]))
+            return found[way][-1].step
+
+        seconds = until_narrow(until_next_step, list(ways), [("local", "torchrun"), ("ray", "ray_restart")], budget)
         check(workshop, names)
     figures = {
         "shrink": ("local", "step"),
@@ -169,18 +161,21 @@ def main() -> None:
     }
     rows = []
     for name, (way, until) in figures.items():
-        noticed, seconds = [r.noticed for r in found[way]], [getattr(r, until) for r in found[way]]
+        noticed, taken = [r.noticed for r in found[way]], [getattr(r, until) for r in found[way]]
         rows.append(
             {
                 "way": name,
                 "noticed_s": statistics.median(noticed),
-                "median_s": statistics.median(seconds),
-                "worst_s": max(seconds),
+                "median_s": statistics.median(taken),
+                "worst_s": max(taken),
                 "noticed_all": noticed,
-                "all": seconds,
+                "all": taken,
             }
         )
-    finish("recovery", rows, {f"{row['way']}_s": row["median_s"] for row in rows}, options.json)
+    summary: dict[str, float | Ratio] = {f"{row['way']}_s": row["median_s"] for row in rows}
+    summary["shrink_speedup_over_torchrun_restart"] = speedup(seconds["local"], seconds["torchrun"], budget)
+    summary["ray_shrink_speedup_over_ray_restart"] = speedup(seconds["ray"], seconds["ray_restart"], budget)
+    finish("recovery", rows, summary, options.json)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
 
 A tiny Llama with full experts trains on two ranks, on samples that bring the routing of the workload `rotating`: in each step another
 expert is hot in each layer, so that a prediction from past steps is always wrong. The routing is forced in all trainings
-(`moe.replay: force`); only `fssdp.plan` differs. The trainings alternate step by step in the same two processes, and a sample is the
-slowest rank's time of a step. Planners get a topology that is measured first. There are two settings: the loopback interface and, where
-this process may create it (root), a link of 4 Gbit/s between two network namespaces, as two nodes.
+(`moe.replay: force`); only `fssdp.plan` differs. The trainings take turns in the same two processes (`benchmarks.ratios`), and a sample
+is the slowest rank's time of a step. Planners get a topology that is measured first. There are two settings: the loopback interface
+and, where this process may create it (root), a link of 4 Gbit/s between two network namespaces, as two nodes.
 
 What it shows: the order of the three kinds of plans where links and cores are these, and that losses are equal. It shows no GPU's times.
 """
@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gloo_steps import draw_routing
+from benchmarks.ratios import Budget, Ratio, of_times, until_narrow
 from benchmarks.report import finish, kept_rows, recorded, resumable
 from benchmarks.slow_link import measured_topology
 from hecate.config import load_config
@@ -42,7 +43,8 @@ from testing.namespaces import missing_for_slow_link, slow_link
 from testing.ranks import run_ranks
 from testing.tiny_run import save_random_llama
 
-PLANS = ("history", "exact", "replay")
+PLANS = ("history", "replay", "exact")
+OTHERS = ("history", "exact")
 WARM_UP = 6
 """steps that are not counted: the history has five"""
 SETTINGS = {"loopback": (0, 0), "4 Gbit/s": (0, 1)}
@@ -54,6 +56,7 @@ SEED = 0
 @dataclass(frozen=True)
 class Sizes:
     steps: int = 46
+    """with those that are not counted; the most, if ratios are known before"""
     hidden: int = 256
     ffn: int = 1024
     layers: int = 2
@@ -62,6 +65,10 @@ class Sizes:
     seq_len: int = 128
     sequences: int = 12
     """of a rank in a step"""
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(half_width=0.02, rounds=self.steps - WARM_UP)
 
 
 def make_inputs(folder: Path, sizes: Sizes) -> None:
@@ -113,30 +120,31 @@ def bench_rank(rank: int, world: int, folder: str, node_of_rank: tuple[int, ...]
         )
         for plan in PLANS
     }
-    seconds: dict[str, list[float]] = {plan: [] for plan in PLANS}
     losses: dict[str, list[float]] = {plan: [] for plan in PLANS}
     imbalances: dict[str, list[float]] = {plan: [] for plan in PLANS}
     sent: dict[str, list[int]] = {plan: [] for plan in PLANS}
-    for step in range(sizes.steps):
-        for turn in range(len(PLANS)):
-            plan = PLANS[(step + turn) % len(PLANS)]
-            dist.barrier()
-            started = time.perf_counter()
-            event = trainings[plan].train_one()
-            slowest = torch.tensor([time.perf_counter() - started])
-            dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-            losses[plan].append(event.result.loss)
-            if step >= WARM_UP:
-                seconds[plan].append(float(slowest))
-                imbalances[plan].append(event.imbalance)
-                sent[plan].append(event.result.bytes_sent)
+
+    def step(plan: str) -> float:
+        dist.barrier()
+        started = time.perf_counter()
+        event = trainings[plan].train_one()
+        slowest = ranks.all_max(time.perf_counter() - started)
+        losses[plan].append(event.result.loss)
+        imbalances[plan].append(event.imbalance)
+        sent[plan].append(event.result.bytes_sent)
+        return slowest
+
+    for _ in range(WARM_UP):
+        for plan in PLANS:
+            step(plan)
+    seconds = until_narrow(step, PLANS, [("replay", plan) for plan in OTHERS], sizes.budget)
     return [
         {
             "plan": plan,
             "step_seconds": statistics.median(seconds[plan]),
             "step_seconds_min": min(seconds[plan]),
-            "imbalance": statistics.mean(imbalances[plan]),
-            "megabytes_sent": statistics.mean(sent[plan]) / 1e6,
+            "imbalance": statistics.mean(imbalances[plan][WARM_UP:]),
+            "megabytes_sent": statistics.mean(sent[plan][WARM_UP:]) / 1e6,
             "loss_difference": max(abs(a - b) for a, b in zip(losses[plan], losses["history"], strict=True)),
             "gflops_per_rank": min(topology.flops) / 1e9,
             "gbit_per_s": 8e-9 * min(topology.uplink_bandwidth if node_of_rank[-1] else topology.port_bandwidth),
@@ -158,28 +166,28 @@ def measure(node_of_rank: tuple[int, ...], sizes: Sizes) -> list[dict[str, Any]]
             return run_ranks(2, bench_rank, *given, timeout=1800, namespaces=names)[0]
 
 
-def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Step times of replay over those of the others, by a setting's medians and by its fastest steps; the largest difference of losses."""
-    found: dict[str, float] = {}
+def summarize(rows: list[dict[str, Any]], budget: Budget) -> dict[str, float | Ratio]:
+    """Step times of replay over those of the others, in turn and by a setting's fastest steps; the largest difference of losses."""
+    found: dict[str, float | Ratio] = {}
     for setting in dict.fromkeys(row["setting"] for row in rows):
-        of = {row["plan"]: row["step_seconds"] for row in rows if row["setting"] == setting}
+        of = {row["plan"]: row["seconds_all"] for row in rows if row["setting"] == setting}
         least = {row["plan"]: row["step_seconds_min"] for row in rows if row["setting"] == setting}
-        for plan in ("history", "exact"):
-            found[f"{setting}: replay over {plan}"] = of["replay"] / of[plan]
+        for plan in OTHERS:
+            found[f"{setting}: replay over {plan}"] = of_times(of["replay"], of[plan], budget)
             found[f"{setting}: replay over {plan}, by the least"] = least["replay"] / least[plan]
     return found | {"largest_loss_difference": max(row["loss_difference"] for row in rows)}
 
 
 def main() -> None:
     options = resumable(__doc__ or "").parse_args()
-    sizes = Sizes(steps=WARM_UP + 3, sequences=2) if options.quick else Sizes()
+    sizes = Sizes(steps=WARM_UP + 4, sequences=2) if options.quick else Sizes()
     rows = kept_rows(options)
     for setting, node_of_rank in SETTINGS.items():
         if node_of_rank[-1] and (missing := missing_for_slow_link()) is not None:
             print(f"{setting} is left out: {missing}")
             continue
         recorded("replay", rows, {"setting": setting}, partial(measure, node_of_rank, sizes), options.json)
-    finish("replay", rows, summarize(rows), options.json)
+    finish("replay", rows, summarize(rows, sizes.budget), options.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Print and write the result of a benchmark: {"name", "commit", "machine", "rows", "summary"}.
 
+A ratio of the summary has its interval and a verdict beside it (`benchmarks.ratios`).
+
 A long benchmark writes each row as soon as it is there (`recorded`), and goes on with `--resume` where a call before has ended."""
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from benchmarks.ratios import Ratio
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
@@ -71,7 +75,7 @@ def machine() -> dict[str, Any]:
     }
 
 
-def finish(name: str, rows: Sequence[dict[str, Any]], summary: dict[str, float], json_file: Path | None) -> None:
+def finish(name: str, rows: Sequence[dict[str, Any]], summary: Mapping[str, float | Ratio], json_file: Path | None) -> None:
     """Print rows (lists left out) and summary as a table; write everything to `json_file`."""
     columns = [key for key in rows[0] if not isinstance(rows[0][key], list)]
     cells = [columns, *([_cell(row.get(key)) for key in columns] for row in rows)]
@@ -79,9 +83,17 @@ def finish(name: str, rows: Sequence[dict[str, Any]], summary: dict[str, float],
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
     for key, value in summary.items():
-        print(f"{key} = {value:.3g}")
+        print(f"{key} = {value if isinstance(value, Ratio) else format(value, '.3g')}")
     if json_file:
-        _write(name, rows, summary, json_file)
+        _write(name, rows, numbers(summary), json_file)
+
+
+def numbers(summary: Mapping[str, float | Ratio]) -> dict[str, float]:
+    """What a file keeps of a summary: a ratio becomes its value, the ends of its interval, the verdict, and whether it is narrow."""
+    found: dict[str, float] = {}
+    for key, value in summary.items():
+        found |= value.numbers(key) if isinstance(value, Ratio) else {key: value}
+    return found
 
 
 def _write(name: str, rows: Sequence[dict[str, Any]], summary: dict[str, float], json_file: Path) -> None:

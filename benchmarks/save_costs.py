@@ -1,18 +1,20 @@
 """What saves cost a small training: the share of digests in a save, and what a save adds to the steps that it is among.
 
 Digests are timed inside of the saves that they belong to, since two writes of the same bytes to a disk differ by more than what they take.
-Saves at once, saves beside the steps and no saves take turns, over a few steps each (`STEPS`).
+Saves at once, saves beside the steps and no saves take turns (`benchmarks.ratios`), over a few steps each (`STEPS`).
 """
 
 from __future__ import annotations
 
 import shutil
 import time
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
 
-from benchmarks.paired_steps import training
+from benchmarks.paired_steps import Taken, on_all_ranks, training
+from benchmarks.ratios import Budget, until_narrow
 from hecate.checkpoint import shard
 from hecate.checkpoint.layout import shard_file
 from hecate.train.training import Training
@@ -21,8 +23,8 @@ LARGE = {"lora.r": 64, "micro_batch_size": 1}
 """settings of a training whose checkpoint has 80 MB, so that a save is more than its fsyncs"""
 STEPS = 4
 """steps after the beginning of a save; while they run, one beside them must be written"""
-ARMS = ("none", "beside", "at_once")
-"""how a stretch of STEPS steps saves: not, as `save_async: true` does, as without it"""
+ARMS = ("beside", "none", "at_once")
+"""how a stretch of STEPS steps saves: as `save_async: true` does, not at all, as without it"""
 
 
 def digest_shares(rank: int, world: int, folder: str, saves: int) -> dict[str, Any]:
@@ -58,20 +60,22 @@ def digest_shares(rank: int, world: int, folder: str, saves: int) -> dict[str, A
     return found
 
 
-def saves_among_steps(rank: int, world: int, folder: str, settings: dict[str, Any], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """The seconds of stretches of STEPS steps on this rank, by how they save: of the clock, and of the processor."""
+def saves_among_steps(rank: int, world: int, folder: str, settings: dict[str, Any], budget: Budget) -> dict[str, Taken]:
+    """Stretches of STEPS steps, by how they save, until what a save adds is known well enough."""
     run = training(rank, world, folder, "among", {**settings, "save_total_limit": 1})
-    found: dict[str, list[tuple[float, float]]] = {arm: [] for arm in ARMS}
+    processor: dict[str, list[float]] = {arm: [] for arm in ARMS}
     for _ in range(2):
         run.train_one()
-    for number in range(1 + rounds):
-        for arm in ARMS[number % 3 :] + ARMS[: number % 3]:
-            dist.barrier()
-            started, used = time.perf_counter(), time.process_time()
-            _stretch(run, arm)
-            if number:
-                found[arm].append((time.perf_counter() - started, time.process_time() - used))
-    return found
+
+    def stretch(arm: str) -> float:
+        clock, used = on_all_ranks(partial(_stretch, run, arm))
+        processor[arm].append(used)
+        return clock
+
+    for arm in ARMS:
+        stretch(arm)
+    clock = until_narrow(stretch, ARMS, [("beside", "none"), ("at_once", "none")], budget)
+    return {arm: Taken(clock[arm], processor[arm][1:]) for arm in ARMS}
 
 
 def _stretch(run: Training, arm: str) -> None:

@@ -1,24 +1,30 @@
 """Time the MixLoRA layer of `moe_layer` over a link of 1 Gbit/s between two network namespaces, as two nodes of one or two ranks each.
 
-The topology for planning is measured first, on the same ranks, by simultaneous matmuls and all-to-alls over the link. All policies
-alternate in the same processes, and a sample is the slowest rank's time. Two columns explain it: `cpu_ms_min` is the CPU time of the rank
-that computed most, and `link_ms` the least time that the link's busier direction needs at its rate. `bytes_sent` is counted by the
-engines, between all ranks; `bytes_across` is counted at the two ends of the link, with headers, acknowledgements and the exchange of
-loads. This needs root.
+The topology for planning is measured first, on the same ranks, by simultaneous matmuls and all-to-alls over the link. Policies take
+turns in the same processes (`benchmarks.ratios`), and a sample is the slowest rank's time. Those that the summary compares go on until
+their ratios are known well enough; the others are sampled a few times, for the table. Two columns explain it: `cpu_ms_min` is the CPU
+time of the rank that computed most, and `link_ms` the least time that the link's busier direction needs at its rate. `bytes_sent` is
+counted by the engines, between all ranks; `bytes_across` is counted at the two ends of the link, with headers, acknowledgements and the
+exchange of loads. This needs root.
 """
 
 from __future__ import annotations
 
 import statistics
-import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from benchmarks.moe_layer_parts import Shape, check, make_engine, one_step, route
+from benchmarks.ratios import Budget, Ratio, least, speedup
 from benchmarks.report import arguments, finish
+from benchmarks.slowest_rank import SlowestRank, take_turns
+from hecate.engine.engine import Engine
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 from hecate.parallel.units import Unit
@@ -38,52 +44,58 @@ SETTINGS = {"2 nodes x 1": (0, 1), "2 nodes x 2": (0, 0, 1, 1)}
 ROUTINGS = ("zipf(1.2)", "balanced")
 PER_CHOICE = "ep_per_choice"
 """expert parallelism as in the textbook; see `benchmarks.moe_layer`"""
-QUICK_POLICIES = ("static_ep", "full", "hecate_paper", "auto")
+RIVALS = ("static_ep", "full", PER_CHOICE)
+"""what `auto` is compared with"""
+ENOUGH, QUICK, TABLE = Budget(half_width=0.02, rounds=40), Budget(half_width=0.02, rounds=2), Budget(half_width=0.02, rounds=4)
+"""for ratios; for `--quick`; and for policies that no ratio needs"""
 _SIZES = ProbeSizes(matmul=1024, copy_bytes=1 << 27, small_bytes=1 << 10, large_bytes=1 << 23, seconds=1.0)
 
 
-def measure(*, quick: bool = False) -> tuple[list[dict[str, Any]], dict[str, float]]:
+def measure(*, quick: bool = False) -> tuple[list[dict[str, Any]], dict[str, float | Ratio]]:
     """Return the rows and the summary of all settings. Call `missing_for_slow_link` before.
 
     Raises:
         AssertionError: the layer's output or a gradient is wrong, or a rank failed.
         OSError: the link cannot be created.
     """
-    policies = QUICK_POLICIES if quick else tuple(POLICIES)
+    policies, budget = (("static_ep", "full", "hecate_paper", "auto"), QUICK) if quick else (tuple(POLICIES), ENOUGH)
     rows: list[dict[str, Any]] = []
     for setting, node_of_rank in SETTINGS.items():
         with slow_link(RATE) as names:
             namespaces = [names[node] for node in node_of_rank]
-            arguments_ = (node_of_rank, Shape(), policies, 2 if quick else 7)
-            of_ranks = run_ranks(len(node_of_rank), bench_rank, *arguments_, timeout=900, namespaces=namespaces)
+            arguments_ = (node_of_rank, Shape(), policies, budget)
+            of_ranks = run_ranks(len(node_of_rank), bench_rank, *arguments_, timeout=3600, namespaces=namespaces)
         rows += [{"setting": setting, **row} for row in of_ranks[0]]
-    return rows, summarize(rows)
+    return rows, summarize(rows, budget)
 
 
-def summarize(rows: list[dict[str, Any]]) -> dict[str, float]:
+def summarize(rows: list[dict[str, Any]], budget: Budget) -> dict[str, float | Ratio]:
     """Return `auto`'s speed-ups, each the lowest of the settings.
 
     `..._cpu_and_link_...` is the ratio of `cpu_ms_min` + `link_ms`: the time if each rank had a core and the link carried nothing else.
     """
-    median = {(row["setting"], row["routing"], row["policy"]): row["ms_median"] for row in rows}
-    least = {(row["setting"], row["routing"], row["policy"]): row["cpu_ms_min"] + row["link_ms"] for row in rows}
+    samples = {(row["setting"], row["routing"], row["policy"]): row["ms_all"] for row in rows}
+    floor = {(row["setting"], row["routing"], row["policy"]): row["cpu_ms_min"] + row["link_ms"] for row in rows}
 
-    def worst(policy: str, routings: tuple[str, ...], ms: dict[tuple[str, str, str], float] = median) -> float:
-        return min(ms[s, routing, policy] / ms[s, routing, "auto"] for s in SETTINGS for routing in routings)
+    def worst(policy: str, routings: tuple[str, ...]) -> Ratio:
+        return least(speedup(samples[s, routing, "auto"], samples[s, routing, policy], budget) for s in SETTINGS for routing in routings)
+
+    def worst_floor(policy: str, routings: tuple[str, ...]) -> float:
+        return min(floor[s, routing, policy] / floor[s, routing, "auto"] for s in SETTINGS for routing in routings)
 
     return {
         "slow_link_speedup_over_static_ep": worst("static_ep", ROUTINGS[:1]),
         "slow_link_speedup_over_full": worst("full", ROUTINGS),
         "slow_link_balanced_speedup_over_static_ep": worst("static_ep", ROUTINGS[1:]),
         "slow_link_speedup_over_ep_per_choice": worst(PER_CHOICE, ROUTINGS[:1]),
-        "slow_link_cpu_and_link_speedup_over_static_ep": worst("static_ep", ROUTINGS[:1], least),
-        "slow_link_cpu_and_link_speedup_over_full": worst("full", ROUTINGS, least),
+        "slow_link_cpu_and_link_speedup_over_static_ep": worst_floor("static_ep", ROUTINGS[:1]),
+        "slow_link_cpu_and_link_speedup_over_full": worst_floor("full", ROUTINGS),
         "slow_link_gbit_per_s": min(row["uplink_gbit_per_s"] for row in rows),
     }
 
 
 def bench_rank(
-    rank: int, world: int, node_of_rank: tuple[int, ...], shape: Shape, policies: tuple[str, ...], samples: int
+    rank: int, world: int, node_of_rank: tuple[int, ...], shape: Shape, policies: tuple[str, ...], budget: Budget
 ) -> list[dict[str, Any]]:
     default = dist.group.WORLD
     assert default is not None
@@ -102,40 +114,22 @@ def bench_rank(
         for policy, engine in engines.items():
             engine.shards.history.load_state_dict([])  # so that the next plans are made from the loads of this routing only
             check(engine, rank, shape, expert, weight, per_choice=policy == PER_CHOICE)
-        times: dict[str, list[float]] = {policy: [] for policy in engines}
-        cpu: dict[str, list[float]] = {policy: [] for policy in engines}
-        facts: dict[str, dict[str, Any]] = {}
-        for sample in range(samples + 1):
-            for policy, engine in engines.items():
-                sent, across = engine.shards.bytes_sent, bytes_out()
-                dist.barrier()
-                start, cpu_start = time.perf_counter(), time.process_time()
-                _, loads = one_step(engine, sample, x, expert, weight, per_choice=policy == PER_CHOICE)
-                seconds = torch.tensor([time.perf_counter() - start, time.process_time() - cpu_start])
-                dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-                left = torch.tensor([engine.shards.bytes_sent - sent, (bytes_out() - across) * first_of_node])
-                busier = left[1].clone()
-                dist.all_reduce(left)
-                dist.all_reduce(busier, op=dist.ReduceOp.MAX)
-                if sample >= 1:
-                    times[policy].append(1e3 * float(seconds[0]))
-                    cpu[policy].append(1e3 * float(seconds[1]))
-                facts[policy] = {
-                    "link_ms": 1e3 * int(busier) / RATE_BYTES,
-                    "bytes_sent": int(left[0]),
-                    "bytes_across": int(left[1]),
-                    "replicas": int(engine.shards.placements[Unit(0)].where_ED.sum()) - shape.experts,
-                    "imbalance": engine.shards.plans.imbalance(loads),
-                }
+        steps = {
+            policy: TimedPolicy(engine, x, expert, weight, per_choice=policy == PER_CHOICE, counts=first_of_node)
+            for policy, engine in engines.items()
+        }
+        clocks = {policy: SlowestRank(prepare) for policy, prepare in steps.items()}
+        take_turns(clocks, [PER_CHOICE, "static_ep", "auto", "full"], [("auto", rival) for rival in RIVALS], budget)
+        take_turns(clocks, [policy for policy in policies if policy not in ("auto", *RIVALS)], [], min(TABLE, budget, key=_rounds))
         rows += [
             {
                 "routing": routing,
                 "policy": policy,
-                "ms_median": statistics.median(times[policy]),
-                "ms_min": min(times[policy]),
-                "ms_all": times[policy],
-                "cpu_ms_min": min(cpu[policy]),
-                **facts[policy],
+                "ms_median": statistics.median(clocks[policy].ms),
+                "ms_min": min(clocks[policy].ms),
+                "ms_all": clocks[policy].ms,
+                "cpu_ms_min": min(clocks[policy].cpu_ms),
+                **steps[policy].facts(shape),
                 "gflops_per_rank": min(topology.flops) / 1e9,
                 "uplink_gbit_per_s": min(topology.uplink_bandwidth) * 8e-9,
                 "overlap_slowdown": topology.overlap_slowdown,
@@ -143,6 +137,52 @@ def bench_rank(
             for policy in engines
         ]
     return rows
+
+
+class TimedPolicy:
+    """The steps of one policy. Called with a step's number, it returns the step.
+
+    Args:
+        counts: whether this rank counts the bytes that leave its node.
+    """
+
+    def __init__(self, engine: Engine, x: Tensor, expert: Tensor, weight: Tensor, *, per_choice: bool, counts: bool) -> None:
+        self._engine, self._x, self._expert, self._weight = engine, x, expert, weight
+        self._per_choice, self._counts = per_choice, counts
+        self._before = (0, 0)
+        self._after = (0, 0)
+        self._loads: dict[int, np.ndarray] = {}
+
+    def __call__(self, step: int) -> Callable[[], None]:
+        self._before = self._sent()
+
+        def take() -> None:
+            _, self._loads = one_step(self._engine, step, self._x, self._expert, self._weight, per_choice=self._per_choice)
+            self._after = self._sent()
+
+        return take
+
+    def _sent(self) -> tuple[int, int]:
+        return self._engine.shards.bytes_sent, bytes_out()
+
+    def facts(self, shape: Shape) -> dict[str, Any]:
+        """Of the last step, on all ranks. All must call it."""
+        sent, across = (after - before for before, after in zip(self._before, self._after, strict=True))
+        left = torch.tensor([sent, across * self._counts])
+        busier = left[1].clone()
+        dist.all_reduce(left)
+        dist.all_reduce(busier, op=dist.ReduceOp.MAX)
+        return {
+            "link_ms": 1e3 * int(busier) / RATE_BYTES,
+            "bytes_sent": int(left[0]),
+            "bytes_across": int(left[1]),
+            "replicas": int(self._engine.shards.placements[Unit(0)].where_ED.sum()) - shape.experts,
+            "imbalance": self._engine.shards.plans.imbalance(self._loads),
+        }
+
+
+def _rounds(budget: Budget) -> int:
+    return budget.rounds
 
 
 def measured_topology(ranks: Ranks, node_of_rank: tuple[int, ...]) -> Topology:

@@ -1,7 +1,8 @@
 """Compare the whole trainer with moe-peft 2.0.2: training steps of MixLoRA on the same small Llama and batch, one rank, one thread.
 
-Each side runs in processes of its own, alternating, and a sample is one step. Ours has the allocator settings that `hecate train` gives
-its ranks. The frozen model alone, forward and backward to its embeddings, is timed as well, because no trainer of adapters can be faster.
+Each side runs in a process of its own. They hand the machine over to each other after each step (`benchmarks.handover`), and a sample is
+one step. Ours has the allocator settings that `hecate train` gives its ranks. The frozen model alone, forward and backward to its
+embeddings, takes turns with both, because no trainer of adapters can be faster.
 Memory is the growth of resident memory from the imported libraries to the peak of training: model, adapters, moments, activations.
 moe-peft recomputes activations by default, so both sides are measured with and without recomputing.
 """
@@ -9,23 +10,46 @@ moe-peft recomputes activations by default, so both sides are measured with and 
 from __future__ import annotations
 
 import json
-import os
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from benchmarks.handover import Worker, take_steps
 from benchmarks.peers.venv import peer_python
+from benchmarks.ratios import Budget, Ratio, of_times, speedup, until_narrow
 from benchmarks.report import arguments, finish
 from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
 
 MODEL = {"hidden": 256, "ffn": 704, "layers": 6, "heads": 4, "vocab": 4096}
 BATCH, LENGTH = 4, 256
 RANK, ALPHA, EXPERTS, TOP_K, AUX_COEF, LEARNING_RATE = 16, 32, 8, 2, 0.001, 1e-3
-DROPOUTS = (1e-9, 0.05)
+SIDES = {
+    "moe-peft": (False, False),
+    "hecate": (True, False),
+    "moe-peft, recomputed": (False, True),
+    "hecate, recomputed": (True, True),
+}
+"""name -> whether it is ours, and whether it recomputes activations; in the order of a round, with what is compared side by side"""
+FROZEN = "frozen model"
+COMPARED = {
+    0.05: {
+        "tokens_per_s_over_moe_peft_dropout": ("hecate", "moe-peft"),
+        "tokens_per_s_over_moe_peft_recompute": ("hecate, recomputed", "moe-peft, recomputed"),
+        # The defaults of both: its trainer always recomputes, ours only on request.
+        "tokens_per_s_over_moe_peft_as_shipped": ("hecate", "moe-peft, recomputed"),
+    },
+    # The fastest setting of both: without recomputing and without dropout, which MoE-PEFT cannot have at 0.
+    1e-9: {"tokens_per_s_over_moe_peft": ("hecate", "moe-peft")},
+}
+"""by dropout: the summary's keys, ours and theirs"""
+WARM_UP = 2
+"""steps of each side that are not counted"""
+ENOUGH = Budget(half_width=0.02, rounds=60)
 PEER = ("moe-peft", ["torch", "transformers>=4.44,<4.47", "accelerate", "datasets", "evaluate"], ["moe-peft==2.0.2"])
 
 
@@ -53,10 +77,8 @@ def make_inputs(folder: Path) -> None:
     save_file({"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}, folder / "batch.safetensors")
 
 
-def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, checkpoint: bool) -> None:
-    """Run our side, in a process of its own."""
-    import time
-
+def ours(folder: Path, out: Path, dropout: float, checkpoint: bool) -> None:
+    """Run our side, in a process of its own, for as many steps as are asked for."""
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 - so that libraries do not count as memory of the training
     from safetensors.torch import load_file
@@ -109,9 +131,11 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
             LearningRate(LEARNING_RATE),
             torch.device("cpu"),
         )
-        seconds, losses = [], []
-        for step in range(steps + warmup):
-            token = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) + step * BATCH * LENGTH
+        losses: list[float] = []
+
+        def step() -> float:
+            number = len(losses)
+            token = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH) + number * BATCH * LENGTH
             batch = Batch(
                 input_ids=ids,
                 targets=targets,
@@ -127,35 +151,39 @@ def ours(folder: Path, out: Path, steps: int, warmup: int, dropout: float, check
                 optimizer,
                 [batch],
                 num_labels=BATCH * (LENGTH - 1),
-                step=step,
+                step=number,
                 rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=None),
             )
-            if step >= warmup:
-                seconds.append(time.perf_counter() - start)
+            seconds = time.perf_counter() - start
             losses.append(result.loss)
-        peak_bytes = _peak()
-        base = load_model(ModelSource(folder, None), torch.float32, ranks.device).eval()
-        base_head = LanguageModelHead(base)
-        base_seconds = [_base_step(base, base_head, ids, targets, position) for _ in range(steps + warmup)][warmup:]
+            return seconds
+
+        take_steps(step)
         trainable = sum(p.numel() for p in [*owned.values(), *moe.replicated_parameters().values()])
-    out.write_text(
-        json.dumps(
-            {
-                "step_seconds": seconds,
-                "base_seconds": base_seconds,
-                "loss": losses,
-                "train_growth_bytes": peak_bytes - start_bytes,
-                "trainable_parameters": trainable,
-            }
-        ),
-        encoding="utf-8",
-    )
+        found = {"loss": losses, "train_growth_bytes": _peak() - start_bytes, "trainable_parameters": trainable}
+    out.write_text(json.dumps(found), encoding="utf-8")
+
+
+def frozen(folder: Path) -> None:
+    """Pass through the frozen model, in a process of its own, as often as is asked for."""
+    import torch
+    from safetensors.torch import load_file
+
+    from hecate.model.causal_head import LanguageModelHead
+    from hecate.model.load import ModelSource, load_model
+
+    torch.set_num_threads(1)
+    ids = load_file(folder / "batch.safetensors")["input_ids"]
+    targets = torch.full_like(ids, -100)
+    targets[:, :-1] = ids[:, 1:]
+    position = torch.arange(LENGTH).expand(BATCH, LENGTH)
+    model = load_model(ModelSource(folder, None), torch.float32, torch.device("cpu")).eval()
+    head = LanguageModelHead(model)
+    take_steps(lambda: _base_step(model, head, ids, targets, position))
 
 
 def _base_step(model: Any, head: Any, ids: Any, targets: Any, position: Any) -> float:
     """Return the seconds of a forward and backward pass through the frozen model."""
-    import time
-
     hook = model.get_input_embeddings().register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
     start = time.perf_counter()
     hidden_BSD = head.hidden(ids, None, position)
@@ -178,90 +206,105 @@ def _peak() -> int:
     return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
 
 
-def run_ours(folder: Path, steps: int, warmup: int, dropout: float, checkpoint: bool) -> dict[str, Any]:
-    out = folder / "ours.json"
-    command = [sys.executable, "-m", "benchmarks.train_step", "--ours", str(folder), str(out), str(steps), str(warmup), str(dropout)]
-    return _run([*command, str(int(checkpoint))], out, ALLOCATOR_SETTINGS)
+def our_worker(folder: Path, out: Path, dropout: float, checkpoint: bool, checkout: Path | None = None) -> Worker:
+    """
+    Args:
+        checkout: whose code takes the steps; None: this one.
+    """
+    command = [sys.executable, "-m", "benchmarks.train_step", "--ours", folder, out, dropout, int(checkpoint)]
+    where = {"PYTHONPATH": str(checkout)} if checkout else {}
+    return Worker([str(word) for word in command], {**ALLOCATOR_SETTINGS, **where}, checkout)
 
 
-def run_peer(python: Path, folder: Path, steps: int, warmup: int, dropout: float, checkpoint: bool) -> dict[str, Any]:
-    out = folder / "peer.json"
+def frozen_worker(folder: Path) -> Worker:
+    return Worker([sys.executable, "-m", "benchmarks.train_step", "--frozen", str(folder)], ALLOCATOR_SETTINGS)
+
+
+def peer_worker(python: Path, folder: Path, out: Path, dropout: float, checkpoint: bool) -> Worker:
     script = Path(__file__).parent / "peers" / "moe_peft_train.py"
     given = {
-        "--model": folder, "--batch": folder / "batch.safetensors", "--steps": steps, "--warmup": warmup, "--threads": 1, "--r": RANK,
+        "--model": folder, "--batch": folder / "batch.safetensors", "--most-steps": WARM_UP + ENOUGH.rounds, "--threads": 1, "--r": RANK,
         "--alpha": ALPHA, "--experts": EXPERTS, "--top-k": TOP_K, "--aux-coef": AUX_COEF, "--lr": LEARNING_RATE, "--dropout": dropout,
         "--gradient-checkpoint": "recompute" if checkpoint else "none", "--out": out,
     }  # fmt: skip
-    return _run([str(python), "-I", str(script), *(str(word) for pair in given.items() for word in pair)], out, {})
+    return Worker([str(python), "-I", str(script), *(str(word) for pair in given.items() for word in pair)], {})
 
 
-def _run(command: list[str], out: Path, settings: dict[str, str]) -> dict[str, Any]:
-    environment = {**os.environ, **settings, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
-    result: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
-    return result
+def train(python: Path, folder: Path, dropout: float, budget: Budget) -> tuple[dict[str, list[float]], dict[str, dict[str, Any]]]:
+    """Train both sides with and without recomputing, all in turn: the seconds of their steps, and what they say at the end."""
+    out = {name: folder / f"{name}.json" for name in SIDES}
+    with ExitStack() as stack:
+        workers = {FROZEN: stack.enter_context(frozen_worker(folder))}
+        for name, (is_ours, recompute) in SIDES.items():
+            worker = (
+                our_worker(folder, out[name], dropout, recompute) if is_ours else peer_worker(python, folder, out[name], dropout, recompute)
+            )
+            workers[name] = stack.enter_context(worker)
+        for worker in workers.values():
+            for _ in range(WARM_UP):
+                worker.step()
+        seconds = until_narrow(lambda side: workers[side].step(), list(workers), list(COMPARED[dropout].values()), budget)
+    said = {name: json.loads(path.read_text(encoding="utf-8")) for name, path in out.items()}
+    for mine, peer in (("hecate", "moe-peft"), ("hecate, recomputed", "moe-peft, recomputed")):
+        _check(said[mine], said[peer])
+    return seconds, said
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["--ours"]:
-        folder, out, steps, warmup, dropout, checkpoint = sys.argv[2:]
-        ours(Path(folder), Path(out), int(steps), int(warmup), float(dropout), checkpoint == "1")
-        return
-    options = arguments(__doc__ or "").parse_args()
-    python = peer_python(*PEER)
-    rounds, steps, warmup = (1, 3, 1) if options.quick else (2, 8, 2)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        make_inputs(folder)
-        for dropout in DROPOUTS:
-            for checkpoint in (False, True):
-                seconds: dict[str, list[float]] = {"hecate": [], "moe-peft": []}
-                base_seconds: list[float] = []
-                last: dict[str, dict[str, Any]] = {}
-                for _ in range(rounds):
-                    last["hecate"] = run_ours(folder, steps, warmup, dropout, checkpoint)
-                    last["moe-peft"] = run_peer(python, folder, steps, warmup, dropout, checkpoint)
-                    base_seconds += last["hecate"]["base_seconds"]
-                    for side, result in last.items():
-                        seconds[side] += result["step_seconds"]
-                _check(last)
-                rows += [
-                    {
-                        "side": side,
-                        "dropout": dropout,
-                        "recompute": checkpoint,
-                        "tokens_per_s": BATCH * LENGTH / statistics.median(seconds[side]),
-                        "growth_mb": last[side]["train_growth_bytes"] / 1e6,
-                        "first_loss": last[side]["loss"][0],
-                        "over_frozen_model": statistics.median(seconds[side]) / statistics.median(base_seconds),
-                        "step_seconds": seconds[side],
-                    }
-                    for side in seconds
-                ]
-    find = {(row["side"], row["dropout"], row["recompute"]): row for row in rows}
-    plain, drop = DROPOUTS
-    summary = {
-        # The fastest setting of both: without recomputing and without dropout.
-        "tokens_per_s_over_moe_peft": find["hecate", plain, False]["tokens_per_s"] / find["moe-peft", plain, False]["tokens_per_s"],
-        "tokens_per_s_over_moe_peft_dropout": find["hecate", drop, False]["tokens_per_s"] / find["moe-peft", drop, False]["tokens_per_s"],
-        "tokens_per_s_over_moe_peft_recompute": find["hecate", drop, True]["tokens_per_s"] / find["moe-peft", drop, True]["tokens_per_s"],
-        # The defaults of both: its trainer always recomputes, ours only on request.
-        "tokens_per_s_over_moe_peft_as_shipped": find["hecate", drop, False]["tokens_per_s"] / find["moe-peft", drop, True]["tokens_per_s"],
-        "peak_memory_over_moe_peft_as_shipped": find["hecate", drop, False]["growth_mb"] / find["moe-peft", drop, True]["growth_mb"],
-        "peak_memory_over_moe_peft": find["hecate", plain, False]["growth_mb"] / find["moe-peft", plain, False]["growth_mb"],
-        "peak_memory_over_moe_peft_recompute": find["hecate", plain, True]["growth_mb"] / find["moe-peft", plain, True]["growth_mb"],
-    }
-    finish("train_step", rows, summary, options.json)
-
-
-def _check(last: dict[str, dict[str, Any]]) -> None:
+def _check(mine: dict[str, Any], peer: dict[str, Any]) -> None:
     """Check that both sides train as many parameters and start at the same loss, that of the base model, because B is zero."""
-    mine, peer = last["hecate"], last["moe-peft"]
     assert mine["trainable_parameters"] == peer["trainable_parameters"], (mine["trainable_parameters"], peer["trainable_parameters"])
     assert abs(mine["loss"][0] - peer["loss"][0]) < 1e-3, (mine["loss"][0], peer["loss"][0])
     assert mine["loss"][-1] < mine["loss"][0]
     assert peer["loss"][-1] < peer["loss"][0]
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--ours"]:
+        folder, out, dropout, recompute = sys.argv[2:]
+        ours(Path(folder), Path(out), float(dropout), recompute == "1")
+        return
+    if sys.argv[1:2] == ["--frozen"]:
+        frozen(Path(sys.argv[2]))
+        return
+    options = arguments(__doc__ or "").parse_args()
+    python = peer_python(*PEER)
+    budget = Budget(ENOUGH.half_width, 4) if options.quick else ENOUGH
+    rows: list[dict[str, Any]] = []
+    summary: dict[str, float | Ratio] = {}
+    growth: dict[tuple[str, float], float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        make_inputs(folder)
+        for dropout, compared in COMPARED.items():
+            seconds, said = train(python, folder, dropout, budget)
+            for side in SIDES:
+                growth[side, dropout] = said[side]["train_growth_bytes"] / 1e6
+                rows.append(
+                    {
+                        "side": side,
+                        "dropout": dropout,
+                        "tokens_per_s": BATCH * LENGTH / statistics.median(seconds[side]),
+                        "growth_mb": growth[side, dropout],
+                        "first_loss": said[side]["loss"][0],
+                        "over_frozen_model": of_times(seconds[side], seconds[FROZEN], budget).value,
+                        "step_seconds": seconds[side],
+                    }
+                )
+            summary |= {key: speedup(seconds[mine], seconds[peer], budget) for key, (mine, peer) in compared.items()}
+    finish("train_step", rows, {**summary, **memory_ratios(growth)}, options.json)
+
+
+def memory_ratios(growth: dict[tuple[str, float], float]) -> dict[str, float]:
+    """
+    Args:
+        growth: of each side and dropout.
+    """
+    drop, plain = COMPARED
+    return {
+        "peak_memory_over_moe_peft_as_shipped": growth["hecate", drop] / growth["moe-peft, recomputed", drop],
+        "peak_memory_over_moe_peft": growth["hecate", plain] / growth["moe-peft", plain],
+        "peak_memory_over_moe_peft_recompute": growth["hecate, recomputed", plain] / growth["moe-peft, recomputed", plain],
+    }
 
 
 if __name__ == "__main__":

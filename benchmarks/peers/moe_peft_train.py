@@ -2,15 +2,16 @@
 
     .venv-peers/moe-peft/bin/python -I benchmarks/peers/moe_peft_train.py --model FOLDER --batch FILE.safetensors --out FILE.json
 
-Each step is one iteration of `moe_peft.trainer.train`'s loop, through its own functions. Only its dispatcher (tokens as Python lists) is
-left out, which makes it faster. This file imports nothing of hecate, whose requirements conflict with this environment's.
+It takes a step for each line of its standard input, and answers with its seconds (`benchmarks.handover`). Each step is one iteration of
+`moe_peft.trainer.train`'s loop, through its own functions. Only its dispatcher (tokens as Python lists) is left out, which makes it faster.
+This file imports nothing of hecate, whose requirements conflict with this environment's.
 """
 
 import argparse
 import json
 import os
 import resource
-import statistics
+import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -46,21 +47,21 @@ def main() -> None:
     weights = model.get_adapter_weight_dict(ADAPTER)
     trainer = TrainConfig(ADAPTER, num_epochs=1, batch_size=1, micro_batch_size=1, learning_rate=args.lr)
     trainer.prepare(weights)
-    trainer.prepare_lr_scheduler(args.warmup + args.steps)
+    trainer.prepare_lr_scheduler(args.most_steps)
     memory["ready"] = _status("VmRSS")
 
     _forget_peak()
     losses, aux_losses, seconds = [], [], []
-    for _ in range(args.warmup + args.steps):
+    for _ in sys.stdin:
         began = time.perf_counter()
         loss, aux = _step(model, trainer, batch, args.gradient_checkpoint)
         seconds.append(time.perf_counter() - began)
         losses.append(loss)
         aux_losses.append(aux)
+        print(f"took {seconds[-1]!r}", flush=True)
     memory["train_peak"] = _status("VmHWM")
     memory["ru_maxrss"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
-    tokens, timed = batch["input_ids"].numel(), seconds[args.warmup :]
     result = {
         "provider": "moe-peft",
         "versions": {name: version(name) for name in ("moe-peft", "transformers", "torch")},
@@ -73,9 +74,8 @@ def main() -> None:
             "max_grad_norm": None,
         },
         "trainable_parameters": sum(tensor.numel() for tensor in weights.values() if tensor.requires_grad),
-        "tokens_per_step": tokens,
-        "step_seconds": timed,
-        "tokens_per_s": tokens / statistics.median(timed),
+        "tokens_per_step": batch["input_ids"].numel(),
+        "step_seconds": seconds,
         "loss": losses,
         "aux_loss": aux_losses,
         "memory_bytes": memory,
@@ -103,8 +103,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True, help="a Llama folder: config.json and safetensors")
     parser.add_argument("--batch", type=Path, required=True, help="input_ids, labels (-100: none), attention_mask, each [B, S]")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=10, help="timed steps, after the warm-up")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before those, not timed; their losses are kept")
+    parser.add_argument("--most-steps", type=int, default=1000, help="for its learning rate schedule")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--r", type=int, default=16)
     parser.add_argument("--alpha", type=int, default=32)

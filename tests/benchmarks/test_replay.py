@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from benchmarks.ratios import Budget, Ratio
 from benchmarks.replay import SEED, Sizes, make_inputs, summarize
 from hecate.config import DataSource
 from hecate.data.batches import sequence_ranges
@@ -34,13 +35,22 @@ def test_a_run_takes_samples_whose_loads_are_the_workloads(tmp_path: Path) -> No
                 assert np.bincount(routed[:, layer].ravel(), minlength=4).tolist() == wanted[step, layer, :, rank].tolist()
 
 
-def test_ratios_are_of_one_settings_medians() -> None:
+def test_ratios_are_of_one_setting() -> None:
     rows = [
-        {"setting": setting, "plan": plan, "step_seconds": seconds * times, "step_seconds_min": seconds, "loss_difference": seconds / 1e6}
+        {
+            "setting": setting,
+            "plan": plan,
+            "seconds_all": [seconds * times] * 16,
+            "step_seconds_min": seconds,
+            "loss_difference": seconds / 1e6,
+        }
         for setting, times in (("a", 1), ("b", 10))
         for plan, seconds in (("history", 2.0), ("exact", 4.0), ("replay", 1.0))
     ]
-    found = summarize(rows)
-    assert found["b: replay over history"] == pytest.approx(0.5)
-    assert found["a: replay over exact"] == pytest.approx(0.25)
+    found = summarize(rows, Budget(half_width=0.02, rounds=16))
+    over_history, over_exact = found["b: replay over history"], found["a: replay over exact"]
+    assert isinstance(over_history, Ratio)
+    assert isinstance(over_exact, Ratio)
+    assert (over_history.value, over_history.verdict) == (pytest.approx(0.5), 1)
+    assert over_exact.value == pytest.approx(0.25)
     assert found["largest_loss_difference"] == pytest.approx(4e-6)

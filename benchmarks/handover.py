@@ -1,0 +1,84 @@
+"""Processes that hand the machine over to each other: each waits until it is asked for a step, takes it, and says how long it took.
+
+Sides that cannot share a process take turns so, sample by sample. A process that waits for its turn uses no processor.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+TOOK = "took "
+"""what an answer begins with; other lines that libraries print are passed over"""
+
+
+class Worker:
+    """A process that takes steps. It ends when it leaves the `with` block.
+
+    Args:
+        command: of a program that calls `take_steps`, or does as that does.
+        settings: of its environment, beside this process's and one thread.
+    """
+
+    def __init__(self, command: Sequence[str], settings: Mapping[str, str], folder: Path | None = None) -> None:
+        self._command = command
+        self._process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, **settings, "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._process.kill()
+        self.end()
+
+    def step(self) -> float:
+        """The seconds of one step.
+
+        Raises:
+            SystemExit: the process has ended.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            print(file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            self._failed()
+        for line in self._process.stdout:
+            if line.startswith(TOOK):
+                return float(line.removeprefix(TOOK))
+        return self._failed()
+
+    def end(self) -> None:
+        """Let the process write what it has found, and end.
+
+        Raises:
+            SystemExit: it has failed.
+        """
+        if self._process.returncode is None:
+            self._process.communicate()
+            if self._process.returncode > 0:
+                self._failed()
+
+    def _failed(self) -> float:
+        sys.exit(f"{' '.join(map(str, self._command))[:300]} has ended (exit status {self._process.wait()})")
+
+
+def take_steps(step: Callable[[], float]) -> None:
+    """Take a step for each line of the standard input, until that ends.
+
+    Args:
+        step: a function that takes one and returns its seconds.
+    """
+    for _ in sys.stdin:
+        print(f"{TOOK}{step()!r}", flush=True)
