@@ -23,12 +23,13 @@ from numba.extending import register_jitable
 
 from hecate.parallel.jit import NoMachineCode
 
-OPTIONS = {"nogil": True, "error_model": "numpy"}
+_OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True}
+"""no C program calls these functions"""
 
 
 def register_loop(function: Callable[..., Any]) -> None:
     """Let compiled functions call a function."""
-    register_jitable(error_model="numpy")(function)
+    register_jitable(**_OPTIONS)(function)
 
 
 def dispatcher(function: Callable[..., Any], folder: Path, *, compiles: Callable[[], bool]) -> Any:
@@ -37,7 +38,7 @@ def dispatcher(function: Callable[..., Any], folder: Path, *, compiles: Callable
     Args:
         compiles: says whether what is not in the folder is compiled now; else a call raises `NoMachineCode`.
     """
-    made: Any = numba.njit(function, **OPTIONS)
+    made: Any = numba.njit(function, nogil=True, **_OPTIONS)
     made._cache = _cache(function, folder, compiles=compiles)
     return made
 

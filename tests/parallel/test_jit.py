@@ -34,7 +34,7 @@ def run(program: str, cache: Path, *, compiler: str = "tests.parallel.slow_compi
     environment = os.environ | {"NUMBA_CACHE_DIR": str(cache), "PYTHONPATH": str(root)}
     whole = PROGRAM.format(compiler=compiler) + program
     done = subprocess.run(
-        [sys.executable, "-c", whole], capture_output=True, text=True, check=False, env=environment, cwd=root, timeout=120
+        [sys.executable, "-c", whole], capture_output=True, text=True, check=False, env=environment, cwd=root, timeout=500
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
