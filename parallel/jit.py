@@ -76,7 +76,6 @@ _process = _Process()
 _ROOT = Path(__file__).resolve().parent
 _COMPILING = ("jit.py", "machine_code.py", "compile_loops.py")
 _loops: list[Callable[..., Any]] = []
-_entries: list[str] = []
 
 
 def loop(function: Function) -> Function:
@@ -92,7 +91,6 @@ class Entry(Generic[P, R]):
         self.plain = function
         """the same in plain Python"""
         self._machine_code: Any = None
-        _entries.append(function.__name__)
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if have_machine_code():
@@ -196,7 +194,7 @@ def compiling_here() -> Iterator[None]:
 
     _process.state, _process.compiles = "ready", True
     try:
-        with optimising_entries_alone(frozenset(_entries)):
+        with optimising_entries_alone():
             yield
     finally:
         _process.compiles = False

@@ -25,6 +25,8 @@ from hecate.parallel.jit import NoMachineCode
 
 _OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True}
 """no C program calls these functions"""
+_WRAPPER = "_ZN7cpython"
+"""how the name of a function begins by which Python calls another one"""
 
 
 def register_loop(function: Callable[..., Any]) -> None:
@@ -44,22 +46,21 @@ def dispatcher(function: Callable[..., Any], folder: Path, *, compiles: Callable
 
 
 @contextmanager
-def optimising_entries_alone(entries: frozenset[str]) -> Iterator[None]:
-    """Compile during the block without optimising the functions that entries call before they are parts of these.
-
-    Args:
-        entries: names of functions.
-    """
+def optimising_entries_alone() -> Iterator[None]:
+    """Compile during the block without optimising the functions that entries call before they are parts of these."""
     cpu_target.target_context.refresh()  # compiles what numba itself needs
     codegen = cpu_target.target_context.codegen()
 
     class Library(JITCodeLibrary):
+        def _python_calls_it(self) -> bool:
+            return any(function.name.startswith(_WRAPPER) for function in self._final_module.functions)
+
         def _optimize_final_module(self) -> None:
-            if self.name in entries:
+            if self._python_calls_it():
                 super()._optimize_final_module()
 
         def _finalize_final_module(self) -> None:
-            if self.name in entries:
+            if self._python_calls_it():
                 super()._finalize_final_module()
             else:
                 self._finalize_dynamic_globals()

@@ -22,9 +22,7 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, to paste into a bug report")] = False,
-    compiles: Annotated[
-        bool, typer.Option("--compile", help="first compile the planner's loops for this machine, if they are not")
-    ] = False,
+    compiles: Annotated[bool, typer.Option("--compile", help="first compile the planner's loops, if they are not")] = False,
 ) -> None:
     """Check that this machine has what training needs, and say how to mend what it lacks. Exit status 1 if something must be mended.
 

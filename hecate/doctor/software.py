@@ -205,7 +205,7 @@ def triton() -> Finding:
 
 
 def planner_cache() -> Finding:
-    """Whether the planner's loops are compiled for this machine, and where numba keeps them: without such a folder they run as plain Python."""
+    """Whether the planner's loops are compiled for this machine, and where: without a folder for them they run as plain Python."""
     import numba
 
     from hecate.parallel import jit
@@ -225,7 +225,7 @@ def planner_cache() -> Finding:
         return warning("the planner's loops could not be compiled and stay plain Python", f"see {folder / 'compiler.log'}")
     return Finding(
         "ok",
-        f"numba {numba.__version__} has not yet compiled the planner's loops for this machine; a run for which it pays does, in {folder.parent}",
+        f"the planner's loops are not yet compiled for this machine; a run for which it pays compiles them, in {folder.parent}",
         "hecate doctor --compile does it now",
     )
 

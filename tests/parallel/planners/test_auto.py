@@ -250,7 +250,7 @@ def test_equal_layers_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned == 2
     assert plan.quota_LED is not None
     for layer in range(6):
-        alone = plan_auto(dataclasses.replace(given, owner_LE=owners[[layer]], expected_LED=loads[[layer]]))
+        alone = plan_auto(dataclasses.replace(given, owner_LE=owners[[layer]], loads_LED=loads[[layer]]))
         assert alone.quota_LED is not None
         assert np.array_equal(plan.where_LED[layer], alone.where_LED[0])
         assert np.array_equal(plan.quota_LED[layer], alone.quota_LED[0])
