@@ -40,8 +40,14 @@ def dispatcher(function: Callable[..., Any], folder: Path, *, compiles: Callable
     Args:
         compiles: says whether what is not in the folder is compiled now; else a call raises `NoMachineCode`.
     """
-    made: Any = numba.njit(function, nogil=True, **_OPTIONS)
-    made._cache = _cache(function, folder, compiles=compiles)
+    register_loop(function)
+
+    # numba compiles what functions with other options call once more for each kind of caller: only this one differs from the loops.
+    def entry(*args: Any) -> Any:
+        return function(*args)
+
+    made: Any = numba.njit(entry, nogil=True, **_OPTIONS)
+    made._cache = _cache(entry, f"{function.__module__}.{function.__qualname__}", folder, compiles=compiles)
     return made
 
 
@@ -77,9 +83,9 @@ def optimising_entries_alone() -> Iterator[None]:
         del codegen._library_class, codegen.set_env
 
 
-def _cache(function: Callable[..., Any], folder: Path, *, compiles: Callable[[], bool]) -> Any:
+def _cache(entry: Callable[..., Any], name: str, folder: Path, *, compiles: Callable[[], bool]) -> Any:
     class Locator(_CacheLocator):
-        _py_file, _lineno = function.__code__.co_filename, function.__code__.co_firstlineno
+        _py_file, _lineno = entry.__code__.co_filename, entry.__code__.co_firstlineno
 
         @classmethod
         def from_function(cls, py_func: Any, py_file: str) -> Any:
@@ -92,7 +98,7 @@ def _cache(function: Callable[..., Any], folder: Path, *, compiles: Callable[[],
             return folder.name
 
         def get_disambiguator(self) -> str:
-            return function.__module__
+            return name
 
     class Implementation(CompileResultCacheImpl):
         _locator_classes = [Locator]  # noqa: RUF012 - as numba declares it
@@ -106,9 +112,9 @@ def _cache(function: Callable[..., Any], folder: Path, *, compiles: Callable[[],
             except Exception as error:
                 if compiles():
                     return None
-                raise NoMachineCode(function.__qualname__) from error
+                raise NoMachineCode(name) from error
             if found is None and not compiles():
-                raise NoMachineCode(function.__qualname__)
+                raise NoMachineCode(name)
             return found
 
-    return Cache(function)
+    return Cache(entry)

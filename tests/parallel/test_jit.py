@@ -199,6 +199,7 @@ jit._process.compiler.wait()
 
 def test_who_has_done_enough_in_plain_python_waits_and_says_so(tmp_path: Path) -> None:
     program = """
+jit.start_compiling()
 jit._process.plain_seconds = 1e9
 assert twice(3.0) == 6.5 and jit._process.state == "ready"
 assert jit.waited_seconds() > 0 and "waiting" in said[-1], said
@@ -208,6 +209,7 @@ assert jit.waited_seconds() > 0 and "waiting" in said[-1], said
 
 def test_a_compiler_that_fails_leaves_plain_python_and_says_where_to_look(tmp_path: Path) -> None:
     program = """
+jit.start_compiling()
 jit._process.plain_seconds = 1e9
 assert twice(3.0) == 6.5 and jit._process.state == "plain"
 assert "compiler.log" in said[-1], said
