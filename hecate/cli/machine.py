@@ -22,6 +22,7 @@ def doctor(
     ] = None,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, to paste into a bug report")] = False,
+    compiles: Annotated[bool, typer.Option("--compile", help="first compile the planner's loops, if they are not")] = False,
 ) -> None:
     """Check that this machine has what training needs, and say how to mend what it lacks. Exit status 1 if something must be mended.
 
@@ -30,6 +31,10 @@ def doctor(
     from hecate.doctor import examine
     from hecate.doctor.run_inputs import checks_of
 
+    if compiles:
+        from hecate.parallel import jit
+
+        jit.compile_and_wait()
     checks = examine.CHECKS
     if config is not None:
         from hecate.config import load_config

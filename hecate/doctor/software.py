@@ -202,16 +202,28 @@ def triton() -> Finding:
 
 
 def planner_cache() -> Finding:
-    """Where numba keeps the planner's compiled loops: without such a folder they run as plain Python."""
+    """Whether the planner's loops are compiled for this machine, and where: without a folder for them they run as plain Python."""
     import numba
 
-    from hecate.parallel.jit import code_folder
+    from hecate.parallel import jit
 
-    if folder := code_folder():
-        return ok(f"numba {numba.__version__} keeps compiled loops in {folder.parent}")
-    return warning(
-        "no folder for compiled loops can be written by this user alone, so that planners run in plain Python",
-        "export NUMBA_CACHE_DIR=$HOME/.cache/numba",
+    folder = jit.code_folder()
+    if folder is None:
+        return warning(
+            "no folder for compiled loops can be written by this user alone, so that planners run in plain Python",
+            "export NUMBA_CACHE_DIR=$HOME/.cache/numba",
+        )
+    if not jit.can_compile():
+        return skipped("NUMBA_DISABLE_JIT is set, so that planners run in plain Python")
+    state = jit.state()
+    if state == "ready":
+        return ok(f"numba {numba.__version__} has compiled the planner's loops for this machine, in {folder.parent}")
+    if state == "plain":
+        return warning("the planner's loops could not be compiled and stay plain Python", f"see {folder / 'compiler.log'}")
+    return Finding(
+        "ok",
+        f"the planner's loops are not yet compiled for this machine; a run for which it pays compiles them, in {folder.parent}",
+        "hecate doctor --compile does it now",
     )
 
 

@@ -89,7 +89,6 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
 
     config = load_config(config_path, overrides, claim_output=False)
     check_machine(config)
-    jit.start_compiling()  # beside the loading of torch and of the model
     preload()
     from hecate.elastic.local_membership import local_membership
     from hecate.elastic.restart import begin_or_resume

@@ -79,8 +79,6 @@ def plan_auto(given: PlanInput) -> Plan:
     """
     # The compiled loops read a source's loads of all experts one after the other.
     tokens_LSE = np.ascontiguousarray(given.expected_LED.swapaxes(1, 2), dtype=np.float64)
-    shape = (given.num_layers, given.num_experts, given.world_size)
-    where_LED, quota_LED = np.zeros(shape, np.bool_), np.zeros(shape)
     slots_D = np.minimum(np.array(given.slots_D, dtype=np.int64), given.num_experts)
     most = int(slots_D.max())
     resident_LED = np.zeros((given.num_layers, 0, 0), np.bool_) if given.resident_LED is None else given.resident_LED
@@ -90,12 +88,16 @@ def plan_auto(given: PlanInput) -> Plan:
     hidden = overlap_degree(given.cost, given.topology) if given.cost.expert_bytes else given.num_experts
     worth = (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf
     base, trial, best = (no_replicas(given.num_experts, given.world_size) for _ in range(3))
+    firsts, like_L = _equal_layers(owner_LE, tokens_LSE, resident_LED)
+    owner_LE, tokens_LSE, resident_LED = owner_LE[firsts], tokens_LSE[firsts], resident_LED[firsts]
+    shape = (len(firsts), given.num_experts, given.world_size)
+    where_LED, quota_LED = np.zeros(shape, np.bool_), np.zeros(shape)
     waiting = given.execution.plan == "exact"
     rules = _AFTER_ROUTER if waiting else list(range(len(CANDIDATES)))
     first = 0
-    while first < given.num_layers:
+    while first < len(firsts):
         # Plain Python plans layer by layer, so that machine code takes over as soon as it is there.
-        some = slice(first, given.num_layers if jit.have_machine_code() else first + 1)
+        some = slice(first, len(firsts) if jit.have_machine_code() else first + 1)
         _plan_layers(
             owner_LE[some],
             tokens_LSE[some],
@@ -117,7 +119,21 @@ def plan_auto(given: PlanInput) -> Plan:
             quota_LED[some],
         )
         first = some.stop
-    return Plan(given.owner_LE, where_LED, quota_LED)
+    return Plan(given.owner_LE, where_LED[like_L], quota_LED[like_L])
+
+
+def _equal_layers(*inputs_L: np.ndarray) -> tuple[list[int], list[int]]:
+    """The layers whose inputs no earlier layer has, and for each layer its place among these.
+
+    Layers with one expert all have the same loads, and there may be hundreds of them: each plan is made once.
+    """
+    places: dict[tuple[bytes, ...], int] = {}
+    firsts, like_L = [], []
+    for layer, inputs in enumerate(zip(*inputs_L, strict=True)):
+        like_L.append(places.setdefault(tuple(part.tobytes() for part in inputs), len(places)))
+        if like_L[-1] == len(firsts):
+            firsts.append(layer)
+    return firsts, like_L
 
 
 _AFTER_ROUTER = [0, 3, 4]

@@ -16,6 +16,9 @@ def twice(x: float) -> float:
 
 
 if __name__ == "__main__":
+    from tests.parallel import slow_compiler
+
     time.sleep(1.5)
     with jit.compiling_here():
-        pass
+        slow_compiler.twice(1.0)
+    jit.all_is_compiled()

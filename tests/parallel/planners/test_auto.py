@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from hecate.parallel.cost_model import (
 )
 from hecate.parallel.flows import even_quota
 from hecate.parallel.placement import contiguous_owners
-from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput, price_row
+from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput, auto, price_row
 from hecate.parallel.planners.auto import _plan_layers, plan_auto
 from hecate.parallel.planners.rebalancing import rebalance
 from hecate.parallel.replica_lists import Replicas, add, copy_into, everywhere, fill_lists, foreign, no_replicas, only_owners
@@ -230,6 +231,29 @@ def test_machine_code_and_plain_python_give_the_same_to_the_bit() -> None:
         assert one.tobytes() == other.tobytes()
     for entry in (loops.price_layers, route_loops.exchange_seconds, route_loops.fastest_routes, _plan_layers):
         assert len(entry.machine_code.signatures) == 1, "compiled more than once: its calls differ in their types"
+
+
+def test_equal_layers_are_planned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six layers of one expert, of which three have one owner and three another: two plans are made, and each layer has its own."""
+    owners = np.array([[0], [1], [0], [1], [1], [0]])
+    loads = np.tile([60.0, 50.0], (6, 1, 1))
+    given = PlanInput(owners, loads, topology((0, 1)), KINDS["frozen base"], np.full(2, 1))
+    planned = 0
+
+    def counting(owner_LE: np.ndarray, *others: Any) -> None:
+        nonlocal planned
+        planned += len(owner_LE)
+        _plan_layers.plain(owner_LE, *others)
+
+    monkeypatch.setattr(auto, "_plan_layers", counting)
+    plan = plan_auto(given)
+    assert planned == 2
+    assert plan.quota_LED is not None
+    for layer in range(6):
+        alone = plan_auto(dataclasses.replace(given, owner_LE=owners[[layer]], loads_LED=loads[[layer]]))
+        assert alone.quota_LED is not None
+        assert np.array_equal(plan.where_LED[layer], alone.where_LED[0])
+        assert np.array_equal(plan.quota_LED[layer], alone.quota_LED[0])
 
 
 def test_a_gather_that_nothing_hides_is_not_made_for_little() -> None:
