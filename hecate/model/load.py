@@ -199,6 +199,21 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
+def save_tokenizer(source: ModelSource, folder: Path, chat_template: str | None = None) -> None:
+    """Write the model's tokenizer to `folder`.
+
+    Args:
+        chat_template: in place of its own; None: its own.
+
+    Raises:
+        UserError: as `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(source)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+
+
 @contextmanager
 def one_gguf_reader() -> Iterator[None]:
     """transformers reads a GGUF file's header anew for configuration, weights and tokenizer, some seconds each: read it once."""
