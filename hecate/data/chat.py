@@ -49,7 +49,7 @@ def require_chat_template(tokenizer: Any, where: str) -> None:
 def no_chat_template(where: str) -> UserError:
     return UserError(
         f"{where} holds conversations, but the model's tokenizer has no chat template\n"
-        "use an instruction-tuned model, or data in the text format"
+        "use an instruction-tuned model, give a template with data.chat_template, or data in the text format"
     )
 
 
