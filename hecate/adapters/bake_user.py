@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hecate.adapters.folder import described_template
 from hecate.adapters.linear_format import (
     gated_paths,
     is_linear_adapter,
@@ -22,6 +23,7 @@ from hecate.adapters.linear_format import (
 )
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
 from hecate.config import RouterConfig
+from hecate.data.chat_templates import template_beside
 from hecate.errors import UserError
 from hecate.experts.pass_users import users_of_rows
 from hecate.experts.router import RouterSite
@@ -70,7 +72,7 @@ def bake_user(folder: Path, out: Path, user: str, vector_F: Tensor) -> None:
             target_modules=description.target_modules,
             target_parameters=(),
             dropout=description.dropout,
-            extra={"user": user},
+            extra={"user": user, **described_template(template_beside(folder))},
         ),
     )
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hecate.adapters import AdapterConfig, attention_tensor_name, expert_tensor_name, load_adapter, router_tensor_name, save_adapter
 from hecate.adapters.card import how_trained
+from hecate.adapters.folder import described_template
 from hecate.adapters.linear_format import LinearAdapterConfig
 from hecate.adapters.names import router_buffer_name
 from hecate.adapters.peft_moe import PeftMoeConfig
@@ -59,6 +60,7 @@ def adapter_config(config: Config, base: BaseModel) -> AdapterConfig:
             "router_aux_loss_coef": config.moe.router_aux_loss_coef,
             "model_dtype": config.model.dtype,
             "training": how_trained(config),
+            **described_template(base.chat_template),
         },
     )
 

@@ -16,6 +16,7 @@ from hecate.adapters.names import layer_in, modern_name
 from hecate.adapters.tensors import checked_tensors
 from hecate.checkpoint.shard import write_safetensors
 from hecate.config.paths import TRAINED_HINT, require_trained
+from hecate.data.chat_templates import FILE
 from hecate.errors import UserError
 from hecate.io.durable import new_folder, write_durable
 from hecate.io.plain_files import read_plain, require_plain
@@ -23,6 +24,7 @@ from hecate.io.strict_json import dump_json, parse_json
 
 WEIGHTS = "adapter_model.safetensors"
 OLD_WEIGHTS = "adapter_model.bin"
+CHAT_TEMPLATE = "chat_template"
 _MAX_CONFIG_BYTES = 2**24
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 Description = TypeVar("Description")
@@ -55,10 +57,28 @@ def write_adapter_folder(folder: Path, tensors: Mapping[str, Tensor], config: Ma
     try:
         with new_folder(folder) as staging:
             write_safetensors(staging / WEIGHTS, tensors)
-            write_durable(staging / CONFIG, [dump_json(dict(config))])
+            for name, content in description_files(config).items():
+                write_durable(staging / name, [content])
             write_durable(staging / CARD, [adapter_card(config) if card is None else card])
     except OSError as error:
         raise UserError(f"{folder}: the adapter cannot be written: {error.strerror}") from error
+
+
+def description_files(config: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return adapter_config.json, and beside it the chat template of the training, if that was not the base model's own.
+
+    In an adapter's description it stands among `extra`; in its folder it is the file that transformers and others look for.
+    """
+    extra = dict(config.get("hecate", {}).get("extra", {}))
+    template = extra.pop(CHAT_TEMPLATE, None)
+    if template is None:
+        return {CONFIG: dump_json(dict(config))}
+    return {CONFIG: dump_json({**config, "hecate": {**config["hecate"], "extra": extra}}), FILE: template.encode()}
+
+
+def described_template(template: str | None) -> dict[str, Any]:
+    """Return what a description has among `extra` of the chat template of the training; None or empty: it was the base model's own."""
+    return {CHAT_TEMPLATE: template} if template else {}
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hecate.adapters.card import Loading, adapter_card
 from hecate.adapters.config import AdapterConfig
-from hecate.adapters.folder import load_adapter, refuse_existing
+from hecate.adapters.folder import described_template, load_adapter, refuse_existing
 from hecate.adapters.linear_format import LinearAdapterConfig, is_linear_adapter, load_linear_adapter
 from hecate.adapters.lora_folder import load_lora
 from hecate.adapters.merge import merge
@@ -28,6 +28,7 @@ from hecate.adapters.mixlora_library import not_for_libraries, write_library_fol
 from hecate.adapters.peft_moe import PeftMoeConfig, is_peft_adapter, peft_config_to_json, save_peft_adapter
 from hecate.adapters.per_expert import PLAIN, SPELLINGS, split_experts
 from hecate.config import named_model
+from hecate.data.chat_templates import template_beside
 from hecate.errors import UserError
 from hecate.model.load import base_of, read_config
 from hecate.model.stored_model import open_stored
@@ -84,11 +85,16 @@ def read_any(folder: Path) -> ReadAdapter:
     Raises:
         UserError: naming the file, the key or the tensor that is missing or wrong.
     """
+    tensors: Mapping[str, Tensor]
+    description: Description
     if is_peft_adapter(folder):
-        return ReadAdapter(folder, *load_lora(folder))
-    if is_linear_adapter(folder):
-        return ReadAdapter(folder, *load_linear_adapter(folder))
-    return ReadAdapter(folder, *load_adapter(folder))
+        tensors, description = load_lora(folder)
+    elif is_linear_adapter(folder):
+        tensors, description = load_linear_adapter(folder)
+    else:
+        tensors, description = load_adapter(folder)
+    extra = {**description.extra, **described_template(template_beside(folder))}
+    return ReadAdapter(folder, tensors, replace(description, extra=extra))
 
 
 def form_named(name: str) -> Form:

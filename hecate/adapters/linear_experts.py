@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hecate.adapters.card import how_trained
 from hecate.adapters.export import different_routers, pairs_on_first, refuse_different, with_drawn_digest
+from hecate.adapters.folder import described_template
 from hecate.adapters.linear_format import LinearAdapterConfig, load_linear_adapter, pair_names, router_name, save_linear_adapter, user_width
 from hecate.adapters.tensors import require_tensors
 from hecate.config import Config, adapter_in, named_model
@@ -46,7 +47,11 @@ def linear_adapter_config(config: Config, base: BaseModel) -> LinearAdapterConfi
         dropout=config.lora.dropout,
         router_aux_loss_coef=config.moe.router_aux_loss_coef,
         router=config.moe.router,
-        extra={"training": how_trained(config), **({"ranks": list(config.lora.r)} if isinstance(config.lora.r, tuple) else {})},
+        extra={
+            "training": how_trained(config),
+            **({"ranks": list(config.lora.r)} if isinstance(config.lora.r, tuple) else {}),
+            **described_template(base.chat_template),
+        },
     )
 
 

@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 
 from hecate.adapters.card import CARD, model_card
+from hecate.adapters.folder import CHAT_TEMPLATE
 from hecate.adapters.model_files import DTYPE_NAMES, save_config, write_model
 from hecate.adapters.peft_moe import PeftMoeConfig, expert_a, expert_b, expert_names, linear_names
 from hecate.adapters.peft_targets import adapts
 from hecate.adapters.per_expert import experts_paths
 from hecate.checkpoint.layout import TensorEntry
+from hecate.data.chat_templates import FILE
 from hecate.errors import UserError
 from hecate.io.durable import write_durable
-from hecate.model.load import load_tokenizer
+from hecate.model.load import save_tokenizer
 from hecate.model.stored_experts import EXPERTS, ROLES, usual_name
 from hecate.model.stored_model import StoredModel
 
@@ -129,20 +131,28 @@ def merge(folder: Path, base: StoredModel, tensors: Mapping[str, Tensor], config
     entries = {name: TensorEntry(one.file, DTYPE_NAMES[one.dtype], one.shape, digest="") for name, one in base.weights.items()}
     facts = {"base model": config.base_model_name_or_path, "merged": f"LoRA of rank {config.r} into {len(changes)} weights"}
     card = model_card(config.base_model_name_or_path, "As any other model of its kind.", facts, ("lora", "merged"))
-    write_model(folder, entries, fetch, lambda staging: add_files_of(base, staging, card))
+    template = config.extra.get(CHAT_TEMPLATE)
+    write_model(folder, entries, fetch, lambda staging: add_files_of(base, staging, card, template))
     note = f"{changed} of {len(changes)} adapted weights differ from the base model's"
     return [note] if changed == len(changes) else [note, "  the others are changed by less than their type can hold, or their B is zero"]
 
 
-def add_files_of(base: StoredModel, folder: Path, card: bytes) -> None:
-    """Copy what the base model's folder holds beside weights, and add the model card."""
+def add_files_of(base: StoredModel, folder: Path, card: bytes, template: str | None = None) -> None:
+    """Copy what the base model's folder holds beside weights, and add the model card.
+
+    Args:
+        template: the chat template; None: the base model's own.
+    """
     write_durable(folder / CARD, [card])
     if base.source.gguf_file is not None:
         save_config(base.config, folder)
-        load_tokenizer(base.source).save_pretrained(folder)
+        save_tokenizer(base.source, folder, template)
         return
+    if template is not None:
+        write_durable(folder / FILE, [template.encode()])
+    ours = (CARD,) if template is None else (CARD, FILE)
     for path in sorted(base.source.folder.iterdir()):
-        if path.is_file() and path.name != CARD and not path.name.endswith(_WEIGHTS) and not path.name.startswith("."):
+        if path.is_file() and path.name not in ours and not path.name.endswith(_WEIGHTS) and not path.name.startswith("."):
             write_durable(folder / path.name, [path.read_bytes()])
 
 

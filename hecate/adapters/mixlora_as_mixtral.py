@@ -16,13 +16,14 @@ from torch import Tensor
 from hecate.adapters.card import CARD, model_card
 from hecate.adapters.config import AdapterConfig
 from hecate.adapters.export_mixtral import MIXTRAL_PARTS, file_by_layer, mixtral_config
+from hecate.adapters.folder import CHAT_TEMPLATE
 from hecate.adapters.merge import plus_pair
 from hecate.adapters.model_files import save_config, write_model
 from hecate.adapters.names import ATTENTION_MODULES, attention_tensor_name, expert_tensor_name, router_tensor_name
 from hecate.config import RouterConfig
 from hecate.errors import UserError
 from hecate.io.durable import write_durable
-from hecate.model.load import load_tokenizer
+from hecate.model.load import save_tokenizer
 from hecate.model.stored_model import StoredModel
 
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -74,7 +75,7 @@ def write_mixtral(folder: Path, base: StoredModel, tensors: Mapping[str, Tensor]
     def add_others(staging: Path) -> None:
         described.dtype = dtype
         save_config(described, staging)
-        load_tokenizer(base.source).save_pretrained(staging)
+        save_tokenizer(base.source, staging, config.extra.get(CHAT_TEMPLATE))
         write_durable(staging / CARD, [card])
 
     kind = f"{config.experts_per_layer[0]} experts for each layer, of which a token goes to {config.top_k}"

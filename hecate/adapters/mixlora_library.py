@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from hecate.adapters.card import CARD, Loading, adapter_card
-from hecate.adapters.config import CONFIG, AdapterConfig, config_to_json
-from hecate.adapters.folder import OLD_WEIGHTS, write_folder
+from hecate.adapters.config import AdapterConfig, config_to_json
+from hecate.adapters.folder import OLD_WEIGHTS, description_files, write_folder
 from hecate.adapters.mixlora_as_mixtral import other_than_mixtrals
-from hecate.io.strict_json import dump_json
 
 BASES = ("llama", "mistral", "qwen2", "gemma", "gemma2", "phi", "phi3")
 """transformers' types of the models that the libraries know"""
@@ -50,4 +49,4 @@ def write_library_folder(folder: Path, tensors: Mapping[str, Tensor], config: Ad
     value = config_to_json(config)
     buffer = io.BytesIO()
     torch.save({name: tensor.float().contiguous() for name, tensor in tensors.items()}, buffer)
-    write_folder(folder, {OLD_WEIGHTS: buffer.getvalue(), CONFIG: dump_json(value), CARD: adapter_card(value, _LOADING)})
+    write_folder(folder, {OLD_WEIGHTS: buffer.getvalue(), CARD: adapter_card(value, _LOADING), **description_files(value)})

@@ -17,7 +17,7 @@ from torch import Tensor
 from hecate.adapters.card import how_trained
 from hecate.adapters.config import CONFIG
 from hecate.adapters.export import pairs_on_first, refuse_different, with_drawn_digest
-from hecate.adapters.folder import refuse_existing
+from hecate.adapters.folder import described_template, refuse_existing
 from hecate.adapters.lora_folder import load_lora
 from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
 from hecate.adapters.peft_targets import adapted_linears, adapts, listed, unknown_targets
@@ -62,7 +62,7 @@ def lora_config(config: Config, base: BaseModel) -> PeftMoeConfig:
         target_modules=targets,
         target_parameters=(),
         dropout=config.lora.dropout,
-        extra={"model_dtype": config.model.dtype, "training": how_trained(config)},
+        extra={"model_dtype": config.model.dtype, "training": how_trained(config), **described_template(base.chat_template)},
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hecate.adapters.card import how_trained
 from hecate.adapters.export import pairs_on_first, refuse_different, with_drawn_digest
+from hecate.adapters.folder import described_template
 from hecate.adapters.lora_folder import load_peft_adapter
 from hecate.adapters.peft_moe import (
     PeftMoeConfig,
@@ -57,7 +58,12 @@ def peft_config(config: Config, base: BaseModel) -> PeftMoeConfig:
         target_parameters=tuple(f"{end}.{name}" for end in ends for name in projections),
         modules_to_save=tuple(routers),
         dropout=config.lora.dropout,
-        extra={"router_aux_loss_coef": config.moe.router_aux_loss_coef, "model_dtype": config.model.dtype, "training": how_trained(config)},
+        extra={
+            "router_aux_loss_coef": config.moe.router_aux_loss_coef,
+            "model_dtype": config.model.dtype,
+            "training": how_trained(config),
+            **described_template(base.chat_template),
+        },
     )
 
 

@@ -34,6 +34,23 @@ SAVED_AT = "saved_at"
 """when rank 0 has begun to save, in whole seconds since 1970"""
 
 
+CHAT_TEMPLATE = "chat_template"
+"""the text of the template in which the run writes conversations; empty: its tokenizer's own"""
+
+
+def template_in(folder: Path, meta: Any) -> str:
+    """Return the chat template that a run has in place of its tokenizer's own; empty: none, or its version had no such choice.
+
+    Raises:
+        CheckpointError: it is no text.
+    """
+    with reading_meta(folder):
+        found = meta.get(CHAT_TEMPLATE, "")
+        if not isinstance(found, str):
+            raise TypeError("the chat template is no text")
+        return found
+
+
 def saved_at(meta: Any) -> int | None:
     """Return when a checkpoint was saved, in seconds since 1970, as its run says; None: it does not, as those of early versions."""
     when = meta.get(SAVED_AT) if isinstance(meta, dict) else None

@@ -23,7 +23,7 @@ import torch
 from hecate.checkpoint.file_system import require_durable, require_room
 from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.history import prune, set_aside
-from hecate.checkpoint.meta import SAVED_AT
+from hecate.checkpoint.meta import CHAT_TEMPLATE, SAVED_AT
 from hecate.checkpoint.save import checkpoint_folder, commit, discard, shard_bytes, staging_folder, write_shard
 from hecate.checkpoint.train_state import TrainedParts, TrainState
 from hecate.checkpoint.verify import first_damage, note_damage
@@ -110,7 +110,7 @@ def begin_save(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainSt
         tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("owned/")}
     owners = {str(unit): owner_E.tolist() for unit, owner_E in shards.owners.items()}
     meta = {"config": _as_yaml(config), "owners": owners, "base_model": parts.base_digest, "drawn": parts.drawn_digest, **state.to_json()}
-    meta |= {"residency": shards.residency_to_json(), SAVED_AT: int(time.time())}
+    meta |= {"residency": shards.residency_to_json(), SAVED_AT: int(time.time()), CHAT_TEMPLATE: parts.chat_template}
     needed = int(ranks.all_sum(torch.tensor(shard_bytes(rank, world_size, tensors) if writes else 0)))
     _together(ranks, final, (lambda _: require_room(final, needed)) if ranks.is_first else None)
     if not writes:

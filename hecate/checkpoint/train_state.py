@@ -18,7 +18,7 @@ from torch import Tensor
 from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.history import manifests, remove_stale_staging
 from hecate.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from hecate.checkpoint.meta import config_values, owners_of, reading_meta
+from hecate.checkpoint.meta import CHAT_TEMPLATE, config_values, owners_of, reading_meta
 from hecate.checkpoint.save import checkpoint_folder
 from hecate.checkpoint.shard import read_tensors
 from hecate.checkpoint.verify import note_damage
@@ -47,6 +47,8 @@ class TrainedParts:
     """of the base model (`BaseModel.digest`); empty: not known"""
     drawn_digest: str = ""
     """of what low-rank pairs draw from names (`MoeModel.drawn_digest`); empty: nothing"""
+    chat_template: str = ""
+    """in which conversations are written; empty: the tokenizer's own"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +251,9 @@ def adopt_owners(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[
     optimizer.replace_owned(owned_parameters(engine), {})
 
 
-def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config, base_digest: str, drawn_digest: str = "") -> None:
+def refuse_other_run(
+    folder: Path, meta: Mapping[str, Any], config: Config, base_digest: str, drawn_digest: str = "", chat_template: str = ""
+) -> None:
     """Refuse to continue a run whose computation the configuration would change.
 
     The base model is compared by its digest, so that its folder may have been moved. A checkpoint of an early version has no digest; its
@@ -258,9 +262,10 @@ def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config, base
     Args:
         base_digest: of the base model that was loaded; empty: not known.
         drawn_digest: of what low-rank pairs have drawn from names. A checkpoint of an early version does not say what its run drew.
+        chat_template: in which conversations are written; empty: the tokenizer's own. A checkpoint of an early version does not say it.
 
     Raises:
-        UserError: it names the keys, or says that other numbers are drawn from the same seed.
+        UserError: it names the keys, or says that other numbers are drawn from the same seed, or that conversations are written otherwise.
     """
     then = config_values(folder, meta)
     known = bool(base_digest and meta.get("base_model"))
@@ -276,11 +281,16 @@ def refuse_other_run(folder: Path, meta: Mapping[str, Any], config: Config, base
             f"{folder}: for lora.pairs={config.lora.pairs} its run drew other matrices from seed {config.seed} than are drawn here\n"
             "  what it trained goes with those alone; resume with the version of torch that it ran with, or start a new run"
         )
+    if meta.get(CHAT_TEMPLATE, chat_template) != chat_template:
+        raise UserError(
+            f"{folder}: its run wrote conversations in another chat template, and a run's data stay the same\n"
+            f"  it had data.chat_template={leaves_of(then).get('data.chat_template')}; give that, with the text of then, or start a new run"
+        )
 
 
 def _owners_of(folder: Path, manifest: Manifest, config: Config, parts: TrainedParts) -> dict[Unit, np.ndarray]:
     """The owners of this run's experts by a checkpoint, dealt anew where a sharding group had another number of ranks."""
-    refuse_other_run(folder, manifest.meta, config, parts.base_digest, parts.drawn_digest)
+    refuse_other_run(folder, manifest.meta, config, parts.base_digest, parts.drawn_digest, parts.chat_template)
     engine = parts.engine
     owners = owners_of(folder, manifest)
     for unit, owner_E in engine.shards.owners.items():

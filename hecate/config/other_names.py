@@ -78,6 +78,7 @@ _SAME: dict[str, str] = {
     "top_k": "moe.top_k",
     "router_aux_loss_coef": "moe.router_aux_loss_coef",
     "router_loss_coef": "moe.router_aux_loss_coef",
+    "chat_template_path": "data.chat_template",
 }
 _WRITE: dict[str, str] = {
     "tokenizer_name": "leave it out: the tokenizer is in the model's folder; with model.front_end=megatron write model.tokenizer",
@@ -107,8 +108,9 @@ _WRITE: dict[str, str] = {
     "dataset_num_proc": "leave it out; data are tokenized once and kept in data.cache",
     "preprocessing_num_workers": "leave it out; data are tokenized once and kept in data.cache",
     "overwrite_output_dir": "give a new output_dir, or resume=true; a run never overwrites another",
-    "chat_template": "leave it out; the tokenizer's own is used",
-    "template": "leave it out; the tokenizer's own chat template is used",
+    "chat_template": "write data.chat_template=FILE, a Jinja file, or leave it out: the tokenizer's own is used",
+    "chat_template_jinja": "write data.chat_template=FILE, a file with this text",
+    "template": "leave it out: the tokenizer's own chat template is used; data.chat_template=FILE takes another",
     "train_on_inputs": "leave it out; the loss is over answers of chats, and over all of plain text",
     "logging_dir": "leave it out; metrics.jsonl, and with report_to=[tensorboard] the folder tensorboard, are in output_dir",
     "use_tensorboard": "write report_to=[tensorboard]",

@@ -1,4 +1,4 @@
-"""Find the YAML files that hecate is installed with: runs, topologies, models and experiments."""
+"""Find the files that hecate is installed with: YAML of runs, topologies, models and experiments, and chat templates."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def run_presets() -> dict[str, Path]:
 def base_presets() -> dict[str, Path]:
     """Files with the sizes of well-known base models, as transformers' config.json has them, by their names, sorted."""
     return {path.stem: path for path in sorted((_CONFIGS / "bases").glob("*.yaml"))}
+
+
+def chat_templates() -> dict[str, Path]:
+    """The Jinja files of conversation formats by their names, sorted."""
+    return {path.stem: path for path in sorted((_CONFIGS / "chat_templates").glob("*.jinja"))}
 
 
 def find_preset(folder: str, what: str, name_or_path: str, *, also: tuple[str, ...] = ()) -> Path:

@@ -15,7 +15,7 @@ from hecate.config.hub import hub_hint
 from hecate.config.megatron_rules import check_megatron, check_megatron_ep
 from hecate.config.pair_rules import check_pairs, largest_rank
 from hecate.config.paths import ADAPTER_CONFIG, INDEXED_SUFFIXES, adapter_in, data_files, find_model, indexed_prefix
-from hecate.config.presets import preset_names
+from hecate.config.presets import chat_templates, preset_names
 from hecate.config.privacy_rules import check_privacy
 from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
@@ -65,6 +65,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     _check_shard_size(values, add)
     _check_sources("data.train", values, add, exist=inputs and trains)
     _check_sources("data.eval", values, add, exist=inputs)
+    _check_template(values, add, exists=inputs)
     _check_target_modules(values, add)
     _check_names(values, add)
     if values.get("data.packing") and 2 <= values.get("data.seq_len", 8) < 8:
@@ -351,6 +352,13 @@ def _check_workers(values: Mapping[str, Any], add: Add) -> None:
     for i, label in enumerate(values.get("ray.labels", ())):
         if not re.fullmatch(r"[A-Za-z0-9._/-]+=([A-Za-z0-9._-]+|in\([A-Za-z0-9._, -]+\))", label):
             add(f"ray.labels[{i}]", f"must be KEY=VALUE or KEY=in(A,B), got {shorten(label)}", "")
+
+
+def _check_template(values: Mapping[str, Any], add: Add, *, exists: bool) -> None:
+    given, known = values.get("data.chat_template"), chat_templates()
+    if exists and given is not None and given not in known and not os.path.isfile(given):
+        what = f"no such file, and no chat template of hecate's has this name: {shorten(given)}"
+        add("data.chat_template", what, f"give a Jinja file, or one of {', '.join(known)}; null: the tokenizer's own")
 
 
 def _check_topology(values: Mapping[str, Any], add: Add) -> None:

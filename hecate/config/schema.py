@@ -108,6 +108,10 @@ class DataConfig:
     """Tokens in one sequence of a batch."""
     packing: bool = True
     """Put several samples into one sequence; none attends to another."""
+    chat_template: str | None = field(default=None, metadata=key(computes=False))
+    """The chat template in which conversations are written, in training and by all commands that use what was trained: a Jinja file, or the
+    name of one in configs/chat_templates, such as qwen3. null: the tokenizer's own, or one of ours for a model whose own writes earlier
+    answers in another way once a question follows (docs/data.md). It belongs to the data, so a run is not resumed with another."""
     features: str | None = field(default=None, metadata=key(computes=False))
     """With moe.router.input user: an .npz file with the arrays `ids` [users] and `features` [users, width]. The key `user` of each JSONL
     line names one of the ids."""

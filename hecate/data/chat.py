@@ -49,7 +49,7 @@ def require_chat_template(tokenizer: Any, where: str) -> None:
 def no_chat_template(where: str) -> UserError:
     return UserError(
         f"{where} holds conversations, but the model's tokenizer has no chat template\n"
-        "use an instruction-tuned model, or data in the text format"
+        "use an instruction-tuned model, give a template with data.chat_template, or data in the text format"
     )
 
 
@@ -58,7 +58,8 @@ def render(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] 
     end-of-turn mark.
 
     A turn begins where the generation prompt of the messages before it ends. It ends with the last character of its own
-    rendering that is not white space, because the line break that many templates put between turns is not part of the answer.
+    rendering that is not white space, because the line break that many templates put between turns is not part of the answer. What a
+    template writes once, behind the last message, such as Phi-3's end of sequence, belongs to the last turn alone.
 
     Args:
         tools: what the assistant may call, as the template takes it.
@@ -76,10 +77,13 @@ def render(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] 
             continue
         prompt = render_prompt(tokenizer, messages[:turn], tools)
         upto = whole if turn + 1 == len(messages) else _apply(tokenizer, messages[: turn + 1], tools)
+        if not whole.startswith(upto):
+            upto = upto.removesuffix(_closing(tokenizer, messages[:turn], tools, prompt))
         if not (whole.startswith(upto) and upto.startswith(prompt)):
             raise TemplateRefusal(
                 f"it rewrites earlier turns, so that the assistant's tokens cannot be found: its rendering up to message {turn + 1} is not "
-                "a prefix of the whole conversation's; use a template that only appends, or conversations with one assistant turn"
+                "a prefix of the whole conversation's; give a template that only appends (data.chat_template), or conversations with one "
+                "assistant turn"
             )
         spans.append((len(prompt), len(prompt) + len(upto[len(prompt) :].rstrip())))
     return whole, spans
@@ -112,10 +116,38 @@ def render_answer(tokenizer: Any, messages: Sequence[Message], tools: Sequence[A
     return RenderedAnswer(prompt, "", turn, "")
 
 
+def turn_end(tokenizer: Any) -> int | None:
+    """Return the token that ends an answer, such as that of <|im_end|>: of the tokenizer's added tokens the first that the chat template
+    writes behind an answer; None: it writes none. It may be another token than the one that ends a sequence.
+    """
+    try:
+        answer = render_answer(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    except TemplateRefusal:
+        return None
+    added = set(tokenizer.get_added_vocab().values())
+    return next((token for token in tokenizer(answer.after, add_special_tokens=False)["input_ids"] if token in added), None)
+
+
 def _after(prompt: str, whole: str) -> str:
     if not whole.startswith(prompt):
         raise TemplateRefusal("it writes the messages before an answer in another way once the answer follows")
     return whole[len(prompt) :].rstrip()
+
+
+def _closing(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], prompt: str) -> str:
+    """Return what the template writes once, behind the last message, unless it asks for an answer: an added token, with white space behind
+    it; empty: nothing.
+
+    Args:
+        prompt: the rendering of the messages that asks for an answer.
+    """
+    asked = _apply(tokenizer, messages, tools)
+    if prompt.startswith(asked):
+        return ""
+    text = asked.rstrip()
+    # Whole tokens alone: the generation prompt may begin with the same characters, such as <|.
+    endings = [token + asked[len(text) :] for token in tokenizer.get_added_vocab() if text.endswith(token)]
+    return max((end for end in endings if prompt.startswith(asked.removesuffix(end))), key=len, default="")
 
 
 def _refuse_dropped_calls(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], whole: str) -> None:

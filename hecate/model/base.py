@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -61,6 +61,13 @@ class BaseModel:
     """the experts of an MoE model, which were left out when it was loaded"""
     digest: str = field(default="", kw_only=True)
     """of what the model is before training (`hecate.model.model_digest`); empty for a model that nobody trains"""
+    chat_template: str = field(default="", kw_only=True)
+    """what the tokenizer has in place of its own chat template; empty: its own"""
+
+    def with_chat_template(self, text: str) -> Self:
+        """Return the model with another chat template, which its tokenizer, the same as before, has from now on."""
+        self.tokenizer.chat_template = text
+        return replace(self, chat_template=text)
 
     @property
     def found(self) -> tuple[FoundUnit, ...]:

@@ -197,6 +197,21 @@ def load_tokenizer(source: ModelSource) -> Any:
     return tokenizer
 
 
+def save_tokenizer(source: ModelSource, folder: Path, chat_template: str | None = None) -> None:
+    """Write the model's tokenizer to `folder`.
+
+    Args:
+        chat_template: in place of its own; None: its own.
+
+    Raises:
+        UserError: as `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(source)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+
+
 def _gguf_dequantized() -> dict[str, Any]:
     try:
         from transformers import GgufConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from inspect import signature
 from itertools import islice
 from typing import Any
@@ -32,7 +33,7 @@ def answers_to(
         UserError: a prompt names no user, an unknown one, or one of a model that depends on none; the chat template refuses a
             conversation; or there is no template for a system message or several turns.
     """
-    first = 0
+    first, decoding = 0, replace(decoding, chat=opened.chats)
     with opened.moe.engine.evaluation() as evaluation:
         while some := list(islice(prompts, _BATCHES_AT_ONCE * batch_size)):
             ids = [one for prompt in some for one in [prompt_ids(opened, prompt)] * count]
@@ -77,7 +78,7 @@ class Conversation:
                 f"{opened.trained}: its tokenizer has no chat template, which a conversation needs\n"
                 "  hecate generate goes on with plain text, without a template"
             )
-        self._opened, self._decoding, self._system = opened, decoding, system
+        self._opened, self._decoding, self._system = opened, replace(decoding, chat=True), system
         self._tokens = opened.tokens([user])
         self._seen: list[int] = []
         """the tokens whose keys and values are kept"""

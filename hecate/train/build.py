@@ -16,6 +16,7 @@ from torch import Tensor
 from hecate.adapters.trained_output import TrainedOutput, begin_with_adapter, output_of
 from hecate.checkpoint.train_state import TrainedParts
 from hecate.config import Config, DataSource
+from hecate.data.chat_templates import choose_template
 from hecate.data.content import cache_folder
 from hecate.data.routed_experts import RoutingShape
 from hecate.data.separate_streams import SeparateStreams, Stream
@@ -66,7 +67,7 @@ class RunParts:
     @property
     def trained(self) -> TrainedParts:
         """The parts whose contents make up the run's state."""
-        return TrainedParts(self.moe.engine, self.optimizer, self.stream, self.base.digest, self.drawn_digest)
+        return TrainedParts(self.moe.engine, self.optimizer, self.stream, self.base.digest, self.drawn_digest, self.base.chat_template)
 
 
 def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) -> RunParts:
@@ -93,7 +94,7 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     topology = topology or _seen_topology(config, ranks)
     _say(ranks, f"loading {config.model.name_or_path}")
-    base = front_end(config, ranks, topology)
+    base = in_chosen_template(config, front_end(config, ranks, topology), ranks)
     config = config_of_model(config, base)
     output = output_of(config, base)
     users = users_of(config)
@@ -167,6 +168,19 @@ def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) ->
     return build_base(
         config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks.device, config.moe.kind, attention
     )
+
+
+def in_chosen_template(config: Config, base: BaseModel, ranks: Ranks) -> BaseModel:
+    """The model with the chat template that the configuration chooses. Rank 0 says so if it is not the tokenizer's own.
+
+    Raises:
+        UserError: the template's file cannot be read.
+    """
+    chosen = choose_template(base.tokenizer.chat_template, config.data.chat_template)
+    if chosen is None:
+        return base
+    _say(ranks, chosen.why)
+    return base.with_chat_template(chosen.text)
 
 
 def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology | None = None, user_width: int | None = None) -> MoeModel:

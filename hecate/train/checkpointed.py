@@ -12,7 +12,7 @@ from torch import Tensor
 from hecate.adapters.trained_output import output_of
 from hecate.checkpoint import latest_good, read_manifest
 from hecate.checkpoint.manifest import MANIFEST, Manifest, step_of
-from hecate.checkpoint.meta import config_text
+from hecate.checkpoint.meta import config_text, template_in
 from hecate.checkpoint.shard import read_tensors
 from hecate.checkpoint.train_state import refuse_other_run
 from hecate.config import Config, FssdpConfig, saved_config
@@ -73,9 +73,11 @@ def model_of_checkpoint(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
         require_room(resolve_model(model.name_or_path).folder, pick_dtype(dtype, ranks.device), ranks.device)
     topology = local_topology(1, cuda=ranks.device.type == "cuda")
     base = front_end(alone, ranks, topology)
+    if template := template_in(folder, manifest.meta):
+        base = base.with_chat_template(template)
     alone = config_of_model(alone, base)
     moe = build_moe(alone, base, ranks, topology, _user_width(manifest))
-    refuse_other_run(folder, manifest.meta, replace(config, moe=alone.moe), base.digest, moe.drawn_digest)
+    refuse_other_run(folder, manifest.meta, replace(config, moe=alone.moe), base.digest, moe.drawn_digest, template)
     _load(folder, manifest, moe)
     return alone, base, moe
 

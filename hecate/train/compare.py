@@ -18,6 +18,7 @@ from hecate.adapters.model_folder import is_model_folder, load_plain_model
 from hecate.adapters.peft_by_source import exchange_lora, sources_in, with_lora_adapters
 from hecate.config import Config
 from hecate.config.paths import is_gguf_name
+from hecate.data.chat_templates import read_template, template_beside
 from hecate.data.choices import ChoiceItem
 from hecate.data.evaluation import GenerationItem
 from hecate.data.synthetic_tasks import has_verifiers, verdict
@@ -29,12 +30,12 @@ from hecate.model.load import pick_dtype, resolve_model
 from hecate.model.moe_model import MoeModel
 from hecate.ranks.ranks import Ranks
 from hecate.report.summary import print_facts, summary_console
-from hecate.train.build import encode_sources, on_device
+from hecate.train.build import encode_sources, in_chosen_template, on_device
 from hecate.train.checkpointed import is_checkpoint
 from hecate.train.evaluate import evaluate
 from hecate.train.likelihood import accuracies
 from hecate.train.lm_eval_tasks import LmEvalTasks, lm_eval_figures
-from hecate.train.opened import as_opened, load_trained, require_users
+from hecate.train.opened import as_opened, in_template_beside, load_trained, require_users
 from hecate.train.record_routing import RoutingRecord, require_routers
 from hecate.train.trained import find_trained
 
@@ -105,7 +106,8 @@ def compare(config: Config | None, names: Sequence[str], questions: Questions, r
     for name in names:
         folder = None if name == BASE else _folder_of(name, ranks)
         is_lora = folder is not None and _is_one_lora(config, folder)
-        if loaded and folder and lora and is_lora and exchange_lora(*loaded[1:], lora, folder):
+        alike = lora is not None and folder is not None and is_lora and template_beside(lora) == template_beside(folder)
+        if loaded and folder and lora and alike and exchange_lora(*loaded[1:], lora, folder):
             loaded = folder, *loaded[1:]  # which takes no time, unlike loading the base model again
         else:
             loaded = None
@@ -202,7 +204,26 @@ def _is_one_lora(config: Config | None, folder: Path) -> bool:
 
 
 def _load(config: Config | None, folder: Path | None, ranks: Ranks) -> tuple[Path, BaseModel, MoeModel]:
-    """Load what a folder holds, or the base model alone."""
+    """Load what a folder holds, or the base model alone, with the chat template of its training, or else the configuration's.
+
+    Raises:
+        UserError: the two differ, or nothing can be loaded.
+    """
+    found, base, moe = _loaded(config, folder, ranks)
+    if config is None:
+        return found, base, moe
+    given = config.data.chat_template
+    if not base.chat_template:
+        return found, in_chosen_template(config, base, ranks), moe
+    if given is not None and read_template(given) != base.chat_template:
+        raise UserError(
+            f"{found}: was trained with another chat template than data.chat_template, {given}\n"
+            "  give data.chat_template=null: what was trained brings its own"
+        )
+    return found, base, moe
+
+
+def _loaded(config: Config | None, folder: Path | None, ranks: Ranks) -> tuple[Path, BaseModel, MoeModel]:
     choice = BaseChoice()
     if config is not None:
         model, attention = config.model, AttentionChoice(config.model.attention, config.data.packing)
@@ -215,7 +236,9 @@ def _load(config: Config | None, folder: Path | None, ranks: Ranks) -> tuple[Pat
         dtype = str(pick_dtype(choice.dtype, ranks.device)).removeprefix("torch.")
         return source.folder, *load_plain_model(source, ranks, dtype, choice.attention, choice.num_hidden_layers)
     if config is not None and config.moe.by_source and sources_in(folder):
-        return folder, *with_lora_adapters([folder / source.name for source in config.data.train], ranks, choice)
+        folders = [folder / source.name for source in config.data.train]
+        base, moe = with_lora_adapters(folders, ranks, choice)
+        return folder, in_template_beside(folders[0], base), moe
     return folder, *load_trained(folder, ranks, choice)
 
 

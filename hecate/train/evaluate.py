@@ -169,7 +169,7 @@ def _answers(
     answers = generate(
         base,
         [item.prompt_ids for item in asked],
-        Decoding(config.eval.max_new_tokens),
+        Decoding(config.eval.max_new_tokens, chat=True),
         batch_size=config.eval.batch_size,
         begin=lambda chosen: begin([asked[i] for i in chosen]),
         together=together,

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from hecate.data.chat import turn_end
 from hecate.model.attention import generating
 from hecate.model.base import BaseModel
 
@@ -32,6 +33,8 @@ class Decoding:
     seed: int = 0
     stop: tuple[str, ...] = ()
     """texts before the first of which an answer ends"""
+    chat: bool = False
+    """whether prompts are conversations, so that an answer also ends where the chat template ends a turn"""
 
     @property
     def samples(self) -> bool:
@@ -72,7 +75,7 @@ def generate(
     """
     model: Any = base.model
     device = next(model.parameters()).device
-    ends = stop_tokens(model, base.tokenizer)
+    ends = stop_tokens(base, chat=decoding.chat)
     # Prompts of like lengths together: the least padding.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: dict[int, Answer] = {}
@@ -103,7 +106,7 @@ def arguments(base: BaseModel, decoding: Decoding, width: int, keys: Sequence[st
     Args:
         keys: one for each row.
     """
-    ends = stop_tokens(base.model, base.tokenizer)
+    ends = stop_tokens(base, chat=decoding.chat)
     given: dict[str, Any] = {
         "max_new_tokens": decoding.max_new_tokens,
         "do_sample": False,
@@ -119,21 +122,24 @@ def arguments(base: BaseModel, decoding: Decoding, width: int, keys: Sequence[st
 
 def answer_of(base: BaseModel, tokens: Tensor, decoding: Decoding) -> Answer:
     """The answer that tokens say, [n], with padding behind their end."""
-    ends = stop_tokens(base.model, base.tokenizer)
+    ends = stop_tokens(base, chat=decoding.chat)
     at = torch.isin(tokens.cpu(), torch.tensor(ends)).nonzero().flatten()
     ended = len(at) > 0
     if ended:
-        tokens = tokens[: int(at[0]) + 1]
+        tokens = tokens[: int(at[0])]
     text = base.tokenizer.decode(tokens, skip_special_tokens=True)
     places = [place for stop in decoding.stop if (place := text.find(stop)) >= 0]
     return Answer(text[: min(places)] if places else text, bool(ended or places))
 
 
-def stop_tokens(model: Any, tokenizer: Any) -> list[int]:
-    """The model's own end tokens, and the tokenizer's."""
+def stop_tokens(base: BaseModel, *, chat: bool) -> list[int]:
+    """The model's own end tokens, the tokenizer's, and, of an answer in a conversation, the one with which the chat template ends a turn:
+    a model may be trained to say that one alone, as base models whose end of sequence is no part of their template."""
+    model: Any = base.model
     configured = getattr(model.generation_config, "eos_token_id", None)
     tokens = configured if isinstance(configured, list) else [configured]
-    found = [token for token in [*tokens, tokenizer.eos_token_id] if token is not None]
+    ends = [*tokens, base.tokenizer.eos_token_id, turn_end(base.tokenizer) if chat else None]
+    found = [token for token in ends if token is not None]
     return list(dict.fromkeys(found)) or [0]
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def lm_eval_figures(
         where = "lm-eval" if tasks.folder is None else str(tasks.folder)
         raise UserError(f"--tasks {missing[0]}: {where} has no such task\n  {known}")
     found = simple_evaluate(
-        model=_model(opened, evaluation, batch_size),
+        model=_model(opened, evaluation, batch_size, chat=tasks.chat_template),
         tasks=list(tasks.names),
         task_manager=manager,
         limit=limit,
@@ -78,7 +78,7 @@ def _figures(result: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in named.items() if isinstance(value, int | float)}
 
 
-def _model(opened: Opened, evaluation: EvaluationPasses, batch_size: int) -> Any:
+def _model(opened: Opened, evaluation: EvaluationPasses, batch_size: int, *, chat: bool) -> Any:
     """The model as lm-eval calls it. Its class needs lm-eval's, so that it is made only here."""
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -149,7 +149,7 @@ def _model(opened: Opened, evaluation: EvaluationPasses, batch_size: int) -> Any
             for number, request in enumerate(requests):
                 alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
             for given, numbers in alike.items():
-                decoding = _decoding(json.loads(given))
+                decoding = replace(_decoding(json.loads(given)), chat=chat)
                 room = longest - decoding.max_new_tokens
                 if room < 1:
                     raise UserError(f"a task asks for {decoding.max_new_tokens} tokens, but the model knows {longest} positions")

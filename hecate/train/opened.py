@@ -20,6 +20,7 @@ from hecate.adapters.peft_experts import with_peft_adapter
 from hecate.adapters.peft_moe import is_peft_adapter
 from hecate.config import RouterConfig
 from hecate.config.paths import is_gguf_name
+from hecate.data.chat_templates import template_beside
 from hecate.data.user_features import UserFeatures
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
@@ -101,7 +102,18 @@ def load_trained(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseMo
         return model_of_checkpoint(folder, ranks, choice)[1:]
     if is_model_folder(folder):
         return load_model_folder(folder, ranks, choice.dtype, choice.attention)
-    return with_adapter(folder, ranks, choice)
+    base, moe = with_adapter(folder, ranks, choice)
+    return in_template_beside(folder, base), moe
+
+
+def in_template_beside(folder: Path, base: BaseModel) -> BaseModel:
+    """The base model of an adapter with the chat template that lies beside the adapter, in which it was trained, if there is one.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    template = template_beside(folder)
+    return base if template is None else base.with_chat_template(template)
 
 
 def with_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:

@@ -86,15 +86,18 @@ def check_data(config: Config) -> None:
     Raises:
         UserError: a file cannot be read, or has a broken line, or one whose user has no features although the router decides by users, or
             one without the routing that is to be replayed; or it holds conversations, and the model's folder has no chat template; or
-            held-out data are documents although answers are to be generated.
+            data.chat_template is none; or held-out data are documents although answers are to be generated.
     """
     from hecate.config import find_model
+    from hecate.data.chat_templates import check_template_file
     from hecate.data.content import cache_folder
     from hecate.data.syntax import check_answers, check_syntax, check_template
     from hecate.data.user_features import users_of
 
     data = config.data
-    if config.model.front_end == "transformers":
+    if data.chat_template is not None:
+        check_template_file(data.chat_template)
+    elif config.model.front_end == "transformers":
         check_template([*data.train, *data.eval], find_model(config.model.name_or_path))
     if config.eval.generate:
         check_answers(data.eval)

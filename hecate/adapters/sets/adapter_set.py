@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hecate.adapters.folder import CHAT_TEMPLATE
 from hecate.adapters.forms import WHAT, Description
 from hecate.adapters.sets.terms import Terms, joined, relative_error
+from hecate.data.chat_templates import FILE
 from hecate.errors import UserError
 
 EXACT = 1e-12
@@ -71,7 +73,7 @@ def require_alike(sets: Sequence[AdapterSet]) -> None:
     """Check that sets can become one.
 
     Raises:
-        UserError: they differ in form, base model, modules, their sizes, or routers.
+        UserError: they differ in form, base model, modules, their sizes, routers, or chat templates.
     """
     first = sets[0]
     for other in sets[1:]:
@@ -86,6 +88,11 @@ def require_alike(sets: Sequence[AdapterSet]) -> None:
             raise UserError(
                 f"{other.name} and {first.name} have different routers, so that their experts of one number are not for the same tokens\n"
                 "  adapters with equal routers can be merged, such as those of runs that began with the same and did not train them"
+            )
+        if len({one.description.extra.get(CHAT_TEMPLATE) for one in (first, other)}) > 1:
+            raise UserError(
+                f"{other.name} and {first.name} were trained with different chat templates, and what is made of them can have one\n"
+                f"  put a {FILE} with the same text into both folders, or into neither, if the difference does not matter"
             )
 
 

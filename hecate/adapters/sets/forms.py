@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from hecate.adapters.card import CARD, adapter_card
-from hecate.adapters.config import CONFIG, AdapterConfig, config_to_json
-from hecate.adapters.folder import WEIGHTS, refuse_existing
+from hecate.adapters.config import AdapterConfig, config_to_json
+from hecate.adapters.folder import WEIGHTS, description_files, refuse_existing
 from hecate.adapters.forms import Description, ReadAdapter, read_any
 from hecate.adapters.linear_format import LinearAdapterConfig, linear_config_to_json, pair_names
 from hecate.adapters.model_files import DTYPE_NAMES, blocks
@@ -43,7 +43,6 @@ from hecate.adapters.sets.terms import Terms
 from hecate.checkpoint.layout import TensorEntry
 from hecate.errors import UserError
 from hecate.io.durable import new_folder, write_durable
-from hecate.io.strict_json import dump_json
 from hecate.model.load import resolve_model
 from hecate.model.model_digest import model_digest
 
@@ -183,7 +182,8 @@ def write_set(merged: Merged, folder: Path, progress: Callable[[int, int, str], 
         with one_thread(), new_folder(folder) as staging:
             num_bytes = write_durable(staging / WEIGHTS, blocks(entries, fetch))
             value = _json_of(with_provenance(one, max(errors.values())).description)
-            write_durable(staging / CONFIG, [dump_json(value)])
+            for name, content in description_files(value).items():
+                write_durable(staging / name, [content])
             write_durable(staging / CARD, [adapter_card(value)])
     except OSError as error:
         raise UserError(f"{folder}: the adapter cannot be written: {error.strerror}") from error

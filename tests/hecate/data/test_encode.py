@@ -188,6 +188,34 @@ def test_a_conversation_that_the_template_rewrites_is_a_bad_sample(tmp_path: Pat
     assert encode_records(tmp_path, records, tokenizer, on_bad_sample="skip").lines.tolist() == [2]
 
 
+# As Phi-3's: a turn ends with <t>, and one <e> ends the whole. `generation` marks what transformers says is the assistant's.
+_CLOSING = (
+    "{% for message in messages %}{{ '<s>' + message.role + '\n' }}"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<t>' }}{{ '\n' + eos_token if loop.last else '' }}"
+    "{% endgeneration %}{{ '' if loop.last else '\n' }}"
+    "{% else %}{{ message.content + '<t>\n' }}{{ eos_token if loop.last and not add_generation_prompt else '' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant\n' }}{% endif %}"
+)
+
+
+def test_a_token_that_a_template_writes_once_at_the_end_is_the_last_answers(tmp_path: Path) -> None:
+    """What is learned is what transformers' mask of the assistant's tokens has."""
+    tokenizer = build_byte_tokenizer(chat_template=_CLOSING, additional_special_tokens=["<t>"])
+    talks = [chat("q", "a"), chat("q", "a", "<r", "<b "), chat("q", "a", "r", "b", "s", "c", system="x"), chat("q", "a", "r", "<e")]
+    encoded = encode_records(tmp_path, talks, tokenizer, vocab_size=259)
+    for talk, sample in zip(talks, encoded, strict=True):
+        options = {"return_assistant_tokens_mask": True, "return_dict": True}
+        theirs = tokenizer.apply_chat_template(talk["messages"], **options)
+        learned = [token for token, mine in zip(theirs["input_ids"], theirs["assistant_masks"], strict=True) if mine]
+        assert [token for token in sample.targets.tolist() if token != IGNORED] == learned
+    assert [tokenizer.decode([token for token in sample.targets if token != IGNORED]) for sample in encoded] == [
+        "a<t>\n<e>",
+        "a<t><b <t>\n<e>",
+        "a<t>b<t>c<t>\n<e>",
+        "a<t><e<t>\n<e>",
+    ]
+
+
 def test_tokenizers_own_beginning_is_for_documents_only(tmp_path: Path) -> None:
     tokenizer = build_byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 256)])

@@ -112,7 +112,7 @@ def test_what_a_model_recommends_for_generation_does_not_apply(workshop: Path, t
         values = {"eos_token_id": [2, 5]} | recommended
         (tmp_path / "model" / "generation_config.json").write_text(json.dumps(values), encoding="utf-8")
         with answering(tmp_path / "model") as opened:
-            assert stop_tokens(opened.base.model, opened.base.tokenizer)[:2] == [2, 5]
+            assert stop_tokens(opened.base, chat=False)[:2] == [2, 5]
             return said(opened, Decoding(16), 2)
 
     penalty = {"repetition_penalty": 1.8, "no_repeat_ngram_size": 1, "min_new_tokens": 15}

@@ -6,20 +6,26 @@ import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hecate.config import load_config
 from hecate.data.choices import ChoiceItem
+from hecate.data.prompts import asked
 from hecate.model.base import BaseModel
 from hecate.ranks.ranks import join_ranks
 from hecate.train import evaluate as evaluate_module
+from hecate.train.answers import Conversation, answers_to
 from hecate.train.compare import Questions, compare
-from hecate.train.generation import Answer
+from hecate.train.generation import Answer, Decoding, generate
+from hecate.train.inference import answering
 from hecate.train.likelihood import _pair
 from hecate.train.training import Training
 from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
@@ -72,6 +78,44 @@ def test_the_evaluation_before_the_first_step_may_have_fewer_samples(tmp_path: P
     assert min(score.samples for score in after.values()) > 2
 
 
+def save_chain(folder: Path, tokenizer: Any, *said: int) -> None:
+    """Write a model that says `said` one after another; it repeats the last of them, and any other token."""
+    tokens = len(tokenizer)
+    sizes = {"hidden_size": 272, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=tokens, bos_token_id=256, eos_token_id=2, pad_token_id=2))
+    after = dict(pairwise(said))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.zero_()
+        model.model.norm.weight.fill_(1.0)
+        model.model.embed_tokens.weight[:, :tokens] = torch.eye(tokens)
+        for token in range(tokens):
+            model.lm_head.weight[after.get(token, token), token] = 1.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("eos", ["<e>", "<t>"])
+def test_an_answer_ends_where_the_chat_template_ends_it(tmp_path: Path, eos: str) -> None:
+    """The same weights say the same, whatever token the tokenizer names for the end of a sequence: base models often name another."""
+    workshop = make_workshop(tmp_path)
+    tokenizer = build_byte_tokenizer(eos_token=eos, additional_special_tokens=["<t>"])
+    line, yes, no = (tokenizer(text)["input_ids"][0] for text in ("\n", "y", "n"))
+    save_chain(workshop / "model", tokenizer, line, yes, tokenizer.convert_tokens_to_ids("<e>"), no)
+    write_samples(workshop / "sure.jsonl", ["w1", "w2", "w3"], lambda _: "y")
+    config = load_config(workshop / "config.yaml", [f"data.eval=[{workshop}/sure.jsonl]"], claim_output=False, trains=False)
+    with join_ranks() as ranks:
+        ((_, figures),) = compare(config, ["base"], Questions(), ranks)[0].tasks.items()
+    assert figures.figures["exact"] == 1.0
+    with answering(workshop / "model") as opened:
+        ((_, found),) = answers_to(opened, iter([asked("w1", None)]), Decoding(4), batch_size=1)
+        assert found == [Answer("y", finished=True)]
+        assert Conversation(opened, Decoding(4)).say("w1") == Answer("y", finished=True)
+        with opened.moe.engine.evaluation() as evaluation, evaluation.forward(opened.tokens([])):
+            plain = generate(opened.base, [[line]], Decoding(4), batch_size=1)
+        assert plain == [Answer("y", finished=True) if eos == "<e>" else Answer("ynn", finished=False)], "no template in plain text"
+
+
 @pytest.mark.parametrize("template", [TEMPLATE, THINKING])
 def test_choices_are_judged_as_they_were_trained(tmp_path: Path, template: str) -> None:
     tokenizer = build_byte_tokenizer(chat_template=template)
@@ -86,7 +130,7 @@ def test_ranks_with_nothing_to_ask_generate_nothing() -> None:
     """As where all conversations end in calls of tools, and ranks go forward together."""
     model = nn.Linear(1, 1)
     model.generation_config = SimpleNamespace(eos_token_id=0)  # type: ignore[assignment]
-    base: Any = SimpleNamespace(model=model, tokenizer=SimpleNamespace(eos_token_id=0))
+    base: Any = SimpleNamespace(model=model, tokenizer=build_byte_tokenizer())
     config: Any = SimpleNamespace(eval=SimpleNamespace(max_new_tokens=4, batch_size=2))
     ranks: Any = SimpleNamespace(rank=1, world_size=2)
     assert evaluate_module._answers(config, ranks, base, [], True, nullcontext) == []
