@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from hecate.config.scalars import not_text
+from hecate.config.schema import FieldNames
 from hecate.data.turns import ROLES, SHAREGPT_ROLES
 
 _PLAIN = re.compile(r"\w(?:[\w ()./-]*[\w)])?")
 """a text that YAML reads as itself in {...}"""
 _TURNS = {"messages": ("role", "content", ROLES), "conversations": ("from", "value", tuple(SHAREGPT_ROLES))}
 _ORDER = ("messages", "sharegpt", "prompt_completion", "alpaca", "text")
+_NAMED = {name.name for name in fields(FieldNames)}
+"""what formats read under these names is seldom meant otherwise"""
 _LONGEST = 500
 """characters of a hint"""
 _FORMS = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
@@ -67,7 +71,8 @@ def _filled(record: Mapping[str, Any], names: Mapping[str, str], keys: Sequence[
         if key in free and _fits(record[key], key):
             free.remove(key)
             continue
-        theirs = _best([one for one in free if one not in keys and _fits(record[one], key)], record)
+        fitting = [one for one in free if one not in keys and _fits(record[one], key)]
+        theirs = _best([one for one in fitting if one not in _NAMED], record) or _best(fitting, record)
         if theirs is None:
             return None
         free.remove(theirs)
