@@ -292,7 +292,7 @@ class _Tokenized:
 
 
 @dataclass(frozen=True)
-class _Text:
+class SampleText:
     """A sample as the tokenizer gets it."""
 
     sample: Sample
@@ -325,7 +325,7 @@ def _tokenized(
     shapes: Shapes = {}
     used = {name for name, needed in (("user", users), ("routed_experts", routing)) if needed is not None}
     while group := list(islice(samples, _SAMPLES_PER_CALL)):
-        ready = [item if isinstance(item, Fault) else _text_to_tokenize(item, tokenizer, shapes) for item in group]
+        ready = [item if isinstance(item, Fault) else text_to_tokenize(item, tokenizer, shapes) for item in group]
         good = [item for item in ready if not isinstance(item, Fault)]
         if not good:
             yield from (item for item in ready if isinstance(item, Fault))
@@ -366,9 +366,18 @@ def _tokenized(
                 yield _Tokenized(ids[:end], targets[:end], sample, user, len(ids), routed, unread)
 
 
-def _text_to_tokenize(sample: Sample, tokenizer: Any, shapes: Shapes) -> _Text | Fault:
+def text_to_tokenize(sample: Sample, tokenizer: Any, shapes: Shapes) -> SampleText | Fault:
+    """Return a sample as the tokenizer gets it, or why there is nothing to be learned of it.
+
+    Args:
+        tokenizer: only its chat template is used.
+        shapes: see `hecate.data.written.unwritten`.
+
+    Raises:
+        UserError: the sample is a conversation, and there is no chat template.
+    """
     if sample.text is not None:
-        return _Text(sample, sample.text, None, []) if sample.text.strip() else sample.fault("the text is empty")
+        return SampleText(sample, sample.text, None, []) if sample.text.strip() else sample.fault("the text is empty")
     assert sample.messages is not None
     require_chat_template(tokenizer, sample.file)
     answers = [message for message in sample.messages[sample.given :] if message["role"] == "assistant"]
@@ -382,7 +391,7 @@ def _text_to_tokenize(sample: Sample, tokenizer: Any, shapes: Shapes) -> _Text |
         whole, spans = render(tokenizer, sample.messages, tools=sample.tools, given=sample.given)
         learned = (turn for turn, message in enumerate(sample.messages) if message["role"] == "assistant" and turn >= sample.given)
         lost = unwritten(tokenizer, sample.messages, sample.tools, whole, dict(zip(learned, spans, strict=True)), shapes)
-        return _Text(sample, whole, spans, require_learned(sample.messages, sample.given, lost))
+        return SampleText(sample, whole, spans, require_learned(sample.messages, sample.given, lost))
     except TemplateRefusal as refusal:
         return sample.fault(f"the chat template cannot be used for training on this conversation: {refusal}")
 
