@@ -44,7 +44,8 @@ def hint_for(record: Mapping[str, Any], names: Mapping[str, str], needed: Mappin
 
 def answers_of_preference(record: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the `fields` with which the chosen answers of preference data are trained on; None: there are none."""
-    chosen, prompt = record.get("chosen"), record.get("prompt")
+    chosen: Any = record.get("chosen")
+    prompt: Any = record.get("prompt")
     for key, (role, _, _) in _TURNS.items():
         if _are_turns(chosen, key) and any(turn[role] in ("user", "human") for turn in chosen):
             return {key: "chosen"}

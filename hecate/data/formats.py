@@ -99,7 +99,7 @@ _IMAGES = ("image", "images")
 
 _VERDICTS = ("label", "kto_tag")
 """keys that say whether an answer is a good one, in TRL's and LLaMA-Factory's data for KTO"""
-_ANSWERS = {"messages", "conversations", "completion", "output", "text"}
+_ANSWERS = ("messages", "conversations", "completion", "output", "text")
 """keys that hold what is learned"""
 _MOST_HELD, _MOST_HELD_BYTES = 1000, 1 << 24
 """records of no known format at the beginning of a file, until it is given up, and their bytes"""
@@ -154,7 +154,7 @@ def read_samples(
                 parse = _PARSERS[_detect(value, record, formats, renamed)]
                 yield from held
             sample = parse(value)
-            _refuse_unwanted(sample, renamed)
+            _refuse_unwanted(sample, record.value, renamed)
             _refuse_lone_surrogates(sample)
             if users is not None and (problem := users.problem(sample["extra"])):
                 raise BadRecord(problem)
@@ -289,16 +289,16 @@ def _refuse_images(record: dict[str, Any]) -> None:
             raise BadRecord(f"the record has an image (key {key!r}), and hecate reads text only")
 
 
-def _refuse_unwanted(sample: dict[str, Any], names: Iterable[str]) -> None:
+def _refuse_unwanted(sample: dict[str, Any], record: dict[str, Any], names: Mapping[str, str]) -> None:
     """Refuse an answer that is marked as a bad one, as KTO's data have it, and one of a pair of answers that `fields` does not name."""
-    record = sample["extra"]
+    others = sample["extra"]
     for key in _VERDICTS:
-        if "messages" in sample and str(record.get(key)).lower() == "false":
+        if "messages" in sample and str(others.get(key)).lower() == "false":
             raise BadRecord(f"{key} is false: the answer is marked as a bad one, as KTO's data have it, and would be learned as a good one")
-    if record.get("rejected") and not _ANSWERS.intersection(names):
+    if others.get("rejected") and not names.keys() & set(_ANSWERS):
+        named = in_words({key: key for key in _ANSWERS if key in record and key not in others})
         raise BadRecord(
-            f"the record has the key 'rejected': hecate does not train on preferences; to train on the answer, name its key by fields: "
-            f"{' or '.join(sorted(_ANSWERS))}"
+            f"the record has the key 'rejected': hecate does not train on preferences; to train on its answer, name that: {named}"
         )
 
 

@@ -116,7 +116,9 @@ def _shape(value: Any) -> Hashable:
         return tuple((key, item if key == "role" else _shape(item)) for key, item in value.items())
     if isinstance(value, str):
         return bool(value.strip())
-    return tuple(map(_shape, value)) if isinstance(value, Sequence) else type(value)
+    if isinstance(value, Sequence):
+        return tuple(map(_shape, value))
+    return type(value).__name__
 
 
 def _never_written(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any]) -> frozenset[Path]:

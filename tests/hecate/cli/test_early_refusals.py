@@ -74,7 +74,7 @@ OF_MOE = ("moe.family=moe_lora", "moe.num_experts=null", "moe.top_k=null")
 
 def test_experts_with_biases(workshop: Path) -> None:
     write_model(workshop / "biased", "gpt_oss", num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 3)
-    said = refused(workshop, f"model.name_or_path={workshop}/biased/model", *OF_MOE, f"data.train=[{workshop}/train.jsonl]")
+    said = refused(workshop, f"model.name_or_path={workshop}/biased/model", *OF_MOE, "eval.generate=false")
     assert "experts.down_proj_bias: experts with biases are not supported" in said
 
 
@@ -84,15 +84,15 @@ def test_a_router_of_another_kind_is_refused_by_the_program_that_runs_before_the
     write_model(workshop / "glm", "glm4_moe", n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, first_k_dense_replace=0)
     started: dict[str, Any] = {}
     monkeypatch.setattr(local_launcher, "launch_local", lambda *_, first, **__: started.update(first=first) or 0)
-    words = [f"{workshop}/config.yaml", "nproc=1", f"output_dir={workshop}/runs/new", *OF_MOE, f"data.train=[{workshop}/train.jsonl]"]
+    words = [f"{workshop}/config.yaml", "nproc=1", f"output_dir={workshop}/runs/new", *OF_MOE, "eval.generate=false"]
     glm = f"model.name_or_path={workshop}/glm/model"
-    done = CliRunner().invoke(app, ["train", *words, glm, "data.eval=[]"])
+    done = CliRunner().invoke(app, ["train", *words, glm])
     assert done.exit_code == 0, done.exception
     with pytest.raises(SystemExit) as ended:
         rank_main.main(started["first"])
     assert ended.value.code == 2
     assert "unsupported architecture: Glm4MoeForCausalLM, model.layers.0.mlp has no router that is known here" in capsys.readouterr().err
-    rank_main.main(["--check", *words, f"model.name_or_path={workshop}/moe/model", "data.eval=[]"])
+    rank_main.main(["--check", *words, f"model.name_or_path={workshop}/moe/model"])
 
 
 def test_a_template_that_rewrites_earlier_turns(workshop: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.config.schema import FieldNames
-from hecate.data.formats import Sample, read_samples
+from hecate.data.formats import Fault, Sample, read_samples
 from hecate.errors import UserError
 from hecate.io.strict_yaml import parse_yaml
 from tests.hecate.data.files import write_jsonl
@@ -126,6 +126,9 @@ def test_preferences_without_one_chosen_answer_of_a_known_form_are_to_be_written
 
 def test_an_answer_of_a_pair_is_learned_if_fields_names_it(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "data.jsonl", [{"prompt": "u", "completion": "a", "rejected": "b"}])
+    (fault,) = read_samples(path)
+    assert isinstance(fault, Fault)
+    assert fields_of(fault.reason) == {"completion": "completion"}
     (sample,) = read_samples(path, names=FieldNames(completion="completion"))
     assert isinstance(sample, Sample)
 
