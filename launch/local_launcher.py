@@ -43,6 +43,7 @@ def launch_local(
     survives: bool = False,
     together: int = 1,
     most_replaced: int = MOST_REPLACED,
+    first: Sequence[str] = (),
 ) -> int:
     """Run `python -m PROGRAM ARGUMENTS` as `num_ranks` ranks on this machine, and return the exit status of the run.
 
@@ -55,8 +56,11 @@ def launch_local(
         together: so many neighbouring ranks can only go on together (`model.tensor_parallel`). If one of them dies, the others are ended,
             and with more than one none of them is replaced.
         most_replaced: how many ranks may be started in place of lost ones.
+        first: if given, the program runs once with these arguments before the ranks; if that fails, its status is the run's.
     """
     with run_folder() as folder, forking(folder, _environment(num_ranks), program) as start:
+        if first and (status := start_and_watch([*start, *first], 1, folder / "first", survives=False)):
+            return status
         return start_and_watch(
             [*start, *arguments], num_ranks, folder / "store", survives=survives, together=together, most_replaced=most_replaced
         )

@@ -40,7 +40,9 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     # The ranks load torch, transformers and the model before they can say anything themselves.
     print(f"hecate: starting {count} rank{'s' if count > 1 else ''}", file=sys.stderr, flush=True)
     survives, together = loaded.fssdp.redundancy > 0, loaded.model.tensor_parallel
-    raise typer.Exit(launch_local(RANK_PROGRAM, [str(config), *(overrides or ())], count, survives=survives, together=together))
+    arguments = [str(config), *(overrides or ())]
+    checked = ["--check", *arguments] if loaded.moe.kind.of_moe_base and loaded.model.front_end == "transformers" else []
+    raise typer.Exit(launch_local(RANK_PROGRAM, arguments, count, survives=survives, together=together, first=checked))
 
 
 def check_local(config: Config, check_data: Callable[[Config], None]) -> int:

@@ -4,6 +4,7 @@ import glob
 import importlib.util
 import os
 import re
+import shlex
 from pathlib import Path
 
 from hecate.config.hub import hub_hint
@@ -21,6 +22,8 @@ INDEXED_SUFFIXES = (".idx", ".bin")
 
 FORMS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow"}
 """the endings of data files, and the forms that they say; a text form may also be compressed, and then ends in .gz"""
+_PLAIN_TEXT = (".txt", ".md")
+"""endings of files that are no records, but text itself"""
 _BESIDE_ARROW = ("dataset_info.json", "dataset_dict.json", "state.json")
 """what the library `datasets` writes beside Arrow files"""
 
@@ -126,6 +129,13 @@ def data_files(path: str) -> list[str]:
     return found
 
 
+def plain_text_hint(files: str) -> str:
+    """How files of plain text, given by a path or a pattern, become a data file with a document each."""
+    quoted = "*".join(shlex.quote(part) if part else "" for part in files.split("*"))
+    program = "import json, sys; [print(json.dumps({'text': open(name).read()})) for name in sys.argv[1:]]"
+    return f'plain text is read from records with the key text; this makes them: python -c "{program}" {quoted} > text.jsonl'
+
+
 def _files_in(folder: str) -> list[str]:
     try:
         names = sorted(os.listdir(folder))
@@ -137,6 +147,8 @@ def _files_in(folder: str) -> list[str]:
     if not files or files == ["dataset_dict.json"]:
         inside = [name for name in names if os.path.isdir(os.path.join(folder, name)) and name[0] not in "._"]
         hint = f"data files end in {', '.join(FORMS)}"
+        if plain := [name for name in names if name.endswith(_PLAIN_TEXT)]:
+            hint += f"\n{plain_text_hint(os.path.join(folder, '*' + Path(plain[0]).suffix))}"
         if inside:
             hint = f"it has folders: name one of them, such as {os.path.join(folder, inside[0])}"
         raise UserError(f"no data file in the folder {shorten(folder)}\n{hint}")

@@ -71,6 +71,7 @@ class FieldNames:
     instruction: str | None = None
     input: str | None = None
     output: str | None = None
+    history: str | None = None
     text: str | None = None
     system: str | None = None
     tools: str | None = None

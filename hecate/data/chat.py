@@ -66,11 +66,9 @@ def render(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] 
         given: how many messages are a prompt; the assistant's turns among them have no span.
 
     Raises:
-        TemplateRefusal: the template refuses this conversation, leaves out its tools or its calls of them, or rewrites earlier turns once
-            later ones follow.
+        TemplateRefusal: the template refuses this conversation, or rewrites earlier turns once later ones follow.
     """
     whole = _apply(tokenizer, messages, tools)
-    _refuse_dropped_calls(tokenizer, messages, tools, whole)
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant" or turn < given:
@@ -92,6 +90,11 @@ def render(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] 
 def render_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
     """Return the messages followed by the template's generation prompt. Raises TemplateRefusal."""
     return _apply(tokenizer, messages, tools, add_generation_prompt=True)
+
+
+def rendering(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = ()) -> str:
+    """Return the conversation as one string. Raises TemplateRefusal."""
+    return _apply(tokenizer, messages, tools)
 
 
 def render_answer(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = ()) -> RenderedAnswer:
@@ -148,20 +151,6 @@ def _closing(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], 
     # Whole tokens alone: the generation prompt may begin with the same characters, such as <|.
     endings = [token + asked[len(text) :] for token in tokenizer.get_added_vocab() if text.endswith(token)]
     return max((end for end in endings if prompt.startswith(asked.removesuffix(end))), key=len, default="")
-
-
-def _refuse_dropped_calls(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], whole: str) -> None:
-    """Raise TemplateRefusal if the rendering, `whole`, would be the same without the tools, or without the calls of them."""
-    without = [{name: value for name, value in message.items() if name != "tool_calls"} for message in messages]
-    for what, fewer, others in (("tools", messages, ()), ("calls of tools (tool_calls)", without, tools)):
-        if (fewer is messages and not tools) or (fewer is without and without == list(messages)):
-            continue
-        try:
-            ignored = _apply(tokenizer, fewer, others) == whole
-        except TemplateRefusal:  # it misses what was left out
-            ignored = False
-        if ignored:
-            raise TemplateRefusal(f"it writes no {what}; use a model whose template does")
 
 
 class _FixedDay(datetime):

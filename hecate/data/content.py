@@ -25,7 +25,7 @@ from hecate.io.durable import replace_file
 from hecate.io.plain_files import open_plain, read_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
-_CHECKS = 3
+_CHECKS = 4
 """version of the check of records; another one has another number"""
 _READ = 1 << 24
 """bytes of a data file in memory while it is digested"""

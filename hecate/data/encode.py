@@ -6,8 +6,9 @@ position t therefore needs only logits[t] and targets[t], and no sample predicts
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -23,6 +24,7 @@ from hecate.data.quarantine import write_quarantine
 from hecate.data.routed_experts import BadRoutingError, RoutingShape, require_length
 from hecate.data.syntax import bad_sample_error
 from hecate.data.user_features import UserFeatures
+from hecate.data.written import Shapes, require_learned, unwritten
 from hecate.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -30,6 +32,10 @@ logger = logging.getLogger(__name__)
 IGNORED = -100  # the target of a position that adds nothing to the loss
 
 BAD_SAMPLE_POLICIES = ("skip_long", "error", "skip", "truncate")
+
+_NOTHING = (None, "", [], {})  # values of keys that hold nothing
+
+_NAMES, _LONGEST_NAME = 8, 40  # of keys, in a line about them
 
 _SAMPLES_PER_CALL = 512  # samples per tokenizer call; the tokenizer spreads one call over its threads
 
@@ -51,6 +57,7 @@ class EncodedSample:
 
     pieces: list[Encoded]  # one, or the pieces of a long document
     truncated: bool  # whether it was shortened
+    unread: tuple[str, ...] = ()  # names of its keys of which no tokens are made
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,8 @@ class Counts:
     kept: int
     truncated: int
     skipped: int
+    unread: Mapping[str, int] = field(default_factory=dict)
+    """names of keys of which no tokens are made, and how many of the kept samples have each"""
 
 
 class Samples(Sequence[Encoded]):
@@ -174,6 +183,7 @@ def encode_source(
     pieces: list[Encoded] = []
     faults: list[Fault] = []
     kept = truncated = 0
+    unread: Counter[str] = Counter()
     rules: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size, "on_bad_sample": on_bad_sample}
     for item in encode_samples(source, tokenizer, users=users, routing=routing, **rules):
         if isinstance(item, Fault):
@@ -181,10 +191,11 @@ def encode_source(
         else:
             pieces += item.pieces
             kept, truncated = kept + 1, truncated + item.truncated
+            unread.update(item.unread)
 
     if faults and quarantine is not None:
         write_quarantine(quarantine, faults)
-    counts = Counts(kept=kept, truncated=truncated, skipped=len(faults))
+    counts = Counts(kept=kept, truncated=truncated, skipped=len(faults), unread=dict(unread))
     report_counts(source.path, counts, Skipped.of(faults), seq_len, speaks=speaks)
     return EncodedSource(
         name=source.name,
@@ -202,10 +213,15 @@ def encode_source(
 
 
 def report_counts(path: str, counts: Counts, skipped: Skipped, seq_len: int, *, speaks: bool) -> None:
-    """Log how many samples were left out or shortened. Raises UserError if none was kept."""
+    """Log how many samples were left out or shortened, and what of the others is not read. Raises UserError if none was kept."""
     skipped.report(path, counts.kept, speaks=speaks)
     if counts.truncated and speaks:
         logger.warning("%s: %d of %d samples truncated to %d tokens", path, counts.truncated, counts.kept, seq_len)
+    if counts.unread and speaks:
+        most = sorted(counts.unread.items(), key=lambda one: (-one[1], one[0]))
+        shown = ", ".join(f"{name[:_LONGEST_NAME]} ({count})" for name, count in most[:_NAMES])
+        more = f", and {len(most) - _NAMES} more" if len(most) > _NAMES else ""
+        logger.warning("%s: keys of which no tokens are made, and how many of %d samples have them: %s%s", path, counts.kept, shown, more)
 
 
 def encode_samples(
@@ -272,6 +288,17 @@ class _Tokenized:
     user: int
     whole: int  # tokens of the sample, with those after its last target
     routed: NDArray[np.int16] | None  # [tokens, MoE layers, top_k]; not yet known to be as long as the sample
+    unread: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SampleText:
+    """A sample as the tokenizer gets it."""
+
+    sample: Sample
+    text: str
+    spans: list[Span] | None  # of characters to learn; None: the whole text
+    lost: list[str]  # names of what the chat template does not write
 
 
 def _encoded(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_cut: bool) -> EncodedSample:
@@ -287,7 +314,7 @@ def _encoded(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_cut
     pieces = [_first_tokens(item, seq_len)] if cut else _pieces(item, seq_len)
     if item.routed is not None:
         require_length(item.routed, sum(len(piece.input_ids) for piece in pieces), item.whole)
-    return EncodedSample(pieces, cut)
+    return EncodedSample(pieces, cut, item.unread)
 
 
 def _tokenized(
@@ -296,17 +323,17 @@ def _tokenized(
     """Yield each sample, tokenized up to its last target, or a Fault if it is broken or has no target."""
     samples = read_samples(source.path, source.format, users, source.fields)
     stripping = [token_id for token_id, added in tokenizer.added_tokens_decoder.items() if added.rstrip]
+    shapes: Shapes = {}
+    used = {name for name, needed in (("user", users), ("routed_experts", routing)) if needed is not None}
     while group := list(islice(samples, _SAMPLES_PER_CALL)):
-        ready: list[tuple[Sample, str, list[Span] | None] | Fault] = [
-            item if isinstance(item, Fault) else _text_to_tokenize(item, tokenizer) for item in group
-        ]
+        ready = [item if isinstance(item, Fault) else text_to_tokenize(item, tokenizer, shapes) for item in group]
         good = [item for item in ready if not isinstance(item, Fault)]
         if not good:
             yield from (item for item in ready if isinstance(item, Fault))
             continue
-        is_chat = good[0][2] is not None
+        is_chat = good[0].spans is not None
         tokens = tokenizer(
-            [text for _, text, _ in good],
+            [item.text for item in good],
             add_special_tokens=not is_chat,  # a chat template writes its own
             return_offsets_mapping=is_chat,
             return_attention_mask=False,
@@ -317,14 +344,14 @@ def _tokenized(
             if isinstance(item, Fault):
                 yield item
                 continue
-            sample, text, spans = item
+            sample = item.sample
             ids = np.array(tokens["input_ids"][position], dtype=np.int32)
-            if spans is None:
+            if item.spans is None:
                 ids = _ended(ids, tokenizer)
                 learned = np.ones(len(ids), dtype=bool)
             else:
                 offsets = np.array(tokens["offset_mapping"][position], dtype=np.int64).reshape(-1, 2)
-                learned = _inside(spans, _without_stripped(offsets, text, np.isin(ids, stripping)))
+                learned = _inside(item.spans, _without_stripped(offsets, item.text, np.isin(ids, stripping)))
             position += 1
             targets = np.where(learned[1:], ids[1:], np.int32(IGNORED))
             end = _end_of_targets(targets)
@@ -337,15 +364,22 @@ def _tokenized(
             except BadRoutingError as bad:
                 yield sample.fault(str(bad))
             else:
-                yield _Tokenized(ids[:end], targets[:end], sample, user, len(ids), routed)
+                unread = (*(key for key, value in sample.extra.items() if value not in _NOTHING and key not in used), *item.lost)
+                yield _Tokenized(ids[:end], targets[:end], sample, user, len(ids), routed, unread)
 
 
-def _text_to_tokenize(sample: Sample, tokenizer: Any) -> tuple[Sample, str, list[Span] | None] | Fault:
-    """Return the sample, its text, and the character spans to learn (None: the whole text)."""
+def text_to_tokenize(sample: Sample, tokenizer: Any, shapes: Shapes) -> SampleText | Fault:
+    """Return a sample as the tokenizer gets it, or why there is nothing to be learned of it.
+
+    Args:
+        tokenizer: only its chat template is used.
+        shapes: see `hecate.data.written.unwritten`.
+
+    Raises:
+        UserError: the sample is a conversation, and there is no chat template.
+    """
     if sample.text is not None:
-        if not sample.text.strip():
-            return sample.fault("the text is empty")
-        return sample, sample.text, None
+        return SampleText(sample, sample.text, None, []) if sample.text.strip() else sample.fault("the text is empty")
     assert sample.messages is not None
     require_chat_template(tokenizer, sample.file)
     answers = [message for message in sample.messages[sample.given :] if message["role"] == "assistant"]
@@ -356,7 +390,10 @@ def _text_to_tokenize(sample: Sample, tokenizer: Any) -> tuple[Sample, str, list
     if sample.messages[0]["role"] == "assistant":
         return sample.fault("the conversation begins with an assistant turn, which answers nothing")
     try:
-        return sample, *render(tokenizer, sample.messages, tools=sample.tools, given=sample.given)
+        whole, spans = render(tokenizer, sample.messages, tools=sample.tools, given=sample.given)
+        learned = (turn for turn, message in enumerate(sample.messages) if message["role"] == "assistant" and turn >= sample.given)
+        lost = unwritten(tokenizer, sample.messages, sample.tools, whole, dict(zip(learned, spans, strict=True)), shapes)
+        return SampleText(sample, whole, spans, require_learned(sample.messages, sample.given, lost))
     except TemplateRefusal as refusal:
         return sample.fault(f"the chat template cannot be used for training on this conversation: {refusal}")
 

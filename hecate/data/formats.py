@@ -11,23 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from hecate.config.schema import FieldNames
-from hecate.data.records import Record, json_name, place_of, read_records
+from hecate.data.format_hints import answers_of_preference, hint_for, in_words
+from hecate.data.records import Record, place_of, read_records
 from hecate.data.routed_experts import missing
+from hecate.data.turns import (
+    BadRecord,
+    messages_of,
+    require_key,
+    sharegpt_messages,
+    system_message,
+    take_history,
+    take_tools,
+    take_turns,
+    text_of,
+)
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 
 FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-}
 
 _KEYS = {
     "messages": ("messages",),
@@ -40,7 +41,7 @@ _KEYS = {
 _OPTIONAL = {
     "messages": ("system", "tools"),
     "sharegpt": ("system", "tools"),
-    "alpaca": ("input", "system"),
+    "alpaca": ("input", "system", "history"),
     "text": (),
     "prompt_completion": ("system", "tools"),
 }
@@ -96,6 +97,10 @@ _IMAGES = ("image", "images")
 """keys of records with images, in the formats of LLaVA and of chats"""
 
 
+_VERDICTS = ("label", "kto_tag")
+"""keys that say whether an answer is a good one, in TRL's and LLaMA-Factory's data for KTO"""
+_ANSWERS = ("messages", "conversations", "completion", "output", "text")
+"""keys that hold what is learned"""
 _MOST_HELD, _MOST_HELD_BYTES = 1000, 1 << 24
 """records of no known format at the beginning of a file, until it is given up, and their bytes"""
 
@@ -106,10 +111,6 @@ class _UnknownFormat(UserError):
     def __init__(self, reason: str, text: str) -> None:
         super().__init__(text)
         self.reason = reason
-
-
-class _BadRecord(Exception):
-    """One record cannot be used; the text says why."""
 
 
 def read_samples(
@@ -145,26 +146,27 @@ def read_samples(
     for record in read_records(str(path)):
         try:
             if record.reason:
-                raise _BadRecord(record.reason)
+                raise BadRecord(record.reason)
             _refuse_images(record.value)
             unseen -= {name for name in unseen if renamed[name] in record.value}
             value = _renamed(record.value, renamed)
             if parse is None:
-                parse = _PARSERS[_detect(value, record, formats)]
+                parse = _PARSERS[_detect(value, record, formats, renamed)]
                 yield from held
             sample = parse(value)
+            _refuse_unwanted(sample, record.value, renamed)
             _refuse_lone_surrogates(sample)
             if users is not None and (problem := users.problem(sample["extra"])):
-                raise _BadRecord(problem)
+                raise BadRecord(problem)
             if routed and (problem := missing(sample["extra"])):
-                raise _BadRecord(problem)
+                raise BadRecord(problem)
         except _UnknownFormat as error:  # is bad if a later record is of a known one
             unknown = unknown or error
             held_bytes += len(record.raw)
             if len(held) == _MOST_HELD or held_bytes > _MOST_HELD_BYTES:
                 raise unknown from None
             held.append(Fault(record.file, record.line, error.reason[:_LONGEST], record.number, record.raw))
-        except _BadRecord as bad:
+        except BadRecord as bad:
             yield Fault(record.file, record.line, str(bad)[:_LONGEST], record.number, record.raw)
         else:
             read += 1
@@ -183,7 +185,7 @@ def _renamed(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]
     """A copy of the record in which the format's keys have the format's names. Optional keys may be missing."""
     lacking = {name: theirs for name, theirs in names.items() if theirs not in record}
     if missing := [f"data.*.fields.{name} says {theirs!r}" for name, theirs in lacking.items() if name not in _MAY_LACK]:
-        raise _BadRecord(f"the record has no such key: {missing[0]} (its keys: {', '.join(sorted(record)) or 'none'})")
+        raise BadRecord(f"the record has no such key: {missing[0]} (its keys: {', '.join(sorted(record)) or 'none'})")
     taken = {*names, *names.values()}
     found = {name: record[theirs] for name, theirs in names.items() if name not in lacking}
     return {key: value for key, value in record.items() if key not in taken} | found
@@ -209,76 +211,64 @@ def _formats_with(names: Iterable[str], format: str, path: str) -> list[str]:
     return fitting if format == "auto" else [format]
 
 
-def _detect(value: dict[str, Any], record: Record, formats: Sequence[str]) -> str:
+def _detect(value: dict[str, Any], record: Record, formats: Sequence[str], names: Mapping[str, str]) -> str:
     for format in formats:
         if all(key in value for key in _KEYS[format]):
             return format
-    place = place_of(record.file, record.line)
+    place, known = place_of(record.file, record.line), {one: _KEYS[one] for one in formats}
     if "chosen" in value and "rejected" in value:
-        raise UserError(
-            f"{place}: preference data (chosen, rejected) is not trained on\n"
-            "to train on the chosen answers, say so: {path: ..., fields: {completion: chosen}}"
-        )
-    first, second, *_ = (str(name)[:40] for name in value) if len(value) > 1 else ("question", "answer")
-    known = ", ".join(f"{format} {{{', '.join(_KEYS[format])}}}" for format in formats)
+        answers = answers_of_preference(record.value)
+        mend = "write records with a prompt and the chosen answer: " + '{"prompt": ..., "completion": ...}'
+        if answers:
+            mend = f"to train on the chosen answers, say so: {in_words(answers)}"
+        raise UserError(f"{place}: preference data (chosen, rejected): hecate does not train on preferences\n{mend}")
     which = "the known ones" if len(formats) == len(_KEYS) else "those that read the keys that fields names"
     reason = f"no known data format has the keys {', '.join(sorted(map(str, value)))[:_LONGEST] or '(none)'}"
-    hint = f"or say which keys they are: {{path: ..., fields: {{prompt: {first}, completion: {second}}}}}"
-    raise _UnknownFormat(reason, f"{place}: {reason}\n{which}: {known}\n{hint}")
+    forms = ", ".join(f"{one} {{{', '.join(keys)}}}" for one, keys in known.items())
+    raise _UnknownFormat(reason, f"{place}: {reason}\n{which}: {forms}\n{hint_for(record.value, names, known)}")
 
 
 def _parse_messages(record: dict[str, Any]) -> dict[str, Any]:
-    turns, tools = _turns(record, "messages"), _tools(record)
-    messages = (*_system_message(record, turns), *_messages(turns, "messages", keep_calls=_has_calls(turns, tools)))
-    return {"messages": messages, "tools": tools, "extra": record}
+    turns, tools = take_turns(record, "messages"), take_tools(record)
+    return {"messages": (*system_message(record, turns), *messages_of(turns, "messages")), "tools": tools, "extra": record}
 
 
 def _parse_prompt_completion(record: dict[str, Any]) -> dict[str, Any]:
     """Each of the two is text, which becomes one turn, or a list of turns. Nothing of the prompt is learned."""
     for key in ("prompt", "completion"):
-        _require(record, key)
+        require_key(record, key)
     prompt, completion = (_text_or_turns(record, key, role) for key, role in (("prompt", "user"), ("completion", "assistant")))
-    tools = _tools(record)
-    keep_calls = _has_calls([*prompt, *completion], tools)
-    given = (*_system_message(record, [*prompt, *completion]), *_messages(prompt, "prompt", keep_calls=keep_calls))
-    messages = (*given, *_messages(completion, "completion", keep_calls=keep_calls))
-    return {"messages": messages, "given": len(given), "tools": tools, "extra": record}
+    given = (*system_message(record, [*prompt, *completion]), *messages_of(prompt, "prompt"))
+    messages = (*given, *messages_of(completion, "completion"))
+    return {"messages": messages, "given": len(given), "tools": take_tools(record), "extra": record}
 
 
 def _text_or_turns(record: dict[str, Any], key: str, role: str) -> list[dict[str, Any]]:
     if isinstance(record.get(key), str):
         return [{"role": role, "content": record.pop(key)}]
-    return _turns(record, key)
+    return take_turns(record, key)
 
 
 def _parse_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
     """Tools may be given as bare descriptions of functions, as LLaMA-Factory has them; chat templates take them inside an object."""
-    turns = _turns(record, "conversations")
-    tools = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in _tools(record))
-    messages = _system_message(record, turns)
-    for number, turn in enumerate(turns):
-        speaker = _string(turn, "from", f"conversations[{number}]")
-        if speaker not in _SHAREGPT_ROLES:
-            known = ", ".join(_SHAREGPT_ROLES)
-            raise _BadRecord(f"conversations[{number}].from is {speaker!r}: it must be one of {known}")
-        value = _string(turn, "value", f"conversations[{number}]")
-        messages.append({"role": _SHAREGPT_ROLES[speaker], "content": value})
-    return {"messages": tuple(messages), "tools": tools, "extra": record}
+    turns = take_turns(record, "conversations")
+    tools = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in take_tools(record))
+    return {"messages": (*system_message(record, turns), *sharegpt_messages(turns, "conversations")), "tools": tools, "extra": record}
 
 
 def _parse_alpaca(record: dict[str, Any]) -> dict[str, Any]:
-    instruction, output = _string(record, "instruction"), _string(record, "output")
-    further = "" if record.get("input") is None else _string(record, "input")
-    messages = _system_message(record)
-    messages.append({"role": "user", "content": f"{instruction}\n\n{further}" if further else instruction})
-    messages.append({"role": "assistant", "content": output})
+    """Turns of `history` come before the instruction, and their answers are learned, too, as LLaMA-Factory does it."""
+    instruction, output = text_of(record, "instruction"), text_of(record, "output")
+    further = "" if record.get("input") is None else text_of(record, "input")
+    asked = {"role": "user", "content": f"{instruction}\n\n{further}" if further else instruction}
+    messages = (*system_message(record), *take_history(record), asked, {"role": "assistant", "content": output})
     for key in ("instruction", "output", "input"):
         record.pop(key, None)
-    return {"messages": tuple(messages), "extra": record}
+    return {"messages": messages, "extra": record}
 
 
 def _parse_text(record: dict[str, Any]) -> dict[str, Any]:
-    text = _string(record, "text")
+    text = text_of(record, "text")
     del record["text"]
     return {"text": text, "extra": record}
 
@@ -292,119 +282,24 @@ _PARSERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
 }
 
 
-def _turns(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
-    """Remove the list of turns from the record and return it. Refuse turns with keys that would change what is to be learned."""
-    _require(record, key)
-    turns = record.pop(key)
-    if not isinstance(turns, list) or not turns:
-        raise _BadRecord(f"{key!r} must be a list with at least one turn")
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise _BadRecord(f"{key}[{number}] is a JSON {json_name(turn)} where an object is needed")
-        if turn.get("function_call"):
-            raise _BadRecord(f"{key}[{number}].function_call is not supported: write the call into tool_calls")
-        if turn.get("weight") not in (None, 1):
-            raise _BadRecord(f"{key}[{number}].weight is not supported: every assistant turn is trained on alike")
-    return turns
-
-
-def _require(record: dict[str, Any], key: str) -> None:
-    if key not in record:
-        raise _BadRecord(f"no {key!r} in the record (its keys: {', '.join(sorted(record)) or 'none'})")
-
-
-def _has_calls(turns: list[dict[str, Any]], tools: tuple[Any, ...]) -> bool:
-    return bool(tools) or any(turn.get("tool_calls") for turn in turns)
-
-
-def _messages(turns: list[dict[str, Any]], key: str, *, keep_calls: bool) -> tuple[dict[str, Any], ...]:
-    """The turns as the chat template gets them.
-
-    Args:
-        keep_calls: the conversation has tools or calls of them, so that what belongs to calls goes to the template, too.
-    """
-    return tuple(_message(turn, f"{key}[{number}]", keep_calls=keep_calls) for number, turn in enumerate(turns))
-
-
-def _message(turn: dict[str, Any], where: str, *, keep_calls: bool) -> dict[str, Any]:
-    role = _string(turn, "role", where)
-    if role not in ROLES:
-        raise _BadRecord(f"{where}.role is {role!r}: it must be one of {', '.join(ROLES)}")
-    calls = turn.get("tool_calls")
-    if not calls:
-        if isinstance(turn.get("content"), list):
-            raise _BadRecord(f"{where}.content is a list of parts, as turns with images have it: hecate reads text, one string")
-        message: dict[str, Any] = {"role": role, "content": _string(turn, "content", where)}
-    elif role != "assistant":
-        raise _BadRecord(f"{where}.tool_calls is in a turn of the {role}: only the assistant calls tools")
-    else:
-        content = "" if turn.get("content") is None else _string(turn, "content", where)
-        message = {"role": role, "content": content, "tool_calls": _tool_calls(calls, f"{where}.tool_calls")}
-    if keep_calls:
-        message |= {name: turn[name] for name in ("name", "tool_call_id") if turn.get(name) is not None}
-    return message
-
-
-def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
-    """The calls with their arguments as objects, which is what chat templates take; many files have them as JSON text."""
-    if not isinstance(calls, list):
-        raise _BadRecord(f"{where} is a JSON {json_name(calls)} where a list is needed")
-    found = []
-    for number, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise _BadRecord(f'{where}[{number}] is no call: it must be {{"function": {{"name": ..., "arguments": {{...}}}}}}')
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments)
-            except (ValueError, RecursionError) as error:
-                raise _BadRecord(f"{where}[{number}]: its arguments are not valid JSON: {error}") from error
-        others = {name: call[name] for name in ("id",) if call.get(name) is not None}
-        found.append({"type": "function", "function": {"name": function["name"], "arguments": arguments}} | others)
-    return found
-
-
-def _tools(record: dict[str, Any]) -> tuple[Any, ...]:
-    """Remove the list of tools from the record and return it; it may be given as JSON text. None at all: empty."""
-    tools = record.pop("tools", None)
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise _BadRecord(f"tools is text that is not valid JSON: {error}") from error
-    if not tools:
-        return ()
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise _BadRecord("tools must be a list of objects, which describe functions")
-    return tuple(tools)
-
-
-def _system_message(record: dict[str, Any], turns: Sequence[dict[str, Any]] = ()) -> list[dict[str, str]]:
-    """Remove the key `system` from the record and return it as a message. None at all, or an empty text: no message."""
-    if not record.get("system"):
-        return []
-    text = _string(record, "system")
-    if any(turn.get("role", turn.get("from")) in ("system", "developer") for turn in turns):
-        raise _BadRecord("the record has the key 'system', and a system message among its turns, too: keep one of the two")
-    del record["system"]
-    return [{"role": "system", "content": text}]
-
-
-def _string(record: dict[str, Any], key: str, where: str = "") -> str:
-    name = f"{where}.{key}" if where else key
-    if key not in record:
-        raise _BadRecord(f"{name} is missing")
-    if not isinstance(record[key], str):
-        raise _BadRecord(f"{name} is a JSON {json_name(record[key])} where a string is needed")
-    return record[key]
-
-
 def _refuse_images(record: dict[str, Any]) -> None:
     """Refuse a record with images, whose text would be learned without them."""
     for key in _IMAGES:
         if record.get(key):
-            raise _BadRecord(f"the record has an image (key {key!r}), and hecate reads text only")
+            raise BadRecord(f"the record has an image (key {key!r}), and hecate reads text only")
+
+
+def _refuse_unwanted(sample: dict[str, Any], record: dict[str, Any], names: Mapping[str, str]) -> None:
+    """Refuse an answer that is marked as a bad one, as KTO's data have it, and one of a pair of answers that `fields` does not name."""
+    others = sample["extra"]
+    for key in _VERDICTS:
+        if "messages" in sample and str(others.get(key)).lower() == "false":
+            raise BadRecord(f"{key} is false: the answer is marked as a bad one, as KTO's data have it, and would be learned as a good one")
+    if others.get("rejected") and not names.keys() & set(_ANSWERS):
+        named = in_words({key: key for key in _ANSWERS if key in record and key not in others})
+        raise BadRecord(
+            f"the record has the key 'rejected': hecate does not train on preferences; to train on its answer, name that: {named}"
+        )
 
 
 def lone_surrogate(text: str) -> str | None:
@@ -425,4 +320,4 @@ def _refuse_lone_surrogates(sample: dict[str, Any]) -> None:
         texts.append(json.dumps([sample.get("tools"), others], ensure_ascii=False, default=str))
     for text in texts:
         if half := lone_surrogate(text):
-            raise _BadRecord(f"lone surrogate {half!r} in the text")
+            raise BadRecord(f"lone surrogate {half!r} in the text")

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hecate.data.chat import Message
-from hecate.data.formats import ROLES, lone_surrogate
+from hecate.data.formats import lone_surrogate
 from hecate.data.records import json_object, place_of, read_records
+from hecate.data.turns import ROLES
 from hecate.errors import UserError
 
 

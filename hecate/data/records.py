@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from hecate.config.paths import FORMS, data_files, file_form
+from hecate.config.paths import FORMS, data_files, file_form, plain_text_hint
 from hecate.data.json_array import read_array
 from hecate.data.tables import Row, bounded_lines, read_arrow, read_csv, read_parquet
 from hecate.errors import UserError
@@ -128,7 +128,8 @@ def _refuse_other_forms(raw: bytes, file: str, form: str | None, reason: str) ->
         raise UserError(
             f"{file}:1: {reason}\n"
             "the file's name does not say its form, so it was read as JSONL; give it the ending of its form: "
-            f"{', '.join(FORMS)}, or one with .gz"
+            f"{', '.join(FORMS)}, or one with .gz\n"
+            f"{plain_text_hint(file)}"
         )
 
 

@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from hecate.config import DataSource
 from hecate.config.paths import indexed_prefix
-from hecate.data.chat import no_chat_template
 from hecate.data.content import check_mark
 from hecate.data.formats import Fault, Sample, read_samples
 from hecate.data.indexed_files import open_indexed
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
-from hecate.io.plain_files import read_plain
-
-
-def check_template(files: Iterable[DataSource], model: Path) -> None:
-    """Check that a model's folder has a chat template if the first record of a file is a conversation.
-
-    Raises:
-        UserError: it has none.
-    """
-    if not model.is_dir() or _has_template(model):
-        return
-    for file in files:
-        first = None if indexed_prefix(file.path) else next(iter(read_samples(file.path, file.format, None, file.fields)), None)
-        if isinstance(first, Sample) and first.messages is not None:
-            raise no_chat_template(file.path)
 
 
 def check_answers(files: Iterable[DataSource]) -> None:
@@ -48,17 +31,6 @@ def check_answers(files: Iterable[DataSource]) -> None:
 def no_answers(path: str) -> UserError:
     """What is wrong with held-out documents where answers are to be generated."""
     return UserError(f"{path} holds documents, which have no answers to generate\n  use conversations, or set eval.generate=false")
-
-
-def _has_template(model: Path) -> bool:
-    """Whether a folder has one in any of the files in which transformers looks for it."""
-    if any((model / name).exists() for name in ("chat_template.jinja", "chat_template.json", "additional_chat_templates")):
-        return True
-    try:
-        settings = json.loads(read_plain(model / "tokenizer_config.json"))
-    except (OSError, ValueError, RecursionError):
-        return True  # the tokenizer says itself what is wrong
-    return not isinstance(settings, dict) or bool(settings.get("chat_template"))
 
 
 def check_syntax(

@@ -6,12 +6,15 @@ import csv
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import IO, Any, AnyStr, NamedTuple
 
 from hecate.data.json_array import LONGEST_RECORD
 from hecate.errors import UserError
 from hecate.io.plain_files import require_plain
 
+_OTHERS = (";", "\t")
+"""between cells of files that spreadsheets write where a comma parts a number"""
 _ROWS_AT_A_TIME = 64
 """which are in memory whole: a table may have a long text once, and name it in every row"""
 _OLDEST_PYARROW = 15
@@ -45,12 +48,17 @@ def read_csv(file: Iterable[str], name: str, delimiter: str = ",") -> Iterator[R
 
     Args:
         file: its lines, without translation of line ends. Bytes that are not UTF-8 are surrogate escapes.
+        delimiter: between cells. A comma gives way to a semicolon or a tab if these alone part the first line.
 
     Raises:
         UserError: the first line names a column twice or not at all; or the file breaks CSV's rules.
     """
     csv.field_size_limit(LONGEST_RECORD)
-    rows = csv.reader(file, delimiter=delimiter, strict=True)
+    lines = iter(file)
+    head = next(lines, "")
+    if delimiter == ",":
+        delimiter = next((other for other in _OTHERS if other in head and len(next(csv.reader([head]))) == 1), delimiter)
+    rows = csv.reader(chain([head], lines), delimiter=delimiter, strict=True)
     try:
         columns = next(rows, [])
         counts = Counter(columns)

@@ -23,6 +23,7 @@ import platform
 import re
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -216,6 +217,7 @@ def _write_samples(
         more: names of arrays beside those that every source has.
     """
     kept = truncated = skipped = 0
+    unread: Counter[str] = Counter()
     first: Fault | None = None
     number = {file: str(i) for i, file in enumerate(files)}
     said = time.monotonic() + _QUIET
@@ -227,6 +229,7 @@ def _write_samples(
             else:
                 arrays.add(item.pieces)
                 kept, truncated = kept + 1, truncated + item.truncated
+                unread.update(item.unread)
             if time.monotonic() > said:
                 said += 6 * _QUIET
                 logger.warning("tokenizing %s: %d samples so far; it is done once and kept in %s", source.path, kept, staging.parent)
@@ -234,7 +237,7 @@ def _write_samples(
         os.fsync(left_out.fileno())
     if not skipped:
         (staging / "skipped.jsonl").unlink()
-    return Counts(kept=kept, truncated=truncated, skipped=skipped), first
+    return Counts(kept=kept, truncated=truncated, skipped=skipped, unread=dict(unread)), first
 
 
 class _Arrays:

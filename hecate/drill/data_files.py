@@ -16,7 +16,8 @@ import numpy as np
 from hecate.config.schema import DataSource
 from hecate.data.routed_experts import RoutingShape, as_text
 from hecate.data.sources import read_source
-from hecate.data.syntax import check_syntax, check_template
+from hecate.data.syntax import check_syntax
+from hecate.data.template_check import check_template
 from hecate.data.user_features import read_user_features
 from hecate.drill.file_kinds import FileKind
 from hecate.drill.tiny_run import build_byte_tokenizer
@@ -268,7 +269,7 @@ KINDS = (
         name="tokenizer's settings",
         file="tokenizer_config.json",
         write=_with_data,
-        read=lambda folder: check_template([DataSource(path=str(folder / "data.jsonl"), name="data")], folder),
+        read=lambda folder: check_template([DataSource(path=str(folder / "data.jsonl"), name="data")], folder, None, "error"),
         form="json",
         closed=True,
     ),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from hecate.config import Config, find_model
 from hecate.forecast.base_shape import LAYER
 from hecate.forecast.pair_check import check_pairs
-from hecate.forecast.tensor_shapes import tensor_shapes
-from hecate.model.stored_experts import holds_experts, no_experts, no_gguf, refuse_experts
+from hecate.forecast.tensor_shapes import tensor_shapes, tensors_of
+from hecate.model.stored_experts import expert_layers, holds_experts, no_experts, no_gguf, refuse_experts
 
 
 def check_model(config: Config, ranks_here: int | None = None) -> None:
@@ -18,8 +18,8 @@ def check_model(config: Config, ranks_here: int | None = None) -> None:
         ranks_here: see `check_pairs`.
 
     Raises:
-        UserError: the model has experts, or has none, where `moe.family` wants the other kind; or `moe` lists another number of layers; or
-            what `check_pairs` raises.
+        UserError: the model has experts, or has none, where `moe.family` wants the other kind; or its experts are of a form that is not
+            supported; or `moe` lists another number of layers; or what `check_pairs` raises.
     """
     if config.model.front_end == "transformers":
         _check_experts(config)
@@ -39,3 +39,5 @@ def _check_experts(config: Config) -> None:
         config.moe.experts_per_layer(min(config.model.num_hidden_layers or len(layers), len(layers)))
     elif not holds_experts(names):
         raise no_experts(path, kind)
+    else:
+        expert_layers(tensors_of(path), path)

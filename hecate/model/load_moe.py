@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,7 +65,20 @@ def load_moe_model(
     """The causal language model, frozen, on `device`, with `LeftOut` in the place of its experts; and its layers that have experts.
 
     Raises:
-        UserError: the model is dense, quantised, a GGUF file, of an architecture that is not supported, or damaged.
+        UserError: as `find_own_experts`, or the model is damaged.
+    """
+    model_class, config, layers = find_own_experts(source, kind, num_hidden_layers)
+    model = load_without([one.path for one in layers], model_class, config, source, dtype, device)
+    return model, layers
+
+
+def find_own_experts(
+    source: ModelSource, kind: ExpertKind, num_hidden_layers: int | None = None
+) -> tuple[type, Any, tuple[OwnExperts, ...]]:
+    """The model's class, its configuration and its layers that have experts, from headers and an outline on the meta device.
+
+    Raises:
+        UserError: the model is dense, quantised, a GGUF file, of an architecture that is not supported, or incomplete.
     """
     from transformers import AutoModelForCausalLM
 
@@ -105,5 +119,4 @@ def load_moe_model(
                 f"{wanted[2]}, but the files have {here}; is the download complete?"
             )
         layers.append(OwnExperts(block, stored))
-    model = load_without([block.experts_path for block in blocks], type(outline), config, source, dtype, device)
-    return model, tuple(layers)
+    return type(outline), config, tuple(layers)

@@ -85,20 +85,22 @@ def check_data(config: Config) -> None:
 
     Raises:
         UserError: a file cannot be read, or has a broken line, or one whose user has no features although the router decides by users, or
-            one without the routing that is to be replayed; or it holds conversations, and the model's folder has no chat template; or
-            data.chat_template is none; or held-out data are documents although answers are to be generated.
+            one without the routing that is to be replayed; or it holds conversations, and there is no chat template, or one that cannot
+            be used for the first of them; or data.chat_template is none; or held-out data are documents although answers are to be
+            generated.
     """
     from hecate.config import find_model
     from hecate.data.chat_templates import check_template_file
     from hecate.data.content import cache_folder
-    from hecate.data.syntax import check_answers, check_syntax, check_template
+    from hecate.data.syntax import check_answers, check_syntax
+    from hecate.data.template_check import check_template
     from hecate.data.user_features import users_of
 
     data = config.data
     if data.chat_template is not None:
         check_template_file(data.chat_template)
-    elif config.model.front_end == "transformers":
-        check_template([*data.train, *data.eval], find_model(config.model.name_or_path))
+    if config.model.front_end == "transformers":
+        check_template([*data.train, *data.eval], find_model(config.model.name_or_path), data.chat_template, data.on_bad_sample)
     if config.eval.generate:
         check_answers(data.eval)
     users, cache = users_of(config), cache_folder(data.cache)

@@ -55,7 +55,8 @@ def main(arguments: Sequence[str]) -> None:
     """Train as one rank of a run.
 
     Args:
-        arguments: the configuration's path, and key=value pairs that replace its values.
+        arguments: the configuration's path, and key=value pairs that replace its values. After `--check` in front of them nothing is
+            trained: the model's architecture is checked, which launchers do once, before the ranks.
 
     Raises:
         SystemExit: with status 2 after a user's mistake, whose text is printed; with LOST_PEER_EXIT if another rank was lost.
@@ -63,9 +64,26 @@ def main(arguments: Sequence[str]) -> None:
     try:
         if not arguments:
             raise UserError("a rank needs a configuration: python -m hecate.train.rank_main CONFIG [KEY=VALUE ...]")
-        train_as_rank(Path(arguments[0]), arguments[1:])
+        if arguments[0] == "--check":
+            check_architecture(Path(arguments[1]), arguments[2:])
+        else:
+            train_as_rank(Path(arguments[0]), arguments[1:])
     except UserError as error:
         exit_with_user_error(error)
+
+
+def check_architecture(config_path: Path, overrides: Sequence[str]) -> None:
+    """Check that the experts of an MoE model can be trained. No weights are read.
+
+    Raises:
+        UserError: they cannot.
+    """
+    from hecate.config import load_config
+    from hecate.model.load import resolve_model
+    from hecate.model.load_moe import find_own_experts
+
+    config = load_config(config_path, overrides, claim_output=False)
+    find_own_experts(resolve_model(config.model.name_or_path), config.moe.kind, config.model.num_hidden_layers)
 
 
 def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:

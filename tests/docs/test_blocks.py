@@ -67,6 +67,7 @@ LISTED: dict[tuple[str, str], tuple[Callable[[Block, Path], None], str]] = {
     ("docs/data.md", '{"tools": '): (_sample, "the record is read"),
     ("docs/data.md", '{"user": '): (_sample, "the record is read"),
     ("docs/data.md", '{"text": "ab"'): (_sample, "the record is read"),
+    ("docs/data.md", "chats.jsonl: keys"): (_shown, "a line that a run prints"),
     ("docs/traces.md", "from hecate.parallel.traces"): (_trace, "runs on a trace that is written before"),
     ("docs/adapters.md", "lego of 3 adapters"): (_shown, "what a command above it prints"),
     ("docs/adapters.md", "lego of 1 adapter"): (_shown, "what a command above it prints"),

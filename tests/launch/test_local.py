@@ -35,20 +35,22 @@ if what == "failure":
     time.sleep(1)
     store.with_name("failure-1").write_text("OSError: no such device")
     sys.exit(1)
+if what == "refuse":
+    sys.exit(2)
 if what == "wait" or rank == "0" and what == "crash":
     time.sleep(60)
 """
 
 
-def launch(folder: Path, what: str) -> subprocess.Popen[str]:
-    """launch_local with the stand-in for the ranks' program."""
+def launch(folder: Path, what: str, *first: str) -> subprocess.Popen[str]:
+    """launch_local with the stand-in for the ranks' program, which does `first` before the ranks."""
     program = folder / "rank.py"
     program.write_text(RANK, encoding="utf-8")
     code = (
         "import contextlib, sys\n"
         "from hecate.launch import local_launcher\n"
         f"local_launcher.forking = lambda *_: contextlib.nullcontext((sys.executable, {str(program)!r}))\n"
-        f"sys.exit(local_launcher.launch_local('stand-in', [{what!r}, {str(folder)!r}], 2))\n"
+        f"sys.exit(local_launcher.launch_local('stand-in', [{what!r}, {str(folder)!r}], 2, first={first!r}))\n"
     )
     (folder / "tmp").mkdir()
     environment = {**os.environ, "TMPDIR": str(folder / "tmp")}
@@ -70,6 +72,20 @@ def started(folder: Path) -> list[int]:
 def test_all_ranks_done_is_success(tmp_path: Path) -> None:
     process = launch(tmp_path, "fine")
     assert process.wait(timeout=60) == 0
+
+
+def test_no_rank_is_started_if_what_comes_first_fails(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    process = launch(tmp_path, "fine", "refuse", str(tmp_path / "alone"))
+    assert process.wait(timeout=60) == 2
+    assert [str(file.relative_to(tmp_path)) for file in tmp_path.rglob("rank-*")] == ["alone/rank-0"]
+
+
+def test_the_ranks_are_started_after_what_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    process = launch(tmp_path, "fine", "fine", str(tmp_path / "alone"))
+    assert process.wait(timeout=60) == 0
+    assert sorted(file.name for file in tmp_path.rglob("rank-*")) == ["rank-0", "rank-0", "rank-1"]
 
 
 def test_a_crash_is_named_and_the_others_are_stopped(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,6 +16,7 @@ from hecate.config import load_config, to_yaml
 from hecate.errors import UserError
 from hecate.forecast import model_check
 from hecate.launch import local_launcher
+from hecate.train import rank_main
 from testing.tiny_run import make_workshop
 from tests.hecate.checkpoint.saving import save, shards_of
 from tests.hecate.forecast.making import write_model
@@ -66,10 +69,49 @@ def test_a_model_with_experts_and_one_without(workshop: Path) -> None:
     assert "the model has no experts, but moe.family is moe_lora" in without
 
 
+OF_MOE = ("moe.family=moe_lora", "moe.num_experts=null", "moe.top_k=null")
+
+
+def test_experts_with_biases(workshop: Path) -> None:
+    write_model(workshop / "biased", "gpt_oss", num_local_experts=2, num_experts_per_tok=1, layer_types=["full_attention"] * 3)
+    said = refused(workshop, f"model.name_or_path={workshop}/biased/model", *OF_MOE, "eval.generate=false")
+    assert "experts.down_proj_bias: experts with biases are not supported" in said
+
+
+def test_a_router_of_another_kind_is_refused_by_the_program_that_runs_before_the_ranks(
+    workshop: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_model(workshop / "glm", "glm4_moe", n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, first_k_dense_replace=0)
+    started: dict[str, Any] = {}
+    monkeypatch.setattr(local_launcher, "launch_local", lambda *_, first, **__: started.update(first=first) or 0)
+    words = [f"{workshop}/config.yaml", "nproc=1", f"output_dir={workshop}/runs/new", *OF_MOE, "eval.generate=false"]
+    glm = f"model.name_or_path={workshop}/glm/model"
+    done = CliRunner().invoke(app, ["train", *words, glm])
+    assert done.exit_code == 0, done.exception
+    with pytest.raises(SystemExit) as ended:
+        rank_main.main(started["first"])
+    assert ended.value.code == 2
+    assert "unsupported architecture: Glm4MoeForCausalLM, model.layers.0.mlp has no router that is known here" in capsys.readouterr().err
+    rank_main.main(["--check", *words, f"model.name_or_path={workshop}/moe/model"])
+
+
+def test_a_template_that_rewrites_earlier_turns(workshop: Path, tmp_path: Path) -> None:
+    shutil.copytree(workshop / "model", tmp_path / "model")
+    template = tmp_path / "model" / "chat_template.jinja"
+    template.write_text("{{ messages | length }}" + template.read_text(encoding="utf-8"), encoding="utf-8")
+    said = refused(workshop, f"model.name_or_path={tmp_path}/model")
+    assert said.startswith(f"{workshop}/up.train.jsonl:1: the chat template cannot be used for training on this conversation: it rewrites")
+
+
+def test_held_out_data_without_a_record(workshop: Path, tmp_path: Path) -> None:
+    for name, text in (("a.jsonl", ""), ("b.json", "[]"), ("c.csv", "text\n")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        assert f"{tmp_path}/{name} is empty: a data file needs at least one sample" in refused(workshop, f"data.eval=[{tmp_path}/{name}]")
+
+
 def test_a_gguf_file_where_a_models_own_experts_are_wanted(workshop: Path) -> None:
     (workshop / "dense.gguf").write_bytes(b"GGUF")
-    of_moe = ("moe.family=moe_lora", "moe.num_experts=null", "moe.top_k=null")
-    said = refused(workshop, f"model.name_or_path={workshop}/dense.gguf", *of_moe)
+    said = refused(workshop, f"model.name_or_path={workshop}/dense.gguf", *OF_MOE)
     assert "dense.gguf: a GGUF file, which moe.family moe_lora does not read\n  give a folder" in said
 
 

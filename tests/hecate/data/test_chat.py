@@ -67,13 +67,6 @@ def test_calls_of_tools_are_learned_and_what_the_tools_are_is_given() -> None:
     assert [text[start:end] for start, end in spans] == ["five<e>"]
 
 
-def test_a_template_that_leaves_tools_or_calls_out_refuses_them(byte_tokenizer: Any) -> None:
-    with pytest.raises(TemplateRefusal, match=r"it writes no calls of tools \(tool_calls\); use a model whose template does"):
-        render(byte_tokenizer, CALLING)
-    with pytest.raises(TemplateRefusal, match="it writes no tools"):
-        render(byte_tokenizer, TALK, tools=[{"name": "add"}])
-
-
 def test_templates_are_given_one_date_for_ever() -> None:
     """So that a data set is the same tomorrow."""
     dated = build_byte_tokenizer(chat_template="{{ date_string }} " + TEMPLATE)

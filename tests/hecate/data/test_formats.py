@@ -20,9 +20,11 @@ def read(tmp_path: Path, records: list[Any], format: str = "auto") -> list[Sampl
     ("record", "messages", "extra"),
     [
         ({"messages": [USER, ASSISTANT], "id": 7}, [USER, ASSISTANT], {"id": 7}),
-        ({"messages": [USER, {**ASSISTANT, "name": "x"}]}, [USER, ASSISTANT], {}),
+        ({"messages": [USER, {**ASSISTANT, "name": "x"}]}, [USER, {**ASSISTANT, "name": "x"}], {}),
         ({"instruction": "u", "output": "a"}, [USER, ASSISTANT], {}),
         ({"instruction": "u", "input": "", "output": "a"}, [USER, ASSISTANT], {}),
+        ({"instruction": "u", "output": "a", "history": [["u", "a"]], "system": "s"}, [SYSTEM, USER, ASSISTANT, USER, ASSISTANT], {}),
+        ({"instruction": "u", "output": "a", "history": ""}, [USER, ASSISTANT], {}),
         (
             {"instruction": "Add", "input": "1 2", "output": "3", "system": "s", "answer": 3},
             [SYSTEM, {"role": "user", "content": "Add\n\n1 2"}, {"role": "assistant", "content": "3"}],
@@ -201,6 +203,11 @@ def test_bad_line_is_a_fault_in_its_place(tmp_path: Path, line: bytes, reason: s
     [
         ({"instruction": "x"}, "alpaca", "output is missing"),
         ({"instruction": "x", "output": 3}, "alpaca", "output is a JSON number"),
+        ({"instruction": "x", "output": "y", "history": ["u", "a"]}, "alpaca", "history must be a list of pairs [instruction, answer]"),
+        ({"prompt": "u", "completion": "a", "label": False}, "prompt_completion", "label is false: the answer is marked as a bad one"),
+        ({"messages": [USER, ASSISTANT], "kto_tag": "False"}, "messages", "kto_tag is false: the answer is marked as a bad one"),
+        ({"prompt": "u", "completion": "a", "rejected": "b"}, "auto", "the record has the key 'rejected'"),
+        ({"messages": [USER, {**ASSISTANT, "train": False}]}, "auto", "messages[1].train is not supported"),
         ({"conversations": [{"from": "bing", "value": "x"}]}, "sharegpt", "from is 'bing'"),
         ({"conversations": [{"from": "gpt"}]}, "sharegpt", "value is missing"),
         ({"text": True}, "text", "text is a JSON boolean"),
@@ -231,8 +238,6 @@ def test_unusable_files_are_user_errors(tmp_path: Path) -> None:
         read(tmp_path, [{"title": "t", "body": "b"}])
     with pytest.raises(UserError, match=r"or say which keys they are: \{path: \.\.\., fields: \{prompt: Frage, completion: Antwort"):
         read(tmp_path, [{"Frage": "t", "Antwort": "b"}])
-    with pytest.raises(UserError, match=r"preference data .*\n.*fields: \{completion: chosen\}"):
-        read(tmp_path, [{"prompt": "t", "chosen": "b", "rejected": "c"}])
     with pytest.raises(UserError, match="is empty"):
         read(tmp_path, [])
     with pytest.raises(UserError, match=r"nowhere.jsonl cannot be read: No such file"):
