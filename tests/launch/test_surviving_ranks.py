@@ -267,7 +267,7 @@ def test_the_mistake_of_a_rank_that_was_to_join_is_shown_and_not_tried_again(tmp
     assert len(run.machines.started) == 3
 
 
-@pytest.mark.parametrize(("status", "words"), [(3, "ended with status 3"), (-9, "was killed by SIGKILL"), (-35, "was killed by signal 35")])
+@pytest.mark.parametrize(("status", "words"), [(7, "ended with status 7"), (-9, "was killed by SIGKILL"), (-35, "was killed by signal 35")])
 def test_how_a_process_ended(status: int, words: str) -> None:
     assert cause_of(status) == words
 
