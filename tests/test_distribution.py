@@ -31,6 +31,13 @@ PAGES = [
 ]
 
 
+def test_every_file_of_configs_is_package_data() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]["hecate.configs"]
+    taken = {path for pattern in patterns for path in (ROOT / "configs").glob(pattern)}
+    assert taken == {path for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    assert {path.suffix for path in taken} == {".yaml", ".jinja"}
+
+
 def test_another_project_has_the_name_hecate_on_the_package_index() -> None:
     assert PROJECT["name"] == "hecate-moe"
     assert PROJECT["scripts"] == {"hecate": "hecate.cli:main"}

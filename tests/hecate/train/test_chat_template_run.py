@@ -32,7 +32,7 @@ FAMILIES = {
     "linears": (LINEARS, "adapter", ()),
     "lora": ((*LINEARS, "moe.num_experts=1", "moe.top_k=1"), "adapter", ("peft", "merged")),
     "moe_lora": (("moe.family=moe_lora", "moe.num_experts=null", "moe.top_k=null"), "adapter", ("peft", "per-expert", "merged")),
-    "full": (("moe.family=full", "lora=null"), "model", ()),
+    "full": (("moe.family=full",), "model", ()),
 }
 """settings, the folder that a run leaves, and the forms that it is exported to"""
 QWEN3 = (Path(__file__).parent.parent / "data/chat_templates/qwen3.jinja").read_text(encoding="utf-8")
