@@ -58,12 +58,13 @@ def measure(*, quick: bool = False) -> tuple[list[dict[str, Any]], dict[str, flo
         AssertionError: the layer's output or a gradient is wrong, or a rank failed.
         OSError: the link cannot be created.
     """
-    policies, budget = (("static_ep", "full", "hecate_paper", "auto"), QUICK) if quick else (tuple(POLICIES), ENOUGH)
+    policies = ("static_ep", "full", "hecate_paper", "auto") if quick else tuple(POLICIES)
+    budget, table = (QUICK, QUICK) if quick else (ENOUGH, TABLE)
     rows: list[dict[str, Any]] = []
     for setting, node_of_rank in SETTINGS.items():
         with slow_link(RATE) as names:
             namespaces = [names[node] for node in node_of_rank]
-            arguments_ = (node_of_rank, Shape(), policies, budget)
+            arguments_ = (node_of_rank, Shape(), policies, budget, table)
             of_ranks = run_ranks(len(node_of_rank), bench_rank, *arguments_, timeout=3600, namespaces=namespaces)
         rows += [{"setting": setting, **row} for row in of_ranks[0]]
     return rows, summarize(rows, budget)
@@ -95,7 +96,7 @@ def summarize(rows: list[dict[str, Any]], budget: Budget) -> dict[str, float | R
 
 
 def bench_rank(
-    rank: int, world: int, node_of_rank: tuple[int, ...], shape: Shape, policies: tuple[str, ...], budget: Budget
+    rank: int, world: int, node_of_rank: tuple[int, ...], shape: Shape, policies: tuple[str, ...], budget: Budget, table: Budget
 ) -> list[dict[str, Any]]:
     default = dist.group.WORLD
     assert default is not None
@@ -120,7 +121,7 @@ def bench_rank(
         }
         clocks = {policy: SlowestRank(prepare) for policy, prepare in steps.items()}
         take_turns(clocks, [PER_CHOICE, "static_ep", "auto", "full"], [("auto", rival) for rival in RIVALS], budget)
-        take_turns(clocks, [policy for policy in policies if policy not in ("auto", *RIVALS)], [], min(TABLE, budget, key=_rounds))
+        take_turns(clocks, [policy for policy in policies if policy not in ("auto", *RIVALS)], [], table)
         rows += [
             {
                 "routing": routing,
@@ -179,10 +180,6 @@ class TimedPolicy:
             "replicas": int(self._engine.shards.placements[Unit(0)].where_ED.sum()) - shape.experts,
             "imbalance": self._engine.shards.plans.imbalance(self._loads),
         }
-
-
-def _rounds(budget: Budget) -> int:
-    return budget.rounds
 
 
 def measured_topology(ranks: Ranks, node_of_rank: tuple[int, ...]) -> Topology:
