@@ -33,7 +33,7 @@ IGNORED = -100  # the target of a position that adds nothing to the loss
 
 BAD_SAMPLE_POLICIES = ("skip_long", "error", "skip", "truncate")
 
-_NOTHING = (None, "", [], {})  # values of keys that hold nothing
+_NOTHING: tuple[Any, ...] = (None, "", [], {})  # values of keys that hold nothing
 
 _NAMES, _LONGEST_NAME = 8, 40  # of keys, in a line about them
 

@@ -90,7 +90,7 @@ def _sharegpt_message(turn: dict[str, Any], where: str) -> Message:
         raise BadRecord(f"{where}.from is {speaker!r}: it must be one of {', '.join(SHAREGPT_ROLES)}")
     message: Message = {"role": SHAREGPT_ROLES[speaker], "content": value}
     if speaker == "function_call":
-        calls = _parsed(value, f"{where}.value")
+        calls = _parsed(value, f"{where}.value is")
         message |= {"content": "", "tool_calls": _tool_calls(calls if isinstance(calls, list) else [calls], f"{where}.value")}
     return message | _others(turn, "from", "value", *message)
 

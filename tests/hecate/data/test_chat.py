@@ -9,13 +9,7 @@ import pytest
 from hecate.data.chat import TemplateRefusal, render, render_prompt, require_chat_template
 from hecate.errors import UserError
 from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
-
-TALK = [
-    {"role": "user", "content": "2?"},
-    {"role": "assistant", "content": " two\n"},
-    {"role": "user", "content": "3?"},
-    {"role": "assistant", "content": "three"},
-]
+from tests.hecate.data.talks import CALLING, TALK, TOOLS
 
 
 def test_a_turn_of_the_assistant_is_its_content_and_its_end_mark(byte_tokenizer: Any) -> None:
@@ -40,21 +34,6 @@ def test_a_template_that_rewrites_earlier_turns_is_named_with_the_message() -> N
     render(last_only, TALK[:2])
     with pytest.raises(TemplateRefusal, match=r"^it rewrites earlier turns.* up to message 2 is not a prefix"):
         render(last_only, TALK)
-
-
-TOOLS = (
-    "{% for tool in tools or [] %}[{{ tool.name }}]{% endfor %}"
-    "{% for message in messages %}<s>{{ message.role }}\n{{ message.content }}"
-    "{% for call in message.tool_calls or [] %}({{ call.function.name }} {{ call.function.arguments | tojson }}){% endfor %}"
-    "<e>\n{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-CALLING = [
-    {"role": "user", "content": "2 + 3?"},
-    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2, "b": 3}}}]},
-    {"role": "tool", "content": "5"},
-    {"role": "assistant", "content": "five"},
-]
 
 
 def test_calls_of_tools_are_learned_and_what_the_tools_are_is_given() -> None:

@@ -12,11 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.config.schema import FieldNames
+from hecate.data.format_hints import in_words
 from hecate.data.formats import Fault, Sample, read_samples
+from hecate.data.turns import BadRecord, sharegpt_messages
 from hecate.errors import UserError
 from hecate.io.strict_yaml import parse_yaml
 from tests.hecate.data.files import write_jsonl
-from tests.hecate.data.test_formats import ASSISTANT, USER
+from tests.hecate.data.talks import ASSISTANT, USER
 
 TURNS = [{"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
 
@@ -149,10 +151,13 @@ def test_llama_factorys_calls_are_tool_calls(tmp_path: Path) -> None:
         {"role": "tool", "content": "1"},
         ASSISTANT,
     )
-    turns[1]["value"] = "add(1)"
-    (fault,) = read_samples(write_jsonl(tmp_path / "data.jsonl", [{"conversations": turns}]))
-    assert not isinstance(fault, Sample)
-    assert fault.reason.startswith("conversations[1].value not valid JSON")
+    with pytest.raises(BadRecord, match=r"^conversations\[1\]\.value is not valid JSON"):
+        sharegpt_messages([turns[0], turns[1] | {"value": "add(1)"}], "conversations")
+
+
+def test_names_are_spelled_as_yaml_reads_them() -> None:
+    for name in ("a b (c)", "a: b", "true", "1", "#", "it's", '"', " a"):
+        assert fields_of(in_words({"prompt": name})) == {"prompt": name}
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])

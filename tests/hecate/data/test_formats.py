@@ -8,8 +8,7 @@ from hecate.config.schema import FieldNames
 from hecate.data.formats import Fault, Sample, read_samples
 from hecate.errors import UserError
 from tests.hecate.data.files import write_jsonl
-
-USER, ASSISTANT, SYSTEM = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
+from tests.hecate.data.talks import ASSISTANT, SYSTEM, USER
 
 
 def read(tmp_path: Path, records: list[Any], format: str = "auto") -> list[Sample | Fault]:

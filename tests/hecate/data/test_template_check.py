@@ -15,7 +15,7 @@ from hecate.data.template_check import check_template, template_of
 from hecate.errors import UserError
 from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
 from tests.hecate.data.files import chat, write_jsonl
-from tests.hecate.data.test_chat import CALLING, TALK, TOOLS
+from tests.hecate.data.talks import CALLING, TALK, TOOLS
 
 REWRITING = "{{ '!' if messages | length > 2 else '' }}" + TEMPLATE
 

@@ -12,7 +12,7 @@ from hecate.data.written import Unwritten, require_learned, unwritten
 from hecate.errors import UserError
 from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
 from tests.hecate.data.files import chat, encode_records
-from tests.hecate.data.test_chat import CALLING, TALK, TOOLS
+from tests.hecate.data.talks import CALLING, TALK, TOOLS
 
 
 def writing(content: str) -> str:
