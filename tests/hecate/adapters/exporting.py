@@ -28,6 +28,8 @@ from tests.plain_moe_lora import peft_model, save_tiny
 LIMIT: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
 IDS = torch.arange(40, 70)[None]
 RANK, EXPERTS = 4, 3
+_EXPERTS = 5
+"""of the MoE models"""
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _VOCABULARY: dict[str, Any] = {"vocab_size": 258, "eos_token_id": 257, "bos_token_id": 256, "pad_token_id": 257}
 
@@ -99,6 +101,24 @@ def save_peft(folder: Path, model: Path, modules: list[str], *, experts: bool = 
             parameter.data.normal_(0, 0.3, generator=random)
     adapted.save_pretrained(folder)
     return folder, logits_of(adapted)
+
+
+def save_stacked(folder: Path, adapter: Path, *, first: bool) -> Path:
+    """PEFT's adapter with its tensors in three axes; `first`: experts are the first axis of B."""
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    for layer in range(2):
+        path = f"base_model.model.model.layers.{layer}.mlp.experts"
+        for old, part in (("base_layer.", "gate_up_proj."), ("", "down_proj.")):
+            a, b = tensors.pop(f"{path}.{old}lora_A.weight"), tensors.pop(f"{path}.{old}lora_B.weight")
+            b_OrE = b.view(len(b), RANK, _EXPERTS)
+            tensors[f"{path}.{part}lora_A.weight"] = a.view(_EXPERTS, RANK, -1).contiguous()
+            tensors[f"{path}.{part}lora_B.weight"] = (b_OrE.permute(2, 0, 1) if first else b_OrE).contiguous()
+    value = json.loads((adapter / "adapter_config.json").read_text())
+    value |= {"target_parameters": None, "target_modules": ["q_proj", "gate_up_proj", "down_proj"]}
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(value))
+    return folder
 
 
 def logits_of(model: Any) -> Tensor:

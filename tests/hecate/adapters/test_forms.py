@@ -24,10 +24,10 @@ from tests.hecate.adapters.exporting import (
     save_mixlora,
     save_moe,
     save_peft,
+    save_stacked,
     with_router,
 )
 from tests.hecate.adapters.making import linear_config_of
-from tests.hecate.adapters.test_stacked_experts import save_stacked
 
 
 def test_what_a_form_cannot_hold_of_a_lora_is_refused(tmp_path: Path) -> None:

@@ -7,34 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hecate.adapters.forms import read_any
 from hecate.adapters.lora_folder import is_lora_adapter
 from hecate.adapters.stacked_experts import unstack_experts
 from hecate.errors import UserError
-from tests.hecate.adapters.exporting import LIMIT, RANK, damaged, export, hecate_logits, save_moe, save_peft
+from tests.hecate.adapters.exporting import LIMIT, RANK, damaged, export, hecate_logits, save_moe, save_peft, save_stacked
 
 A, B = "lora_A.weight", "lora_B.weight"
 EXPERTS = 5
-
-
-def save_stacked(folder: Path, adapter: Path, *, first: bool) -> Path:
-    """PEFT's adapter with its tensors in three axes; `first`: experts are the first axis of B."""
-    tensors = load_file(adapter / "adapter_model.safetensors")
-    for layer in range(2):
-        path = f"base_model.model.model.layers.{layer}.mlp.experts"
-        for old, part in (("base_layer.", "gate_up_proj."), ("", "down_proj.")):
-            a, b = tensors.pop(f"{path}.{old}{A}"), tensors.pop(f"{path}.{old}{B}")
-            b_OrE = b.view(len(b), RANK, EXPERTS)
-            tensors[f"{path}.{part}{A}"] = a.view(EXPERTS, RANK, -1).contiguous()
-            tensors[f"{path}.{part}{B}"] = (b_OrE.permute(2, 0, 1) if first else b_OrE).contiguous()
-    value = json.loads((adapter / "adapter_config.json").read_text())
-    value |= {"target_parameters": None, "target_modules": ["q_proj", "gate_up_proj", "down_proj"]}
-    folder.mkdir()
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(value))
-    return folder
 
 
 @pytest.mark.parametrize("first", [False, True])

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hecate.adapters.forms import read_any
+from hecate.adapters.unsloth import rank_major
 from hecate.errors import UserError
 from tests.hecate.adapters.exporting import LIMIT, RANK, export, hecate_logits, logits_of, save_moe, save_peft, transformers_logits
 
@@ -127,3 +128,11 @@ def test_a_lora_of_linears_has_no_such_order(tmp_path: Path, caplog: pytest.LogC
     config.write_text(json.dumps({**json.loads(config.read_text()), "auto_mapping": FIXED}))
     torch.testing.assert_close(hecate_logits(adapter), wanted, **LIMIT)
     assert "unsloth" not in caplog.text
+
+
+def test_columns_that_are_grouped_by_experts_go_to_the_places_of_peft() -> None:
+    grouped = torch.arange(2 * 3 * 4).view(2, 12)  # of 3 experts with 4 columns each
+    moved = rank_major(grouped, 3)
+    for expert in range(3):
+        for column in range(4):
+            assert torch.equal(moved[:, column * 3 + expert], grouped[:, expert * 4 + column])

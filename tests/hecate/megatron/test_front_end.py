@@ -12,10 +12,9 @@ from safetensors import safe_open
 
 from hecate.experts import family as family_module
 from hecate.kernels.backend import Backend, expert_kernels
-from hecate.megatron.front_end import computed_dtype
 from hecate.train.evaluate import evaluate
 from hecate.train.training import Training
-from tests.hecate.megatron.making import config_of, ranks_of, write_parts
+from tests.hecate.megatron.making import config_of, ranks_of, require_megatron, write_parts
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 BFLOAT16 = "model.dtype=bfloat16"
@@ -127,6 +126,9 @@ def test_gradients_of_megatrons_experts_are_added_up_in_float32(folder: Path, mo
 
 
 def test_the_type_is_float32_on_every_cpu_and_bfloat16_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    require_megatron()
+    from hecate.megatron.front_end import computed_dtype
+
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
