@@ -206,8 +206,6 @@ def _check_separate(values: Mapping[str, Any], add: Add) -> None:
 
 
 def _check_evaluation(values: Mapping[str, Any], add: Add) -> None:
-    if values.get("eval.max_samples_on_start") is not None and values.get("eval.on_start") is False:
-        add("eval.max_samples_on_start", "bounds the evaluation before the first step, which is not asked for", "set eval.on_start: true")
     if values.get("data.eval", True):
         return
     if values.get("eval.generate"):

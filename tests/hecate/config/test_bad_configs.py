@@ -192,7 +192,6 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ),
     ({"eval": "{generate: true}"}, "eval.generate", "needs data.eval"),
     ({"eval_steps": "5"}, "eval_steps", "needs data.eval"),
-    ({"eval": "{max_samples_on_start: 5}"}, "eval.max_samples_on_start", "before the first step, which is not asked for"),
     ({"lora": "{target_modules: []}"}, "lora.target_modules", "at least one module"),
     ({"lora": "{target_modules: [q_proj, q_proj]}"}, "lora.target_modules[1]", "q_proj is listed twice"),
     ({"lora": "{target_modules: ['.*_proj']}"}, "lora.target_modules[0]", "must be a module's name"),
