@@ -106,6 +106,9 @@ def _cache(entry: Callable[..., Any], name: str, folder: Path, *, compiles: Call
     class Cache(FunctionCache):
         _impl_class = Implementation
 
+        def _index_key(self, sig: Any, codegen: Any) -> Any:
+            return sig, codegen.magic_tuple()  # the types and the processor; numba adds the code, and with it paths
+
         def load_overload(self, sig: Any, target_context: Any) -> Any:
             try:
                 found = super().load_overload(sig, target_context)
