@@ -21,12 +21,14 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.registry import cpu_target
 from numba.extending import register_jitable
 
-from hecate.parallel.jit import NoMachineCode
-
 _OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True}
 """no C program calls these functions"""
 _WRAPPER = "_ZN7cpython"
 """how the name of a function begins by which Python calls another one"""
+
+
+class NoMachineCode(Exception):
+    """A file of machine code is not there, or damaged."""
 
 
 def register_loop(function: Callable[..., Any]) -> None:
