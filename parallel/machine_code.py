@@ -21,7 +21,7 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.registry import cpu_target
 from numba.extending import register_jitable
 
-_OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True}
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True}
 """no C program calls these functions"""
 _WRAPPER = "_ZN7cpython"
 """how the name of a function begins by which Python calls another one"""
@@ -103,7 +103,7 @@ def _cache(entry: Callable[..., Any], name: str, folder: Path, *, compiles: Call
             return name
 
     class Implementation(CompileResultCacheImpl):
-        _locator_classes = [Locator]  # noqa: RUF012 - as numba declares it
+        _locator_classes: Any = [Locator]
 
     class Cache(FunctionCache):
         _impl_class = Implementation
