@@ -103,7 +103,7 @@ def _cache(entry: Callable[..., Any], name: str, folder: Path, *, compiles: Call
             return name
 
     class Implementation(CompileResultCacheImpl):
-        _locator_classes: Any = [Locator]
+        _locator_classes: Any = (Locator,)
 
     class Cache(FunctionCache):
         _impl_class = Implementation
