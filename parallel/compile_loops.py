@@ -34,5 +34,5 @@ def compile_all() -> None:
 
 
 if __name__ == "__main__":
-    gc.disable()  # a sixth of the time, for some hundred MB: numba makes much and throws away little
+    gc.disable()  # saves a sixth of the time; the process takes 0.8 GB: numba makes much and throws away little
     compile_all()

@@ -51,10 +51,6 @@ State = Literal["unknown", "plain", "compiling", "ready"]
 """unknown: there is no machine code yet. plain: there will be none in this process. compiling: somebody is making it"""
 
 
-class NoMachineCode(Exception):
-    """A file of machine code is not there, or damaged."""
-
-
 class _Process:
     """What this process has found out about the machine code, and the seconds that it did without."""
 
@@ -94,6 +90,8 @@ class Entry(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if have_machine_code():
+            from hecate.parallel.machine_code import NoMachineCode
+
             try:
                 return self.machine_code(*args, **kwargs)
             except NoMachineCode:
@@ -289,7 +287,7 @@ def _dispatcher(function: Callable[..., Any]) -> Any:
 
     folder = _folder()
     if folder is None:
-        raise NoMachineCode
+        raise machine_code.NoMachineCode
     while _loops:
         machine_code.register_loop(_loops.pop())
     return machine_code.dispatcher(function, folder, compiles=lambda: _process.compiles)

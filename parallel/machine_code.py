@@ -21,12 +21,14 @@ from numba.core.codegen import JITCodeLibrary
 from numba.core.registry import cpu_target
 from numba.extending import register_jitable
 
-from hecate.parallel.jit import NoMachineCode
-
-_OPTIONS = {"error_model": "numpy", "no_cfunc_wrapper": True}
+_OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True}
 """no C program calls these functions"""
 _WRAPPER = "_ZN7cpython"
 """how the name of a function begins by which Python calls another one"""
+
+
+class NoMachineCode(Exception):
+    """A file of machine code is not there, or damaged."""
 
 
 def register_loop(function: Callable[..., Any]) -> None:
@@ -101,10 +103,13 @@ def _cache(entry: Callable[..., Any], name: str, folder: Path, *, compiles: Call
             return name
 
     class Implementation(CompileResultCacheImpl):
-        _locator_classes = [Locator]  # noqa: RUF012 - as numba declares it
+        _locator_classes: Any = (Locator,)
 
     class Cache(FunctionCache):
         _impl_class = Implementation
+
+        def _index_key(self, sig: Any, codegen: Any) -> Any:
+            return sig, codegen.magic_tuple()  # the types and the processor; numba adds the code, and with it paths
 
         def load_overload(self, sig: Any, target_context: Any) -> Any:
             try:

@@ -128,7 +128,8 @@ def _equal_layers(*inputs_L: np.ndarray) -> tuple[list[int], list[int]]:
     Layers with one expert all have the same loads, and there may be hundreds of them: each plan is made once.
     """
     places: dict[tuple[bytes, ...], int] = {}
-    firsts, like_L = [], []
+    firsts: list[int] = []
+    like_L: list[int] = []
     for layer, inputs in enumerate(zip(*inputs_L, strict=True)):
         like_L.append(places.setdefault(tuple(part.tobytes() for part in inputs), len(places)))
         if like_L[-1] == len(firsts):
