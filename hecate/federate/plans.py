@@ -55,8 +55,13 @@ class RoundFolder:
 
     @property
     def union(self) -> Path:
-        """The aggregate."""
+        """The aggregate: all that the server has."""
         return self.path / "union"
+
+    @property
+    def shown(self) -> Path:
+        """With rounds.codec.down below 1: what of the aggregate goes down."""
+        return self.path / "shown"
 
     @property
     def base(self) -> Path:
@@ -66,6 +71,12 @@ class RoundFolder:
 
 def round_folder(config: Config, number: int) -> RoundFolder:
     return RoundFolder(Path(config.output_dir).absolute() / f"round-{number}")
+
+
+def result_of(config: Config, number: int) -> Path:
+    """Return the folder of a round's result: what of the aggregate goes down, which clients go on with, as FLASC (2406.05233) has it."""
+    folder = round_folder(config, number)
+    return folder.shown if config.rounds.codec.down < 1 else folder.union
 
 
 def begins_anew(config: Config) -> bool:

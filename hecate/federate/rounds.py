@@ -2,7 +2,7 @@
 
     per round    message down -> clients train -> message up -> aggregate -> held-out losses -> a line of rounds.jsonl
 
-    round-2/     messages/NAME.down, .up   plans/   begin/NAME   runs/NAME or runs/together   received/NAME   union   held_out.json
+    round-2/     messages/NAME.down, .up   plans/   begin/NAME   runs/NAME or runs/together   received/NAME   union, shown   held_out.json
 
 A run that was stopped goes on in the round, and in the training, in which it was. What takes no time is done again, to the same files.
 """
@@ -24,6 +24,7 @@ from hecate.errors import UserError
 from hecate.federate.base import shape_of
 from hecate.federate.checks import client_weights, keep_recipe, samples_of
 from hecate.federate.client import ClientPlan
+from hecate.federate.codec import decode, encode
 from hecate.federate.held_out import held_out_figures
 from hecate.federate.plans import (
     PROGRAM,
@@ -33,6 +34,7 @@ from hecate.federate.plans import (
     described_of,
     process_plan,
     processes_of,
+    result_of,
     round_folder,
     sweep_of,
     taking_part,
@@ -42,7 +44,7 @@ from hecate.federate.records import UNION, RoundRecord, add_record, line_of, rea
 from hecate.federate.server import adapter_set, aggregated, received, stepped, sum_of_rounds, whole_error, write_pairs
 from hecate.federate.server_optimizer import save_server
 from hecate.federate.standing import SERVER_STATE, ServerStanding, send_down, size_of, stacked_rank, standing_before
-from hecate.federate.vectors import Pairs, VectorShape, pairs_of
+from hecate.federate.vectors import Pairs, VectorShape, flat, pairs_of, read_pairs
 from hecate.io.durable import new_folder, replace_file
 from hecate.io.json_records import to_json_values
 from hecate.io.strict_json import dump_json
@@ -181,6 +183,11 @@ def _aggregate(
         state = stepped(standing.state, adapters, standing.shape, parts, rounds)
         save_server(folder.path / SERVER_STATE, state)
         write_pairs(folder.union, pairs_of(state.vector, standing.shape), standing.shape, described)
+    if rounds.codec.down < 1:
+        shutil.rmtree(folder.shown, ignore_errors=True)
+        whole = flat(read_pairs(folder.union, standing.shape), standing.shape)
+        shown = decode(encode(whole, rounds.codec.down), standing.shape.numel)
+        write_pairs(folder.shown, pairs_of(shown, standing.shape), standing.shape, described)
     return _Aggregate(error, error if rounds.aggregate == "average" else whole_error(average(sets, parts, inexact=True)))
 
 
@@ -188,21 +195,21 @@ def _held_out(config: Config, number: int, names: Sequence[str]) -> dict[str, di
     if not config.data.eval:
         return {}
     folder = round_folder(config, number)
-    return held_out_figures(config, number, {UNION: folder.union} | {name: folder.received / name for name in names})
+    return held_out_figures(config, number, {UNION: result_of(config, number)} | {name: folder.received / name for name in names})
 
 
 def _write_result(config: Config, shape: VectorShape, done: Sequence[RoundRecord]) -> Path:
     """Write the adapter that the rounds leave: the last result, or the terms of all, where each was merged into the base."""
-    folder, unions = Path(config.output_dir) / "adapter", [round_folder(config, record.round).union for record in done]
+    folder, results = Path(config.output_dir) / "adapter", [result_of(config, record.round) for record in done]
     for one in (folder, *folder.parent.glob(f"{folder.name}.tmp-*")):  # those of a process that was killed
         shutil.rmtree(one, ignore_errors=True)
     if begins_anew(config):
         ranks = [stacked_rank(config, record) for record in done]
-        write_set(sum_of_rounds(unions, shape, ranks, described_of(config, 1)), folder)
+        write_set(sum_of_rounds(results, shape, ranks, described_of(config, 1)), folder)
     else:
         try:
             with new_folder(folder) as staging:
-                shutil.copytree(unions[-1], staging, dirs_exist_ok=True)
+                shutil.copytree(results[-1], staging, dirs_exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}\n  resume=true tries it again") from error
     return folder

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hecate.adapters.sets.sums import kept_numbers
 from hecate.federate.codec import HEADER_BYTES, decode
 from hecate.federate.records import RoundRecord, read_records
+from hecate.federate.server_optimizer import load_server
+from hecate.federate.standing import SERVER_STATE
 from hecate.train.privacy_accountant import privacy_spent
 from testing.tiny_run import make_workshop
 from tests.hecate.train.command_line import run
@@ -54,7 +57,12 @@ def test_cellm_moves_a_tenth_of_the_numbers_and_says_how_many_bytes_that_is(work
     assert not decode(down["round-1/up"], numel).any()
     assert decode(down["round-2/up"], numel).count_nonzero() == kept
     assert down["round-1/up"] == down["round-1/echo"] != down["round-2/up"]
-    assert (out / "adapter" / "adapter_model.safetensors").exists()
+    server = load_server(out / "round-2" / SERVER_STATE).vector
+    assert server.count_nonzero() > kept
+    adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+    left = torch.cat([adapter[name].flatten() for name in sorted(adapter) if "lora_B" in name])
+    assert left.count_nonzero() == kept
+    assert torch.equal(left[left != 0].abs().sort().values, server.abs().topk(kept).values.sort().values)
 
 
 def test_private_clients_send_the_same_together_and_apart(workshop: Path) -> None:
