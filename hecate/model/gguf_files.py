@@ -36,10 +36,10 @@ def one_gguf_reader() -> Iterator[None]:
             setattr(owner, name, original)
 
 
-def _once_from_arrays(reader: type) -> Any:
+def _once_from_arrays(reader: Any) -> Any:
     import numpy as np
 
-    class ArrayReader(reader):  # type: ignore[misc]
+    class ArrayReader(reader):
         @property
         def data(self) -> Any:
             return self._array
