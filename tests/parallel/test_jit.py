@@ -133,6 +133,15 @@ print(jit.code_folder())
 """
 
 
+def test_a_compiler_goes_on_where_another_one_was_stopped(tmp_path: Path) -> None:
+    """An entry was compiled, but not all of them: a second compiler loads it."""
+    run("jit.compile_and_wait()", tmp_path)
+    (mark,) = tmp_path.glob("loops-*/*.ready")
+    mark.unlink()
+    run("assert jit.compile_and_wait() == 'ready' and len(said) == 2, said", tmp_path)
+    run(USES_WHAT_IS_THERE, tmp_path)
+
+
 def test_copies_of_the_sources_share_machine_code(tmp_path: Path) -> None:
     """Two copies at two paths with other times of change: what one has compiled, the other one finds. Another source finds nothing."""
     roots = []
