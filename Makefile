@@ -41,7 +41,7 @@ $(STAMP): $(FIRST)
 	touch $(STAMP)
 
 quickstart: install-quickstart
-	@$(BIN)/hecate make-tasks data/quickstart --tasks chain_sum,gcd,letter_counting,count_bits,number_sorting --train-size 2000 --eval-size 50
+	@$(BIN)/hecate make-tasks data/quickstart --tasks chain_sum,gcd,letter_counting,count_bits,number_sorting --train-size 2000 --eval-size 40
 	@rm -rf runs/quickstart
 	$(BIN)/hecate train configs/quickstart.yaml
 	@test -d runs/quickstart/adapter || { echo 'The run stopped before its end; the line above says how to resume it.'; exit 1; }

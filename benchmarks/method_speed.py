@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.method_cases import METHODS, TASKS, Method
 from benchmarks.ratios import Budget, of_times, until_narrow
 from benchmarks.report import arguments, finish
-from benchmarks.whole_run import ROOT, train
+from benchmarks.whole_run import FIVE_TASKS, train
 from hecate.data.synthetic_tasks import write_tasks
 
 BESIDE = "lora_r8"
@@ -45,7 +45,7 @@ def step_seconds(method: Method, steps: int, output: Path, folder: Path) -> floa
         SystemExit: the training has failed.
     """
     given = {**SETTINGS, "max_steps": steps, "output_dir": output, **method.settings}
-    taken = train(ROOT / "configs" / "quickstart.yaml", given, folder).of_kind("step")[2:]
+    taken = train(FIVE_TASKS, given, folder).of_kind("step")[2:]
     return quantiles([step["step_seconds"] for step in taken], n=4)[0]
 
 

@@ -76,7 +76,7 @@ def train(method: Method, seed: int, size: Size, folder: Path) -> Run:
         "eval.max_samples": size.eval_samples,
         **method.settings,
     }
-    run = whole_run.train(whole_run.ROOT / "configs" / "quickstart.yaml", settings, folder)
+    run = whole_run.train(whole_run.FIVE_TASKS, settings, folder)
     steps, scores = run.of_kind("step"), run.of_kind("eval")[-1]["sources"]
     return Run(
         method=method.name,

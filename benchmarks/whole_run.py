@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+FIVE_TASKS = ROOT / "benchmarks" / "five_tasks.yaml"
+"""the configuration of which benchmarks of systems change some settings"""
 
 
 @dataclass(frozen=True)

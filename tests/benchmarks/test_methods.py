@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.method_cases import GOALS, LONG, LOSS, METHODS, SEEDS, SHORT, Goal, Run
-from benchmarks.method_speed import BESIDE, NAMES, rows_of
 from benchmarks.methods import by_method, load_spread, wanted
+from benchmarks.whole_run import FIVE_TASKS
 from hecate.config import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -76,10 +76,10 @@ def test_a_recipe_under_a_system_s_name_is_what_is_measured(name: str) -> None:
     """But for data, for where results go, and for the balance loss, which one pair has none of."""
     settings = next(method.settings for method in METHODS if method.name == name)
     recipe, measured = (
-        load_config(CONFIGS / where, overrides, claim_output=False, inputs=False)
+        load_config(where, overrides, claim_output=False, inputs=False)
         for where, overrides in (
-            (f"recipes/{name}.yaml", []),
-            ("quickstart.yaml", [f"{key}={value}" for key, value in settings.items()]),
+            (CONFIGS / "recipes" / f"{name}.yaml", []),
+            (FIVE_TASKS, [f"{key}={value}" for key, value in settings.items()]),
         )
     )
     own = {"data": measured.data, "output_dir": measured.output_dir, "eval": measured.eval}
@@ -91,11 +91,3 @@ def test_a_recording_has_each_system_with_each_seed_once_and_reads_what_it_wrote
     runs = [(method.name, seed, size.steps) for method, seed, size in wanted([], quick=False)]
     assert len(set(runs)) == len(runs) == len(SEEDS) * sum(len(method.steps) for method in METHODS)
     assert Run(**asdict(run_of("mos", 1, 1.0))).exact == 0.75
-
-
-def test_a_step_is_the_first_quartile_of_all_turns_over_that_of_lora() -> None:
-    """LoRA's quartile lies a quarter of the way from 2 to 4 s; the other system's steps are twice as long."""
-    rows = rows_of({BESIDE: [4.0, 2.0, 9.0, 5.0], "allora": [8.0, 4.0, 18.0, 10.0]})
-    assert [row["step_seconds"] for row in rows] == [2.5, 5.0]
-    assert [row[f"of_{BESIDE}"] for row in rows] == [1.0, 2.0]
-    assert set(NAMES) <= {method.name for method in METHODS}
