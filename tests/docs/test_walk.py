@@ -80,9 +80,20 @@ def page_of(command: CommandLine) -> str:
     return command.place.partition(":")[0]
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """What the reader has: models, conversations, texts, questions."""
+def blocks(found: list[CommandLine]) -> list[list[CommandLine]]:
+    """Commands on lines that follow each other belong together."""
+    together: list[list[CommandLine]] = []
+    for command in found:
+        page, _, line = command.place.partition(":")
+        if together and together[-1][-1].place == f"{page}:{int(line) - 1}":
+            together[-1].append(command)
+        else:
+            together.append([command])
+    return together
+
+
+def what_the_reader_has(tmp_path: Path) -> Path:
+    """A folder with models, conversations, texts, questions."""
     for name, (kind, more) in MODELS.items():
         tokenizer = build_byte_tokenizer()
         torch.manual_seed(0)
@@ -99,6 +110,19 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "first.yaml").write_text(config + "".join(f"{one.replace('=', ': ')}\n" for one in SMALL if "." not in one))
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     return tmp_path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return what_the_reader_has(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def walked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder in which the commands of all pages of the story are run, one block after another."""
+    folder = what_the_reader_has(tmp_path_factory.mktemp("story"))
+    assert not (told := problem(CommandLine("", OVER_LLAMA, False), folder)), told
+    return folder
 
 
 def problem(command: CommandLine, folder: Path) -> str:
@@ -141,15 +165,19 @@ def test_every_command_is_run_or_has_a_reason() -> None:
     assert not left
 
 
-@pytest.mark.timeout(1800)
-def test_a_reader_walks_through_the_pages(folder: Path) -> None:
-    problems = [problem(command, folder) for command in (CommandLine("", OVER_LLAMA, False), *commands(STORY))]
+@pytest.mark.parametrize("block", blocks(commands(STORY)), ids=lambda block: block[0].place)
+def test_a_reader_walks_through_the_pages(block: list[CommandLine], walked: Path) -> None:
+    """Blocks need what those before them have left."""
+    problems = [problem(command, walked) for command in block]
     assert not any(problems), "\n\n".join(filter(None, problems))
-    assert len((folder / "answers.jsonl").read_text().splitlines()) == 3
-    assert (folder / "runs" / "upcycled" / "model").is_dir()
+
+
+def test_the_walk_has_left_what_the_pages_say(walked: Path) -> None:
+    assert len((walked / "answers.jsonl").read_text().splitlines()) == 3
+    assert (walked / "runs" / "upcycled" / "model").is_dir()
     (block,) = (one for one in all_blocks() if one.page == "docs/moe_lora.md" and one.text.startswith("from peft"))
     program = f"from transformers import AutoModelForCausalLM\nbase = 'models/Qwen3-30B-A3B'\n{block.text}"
-    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", program], cwd=walked, check=True, timeout=300)
 
 
 @pytest.mark.parametrize("command", commands(ALONE), ids=lambda command: command.place)
