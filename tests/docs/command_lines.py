@@ -205,6 +205,8 @@ def _prove_python(arguments: list[str]) -> None:
     file = ROOT / f"{module.replace('.', '/')}.py"
     assert file.is_file(), f"no module {module}"
     text = file.read_text(encoding="utf-8")
+    if "resumable(" in text:  # options that benchmarks share
+        text += (ROOT / "benchmarks" / "report.py").read_text(encoding="utf-8")
     for word in rest:
         assert not word.startswith("-") or f'"{word.partition("=")[0]}"' in text, f"{module} has no option {word}"
 
