@@ -12,8 +12,8 @@ recording's file holds. Where all figures under a heading are from recordings, s
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -297,6 +297,12 @@ def pieces(page: str) -> Pieces:
     return found
 
 
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("pages", nargs="*", default=list(SAID), metavar="PAGE")
+    for page in parser.parse_args().pages:
+        print("\n\n".join([f"# {page}", *pieces(page)]), end="\n\n")
+
+
 if __name__ == "__main__":
-    for one in sys.argv[1:] or SAID:
-        print("\n\n".join([f"# {one}", *pieces(one)]), end="\n\n")
+    main()
