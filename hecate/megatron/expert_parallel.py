@@ -60,7 +60,7 @@ def expert_parallel_spec(current: CurrentPass | None = None) -> ModuleSpec:
     answer_for_cuda()
     call_newest_collectives()
     spec = get_moe_module_spec(use_te=False, num_experts=1, moe_grouped_gemm=False)  # the number is asked for, and not used
-    # A specification in Megatron 0.16, and in 0.19 a function that makes the layer.
+    # A specification up to Megatron 0.17, and from 0.18 on a function that makes the layer.
     submodules = spec.submodules if isinstance(spec, ModuleSpec) else spec.keywords["submodules"]
     submodules.router = functools.partial(RecordingRouter, current=current)
     return ModuleSpec(module=MoELayer, submodules=submodules)

@@ -73,7 +73,9 @@ def _compare(rank: int, world: int, folder: str, policy: str) -> None:
 
     their_logits = theirs(ids, None, None)
     loss_of(their_logits).backward()
-    their_aux = get_moe_layer_wise_logging_tracker().pop(AUX_LOSS)["values"]
+    tracked = get_moe_layer_wise_logging_tracker()[AUX_LOSS]["values"]
+    their_aux = tracked.clone()
+    tracked.zero_()  # the next policy's would be added to it; the mapping may be a copy, so that taking the entry out leaves the sum
     dist.all_reduce(their_aux)
 
     token = torch.arange(ids.numel()) + rank * ids.numel()
