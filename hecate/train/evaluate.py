@@ -141,7 +141,8 @@ def _exact(
         answers = _answers(config, ranks, base, [item for _, item in asked], moe.engine.goes_together, begin)
         for name in names:
             said = [(item, answer) for (of, item), answer in zip(mine, answers, strict=True) if of == name]
-            right = ranks.all_sum(torch.tensor([float(sum(answer == item.answer_text for item, answer in said))])).item()
+            exact = sum(answer == item.answer_text for item, answer in said)
+            right = ranks.all_sum(torch.tensor([float(exact)])).item()
             if questions[name]:
                 shares[name] = right / len(questions[name])
             if heard is not None:
