@@ -152,12 +152,16 @@ def _megatron() -> bytes:
 
 
 _PACKED = gzip.compress(_lines(_RECORDS["messages"] * 4), mtime=0)
-_JSON_MODEL = _writes("tokenizer_config.json", b'{"chat_template": "x", "eos_token": "e"}')
+_TEMPLATE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def _with_data(folder: Path) -> None:
-    _JSON_MODEL(folder)
-    _writes("data.jsonl", _lines(_RECORDS["messages"]))(folder)
+    """Write a tokenizer's settings, and a conversation that their chat template can write."""
+    _writes("tokenizer_config.json", json.dumps({"chat_template": _TEMPLATE, "eos_token": "e"}).encode())(folder)
+    talk = [{"role": role, "content": role[0]} for role in ("user", "assistant")]
+    _writes("data.jsonl", _lines([{"messages": talk}]))(folder)
 
 
 KINDS = (

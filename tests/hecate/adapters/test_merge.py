@@ -153,7 +153,7 @@ def test_rotary_positions_are_written_for_version_4_too(tmp_path: Path, kind: st
 
 
 def test_a_model_merged_from_a_gguf_file_says_its_rotary_base_to_version_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hecate.adapters.merge.load_tokenizer", lambda source: build_byte_tokenizer())
+    monkeypatch.setattr("hecate.model.load.load_tokenizer", lambda source: build_byte_tokenizer())
     config = AutoConfig.for_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     base = StoredModel(ModelSource(tmp_path, "model.gguf"), config, {}, lambda name: torch.zeros(1))
     add_files_of(base, tmp_path, b"card")

@@ -244,7 +244,7 @@ def test_an_adapter_with_a_tensor_lost_is_refused(trained: Path, tmp_path: Path)
     save_file({name: tensor for name, tensor in tensors.items() if name != lost}, tmp_path / "lossy" / "adapter_model.safetensors")
     with pytest.raises(UserError) as caught:
         answer(tmp_path / "lossy", "x", system=None, model=None, max_new_tokens=1)
-    assert f"has no tensor {lost} (1 missing)" in str(caught.value)
+    assert f"has no tensor {lost}" in str(caught.value)
 
 
 def refusal(workshop: Path, *overrides: str) -> str:
