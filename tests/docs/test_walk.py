@@ -38,7 +38,7 @@ STORY = ("README.md", "docs/moe_lora.md", "docs/adapters.md", "docs/answers.md",
 """the pages whose commands follow each other: a later page uses what those of an earlier one have left"""
 ALONE = ("docs/doctor.md", "docs/topology.md")
 NOT_RUN = {
-    r"^(make|\.) ": "installs, or is what runs this test",
+    r"^([A-Z_]+=\S+ )*(make|\.) ": "installs, or is what runs this test",
     r"^examples/|[A-Z]+=\S+ examples/|^hecate sweep SWEEP": "tests/examples/test_examples.py runs the examples, of which the sweep is one",
     r"--nnodes": "needs two nodes: tests/launch has them",
     r"--address": "needs a Ray cluster: tests/launch has one",
