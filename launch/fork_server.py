@@ -59,13 +59,7 @@ def forking(folder: Path, environment: Mapping[str, str], program: str) -> Itera
         # on to ranks what the launcher sends them: without it they could not save.
         was = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
-            server = subprocess.Popen(
-                [*_SERVER, str(listening.fileno()), program],
-                stdin=subprocess.PIPE,
-                pass_fds=[listening.fileno()],
-                env=dict(environment),
-                start_new_session=True,  # a terminal's signals go to the launcher alone
-            )
+            server = _start(listening, environment, program)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, was)
     try:
@@ -74,6 +68,17 @@ def forking(folder: Path, environment: Mapping[str, str], program: str) -> Itera
         assert server.stdin is not None
         server.stdin.close()
         server.wait()
+
+
+def _start(listening: socket.socket, environment: Mapping[str, str], program: str) -> subprocess.Popen[bytes]:
+    """Start the server. It ends when the pipe to its standard input is closed."""
+    return subprocess.Popen(
+        [*_SERVER, str(listening.fileno()), program],
+        stdin=subprocess.PIPE,
+        pass_fds=[listening.fileno()],
+        env=dict(environment),
+        start_new_session=True,  # a terminal's signals go to the launcher alone
+    )
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,16 @@
 """Run the command line in a process that is forked from one with torch and transformers loaded: their import takes most of a small command.
 
+The process that its ranks are forked from (`hecate.launch.fork_server`) is forked from the command's process for the same reason.
+
 Tests of what a user meets at the very start (imports, signals, terminals) start `python -m hecate` by themselves.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -55,8 +60,54 @@ def _command(arguments: list[str], folder: str, environment: dict[str, str], str
     os.environ.update(environment)
     sys.argv = ["hecate", *arguments]
     from hecate.cli import main
+    from hecate.launch import fork_server
 
+    started = fork_server._start
+    fork_server._start = lambda *given: _ForkedServer(*given) if _is_single() else started(*given)  # type: ignore[assignment,return-value]
     main()
+
+
+class _ForkedServer:
+    """What `subprocess.Popen` gives for a fork server, of one that is forked from this process instead of started anew."""
+
+    def __init__(self, listening: socket.socket, environment: Mapping[str, str], program: str) -> None:
+        reading, writing = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _become_server(reading, listening.fileno(), environment, program)
+        os.close(reading)
+        self.stdin = os.fdopen(writing, "wb")
+
+    def wait(self) -> int:
+        _, status = os.waitpid(self._pid, 0)
+        return os.waitstatus_to_exitcode(status)
+
+
+def _become_server(stdin: int, listening: int, environment: Mapping[str, str], program: str) -> None:
+    """Go on as `python -m hecate.launch.fork_server` with the modules that this process has loaded, and never return."""
+    from hecate.io.process_end import run_and_end
+    from hecate.launch import fork_server
+
+    os.setsid()
+    os.dup2(stdin, 0)
+    os.closerange(3, listening)
+    os.closerange(listening + 1, os.sysconf("SC_OPEN_MAX"))
+    atexit._clear()
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = [fork_server.__file__, str(listening), program]
+    run_and_end(fork_server.main)
+
+
+def _is_single() -> bool:
+    """Whether this process has one thread, so that forking it is safe."""
+    return len(os.listdir("/proc/self/task")) == 1
 
 
 def _path(stream: IO[str]) -> str:

@@ -17,7 +17,7 @@ from testing.namespaces import enter
 
 _context = multiprocessing.get_context("forkserver")
 _models = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral", "qwen3_moe", "olmoe")]
-_context.set_forkserver_preload(["torch", "torch.distributed", "numpy", *_models])
+_context.set_forkserver_preload(["testing.preloaded", *_models])
 
 
 def fork_server_process(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -36,7 +36,7 @@ from hecate.ranks.groups import expert_groups
 from hecate.report.events import StepResult
 from hecate.train.step import StepRules, train_step
 
-STEPS, MICRO_STEPS, ROWS, LENGTH = 5, 2, 12, 8
+STEPS, MICRO_STEPS, ROWS, LENGTH = 3, 2, 12, 8
 
 
 WEIGHT_DECAY, MAX_NORM, AUX_COEF = 0.1, 0.5, 0.05

@@ -1,6 +1,6 @@
 """The central test: training sharded over any ranks, under any policy, is the same computation as one process with plain autograd.
 
-Each rank trains its share of a tiny random Llama for five AdamW steps, and trains the plain reference (tests/plain_mixlora.py) on
+Each rank trains its share of a tiny random Llama for three AdamW steps, and trains the plain reference (tests/plain_mixlora.py) on
 everything, from the same values. Then each compares: losses, gradient norms, every owned and replicated gradient, every parameter.
 """
 

@@ -1,6 +1,6 @@
 """LoRA on real MoE architectures, sharded over any ranks, is the computation that PEFT does in one process with `target_parameters`.
 
-The parent trains tiny random models with PEFT for five AdamW steps and writes every loss, gradient and parameter down. Ranks load the
+The parent trains tiny random models with PEFT for three AdamW steps and writes every loss, gradient and parameter down. Ranks load the
 same folders as a run does, each its own experts alone, train their shares of the rows, and compare.
 """
 
@@ -121,7 +121,7 @@ def fixed_a(layer: int, hidden: int, ffn: int) -> dict[str, Tensor]:
 
 
 def train_with_peft(model: Model, base: Path) -> dict[str, Tensor]:
-    """All that happens in five steps, by name."""
+    """All that happens in the steps, by name."""
     wrapped = peft_model(base, RANK, ALPHA, ["q_proj", "v_proj"])
     hidden, ffn = wrapped.config.hidden_size, wrapped.base_model.model.model.layers[0].mlp.experts.get_param().shape[2]
     sizes = {"gate_up_proj.A": (RANK, hidden), "gate_up_proj.B": (2 * ffn, RANK), "down_proj.A": (RANK, ffn), "down_proj.B": (hidden, RANK)}
