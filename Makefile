@@ -11,7 +11,7 @@ NAME_VERSION := -c 'import sys; print("Python %d.%d.%d" % sys.version_info[:3])'
 # longer than importing.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install install-quickstart quickstart loops test test-slow drills gpu-check browser docs lint format clean
+.PHONY: install install-quickstart quickstart warm test test-slow drills gpu-check browser docs lint format clean
 
 install: $(STAMP)
 
@@ -60,14 +60,15 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# The planner's loops, as machine code, which the tests then find as a machine in use has it.
-loops: install
+# What the tests find done: machine code of the planner's loops, and bytecode of all that they import, which each worker would make anew.
+warm: install
 	@$(BIN)/python -c 'from hecate.parallel import jit; jit.compile_and_wait()'
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --collect-only -qq > /dev/null
 
-# mypy and the compiler keep one core each. Three workers on two cores, because many tests wait for processes to start, to end, or to be
+# mypy keeps one core and `warm` the other. Three workers on two cores, because many tests wait for processes to start, to end, or to be
 # reported.
 test: install
-	@$(MAKE) --no-print-directory -j 2 lint loops
+	@$(MAKE) --no-print-directory -j 2 lint warm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder --durations 20 -m 'not slow'
 
 # The slow tests, about an hour: Ray clusters, two nodes in network namespaces (needs root), trainings on mock GPUs, further world sizes.

@@ -16,8 +16,7 @@ from typing import Any
 from testing.namespaces import enter
 
 _context = multiprocessing.get_context("forkserver")
-_models = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral", "qwen3_moe", "olmoe")]
-_context.set_forkserver_preload(["testing.preloaded", *_models])
+_context.set_forkserver_preload(["testing.preloaded"])
 
 
 def fork_server_process(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

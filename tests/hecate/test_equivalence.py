@@ -7,7 +7,7 @@ everything, from the same values. Then each compares: losses, gradient norms, ev
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -253,8 +253,9 @@ def _check_cases(rank: int, world: int, cases: list[Case]) -> None:
             raise AssertionError(f"{case}: {error}") from error
 
 
-def cases_of(policy: str, dtype: torch.dtype) -> list[Case]:
-    return [Case(policy, e, k, scenario, dtype) for e, k, scenario in itertools.product((3, 8), (1, 2), SCENARIOS)]
+def cases_of(policy: str, sizes: Iterable[tuple[int, int]]) -> list[Case]:
+    """Args: sizes: numbers of experts, and of those of a token."""
+    return [Case(policy, experts, top_k, scenario) for (experts, top_k), scenario in itertools.product(sizes, SCENARIOS)]
 
 
 SLOW_1, SLOW_2, SLOW_3, SLOW_4 = (pytest.param(world, marks=pytest.mark.slow) for world in (1, 2, 3, 4))
@@ -262,17 +263,19 @@ SLOW_1, SLOW_2, SLOW_3, SLOW_4 = (pytest.param(world, marks=pytest.mark.slow) fo
 
 QUICK = (("full", 2), ("hecate_paper", 3))
 """of every policy and world size, those that are not left to the slow tests"""
+SOME_SIZES, OTHER_SIZES = ((3, 1), (8, 2)), ((3, 2), (8, 1))
 
 
 @pytest.mark.parametrize(
-    ("policy", "world"),
+    ("policy", "world", "sizes"),
     [
-        pytest.param(policy, world, marks=() if (policy, world) in QUICK else pytest.mark.slow)
-        for policy, world in itertools.product(EVERY_CASE, (1, 2, 3, 4))
+        pytest.param(policy, world, sizes, marks=() if sizes == SOME_SIZES and (policy, world) in QUICK else pytest.mark.slow)
+        for policy, world, sizes in itertools.product(EVERY_CASE, (1, 2, 3, 4), (SOME_SIZES, OTHER_SIZES))
     ],
+    ids=str,
 )
-def test_sharded_training_equals_one_process_in_fp64(policy: str, world: int) -> None:
-    run_ranks(world, _check_cases, cases_of(policy, torch.float64), timeout=240)
+def test_sharded_training_equals_one_process_in_fp64(policy: str, world: int, sizes: Iterable[tuple[int, int]]) -> None:
+    run_ranks(world, _check_cases, cases_of(policy, sizes), timeout=240)
 
 
 @pytest.mark.slow
@@ -296,10 +299,14 @@ def test_sharding_groups_smaller_than_the_world_equal_one_process(world: int, sh
         Case("llep", 8, 2, "hot expert", plan="exact", prefetch=0),
         Case("hecate_paper", 8, 2, "idle experts", torch.float32),
     ]
-    if shard_size > 1:
-        cases += [Case("random 5", 8, 2, "hot expert", plan="calibrated"), Case("elsewhere", 3, 1, "empty rank", torch.float32)]
-        cases += [Case("random 9", 8, 2, "empty rank", plan="auto")]
     run_ranks(world, _check_cases, [replace(case, shard_size=shard_size) for case in cases], timeout=240)
+
+
+@pytest.mark.slow
+def test_sharding_groups_calibrate_and_choose_when_they_plan() -> None:
+    cases = [Case("random 5", 8, 2, "hot expert", plan="calibrated"), Case("elsewhere", 3, 1, "empty rank", torch.float32)]
+    cases += [Case("random 9", 8, 2, "empty rank", plan="auto")]
+    run_ranks(4, _check_cases, [replace(case, shard_size=2) for case in cases], timeout=240)
 
 
 @pytest.mark.parametrize("world", [SLOW_1, SLOW_2, 3])
@@ -379,11 +386,18 @@ def test_under_every_policy_these_systems_equal_one_process(system: dict[str, An
     run_ranks(world, _check_cases, [with_system(case, system) for case in cases], timeout=480)
 
 
-@pytest.mark.parametrize("world", [3, SLOW_4])
-def test_every_other_policy_equals_one_process(world: int) -> None:
-    cases = []
-    for policy in sorted(set(POLICIES) - set(EVERY_CASE)):
-        cases += [Case(policy, 8, 2, "hot expert", checkpointing=True), Case(policy, 3, 1, "empty rank")]
+@pytest.mark.parametrize(
+    ("world", "like"),
+    [
+        (3, Case("", 8, 2, "hot expert", checkpointing=True)),
+        pytest.param(3, Case("", 3, 1, "empty rank"), marks=pytest.mark.slow),
+        pytest.param(4, Case("", 8, 2, "hot expert", checkpointing=True), marks=pytest.mark.slow),
+        pytest.param(4, Case("", 3, 1, "empty rank"), marks=pytest.mark.slow),
+    ],
+    ids=("3 ranks", "3 ranks of few experts", "4 ranks", "4 ranks of few experts"),
+)
+def test_every_other_policy_equals_one_process(world: int, like: Case) -> None:
+    cases = [replace(like, policy=policy) for policy in sorted(set(POLICIES) - set(EVERY_CASE))]
     run_ranks(world, _check_cases, cases, timeout=480)
 
 

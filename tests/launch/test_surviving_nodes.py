@@ -394,6 +394,7 @@ def test_a_node_that_is_told_to_stop_leaves_when_its_ranks_have_ended(tmp_path: 
         assert node.report().ended == {"2": 0}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
 def test_a_rank_of_the_second_node_dies_and_no_step_is_lost(tmp_path: Path) -> None:
     """Two launchers on this machine, with two ranks each. The bits are those of the run that loses nobody."""
