@@ -1,9 +1,11 @@
 """How numba compiles the planner's loops, and where it keeps what it has compiled (for `hecate.parallel.jit`, which loads this file late).
 
-Two things differ from numba's own way, and both only by what its classes may override:
+Three things differ from numba's own way, and all only by what its classes may override:
 
 - numba optimises a function with all that it calls, and then again as a part of each function that calls it, so that what lies five calls
   deep is optimised six times. Here a loop is only translated, and optimised once, as a part of each entry.
+- numba optimises for long loops over long arrays, in two rounds. The planner's loops are short: nothing is made into vector instructions or
+  unrolled, and only small functions are put where they are called, which leaves half of the machine code and is as fast.
 - numba's cache belongs to one path of the source and its time of change. Here it belongs to the content of the sources, which the name of
   the folder says, so that all copies of the same sources find the same machine code.
 """
@@ -15,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import llvmlite.binding as llvm
 import numba
 from numba.core.caching import CompileResultCacheImpl, FunctionCache, _CacheLocator
 from numba.core.codegen import JITCodeLibrary
@@ -25,6 +28,8 @@ _OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True}
 """no C program calls these functions"""
 _WRAPPER = "_ZN7cpython"
 """how the name of a function begins by which Python calls another one"""
+_INLINED = 50
+"""the cost, about in instructions, up to which a function becomes a part of those that call it; LLVM's own is 225"""
 
 
 class NoMachineCode(Exception):
@@ -65,9 +70,19 @@ def optimising_entries_alone() -> Iterator[None]:
                 return True
             return any(function.name.startswith(_WRAPPER) for function in self._final_module.functions)
 
+        def _optimize_functions(self, module: Any) -> None:
+            module.data_layout = codegen._data_layout
+            passes, builder = codegen._function_pass_manager(opt=1)
+            for function in module.functions:
+                if not function.is_declaration:
+                    passes.run(function, builder)
+
         def _optimize_final_module(self) -> None:
             if self._python_calls_it():
-                super()._optimize_final_module()
+                builder = llvm.create_pass_builder(codegen._tm, _tuning())
+                passes = builder.getModulePassManager()
+                passes.add_refprune_pass()
+                passes.run(self._final_module, builder)
 
         def _finalize_final_module(self) -> None:
             if self._python_calls_it():
@@ -85,6 +100,13 @@ def optimising_entries_alone() -> Iterator[None]:
         yield
     finally:
         del codegen._library_class, codegen.set_env
+
+
+def _tuning() -> Any:
+    options = llvm.create_pipeline_tuning_options(speed_level=2)
+    options.loop_vectorization = options.slp_vectorization = options.loop_unrolling = False
+    options.inlining_threshold = _INLINED
+    return options
 
 
 def _cache(entry: Callable[..., Any], name: str, folder: Path, *, compiles: Callable[[], bool]) -> Any:
