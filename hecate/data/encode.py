@@ -364,7 +364,8 @@ def _tokenized(
             except BadRoutingError as bad:
                 yield sample.fault(str(bad))
             else:
-                unread = (*(key for key, value in sample.extra.items() if value not in _NOTHING and key not in used), *item.lost)
+                read = used if sample.entry is None else used | {"task", "entry"}
+                unread = (*(key for key, value in sample.extra.items() if value not in _NOTHING and key not in read), *item.lost)
                 yield _Tokenized(ids[:end], targets[:end], sample, user, len(ids), routed, unread)
 
 

@@ -103,7 +103,7 @@ def generation_items(
                 line=sample.line,
                 user=kept[sample.number],
                 task=sample.extra.get("task"),
-                entry=_entry(sample.extra),
+                entry=sample.entry,
             )
         )
     return items
@@ -112,10 +112,3 @@ def generation_items(
 def _shown(tokenizer: Any, text: str) -> str:
     """A text as it would be shown if a model said it: without special tokens, and without white space at its ends."""
     return str(tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"], skip_special_tokens=True)).strip() if text else ""
-
-
-def _entry(record: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """reasoning-gym's entry of a sample; None: it has none."""
-    entry = record.get("entry")
-    metadata = entry.get("metadata") if isinstance(entry, dict) else None
-    return entry if isinstance(metadata, dict) and "source_dataset" in metadata else None

@@ -70,6 +70,13 @@ class Sample:
         """Where it is, as errors say it."""
         return place_of(self.file, self.line)
 
+    @property
+    def entry(self) -> dict[str, Any] | None:
+        """reasoning-gym's entry, by which an evaluation judges answers; None: it has none."""
+        entry = self.extra.get("entry")
+        metadata = entry.get("metadata") if isinstance(entry, dict) else None
+        return entry if isinstance(metadata, dict) and "source_dataset" in metadata else None
+
     def fault(self, reason: str) -> "Fault":
         """The sample as one that cannot be used after all."""
         return Fault(self.file, self.line, reason, self.number, self.record.raw if self.record else b"")

@@ -74,7 +74,7 @@ def _write_task(folder: Path, task: str, train_size: int, eval_size: int, seed: 
         prompts.setdefault(prompt, (answer, entry))
         if len(prompts) == train_size + eval_size or idle == _PATIENCE:
             break
-    records = [{"messages": _messages(TASKS[task].system, prompt, answer), "task": task} for prompt, (answer, _) in prompts.items()]
+    records = [{"messages": _messages(TASKS[task].system, prompt, answer)} for prompt, (answer, _) in prompts.items()]
     held_out = eval_size
     if len(records) < train_size + eval_size:
         held_out = min(eval_size, len(records) // 4)
@@ -87,9 +87,9 @@ def _write_task(folder: Path, task: str, train_size: int, eval_size: int, seed: 
         exhausted=len(records) < train_size + eval_size,
     )
     # The first prompts are the held-out ones, so that a larger training set does not change the evaluation file.
-    # They carry their entries, by which `verdict` judges any answer.
+    # They carry what `verdict` judges any answer by.
     entries = [entry for _, entry in prompts.values()][:held_out]
-    _write(written.eval_path, [record | {"entry": entry} for record, entry in zip(records, entries, strict=False)])
+    _write(written.eval_path, [record | {"task": task, "entry": entry} for record, entry in zip(records, entries, strict=False)])
     _write(written.train_path, records[held_out : held_out + written.train_samples])
     return written
 

@@ -117,3 +117,9 @@ def test_keys_without_tokens_are_counted_and_said(tmp_path: Path, byte_tokenizer
     assert source.counts.unread == {"id": 2, "source": 1, "name of turns": 1}
     line = "data.jsonl: keys of which no tokens are made, and how many of 3 samples have them: id (2), name of turns (1), source (1)"
     assert [record.getMessage().removeprefix(f"{tmp_path}/") for record in caplog.records] == [line]
+
+
+def test_what_an_evaluation_judges_answers_by_is_read(tmp_path: Path, byte_tokenizer: Any) -> None:
+    judged, other = {"task": "gcd", "entry": {"metadata": {"source_dataset": "gcd"}}}, {"task": "x", "entry": 1}
+    source = encode_records(tmp_path, [chat("q", "a") | judged, chat("q", "b") | other], byte_tokenizer)
+    assert source.counts.unread == {"task": 1, "entry": 1}, "not those of the first sample"
