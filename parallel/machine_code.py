@@ -5,7 +5,7 @@ Three things differ from numba's own way, and all only by what its classes may o
 - numba optimises a function with all that it calls, and then again as a part of each function that calls it, so that what lies five calls
   deep is optimised six times. Here a loop is only translated, and optimised once, as a part of each entry.
 - numba optimises for long loops over long arrays, in two rounds. The planner's loops are short: nothing is made into vector instructions or
-  unrolled, and only small functions are put where they are called, which leaves half of the machine code and is as fast.
+  unrolled, and only small functions are put where they are called, which leaves less machine code and is as fast.
 - numba's cache belongs to one path of the source and its time of change. Here it belongs to the content of the sources, which the name of
   the folder says, so that all copies of the same sources find the same machine code.
 """
