@@ -41,7 +41,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     print(f"hecate: starting {count} rank{'s' if count > 1 else ''}", file=sys.stderr, flush=True)
     survives, together = loaded.fssdp.redundancy > 0, loaded.model.tensor_parallel
     arguments = [str(config), *(overrides or ())]
-    checked = ["--check", *arguments] if loaded.moe.kind.of_moe_base and loaded.model.front_end == "transformers" else []
+    checked = ["--check", *arguments] if loaded.model.front_end == "transformers" else []
     raise typer.Exit(launch_local(RANK_PROGRAM, arguments, count, survives=survives, together=together, first=checked))
 
 

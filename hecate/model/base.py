@@ -16,8 +16,8 @@ from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
 from hecate.model.gguf_files import one_gguf_reader
 from hecate.model.insert import FoundUnit
 from hecate.model.linears import FoundLinear, find_linears
-from hecate.model.load import base_of, load_model, load_tokenizer, pick_dtype, resolve_model
-from hecate.model.load_moe import OwnExperts, load_moe_model
+from hecate.model.load import base_of, load_model, load_tokenizer, outline_of, pick_dtype, read_config, resolve_model
+from hecate.model.load_moe import OwnExperts, find_own_experts, load_moe_model
 from hecate.model.model_digest import model_digest
 from hecate.model.safetensors_headers import stored_tensors
 from hecate.model.stored_experts import refuse_experts
@@ -78,6 +78,26 @@ class BaseModel:
         """Go on with other ranks, in other process groups. Nothing of a model that every rank has for itself depends on them."""
 
 
+def check_base(name_or_path: str, num_hidden_layers: int | None, kind: ExpertKind) -> None:
+    """Check that experts can be added to a model or trained in it, by its configuration and its files' headers; no weights are read.
+
+    A GGUF file is not checked: reading its configuration takes as long as the check spares.
+
+    Raises:
+        UserError: they cannot.
+    """
+    source = resolve_model(name_or_path)
+    if kind.of_moe_base:
+        find_own_experts(source, kind, num_hidden_layers)
+    elif source.gguf_file is None:
+        _places(outline_of(read_config(source, num_hidden_layers), source), kind)
+
+
+def _places(model: nn.Module, kind: ExpertKind) -> tuple[tuple[GatedFfn, ...], tuple[FoundLinear, ...]]:
+    """The FFNs or the linears of a dense model that get experts of this kind."""
+    return ((), tuple(find_linears(model))) if kind.over_linears else (tuple(find_gated_ffns(model)), ())
+
+
 def build_base(
     name_or_path: str,
     dtype: str,
@@ -112,10 +132,7 @@ def build_base(
             model = load_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
             if source.gguf_file is not None and not experts_stay:  # whose tensors have names of their own, so that the model is asked
                 refuse_experts(model.state_dict(), source.folder / source.gguf_file, kind)
-            if kind.over_linears:
-                linears = tuple(find_linears(model))
-            else:
-                ffns = tuple(find_gated_ffns(model))
+            ffns, linears = _places(model, kind)
         model.eval()
         tokenizer = load_tokenizer(source)
     vocab_size = model.get_input_embeddings().num_embeddings

@@ -76,7 +76,8 @@ def find_gated_ffns(model: nn.Module) -> list[GatedFfn]:
     """Every decoder layer's gated FFN, in order.
 
     A gated FFN is a module with exactly three bias-free linear children, two [F, D] and one [D, F], that computes
-    down(act(gate(x)) * up(x)); which child is which, and the activation, are found by trying.
+    down(act(gate(x)) * up(x)); which child is which, and the activation, are found by trying. On the meta device, where nothing is
+    computed, shapes alone are compared.
 
     Raises:
         UserError: a layer has none or several, with the reason.
@@ -126,7 +127,7 @@ def _describe(module: nn.Module) -> tuple[FfnShape, dict[str, str]] | str:
         for act in ACTIVATIONS:
             with torch.no_grad():
                 got = down(activation(act, gate(x_TD)) * up(x_TD))
-            if got.shape == expected.shape and torch.equal(got, expected):
+            if got.shape == expected.shape and (got.is_meta or torch.equal(got, expected)):
                 shape = FfnShape(gate.in_features, gate.out_features, act)
                 return shape, {"gate_proj": gate_name, "up_proj": up_name, "down_proj": down_name}
     if x_TD is None:

@@ -102,6 +102,23 @@ def read_config(source: ModelSource, num_hidden_layers: int | None = None) -> An
     return config
 
 
+def outline_of(config: Any, source: ModelSource) -> nn.Module:
+    """The model on the meta device: its modules, and no weights.
+
+    Raises:
+        UserError: it is no model of text alone, or transformers cannot build it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    require_text_model(config, source)
+    try:
+        with torch.device("meta"):
+            outline: nn.Module = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError, KeyError, AttributeError) as error:
+        raise UserError(f"{source.folder}: transformers cannot build the model: {error}") from error
+    return outline
+
+
 def require_text_model(config: Any, source: ModelSource) -> None:
     """Refuse a multimodal model that transformers loads as one, before anything is loaded.
 

@@ -11,7 +11,7 @@ from torch import nn
 from hecate.errors import UserError
 from hecate.experts.family import FfnSource
 from hecate.kernels.common.ffn import FfnShape
-from hecate.model.load import ModelSource, load_without, read_config, require_text_model
+from hecate.model.load import ModelSource, load_without, outline_of, read_config
 from hecate.model.moe_blocks import MoeBlock, find_moe_blocks
 from hecate.model.read_experts import read_expert
 from hecate.model.safetensors_headers import stored_tensors
@@ -80,12 +80,9 @@ def find_own_experts(
     Raises:
         UserError: the model is dense, quantised, a GGUF file, of an architecture that is not supported, or incomplete.
     """
-    from transformers import AutoModelForCausalLM
-
     if source.gguf_file is not None:
         raise no_gguf(source.gguf_file, kind)
     config = read_config(source, num_hidden_layers)
-    require_text_model(config, source)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(
             f"{source.folder}: config.json has a quantization_config: quantised models are not supported by moe.family {kind.name}\n"
@@ -93,11 +90,7 @@ def find_own_experts(
         )
     if hasattr(config, "output_router_logits"):
         config.output_router_logits = False  # the trainer has a load-balancing loss of its own, over all ranks
-    try:
-        with torch.device("meta"):
-            outline = AutoModelForCausalLM.from_config(config)
-    except (ValueError, ImportError, KeyError, AttributeError) as error:
-        raise UserError(f"{source.folder}: transformers cannot build the model: {error}") from error
+    outline = outline_of(config, source)
     blocks = find_moe_blocks(outline)
     if not blocks:
         raise UserError(

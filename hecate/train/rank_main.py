@@ -73,17 +73,16 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def check_architecture(config_path: Path, overrides: Sequence[str]) -> None:
-    """Check that the experts of an MoE model can be trained. No weights are read.
+    """Check that the model can get experts, or that its own can be trained. No weights are read.
 
     Raises:
         UserError: they cannot.
     """
     from hecate.config import load_config
-    from hecate.model.load import resolve_model
-    from hecate.model.load_moe import find_own_experts
+    from hecate.model.base import check_base
 
     config = load_config(config_path, overrides, claim_output=False)
-    find_own_experts(resolve_model(config.model.name_or_path), config.moe.kind, config.model.num_hidden_layers)
+    check_base(config.model.name_or_path, config.model.num_hidden_layers, config.moe.kind)
 
 
 def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from hecate.cli import app
@@ -93,6 +94,25 @@ def test_a_router_of_another_kind_is_refused_by_the_program_that_runs_before_the
     assert ended.value.code == 2
     assert "unsupported architecture: Glm4MoeForCausalLM, model.layers.0.mlp has no router that is known here" in capsys.readouterr().err
     rank_main.main(["--check", *words, f"model.name_or_path={workshop}/moe/model"])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "told"),
+    [
+        ("gpt2", "unsupported architecture: GPT2LMHeadModel, transformer.h.0 has no gated FFN; exactly one is needed"),
+        ("phi3", "unsupported architecture: Phi3ForCausalLM, model.layers.0 has no gated FFN; exactly one is needed"),
+    ],
+)
+def test_a_dense_architecture_without_gated_ffns_is_refused_before_the_ranks(
+    architecture: str, told: str, workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300, "pad_token_id": 0, "eos_token_id": 1}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes)).save_pretrained(tmp_path / "model")
+    words = [f"{workshop}/config.yaml", f"output_dir={tmp_path}/new"]
+    with pytest.raises(SystemExit) as ended:
+        rank_main.main(["--check", *words, f"model.name_or_path={tmp_path}/model"])
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
 
 
 def test_a_template_that_rewrites_earlier_turns(workshop: Path, tmp_path: Path) -> None:
