@@ -20,7 +20,7 @@ _context.set_forkserver_preload(["testing.preloaded"])
 
 
 def fork_server_process(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """A process, not yet started, that calls an importable function, with torch and some models of transformers loaded already."""
+    """A process, not yet started, that calls an importable function; see `testing.preloaded`."""
     return _context.Process(target=function, args=arguments)
 
 
