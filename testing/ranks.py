@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import tempfile
 import time
@@ -29,7 +30,8 @@ def run_ranks(
 ) -> list[Any]:
     """Call `function(rank, world_size, *arguments)` on every rank, with a default gloo group, and return the results by rank.
 
-    Raises the earliest failure of any rank with its traceback. Ranks that have not ended after `timeout` seconds are killed and reported.
+    Raises the earliest failure of any rank with its traceback. Ranks that have not ended after `timeout` seconds are killed and reported,
+    each with what its threads did shortly before.
 
     Args:
         function: an importable function, defined at the top of a module.
@@ -41,14 +43,14 @@ def run_ranks(
             receiver, sender = _context.Pipe()
             namespace = None if namespaces is None else namespaces[rank]
             process = _context.Process(
-                target=_rank_main, args=(rank, world_size, f"{folder}/store", timeout, namespace, sender, function, arguments), daemon=True
+                target=_rank_main, args=(rank, world_size, folder, timeout, namespace, sender, function, arguments), daemon=True
             )
             process.start()
             sender.close()
             pipes.append(receiver)
             processes.append(process)
         try:
-            return _collect(pipes, processes, timeout)
+            return _collect(pipes, processes, timeout, Path(folder))
         finally:
             for process in processes:
                 process.kill()
@@ -74,7 +76,7 @@ def counted_all_to_alls() -> Iterator[list[None]]:
         dist.all_to_all_single = real
 
 
-def _collect(pipes: list[Connection], processes: list[Any], timeout: float) -> list[Any]:
+def _collect(pipes: list[Connection], processes: list[Any], timeout: float, folder: Path) -> list[Any]:
     results: dict[int, Any] = {}
     failures: list[tuple[int, int, str]] = []
     waiting = {pipe: rank for rank, pipe in enumerate(pipes)}
@@ -83,7 +85,10 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout: float) -> l
         ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         if not ready:
             if not failures:
-                raise TimeoutError(f"ranks {sorted(waiting.values())} of {len(pipes)} had not ended after {timeout:.0f} s; killed")
+                stacks = "".join(
+                    f"\nrank {rank}:\n{path.read_text()}" for rank in sorted(waiting.values()) if (path := _stacks(folder, rank)).exists()
+                )
+                raise TimeoutError(f"ranks {sorted(waiting.values())} of {len(pipes)} had not ended after {timeout:.0f} s; killed{stacks}")
             break
         for pipe in ready:
             rank = waiting.pop(pipe)  # type: ignore[arg-type]
@@ -106,10 +111,15 @@ def _collect(pipes: list[Connection], processes: list[Any], timeout: float) -> l
     return [results[rank] for rank in range(len(pipes))]
 
 
+def _stacks(folder: Path, rank: int) -> Path:
+    """The file with what each thread of a rank did when nine tenths of its time had passed."""
+    return folder / f"stacks-{rank}"
+
+
 def _rank_main(
     rank: int,
     world_size: int,
-    store: str,
+    folder: str,
     timeout: float,
     namespace: str | None,
     sender: Connection,
@@ -120,11 +130,13 @@ def _rank_main(
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    stacks = _stacks(Path(folder), rank).open("w")
+    faulthandler.dump_traceback_later(0.9 * timeout, file=stacks)
     try:
         if namespace is not None:
             enter(namespace)
         dist.init_process_group(
-            "gloo", init_method=f"file://{Path(store)}", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size, timeout=timedelta(seconds=timeout)
         )
         dist.barrier()  # a rank whose function leaves the group at once would break the connections that others are still making
         value = function(rank, world_size, *arguments)
