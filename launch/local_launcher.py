@@ -59,11 +59,21 @@ def launch_local(
         first: if given, the program runs once with these arguments before the ranks; if that fails, its status is the run's.
     """
     with run_folder() as folder, forking(folder, _environment(num_ranks), program) as start:
-        if first and (status := start_and_watch([*start, *first], 1, folder / "first", survives=False)):
+        if status := run_first(start, first, folder):
             return status
         return start_and_watch(
             [*start, *arguments], num_ranks, folder / "store", survives=survives, together=together, most_replaced=most_replaced
         )
+
+
+def run_first(start: Sequence[str], arguments: Sequence[str], folder: Path) -> int:
+    """Run the program of the ranks once before them, and return its exit status; 0 without arguments.
+
+    Args:
+        start: the command that starts a rank.
+        folder: of this run's own.
+    """
+    return start_and_watch([*start, *arguments], 1, folder / "first", survives=False) if arguments else 0
 
 
 def start_and_watch(

@@ -26,7 +26,7 @@ from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_for
 from hecate.launch.foreign_texts import AgentAction, agent_action
 from hecate.launch.fork_server import forking
-from hecate.launch.local_launcher import ALLOCATOR_SETTINGS, launch_local
+from hecate.launch.local_launcher import ALLOCATOR_SETTINGS, launch_local, run_first
 from hecate.launch.rank_command import RankCommand, cause_of
 from hecate.launch.run_folder import run_folder
 from hecate.launch.stopped_ranks import end_stopped_ranks
@@ -116,6 +116,8 @@ class TorchrunJob:
     """whether the ranks can go on without one that dies (`fssdp.redundancy`)"""
     together: int = 1
     """see `hecate.launch.local_launcher.launch_local`"""
+    first: Sequence[str] = ()
+    """likewise, on each node"""
 
 
 def launch(program: str, arguments: Sequence[str], job: TorchrunJob) -> int:
@@ -135,7 +137,15 @@ def launch(program: str, arguments: Sequence[str], job: TorchrunJob) -> int:
 def launch_at(program: str, arguments: Sequence[str], job: TorchrunJob, meeting: Endpoint | None) -> int:
     """`launch` with the meeting point as this node sees it; None: there is one node."""
     if job.survives and meeting is None:
-        return launch_local(program, arguments, job.ranks_per_node, survives=True, together=job.together, most_replaced=job.max_restarts)
+        return launch_local(
+            program,
+            arguments,
+            job.ranks_per_node,
+            survives=True,
+            together=job.together,
+            most_replaced=job.max_restarts,
+            first=job.first,
+        )
     if meeting is not None and meeting.on_this_node:
         check_free(meeting)
     with run_folder() as folder:
@@ -175,6 +185,8 @@ def _run_surviving(program: str, arguments: Sequence[str], folder: Path, meeting
 
     shape = JobShape(job.name, *job.nodes, job.ranks_per_node)
     with forking(folder, os.environ, program) as start:
+        if status := run_first(start, job.first, folder):
+            return status
         environment = {**os.environ, MEETING_VARIABLE: f"{meeting.host}:{meeting.port}"}
         own = RankCommand([*start, *arguments], environment, folder / "store", survives=True)
         if meeting.on_this_node:
@@ -213,7 +225,10 @@ def _run(program: str, arguments: Sequence[str], folder: Path, meeting: Endpoint
     if hasattr(launch_config, "shutdown_timeout"):  # torch 2.13
         launch_config.shutdown_timeout = _SHUTDOWN_SECONDS
     try:
-        with forking(folder, os.environ, program) as (executable, *options):
+        with forking(folder, os.environ, program) as start:
+            if status := run_first(start, job.first, folder):
+                return status
+            executable, *options = start
             elastic_launch(launch_config, executable)(*options, *arguments)
     except (ChildFailedError, RendezvousConnectionError, RendezvousClosedError) as error:
         if found := mistakes(folder):

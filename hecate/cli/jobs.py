@@ -41,8 +41,12 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     print(f"hecate: starting {count} rank{'s' if count > 1 else ''}", file=sys.stderr, flush=True)
     survives, together = loaded.fssdp.redundancy > 0, loaded.model.tensor_parallel
     arguments = [str(config), *(overrides or ())]
-    checked = ["--check", *arguments] if loaded.model.front_end == "transformers" else []
-    raise typer.Exit(launch_local(RANK_PROGRAM, arguments, count, survives=survives, together=together, first=checked))
+    raise typer.Exit(launch_local(RANK_PROGRAM, arguments, count, survives=survives, together=together, first=_first(loaded, arguments)))
+
+
+def _first(config: Config, arguments: list[str]) -> list[str]:
+    """The arguments with which the ranks' program checks the model's architecture before any rank is started."""
+    return ["--check", *arguments] if config.model.front_end == "transformers" else []
 
 
 def check_local(config: Config, check_data: Callable[[Config], None]) -> int:
@@ -118,6 +122,7 @@ def launch(
     warn_of_cores(ranks, "--nproc-per-node" if nproc_per_node else "nproc")
     check_vocabulary(loaded)
     check_model(loaded, ranks)
+    arguments = [str(config), *(overrides or ())]
     job = TorchrunJob(
         name=rdzv_id,
         nodes=nodes,
@@ -126,8 +131,9 @@ def launch(
         max_restarts=max_restarts,
         survives=loaded.fssdp.redundancy > 0,
         together=loaded.model.tensor_parallel,
+        first=_first(loaded, arguments),
     )
-    raise typer.Exit(launch_torchrun(RANK_PROGRAM, [str(config), *(overrides or ())], job))
+    raise typer.Exit(launch_torchrun(RANK_PROGRAM, arguments, job))
 
 
 def ray(

@@ -46,6 +46,10 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
     check_resume(config)
     check_model(config)
     check_data(config)
+    if config.model.front_end == "transformers":
+        from hecate.model.base import check_base
+
+        check_base(config.model.name_or_path, config.model.num_hidden_layers, config.moe.kind)
     topology = _configured_topology(config)
     import torch  # noqa: F401 - must come first: once Ray runs, the working folder may be gone for a moment
 

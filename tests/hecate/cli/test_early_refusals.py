@@ -17,7 +17,9 @@ from hecate.config import load_config, to_yaml
 from hecate.errors import UserError
 from hecate.forecast import model_check
 from hecate.launch import local_launcher
+from hecate.launch.ray_job import driver
 from hecate.train import rank_main
+from testing.commands import run_hecate
 from testing.tiny_run import make_workshop
 from tests.hecate.checkpoint.saving import save, shards_of
 from tests.hecate.forecast.making import write_model
@@ -96,23 +98,58 @@ def test_a_router_of_another_kind_is_refused_by_the_program_that_runs_before_the
     rank_main.main(["--check", *words, f"model.name_or_path={workshop}/moe/model"])
 
 
-@pytest.mark.parametrize(
-    ("architecture", "told"),
-    [
-        ("gpt2", "unsupported architecture: GPT2LMHeadModel, transformer.h.0 has no gated FFN; exactly one is needed"),
-        ("phi3", "unsupported architecture: Phi3ForCausalLM, model.layers.0 has no gated FFN; exactly one is needed"),
-    ],
-)
-def test_a_dense_architecture_without_gated_ffns_is_refused_before_the_ranks(
-    architecture: str, told: str, workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def ungated(folder: Path, architecture: str) -> str:
     sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300, "pad_token_id": 0, "eos_token_id": 1}
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes)).save_pretrained(tmp_path / "model")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes)).save_pretrained(folder / "model")
+    return f"model.name_or_path={folder}/model"
+
+
+UNGATED = {
+    "gpt2": "unsupported architecture: GPT2LMHeadModel, transformer.h.0 has no gated FFN; exactly one is needed",
+    "phi3": "unsupported architecture: Phi3ForCausalLM, model.layers.0 has no gated FFN; exactly one is needed",
+}
+
+
+@pytest.mark.parametrize("architecture", UNGATED)
+def test_a_dense_architecture_without_gated_ffns_is_refused_before_the_ranks(
+    architecture: str, workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = [f"{workshop}/config.yaml", f"output_dir={tmp_path}/new"]
     with pytest.raises(SystemExit) as ended:
-        rank_main.main(["--check", *words, f"model.name_or_path={tmp_path}/model"])
+        rank_main.main(["--check", *words, ungated(tmp_path, architecture)])
     assert ended.value.code == 2
-    assert told in capsys.readouterr().err
+    assert UNGATED[architecture] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("redundancy", [0, 1])
+def test_a_launched_job_ends_with_what_is_said_before_its_ranks(redundancy: int, workshop: Path, tmp_path: Path) -> None:
+    model = "model.name_or_path=" + str(ungated_copy(workshop, tmp_path))
+    words = [f"{workshop}/config.yaml", "nproc=2", f"output_dir={tmp_path}/new", model, f"fssdp.redundancy={redundancy}"]
+    done = run_hecate(["launch", *words], timeout=120)
+    assert done.returncode == 2
+    assert UNGATED["gpt2"] in done.stderr.splitlines()[0], done.stderr
+    assert not list((tmp_path / "new").glob("*.json*")), "a rank has begun the run"
+
+
+def test_a_ray_job_is_refused_before_a_cluster_is_joined(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def joined(_: object) -> None:
+        raise AssertionError("a cluster was joined")
+
+    monkeypatch.setattr(driver, "connected", joined)
+    model = "model.name_or_path=" + str(ungated_copy(workshop, tmp_path))
+    words = ["ray", f"{workshop}/config.yaml", f"output_dir={tmp_path}/new", model, "--address", "127.0.0.1:9"]
+    done = CliRunner().invoke(app, words)
+    assert isinstance(done.exception, UserError), done.exception
+    assert UNGATED["gpt2"] in str(done.exception)
+
+
+def ungated_copy(workshop: Path, folder: Path) -> Path:
+    """GPT-2 with the workshop's tokenizer and chat template."""
+    ungated(folder, "gpt2")
+    for file in (workshop / "model").iterdir():
+        if not (folder / "model" / file.name).exists():
+            shutil.copy(file, folder / "model")
+    return folder / "model"
 
 
 def test_a_template_that_rewrites_earlier_turns(workshop: Path, tmp_path: Path) -> None:
