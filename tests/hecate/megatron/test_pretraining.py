@@ -87,7 +87,7 @@ def _export(folder: Path, ranks: Ranks) -> tuple[np.ndarray, int, LayerCost, flo
     with torch.no_grad(), run.parts.moe.engine.evaluation():
         logits = run.parts.base.model(token_ids(), None, None)
         hidden = run.parts.base.head.hidden(token_ids(), None, token_ids())
-        assert torch.equal(run.parts.base.head.logits(hidden.flatten(0, 1)), logits.flatten(0, 1))  # type: ignore[attr-defined]
+        torch.testing.assert_close(run.parts.base.head.logits(hidden.flatten(0, 1)), logits.flatten(0, 1))  # type: ignore[attr-defined]
     run.parts.output.replace(folder, run.parts.moe, ranks)
     replicated = sum(parameter.numel() for parameter in run.parts.moe.replicated_parameters().values())
     return logits.numpy(), replicated, given.cost, _held_out(run)
