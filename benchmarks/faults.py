@@ -31,7 +31,7 @@ from benchmarks.small_run import make_folder
 from hecate.drill.catalogue import DRILLS
 from hecate.drill.outcome import DrillOutcome
 from hecate.drill.run import ground
-from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
+from hecate.launch.local_launcher import RANK_SETTINGS
 from testing.ranks import run_ranks
 
 SAVING_RANKS, REDUNDANT_RANKS = 2, 4
@@ -168,7 +168,7 @@ def measured(folder: str, *, quick: bool) -> tuple[list[Cost], dict[str, float]]
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
-    os.environ.update(ALLOCATOR_SETTINGS, OMP_NUM_THREADS="1")  # for the ranks, as hecate's launcher sets them
+    os.environ.update(RANK_SETTINGS, OMP_NUM_THREADS="1")  # for the ranks, as hecate's launcher sets them
     with tempfile.TemporaryDirectory() as name:
         costs, summary = measured(str(make_folder(Path(name)).parent), quick=options.quick)
     finish("faults", [cost.row() for cost in costs], summary, options.json)

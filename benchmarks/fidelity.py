@@ -30,7 +30,7 @@ from benchmarks.gloo_steps import Clock, Shape, Stack, Taken, Wire, draw_routing
 from benchmarks.planned_bytes import planned_traffic
 from benchmarks.report import finish, kept_rows, recorded, resumable
 from benchmarks.step_probes import Parts, Probes, measured_cost, measured_topology, parts, yardstick
-from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
+from hecate.launch.local_launcher import RANK_SETTINGS
 from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
 from hecate.parallel.cost_model import LayerCost, rows_served
 from hecate.parallel.executed_flows import served
@@ -303,7 +303,7 @@ def _error(rows: Sequence[Mapping[str, Any]], ratio: str = "ratio") -> float:
 def main() -> None:
     options = resumable(__doc__ or "").parse_args()
     workloads, repeats = (("balanced", "zipf"), 1) if options.quick else (CASES, 2)
-    os.environ.update(ALLOCATOR_SETTINGS)  # as in training
+    os.environ.update(RANK_SETTINGS)  # as in training
     cores = len(os.sched_getaffinity(0))
     rows = kept_rows(options)
     for world, shape in SHAPES.items():

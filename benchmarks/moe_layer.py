@@ -42,7 +42,7 @@ from benchmarks.ratios import Budget
 from benchmarks.report import arguments, finish
 from benchmarks.slowest_rank import SlowestRank, take_turns
 from hecate.engine.engine import Engine
-from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
+from hecate.launch.local_launcher import RANK_SETTINGS
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.topology import Topology
 from hecate.profile.probe import ProbeSizes
@@ -221,7 +221,7 @@ def main() -> None:
         found = cpu_layer.rows(budget)
         finish("moe_layer", found, cpu_layer.summary_of(found, budget), options.json)
         return
-    os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as hecate's launcher sets them
+    os.environ.update(RANK_SETTINGS)  # for the ranks, as hecate's launcher sets them
     shape, budget, table = (Shape(hidden=256, ffn=704, tokens=512), QUICK, QUICK) if options.quick else (Shape(), ENOUGH, TABLE)
     kinds = options.kind or EVERY_KIND
     rows, topology = run_ranks(WORLD, bench_rank, shape, kinds, list(POLICIES), budget, table, options.quick, timeout=7200)[0]
@@ -232,8 +232,8 @@ def main() -> None:
 
 def _start_again_as_ranks_are_started() -> None:
     """Replace this process by a new one, because allocator settings are read when a process starts."""
-    if not ALLOCATOR_SETTINGS.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.moe_layer", *sys.argv[1:]], {**os.environ, **ALLOCATOR_SETTINGS})
+    if not RANK_SETTINGS.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.moe_layer", *sys.argv[1:]], {**os.environ, **RANK_SETTINGS})
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from benchmarks.report import arguments, finish
 from benchmarks.slowest_rank import SlowestRank, take_turns
 from hecate.config import Config, load_config
 from hecate.errors import UserError
-from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
+from hecate.launch.local_launcher import RANK_SETTINGS
 from hecate.parallel.topology_file import save_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
@@ -139,7 +139,7 @@ def check_losses(found: dict[str, Any]) -> float:
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
-    os.environ.update(ALLOCATOR_SETTINGS)  # for the ranks, as hecate's launcher sets them
+    os.environ.update(RANK_SETTINGS)  # for the ranks, as hecate's launcher sets them
     size = Size(seq_len=128, rows=1, budget=QUICK) if options.quick else Size()
     with tempfile.TemporaryDirectory() as folder:
         write_inputs(Path(folder))

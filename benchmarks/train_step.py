@@ -23,7 +23,7 @@ from benchmarks.handover import Worker, take_steps
 from benchmarks.peers.venv import peer_python
 from benchmarks.ratios import Budget, Ratio, of_times, speedup, until_narrow
 from benchmarks.report import arguments, finish
-from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
+from hecate.launch.local_launcher import RANK_SETTINGS
 
 MODEL = {"hidden": 256, "ffn": 704, "layers": 6, "heads": 4, "vocab": 4096}
 BATCH, LENGTH = 4, 256
@@ -213,11 +213,11 @@ def our_worker(folder: Path, out: Path, dropout: float, checkpoint: bool, checko
     """
     command = [sys.executable, "-m", "benchmarks.train_step", "--ours", folder, out, dropout, int(checkpoint)]
     where = {"PYTHONPATH": str(checkout)} if checkout else {}
-    return Worker([str(word) for word in command], {**ALLOCATOR_SETTINGS, **where}, checkout)
+    return Worker([str(word) for word in command], {**RANK_SETTINGS, **where}, checkout)
 
 
 def frozen_worker(folder: Path) -> Worker:
-    return Worker([sys.executable, "-m", "benchmarks.train_step", "--frozen", str(folder)], ALLOCATOR_SETTINGS)
+    return Worker([sys.executable, "-m", "benchmarks.train_step", "--frozen", str(folder)], RANK_SETTINGS)
 
 
 def peer_worker(python: Path, folder: Path, out: Path, dropout: float, checkpoint: bool) -> Worker:

@@ -24,15 +24,16 @@ from hecate.launch.surviving_ranks import MOST_REPLACED, SurvivingRanks, ThisMac
 from hecate.ranks.cores import usable_cores
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import LAUNCHED_VARIABLE, LOST_PEER_EXIT, error_file, failure_of, pid_files
+from hecate.ranks.processor import ONEDNN_SETTINGS
 
 STOPPING = "hecate: stopping: the ranks finish their step and save; a second signal ends them at once\n"
 """the answer to a first Ctrl-C or SIGTERM"""
 _ENDED_BY_SIGNAL = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL}
 """how ranks end that get a signal while they begin, and do not know yet what to do with it, or that get a second one"""
 
-ALLOCATOR_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)}
-"""Variables with which glibc keeps freed memory. By default it returns large blocks to the kernel at once and gets them back page by page,
-which takes a tenth of a step on a CPU."""
+RANK_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)} | ONEDNN_SETTINGS
+"""Variables of a rank's process. With the first two glibc keeps freed memory. By default it returns large blocks to the kernel at once and
+gets them back page by page, which takes a tenth of a step on a CPU."""
 
 
 def launch_local(
@@ -123,7 +124,7 @@ def _environment(num_ranks: int) -> dict[str, str]:
     """The environment variables that are the same for all ranks."""
     environment = {**os.environ, LAUNCHED_VARIABLE: str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo"}
     environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    for name, value in (ALLOCATOR_SETTINGS | gpu_allocator_defaults(os.environ)).items():
+    for name, value in (RANK_SETTINGS | gpu_allocator_defaults(os.environ)).items():
         environment.setdefault(name, value)
     # Progress bars of several ranks would overwrite each other, and the run prints its own progress.
     environment.setdefault("TQDM_DISABLE", "1")

@@ -26,7 +26,7 @@ from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.launch.addresses import Endpoint, check_free, find_endpoint, wait_for
 from hecate.launch.foreign_texts import AgentAction, agent_action
 from hecate.launch.fork_server import forking
-from hecate.launch.local_launcher import ALLOCATOR_SETTINGS, launch_local, run_first
+from hecate.launch.local_launcher import RANK_SETTINGS, launch_local, run_first
 from hecate.launch.rank_command import RankCommand, cause_of
 from hecate.launch.run_folder import run_folder
 from hecate.launch.stopped_ranks import end_stopped_ranks
@@ -164,7 +164,7 @@ def _set_environment(folder: Path, meeting: Endpoint | None, ranks_per_node: int
     os.environ[LAUNCHED_VARIABLE] = str(os.getpid())
     os.environ[ERRORS_VARIABLE] = str(folder)
     defaults = {
-        **ALLOCATOR_SETTINGS,
+        **RANK_SETTINGS,
         **gpu_allocator_defaults(os.environ),
         "TQDM_DISABLE": "1",
         "OMP_NUM_THREADS": str(max(1, usable_cores() // ranks_per_node)),

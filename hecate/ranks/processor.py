@@ -1,4 +1,4 @@
-"""Which types this machine's processor computes in by instructions of its own, as far as torch is allowed to use them."""
+"""Which types this machine's processor computes in by instructions of its own, as far as torch is allowed to use them, and how well."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+ONEDNN_SETTINGS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "4096"}
+"""oneDNN computes torch's products of bfloat16. It makes a kernel for each shape of the operands, which takes longer than a small product,
+and by itself keeps 1,024. Experts get another number of tokens in each step, so that training has more shapes than that. 4,096 kernels take
+some 60 MB. oneDNN reads the variable before its first product."""
 CPUINFO = Path("/proc/cpuinfo")
 _BOUNDS = {"ATEN_CPU_CAPABILITY": ("avx512",), "ONEDNN_MAX_CPU_ISA": ("bf16", "fp16", "amx", "avx10", "all", "default")}
 """variable that bounds the instructions of torch -> words; a bound with one of them leaves torch those for bfloat16"""

@@ -29,6 +29,7 @@ from hecate.ranks.launcher_files import (
     leave_pid,
     mistakes,
 )
+from hecate.ranks.processor import ONEDNN_SETTINGS
 
 
 def preload() -> None:
@@ -99,7 +100,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
         sys.exit(USER_ERROR_EXIT)  # torch's elastic agent restarts ranks after every exit status; a mistake would only be met again
     if errors and MEMBER_VARIABLE not in os.environ:  # a member leaves its own
         leave_pid(Path(errors), int(os.environ.get("RANK", "0")))
-    os.environ.update(gpu_allocator_defaults(os.environ))  # plain torchrun has not set them
+    os.environ.update(gpu_allocator_defaults(os.environ) | ONEDNN_SETTINGS | os.environ)  # plain torchrun has not set them
     from hecate import faults
     from hecate.config import load_config
     from hecate.train.preflight import check_machine

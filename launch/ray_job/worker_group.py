@@ -18,7 +18,7 @@ from typing import Any
 
 from hecate.errors import UserError
 from hecate.launch.foreign_texts import worker_failure
-from hecate.launch.local_launcher import ALLOCATOR_SETTINGS
+from hecate.launch.local_launcher import RANK_SETTINGS
 from hecate.launch.policy.devices import Device
 from hecate.launch.ray_job.messages import Ping, TakeGpus, WorkerEvent, WorkerLost, WorkerOrder, WorkerUp, event_from_json
 from hecate.launch.ray_job.node_watch import NodeWatches
@@ -218,7 +218,7 @@ class WorkerGroup:
     def _start_actor(self, device: JobDevice, **options: Any) -> WorkerHandle:
         cpus = int(dict(device.spec.resources).get("CPU", 1))
         environment = {
-            **ALLOCATOR_SETTINGS,
+            **RANK_SETTINGS,
             "TQDM_DISABLE": "1",
             "OMP_NUM_THREADS": str(max(1, cpus)),
             **({COLLECTIVES_VARIABLE: os.environ[COLLECTIVES_VARIABLE]} if COLLECTIVES_VARIABLE in os.environ else {}),
