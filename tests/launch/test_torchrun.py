@@ -8,11 +8,12 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from hecate.errors import UserError
-from hecate.launch import torchrun
+from hecate.launch import local_launcher, torchrun
 from hecate.launch.addresses import check_free, find_endpoint, interface_of, wait_for
 from hecate.launch.torchrun import node_range
 from hecate.ranks.launcher_files import error_file
@@ -123,3 +124,23 @@ def test_the_slurm_script_gives_what_the_command_takes(workshop: Path, tmp_path:
     assert done.returncode == 2, done.stderr
     assert "--rdzv-endpoint node17:32345: the host node17 is unknown" in done.stderr
     assert f" resume={str(interrupted).lower()} save_steps=50" in done.stderr
+
+
+@pytest.mark.parametrize("endpoint", [None, "127.0.0.1:{port}"])
+@pytest.mark.parametrize("survives", [False, True])
+def test_no_rank_is_started_where_what_runs_first_fails(
+    survives: bool, endpoint: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = tmp_path / "ranks"
+    program = f"import pathlib, sys; sys.exit(2 if '--check' in sys.argv else pathlib.Path({str(ranks)!r}).touch())"
+    for starter in (torchrun, local_launcher):
+        monkeypatch.setattr(starter, "forking", lambda *_: nullcontext([sys.executable, "-c", program]))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = endpoint and endpoint.format(port=free.getsockname()[1])
+    job = torchrun.TorchrunJob(
+        name="job", nodes=(1, 2 if meeting else 1), ranks_per_node=1, endpoint=meeting, max_restarts=0, survives=survives, first=["--check"]
+    )
+    with mock.patch.dict(os.environ):
+        assert torchrun.launch("program", [], job) == 2
+    assert not ranks.exists()
