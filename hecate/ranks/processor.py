@@ -1,4 +1,4 @@
-"""Which types this machine's processor computes in by instructions of its own, as far as torch is allowed to use them, and how well."""
+"""Whether this processor has instructions of its own for bfloat16, as far as torch may use them, and how ranks set up oneDNN for it."""
 
 from __future__ import annotations
 

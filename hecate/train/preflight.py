@@ -108,6 +108,18 @@ def check_data(config: Config) -> None:
     check_syntax(data.eval, data.on_bad_sample, users, cache)
 
 
+def check_architecture(config: Config) -> None:
+    """Check that the model can get experts, or that its own can be trained. No weights are read; importing transformers takes seconds.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if config.model.front_end == "transformers":
+        from hecate.model.base import check_base
+
+        check_base(config.model.name_or_path, config.model.num_hidden_layers, config.moe.kind)
+
+
 def check_resume(config: Config) -> None:
     """Check that there is a checkpoint to resume from, and that its run computed what the configuration says.
 

@@ -66,24 +66,14 @@ def main(arguments: Sequence[str]) -> None:
         if not arguments:
             raise UserError("a rank needs a configuration: python -m hecate.train.rank_main CONFIG [KEY=VALUE ...]")
         if arguments[0] == "--check":
-            check_architecture(Path(arguments[1]), arguments[2:])
+            from hecate.config import load_config
+            from hecate.train.preflight import check_architecture
+
+            check_architecture(load_config(Path(arguments[1]), arguments[2:], claim_output=False))
         else:
             train_as_rank(Path(arguments[0]), arguments[1:])
     except UserError as error:
         exit_with_user_error(error)
-
-
-def check_architecture(config_path: Path, overrides: Sequence[str]) -> None:
-    """Check that the model can get experts, or that its own can be trained. No weights are read.
-
-    Raises:
-        UserError: they cannot.
-    """
-    from hecate.config import load_config
-    from hecate.model.base import check_base
-
-    config = load_config(config_path, overrides, claim_output=False)
-    check_base(config.model.name_or_path, config.model.num_hidden_layers, config.moe.kind)
 
 
 def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:

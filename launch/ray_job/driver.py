@@ -21,7 +21,7 @@ from hecate.launch.policy.devices import Device, choose_devices, devices_of, one
 from hecate.launch.ray_job.cluster import connected, private_cluster
 from hecate.launch.ray_job.worker import Worker
 from hecate.report.trackers import check_trackers
-from hecate.train.preflight import check_data, check_resume, refuse_rounds
+from hecate.train.preflight import check_architecture, check_data, check_resume, refuse_rounds
 
 LOCAL = "local"
 _FOLDER_SECONDS = 10.0
@@ -46,10 +46,7 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
     check_resume(config)
     check_model(config)
     check_data(config)
-    if config.model.front_end == "transformers":
-        from hecate.model.base import check_base
-
-        check_base(config.model.name_or_path, config.model.num_hidden_layers, config.moe.kind)
+    check_architecture(config)
     topology = _configured_topology(config)
     import torch  # noqa: F401 - must come first: once Ray runs, the working folder may be gone for a moment
 
