@@ -115,7 +115,9 @@ def measure_overlap(ranks: Ranks, sizes: ProbeSizes) -> tuple[float, float, floa
     world = ranks.world_size
 
     def start(send: Tensor, receive: Tensor) -> dist.Work:
-        return dist.all_to_all_single(receive, send, group=ranks.groups.tokens, async_op=True)
+        work = dist.all_to_all_single(receive, send, group=ranks.groups.tokens, async_op=True)
+        assert work is not None, "every rank is in the group"
+        return work
 
     def buffers(size: int) -> tuple[Tensor, Tensor]:
         size = -(-size // world) * world

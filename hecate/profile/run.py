@@ -56,7 +56,9 @@ def measure(ranks: Ranks, node_of_rank: tuple[int, ...], kinds: tuple[str, ...],
     if len(ranks_of_node) > 1:
         # An all-to-all of all ranks waits for other nodes even if they send nothing.
         groups = [dist.new_group(members, timeout=_TIMEOUT) for members in ranks_of_node]
-        near_group = groups[node_of_rank[ranks.rank]]
+        own_group = groups[node_of_rank[ranks.rank]]
+        assert isinstance(own_group, dist.ProcessGroup), "this rank is on its own node"
+        near_group = own_group
     near = find_flows(near_rounds(ranks_of_node), ranks, near_group, sizes)
     alone = find_flows(alone_rounds(ranks_of_node), ranks, ranks.groups.tokens, sizes)
     together = find_flows(far_rounds(ranks_of_node), ranks, ranks.groups.tokens, sizes)
