@@ -6,6 +6,8 @@ sample then has some 30 tokens, most of which carry information.
 
 import importlib.util
 import json
+import sys
+import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -127,12 +129,21 @@ def _verifier(generator: str) -> Callable[[str, dict[str, Any]], float]:
 
 def _reasoning_gym() -> Any:
     try:
+        import pycosat  # noqa: F401
+    except ImportError:
+        # Only the zebra puzzles solve with it, and it has no wheel; reasoning-gym imports it for all tasks.
+        sys.modules["pycosat"] = types.ModuleType("pycosat")
+    try:
         with warnings.catch_warnings():
             # Python compiles a package at its first import, and one that reasoning-gym needs compares strings by `is`.
             warnings.simplefilter("ignore", SyntaxWarning)
             import reasoning_gym
     except ImportError as error:
-        raise UserError(f"the synthetic tasks need reasoning-gym, which is not installed\n  {install_hint('quickstart')}") from error
+        raise UserError(
+            f"the synthetic tasks need reasoning-gym, which cannot be imported: {error}\n"
+            f"  {install_hint('quickstart')}\n"
+            "  and then, in both cases: pip install --no-deps reasoning-gym"
+        ) from error
     return reasoning_gym
 
 

@@ -1,6 +1,7 @@
 import json
 import math
 import operator
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,3 +124,15 @@ def test_unknown_task_and_missing_package(tmp_path: Path, monkeypatch: Any) -> N
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(UserError, match=r"\[quickstart\]"):
         write_tasks(tmp_path, ["gcd"], 10, 10, 0)
+
+
+def test_tasks_need_no_package_that_must_be_compiled(tmp_path: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    draw = f"""
+import sys
+sys.modules["pycosat"] = None  # as if it were not installed
+from hecate.data.synthetic_tasks import write_tasks
+print(write_tasks({str(tmp_path)!r}, ["gcd"], 2, 2, 0)[0].train_samples)
+"""
+    done = subprocess.run([sys.executable, "-c", draw], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout == "2\n", done.stderr
