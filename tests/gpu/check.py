@@ -136,7 +136,11 @@ def machine(gpus: int) -> dict[str, Any]:
     return {
         "gpus": [f"{card.name}, {card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}" for card in cards],
         "cuda": torch.version.cuda,
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in ("torch", "triton", "transformers")}},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,  # with its build, such as +cu132, which the name of its wheel may lack
+            **{name: metadata.version(name) for name in ("triton", "transformers")},
+        },
     }
 
 
