@@ -5,6 +5,7 @@ import importlib.util
 import os
 import re
 import shlex
+import sys
 from pathlib import Path
 
 from hecate.config.hub import hub_hint
@@ -133,7 +134,8 @@ def plain_text_hint(files: str) -> str:
     """How files of plain text, given by a path or a pattern, become a data file with a document each."""
     quoted = "*".join(shlex.quote(part) if part else "" for part in files.split("*"))
     program = "import json, sys; [print(json.dumps({'text': open(name).read()})) for name in sys.argv[1:]]"
-    return f'plain text is read from records with the key text; this makes them: python -c "{program}" {quoted} > text.jsonl'
+    python = shlex.quote(sys.executable)  # `python` may not be on PATH
+    return f'plain text is read from records with the key text; this makes them: {python} -c "{program}" {quoted} > text.jsonl'
 
 
 def _files_in(folder: str) -> list[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from hecate.adapters.sets.forms import write_set
 from hecate.adapters.sets.sums import average
 from hecate.config import Config, to_yaml
+from hecate.data.chat_templates import FILE, choose_template
 from hecate.errors import UserError
 from hecate.federate.base import shape_of
 from hecate.federate.checks import client_weights, keep_recipe, samples_of
@@ -48,6 +49,7 @@ from hecate.federate.vectors import Pairs, VectorShape, flat, pairs_of, read_pai
 from hecate.io.durable import new_folder, replace_file
 from hecate.io.json_records import to_json_values
 from hecate.io.strict_json import dump_json
+from hecate.model.load import load_tokenizer, resolve_model
 from hecate.sweep.ledger import RunState, read_entries, working_alone
 from hecate.sweep.processes import train_runs
 from hecate.sweep.sweep_file import Sweep
@@ -199,7 +201,10 @@ def _held_out(config: Config, number: int, names: Sequence[str]) -> dict[str, di
 
 
 def _write_result(config: Config, shape: VectorShape, done: Sequence[RoundRecord]) -> Path:
-    """Write the adapter that the rounds leave: the last result, or the terms of all, where each was merged into the base."""
+    """Write the adapter that the rounds leave: the last result, or the terms of all, where each was merged into the base.
+
+    The chat template of the training lies beside it, unless it is the base model's own, as beside every adapter.
+    """
     folder, results = Path(config.output_dir) / "adapter", [result_of(config, record.round) for record in done]
     for one in (folder, *folder.parent.glob(f"{folder.name}.tmp-*")):  # those of a process that was killed
         shutil.rmtree(one, ignore_errors=True)
@@ -212,4 +217,7 @@ def _write_result(config: Config, shape: VectorShape, done: Sequence[RoundRecord
                 shutil.copytree(results[-1], staging, dirs_exist_ok=True)
         except OSError as error:
             raise UserError(f"{folder}: cannot be written: {error.strerror or error}\n  resume=true tries it again") from error
+    own = load_tokenizer(resolve_model(config.model.name_or_path)).chat_template
+    if template := choose_template(own, config.data.chat_template):
+        replace_file(folder / FILE, [template.text.encode()])
     return folder

@@ -179,7 +179,7 @@ def test_plain_text_becomes_documents_by_the_command_that_is_shown(tmp_path: Pat
         with pytest.raises(UserError) as caught:
             list(read_samples(path))
         command = str(caught.value).splitlines()[-1].partition("this makes them: ")[2]
-        subprocess.run(command, shell=True, check=True, cwd=tmp_path, timeout=60)
+        subprocess.run(command, shell=True, check=True, cwd=tmp_path, timeout=60, env={"PATH": ""})
         found = list(read_samples(tmp_path / "text.jsonl"))
         assert [sample.text for sample in found if isinstance(sample, Sample)] == documents
         assert json.loads((tmp_path / "text.jsonl").read_text(encoding="utf-8").splitlines()[0]) == {"text": "a\nline"}

@@ -26,6 +26,7 @@ from hecate.federate.rounds import federate
 from hecate.federate.standing import stacked_rank
 from hecate.train.inference import answer
 from hecate.train.preflight import refuse_rounds
+from testing.byte_tokenizer import TEMPLATE
 from tests.hecate.federate.making import UNEQUAL, recipe, write_recipe
 from tests.hecate.train.command_line import hecate, run, workshop
 
@@ -53,7 +54,10 @@ def records(workshop: Path, name: str) -> list[RoundRecord]:
 
 def test_rounds_end_in_an_ordinary_adapter(workshop: Path) -> None:
     """One round of a step: parts by the numbers of records, and the bytes of the files."""
-    printed = run(*words(workshop, "short", "rounds.count=1", "rounds.local_steps=1", "rounds.codec.up=0.25")).stdout
+    template = workshop / "own.jinja"
+    template.write_text(TEMPLATE, encoding="utf-8")
+    given = ("rounds.count=1", "rounds.local_steps=1", "rounds.codec.up=0.25", f"data.chat_template={template}")
+    printed = run(*words(workshop, "short", *given)).stdout
     (record,) = records(workshop, "short")
     assert "hecate: round 1/1 | 3 clients | error " in printed
     total = 120 + 120 + 6
@@ -66,6 +70,7 @@ def test_rounds_end_in_an_ordinary_adapter(workshop: Path) -> None:
     assert record.bytes_up["up"] == HEADER_BYTES + numbers // 8 + 8 * numbers // 4
     assert isinstance(answer(workshop / "runs/short/adapter", "w1x1", system=None, model=None, max_new_tokens=2), str)
     assert f"wrote {workshop}/runs/short/adapter" in printed
+    assert (workshop / "runs/short/adapter/chat_template.jinja").read_text(encoding="utf-8") == TEMPLATE, "that of its training"
 
 
 @pytest.mark.slow
