@@ -11,6 +11,7 @@ import pytest
 
 from hecate.config.schema import FieldNames
 from hecate.data.encode import Counts, EncodedSource, encode_source
+from hecate.data.synthetic_tasks import has_verifiers
 
 
 @dataclass(frozen=True)
@@ -73,3 +74,9 @@ def write_index(prefix: Path, documents: Sequence[Sequence[int]], dtype: Any = n
 
 def ids_of(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     return [tokenizer(text)["input_ids"] for text in texts]
+
+
+def needs_reasoning_gym() -> None:
+    """Skip the test where reasoning-gym is not installed. hecate imports it: a package that it asks for may be missing."""
+    if not has_verifiers():
+        pytest.skip("reasoning-gym is not installed")

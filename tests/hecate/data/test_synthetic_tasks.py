@@ -11,7 +11,7 @@ import pytest
 from hecate.data.encode import encode_source
 from hecate.data.synthetic_tasks import TASKS, verdict, write_tasks
 from hecate.errors import UserError
-from tests.hecate.data.files import Source
+from tests.hecate.data.files import Source, needs_reasoning_gym
 
 
 def pairs(path: Path) -> list[tuple[str, str]]:
@@ -55,7 +55,7 @@ SOLVERS = {
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: Any) -> Any:
-    pytest.importorskip("reasoning_gym")
+    needs_reasoning_gym()
     return write_tasks(tmp_path_factory.mktemp("tasks"), list(TASKS), train_size=160, eval_size=60, seed=3)
 
 
@@ -92,7 +92,7 @@ def test_only_the_rule_of_number_sequences_is_not_in_the_prompt() -> None:
 
 
 def test_small_spaces_hold_out_a_quarter_and_say_so(tmp_path: Path) -> None:
-    pytest.importorskip("reasoning_gym")
+    needs_reasoning_gym()
     (task,) = write_tasks(tmp_path, ["products"], train_size=500, eval_size=100, seed=0)
     # 10 x 10 digits.
     assert (task.train_samples, task.eval_samples, task.exhausted) == (75, 25, True)
@@ -101,7 +101,7 @@ def test_small_spaces_hold_out_a_quarter_and_say_so(tmp_path: Path) -> None:
 
 
 def test_same_seed_same_files_and_more_training_leaves_the_held_out(tmp_path: Path) -> None:
-    pytest.importorskip("reasoning_gym")
+    needs_reasoning_gym()
     texts = []
     for folder, train_size, seed in (("a", 30, 0), ("b", 30, 0), ("c", 50, 0), ("d", 30, 1)):
         (task,) = write_tasks(tmp_path / folder, ["gcd"], train_size=train_size, eval_size=10, seed=seed)
@@ -127,7 +127,7 @@ def test_unknown_task_and_missing_package(tmp_path: Path, monkeypatch: Any) -> N
 
 
 def test_tasks_need_no_package_that_must_be_compiled(tmp_path: Path) -> None:
-    pytest.importorskip("reasoning_gym")
+    needs_reasoning_gym()
     draw = f"""
 import sys
 sys.modules["pycosat"] = None  # as if it were not installed

@@ -29,6 +29,7 @@ from hecate.train.opened import Opened, load_trained
 from hecate.train.trained import export
 from hecate.train.training import Training
 from testing.tiny_run import make_workshop
+from tests.hecate.data.files import needs_reasoning_gym
 from tests.hecate.train.command_line import run
 
 WORDS = ["red", "a long choice", "blue green", "x"]
@@ -84,7 +85,7 @@ def test_likelihoods_are_the_plain_ones(workshop: Path, name: str) -> None:
 
 def test_models_side_by_side(workshop: Path, tmp_path: Path) -> None:
     """A run, its base, and a verifier that takes +4 for 4 where the file does not."""
-    pytest.importorskip("reasoning_gym")
+    needs_reasoning_gym()
     given = answer(workshop / "model", "w1x1", system=None, model=None, max_new_tokens=4)
     turns = [{"role": "user", "content": "w1x1"}, {"role": "assistant", "content": "4"}]
     entry = {"answer": given or "4", "metadata": {"source_dataset": "chain_sum"}}
