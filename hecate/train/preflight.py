@@ -109,7 +109,8 @@ def check_data(config: Config) -> None:
 
 
 def check_architecture(config: Config) -> None:
-    """Check that the model can get experts, or that its own can be trained. No weights are read; importing transformers takes seconds.
+    """Check that the model can get experts, that its own can be trained, or that Megatron can build it. No weights are read; importing
+    transformers takes seconds.
 
     Raises:
         UserError: they cannot.
@@ -118,6 +119,10 @@ def check_architecture(config: Config) -> None:
         from hecate.model.base import check_base
 
         check_base(config.model.name_or_path, config.model.num_hidden_layers, config.moe.kind)
+    else:
+        from hecate.megatron.imports import require_megatron
+
+        require_megatron()
 
 
 def check_resume(config: Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from hecate.errors import UserError
 from hecate.forecast import model_check
 from hecate.launch import local_launcher
 from hecate.launch.ray_job import driver
+from hecate.megatron import imports
 from hecate.train import rank_main
+from hecate.train.preflight import check_architecture
 from testing.commands import run_hecate
 from testing.tiny_run import make_workshop
 from tests.hecate.checkpoint.saving import save, shards_of
@@ -203,3 +206,13 @@ def test_no_checkpoint_and_one_of_another_run(workshop: Path) -> None:
 def test_a_model_whose_layers_are_not_known_is_left_to_its_loader(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_check, "tensor_shapes", lambda _: {"strange.weight": (2, 2)})
     model_check.check_model(load_config(workshop / "config.yaml", ["moe.num_experts=[4,4,4]"], claim_output=False))
+
+
+def test_megatron_where_it_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "megatron", None)
+    config = load_config("pretrain", [f"output_dir={tmp_path}/run"], inputs=False)
+    with pytest.raises(UserError, match=r"megatron-core is not installed\n  .*\[megatron\]"):
+        check_architecture(config)
+    monkeypatch.setattr(imports, "_NO_WHEEL", (3, 0))
+    with pytest.raises(UserError, match=r"it has no wheel for Python 3\.\d+\.\d+: use Python 3.11 to 3.13"):
+        check_architecture(config)
