@@ -13,7 +13,7 @@ from hecate.kernels.backend import Backend
 from hecate.model.attention import AUTO, AttentionChoice, pick_way
 from hecate.model.causal_head import CausalHead, LanguageModelHead
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
-from hecate.model.gguf_files import one_gguf_reader
+from hecate.model.gguf_files import one_gguf_reader, refuse_unknown_architecture
 from hecate.model.insert import FoundUnit
 from hecate.model.linears import FoundLinear, find_linears
 from hecate.model.load import base_of, load_model, load_tokenizer, outline_of, pick_dtype, read_config, resolve_model
@@ -81,7 +81,7 @@ class BaseModel:
 def check_base(name_or_path: str, num_hidden_layers: int | None, kind: ExpertKind) -> None:
     """Check that experts can be added to a model or trained in it, by its configuration and its files' headers; no weights are read.
 
-    A GGUF file is not checked: reading its configuration takes as long as the check spares.
+    Of a GGUF file only the architecture's name is checked: reading its configuration takes as long as the check spares.
 
     Raises:
         UserError: they cannot.
@@ -91,6 +91,8 @@ def check_base(name_or_path: str, num_hidden_layers: int | None, kind: ExpertKin
         find_own_experts(source, kind, num_hidden_layers)
     elif source.gguf_file is None:
         _places(outline_of(read_config(source, num_hidden_layers), source), kind)
+    else:
+        refuse_unknown_architecture(source.folder / source.gguf_file)
 
 
 def _places(model: nn.Module, kind: ExpertKind) -> tuple[tuple[GatedFfn, ...], tuple[FoundLinear, ...]]:

@@ -1,12 +1,58 @@
-"""Read a GGUF file once, where transformers reads it for the configuration, for the weights and for the tokenizer."""
+"""Read a GGUF file once, where transformers reads it for the configuration, for the weights and for the tokenizer; or its first entry."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hecate.errors import UserError
+
+_MAGIC, _TEXT = b"GGUF", 8
+_LONGEST_NAME = 1 << 10
+
+
+def refuse_unknown_architecture(path: Path) -> None:
+    """Refuse a file whose model transformers cannot build, by the first entry of its header; the whole header takes seconds.
+
+    A file that begins otherwise is not judged: reading it will say what is wrong.
+
+    Raises:
+        UserError: its architecture is none that transformers knows.
+    """
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    name = _architecture(path)
+    if name is not None and _plain(name) not in map(_plain, GGUF_SUPPORTED_ARCHITECTURES):
+        raise UserError(
+            f"{path}: its architecture is {name[:80]!r}, which transformers cannot read from a GGUF file\n"
+            "  give the folder of the model's safetensors instead"
+        )
+
+
+def _architecture(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            magic, _, _, _ = struct.unpack("<4sIQQ", file.read(24))  # version, number of tensors, number of entries
+            if magic == _MAGIC and _text(file) == "general.architecture" and struct.unpack("<I", file.read(4)) == (_TEXT,):
+                return _text(file)
+    except (OSError, struct.error, UnicodeDecodeError):
+        pass
+    return None
+
+
+def _text(file: BinaryIO) -> str:
+    (length,) = struct.unpack("<Q", file.read(8))
+    return file.read(min(length, _LONGEST_NAME)).decode()
+
+
+def _plain(name: str) -> str:
+    """transformers writes qwen3_moe where the files have qwen3moe, and gpt_oss for gpt-oss."""
+    return name.replace("_", "").replace("-", "")
 
 
 @contextmanager

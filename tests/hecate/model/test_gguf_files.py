@@ -10,8 +10,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, modeling_gguf_pytorch_utils
 
+from hecate.errors import UserError
+from hecate.model.base import check_base
 from hecate.model.gguf_files import one_gguf_reader
 from hecate.model.load import load_model, read_config, resolve_model
+from hecate.parallel.expert_kinds import MIXLORA
 
 gguf = pytest.importorskip("gguf")
 
@@ -83,3 +86,22 @@ def test_transformers_is_as_it_was_after_the_block() -> None:
     with one_gguf_reader():
         assert gguf.GGUFReader is not before[0]
     assert before == (gguf.GGUFReader, gguf.get_tensor_name_map, modeling_gguf_pytorch_utils.load_gguf_checkpoint)
+
+
+@pytest.mark.parametrize(("name", "known"), [("llama", True), ("rwkv7", False), ("gpt-oss", True), ("qwen3moe", True), ("x" * 2000, False)])
+def test_a_file_of_an_unknown_architecture_is_refused_by_its_first_entry(tmp_path: Path, name: str, known: bool) -> None:
+    writer = gguf.GGUFWriter(str(tmp_path / "a.gguf"), name)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    if known:
+        check_base(str(tmp_path / "a.gguf"), None, MIXLORA)
+    else:
+        with pytest.raises(UserError, match=rf"its architecture is '{name[:80]}', which transformers cannot read"):
+            check_base(str(tmp_path / "a.gguf"), None, MIXLORA)
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"GGUF" + b"\xff" * 60])
+def test_a_file_that_begins_otherwise_is_left_to_its_reader(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.gguf").write_bytes(content)
+    check_base(str(tmp_path / "a.gguf"), None, MIXLORA)
