@@ -59,7 +59,7 @@ def steps_in_turn(rank: int, world: int, folder: str, budget: Budget) -> tuple[d
 
         def step(side: str) -> float:
             if rank == 0:
-                compiler.go_on() if side == "beside" else compiler.stop()
+                (compiler.go_on if side == "beside" else compiler.stop)()
             return on_all_ranks(run.train_one)[0]
 
         for _ in range(WARM_UP):

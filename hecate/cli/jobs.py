@@ -41,12 +41,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     print(f"hecate: starting {count} rank{'s' if count > 1 else ''}", file=sys.stderr, flush=True)
     survives, together = loaded.fssdp.redundancy > 0, loaded.model.tensor_parallel
     arguments = [str(config), *(overrides or ())]
-    raise typer.Exit(launch_local(RANK_PROGRAM, arguments, count, survives=survives, together=together, first=_first(loaded, arguments)))
-
-
-def _first(config: Config, arguments: list[str]) -> list[str]:
-    """The arguments with which the ranks' program checks the model's architecture before any rank is started."""
-    return ["--check", *arguments] if config.model.front_end == "transformers" else []
+    raise typer.Exit(launch_local(RANK_PROGRAM, arguments, count, survives=survives, together=together, first=["--check", *arguments]))
 
 
 def check_local(config: Config, check_data: Callable[[Config], None]) -> int:
@@ -131,7 +126,7 @@ def launch(
         max_restarts=max_restarts,
         survives=loaded.fssdp.redundancy > 0,
         together=loaded.model.tensor_parallel,
-        first=_first(loaded, arguments),
+        first=["--check", *arguments],
     )
     raise typer.Exit(launch_torchrun(RANK_PROGRAM, arguments, job))
 

@@ -63,7 +63,6 @@ def one_gguf_reader() -> Iterator[None]:
       slices. The file is mapped all the same.
     - What the header says of configuration and tokenizer is kept, and each caller gets a copy.
     - The table of tensor names of an architecture is made once; transformers asks for it for each module of the model.
-    - Its progress bar, which it also draws into files, is left out.
     """
     try:
         import gguf

@@ -77,6 +77,6 @@ def ids_of(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
 
 
 def needs_reasoning_gym() -> None:
-    """Skip the test where reasoning-gym is not installed. hecate imports it: a package that it asks for may be missing."""
+    """Skip the test where reasoning-gym is not installed. Only hecate's own code imports it, also where pycosat is missing."""
     if not has_verifiers():
         pytest.skip("reasoning-gym is not installed")
