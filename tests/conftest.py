@@ -36,5 +36,11 @@ LONGEST = (
 )
 
 
+def pytest_configure() -> None:
+    from testing.interpreter import leave_out_overflow_checks  # imports triton, which reads the variable above
+
+    leave_out_overflow_checks()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((place for place, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST)))
