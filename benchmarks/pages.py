@@ -225,6 +225,24 @@ def merging(recording: Mapping[str, Any]) -> Pieces:
     return ["\n".join(lines), f"keeps {100 * kept / single:.0f} % of the {single:.2f} that the adapters have on their own tasks"]
 
 
+def paper(recording: Mapping[str, Any]) -> Pieces:
+    found = recording["summary"]
+    inside = [round(12 * found[f"share_inside_{which}"]) for which in ("published_ranges", "least_of_draws", "most_of_draws")]
+    return [
+        f"{inside[0]} of the 12 speed-ups",
+        f"of ten draws of a dozen layers each, {inside[1]} to {inside[2]} of the 12 are",
+        _over_best(found),
+    ]
+
+
+def _over_best(found: Mapping[str, float]) -> str:
+    clusters = ("a-16", "a", "b")
+    of_all = [f"{found[f'over_best_baseline_{cluster}']:.2f}x" for cluster in clusters]
+    least = min(found[f"over_best_least_of_draws_{cluster}"] for cluster in clusters)
+    most = max(found[f"over_best_most_of_draws_{cluster}"] for cluster in clusters)
+    return f"{of_all[0]}, {of_all[1]} and {of_all[2]} on its three clusters, and {least:.2f}x to {most:.2f}x over ten draws of loads"
+
+
 def plan_quality(recording: Mapping[str, Any]) -> Pieces:
     found = recording["summary"]
     whole, one, four = (found[f"auto_over_best_policy{slots}_geomean"] for slots in ("", "_slots_1", "_slots_4"))
@@ -271,7 +289,8 @@ SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
     "docs/systems.md": {"methods": methods, "many_adapters": many_adapters, "method_speed": method_speed, "reclora": reclora},
     "docs/federated.md": {"federated": federated},
     "docs/adapters.md": {"merging": merging},
-    "docs/planners.md": {"plan_quality": plan_quality},
+    "docs/planners.md": {"plan_quality": plan_quality, "paper": paper},
+    "README.md": {"paper": paper},
     "docs/simulator.md": {"memory_plan": memory_plan, "fidelity": fidelity},
 }
 """page -> recording -> its pieces on that page"""
