@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.federated_cases import ARMS
 from benchmarks.federated_cases import Round as FederatedRound
 from benchmarks.federated_cases import Run as FederatedRun
-from benchmarks.method_cases import EXACT, GOALS, LONG, LOSS, SHORT, Run, Runs
+from benchmarks.method_cases import EXACT, GOALS, LONG, LOSS, SEEDS, SHORT, Run, Runs
 from benchmarks.methods import by_method
 from benchmarks.whole_run import ROOT
 
@@ -87,7 +87,7 @@ def _long_table(found: Runs) -> str:
 def _of_rate(runs: Mapping[int, Run]) -> str:
     if not runs:
         return " | "
-    seeds = "" if len(runs) > 1 else " (one seed)"
+    seeds = "" if len(runs) == len(SEEDS) else f" ({len(runs)} of {len(SEEDS)} seeds)"
     return f"{LOSS.mean(runs)}{seeds} | {EXACT.both(runs)}{seeds}"
 
 
