@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import signal
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 from unittest import mock
@@ -47,16 +47,9 @@ from hecate.ranks import meeting
 from hecate.ranks import ranks as ranks_module
 from hecate.ranks.ranks import Ranks
 from testing.processes import OVERRIDES, losses
+from testing.ranks import fork_server_process
 from testing.tiny_run import make_workshop
 
-PROGRAM = """
-import json, os, sys
-events = os.fdopen(os.dup(1), "w", buffering=1)
-os.dup2(2, 1)  # so that what the training prints meanwhile does not get between an event and its line's end
-from hecate.launch.ray_job.worker import Worker
-for event in Worker(*json.loads(sys.argv[1])).events():
-    events.write(json.dumps(event) + "\\n")
-"""
 RANKS = 2
 STEPS, ENDLESS = 12, 100000
 
@@ -64,13 +57,21 @@ STEPS, ENDLESS = 12, 100000
 E = TypeVar("E", bound=WorkerEvent)
 
 
+def work(given: list[Any], events: Connection) -> None:
+    """Run a worker, and send each of its events."""
+    torch.set_num_threads(1)
+    for event in Worker(*given).events():
+        events.send(event)
+
+
 class Told:
     """A worker's process, and its events in the order in which they arrive."""
 
     def __init__(self, given: list[Any]) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", PROGRAM, json.dumps(given)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        self._receiver, sender = Pipe(duplex=False)
+        self.process = fork_server_process(work, (given, sender))
+        self.process.start()
+        sender.close()
         self._events: queue.Queue[WorkerEvent] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
 
@@ -81,9 +82,9 @@ class Told:
         return event
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._events.put(event_from_json(json.loads(line)))
+        with suppress(EOFError):
+            while True:
+                self._events.put(event_from_json(self._receiver.recv()))
 
 
 class Crew:
@@ -127,7 +128,7 @@ def crew(workshop: Path, request: pytest.FixtureRequest) -> Iterator[Crew]:
     yield made
     for worker in made.workers:
         worker.process.kill()
-        worker.process.wait()
+        worker.process.join()
 
 
 @pytest.mark.parametrize("crew", [STEPS], indirect=True)
