@@ -293,7 +293,13 @@ def test_sharding_groups_smaller_than_the_world_equal_one_process(world: int, sh
     cases = [
         Case(policy, 8, 2, scenario) for policy, scenario in zip(("full", "hecate_paper", "static_ep", "auto"), SCENARIOS, strict=True)
     ]
-    cases += [
+    run_ranks(world, _check_cases, [replace(case, shard_size=shard_size) for case in cases], timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "shard_size"), [(2, 1), (4, 1), (4, 2)])
+def test_whenever_replicas_of_sharding_groups_come_and_go_they_equal_one_process(world: int, shard_size: int) -> None:
+    cases = [
         Case("random 7", 3, 1, "idle experts"),
         Case("hecate_paper", 8, 2, "empty rank", rematerialize=True, checkpointing=True),
         Case("llep", 8, 2, "hot expert", plan="exact", prefetch=0),

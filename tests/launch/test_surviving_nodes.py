@@ -359,9 +359,12 @@ def test_a_node_reads_orders_only_when_they_have_changed(tmp_path: Path, monkeyp
         for number in (1, 2):
             node.words.store.order(replace(ORDERS, here=(f"here-0-{number}",)))
             node.until(here_file(node.files, 0, number).exists)
-            before, beat = reading.call_count, node.report().beat
-            node.until(lambda beat=beat: node.report().beat > beat + 10)
-            assert reading.call_count == before
+            counts = []
+            for _ in range(2):  # the orders are written before their number, so a node that has read them may read them once more
+                beat = node.report().beat
+                node.until(lambda beat=beat: node.report().beat > beat + 10)
+                counts.append(reading.call_count)
+            assert counts[0] == counts[1]
 
 
 def test_a_device_is_given_to_one_member(tmp_path: Path) -> None:

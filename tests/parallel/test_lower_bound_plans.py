@@ -128,7 +128,7 @@ def improved_plans(given_: PlanInput, seed: int, *, rounds: int = 12, count: int
         local = np.where(random.random((count, 1, 1)) < 0.8, local[parent], random.random((count, 1, 1)))
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(inputs(), st.integers(0, 2**31))
 def test_no_plan_is_below_it(given_: PlanInput, seed: int) -> None:
     bound = lower_bound(given_, 0)
@@ -216,7 +216,7 @@ def small_inputs(draw: st.DrawFn) -> PlanInput:
     return replace(given_, topology=topology, cost=replace(given_.cost, top_k=1))
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(small_inputs())
 def test_it_is_near_the_best_plan_of_few(given_: PlanInput) -> None:
     best, bound = best_by_brute_force(given_), lower_bound(given_, 0)
