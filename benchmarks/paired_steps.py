@@ -1,4 +1,4 @@
-"""Compare steps of a small training under several settings, step by step in turn, on gloo ranks of one thread each.
+"""Compare steps of a training under several settings, step by step in turn, on gloo ranks of one thread each.
 
 Each rank holds all these trainings and takes a step of one, then a step of the next (`benchmarks.ratios`), so that whatever else the
 machine does slows all. More ranks than cores take turns. Where other programs share the cores, ranks wait for each other at random; the
@@ -28,7 +28,7 @@ from testing.ranks import run_ranks
 WARM_UP = 2
 """steps of each side that are not counted"""
 Settings = Mapping[str, Any]
-"""configuration key -> value"""
+"""configuration key -> value, or the YAML of one"""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class Compared:
 
 
 def training(rank: int, world: int, folder: str, name: str, settings: Settings) -> Training:
-    """The training of `benchmarks.small_run` in `folder` on this rank of a default gloo group; its output goes to runs/NAME."""
-    given = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+    """The training of `folder`'s config.yaml on this rank of a default gloo group; its output goes to runs/NAME."""
+    given = [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()]
     config = load_config(Path(folder) / "config.yaml", [*given, f"output_dir={folder}/runs/{name}"], claim_output=False)
     return Training(config, Ranks(rank, world, torch.device("cpu"), expert_groups(make_mesh(world))))
 

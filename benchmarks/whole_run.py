@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hecate.launch.local_launcher import RANK_SETTINGS
+
 ROOT = Path(__file__).resolve().parent.parent
 FIVE_TASKS = ROOT / "benchmarks" / "five_tasks.yaml"
 """the configuration of which benchmarks of systems change some settings"""
+
+ONE_PROCESS: Mapping[str, str] = {**RANK_SETTINGS, "OMP_NUM_THREADS": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "65536"}
+"""the environment of a process that holds several trainings; oneDNN keeps as many kernels of each as in a process of its own"""
 
 
 @dataclass(frozen=True)
