@@ -1,7 +1,7 @@
 """One rank of some training runs on a GPU, a mock one or the CPU: `python -m tests.mock_cuda.rank RUNS.json RANK`.
 
 The runs come one after the other. For `RUNS.json` see `tests.mock_cuda.runs.Runs`. On a GPU, mock or not, the rank leaves, beside each
-run's folder, what happened in the steps from the third on: waits of the host by place, kernels and operators by name, and the routes of
+run's folder, what happened in the later steps: waits of the host by place, kernels and operators by name, and the routes of
 the gathers.
 """
 
@@ -21,9 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hecate.config import Config
-
-WARM_UP = 2
-"""steps that are not watched: the first ones make what later ones find"""
 
 
 def main(runs: dict[str, Any], rank: int) -> None:
@@ -52,7 +49,7 @@ def main(runs: dict[str, Any], rank: int) -> None:
         model = config.model
         ranks = connect(store, rank, world, config.fssdp.shard_size, model.tensor_parallel, sharded_layers=model.shard_non_experts)
         if runs["mock"] or runs["gpu"]:
-            with _watched_steps(_watched_on_mock if runs["mock"] else _watched_on_gpu) as steps:
+            with _watched_steps(_watched_on_mock if runs["mock"] else _watched_on_gpu, runs["unwatched"]) as steps:
                 train(config, ranks)
             folder.with_name(f"{name}.rank{rank}.json").write_text(json.dumps(steps), encoding="utf-8")
         else:
@@ -81,8 +78,8 @@ Watch = Callable[[], AbstractContextManager[dict[str, Any]]]
 
 
 @contextmanager
-def _watched_steps(watch: Watch) -> Iterator[list[dict[str, Any]]]:
-    """Watch the training steps until the end of the block; yields what is found, one record a step."""
+def _watched_steps(watch: Watch, unwatched: int) -> Iterator[list[dict[str, Any]]]:
+    """Watch the training steps until the end of the block, but for the first ones; yields what is found, one record a step."""
     from hecate.report.events import StepEvent
     from hecate.train.training import Training
 
@@ -92,7 +89,7 @@ def _watched_steps(watch: Watch) -> Iterator[list[dict[str, Any]]]:
     def train_one(self: Training, *arguments: Any) -> StepEvent:
         with watch() as found:
             event = plain(self, *arguments)
-        if self.standing.step > WARM_UP:
+        if self.standing.step > unwatched:
             transfers = self.parts.moe.engine.shards.plans.transfers.values()
             steps.append(found | {"routes": sorted({transfer.chunks.route for transfer in transfers})})
         return event

@@ -33,6 +33,8 @@ class Runs:
     """names of the runs whose adapter or model is evaluated again, and answers a question, when it is written; one rank only"""
     seconds: int = 280
     """that a rank may take for all runs"""
+    unwatched: int = 2
+    """steps of which nothing is noted: the first ones make what later ones find"""
     gpu: bool = False
     """without `mock`: on the machine's GPUs, not on its CPU"""
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -64,6 +64,7 @@ def on_both(
     on_mock: Settings = (),
     asked: tuple[str, ...] = (),
     begun: tuple[Runs, Runs] | None = None,
+    unwatched: int = 2,
 ) -> tuple[Runs, Runs]:
     """The same runs on mock GPUs and on the CPU.
 
@@ -74,7 +75,8 @@ def on_both(
     """
     mine = {case: trainings.overrides(settings, workshop) for case, settings in cases.items()}
     theirs = {case: trainings.overrides((*settings, *on_mock), workshop) for case, settings in cases.items()}
-    cpu = Runs(str(workshop / "config.yaml"), str(workshop / f"cpu-{name}"), world, False, mine, asked, seconds=590)
+    folder = str(workshop / f"cpu-{name}")
+    cpu = Runs(str(workshop / "config.yaml"), folder, world, False, mine, asked, seconds=590, unwatched=unwatched)
     mock = replace(cpu, folder=str(workshop / f"mock-{name}"), mock=True, overrides=theirs)
     return do(mock, begun and begun[0]), do(cpu, begun and begun[1])
 
@@ -115,8 +117,8 @@ def require_waits(step: Mapping[str, Any], wanted: Mapping[str, int]) -> None:
 def test_one_rank_waits_in_few_places_and_its_adapter_is_scored(workshop: Path) -> None:
     """Triton's kernels are interpreted. Two layers, one micro-step: nothing waits for a layer, for the batch or for its attention."""
     evaluated = (*EVALUATED, "eval.on_start=false", "eval.max_samples=1", "eval.max_new_tokens=1")
-    short = (*SMALL, *trainings.WIDE_HEADS, *evaluated, "max_steps=3", "moe.num_experts=3")
-    mock, cpu = on_both(workshop, "short", 1, {"mixlora": short}, on_mock=("kernels=triton",))
+    short = (*SMALL, *trainings.WIDE_HEADS, *evaluated, "max_steps=2", "moe.num_experts=3")
+    mock, cpu = on_both(workshop, "short", 1, {"mixlora": short}, on_mock=("kernels=triton",), unwatched=1)
     require_alike(mock, cpu, "mixlora", rounding=1e-5)
     assert len(mock.evaluations("mixlora")) == 1
     (step,) = mock.steps("mixlora", rank=0)
