@@ -133,6 +133,14 @@ def _reached(summary: Mapping[str, float], key: str, *, at_least: float = -math.
     return "missed" if high < at_least or low > at_most else "not decided"
 
 
+def beside_compiler(recording: Mapping[str, Any]) -> Pieces:
+    found = recording["summary"]
+    return [
+        f"A step beside that compiler takes {_between(found, 'slowdown')} of one without it",
+        f"whether it is within the goal of 3 % is {_reached(found, 'slowdown', at_most=1.03)}",
+    ]
+
+
 def replay(recording: Mapping[str, Any]) -> Pieces:
     found = recording["summary"]
     settings, plans = ("loopback", "4 Gbit/s"), ("history", "exact")
@@ -320,7 +328,7 @@ SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
     "docs/adapters.md": {"merging": merging},
     "docs/planners.md": {"plan_quality": plan_quality, "paper": paper},
     "README.md": {"paper": paper},
-    "docs/placement.md": {"replay": replay},
+    "docs/placement.md": {"replay": replay, "beside_compiler": beside_compiler},
     "docs/simulator.md": {"memory_plan": memory_plan, "fidelity": fidelity},
 }
 """page -> recording -> its pieces on that page"""
