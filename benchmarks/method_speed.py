@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.method_cases import METHODS, TASKS
 from benchmarks.paired_steps import alternating
-from benchmarks.ratios import LEAST_PAIRS, Budget, of_times
+from benchmarks.ratios import LEAST_PAIRS, Budget, of_times, reached
 from benchmarks.report import arguments, finish
 from benchmarks.whole_run import FIVE_TASKS, ONE_PROCESS
 from hecate.data.synthetic_tasks import write_tasks
@@ -53,7 +53,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = [{"system": name, "step_seconds": median(one.clock), "all": one.clock} for name, one in taken.items()]
     finish("method_speed", rows, {f"{name} / {BESIDE}": one for name, one in ratio.items()}, options.json)
     goal = ratio["allora"]
-    verdict = "not decided" if goal.pairs < LEAST_PAIRS or goal.low <= GOAL < goal.high else "met" if goal.high <= GOAL else "missed"
+    verdict = "not decided" if goal.pairs < LEAST_PAIRS else reached(goal.low, goal.high, at_most=GOAL)
     print(f"allora: a step takes at most {GOAL} of LoRA's: {verdict}")
 
 

@@ -75,6 +75,13 @@ class Ratio:
         return {**ends, f"{key}_verdict": float(self.verdict), f"{key}_narrow": float(self.narrow)}
 
 
+def reached(low: float, high: float, *, at_least: float = -math.inf, at_most: float = math.inf) -> str:
+    """What an interval, of these ends, says of a goal: met, missed, or not decided."""
+    if at_least <= low and high <= at_most:
+        return "met"
+    return "missed" if high < at_least or low > at_most else "not decided"
+
+
 def of_times(these: Sequence[float], those: Sequence[float], budget: Budget) -> Ratio:
     """How many times as long these take as those: both in seconds, of one round after the other (`until_narrow`)."""
     return _ratio(neighbours(these, those), budget, of_times=True)

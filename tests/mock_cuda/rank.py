@@ -1,8 +1,7 @@
 """One rank of some training runs on a GPU, a mock one or the CPU: `python -m tests.mock_cuda.rank RUNS.json RANK`.
 
 The runs come one after the other. For `RUNS.json` see `tests.mock_cuda.runs.Runs`. On a GPU, mock or not, the rank leaves, beside each
-run's folder, what happened in the later steps: waits of the host by place, kernels and operators by name, and the routes of
-the gathers.
+run's folder, what happened in the later steps: waits of the host by place, kernels and operators by name, and the routes of the gathers.
 """
 
 from __future__ import annotations

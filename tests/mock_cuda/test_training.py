@@ -72,6 +72,7 @@ def on_both(
         name: of their folders.
         on_mock: settings that are others on mock GPUs.
         begun: the runs of both that these go on with.
+        unwatched: the number of first steps of which nothing is noted.
     """
     mine = {case: trainings.overrides(settings, workshop) for case, settings in cases.items()}
     theirs = {case: trainings.overrides((*settings, *on_mock), workshop) for case, settings in cases.items()}
