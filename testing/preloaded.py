@@ -15,6 +15,7 @@ for name in (
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral", "olmoe", "qwen3_moe")),
     *("matplotlib.figure", "matplotlib.backends.backend_agg"),
     *("hecate.cli", "hecate.train.answers", "hecate.train.inference"),
+    *("pytest", "hypothesis", "hypothesis.strategies"),
 ):
     import_module(name)
 if jit.state() == "ready":
