@@ -37,9 +37,9 @@ LONGEST = (
 
 
 def pytest_configure() -> None:
-    from testing.interpreter import leave_out_overflow_checks  # imports triton, which reads the variable above
+    from testing.interpreter import leave_out_what_is_thrown_away  # imports triton, which reads the variable above
 
-    leave_out_overflow_checks()
+    leave_out_what_is_thrown_away()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

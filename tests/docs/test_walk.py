@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,8 @@ OVER_LLAMA = "hecate train finetune model.name_or_path=/models/SmolLM2-1.7B data
 STORY = ("README.md", "docs/moe_lora.md", "docs/adapters.md", "docs/answers.md", "docs/data.md", "docs/report.md", "docs/launch.md")
 """the pages whose commands follow each other: a later page uses what those of an earlier one have left"""
 ALONE = ("docs/doctor.md", "docs/topology.md")
+SLOW = r"runs/many|runs/sixteen|^torchrun|^hecate launch"
+"""what later blocks do not need, and other tests nearly repeat: blocks with such a command are slow tests"""
 NOT_RUN = {
     r"^([A-Z_]+=\S+ )*(make|\.) ": "installs, or is what runs this test",
     r"^examples/|[A-Z]+=\S+ examples/|^hecate sweep SWEEP": "tests/examples/test_examples.py runs the examples, of which the sweep is one",
@@ -166,7 +169,12 @@ def test_every_command_is_run_or_has_a_reason() -> None:
     assert not left
 
 
-@pytest.mark.parametrize("block", blocks(commands(STORY)), ids=lambda block: block[0].place)
+def told(block: list[CommandLine]) -> Any:
+    slow = any(re.search(SLOW, command.text) for command in block)
+    return pytest.param(block, id=block[0].place, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize("block", [told(block) for block in blocks(commands(STORY))])
 def test_a_reader_walks_through_the_pages(block: list[CommandLine], walked: Path) -> None:
     """Blocks need what those before them have left."""
     problems = [problem(command, walked) for command in block]
@@ -176,6 +184,10 @@ def test_a_reader_walks_through_the_pages(block: list[CommandLine], walked: Path
 def test_the_walk_has_left_what_the_pages_say(walked: Path) -> None:
     assert len((walked / "answers.jsonl").read_text().splitlines()) == 3
     assert (walked / "runs" / "upcycled" / "model").is_dir()
+
+
+@pytest.mark.slow
+def test_peft_loads_what_moe_loras_page_has_left(walked: Path) -> None:
     (block,) = (one for one in all_blocks() if one.page == "docs/moe_lora.md" and one.text.startswith("from peft"))
     program = f"from transformers import AutoModelForCausalLM\nbase = 'models/Qwen3-30B-A3B'\n{block.text}"
     subprocess.run([sys.executable, "-c", program], cwd=walked, check=True, timeout=300)

@@ -261,17 +261,14 @@ def cases_of(policy: str, sizes: Iterable[tuple[int, int]]) -> list[Case]:
 SLOW_1, SLOW_2, SLOW_3, SLOW_4 = (pytest.param(world, marks=pytest.mark.slow) for world in (1, 2, 3, 4))
 
 
-QUICK = (("full", 2), ("hecate_paper", 3))
-"""of every policy and world size, those that are not left to the slow tests"""
-SOME_SIZES, OTHER_SIZES = ((3, 1), (8, 2)), ((3, 2), (8, 1))
+QUICK = (("full", 2, ((3, 1),)), ("hecate_paper", 3, ((8, 2),)))
+"""of every policy, world size and number of experts, those that are not left to the slow tests"""
+SIZES = ((3, 1),), ((8, 2),), ((3, 2), (8, 1))
 
 
 @pytest.mark.parametrize(
     ("policy", "world", "sizes"),
-    [
-        pytest.param(policy, world, sizes, marks=() if sizes == SOME_SIZES and (policy, world) in QUICK else pytest.mark.slow)
-        for policy, world, sizes in itertools.product(EVERY_CASE, (1, 2, 3, 4), (SOME_SIZES, OTHER_SIZES))
-    ],
+    [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in itertools.product(EVERY_CASE, (1, 2, 3, 4), SIZES)],
     ids=str,
 )
 def test_sharded_training_equals_one_process_in_fp64(policy: str, world: int, sizes: Iterable[tuple[int, int]]) -> None:
@@ -403,7 +400,7 @@ def test_under_every_policy_these_systems_equal_one_process(system: dict[str, An
     ids=("3 ranks", "3 ranks of few experts", "4 ranks", "4 ranks of few experts"),
 )
 def test_every_other_policy_equals_one_process(world: int, like: Case) -> None:
-    cases = [replace(like, policy=policy) for policy in sorted(set(POLICIES) - set(EVERY_CASE))]
+    cases = [replace(like, policy=policy, steps=2) for policy in sorted(set(POLICIES) - set(EVERY_CASE))]
     run_ranks(world, _check_cases, cases, timeout=480)
 
 

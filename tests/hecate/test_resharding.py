@@ -103,6 +103,7 @@ def test_training_with_moves_is_training_without(world: int, shard_size: int | N
     cases = [Case(policy, EXPERTS, 2, scenario) for policy, scenario in (("hecate_paper", "idle experts"), ("static_ep", "hot expert"))]
     cases.append(Case("full", EXPERTS, 1, "balanced", checkpointing=True))
     if world == 3:
+        cases = cases[:1]  # the others are trained on other numbers of ranks
         cases.append(Case("llep", EXPERTS, 2, "hot expert", plan="exact", rematerialize=True, checkpointing=True))
         cases.append(Case("hecate_paper", EXPERTS, 2, "hot expert", plan="calibrated", prefetch=2))
     cases = [replace(case, shard_size=shard_size) for case in cases]

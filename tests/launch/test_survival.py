@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from hecate.launch.run_folder import processes_below
+from testing.commands import run_hecate
 from testing.processes import OVERRIDES, hecate, kill_rank, listening, losses, read_rest, read_until, wait_until_gone
 from testing.tiny_run import make_workshop
 
@@ -29,8 +30,8 @@ def arguments(workshop: Path, name: str, *overrides: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(workshop: Path) -> dict[int, tuple[float, float]]:
-    with hecate("train", *arguments(workshop, "whole", f"max_steps={STEPS}", "nproc=2"), temporary=workshop / "tmp-whole") as process:
-        read_rest(process)
+    done = run_hecate(["train", *arguments(workshop, "whole", f"max_steps={STEPS}", "nproc=2")], timeout=240)
+    assert done.returncode == 0, done.stderr
     return losses(workshop / "runs/whole")
 
 

@@ -12,7 +12,7 @@ import torch
 from hecate.kernels.common.kernel_launch import Launch
 from hecate.model import attention_kernels
 from hecate.model.attention_kernels import package_flash
-from testing.interpreter import leave_out_overflow_checks
+from testing.interpreter import leave_out_what_is_thrown_away
 from tests.kernels.interpreter_bf16 import bf16_right
 from tests.mock_cuda.install import device
 from tests.plain_attention import plain_flash, plain_flex
@@ -28,7 +28,7 @@ def interpret_in_place() -> None:
     Kernels of attention, which torch and flash-attn would bring, become the formulas of `tests.plain_attention`.
     """
     _BF16_RIGHT.__enter__()  # for as long as the process lasts
-    leave_out_overflow_checks()
+    leave_out_what_is_thrown_away()
     plain = Launch.run
 
     def run(self: Launch) -> None:

@@ -161,7 +161,7 @@ def test_copies_of_the_sources_share_machine_code(tmp_path: Path) -> None:
     run("assert twice(1.0) == 2.5 and jit._process.state == 'unknown'", cache, root=roots[1])
 
 
-@pytest.mark.parametrize("length", [0, 100, None])
+@pytest.mark.parametrize("length", [pytest.param(0, marks=pytest.mark.slow), 100, pytest.param(None, marks=pytest.mark.slow)])
 def test_damaged_machine_code_is_made_anew(tmp_path: Path, length: int | None) -> None:
     """Files that are cut, or were removed by whoever cleans folders for temporary files."""
     run("jit.compile_and_wait()", tmp_path)

@@ -128,7 +128,7 @@ def improved_plans(given_: PlanInput, seed: int, *, rounds: int = 12, count: int
         local = np.where(random.random((count, 1, 1)) < 0.8, local[parent], random.random((count, 1, 1)))
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(inputs(), st.integers(0, 2**31))
 def test_no_plan_is_below_it(given_: PlanInput, seed: int) -> None:
     bound = lower_bound(given_, 0)
@@ -138,7 +138,7 @@ def test_no_plan_is_below_it(given_: PlanInput, seed: int) -> None:
         assert seconds.min() >= bound * (1 - ROUNDING)
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(inputs())
 def test_no_policy_is_below_it(given_: PlanInput) -> None:
     """With the split that the bound is made for."""
@@ -216,7 +216,7 @@ def small_inputs(draw: st.DrawFn) -> PlanInput:
     return replace(given_, topology=topology, cost=replace(given_.cost, top_k=1))
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(small_inputs())
 def test_it_is_near_the_best_plan_of_few(given_: PlanInput) -> None:
     best, bound = best_by_brute_force(given_), lower_bound(given_, 0)
@@ -257,7 +257,7 @@ def tiny_inputs(draw: st.DrawFn) -> PlanInput:
     return draw(inputs().filter(is_tiny))
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.filter_too_much])
 @given(tiny_inputs())
 def test_it_is_near_the_best_of_all_plans_over_several_nodes(given_: PlanInput) -> None:
     plan = every_plan(given_)

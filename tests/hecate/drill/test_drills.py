@@ -22,7 +22,7 @@ from hecate.drill.table import as_json, report_text, summary_text
 from hecate.errors import UserError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
-IN_EVERY_TEST = ("R5", "R6", "R7", "R8", "R9", "R13", "R16", "R17", "R18", "R25")
+IN_EVERY_TEST = ("R6", "R7", "R8", "R9", "R16", "R18", "R25")
 """of a few seconds of processor time"""
 MODULES = (damage, followers, inputs, launching, losses, memory, naming, numbers, resuming, saves)
 

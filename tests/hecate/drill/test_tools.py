@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,7 @@ def test_idle_ranks_wait_for_a_signal(tmp_path: Path) -> None:
     with subprocess.Popen([sys.executable, "-m", "hecate.drill.idle", "2", str(tmp_path)], stderr=subprocess.DEVNULL) as process:
         while len(list(tmp_path.iterdir())) < 2:
             assert process.poll() is None
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=30) != 0
 

@@ -69,10 +69,13 @@ def shrinking(rank: int, world: int, workshop: str, name: str, phases: list[str]
     return found
 
 
-def test_survivors_go_on_without_losing_a_step(workshop: str, whole: Losses) -> None:
-    results = run_ranks(4, shrinking, workshop, "shrunk", list(PHASES), ("fssdp.redundancy=1",))
+@pytest.mark.parametrize(
+    "phases", [("backward", "stepped"), pytest.param(("forward", "gradients", "norm"), marks=pytest.mark.slow)], ids=str
+)
+def test_survivors_go_on_without_losing_a_step(workshop: str, whole: Losses, phases: tuple[str, ...]) -> None:
+    results = run_ranks(4, shrinking, workshop, f"shrunk-{phases[0]}", list(phases), ("fssdp.redundancy=1",))
     for rank in (0, 2, 3):
-        for phase, (done, restarted, losses) in zip(PHASES, results[rank], strict=True):
+        for phase, (done, restarted, losses) in zip(phases, results[rank], strict=True):
             assert done == restarted == DEATH_STEP, phase
             assert torch.tensor([losses[step] for step in sorted(losses)]).sub(torch.tensor(whole)).abs().max() <= 1e-10, phase
 
