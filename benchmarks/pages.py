@@ -152,6 +152,56 @@ def replay(recording: Mapping[str, Any]) -> Pieces:
     ]
 
 
+_MODEL_ROWS = {
+    "wide": "2 layers, hidden size 512, sequences of 256 tokens",
+    "small": "4 layers, hidden size 256, sequences of 128 tokens",
+}
+
+
+def deterministic(recording: Mapping[str, Any]) -> Pieces:
+    of = {(row["model"], row["ranks"], row["group"]): row for row in recording["rows"]}
+    groups = sorted({group for _, _, group in of})
+    lines = [f"| model | ranks | {', | '.join(f'groups of {group}' for group in groups)}, the whole micro-batch |", _rule(5)]
+    for model, label in _MODEL_ROWS.items():
+        for ranks in sorted({ranks for _, ranks, _ in of}):
+            cells = [_between(of[model, ranks, group], "processor_slowdown") for group in groups]
+            lines.append(f"| {label if ranks == 1 else ''} | {ranks} | {' | '.join(cells)} |".replace("|  |", "| |"))
+    verdicts = [
+        f"{label.partition(',')[0]}, {ranks} {'rank' if ranks == 1 else 'ranks'}: "
+        + ", ".join(f"{group} {_reached(of[model, ranks, group], 'processor_slowdown', at_most=1.05)}" for group in groups)
+        for model, label in _MODEL_ROWS.items()
+        for ranks in sorted({ranks for _, ranks, _ in of})
+    ]
+    return ["\n".join(lines).replace(", |", " |"), "; ".join(verdicts)]
+
+
+_COST_ROWS = {
+    "digests of a save": "the digests' share of a save",
+    "save_async, of a step": "what a save beside the steps (`save_async`) adds, over one step",
+    "redundancy: 1, of a step": "what `fssdp.redundancy: 1` adds to a step",
+    "redundancy: 1, more copies": "how many more copies of the experts that are trained, with their moments",
+    "whole": "what `deterministic: true` adds to a step, with the whole micro-batch of a rank as one group",
+    "ones": "the same with groups of one",
+    "a killed rank is noticed in ms": "from a kill until all of three other ranks have noticed it, ms",
+    "the others go on in ms": "until they go on, ms",
+}
+
+
+def faults(recording: Mapping[str, Any]) -> Pieces:
+    lines = ["| what | goal | median | interval | by processor time | verdict |", _rule(6)]
+    for row in recording["rows"]:
+        name = row["cost"]
+        if name.startswith("deterministic"):
+            name = "ones" if "groups of 1)" in name else "whole"
+        shares = row["narrow"] != ""
+        median, low, high = (f"{100 * row[key]:.1f} %" if shares else f"{row[key]:.3g}" for key in ("median", "low", "high"))
+        goal = f"at most {100 * float(row['goal'].split()[-1]):.0f} %" if shares else row["goal"]
+        interval = f"{low} to {high}" if shares else f"{high} at worst" if name.endswith("ms") else "counted"
+        processor = "" if row["by_processor"] == "" else f"{100 * row['by_processor']:.1f} %"
+        lines.append(f"| {_COST_ROWS[name]} | {goal} | {median} | {interval} | {processor} | {row['verdict']} |".replace("|  |", "| |"))
+    return ["\n".join(lines), f"a step takes {recording['summary']['step_s']:.2f} s"]
+
+
 def reclora(recording: Mapping[str, Any]) -> Pieces:
     auc = {(row["system"], row["seed"]): row["auc"] for row in recording["rows"]}
     seeds = sorted({seed for _, seed in auc})

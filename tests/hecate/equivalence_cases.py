@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -174,6 +174,11 @@ def topology(world: int) -> Topology:
     """Two nodes where there are ranks for two; so slow between them that hecate materializes only some experts."""
     nodes = tuple(rank * 2 // world if world > 1 else 0 for rank in range(world))
     return Topology(nodes, (1e9,) * world, (1e9,) * world, Link(1e9, 0.0), Link(3e7, 0.0))
+
+
+def policies_at(world: int, number: int = 0) -> Sequence[str]:
+    """A third of all policies, another one at each of 2 to 4 ranks and for each of three numbers. On one rank, all have the same plan."""
+    return ("full",) if world == 1 else sorted(POLICIES)[(number + world) % 3 :: 3]
 
 
 def random_planner(seed: int) -> Planner:

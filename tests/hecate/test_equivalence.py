@@ -43,6 +43,7 @@ from tests.hecate.equivalence_cases import (
     calibrating_at_whim,
     initial_values,
     micro_batch,
+    policies_at,
     random_planner,
     recorded,
     router_bias,
@@ -353,7 +354,7 @@ def test_training_with_forced_routing_equals_one_process_that_is_forced_alike(wo
         Case("hecate_paper", 8, 2, "balanced", checkpointing=True),
         Case("random 5", 8, 2, "balanced", plan="exact"),
     ]
-    more = [Case(policy, 8, 2, "balanced", plan="replay") for policy in sorted(POLICIES)] if world > 2 else []
+    more = [Case(policy, 8, 2, "balanced", plan="replay") for policy in policies_at(world)] if world > 2 else []
     if world == 4:
         more += [Case("hecate_paper", 8, 2, "empty rank", plan="replay", shard_size=2)]
     run_ranks(world, _check_cases, [replace(case, replay="force") for case in (cases[:2] if world == 1 else cases) + more], timeout=480)
@@ -377,7 +378,9 @@ def test_with_other_pairs_and_with_a_gradient_rule_it_equals_one_process() -> No
 @pytest.mark.parametrize("world", [SLOW_1, SLOW_2, SLOW_3, SLOW_4])
 @pytest.mark.parametrize("system", SYSTEMS, ids=str)
 def test_under_every_policy_these_systems_equal_one_process(system: dict[str, Any], world: int) -> None:
-    cases = [Case(policy, 8, 2, scenario) for policy, scenario in zip(sorted(POLICIES), itertools.cycle(SCENARIOS), strict=False)]
+    """Each policy is that of every system at one of 2 to 4 ranks."""
+    policies = policies_at(world, SYSTEMS.index(system))
+    cases = [Case(policy, 8, 2, scenario) for policy, scenario in zip(policies, itertools.cycle(SCENARIOS), strict=False)]
     cases += [
         Case("static_ep", 3, 1, "empty rank"),
         Case("random 5", 8, 2, "balanced", plan="calibrated"),

@@ -13,9 +13,8 @@ import torch.distributed as dist
 from hecate.config import RouterConfig
 from hecate.elastic.move_experts import move_experts
 from hecate.parallel.comm import expert_store
-from hecate.parallel.planners import POLICIES
 from testing.ranks import run_ranks
-from tests.hecate.equivalence_cases import MICRO_STEPS, assert_groups_equal, calibrating_at_whim, random_owners
+from tests.hecate.equivalence_cases import MICRO_STEPS, assert_groups_equal, calibrating_at_whim, policies_at, random_owners
 from tests.hecate.linear_cases import LinearCase, PlainModel, ShardedTraining, near
 from tests.hecate.watching import gradients_of, moments_of
 
@@ -102,9 +101,9 @@ def test_shards_of_a_pool_train_as_one_process_while_their_owners_change() -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [1, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_shards_of_a_pool_under_every_policy(world: int) -> None:
-    cases = [replace(case, policy=policy) for policy in sorted(POLICIES) for case in SHARDS]
+    cases = [replace(case, policy=policy) for policy in policies_at(world) for case in SHARDS]
     cases += [LinearCase("random 4", "hot expert", (3, 0), pairs="shards", prefetch=2), LinearCase("elsewhere", pairs="shards")]
     cases += [replace(case, shard_size=2) for case in SHARDS] if world == 4 else []
     run_ranks(world, _check_cases, cases, timeout=580)
@@ -124,7 +123,7 @@ def test_on_one_rank() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_under_every_policy(world: int) -> None:
     cases = []
-    for policy in sorted(POLICIES):
+    for policy in policies_at(world, 1):
         cases += [LinearCase(policy, "hot expert", checkpointing=True), LinearCase(policy, "empty rank", (3, 1), 1)]
     cases += [LinearCase("random 3", "idle experts", (2, 5)), LinearCase("elsewhere", "idle experts", (5, 0))]
     run_ranks(world, _check_cases, cases, timeout=580)
@@ -208,7 +207,7 @@ def test_with_other_routers_pairs_and_ranks_they_train_as_one_process() -> None:
 def test_with_any_system_they_train_as_one_process(system: dict[str, Any], world: int) -> None:
     """Each policy is that of every system at one of 2 to 4 ranks. On one rank, all policies have the same plan."""
     number = SYSTEMS.index(system)
-    policies = ("full",) * len(SCENARIOS) if world == 1 else (*sorted(POLICIES), "elsewhere")[(number + world) % 3 :: 3]
+    policies = ("full",) * len(SCENARIOS) if world == 1 else (*policies_at(world, number), "elsewhere")
     scenarios = itertools.islice(itertools.cycle(SCENARIOS), number % len(SCENARIOS), None)
     cases = [LinearCase(policy, scenario, **system) for policy, scenario in zip(policies, scenarios, strict=False)]
     cases += [

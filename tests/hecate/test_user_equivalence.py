@@ -8,9 +8,8 @@ from typing import Literal
 import pytest
 
 from hecate.elastic.move_experts import move_experts
-from hecate.parallel.planners import POLICIES
 from testing.ranks import run_ranks
-from tests.hecate.equivalence_cases import assert_groups_equal, calibrating_at_whim
+from tests.hecate.equivalence_cases import assert_groups_equal, calibrating_at_whim, policies_at
 from tests.hecate.linear_cases import near
 from tests.hecate.reclora_cases import PlainUsers, UserCase, empty_rows, optimizer_of, sharded_by_users, step_by_users
 from tests.hecate.watching import gradients_of
@@ -58,8 +57,7 @@ def test_experts_mixed_by_users_train_as_one_process() -> None:
 @pytest.mark.parametrize("mix", ["factors", "products"])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_under_every_policy(world: int, mix: Literal["factors", "products"]) -> None:
-    """On one rank, all policies have the same plan."""
-    policies = sorted(POLICIES) if world > 1 else ["static_ep"]
+    policies = policies_at(world, 1 if mix == "products" else 0)
     cases = [UserCase(policy, mix, "empty rank" if mix == "products" else "balanced", steps=2) for policy in policies]
     cases += [UserCase("random 3", mix, "empty rank", (4, 1), checkpointing=True), UserCase("elsewhere", mix, "empty rank", steps=2)]
     run_ranks(world, check_cases, cases, timeout=580)
