@@ -200,6 +200,21 @@ def faults(recording: Mapping[str, Any]) -> Pieces:
     return ["\n".join(lines), f"a step takes {recording['summary']['step_s']:.2f} s"]
 
 
+def effective_time(recording: Mapping[str, Any]) -> Pieces:
+    of = {(row["way"], row["ranks"], row["arrival_s"], row["growth"]): row["work"] for row in recording["rows"]}
+    ends = of["copies", 8, 0.0, "log"], of["copies", 1024, 0.0, "log"]
+    in_proportion, restart = of["copies", 1024, 0.0, "linear"], of["restart", 1024, 0.0, "-"]
+    return [
+        f"With second copies and a replacement that stands by, {ends[0]:.3f} of the time of 8 ranks is training and {ends[1]:.3f} of "
+        f"that of 1,024, if the time to go on grows with the logarithm of their number. Going back to checkpoints leaves "
+        f"{of['checkpoint', 8, 0.0, 'log']:.3f} of that of 8",
+        f"If it grows in proportion, {in_proportion:.3f} of the time of 1,024 ranks is left, less than the {restart:.3f} of starting all "
+        "processes again",
+        f"The goal of 0.99 is **{_met(min(ends) >= 0.99)}**",
+        f"If a replacement comes after a minute, the ranks that are left train on meanwhile: {of['copies', 8, 60.0, 'log']:.3f}",
+    ]
+
+
 def reclora(recording: Mapping[str, Any]) -> Pieces:
     auc = {(row["system"], row["seed"]): row["auc"] for row in recording["rows"]}
     seeds = sorted({seed for _, seed in auc})
@@ -382,6 +397,7 @@ SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
     "docs/planners.md": {"plan_quality": plan_quality, "paper": paper_under_other_loads},
     "README.md": {"paper": paper},
     "docs/deterministic.md": {"deterministic": deterministic},
+    "docs/drills.md": {"faults": faults, "effective_time": effective_time},
     "docs/placement.md": {"replay": replay, "beside_compiler": beside_compiler},
     "docs/simulator.md": {"memory_plan": memory_plan, "fidelity": fidelity},
 }
