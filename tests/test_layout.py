@@ -252,6 +252,9 @@ def test_no_remote_code_is_run() -> None:
         for node in found:
             if isinstance(node, ast.keyword) and node.arg == "trust_remote_code" and not _is_false(node.value):
                 wrong.append(f"{path}:{node.value.lineno}")
+            is_built = isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_config"
+            if is_built and not path.startswith("benchmarks/") and not any(word.arg == "trust_remote_code" for word in node.keywords):
+                wrong.append(f"{path}:{node.lineno}: says nothing, so transformers asks")
             if isinstance(node, ast.Dict):
                 keys = zip(node.keys, node.values, strict=True)
                 wrong += [

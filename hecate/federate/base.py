@@ -21,7 +21,7 @@ def shape_of(config: Config) -> VectorShape:
     described = read_config(resolve_model(config.model.name_or_path), config.model.num_hidden_layers)
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(described)
+            model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     except ValueError as error:
         raise UserError(f"model.name_or_path: no causal language model: {str(error).splitlines()[0]}") from error
     linears = target_linears(find_linears(model), config.lora.target_modules, type(model).__name__)

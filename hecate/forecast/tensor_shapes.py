@@ -82,7 +82,7 @@ def _of_sizes(path: Path) -> dict[str, StoredTensor]:
     try:
         config = AutoConfig.for_model(kind, **values)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path}: no model of type {kind} can be made of these sizes: {str(error).splitlines()[0]}") from error
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}

@@ -28,8 +28,11 @@ class ModelSource:
     gguf_file: str | None
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments for transformers' `from_pretrained`: it reads local files only, and runs no remote code."""
-        common: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True}
+        """The arguments for transformers' `from_pretrained`: it reads local files only, and runs no code of the model's own.
+
+        Where it is not told, transformers asks on standard input whether to run that code.
+        """
+        common: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True, "trust_remote_code": False}
         return common if self.gguf_file is None else {**common, "gguf_file": self.gguf_file}
 
 
@@ -113,9 +116,9 @@ def outline_of(config: Any, source: ModelSource) -> nn.Module:
     require_text_model(config, source)
     try:
         with torch.device("meta"):
-            outline: nn.Module = AutoModelForCausalLM.from_config(config)
+            outline: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, ImportError, KeyError, AttributeError) as error:
-        raise UserError(f"{source.folder}: transformers cannot build the model: {error}") from error
+        raise UserError(f"{source.folder}: transformers cannot build the model: {_first_line(error)}") from error
     return outline
 
 
@@ -245,4 +248,6 @@ def _quiet_transformers() -> None:
 
 
 def _first_line(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it is made by code of its own (auto_map), which hecate does not run"
     return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__

@@ -169,12 +169,12 @@ def test_every_command_is_run_or_has_a_reason() -> None:
     assert not left
 
 
-def told(block: list[CommandLine]) -> Any:
+def as_case(block: list[CommandLine]) -> Any:
     slow = any(re.search(SLOW, command.text) for command in block)
     return pytest.param(block, id=block[0].place, marks=pytest.mark.slow if slow else ())
 
 
-@pytest.mark.parametrize("block", [told(block) for block in blocks(commands(STORY))])
+@pytest.mark.parametrize("block", [as_case(block) for block in blocks(commands(STORY))])
 def test_a_reader_walks_through_the_pages(block: list[CommandLine], walked: Path) -> None:
     """Blocks need what those before them have left."""
     problems = [problem(command, walked) for command in block]
