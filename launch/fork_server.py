@@ -24,9 +24,10 @@ from importlib import import_module
 from pathlib import Path
 
 from hecate.io.process_end import die_with_parent, run_and_end
+from hecate.io.python_module import RUN_MODULE
 from hecate.ranks.launcher_files import LAUNCHED_VARIABLE, name_process
 
-_SERVER = (sys.executable, "-m", "hecate.launch.fork_server")
+_SERVER = (*RUN_MODULE, "hecate.launch.fork_server")
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _RANK = Path(__file__).with_name("forked_rank.py")
 _LONGEST_PATH = 100
@@ -50,7 +51,7 @@ def forking(folder: Path, environment: Mapping[str, str], program: str) -> Itera
     """
     path = folder / "ranks"
     if not sys.platform.startswith("linux") or len(os.fsencode(path)) > _LONGEST_PATH:
-        yield (sys.executable, "-m", program)
+        yield (*RUN_MODULE, program)
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listening:
         listening.bind(str(path))
@@ -209,7 +210,7 @@ def main() -> None:
     import torch
 
     if torch.cuda._is_in_bad_fork():
-        os.execv(sys.executable, [sys.executable, "-m", name, *order.arguments])
+        os.execv(sys.executable, [*RUN_MODULE, name, *order.arguments])
     program.main(order.arguments)
 
 

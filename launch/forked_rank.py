@@ -22,7 +22,7 @@ def main() -> int:
             server.connect(path)
         except OSError:  # the server has ended, so this process becomes the rank, which takes longer
             signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
-            os.execv(sys.executable, [sys.executable, "-m", program, *arguments])
+            os.execv(sys.executable, [sys.executable, "-P", "-m", program, *arguments])
         order = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}).encode()
         socket.send_fds(server, [len(order).to_bytes(8, "little")], [0, 1, 2])
         server.sendall(order)

@@ -34,6 +34,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
+from hecate.io.python_module import RUN_MODULE
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -269,7 +271,7 @@ def _start_compiler(folder: Path) -> subprocess.Popen[bytes] | None:
         root = str(Path(sys.modules["hecate"].__path__[0]).parent)
         path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
         compiler = subprocess.Popen(
-            [sys.executable, "-m", _COMPILER_MODULE],
+            [*RUN_MODULE, _COMPILER_MODULE],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

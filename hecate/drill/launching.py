@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from hecate.drill.armed import Injected
 from hecate.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of, worst
 from hecate.drill.processes import tcp_addresses, wait_until_gone
 from hecate.drill.ranks import begin_command, begin_run, environment
+from hecate.io.python_module import RUN_MODULE
 from hecate.launch.run_folder import processes_below
 
 _LOOPBACK = {"127.0.0.1", "::1"}
@@ -60,7 +60,7 @@ def _idle_cycle(scope: Scope, temporary: Path, cycle: int, settled: list[float])
     folder.mkdir()
     way = ("SIGKILL", "SIGTERM", "SIGKILL at once", "SIGKILL of the fork server")[cycle % 4]
     variables = environment() | {"TMPDIR": str(temporary)}
-    command = [sys.executable, "-m", "hecate.drill.idle", "2", str(folder)]
+    command = [*RUN_MODULE, "hecate.drill.idle", "2", str(folder)]
     with subprocess.Popen(command, env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + (0.1 * (cycle % 7) if way == "SIGKILL at once" else 30.0)
         while len(list(folder.iterdir())) < 2 and time.monotonic() < deadline:

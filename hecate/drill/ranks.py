@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from hecate.drill.armed import Injected, to_text
 from hecate.drill.launchers import Launcher, LaunchRequest
 from hecate.drill.outcome import Scope
 from hecate.drill.program import name_of
+from hecate.io.python_module import RUN_MODULE
 from hecate.ranks.launcher_files import STORE_VARIABLE
 
 DETERMINISTIC: tuple[str, ...] = ("deterministic=true",)
@@ -205,7 +205,7 @@ def begin_command(scope: Scope, name: str, ranks: int, *overrides: str, temporar
     folder = _new_folder(scope, name)
     output = folder / "out"
     given = settings(f"output_dir={output}", f"nproc={ranks}", *overrides)
-    command = [sys.executable, "-m", "hecate", "train", f"{scope.workshop}/config.yaml", *given]
+    command = [*RUN_MODULE, "hecate", "train", f"{scope.workshop}/config.yaml", *given]
     variables = environment() | ({"TMPDIR": str(temporary)} if temporary else {})
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command, env=variables, stdout=log, stderr=log)

@@ -25,6 +25,7 @@ from hecate.federate.vectors import Pairs, VectorShape, flat, new_pairs, pairs_o
 from hecate.io.durable import replace_file
 from hecate.io.json_records import from_json_values
 from hecate.io.plain_files import read_plain
+from hecate.io.python_module import RUN_MODULE
 from hecate.io.signals import on_signals
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.model.load import resolve_model
@@ -165,7 +166,7 @@ def run_process(plan: ProcessPlan, overrides: Sequence[str]) -> int:
     """
     for client in plan.clients:
         receive(client)
-    command = [sys.executable, "-m", "hecate", *plan.verb, plan.config, *overrides, f'lora.init_from="{plan.begin}"']
+    command = [*RUN_MODULE, "hecate", *plan.verb, plan.config, *overrides, f'lora.init_from="{plan.begin}"']
     with subprocess.Popen(command, start_new_session=True) as process:
 
         def pass_on(number: int, _frame: FrameType | None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from hecate.errors import UserError
 from hecate.federate.plans import base_of_round, round_folder
 from hecate.io.durable import replace_file
 from hecate.io.plain_files import read_plain
+from hecate.io.python_module import RUN_MODULE
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.sweep.processes import reason_of
 
@@ -37,7 +37,7 @@ def held_out_figures(config: Config, number: int, adapters: Mapping[str, Path]) 
         data = replace(config.data, separate=False)
         evaluated = replace(config, rounds=RoundsConfig(), model=model, data=data, output_dir=str(folder), resume=False)
         replace_file(settings, [to_yaml(evaluated).encode()])
-        command = [sys.executable, "-m", "hecate", "eval", str(settings), "--models", ",".join(map(str, adapters.values()))]
+        command = [*RUN_MODULE, "hecate", "eval", str(settings), "--models", ",".join(map(str, adapters.values()))]
         done = subprocess.run([*command, "--json", str(found)], capture_output=True, text=True, check=False)
         replace_file(log, [(done.stdout + done.stderr).encode()])
         if done.returncode:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,12 +10,13 @@ from hecate.config import Config, DataSource, EvalConfig, named_model
 from hecate.config.schema import ClientConfig, RoundsConfig
 from hecate.federate.client import ClientPlan, Described, Merging, ProcessPlan
 from hecate.federate.vectors import VectorShape
+from hecate.io.python_module import RUN_MODULE
 from hecate.parallel.expert_kinds import lora_scale
 from hecate.sweep.sweep_file import Sweep, SweepRun
 
 TOGETHER = "together"
 """the name of the process that trains all clients at once"""
-PROGRAM = (sys.executable, "-m", "hecate.federate.client")
+PROGRAM = (*RUN_MODULE, "hecate.federate.client")
 
 
 @dataclass(frozen=True)

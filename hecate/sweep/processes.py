@@ -19,12 +19,13 @@ from types import FrameType
 from hecate.checkpoint import latest_good
 from hecate.config import Config, to_yaml
 from hecate.errors import UserError
+from hecate.io.python_module import RUN_MODULE
 from hecate.io.signals import on_signals
 from hecate.report.progress import duration_text
 from hecate.sweep.ledger import RunState, SweepEntry, log_file, read_entries, working_alone, write_entry
 from hecate.sweep.sweep_file import STATE_FOLDER, Sweep, SweepRun
 
-PROGRAM = (sys.executable, "-m", "hecate")
+PROGRAM = (*RUN_MODULE, "hecate")
 _POLL_SECONDS = 0.1
 _TAIL = 4096
 """bytes at the end of what a run has printed in which the reason of its failure is looked for"""
