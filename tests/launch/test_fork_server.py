@@ -114,7 +114,7 @@ def test_without_a_server_ranks_start_plainly(folder: Path, monkeypatch: pytest.
     deep = folder / ("x" * 100)
     deep.mkdir()
     with fork_server.forking(deep, os.environ, PROGRAM) as command:
-        assert command == (sys.executable, "-m", PROGRAM)
+        assert command == (sys.executable, "-P", "-m", PROGRAM)
 
 
 def answered(folder: Path, answer: bytes) -> tuple[subprocess.CompletedProcess[str], dict[str, Any]]:

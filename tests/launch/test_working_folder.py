@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from hecate.io.python_module import RUN_MODULE
 from testing.tiny_run import make_workshop
 
 STAND_INS = ["json", "yaml", "numpy", "select", "random", "logging", "tempfile", "torch", "transformers", "omegaconf", "safetensors"]
@@ -45,3 +46,7 @@ def test_a_training_imports_none_of_them(workshop: Path, tmp_path: Path, start: 
     command = [sys.executable, "-m", "hecate"] if start == "-m" else [str(Path(sys.executable).with_name("hecate"))]
     names = STAND_INS if start == "-m" else (*STAND_INS, "hecate")
     run_beside(names, tmp_path, *command, "train", str(workshop / "config.yaml"), *small)
+
+
+def test_a_module_of_hecates_is_started_without_them(tmp_path: Path) -> None:
+    run_beside((*STAND_INS, "hecate", "runpy"), tmp_path, *RUN_MODULE, "hecate", "train", "--help")
