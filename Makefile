@@ -76,7 +76,7 @@ test: install
 	@$(MAKE) --no-print-directory -j 2 lint warm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder --durations 20 -m 'not slow'
 
-# The slow tests, about an hour: Ray clusters, two nodes in network namespaces (needs root), trainings on mock GPUs, further world sizes.
+# The slow tests, about two hours: Ray clusters, two nodes in network namespaces (needs root), trainings on mock GPUs, further world sizes.
 test-slow: install browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m slow
 
