@@ -24,7 +24,7 @@ from typing import Any
 
 from benchmarks import deterministic
 from benchmarks.paired_steps import Taken, compared
-from benchmarks.ratios import LEAST_PAIRS, Budget, Ratio, largest, of_times
+from benchmarks.ratios import LEAST_PAIRS, Budget, Ratio, largest, of_times, reached
 from benchmarks.report import arguments, finish
 from benchmarks.save_costs import STEPS, digest_shares, kept_copies, saves_among_steps
 from benchmarks.small_run import make_folder
@@ -61,7 +61,7 @@ class Cost:
         if self.exact:
             return "met" if self.value == self.goal else "missed"
         low, high = (self.low, self.high) if self.measured else (self.value, self.value)
-        return "met" if high <= self.goal else "missed" if low > self.goal else "not decided"
+        return reached(low, high, at_most=self.goal)
 
     def row(self) -> dict[str, Any]:
         return {

@@ -164,12 +164,12 @@ def deterministic(recording: Mapping[str, Any]) -> Pieces:
     lines = [f"| model | ranks | {' | '.join(f'groups of {group}' for group in groups)}, the whole micro-batch |", _rule(5)]
     for model, label in _MODEL_ROWS.items():
         for ranks in sorted({ranks for _, ranks, _ in of}):
-            cells = [_ordered(of[model, ranks, group]) for group in groups]
+            cells = [_cost_of_order(of[model, ranks, group]) for group in groups]
             lines.append(f"| {label if ranks == 1 else ''} | {ranks} | {' | '.join(cells)} |".replace("|  |", "| |"))
     return ["\n".join(lines)]
 
 
-def _ordered(row: Mapping[str, Any]) -> str:
+def _cost_of_order(row: Mapping[str, Any]) -> str:
     return f"{_between(row, 'processor_slowdown')}, {_reached(row, 'processor_slowdown', at_most=1.05)}"
 
 
@@ -204,11 +204,12 @@ def effective_time(recording: Mapping[str, Any]) -> Pieces:
     of = {(row["way"], row["ranks"], row["arrival_s"], row["growth"]): row["work"] for row in recording["rows"]}
     ends = of["copies", 8, 0.0, "log"], of["copies", 1024, 0.0, "log"]
     in_proportion, restart = of["copies", 1024, 0.0, "linear"], of["restart", 1024, 0.0, "-"]
+    less = "less" if in_proportion < restart else "more"
     return [
         f"With second copies and a replacement that stands by, {ends[0]:.3f} of the time of 8 ranks is training and {ends[1]:.3f} of "
         f"that of 1,024, if the time to go on grows with the logarithm of their number. Going back to checkpoints leaves "
         f"{of['checkpoint', 8, 0.0, 'log']:.3f} of that of 8",
-        f"If it grows in proportion, {in_proportion:.3f} of the time of 1,024 ranks is left, less than the {restart:.3f} of starting all "
+        f"If it grows in proportion, {in_proportion:.3f} of the time of 1,024 ranks is left, {less} than the {restart:.3f} of starting all "
         "processes again",
         f"The goal of 0.99 is **{_met(min(ends) >= 0.99)}**",
         f"If a replacement comes after a minute, the ranks that are left train on meanwhile: {of['copies', 8, 60.0, 'log']:.3f}",
