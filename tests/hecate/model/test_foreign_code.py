@@ -61,3 +61,15 @@ def test_a_models_own_code_is_not_run(workshop: Path, tmp_path: Path, verb: str,
     assert "[y/N]" not in said
     assert "Traceback" not in said
     assert "trust_remote_code" not in said, "the reader is told to do what hecate never does"
+
+
+def test_a_plan_from_sizes_alone_runs_none_either(workshop: Path, tmp_path: Path) -> None:
+    """transformers knows the type, and has no language model for it, so the file's own would be taken."""
+    (tmp_path / "theirs.py").write_text(CODE.format(folder=tmp_path), encoding="utf-8")
+    wanted = {"model_type": "vit", "auto_map": {"AutoModelForCausalLM": "theirs.Model"}, "name_or_path": str(tmp_path)}
+    (tmp_path / "config.json").write_text(json.dumps(wanted), encoding="utf-8")
+    given = ["plan", str(workshop / "config.yaml"), f"model.name_or_path={tmp_path}", f"output_dir={tmp_path}/run"]
+    done = run_hecate(given, given="y\n" * 20, timeout=120)
+    assert done.returncode == 2
+    assert not (tmp_path / "ran").exists()
+    assert "[y/N]" not in done.stdout + done.stderr
