@@ -10,6 +10,8 @@ import pytest
 from testing.processes import OVERRIDES, hecate, kill_rank, losses, read_rest, read_until, running
 from testing.tiny_run import make_workshop
 
+ROOT = Path(__file__).parents[2]
+"""where the ranks find their program, since nothing that hecate starts looks in the working directory"""
 STEPS = 30
 GIVEN = (*OVERRIDES, "micro_batch_size=1", "kernels=torch", "fssdp.redundancy=1", "fssdp.policy=static_ep", "logging_steps=1")
 
@@ -21,7 +23,7 @@ def test_those_left_go_on_without_a_killed_rank(tmp_path: Path) -> None:
     given = [str(workshop / "config.yaml"), *GIVEN]
     command = [sys.executable, "-m", "tests.mock_cuda.surviving_rank", given[0], "3", *given[1:]]
     mock = [*command, "max_steps=100000", f"output_dir={workshop}/runs/mock"]
-    with running(mock, tmp_path / "tmp-mock", GLOO_SOCKET_IFNAME="lo") as process:
+    with running(mock, tmp_path / "tmp-mock", GLOO_SOCKET_IFNAME="lo", PYTHONPATH=str(ROOT)) as process:
         printed = read_until(process, "step 5/")
         kill_rank(process.pid, 1)
         printed += read_until(process, "2 ranks go on after step")
