@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 Place = Literal[
     "begin",  # a rank is about to connect to those that it begins the run with
+    "connect",  # a rank is about to connect to others; then: their first group, all others, and all that they ask each other are there
     "loaded",  # it has loaded the model, and is about to say so
     "evaluate",  # an evaluation begins
     "step",  # a step begins; with its number

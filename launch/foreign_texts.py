@@ -1,4 +1,4 @@
-"""Turns the log lines and error texts of torch and Ray into values. No other file of the launchers reads such texts.
+"""Turns the error texts of Ray into values. No other file of the launchers reads such texts.
 
 Each function names the versions whose texts it was written for, and returns its least specific value for any other text.
 (`lost_a_peer` and `loss_in_words` of `hecate.ranks.ranks` read gloo's texts about lost peers, because training without a launcher needs
@@ -13,20 +13,6 @@ from enum import Enum
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LONGEST = 300
-
-
-class AgentAction(Enum):
-    """Why torch's elastic agent starts all ranks of its node again."""
-
-    RANK_LOST = "a rank was lost"
-    NODE_CAME = "a node has joined"
-
-
-def agent_action(log_line: str) -> AgentAction | None:
-    """The restart that a line of the elastic agent's log announces; None: the line announces none. torch 2.10 to 2.13."""
-    if "attempts left" in log_line:
-        return AgentAction.RANK_LOST
-    return AgentAction.NODE_CAME if "new nodes" in log_line else None
 
 
 @dataclass(frozen=True)

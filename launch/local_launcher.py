@@ -42,6 +42,7 @@ def launch_local(
     num_ranks: int,
     *,
     survives: bool = False,
+    begins_again: bool = False,
     together: int = 1,
     most_replaced: int = MOST_REPLACED,
     first: Sequence[str] = (),
@@ -49,21 +50,29 @@ def launch_local(
     """Run `python -m PROGRAM ARGUMENTS` as `num_ranks` ranks on this machine, and return the exit status of the run.
 
     Rank 0 prints to the terminal. The first SIGINT or SIGTERM is passed on to the ranks, which save and stop, and the exit status is 130
-    or 143, as a shell shows it; a second one kills them. When a rank dies, the others are stopped, and a message names the one that died.
+    or 143, as a shell shows it; a second one kills them. When a rank dies, the others are stopped, and a message names the one that died,
+    unless they go on or begin again.
 
     Args:
         survives: whether the ranks can go on without one that dies. If so they go on, and a new rank is started, which joins them when it
             has loaded.
+        begins_again: whether all ranks start again from the last checkpoint when one dies, if they cannot go on.
         together: so many neighbouring ranks can only go on together (`model.tensor_parallel`). If one of them dies, the others are ended,
             and with more than one none of them is replaced.
-        most_replaced: how many ranks may be started in place of lost ones.
+        most_replaced: how many ranks may be started in place of lost ones, or how often all may start again.
         first: if given, the program runs once with these arguments before the ranks; if that fails, its status is the run's.
     """
     with run_folder() as folder, forking(folder, _environment(num_ranks), program) as start:
         if status := run_first(start, first, folder):
             return status
         return start_and_watch(
-            [*start, *arguments], num_ranks, folder / "store", survives=survives, together=together, most_replaced=most_replaced
+            [*start, *arguments],
+            num_ranks,
+            folder / "store",
+            survives=survives,
+            begins_again=begins_again,
+            together=together,
+            most_replaced=most_replaced,
         )
 
 
@@ -78,7 +87,14 @@ def run_first(start: Sequence[str], arguments: Sequence[str], folder: Path) -> i
 
 
 def start_and_watch(
-    command: Sequence[str], num_ranks: int, store: Path, *, survives: bool, together: int = 1, most_replaced: int = MOST_REPLACED
+    command: Sequence[str],
+    num_ranks: int,
+    store: Path,
+    *,
+    survives: bool,
+    begins_again: bool = False,
+    together: int = 1,
+    most_replaced: int = MOST_REPLACED,
 ) -> int:
     """`launch_local` with a command that starts a rank.
 
@@ -86,8 +102,8 @@ def start_and_watch(
         store: the path that the files between launcher and ranks are named after; in a folder of this run's own.
     """
     own = RankCommand(command, _environment(num_ranks), store, survives)
-    if survives:
-        surviving = SurvivingRanks(ThisMachine(own, num_ranks), store, together, most_replaced)
+    if survives or begins_again:
+        surviving = SurvivingRanks(ThisMachine(own, num_ranks), store, together, most_replaced, goes_on=survives)
         return watch(surviving.processes, store, surviving)
     return watch({rank: own.start(rank, rank, Beginning(rank, num_ranks, 0)) for rank in range(num_ranks)}, store, None)
 
@@ -150,8 +166,11 @@ def _wait(ranks: Mapping[int, RankProcess], store: Path, surviving: SurvivingRan
     while True:
         if surviving:
             surviving.look()
-        if not running() and not (surviving and surviving.waits):
-            break
+        if not running():
+            if surviving:
+                surviving.look()  # once more: the last rank may have ended since
+            if not running() and not (surviving and surviving.waits):
+                break
         if waiting:
             waiting.say_new(pid_files(store.parent))
         for number in surviving.members if surviving else ranks:

@@ -1,14 +1,14 @@
 """What the launchers of several nodes (`hecate.launch.surviving_nodes`) tell each other, and the key-value store through which they do.
 
-The launcher of the node with the meeting point *leads*: it writes orders. Each other one writes reports. Whoever reaches the store could
-write either, as with torchrun. So what is read is checked, and no text becomes a command, a path outside the run's folder, or code.
+The launcher of the node with the meeting point *leads*: it writes orders. Each other one writes reports. The store answers those alone who
+hold the job's secret (`hecate.ranks.job_store`). What is read is checked all the same: no text becomes a command, a path outside the run's
+folder, or code.
 """
 
 from __future__ import annotations
 
 import json
 import re
-import socket
 import time
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.launch.addresses import Endpoint
 from hecate.launch.rank_command import Beginning
+from hecate.ranks.job_store import JobStore, StoreServer
 from hecate.ranks.launcher_files import Generation
-from hecate.ranks.sockets import notice_lost_machines, tcp_sockets
 
 _TIMEOUT = timedelta(seconds=30)
 """how long the store may take to answer"""
@@ -47,10 +47,13 @@ class JobShape:
     most: int
     """nodes"""
     ranks_per_node: int
+    survives: bool
+    """whether its ranks can go on without one that dies (`fssdp.redundancy`)"""
 
     def in_words(self) -> str:
+        how = "which go on without a lost one" if self.survives else "which start again"
         nodes = f"{self.fewest}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
-        return f"{self.name!r} of {nodes} nodes with {self.ranks_per_node} ranks each"
+        return f"{self.name!r} of {nodes} nodes with {self.ranks_per_node} ranks each, {how}"
 
 
 @dataclass(frozen=True)
@@ -107,38 +110,37 @@ class MessageStore:
         self._store = store
 
     @classmethod
-    def host(cls, meeting: Endpoint, job: JobShape) -> MessageStore:
+    def host(cls, meeting: Endpoint, job: JobShape, secret: bytes) -> MessageStore:
         """Make the store in this process. It listens at the meeting point's address alone."""
-        listening = socket.create_server((meeting.host, meeting.port))
-        made = dist.TCPStore(
-            meeting.host, meeting.port, is_master=True, wait_for_workers=False, timeout=_TIMEOUT, master_listen_fd=listening.detach()
-        )
+        server = StoreServer(meeting.host, meeting.port, secret)
+        made = JobStore(server.host, server.port, secret, _TIMEOUT)
         made.set("job", json.dumps(to_json_values(job)))
         return cls(made)
 
     @classmethod
-    def join(cls, meeting: Endpoint, job: JobShape) -> MessageStore:
+    def join(cls, meeting: Endpoint, job: JobShape, secret: bytes) -> MessageStore:
         """Connect to the store.
 
         Raises:
-            UserError: another job meets there.
+            UserError: another job meets there, or one with another secret.
+            DistError: the node there has gone meanwhile.
         """
-        made = dist.TCPStore(meeting.host, meeting.port, is_master=False, wait_for_workers=False, timeout=_TIMEOUT)
-        notice_lost_machines({c for c in tcp_sockets() if c.peer is not None and c.peer[1] == meeting.port})
         deadline = time.monotonic() + _JOB_SECONDS
-        while not made.check(["job"]):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"--rdzv-endpoint {meeting.host}:{meeting.port}: the node there says nothing of a job whose ranks survive\n"
-                    "  start all nodes with the same configuration; fssdp.redundancy is above 0 on this one, and perhaps 0 there"
-                )
-            time.sleep(0.1)
+        try:
+            made = JobStore(meeting.host, meeting.port, secret, _TIMEOUT)
+            while not made.check(["job"]) and time.monotonic() < deadline:
+                time.sleep(0.1)
+        except dist.DistStoreError as error:
+            raise UserError(
+                f"--rdzv-endpoint {meeting.host}:{meeting.port}: {error}\n"
+                "  give all nodes the same --token-file, or the same variable HECATE_TOKEN; another program may use the port"
+            ) from None
         theirs = from_json_values(JobShape, parse_json(made.get("job")))
         if theirs != job:
             raise UserError(
                 f"--rdzv-endpoint {meeting.host}:{meeting.port}: another job meets there, {theirs.in_words()}\n"
                 f"  this node was started for {job.in_words()}\n"
-                "  give the same --rdzv-id, --nnodes and --nproc-per-node on all nodes"
+                "  give the same configuration, --rdzv-id, --nnodes and --nproc-per-node on all nodes"
             )
         return cls(made)
 

@@ -66,12 +66,13 @@ class RankCommand:
             **self.environment,
             STORE_VARIABLE: str(self.store),
             ERRORS_VARIABLE: str(self.store.parent),
+            MEMBER_VARIABLE: str(number),
             "RANK": str(number if begins is None else begins.rank),
             "LOCAL_RANK": str(device),
             "WORLD_SIZE": str(number + 1 if begins is None else begins.world_size),
         }
         if self.survives:
-            environment = SURVIVAL_SETTINGS | environment | {MEMBER_VARIABLE: str(number)}
+            environment = SURVIVAL_SETTINGS | environment
         if begins is None:
             environment[JOIN_VARIABLE] = "1"
         else:

@@ -6,12 +6,9 @@ end would be the run's, it is named.
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from hecate.launch.rank_command import RankProcess
@@ -52,7 +49,8 @@ class StoppedRanks:
         pid_of = pid_files(folder)
         running = {one: pid_of[one] for one in members if one in pid_of and one in processes and processes[one].poll() is None}
         for member, seconds in self.look(running).items():
-            say_stopped(members.index(member), seconds)
+            rank = members.index(member)
+            print(f"hecate: rank {rank} has been stopped for {seconds:.1f} s, as by SIGSTOP, and is ended", file=sys.stderr, flush=True)
             processes[member].kill()
             processes[member].wait()
 
@@ -63,31 +61,6 @@ class StoppedRanks:
             text = f"hecate: rank {rank} is stopped, as by SIGSTOP, and the others wait for it; kill -CONT {pid_of[rank]} lets it go on"
             print(text, file=sys.stderr, flush=True)
         self._said = set(stopped)
-
-
-def say_stopped(rank: int, seconds: float) -> None:
-    """Say that a rank is ended."""
-    print(f"hecate: rank {rank} has been stopped for {seconds:.1f} s, as by SIGSTOP, and is ended", file=sys.stderr, flush=True)
-
-
-def end_stopped_ranks(folder: Path) -> None:
-    """Kill each rank that has been stopped for a while, by the ids of processes that ranks leave in a folder. It never returns."""
-    stopped = StoppedRanks()
-    while True:
-        pid_of = pid_files(folder)
-        for rank, seconds in stopped.look(pid_of).items():
-            if _is_descendant(pid_of[rank]):
-                say_stopped(rank, seconds)
-                with suppress(ProcessLookupError):  # it has ended by itself
-                    os.kill(pid_of[rank], signal.SIGKILL)
-        time.sleep(LOOK_SECONDS)
-
-
-def _is_descendant(pid: int) -> bool:
-    """Whether this process, or one that it has started, has started the process. The id may have become that of another one."""
-    while pid > 1 and pid != os.getpid():
-        pid = _status(pid)[1]
-    return pid == os.getpid()
 
 
 def _status(pid: int) -> tuple[str, int, int]:

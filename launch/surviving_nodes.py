@@ -1,4 +1,4 @@
-"""Runs on several nodes that go on in the same processes when a rank or a whole node is lost: `hecate launch` with `fssdp.redundancy`.
+"""Runs on several nodes that go on, or begin again, when a rank or a whole node is lost: `hecate launch --nnodes`.
 
 Each node runs one launcher, which starts the node's ranks. The launcher of the node with the meeting point leads. It decides which ranks go
 on together, by the same rules as the launcher of one machine (`SurvivingRanks`); to it the processes of other nodes are `RemoteRank`. The
@@ -51,25 +51,28 @@ _MEETING_SECONDS = 600.0
 """how long a job waits for its nodes"""
 _LEAVING_SECONDS = 10.0
 """how long the launcher that leads stays for the others to read how the run has ended"""
+_STOPPED_ELSEWHERE = "hecate: a signal to another node has stopped the job, whose ranks have saved"
 
 
-def lead(own: RankCommand, job: JobShape, meeting: Endpoint, together: int, most_replaced: int) -> int:
+def lead(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes, together: int, most_replaced: int) -> int:
     """Run this node's ranks and decide for all nodes; return the exit status of the run.
 
     Args:
         own: what starts this node's ranks.
+        secret: of the job (`hecate.ranks.job_store`).
         together, most_replaced: see `launch_local`.
 
     Raises:
         UserError: too few nodes have come in ten minutes.
     """
-    nodes = _Nodes(MessageStore.host(meeting, job), job, own)
+    nodes = _Nodes(MessageStore.host(meeting, job, secret), job, own)
     status = 1
     try:
         nodes.wait_for_all()
-        nodes.surviving = SurvivingRanks(nodes, own.store, together, most_replaced)
+        nodes.surviving = SurvivingRanks(nodes, own.store, together, most_replaced, goes_on=job.survives)
         status = watch(nodes.surviving.processes, own.store, nodes.surviving)
         if status == 0 and nodes.stopped:
+            print(_STOPPED_ELSEWHERE, file=sys.stderr)
             status = 128 + signal.SIGTERM
         return status
     finally:
@@ -277,7 +280,7 @@ class RemoteRank:
         self.send_signal(signal.SIGKILL)
 
 
-def follow(own: RankCommand, job: JobShape, meeting: Endpoint) -> int:
+def follow(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes) -> int:
     """Run this node's ranks as the leading launcher orders, and return the exit status.
 
     A node that was taken for lost, as after a broken network, ends its ranks and comes again as a new one.
@@ -297,7 +300,7 @@ def follow(own: RankCommand, job: JobShape, meeting: Endpoint) -> int:
 
     try:
         with on_signals(stop):
-            store = MessageStore.join(meeting, job)
+            store = MessageStore.join(meeting, job, secret)
             while (status := ranks.run(store)) is None:
                 print("hecate: the job has gone on without this node, which comes again", file=sys.stderr, flush=True)
     except dist.DistError:
@@ -314,7 +317,7 @@ def follow(own: RankCommand, job: JobShape, meeting: Endpoint) -> int:
     if status == USER_ERROR_EXIT and (found := mistakes(own.store.parent)):
         print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
     elif status > 128:
-        print("hecate: a signal to another node has stopped the job, whose ranks have saved", file=sys.stderr)
+        print(_STOPPED_ELSEWHERE, file=sys.stderr)
     elif status:
         print(f"hecate: the job is over; what the node at {meeting.host} has printed says why", file=sys.stderr)
     return status

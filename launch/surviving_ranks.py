@@ -1,4 +1,4 @@
-"""Decides which ranks of a run go on together when some of them die or more of them have come.
+"""Decides which ranks of a run go on together, or begin again, when some of them die or more of them have come.
 
 The launcher of one machine and the one that leads those of several nodes decide by the same rules. What a rank reads of this is in
 `hecate.ranks.launcher_files`.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -57,10 +57,13 @@ class SurvivingRanks:
     """The ranks of a run that goes on when some of them die.
 
     After a loss it writes the file from which the remaining ranks read who goes on (`Generation`), and starts a replacement. If a rank is
-    lost before all have loaded, nothing was trained yet, and all are started again.
+    lost before all have loaded, nothing was trained yet, and all are started again. Ranks that cannot go on without a lost one are all
+    started again after any loss, and after a node has come; they begin with the last checkpoint.
     """
 
-    def __init__(self, machines: Machines, store: Path, together: int = 1, most_replaced: int = MOST_REPLACED) -> None:
+    def __init__(
+        self, machines: Machines, store: Path, together: int = 1, most_replaced: int = MOST_REPLACED, *, goes_on: bool = True
+    ) -> None:
         """Start the ranks that begin the run.
 
         Args:
@@ -68,8 +71,9 @@ class SurvivingRanks:
             store: the path that the files between launcher and ranks are named after (`hecate.ranks.launcher_files`).
             together: see `launch_local`.
             most_replaced: see `launch_local`.
+            goes_on: whether the ranks can go on without one that is lost (`fssdp.redundancy`).
         """
-        self._machines, self._store, self._together = machines, store, together
+        self._machines, self._store, self._together, self._goes_on = machines, store, together, goes_on
         self.processes: dict[int, RankProcess] = {}
         """the process of each member, by number"""
         self._loading: dict[int, int] = {}
@@ -85,6 +89,8 @@ class SurvivingRanks:
         """until when ranks may end by themselves after one was lost before the beginning; 0: none was"""
         self._waits_until = 0.0
         """until when the run waits for machines before it begins again; 0: it does not"""
+        self._makes_way = False
+        """whether the ranks save and end, to begin again with a node that has come"""
         devices = machines.devices_to_begin()
         assert devices is not None
         self._now = self._first = self._start_all(0, devices)
@@ -109,7 +115,7 @@ class SurvivingRanks:
             self._begin_when_possible()
             return
         self._end_late()
-        if not self.stopping:
+        if not self.stopping and self._goes_on:
             for device in self._machines.new_devices():
                 if self._together == 1:
                     self._begin(device)
@@ -119,7 +125,9 @@ class SurvivingRanks:
         if USER_ERROR_EXIT in statuses.values():
             return  # the run ends; others may have lost that rank meanwhile
         dead = [member for member, status in statuses.items() if status not in (None, 0)]
-        if (dead or len(self._first.members) < self._first.num_devices) and not self._begun():
+        if not self._goes_on and not dead and self._made_way(statuses):
+            return
+        if (dead or len(self._first.members) < self._first.num_devices) and not (self._goes_on and self._begun()):
             self._ends_at = self._ends_at or time.monotonic() + _END_SECONDS
             # One of them may be about to say that it has met a user's mistake, by which the others have lost it.
             if time.monotonic() > self._ends_at or None not in statuses.values():
@@ -141,6 +149,19 @@ class SurvivingRanks:
             for member in dead:
                 self._replace(device_of[member])
 
+    def _made_way(self, statuses: Mapping[int, int | None]) -> bool:
+        """Have the ranks save and end where a node has come, and begin with it when they have; False: there is nothing to do."""
+        if not self._makes_way and not self.stopping and set(self._machines.new_devices()) - set(self._now.devices):
+            self._makes_way = True
+            print("hecate: a node has joined; all ranks save, and start again with it", file=sys.stderr, flush=True)
+            for member in self._now.members:
+                self.processes[member].send_signal(signal.SIGTERM)
+        if not self._makes_way or self.stopping or None in statuses.values():
+            return False
+        self._waits_until = time.monotonic() + _WAIT_SECONDS
+        self._begin_when_possible()
+        return True
+
     def _begun(self) -> bool:
         """Whether each rank that begins the run has loaded, so that the others can go on without it."""
         self._has_begun = self._has_begun or all(ready_file(self._store, member).exists() for member in self._first.members)
@@ -148,8 +169,8 @@ class SurvivingRanks:
 
     def _begin_again(self, dead: Sequence[int]) -> None:
         """Start all ranks again, unless one of them has met a user's mistake."""
-        self._ends_at = 0.0
-        causes = f"{self._causes(dead) or 'a node was lost'} before the run had begun"
+        self._ends_at, self._makes_way = 0.0, False
+        causes = self._causes(dead) or "a node was lost"
         self._kill((*self._now.members, *self._loading))
         self._loading.clear()
         mistaken = [member for member in self._now.members if self.processes[member].wait() == USER_ERROR_EXIT]
@@ -158,14 +179,15 @@ class SurvivingRanks:
             self.failed = [*mistaken, *causes_first, *self._now.members][0]
             return
         self._left_to_replace -= 1
-        print(f"hecate: {causes}; all ranks start again", file=sys.stderr, flush=True)
+        after = " before the run had begun; all ranks start again" if self._goes_on else "; all ranks start again from the last checkpoint"
+        print(f"hecate: {causes}{after}", file=sys.stderr, flush=True)
         self._waits_until = time.monotonic() + _WAIT_SECONDS
         self._begin_when_possible()
 
     def _begin_when_possible(self) -> None:
         devices = self._machines.devices_to_begin()
         if devices is not None:
-            self._waits_until = 0.0
+            self._waits_until, self._makes_way = 0.0, False
             self._now = self._first = self._start_all(self._now.number + 1, devices)
             for member in self._first.members if self.stopping else ():  # a signal came meanwhile
                 self.processes[member].send_signal(signal.SIGTERM)
@@ -235,7 +257,8 @@ class SurvivingRanks:
         return process is not None
 
     def _causes(self, dead: Sequence[int]) -> str:
-        return ", ".join(f"rank {self._now.members.index(member)} {self._cause(member)}" for member in dead)
+        alone = [member for member in dead if self.processes[member].wait() != LOST_PEER_EXIT] or dead
+        return ", ".join(f"rank {self._now.members.index(member)} {self._cause(member)}" for member in alone)
 
     def _cause(self, member: int) -> str:
         return cause_of(self.processes[member].wait(), failure_of(self._store.parent, member))

@@ -89,6 +89,10 @@ def launch(
     nproc_per_node: Annotated[int | None, typer.Option(min=1, help="ranks on each node; default: nproc, or one for each GPU, or 2")] = None,
     rdzv_endpoint: Annotated[str | None, typer.Option(help="HOST:PORT on one of the nodes, where all nodes meet; the same on all")] = None,
     rdzv_id: Annotated[str, typer.Option(help="name of the job, the same on all nodes")] = "hecate",
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="file with the secret that several nodes share, made if it does not exist; or set HECATE_TOKEN on all"),
+    ] = None,
     max_restarts: Annotated[
         int,
         typer.Option(min=0, help="how many lost ranks are replaced; without fssdp.redundancy: how often all are restarted"),
@@ -96,15 +100,13 @@ def launch(
 ) -> None:
     """Train on one or several nodes: run the same command on each node.
 
-    After a rank or a node is lost, the others go on where they are and lose no step, if fssdp.redundancy is 1 or 2. Else torchrun's
-    elastic agent restarts all ranks from the last checkpoint.
+    After a rank or a node is lost, the others go on where they are and lose no step, if fssdp.redundancy is 1 or 2. Else all ranks start
+    again from the last checkpoint.
     """
-    # torch reads this when it is imported. The agent's store writes long warnings about lost peers; hecate says the same in a line.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from hecate.config import load_config
     from hecate.forecast.model_check import check_model
-    from hecate.launch.torchrun import TorchrunJob, check_fit, node_range
-    from hecate.launch.torchrun import launch as launch_torchrun
+    from hecate.launch.node_launcher import NodesJob, check_fit, node_range
+    from hecate.launch.node_launcher import launch as launch_nodes
     from hecate.train.preflight import check_data, check_machine, check_resume, check_vocabulary, default_ranks, warn_of_cores
 
     nodes = node_range(nnodes)
@@ -118,17 +120,18 @@ def launch(
     check_vocabulary(loaded)
     check_model(loaded, ranks)
     arguments = [str(config), *(overrides or ())]
-    job = TorchrunJob(
+    job = NodesJob(
         name=rdzv_id,
         nodes=nodes,
         ranks_per_node=ranks,
         endpoint=rdzv_endpoint,
+        token_file=token_file,
         max_restarts=max_restarts,
         survives=loaded.fssdp.redundancy > 0,
         together=loaded.model.tensor_parallel,
         first=["--check", *arguments],
     )
-    raise typer.Exit(launch_torchrun(RANK_PROGRAM, arguments, job))
+    raise typer.Exit(launch_nodes(RANK_PROGRAM, arguments, job))
 
 
 def ray(
@@ -186,9 +189,11 @@ def report(
     # A few plans in plain Python take less time than compiling the planners' loops.
     os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
     from hecate.forecast.planned_memory import planned_memory
+    from hecate.io.plain_files import refuse_links
     from hecate.report.page import report_page, write_page
     from hecate.report.run_records import read_run
 
+    refuse_links(run)
     records = read_run(run)
     planned = planned_memory(run, len(records.peak_bytes)) if records.peak_bytes else "the run has recorded no memory"
     print(write_page(out or run / "report.html", report_page(records, planned)))

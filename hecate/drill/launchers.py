@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -12,13 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from hecate.launch import torchrun
+from hecate.launch import node_launcher
 from hecate.launch.addresses import Endpoint, find_endpoint
+from hecate.launch.job_secret import job_secret
 from hecate.launch.ray_job.worker import Worker
+from hecate.ranks.launcher_files import TOKEN_VARIABLE
 
-Launcher = Literal["local", "node", "two_nodes", "agent", "two_agents", "ray"]
+Launcher = Literal["local", "node", "two_nodes", "node_again", "two_nodes_again", "ray"]
 """local: the local launcher, as `hecate train`. node, two_nodes: `hecate launch` on one node or on two, for ranks that go on after
-a loss. agent, two_agents: the same for ranks that do not, which torch's elastic agent starts anew.
+a loss. node_again, two_nodes_again: the same for ranks that do not, all of which start again from the last checkpoint.
 ray: a private cluster of this machine, as `hecate ray --address local`."""
 
 _ALIKE = "nodes: [{{devices: {ranks}, flops: 3e9, memory: 3e9}}]\nintra_node: {{bandwidth: 1e9, latency: 1e-5}}\n"
@@ -43,7 +47,7 @@ class LaunchRequest:
     survives: bool
     """whether the other ranks go on after a loss"""
     restarts: int
-    """how often agents may start the ranks anew, and launchers of nodes start a rank in place of a lost one"""
+    """how often launchers of nodes may start all ranks again, or one in place of a lost one"""
 
     @property
     def rank_arguments(self) -> list[str]:
@@ -53,9 +57,9 @@ class LaunchRequest:
 
 def launch(asked: LaunchRequest) -> int:
     """Run all ranks, and return the exit status."""
-    if asked.launcher in ("node", "agent"):
-        return _hecate_launch(asked, nodes=1, meeting=None)
-    if asked.launcher in ("two_nodes", "two_agents"):
+    if asked.launcher in ("node", "node_again"):
+        return _hecate_launch(asked, nodes=1, meeting=None, secret=b"")
+    if asked.launcher in ("two_nodes", "two_nodes_again"):
         return _two_nodes(asked)
     if asked.launcher == "ray":
         return _ray(asked)
@@ -70,13 +74,13 @@ def node(asked: LaunchRequest, number: int, endpoint: str) -> int:
     """Run the ranks of one of two nodes on this machine, and return the exit status. Node 0 hosts the meeting point."""
     found = find_endpoint(endpoint)
     seen = replace(found, on_this_node=number == 0)  # otherwise both would host it, since they are on one machine
-    return _hecate_launch(asked, nodes=2, meeting=seen)
+    return _hecate_launch(asked, nodes=2, meeting=seen, secret=job_secret(None))
 
 
-def _hecate_launch(asked: LaunchRequest, nodes: int, meeting: Endpoint | None) -> int:
+def _hecate_launch(asked: LaunchRequest, nodes: int, meeting: Endpoint | None, secret: bytes) -> int:
     from hecate.drill.run import PROGRAM
 
-    job = torchrun.TorchrunJob(
+    job = node_launcher.NodesJob(
         name="drill",
         nodes=(nodes, nodes),
         ranks_per_node=asked.ranks // nodes,
@@ -84,14 +88,15 @@ def _hecate_launch(asked: LaunchRequest, nodes: int, meeting: Endpoint | None) -
         max_restarts=asked.restarts,
         survives=asked.survives,
     )
-    return torchrun.launch_at(PROGRAM, asked.rank_arguments, job, meeting)
+    return node_launcher.launch_at(PROGRAM, asked.rank_arguments, job, meeting, secret)
 
 
 def _two_nodes(asked: LaunchRequest) -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         endpoint = f"127.0.0.1:{server.getsockname()[1]}"
     request = json.dumps(vars(asked))
-    processes = [subprocess.Popen([*asked.start, "node", request, str(number), endpoint]) for number in range(2)]
+    variables = {**os.environ, TOKEN_VARIABLE: secrets.token_hex(32)}
+    processes = [subprocess.Popen([*asked.start, "node", request, str(number), endpoint], env=variables) for number in range(2)]
     try:
         return max(abs(process.wait()) for process in processes)
     finally:

@@ -133,6 +133,10 @@ def two_deaths(scope: Scope) -> DrillOutcome:
         "one after the other": [dying(1, 1), dying(2, 3)],
         "one after the other, down to one rank": [dying(1, 1), dying(2, 2), dying(3, 3)],
     }
+    for first, second in ((1, 3), (3, 1)):
+        for call, at in enumerate(("before", "after the first group", "after all groups", "at the end"), start=1):
+            dies = Injected(action="kill", place="connect", call=call, rank=second, step=2)
+            survived[f"rank {first}, and rank {second} while the others connect: {at}"] = [dying(first, 2), dies]
     for name, deaths in list(survived.items())[: 1 if scope.quick else None]:
         run = begin_run(scope, "two", RANKS, injected=deaths).end()
         cases.append(DrillCase(name, problem := problem_of(run, whole, lost=len(deaths))))
@@ -173,11 +177,11 @@ def stopped_rank(scope: Scope) -> DrillOutcome:
             evicted.append(1000 * (worst(run.when("lost")) - run.when("stop")[0]))
     if not scope.quick:
         fault = Injected(action="stop", place="backward", rank=2, step=2)
-        run = begin_run(scope, "agent", RANKS, "save_steps=1", injected=[fault], survives=False, launcher="agent", restarts=1).end()
+        run = begin_run(scope, "again", RANKS, "save_steps=1", injected=[fault], survives=False, launcher="node_again", restarts=1).end()
         problem = "" if "rank 2 has been stopped" in run.log else f"the rank was not named: {run.last_line}"
         if not problem and (run.status or difference(run.tensors, whole.tensors) > TOLERANCE):
             problem = f"status {run.status}, or another result than the undisturbed run"
-        cases.append(DrillCase("rank 2 under torch's agent", problem))
+        cases.append(DrillCase("rank 2 under hecate launch, where all start again", problem))
         run = begin_run(scope, "two-nodes", RANKS, injected=[fault], launcher="two_nodes").end()
         problem = problem_of(run, whole, lost=1) or ("" if "rank 2 has been stopped" in run.log else "the rank was not named")
         cases.append(DrillCase("rank 2, on the second of two nodes", problem))

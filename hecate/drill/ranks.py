@@ -174,7 +174,7 @@ def begin_run(
     Args:
         output: the run's folder; None: a new one.
         launcher: what starts its ranks; on two nodes `ranks` must be even.
-        restarts: how often torch's agents may start all ranks anew, and the launchers of nodes start one in the place of a lost one.
+        restarts: how often the launchers of nodes may start all ranks again, or one in the place of a lost one.
         joins: ranks that a launcher starts in the place of lost ones join; else they wait for the end of the run.
     """
     folder = _new_folder(scope, name)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,28 +24,25 @@ from hecate.ranks.launcher_files import (
     STORE_VARIABLE,
     Generation,
     here_file,
-    leave_pid,
     read_generation,
     ready_file,
 )
-from hecate.ranks.meeting import meeting_store
+from hecate.ranks.meeting import CONNECT_LIMIT, meeting_store, watched
 from hecate.ranks.ranks import Ranks, connect, first_generation, loss_in_words
 
 _GRACE = 10.0
 """Seconds within which a launcher that has lost a rank writes the next generation. It waits for a silent node for some of them
 (`hecate.launch.surviving_nodes`)."""
-_CONNECT_LIMIT = timedelta(seconds=30)
-"""how long ranks that have all arrived may take to connect"""
 _POLL_SECONDS = 0.005
 
 
 def local_membership(config: Config, ranks: Ranks) -> LocalMembership | None:
-    """The membership of a rank whose launcher goes on after losses; None under any other launcher.
+    """The membership of a rank that goes on after losses; None: it does not, or no launcher of ours has started it.
 
     Args:
         ranks: the ranks that this process has joined, which from now on notices when one of them is lost.
     """
-    return LocalMembership(config, ranks) if MEMBER_VARIABLE in os.environ else None
+    return LocalMembership(config, ranks) if MEMBER_VARIABLE in os.environ and config.fssdp.redundancy > 0 else None
 
 
 class LocalMembership:
@@ -58,7 +54,6 @@ class LocalMembership:
         self._member = int(os.environ[MEMBER_VARIABLE])
         self._number = first_generation()
         self._watch = PeerWatch(self._store)
-        leave_pid(self._store.parent, self._member)
         if JOIN_VARIABLE not in os.environ:  # a rank that is to join is alone until then
             first = self._member - ranks.rank  # those that begin together are neighbours
             self._watch.begin(range(first, first + ranks.world_size), ranks)
@@ -105,11 +100,13 @@ class LocalMembership:
         world_size = len(generation.members)
         try:
             store = meeting_store(generation.number, world_size)
-            store.set_timeout(_CONNECT_LIMIT)
+            store = watched(store, lambda: read_generation(self._store).number == generation.number)
             fssdp = self._config.fssdp
             size = shard_size_for(world_size, fssdp.shard_size, fssdp.redundancy)
             model, rank = self._config.model, generation.members.index(self._member)
-            ranks = connect(store, rank, world_size, size, model.tensor_parallel, sharded_layers=model.shard_non_experts)
+            ranks = connect(
+                store, rank, world_size, size, model.tensor_parallel, sharded_layers=model.shard_non_experts, limit=CONNECT_LIMIT
+            )
             self._watch.begin(generation.members, ranks)
             try:
                 return Group(ranks, self._topology(generation, ranks))

@@ -1,4 +1,4 @@
-"""Lets a run that torch's elastic agent has started again go on from its last checkpoint."""
+"""Lets a run whose ranks a launcher has started again go on from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from pathlib import Path
 from hecate.checkpoint import good_checkpoints
 from hecate.config import Config
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.ranks.launcher_files import ERRORS_VARIABLE, MEMBER_VARIABLE, STORE_VARIABLE, begin_under_agent, error_file
-from hecate.ranks.ranks import Ranks, restarts
+from hecate.ranks.launcher_files import ERRORS_VARIABLE, MEMBER_VARIABLE, STORE_VARIABLE, error_file
+from hecate.ranks.ranks import Ranks, first_generation, restarts
 
 
 def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | None) -> Config:
     """The configuration to train with. After a restart it has `resume=true` if there is a checkpoint. Every rank must call it.
 
-    The ranks must agree on whether there was a restart: each node's agent counts its own restarts, and the agent of a new node has counted
-    none. Agents do not count it when all ranks start again because a node has come, so each rank also leaves a file for the next of its
-    place.
+    The ranks must agree on whether there was a restart. hecate's launchers tell it to all; torch's elastic agents count each its own
+    restarts, and the agent of a new node has counted none.
 
     Args:
         claim: a function that raises UserError if the output folder is taken; None on ranks that do not check this. It is called only at
             the beginning of a run.
     """
-    if ranks.all_max(float(begin_under_agent() or restarts() > 0)):
+    claimed = Path(os.environ[STORE_VARIABLE]).with_name("claimed") if STORE_VARIABLE in os.environ else None
+    # The first rank says whether it is this run that begins again: one that was lost before it had claimed the folder has begun none.
+    again = first_generation() > 0 and (claim is None or claimed is None or claimed.exists())
+    if ranks.all_max(float(again and (ranks.is_first or restarts() > 0))):
         newest = next(good_checkpoints(Path(config.output_dir)), None) if ranks.is_first else None
         return replace(config, resume=ranks.all_max(float(newest is not None)) > 0)
     taken: UserError | None = None
-    claimed = Path(os.environ[STORE_VARIABLE]).with_name("claimed") if STORE_VARIABLE in os.environ else None
-    if claim is not None and not (claimed and claimed.exists()):  # else a first rank that was lost before the beginning has done so
+    if claim is not None:
         try:
             claim()
         except UserError as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from hecate.parallel.mesh import Mesh
 from hecate.ranks.backend import urgent_options
@@ -66,44 +67,54 @@ class TensorGroups:
         return dist.get_rank(self.data)
 
 
-def expert_groups(mesh: Mesh) -> ExpertGroups:
+def expert_groups(mesh: Mesh, limit: timedelta = TIMEOUT) -> ExpertGroups:
     """Make the expert groups of this rank, which has joined the default group of `mesh.world_size` ranks. Every rank must call it.
 
     The default group carries expert chunks where there is one sharding group, and is then made with the options of such a group.
 
     They are not made with torch's DeviceMesh, because it makes one group for a dimension, and experts and tokens need one each.
+
+    Args:
+        limit: how long the ranks may take to connect.
     """
     default = dist.group.WORLD
     assert default is not None
     if mesh.num_sharding_groups == 1:
-        return ExpertGroups(experts=default, tokens=own_group([list(range(mesh.world_size))]))
+        return ExpertGroups(experts=default, tokens=own_group([list(range(mesh.world_size))], limit))
     shards = mesh.sharding_groups()
     return ExpertGroups(
-        experts=own_group(shards, urgent=True),
-        tokens=own_group(shards),
-        replicate=own_group(mesh.replicate_groups()),
+        experts=own_group(shards, limit, urgent=True),
+        tokens=own_group(shards, limit),
+        replicate=own_group(mesh.replicate_groups(), limit),
         everyone=default,
     )
 
 
-def tensor_groups(mesh: Mesh) -> TensorGroups | None:
+def tensor_groups(mesh: Mesh, limit: timedelta = TIMEOUT) -> TensorGroups | None:
     """Make the tensor groups of this rank; None: every rank has all of the model outside its experts. Every rank must call it."""
     if mesh.tp_size == 1:
         return None
-    return TensorGroups(tensor=own_group(mesh.tensor_groups()), data=own_group(mesh.data_groups()))
+    return TensorGroups(tensor=own_group(mesh.tensor_groups(), limit), data=own_group(mesh.data_groups(), limit))
 
 
-def own_group(groups: Sequence[Sequence[int]], *, urgent: bool = False) -> dist.ProcessGroup:
+def own_group(groups: Sequence[Sequence[int]], limit: timedelta = TIMEOUT, *, urgent: bool = False) -> dist.ProcessGroup:
     """Make a process group of each of `groups`, and return the one that this rank is in. Every rank must call it.
 
     Args:
         groups: lists of ranks. Each rank of the job is in exactly one of them.
+        limit: how long the ranks may take to connect, and the group's limit for a collective until `set_limit`.
         urgent: a GPU starts their kernels before those of other streams (`hecate.ranks.backend.urgent_options`).
     """
     own, backend = None, str(dist.get_backend())
     for ranks in groups:
-        group = dist.new_group(list(ranks), timeout=TIMEOUT, pg_options=urgent_options(backend) if urgent else None)
+        group = dist.new_group(list(ranks), timeout=limit, pg_options=urgent_options(backend) if urgent else None)
         if dist.get_rank() in ranks:
             own = group
     assert isinstance(own, dist.ProcessGroup)  # torch gives a rank outside all groups a number
     return own
+
+
+def set_limit(groups: Sequence[dist.ProcessGroup]) -> None:
+    """Give groups that have connected their limit for a collective."""
+    for group in groups:
+        distributed_c10d._set_pg_timeout(TIMEOUT, group)

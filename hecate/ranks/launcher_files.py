@@ -24,14 +24,16 @@ STORE_VARIABLE = "HECATE_STORE"
 """Path of the file store where the ranks meet. The launcher sets this variable, never a user."""
 MEETING_VARIABLE = "HECATE_MEETING"
 """HOST:PORT of the store where ranks of several nodes meet in place of that file. The launcher sets it, never a user."""
+TOKEN_VARIABLE = "HECATE_TOKEN"
+"""The secret of a job on several nodes, without which its store answers nobody. A user, a job system or a launcher sets it."""
 ERRORS_VARIABLE = "HECATE_ERRORS"
 """Folder in which ranks leave the texts of user errors for their launcher."""
 LAUNCHED_VARIABLE = "HECATE_LAUNCHED"
 """Process id of the launcher. A rank with this variable dies when the launcher dies."""
 MEMBER_VARIABLE = "HECATE_MEMBER"
-"""Number of this member. It is set if the other ranks go on after a loss."""
+"""Number of this member, which stays the same while its rank may change. It differs from the numbers of those that it was started after."""
 BEGINS_VARIABLE = "HECATE_BEGINS"
-"""Number of the generation that a rank begins with. Above 0 all ranks have been started again before they had trained anything."""
+"""Number of the generation that a rank begins with. Above 0 all ranks have been started again."""
 JOIN_VARIABLE = "HECATE_JOIN"
 """Set for a member that joins a run under way."""
 COLLECTIVES_VARIABLE = "HECATE_COLLECTIVES"
@@ -97,51 +99,6 @@ def own_number() -> int:
 
 def _failure_file(folder: Path, number: int) -> Path:
     return folder / f"failure-{number}"
-
-
-def agent_place() -> int | None:
-    """The number of this rank on its node, if torch's elastic agent has started it; None: another launcher has."""
-    place = os.environ.get("LOCAL_RANK", "")
-    return int(place) if "TORCHELASTIC_RUN_ID" in os.environ and place.isdigit() else None
-
-
-def leave_saved() -> None:
-    """Tell this rank's launcher, if torch's agent has started it, that it has saved and ends because of a signal that others got."""
-    folder, place = os.environ.get(ERRORS_VARIABLE), agent_place()
-    if folder is not None and place is not None:
-        _saved_file(Path(folder), place).touch()
-
-
-def all_saved(folder: Path, ranks_per_node: int) -> bool:
-    """Whether each rank of this node has left what `leave_saved` leaves, and the agent does not start them again."""
-    return not _again_file(folder).exists() and all(_saved_file(folder, place).exists() for place in range(ranks_per_node))
-
-
-def note_again(folder: Path) -> None:
-    """The agent ends the ranks of this node, and starts them again."""
-    _again_file(folder).touch()
-
-
-def begin_under_agent() -> bool:
-    """Whether this node's agent has started a rank in this one's place before; the agent's launcher hears that it has begun again."""
-    folder, place = os.environ.get(ERRORS_VARIABLE), agent_place()
-    if folder is None or place is None:
-        return False
-    _saved_file(Path(folder), place).unlink(missing_ok=True)
-    if place == 0:
-        _again_file(Path(folder)).unlink(missing_ok=True)
-    file = Path(folder, f"begun-{place}")
-    before = file.exists()
-    file.touch()
-    return before
-
-
-def _saved_file(folder: Path, place: int) -> Path:
-    return folder / f"saved-{place}"
-
-
-def _again_file(folder: Path) -> Path:
-    return folder / "again"
 
 
 def ready_file(store: Path, member: int) -> Path:

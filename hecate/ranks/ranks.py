@@ -8,11 +8,13 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hecate import faults
 from hecate.errors import UserError
 from hecate.io.process_end import die_with_parent
 from hecate.parallel.comm.aborts import is_aborted, note_abort, read
@@ -28,7 +30,7 @@ from hecate.ranks.backend import (
     use_once,
     wait_for_all,
 )
-from hecate.ranks.groups import TIMEOUT, ExpertGroups, TensorGroups, expert_groups, own_group, tensor_groups
+from hecate.ranks.groups import TIMEOUT, ExpertGroups, TensorGroups, expert_groups, own_group, set_limit, tensor_groups
 from hecate.ranks.launcher_files import (
     BEGINS_VARIABLE,
     JOIN_VARIABLE,
@@ -283,6 +285,7 @@ def connect(
     tp_size: int = 1,
     *,
     sharded_layers: bool = False,
+    limit: timedelta = TIMEOUT,
 ) -> Ranks:
     """Make this process one of `world_size` ranks. It must belong to no process group. With NCCL all groups have been used once.
 
@@ -293,6 +296,7 @@ def connect(
         shard_size: `fssdp.shard_size`.
         tp_size: `model.tensor_parallel`.
         sharded_layers: `model.shard_non_experts`.
+        limit: how long the ranks may wait for one that does not connect. gloo cannot be interrupted while it connects.
 
     Raises:
         UserError: the sizes do not divide the number of ranks, or HECATE_COLLECTIVES names no backend that this process can have.
@@ -304,18 +308,24 @@ def connect(
         torch.cuda.set_device(device)
     options = first_group_options(backend, device, urgent=mesh.num_sharding_groups == 1)
     before = tcp_sockets()
+    faults.at("connect")
     if store is None:
-        dist.init_process_group(backend, timeout=TIMEOUT, **options)
+        dist.init_process_group(backend, timeout=limit, **options)
     else:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT, **options)
-    groups, tensor = expert_groups(mesh), tensor_groups(mesh)
-    layers = own_group(mesh.sharding_groups()) if sharded_layers else None
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit, **options)
+    faults.at("connect")
+    groups, tensor = expert_groups(mesh, limit), tensor_groups(mesh, limit)
+    faults.at("connect")
+    layers = own_group(mesh.sharding_groups(), limit) if sharded_layers else None
     ranks = Ranks(rank, world_size, device, groups, tensor=tensor, layers=layers, store=store)
     if is_nccl(ranks.groups.world):
         use_once(ranks.all_groups(), device)
     else:
         ranks = replace(ranks, connections=_of_gloo(ranks, tcp_sockets() - before))
         notice_lost_machines(ranks.connections)
+    if limit != TIMEOUT:
+        set_limit(ranks.all_groups())
+    faults.at("connect")
     _NEWEST[:] = [ranks]
     return ranks
 

@@ -54,22 +54,26 @@ def notice_lost_machines(connections: Iterable[Connection]) -> None:
     Connections to a process that is only slow stay, because the kernel of its machine answers. So do those to one that is stopped, unless
     more has come for it than its machine keeps; on this machine they stay in any case.
     """
+    for connection in connections:
+        with _opened(connection.descriptor) as handle:
+            if handle is not None and connection.peer is not None and _describe(connection.descriptor, handle) == connection:
+                notice_lost_machine(handle)
+
+
+def notice_lost_machine(handle: socket.socket) -> None:
+    """`notice_lost_machines` for one connection. Does nothing if both of its ends are on this machine."""
     options = (
         (socket.SOL_SOCKET, "SO_KEEPALIVE", 1),
         (socket.IPPROTO_TCP, "TCP_KEEPIDLE", _IDLE_SECONDS),
         (socket.IPPROTO_TCP, "TCP_KEEPINTVL", _PROBE_SECONDS),
         (socket.IPPROTO_TCP, "TCP_USER_TIMEOUT", 1000 * _GIVE_UP_SECONDS),
     )
-    for connection in connections:
-        with _opened(connection.descriptor) as handle:
-            if handle is None or connection.peer is None or _describe(connection.descriptor, handle) != connection:
-                continue
-            if connection.local[0] == connection.peer[0]:  # a machine does not lose itself, and a stopped process may read later
-                continue
-            for level, name, value in options:
-                if hasattr(socket, name):  # Linux has them all
-                    with contextlib.suppress(OSError):
-                        handle.setsockopt(level, getattr(socket, name), value)
+    with contextlib.suppress(OSError):
+        if handle.getsockname()[0] == handle.getpeername()[0]:  # a machine does not lose itself, and a stopped process may read later
+            return
+        for level, name, value in options:
+            if hasattr(socket, name):  # Linux has them all
+                handle.setsockopt(level, getattr(socket, name), value)
 
 
 def ports(connections: Iterable[Connection]) -> set[int]:

@@ -32,7 +32,6 @@ from hecate.elastic.rebuild import Membership
 from hecate.elastic.stragglers import SlowRanks
 from hecate.io.signals import on_signals
 from hecate.parallel.topology import Topology, local_topology
-from hecate.ranks.launcher_files import leave_saved
 from hecate.ranks.peak_memory import peak_memory
 from hecate.ranks.ranks import Ranks, loss_in_words, lost_a_peer
 from hecate.report.events import Evaluation
@@ -228,8 +227,6 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
         outside.note(outside.profile.merge(at_end=True))
         resume = f"hecate train {shlex.quote(str(Path(config.output_dir) / 'config.yaml'))} resume=true"
         outside.reports.event(step, f"{STOPPED} after step {step}; go on with: {resume}")
-        if not outside.stopping.is_set:
-            leave_saved()
         return False
     if agreement.regroup and outside.membership is not None:
         _end_save(training, outside)

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hecate.errors import USER_ERROR_EXIT, UserError
+from hecate.errors import UserError
 from hecate.io.process_end import run_and_end
 from hecate.parallel import jit
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
@@ -23,11 +23,10 @@ from hecate.ranks.launcher_files import (
     JOIN_VARIABLE,
     LOST_PEER_EXIT,
     MEETING_VARIABLE,
-    MEMBER_VARIABLE,
     STORE_VARIABLE,
     exit_with_user_error,
     leave_pid,
-    mistakes,
+    own_number,
 )
 from hecate.ranks.processor import ONEDNN_SETTINGS
 
@@ -81,15 +80,11 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
 
     Raises:
         UserError: the configuration, the data, the model or the disk is wrong.
-        SystemExit: with status 2 if a rank of this job has met a user's mistake before; with LOST_PEER_EXIT if another rank was
-            lost.
+        SystemExit: with LOST_PEER_EXIT if another rank was lost.
     """
     faulthandler.enable()  # gloo ends a process where two ranks' messages differ in size: this says in which collective
-    errors = os.environ.get(ERRORS_VARIABLE)
-    if errors and MEMBER_VARIABLE not in os.environ and mistakes(Path(errors)):
-        sys.exit(USER_ERROR_EXIT)  # torch's elastic agent restarts ranks after every exit status; a mistake would only be met again
-    if errors and MEMBER_VARIABLE not in os.environ:  # a member leaves its own
-        leave_pid(Path(errors), int(os.environ.get("RANK", "0")))
+    if errors := os.environ.get(ERRORS_VARIABLE):
+        leave_pid(Path(errors), own_number())
     os.environ.update(gpu_allocator_defaults(os.environ) | ONEDNN_SETTINGS | os.environ)  # plain torchrun has not set them
     from hecate import faults
     from hecate.config import load_config

@@ -44,7 +44,6 @@ from hecate.launch.ray_job.messages import (
     WorkerLost,
     WorkerUp,
 )
-from hecate.launch.ray_job.rendezvous import Rendezvous
 from hecate.launch.ray_job.status import JobStatus
 from hecate.launch.ray_job.worker_group import JobDevice, WorkerGroup, check_versions
 from hecate.parallel.topology import Topology
@@ -82,7 +81,6 @@ class Controller:
         self,
         group: WorkerGroup,
         config: Config,
-        rendezvous: Rendezvous,
         topology: Topology | None,
         say: Callable[[str], None],
         show: Callable[[JobStatus], None],
@@ -93,7 +91,7 @@ class Controller:
             say: prints a line for the user.
             show: called with the status whenever it has changed.
         """
-        self._group, self._config, self._rendezvous = group, config, rendezvous
+        self._group, self._config = group, config
         self._show, self._report = show, JobReport(config.max_steps, say)
         self._policy = FailurePolicy(config.ray.max_failures, config.ray.min_workers)
         self._scaling = ScalingPolicy(_PAUSE_SECONDS)
@@ -466,8 +464,6 @@ class Controller:
                 generation=self._generation.number,
                 rank=rank,
                 world_size=len(members),
-                host=self._rendezvous.host,
-                port=self._rendezvous.port,
                 nodes=tuple(member.spec.node_id for member in members),
                 topology=None if topology is None else topology_text(topology),
                 resume=self._config.resume or has_checkpoint,

@@ -131,7 +131,7 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
     def say(text: str) -> None:
         print(f"hecate: {text}", flush=True)
 
-    controller = Controller(group, config, rendezvous, topology, say, show)
+    controller = Controller(group, config, topology, say, show)
     with ExitStack() as stack:
         if metrics_port is not None:
             port = stack.enter_context(serving(metrics_port, lambda: controller.shown))

@@ -142,14 +142,11 @@ WorkerEvent = WorkerUp | Prepared | Begun | StepsDone | CheckpointSaved | LeftGe
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment:
-    """A worker's rank in a generation, and how it meets the other ranks."""
+    """A worker's rank in a generation."""
 
     generation: int
     rank: int
     world_size: int
-    host: str
-    port: int
-    """port, on `host`, of the store where the ranks meet"""
     nodes: tuple[str, ...]
     """name of each rank's node"""
     topology: str | None

@@ -72,12 +72,13 @@ class Worker:
             number: this worker's number in the job.
             host: the address of the rendezvous.
             port: the port of the rendezvous.
-            secret: the key that the controller signs orders with.
+            secret: what the rendezvous demands of whoever connects.
             config: the run's configuration, as YAML.
             report_steps: number of steps between two reports.
             address: the ranks exchange messages on the interface with this address.
         """
-        self._rendezvous = host, port, secret, number
+        self._rendezvous = host, port, secret
+        self._number = number
         self._config, self._report_steps = config, report_steps
         self._events: queue.SimpleQueue[WorkerEvent] = queue.SimpleQueue()
         self._link: TrainingLink | None = None
@@ -111,7 +112,7 @@ class Worker:
     def _take_orders(self) -> None:
         from hecate.launch.ray_job.rendezvous import orders
 
-        for order in orders(*self._rendezvous):
+        for order in orders(*self._rendezvous, self._number):
             self._carry_out(order)
 
     def _carry_out(self, order: WorkerOrder) -> None:
@@ -151,9 +152,14 @@ class Worker:
         """
         if self._link is not None:
             self._link.assignments.put(None)  # this ends a thread that waits to join a generation
-        self._link = TrainingLink(self._events, self._report_steps, assignment)
+        self._link = TrainingLink(self._events, self._report_steps, assignment, self._meet)
         self._thread = threading.Thread(target=self._train, args=(assignment, self._link, self._thread), daemon=True)
         self._thread.start()
+
+    def _meet(self, generation: int) -> dist.Store:
+        from hecate.ranks.meeting import meet
+
+        return meet(*self._rendezvous, generation)
 
     def _train(self, assignment: Assignment | None, link: TrainingLink, before: threading.Thread | None) -> None:
         from hecate.errors import UserError
@@ -183,7 +189,15 @@ class TrainingLink:
     for the next generation.
     """
 
-    def __init__(self, events: queue.SimpleQueue[WorkerEvent], report_steps: int, assignment: Assignment | None) -> None:
+    def __init__(
+        self,
+        events: queue.SimpleQueue[WorkerEvent],
+        report_steps: int,
+        assignment: Assignment | None,
+        meet: Callable[[int], dist.Store],
+    ) -> None:
+        self.meet = meet
+        """gives the store where the ranks of a generation meet"""
         self.replan: Replan | None = None
         """the newest order to re-plan; None: there was none in this generation"""
         self.stopping = self.leaving = False
@@ -286,6 +300,7 @@ class TrainingLink:
         from hecate.elastic.rebuild import Group
         from hecate.parallel.topology_file import parse_topology
         from hecate.ranks.backend import forget_groups
+        from hecate.ranks.meeting import CONNECT_LIMIT, watched
         from hecate.ranks.ranks import connect, loss_in_words
 
         while True:
@@ -296,8 +311,8 @@ class TrainingLink:
             assert assignment.topology is not None
             self.replan, self.leaving, self.generation, self._rank = None, False, assignment.generation, assignment.rank
             try:
-                store = _meet_all(assignment, self)
-                ranks = connect(store, assignment.rank, assignment.world_size, sharded_layers=self.sharded_layers)
+                store = watched(_meet_all(assignment, self), lambda: not self.interrupted)
+                ranks = connect(store, assignment.rank, assignment.world_size, sharded_layers=self.sharded_layers, limit=CONNECT_LIMIT)
             except OutOfMemoryError:
                 raise
             except RuntimeError as error:  # another rank was lost while the ranks connected
@@ -354,9 +369,7 @@ def _meet_all(assignment: Assignment, link: TrainingLink) -> dist.Store:
     Raises:
         RuntimeError: the generation was broken off meanwhile.
     """
-    from hecate.ranks.meeting import meet
-
-    store = meet(assignment.host, assignment.port, assignment.generation)
+    store = link.meet(assignment.generation)
     broken_off = RuntimeError("the controller broke the generation off, because another rank was lost")
     if link.interrupted:
         raise broken_off

@@ -12,6 +12,8 @@ class StandIn:
 
     def __init__(self) -> None:
         self.returncode: int | None = None
+        self.saves = False
+        """whether it saves and ends with status 0 after a signal"""
 
     def poll(self) -> int | None:
         return self.returncode
@@ -21,7 +23,7 @@ class StandIn:
         return self.returncode
 
     def send_signal(self, number: int, /) -> None:
-        self.returncode = -number if self.returncode is None else self.returncode
+        self.returncode = (0 if self.saves else -number) if self.returncode is None else self.returncode
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

@@ -34,7 +34,6 @@ from hecate.launch.ray_job.messages import (
     WorkerOrder,
     WorkerUp,
 )
-from hecate.launch.ray_job.rendezvous import Rendezvous
 from hecate.launch.ray_job.status import JobStatus, read_status, write_status
 from hecate.launch.ray_job.worker_group import JobDevice, WorkerGroup
 from hecate.parallel.topology import local_topology
@@ -193,7 +192,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SteppedClock:
 def play(config: Config, *script: Step) -> tuple[int, Scripted, list[JobStatus], list[str]]:
     """Exit status, the group, every status shown, every line said."""
     group, shown, said = Scripted(list(script)), list[JobStatus](), list[str]()
-    group.controller = controller = Controller(cast(WorkerGroup, group), config, Rendezvous("127.0.0.1"), None, said.append, shown.append)
+    group.controller = controller = Controller(cast(WorkerGroup, group), config, None, said.append, shown.append)
     try:
         status = controller.run()
     finally:

@@ -12,7 +12,8 @@ from unittest import mock
 import pytest
 
 from hecate.errors import UserError
-from hecate.launch import local_launcher, torchrun
+from hecate.launch import local_launcher, node_launcher
+from hecate.launch.addresses import Endpoint
 from hecate.launch.ray_job.worker import Worker
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.processor import ONEDNN_SETTINGS
@@ -28,7 +29,8 @@ def test_what_the_user_has_set_stays(name: str) -> None:
 
 
 def launch(folder: Path) -> None:
-    torchrun._set_environment(folder, None, 2)
+    meeting = Endpoint("127.0.0.1", 1, "127.0.0.1", "lo", on_this_node=True)
+    os.environ.update(node_launcher._environment(meeting, b"secret", 2))
 
 
 def plain_torchrun(folder: Path) -> None:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from hecate.cli import app
 from hecate.errors import UserError
-from hecate.launch import local_launcher, torchrun
+from hecate.launch import local_launcher, node_launcher
 from hecate.launch.ray_job import driver
 from hecate.train import preflight
 from tests.hecate.megatron.making import write_parts
@@ -67,7 +67,7 @@ def test_a_mistake_starts_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch,
         raise AssertionError("a process was started, or a cluster was looked for")
 
     monkeypatch.setattr(local_launcher, "launch_local", started)
-    monkeypatch.setattr(torchrun, "launch", started)
+    monkeypatch.setattr(node_launcher, "launch", started)
     monkeypatch.setattr(driver, "connected", started)
     monkeypatch.setattr(subprocess.Popen, "__init__", started)
     monkeypatch.setattr(preflight, "default_ranks", lambda: 3 if "ranks" in given else 2)

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from unittest import mock
 import pytest
 
 from hecate.launch import stopped_ranks
-from hecate.launch.stopped_ranks import StoppedRanks, end_stopped_ranks
+from hecate.launch.stopped_ranks import StoppedRanks
 from hecate.ranks.launcher_files import leave_pid, pid_files
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc")
@@ -70,47 +69,6 @@ def test_a_stopped_rank_is_named_once_with_what_lets_it_go_on(
         found.say_new({1: sleeper.pid})
     said = capsys.readouterr().err
     assert said == f"hecate: rank 1 is stopped, as by SIGSTOP, and the others wait for it; kill -CONT {sleeper.pid} lets it go on\n"
-
-
-def test_a_stopped_rank_is_killed_and_a_process_of_others_is_not(
-    sleeper: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(stopped_ranks, "STOPPED_SECONDS", 0.0)
-    monkeypatch.setattr(stopped_ranks, "LOOK_SECONDS", 0.01)
-    # A process that somebody else has started: its parent ends at once.
-    printed = subprocess.run(["sh", "-c", "sleep 60 >/dev/null 2>&1 & echo $!"], capture_output=True, check=True).stdout
-    foreign = int(printed)
-    try:
-        (tmp_path / "pid-0").write_text(str(foreign), encoding="ascii")
-        (tmp_path / "pid-1").write_text(str(sleeper.pid), encoding="ascii")
-        os.kill(foreign, signal.SIGSTOP)
-        stop(sleeper)
-        threading.Thread(target=end_stopped_ranks, args=(tmp_path,), daemon=True).start()
-        assert sleeper.wait(30) == -signal.SIGKILL
-        assert "rank 1 has been stopped" in (said := capsys.readouterr().err)
-        assert "rank 0" not in said
-        assert Path(f"/proc/{foreign}").exists()
-    finally:
-        os.kill(foreign, signal.SIGKILL)
-
-
-def test_a_stopped_rank_that_ends_just_before_it_is_killed_ends_no_watch(
-    sleeper: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class LookedAgain(Exception): ...
-
-    def ends_meanwhile(_: int) -> bool:
-        sleeper.kill()
-        sleeper.wait()
-        return True
-
-    monkeypatch.setattr(stopped_ranks, "STOPPED_SECONDS", -1.0)
-    monkeypatch.setattr(stopped_ranks, "_is_descendant", ends_meanwhile)
-    monkeypatch.setattr(time, "sleep", mock.Mock(side_effect=LookedAgain))
-    (tmp_path / "pid-1").write_text(str(sleeper.pid), encoding="ascii")
-    stop(sleeper)
-    with pytest.raises(LookedAgain):
-        end_stopped_ranks(tmp_path)
 
 
 def test_ranks_leave_their_numbers_for_their_launcher(tmp_path: Path) -> None:

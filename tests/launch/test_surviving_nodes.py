@@ -33,7 +33,8 @@ from hecate.launch.surviving_ranks import SurvivingRanks
 from hecate.ranks.launcher_files import Generation, error_file, here_file, read_generation, ready_file
 from tests.launch.stand_ins import StandIn
 
-JOB = JobShape("job", 2, 3, 2)
+JOB = JobShape("job", 2, 3, 2, survives=True)
+SECRET = b"of this test" * 3
 QUIET = NodeReport(beat=0, address="10.0.0.2", ended={}, files=(), mistakes={}, stopping=False, leaves=False)
 ORDERS = JobOrders(generation=Generation(0, (0, 1, 2, 3), (0, 1, 2, 3), 4), here=(), members={}, lost=(), status=None)
 
@@ -101,14 +102,23 @@ def free_endpoint() -> Endpoint:
 
 def test_another_job_at_the_meeting_point_is_named() -> None:
     meeting = free_endpoint()
-    host = MessageStore.host(meeting, JOB)
-    joined = MessageStore.join(meeting, JOB)
+    host = MessageStore.host(meeting, JOB, SECRET)
+    joined = MessageStore.join(meeting, JOB, SECRET)
     assert joined.arrive(QUIET) == 1
     assert host.arrived([]) == [1]
     assert host.arrived([1]) == []
     with pytest.raises(UserError, match="another job meets there, 'job' of 2 to 3 nodes with 2 ranks each") as caught:
-        MessageStore.join(meeting, replace(JOB, ranks_per_node=4))
+        MessageStore.join(meeting, replace(JOB, ranks_per_node=4), SECRET)
     assert "--nproc-per-node" in str(caught.value)
+    with pytest.raises(UserError, match=r"which go on without a lost one\n  this node was started for .* which start again"):
+        MessageStore.join(meeting, replace(JOB, survives=False), SECRET)
+
+
+def test_a_node_with_another_secret_is_no_member() -> None:
+    meeting = free_endpoint()
+    MessageStore.host(meeting, JOB, SECRET)
+    with pytest.raises(UserError, match="has another secret than this process\n  give all nodes the same --token-file"):
+        MessageStore.join(meeting, JOB, b"a guess" * 6)
 
 
 class Leading:

@@ -20,10 +20,18 @@ class Run:
     """A run of stand-ins."""
 
     def __init__(
-        self, folder: Path, ranks: int, *, loaded: bool = True, together: int = 1, most_replaced: int = 3, fewest: int | None = None
+        self,
+        folder: Path,
+        ranks: int,
+        *,
+        loaded: bool = True,
+        together: int = 1,
+        most_replaced: int = 3,
+        fewest: int | None = None,
+        goes_on: bool = True,
     ) -> None:
         self.machines, self.store = StandInMachines(ranks, fewest or ranks), folder / "store"
-        self.ranks = SurvivingRanks(self.machines, self.store, together, most_replaced)
+        self.ranks = SurvivingRanks(self.machines, self.store, together, most_replaced, goes_on=goes_on)
         if loaded:
             self.load(*range(ranks))
 
@@ -193,6 +201,54 @@ def test_a_run_that_does_not_begin_ends_after_some_attempts(tmp_path: Path) -> N
     assert run.ranks.failed == 3
     assert run.process(2).returncode == -signal.SIGKILL
     assert len(run.machines.started) == 4
+
+
+@pytest.mark.usefixtures("at_once")
+def test_ranks_that_cannot_go_on_all_start_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Run(tmp_path, 3, goes_on=False, most_replaced=1)
+    run.end(0, LOST_PEER_EXIT)
+    run.end(1)
+    assert run.members() == (3, 4, 5)
+    assert run.process(2).returncode == -signal.SIGKILL
+    assert run.machines.started[3:] == [(member, rank, Beginning(rank, 3, 1)) for rank, member in enumerate((3, 4, 5))]
+    said = "hecate: rank 1 was killed by SIGKILL; all ranks start again from the last checkpoint\n"
+    assert capsys.readouterr().err == said, "rank 0 has only lost it"
+    run.end(5, 1)
+    run.ranks.look()
+    assert run.ranks.failed == 5
+    assert len(run.machines.started) == 6
+
+
+@pytest.mark.usefixtures("at_once")
+def test_ranks_that_cannot_go_on_start_again_without_a_lost_machine_and_with_one_that_comes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Run(tmp_path, 2, goes_on=False, fewest=1)
+    run.machines.gone = {1}
+    run.end(1)
+    assert run.members() == (2,)
+    assert run.machines.started[2:] == [(2, 0, Beginning(0, 1, 1))]
+    run.machines.gone, run.machines.new = set(), [1]
+    run.process(2).saves = True
+    assert run.members() == (2,), "it saves"
+    assert run.members() == (3, 4)
+    assert capsys.readouterr().err.splitlines()[1] == "hecate: a node has joined; all ranks save, and start again with it"
+    for member in (3, 4):
+        run.end(member, 0)
+    assert run.members() == (3, 4), "the run has ended"
+    assert not run.ranks.waits
+
+
+@pytest.mark.usefixtures("at_once")
+def test_ranks_that_cannot_go_on_wait_for_a_machine_without_which_there_are_too_few(tmp_path: Path) -> None:
+    run = Run(tmp_path, 2, goes_on=False)
+    run.machines.gone = {1}
+    run.end(1)
+    run.ranks.look()
+    assert run.ranks.waits
+    run.machines.gone = set()
+    assert run.members() == (2, 3)
+    assert not run.ranks.waits
 
 
 def test_a_mistake_that_is_said_a_moment_later_is_not_tried_again(tmp_path: Path) -> None:

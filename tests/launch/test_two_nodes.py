@@ -1,4 +1,4 @@
-"""Two network namespaces act as two nodes with a slow link: torchrun and Ray train across them. Needs root."""
+"""Two network namespaces act as two nodes with a slow link: `hecate launch` and Ray train across them. Needs root."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_node_without_power_is_noticed(tmp_path: Path) -> None:
         assert run_ranks(2, cut_off, str(tmp_path / "store"), timeout=60, namespaces=names) == [True, True]
 
 
-def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Path) -> None:
+def test_a_run_without_backups_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Path) -> None:
     """The example's script runs on two nodes. A rank is killed on each node, and all ranks start again. A node is cut off and ends, and the
     other one goes on alone until it is back. The node that hosts the meeting point is lost, and the other one ends with a clear error."""
     temporary, run = workshop / "tmp", workshop / "runs" / "two"
@@ -88,7 +88,14 @@ def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Pa
 
         def node(number: int) -> subprocess.Popen[str]:
             command = ["ip", "netns", "exec", names[number], str(ROOT / "examples" / "two_nodes" / "run.sh")]
-            variables = {"MEETING": meeting, "NODES": "1:2", "RANKS": "1", "CONFIG": str(workshop / "config.yaml"), "SAVE_STEPS": "5"}
+            variables = {
+                "MEETING": meeting,
+                "TOKEN_FILE": str(workshop / "token"),
+                "NODES": "1:2",
+                "RANKS": "1",
+                "CONFIG": str(workshop / "config.yaml"),
+                "SAVE_STEPS": "5",
+            }
             return stack.enter_context(running([*command, *given], temporary, **variables))
 
         nodes = [node(0), node(1)]
@@ -115,14 +122,20 @@ def test_torchrun_shrinks_and_grows_until_the_meeting_point_is_lost(workshop: Pa
 
 
 def test_a_node_joins_where_nothing_had_failed_and_a_signal_to_it_stops_both(workshop: Path) -> None:
-    """torch's agents do not count that as a restart, and the agent of the node without the signal takes its ranks' end for success."""
+    """No loss has come before; the ranks save, and go on where they were."""
     temporary, run = workshop / "tmp", workshop / "runs" / "joined"
     given = [*OVERRIDES, "fssdp.policy=hecate_paper", f"output_dir={run}", "max_steps=100000"]
     with slow_link() as names, ExitStack() as stack:
 
         def node(number: int) -> subprocess.Popen[str]:
             command = ["ip", "netns", "exec", names[number], str(ROOT / "examples" / "two_nodes" / "run.sh")]
-            variables = {"NODES": "1:2", "RANKS": "1", "CONFIG": str(workshop / "config.yaml"), "SAVE_STEPS": "5"}
+            variables = {
+                "HECATE_TOKEN": "of this test" * 3,
+                "NODES": "1:2",
+                "RANKS": "1",
+                "CONFIG": str(workshop / "config.yaml"),
+                "SAVE_STEPS": "5",
+            }
             return stack.enter_context(running([*command, *given], temporary, MEETING=f"{HOSTS[0]}:29434", **variables))
 
         nodes = [node(0)]
@@ -131,7 +144,7 @@ def test_a_node_joins_where_nothing_had_failed_and_a_signal_to_it_stops_both(wor
         wait_for_checkpoint(run, of_ranks=2)
         nodes[1].send_signal(signal.SIGTERM)
         signalled, printed = read_rest(nodes[1], 143), read_rest(nodes[0], 143)
-    assert "stopped by SIGTERM" in signalled
+    assert "hecate: stopping: the ranks finish their step and save" in signalled
     assert "a node has joined" in printed
     assert "a signal to another node has stopped the job, whose ranks have saved" in printed
     steps = losses(run)
@@ -145,7 +158,7 @@ def test_nodes_with_backups_lose_no_step_and_come_again(workshop: Path) -> None:
     temporary, run, alone = workshop / "tmp-backups", workshop / "runs" / "backups", workshop / "runs" / "alone"
     config = [str(workshop / "config.yaml"), *OVERRIDES, "deterministic=true", "fssdp.policy=hecate_paper", "logging_steps=1"]
     meeting = f"{HOSTS[0]}:29435"
-    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", meeting]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", meeting, "--token-file", str(workshop / "token")]
     with slow_link() as names, ExitStack() as stack:
 
         def node(number: int) -> subprocess.Popen[str]:
@@ -188,11 +201,12 @@ def test_nodes_with_backups_lose_no_step_and_come_again(workshop: Path) -> None:
 
 @pytest.mark.parametrize("redundancy", [0, 1])
 def test_a_mistake_on_two_nodes_is_not_tried_again(workshop: Path, redundancy: int) -> None:
-    """An agent starts its ranks again whatever has ended them. Ranks that start again would go on with the run that is in the folder."""
+    """Ranks that start again would go on with the run that is in the folder."""
     run = workshop / "runs" / f"taken-{redundancy}"
     (run / "checkpoint-5").mkdir(parents=True)
     (run / "checkpoint-5" / "COMMIT").touch()
-    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{HOSTS[0]}:29434"]
+    token = ["--token-file", str(workshop / "token")]
+    options = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{HOSTS[0]}:29434", *token]
     with slow_link() as names, ExitStack() as stack:
         processes = [
             stack.enter_context(

@@ -43,7 +43,6 @@ from hecate.launch.ray_job.rendezvous import Rendezvous
 from hecate.launch.ray_job.worker import TrainingLink, Worker
 from hecate.parallel.topology import local_topology
 from hecate.parallel.topology_file import topology_text
-from hecate.ranks import meeting
 from hecate.ranks import ranks as ranks_module
 from hecate.ranks.ranks import Ranks
 from testing.processes import OVERRIDES, losses
@@ -107,8 +106,6 @@ class Crew:
                 generation=generation,
                 rank=rank,
                 world_size=len(numbers),
-                host=self.rendezvous.host,
-                port=self.rendezvous.port,
                 nodes=("one",) * len(numbers),
                 topology=topology_text(local_topology(len(numbers), cuda=False)),
                 resume=False,
@@ -182,12 +179,11 @@ class Joining:
         self.connect = mock.Mock(return_value=self.ranks)
         self.others = 1
         """how many other ranks are about to connect in each generation"""
-        monkeypatch.setattr(meeting, "meet", lambda *_: self._store())
         monkeypatch.setattr(ranks_module, "connect", self.connect)
         with mock.patch.dict(os.environ):
             self.worker = Worker(0, "127.0.0.1", 1, "secret", "", 1, "127.0.0.1")
         self.events: queue.SimpleQueue[WorkerEvent] = queue.SimpleQueue()
-        self.worker._link = self.link = TrainingLink(self.events, 1, None)
+        self.worker._link = self.link = TrainingLink(self.events, 1, None, lambda _: self._store())
 
     def _store(self) -> dist.Store:
         made = dist.HashStore()
@@ -196,9 +192,7 @@ class Joining:
 
     def order_to_join(self, generation: int) -> None:
         topology = topology_text(local_topology(2, cuda=False))
-        assignment = Assignment(
-            generation=generation, rank=1, world_size=2, host="", port=0, nodes=("one", "one"), topology=topology, resume=False
-        )
+        assignment = Assignment(generation=generation, rank=1, world_size=2, nodes=("one", "one"), topology=topology, resume=False)
         self.worker._carry_out(Join(assignment=assignment))
 
 

@@ -36,11 +36,13 @@ def member_and_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Loc
     ranks = mock.create_autospec(Ranks, instance=True)
     ranks.groups, ranks.rank, ranks.world_size = mock.Mock(), 1, 2
     write_parts(folder)
-    assert local_membership(config_of(folder), ranks) is None
+    config = config_of(folder, "fssdp.redundancy=1")
+    assert local_membership(config, ranks) is None
     monkeypatch.setenv(MEMBER_VARIABLE, "1")
+    assert local_membership(config_of(folder), ranks) is None, "its ranks do not go on"
     monkeypatch.setenv(STORE_VARIABLE, str(folder / "store"))
     write_generation(folder / "store", Generation(0, (0, 1), (0, 1), 2))
-    made = local_membership(config_of(folder), ranks)
+    made = local_membership(config, ranks)
     assert made is not None
     return made, ranks
 

@@ -1,4 +1,4 @@
-"""Ranks that an elastic agent starts again go on from a checkpoint; a taken output folder stops all of them."""
+"""Ranks that are started again go on from a checkpoint; a taken output folder stops all of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from hecate.elastic.restart import begin_or_resume
 from hecate.errors import USER_ERROR_EXIT, UserError
-from hecate.ranks.launcher_files import ERRORS_VARIABLE, STORE_VARIABLE, all_saved, begin_under_agent, error_file, leave_saved, note_again
+from hecate.ranks.launcher_files import BEGINS_VARIABLE, ERRORS_VARIABLE, STORE_VARIABLE, error_file
 from tests.hecate.checkpoint.saving import save, shards_of
 from tests.hecate.megatron.making import config_of, write_parts
 
@@ -46,10 +46,11 @@ def test_ranks_that_begin_again_claim_their_folder_once(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match="taken"):
         begin_or_resume(config, ranks_of(0.0, 0.0), taken)
     begin_or_resume(config, ranks_of(0.0, 0.0), mock.Mock())
+    monkeypatch.setenv(BEGINS_VARIABLE, "1")
     assert begin_or_resume(config, ranks_of(0.0, 0.0), taken) == config
 
 
-def test_after_a_restart_anywhere_all_ranks_resume_if_there_is_a_checkpoint(tmp_path: Path) -> None:
+def test_after_a_restart_by_any_agent_of_torchrun_all_ranks_resume_if_there_is_a_checkpoint(tmp_path: Path) -> None:
     write_parts(tmp_path)
     config, claim = config_of(tmp_path), mock.Mock()
     assert begin_or_resume(config, ranks_of(1.0, 0.0), claim) == replace(config, resume=False)
@@ -60,45 +61,19 @@ def test_after_a_restart_anywhere_all_ranks_resume_if_there_is_a_checkpoint(tmp_
     claim.assert_not_called()
 
 
-def test_ranks_that_start_again_because_a_node_has_come_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No agent counts that as a restart; ranks of several places on a node begin in any order."""
+def test_ranks_that_hecates_launcher_starts_again_resume_the_run_that_had_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first rank that was lost before it had claimed the folder has begun none, whatever lies in it."""
     write_parts(tmp_path)
     config = config_of(tmp_path)
-    (tmp_path / "launcher").mkdir()
-    monkeypatch.setenv(ERRORS_VARIABLE, str(tmp_path / "launcher"))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    for place in ("0", "1"):
-        monkeypatch.setenv("LOCAL_RANK", place)
-        claim = mock.Mock()
-        assert begin_or_resume(config, ranks_of(0.0, 0.0), claim) == config
-        claim.assert_called_once()
     Path(config.output_dir).mkdir(exist_ok=True)
     save(Path(config.output_dir), 2, shards_of(1.0))
+    (tmp_path / "launcher").mkdir()
+    monkeypatch.setenv(STORE_VARIABLE, str(tmp_path / "launcher" / "store"))
+    monkeypatch.setenv(BEGINS_VARIABLE, "1")
     taken = mock.Mock(side_effect=UserError("output_dir is taken"))
+    with pytest.raises(UserError, match="taken"):
+        begin_or_resume(config, ranks_of(0.0, 0.0), taken)
+    assert begin_or_resume(config, ranks_of(0.0, 0.0), None) == replace(config, resume=True), "its launcher had claimed the folder"
+    (tmp_path / "launcher" / "claimed").touch()
     assert begin_or_resume(config, ranks_of(0.0, 0.0), taken) == replace(config, resume=True)
-
-
-def test_a_launcher_hears_that_its_ranks_have_saved_unless_they_start_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def as_rank(place: int) -> None:
-        monkeypatch.setenv("LOCAL_RANK", str(place))
-
-    leave_saved()  # of a rank that no agent has started
-    monkeypatch.setenv(ERRORS_VARIABLE, str(tmp_path))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
-    for place in (0, 1):
-        as_rank(place)
-        assert not begin_under_agent()
-        assert not all_saved(tmp_path, 2)
-        leave_saved()
-    assert all_saved(tmp_path, 2)
-    note_again(tmp_path)
-    assert not all_saved(tmp_path, 2), "a node has come meanwhile"
-    for place in (0, 1):
-        as_rank(place)
-        assert begin_under_agent()
-        assert not all_saved(tmp_path, 2)
-    leave_saved()
-    as_rank(0)
-    leave_saved()
-    assert all_saved(tmp_path, 2)
+    assert begin_or_resume(config, ranks_of(0.0, 0.0, rank=1), None) == config, "the first rank decides"

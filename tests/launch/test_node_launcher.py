@@ -13,10 +13,10 @@ from unittest import mock
 import pytest
 
 from hecate.errors import UserError
-from hecate.launch import local_launcher, torchrun
+from hecate.launch import local_launcher, node_launcher
 from hecate.launch.addresses import check_free, find_endpoint, interface_of, wait_for
-from hecate.launch.torchrun import node_range
-from hecate.ranks.launcher_files import error_file
+from hecate.launch.node_launcher import node_range
+from hecate.ranks.launcher_files import TOKEN_VARIABLE
 from testing.tiny_run import make_workshop
 from tests.launch.cluster import ROOT
 
@@ -58,32 +58,13 @@ def test_an_endpoint_on_this_node() -> None:
         wait_for(busy, limit_seconds=0)
 
 
-@pytest.mark.parametrize(("left", "status", "said"), [(None, 1, "another node has given up"), ("a mistake", 2, "a mistake")])
-def test_a_job_that_another_node_has_closed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], left: str | None, status: int, said: str
-) -> None:
-    """An agent whose ranks have failed asks for the next meeting; where another's have too, that one may have closed it before."""
-    from torch.distributed.elastic.rendezvous import RendezvousClosedError
-
-    def closed(*_: object) -> None:
-        raise RendezvousClosedError
-
-    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", lambda *_: closed)
-    monkeypatch.setattr(torchrun, "forking", lambda *_: nullcontext(("hecate",)))
-    monkeypatch.setattr(torchrun, "_listen_to_the_agent", lambda _: None)
-    if left:
-        error_file(tmp_path, 1).write_text(left, encoding="utf-8")
-    job = torchrun.TorchrunJob(name="job", nodes=(1, 1), ranks_per_node=1, endpoint=None, max_restarts=0)
-    assert torchrun._run("stand-in", [], tmp_path, None, job) == status
-    assert said in capsys.readouterr().err
-
-
 MISTAKES = {
     "several nodes and no meeting point": (["--nnodes", "2"], "--rdzv-endpoint"),
     "an unknown key": (["learning_rat=1"], "learning_rate"),
     "another number of devices": (["topology={workshop}/three.yaml"], "3 devices"),
     "a topology for a job that may shrink": (["--nnodes", "1:2", "topology={workshop}/three.yaml"], "topology=auto"),
-    "a port in use": (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:{port}"], "cannot listen"),
+    "no secret": (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:{port}"], "--token-file: several nodes need a secret"),
+    "a port in use": (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:{port}", "--token-file", "{workshop}/token"], "cannot listen"),
 }
 
 
@@ -133,14 +114,14 @@ def test_no_rank_is_started_where_what_runs_first_fails(
 ) -> None:
     ranks = tmp_path / "ranks"
     program = f"import pathlib, sys; sys.exit(2 if '--check' in sys.argv else pathlib.Path({str(ranks)!r}).touch())"
-    for starter in (torchrun, local_launcher):
+    for starter in (node_launcher, local_launcher):
         monkeypatch.setattr(starter, "forking", lambda *_: nullcontext([sys.executable, "-c", program]))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = endpoint and endpoint.format(port=free.getsockname()[1])
-    job = torchrun.TorchrunJob(
+    job = node_launcher.NodesJob(
         name="job", nodes=(1, 2 if meeting else 1), ranks_per_node=1, endpoint=meeting, max_restarts=0, survives=survives, first=["--check"]
     )
-    with mock.patch.dict(os.environ):
-        assert torchrun.launch("program", [], job) == 2
+    with mock.patch.dict(os.environ, {TOKEN_VARIABLE: "x" * 32}):
+        assert node_launcher.launch("program", [], job) == 2
     assert not ranks.exists()

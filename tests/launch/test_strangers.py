@@ -1,0 +1,87 @@
+"""Who reaches the meeting point of several nodes without holding the job's secret runs no code, joins nothing and stops nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from hecate.io.json_records import to_json_values
+from hecate.launch.node_messages import JobShape, NodeReport
+from hecate.launch.run_folder import processes_below
+from testing.processes import hecate, listening, read_rest
+from testing.tiny_run import make_workshop
+
+
+class Plants:
+    """Unpickling it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._file),)
+
+
+@contextmanager
+def waiting_node(workshop: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A launcher that waits for the second of two nodes, and the port at which it does."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    given = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"127.0.0.1:{port}", "--token-file", str(workshop / "token")]
+    with hecate(
+        "launch", *given, str(workshop / "config.yaml"), f"output_dir={workshop}/runs/a", *options, temporary=workshop / "tmp"
+    ) as node:
+        deadline = time.monotonic() + 120
+        while True:
+            with suppress(OSError):
+                socket.create_connection(("127.0.0.1", port)).close()
+                break
+            assert node.poll() is None, read_rest(node)
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        yield node, port
+
+
+def forge(port: int, key: str, value: bytes) -> None:
+    """Set a key as a client of torch's store does, which may be told nothing."""
+    with suppress(dist.DistError):
+        limit = timedelta(seconds=2)
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=limit)
+        store.set(key, value)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc")
+@pytest.mark.parametrize("redundancy", [pytest.param(0, id="without backups"), pytest.param(1, id="with backups", marks=pytest.mark.slow)])
+def test_a_stranger_at_the_meeting_point_runs_nothing_and_joins_nothing(tmp_path: Path, redundancy: int) -> None:
+    workshop, planted = make_workshop(tmp_path), tmp_path / "planted"
+    with waiting_node(workshop, f"fssdp.redundancy={redundancy}") as (node, port):
+        # torch's rendezvous unpickles this key once a second.
+        forge(port, "torch.rendezvous.hecate", base64.b64encode(pickle.dumps(Plants(planted))))
+        report = NodeReport(beat=0, address="10.9.9.9", ended={}, files=(), mistakes={}, stopping=False, leaves=False)
+        forge(port, "report-1", json.dumps(to_json_values(report)).encode())
+        forge(port, "arrivals", b"1")
+        forge(port, "job", json.dumps(to_json_values(JobShape("other", 1, 1, 1, survives=True))).encode())
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 4096, os.urandom(4096)):
+            with socket.create_connection(("127.0.0.1", port)) as stranger, suppress(OSError):
+                stranger.sendall(said)
+        held = [socket.create_connection(("127.0.0.1", port)) for _ in range(100)]
+        assert listening([node.pid, *processes_below(node.pid)]) == {"127.0.0.1"}
+        time.sleep(2)
+        assert node.poll() is None, "it waits for a node of its own"
+        assert not planted.exists()
+        assert len(held) == 100
+    assert not planted.exists()
