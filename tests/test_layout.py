@@ -275,7 +275,6 @@ WRITES_PLAINLY = {
     "hecate/checkpoint/file_system.py": "it tries whether a folder can be renamed",
     "hecate/checkpoint/history.py": "a folder is renamed before it is deleted",
     "hecate/data/token_cache.py": "arrays grow beside one another in a staging folder, which `new_folder` renames; they have checksums",
-    "hecate/report/metrics.py": "lines are appended while the run goes on; one that is torn is removed at a resume",
     "hecate/elastic/restart.py": "an error's text for the launcher, in the folder that goes with it; the rank ends at once",
     "hecate/ranks/launcher_files.py": "as hecate/elastic/restart.py",
     "hecate/drill/tiny_run.py": "in a folder for temporary files, as all that a drill writes",

@@ -25,13 +25,20 @@ from hecate.checkpoint.layout import TensorEntry
 from hecate.data.chat_templates import FILE
 from hecate.errors import UserError
 from hecate.io.durable import write_durable
+from hecate.io.plain_files import read_plain
 from hecate.model.load import save_tokenizer
 from hecate.model.stored_experts import EXPERTS, ROLES, usual_name
 from hecate.model.stored_model import StoredModel
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_COPIED = re.compile(
+    r"(?i:(generation_|preprocessor_|processor_|tokenizer_|video_preprocessor_)?config|tokenizer|special_tokens_map|added_tokens|vocab|chat_template"
+    r"|image_processor|processor)\.json|vocab\.txt|merges\.txt|(tokenizer|spiece|sentencepiece(\.bpe)?)\.model|chat_template\.jinja|tekken\.json"
+    r"|(?i:(LICENSE|LICENCE|NOTICE|COPYING|USE_POLICY)(\.(md|txt))?)"
+)
+"""names of files that belong to a model beside its weights: configuration, tokenizer, template, terms of use"""
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".index.json")
-"""the endings of files that hold weights, or say where they are"""
+"""the endings of files that hold weights, or say where they are, which are written anew"""
 
 
 @dataclass(frozen=True)
@@ -132,28 +139,57 @@ def merge(folder: Path, base: StoredModel, tensors: Mapping[str, Tensor], config
     facts = {"base model": config.base_model_name_or_path, "merged": f"LoRA of rank {config.r} into {len(changes)} weights"}
     card = model_card(config.base_model_name_or_path, "As any other model of its kind.", facts, ("lora", "merged"))
     template = config.extra.get(CHAT_TEMPLATE)
-    write_model(folder, entries, fetch, lambda staging: add_files_of(base, staging, card, template))
+    notes: list[str] = []
+    write_model(folder, entries, fetch, lambda staging: notes.extend(add_files_of(base, staging, card, template)))
     note = f"{changed} of {len(changes)} adapted weights differ from the base model's"
-    return [note] if changed == len(changes) else [note, "  the others are changed by less than their type can hold, or their B is zero"]
+    if changed < len(changes):
+        note += "\n  the others are changed by less than their type can hold, or their B is zero"
+    return [*note.splitlines(), *notes]
 
 
-def add_files_of(base: StoredModel, folder: Path, card: bytes, template: str | None = None) -> None:
-    """Copy what the base model's folder holds beside weights, and add the model card.
+def add_files_of(base: StoredModel, folder: Path, card: bytes, template: str | None = None) -> list[str]:
+    """Copy the files of the base model that belong to it beside weights, add the model card, and return what the user should know.
+
+    The folder that is written may be published, and the base model's may have been made by somebody else. So a file is copied only if its
+    name is known, and a link only if it leads to a file of the model itself: in its folder, or in its part of the hub's cache.
 
     Args:
         template: the chat template; None: the base model's own.
+
+    Raises:
+        UserError: a file with a known name is a link to somewhere else, is no plain file, or is larger than any such file.
     """
     write_durable(folder / CARD, [card])
     if base.source.gguf_file is not None:
         save_config(base.config, folder)
         save_tokenizer(base.source, folder, template)
-        return
+        return []
     if template is not None:
         write_durable(folder / FILE, [template.encode()])
     ours = (CARD,) if template is None else (CARD, FILE)
+    left_out = []
     for path in sorted(base.source.folder.iterdir()):
-        if path.is_file() and path.name not in ours and not path.name.endswith(_WEIGHTS) and not path.name.startswith("."):
-            write_durable(folder / path.name, [path.read_bytes()])
+        if _COPIED.fullmatch(path.name) and path.name not in ours:
+            write_durable(folder / path.name, [_read_own(path)])
+        elif path.is_file() and path.name not in ours and not path.name.endswith(_WEIGHTS) and not path.name.startswith("."):
+            left_out.append(path.name)
+    if not left_out:
+        return []
+    return [f"{len(left_out)} files beside the base model's weights are not copied, such as {', '.join(left_out[:3])}"]
+
+
+def _read_own(path: Path) -> bytes:
+    """The content of a file of a model's folder."""
+    real, folder = path.resolve(), path.parent.resolve()
+    of_cache = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    if not real.is_relative_to(folder) and not real.is_relative_to(of_cache):
+        raise UserError(
+            f"{path}: is a link to {real}, outside the model's folder, and is not copied\n  replace it by the file, or remove it"
+        )
+    try:
+        return read_plain(real)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be copied: {error.strerror or error}") from None
 
 
 def plus_pair(weight_OI: Tensor, a_rI: Tensor, b_Or: Tensor, scale: float) -> Tensor:

@@ -102,10 +102,13 @@ def saved_config(text: str) -> Config:
     Keys that this version does not have are left out, and keys that an earlier version did not have get their defaults.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or a value refers to something else. None is saved so, and one in a forged checkpoint might put a variable
+            of the environment into what is exported.
     """
     try:
         values = leaves_of(parse_yaml(text))
+        if referring := [key for key, value in values.items() if "${" in str(value)]:
+            raise UserError(f"the configuration in it cannot be read: {shorten(referring[0])} refers to something else, as none is saved")
         if _POLICY in values:
             values[_POLICY] = current_name(values[_POLICY])
         config = OmegaConf.to_object(_as_omegaconf(values))

@@ -8,6 +8,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterable, Iterator
+from io import FileIO
 from pathlib import Path
 
 
@@ -48,6 +49,11 @@ def replace_output(path: Path, blocks: Iterable[memoryview | bytes]) -> None:
         return
     with open(path, "wb") as stream:
         stream.writelines(blocks)
+
+
+def open_to_append(path: Path) -> FileIO:
+    """Open a file to append to, or make it; not durably. A link is not followed: who left it would choose the file that is written to."""
+    return FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "ab")
 
 
 def sync_folder(folder: Path) -> None:

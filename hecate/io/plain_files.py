@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
+
+from hecate.errors import UserError
 
 MOST_BYTES = 1 << 26
 """of a file that is read as a whole, such as a status or a description: all that are known have less than a tenth"""
@@ -61,6 +64,21 @@ def require_plain(path: str | os.PathLike[str], most: int | None = None) -> None
     most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if most is None else most
     if size > most:
         raise OSError(errno.EFBIG, f"it has {size} bytes, and such a file here at most {most}", str(path))
+
+
+def refuse_links(folder: Path) -> None:
+    """Check that a run's folder holds no links: what is written there under a name of hecate's own must not land elsewhere.
+
+    Raises:
+        UserError: it holds one.
+    """
+    with suppress(OSError), os.scandir(folder) as entries:  # what is wrong with the folder is said where it is read
+        for entry in entries:
+            if entry.is_symlink():
+                raise UserError(
+                    f"{folder}: {entry.name!r} is a link; in a run's folder hecate follows none\n"
+                    "  put what it leads to in its place, or remove it"
+                )
 
 
 def read_plain_text(path: str | os.PathLike[str], most: int = MOST_BYTES) -> str:

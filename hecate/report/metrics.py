@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.io.durable import replace_file
+from hecate.io.durable import open_to_append, replace_file
 from hecate.io.plain_files import open_plain
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.parallel.loads import imbalance as max_over_mean
@@ -165,7 +165,7 @@ class MetricsWriter:
 
     def _open(self) -> FileIO:
         try:
-            return open(self.path, "ab", buffering=0)
+            return open_to_append(self.path)
         except OSError as error:
             raise self._refused(error) from error
 

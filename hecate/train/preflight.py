@@ -12,6 +12,7 @@ from pathlib import Path
 from hecate.config import Config
 from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
+from hecate.io.plain_files import refuse_links
 from hecate.ranks.cores import usable_cores
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 from hecate.report.trackers import check_trackers
@@ -131,10 +132,11 @@ def check_resume(config: Config) -> None:
     The ranks check more: whether files are damaged, and whether the base model is the same.
 
     Raises:
-        UserError: there is none, or it belongs to another run.
+        UserError: there is none, or it belongs to another run; or the run's folder holds a link.
     """
     if not config.resume:
         return
+    refuse_links(Path(config.output_dir))
     from hecate.checkpoint import CheckpointError, committed, read_manifest
     from hecate.checkpoint.meta import config_values
     from hecate.config.effective import changed_computation, other_configuration

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,68 @@ def test_a_model_merged_from_a_gguf_file_says_its_rotary_base_to_version_4(tmp_p
     base = StoredModel(ModelSource(tmp_path, "model.gguf"), config, {}, lambda name: torch.zeros(1))
     add_files_of(base, tmp_path, b"card")
     assert json.loads((tmp_path / "config.json").read_text())["rope_theta"] == 5e5
+
+
+def beside_weights(folder: Path, out: Path) -> tuple[list[str], list[str]]:
+    """What is written of a base model's folder, without the card, and what is said of it."""
+    out.mkdir()
+    base = StoredModel(ModelSource(folder, None), AutoConfig.for_model("llama"), {}, lambda name: torch.zeros(1))
+    said = add_files_of(base, out, b"card")
+    return sorted({path.name for path in out.iterdir()} - {"README.md"}), said
+
+
+def test_what_lies_beside_weights_and_is_no_part_of_a_model_is_not_published(tmp_path: Path) -> None:
+    model, secret = tmp_path / "model", tmp_path / "id_rsa"
+    model.mkdir()
+    secret.write_text("-----BEGIN OPENSSH PRIVATE KEY-----", encoding="utf-8")
+    for name in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "LICENSE.txt",
+        "model.safetensors",
+        ".env",
+        "notes.txt",
+        "modeling_x.py",
+    ):
+        (model / name).write_text(name, encoding="utf-8")
+    (model / "key.txt").symlink_to(secret)
+    (model / "vocab.json").symlink_to("tokenizer.json")
+    written, said = beside_weights(model, tmp_path / "out")
+    assert written == ["LICENSE.txt", "config.json", "tokenizer.json", "tokenizer.model", "vocab.json"]
+    assert said == ["3 files beside the base model's weights are not copied, such as key.txt, modeling_x.py, notes.txt"]
+    assert not (tmp_path / "out" / "vocab.json").is_symlink()
+
+
+@pytest.mark.parametrize("kind", ["link", "link over a folder", "pipe", "device", "large"])
+def test_what_stands_in_the_place_of_a_models_file_is_not_published(tmp_path: Path, kind: str) -> None:
+    model, secret = tmp_path / "model", tmp_path / "home" / "id_rsa"
+    model.mkdir()
+    secret.parent.mkdir()
+    secret.write_text("-----BEGIN OPENSSH PRIVATE KEY-----", encoding="utf-8")
+    file = model / "LICENSE.txt"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "large":
+        with open(file, "wb") as sparse:
+            sparse.truncate(1 << 40)
+    elif kind == "link over a folder":
+        (model / "terms").symlink_to(secret.parent)
+        file.symlink_to("terms/id_rsa")
+    else:
+        file.symlink_to("/dev/zero" if kind == "device" else secret)
+    with pytest.raises(UserError, match=r"LICENSE.txt: (is a link to .*, outside the model's folder|cannot be copied)"):
+        beside_weights(model, tmp_path / "out")
+    assert not (tmp_path / "out" / "LICENSE.txt").exists()
+
+
+def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    cached = tmp_path / "models--a--b"
+    for folder in ("blobs", "snapshots/1234"):
+        (cached / folder).mkdir(parents=True)
+    (cached / "blobs" / "abc").write_text("{}", encoding="utf-8")
+    (cached / "snapshots" / "1234" / "config.json").symlink_to("../../blobs/abc")
+    assert beside_weights(cached / "snapshots" / "1234", tmp_path / "out") == (["config.json"], [])
 
 
 def test_a_model_of_a_gguf_file_has_the_name_of_its_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

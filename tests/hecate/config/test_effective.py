@@ -281,3 +281,23 @@ def test_a_saved_configuration_of_another_version_or_a_damaged_one(folder: Path)
     for text in ("{", "[]", "model: 3"):
         with pytest.raises(UserError, match="the configuration in it cannot be read"):
             saved_config(text)
+
+
+ENVIRONMENT = "${oc.env:HOME}"
+
+
+@pytest.mark.parametrize("value", [ENVIRONMENT, f"a {ENVIRONMENT} b", "${seed}", "${" * 400 + "x" + "}" * 400])
+@pytest.mark.parametrize("key", ["output_dir", "model.name_or_path", "lora.init_from", "data.train"])
+def test_a_forged_checkpoint_gets_no_variable_of_the_environment(folder: Path, key: str, value: str) -> None:
+    """What its configuration names is written into an adapter's configuration and card, which are published."""
+    values = yaml.safe_load(to_yaml(load(MINIMAL)))
+    section, _, name = key.rpartition(".")
+    (values[section] if section else values)[name] = [{"path": value}] if key == "data.train" else value
+    with pytest.raises(UserError, match=rf"{key} refers to something else, as none is saved"):
+        saved_config(yaml.safe_dump(values))
+
+
+def test_nor_does_one_that_writes_it_in_another_way(folder: Path) -> None:
+    text = yaml.safe_dump(yaml.safe_load(to_yaml(load(MINIMAL))) | {"output_dir": "HERE"})
+    with pytest.raises(UserError, match="output_dir refers to something else"):
+        saved_config(text.replace("HERE", r'"\x24\x7boc.env:HOME}"'))

@@ -222,3 +222,15 @@ def test_a_full_disk_is_a_user_error() -> None:
     with pytest.raises(UserError, match="/dev/full: metrics cannot be written: No space left"):
         writer.write(event_record(1, "x"))
     writer.close()
+
+
+def test_a_link_in_its_place_is_not_written_through(tmp_path: Path) -> None:
+    """Who hands a run's folder to somebody else could choose which of their files grows."""
+    (tmp_path / "profile").write_text("as it was", encoding="utf-8")
+    for target in ("profile", "not there yet"):
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+        (tmp_path / "metrics.jsonl").symlink_to(target)
+        with pytest.raises(UserError, match=r"metrics.jsonl: metrics cannot be written: "):
+            MetricsWriter(tmp_path / "metrics.jsonl")
+    assert (tmp_path / "profile").read_text(encoding="utf-8") == "as it was"
+    assert not (tmp_path / "not there yet").exists()
