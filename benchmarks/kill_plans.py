@@ -58,8 +58,8 @@ class KillPlan:
 def plan_of(number: int) -> KillPlan:
     """The plan with this number, the same in every call.
 
-    Three different ranks die in different steps, and the last one stays. Under torch's agents all ranks start again after each death, so
-    that any may die again; the deaths are in later steps than the first checkpoint's.
+    Three different ranks die in different steps, and the last one stays. Without backups all ranks start again after each death, so that
+    any may die again; the deaths are in later steps than the first checkpoint's.
 
     No run that saves beside the steps has a death in its first save and one in the step beside it: two ranks lost at once are more than one
     backup is for, and no checkpoint is there to go back to.
@@ -84,19 +84,19 @@ def _in_first_save_and_after(deaths: Sequence[Injected]) -> bool:
 
 
 def _launcher_of(number: int) -> Launcher:
-    """Of ten runs one is on Ray, one under `hecate launch`, one under its agents, both in turn on one node and on two; these are slower."""
+    """Of ten runs one is on Ray, one under `hecate launch`, one there without backups, both in turn on one node and on two."""
     if number < _OTHERS_FROM or number % 10 < 7:
         return "local"
     if number % 10 == 8:
         return "ray"
     if number % 10 == 7:
         return "node" if number // 10 % 2 else "two_nodes"
-    return "agent" if number // 10 % 2 else "two_agents"
+    return "node_again" if number // 10 % 2 else "two_nodes_again"
 
 
 def goes_on(launcher: str) -> bool:
-    """Whether ranks go on after a loss under a launcher. Under torch's agents all start again."""
-    return launcher not in ("agent", "two_agents")
+    """Whether ranks go on after a loss under a launcher. Without backups all start again."""
+    return launcher not in ("node_again", "two_nodes_again")
 
 
 def _death(random: np.random.Generator, rank: int, step: int, *, commits: bool) -> Injected:

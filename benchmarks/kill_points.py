@@ -10,8 +10,8 @@ although a rank had said that they were done; and folders named `checkpoint-N` t
 
 Under the local launcher (7 of 10 runs) and under `hecate launch` (1 of 10, in turn on one node and on two) the ranks that are left go on,
 the last one alone. On Ray (1 of 10, a private cluster for each) they do so, too, and other ranks join them. Half of these save beside the
-steps. Under torch's elastic agents (1 of 10), which `hecate launch` uses for runs without backups, all ranks start again from the last
-checkpoint, so that the step under way, or one that was done and not saved, is done again.
+steps. Under `hecate launch` without backups (1 of 10, likewise) all ranks start again from the last checkpoint, so that the step
+under way, or one that was done and not saved, is done again.
 
 The points come from a seed, so that a call with `--resume` goes on where the file ends (benchmarks/results/kill_points.json), which is
 written after each run; `--most` ends it after so many points. Runs in the file whose plan is another one now are done again. A call
@@ -62,7 +62,7 @@ class KilledRun:
     """folders named as checkpoints that are not whole"""
     noticed_ms: float
     recovered_ms: float
-    """after the last kill; 0 where nobody was left to notice, and under the agent"""
+    """after the last kill; 0 where nobody was left to notice, and where all start again"""
 
     @property
     def held(self) -> bool:

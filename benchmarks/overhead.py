@@ -1,6 +1,6 @@
 """Measure what Ray adds to a step: the same run of two ranks under `hecate ray` (a private cluster of this machine) and `hecate launch`.
 
-`hecate launch` uses torch's elastic agent. Both runs exist at the same time. While one trains, all processes of the other are stopped,
+Both runs exist at the same time. While one trains, all processes of the other are stopped,
 Ray's own included. They take turns (`benchmarks.ratios`), and turns that are compared cover the same steps of both runs, so the same work.
 A turn's time is the mean of its steps, so that Ray's occasional work counts. A turn takes several seconds, because work that is due every
 second would otherwise be done more often than in a run that is never stopped. If losses differ, there is no result.
@@ -26,7 +26,7 @@ from benchmarks.small_run import make_folder
 from hecate.launch.run_folder import processes_below
 
 RANKS = 2
-LAUNCHERS = {"torchrun": ["launch", "--nproc-per-node", f"{RANKS}"], "ray": ["ray", "--address", "local"]}
+LAUNCHERS = {"launch": ["launch", "--nproc-per-node", f"{RANKS}"], "ray": ["ray", "--address", "local"]}
 COMMON = ("topology=two-cpu-ranks", f"ray.workers={RANKS}", "micro_batch_size=2")
 _FIRST_STEPS = 100
 """the first steps of a run, which compile, allocate and connect, while Ray's spare worker imports"""
@@ -103,7 +103,7 @@ def race(workshop: Path, budget: Budget, *, spare_core: bool) -> tuple[dict[str,
         def turn(name: str) -> float:
             return statistics.mean(racers[name].go(_FIRST_OF_TURN + _STEPS_OF_TURN)[_FIRST_OF_TURN:])
 
-        seconds = until_narrow(turn, list(racers), [("ray", "torchrun")], budget)
+        seconds = until_narrow(turn, list(racers), [("ray", "launch")], budget)
         for (step, one), (also, other) in zip(*(racer.losses for racer in racers.values()), strict=True):
             if step != also or abs(one - other) > 1e-3:
                 raise SystemExit(f"overhead: the two runs differ: loss {one} in step {step}, loss {other} in step {also}; no result")
@@ -123,11 +123,11 @@ def main() -> None:
         {"launcher": name, "step_ms_median": 1e3 * statistics.median(values), "cores_beside_ranks": beside[name], "all": values}
         for name, values in seconds.items()
     ]
-    ratio = of_times(seconds["ray"], seconds["torchrun"], budget)
+    ratio = of_times(seconds["ray"], seconds["launch"], budget)
     finish(
         "overhead",
         rows,
-        {"ray_over_torchrun": ratio, **{f"{name}_cores_beside_ranks": cores for name, cores in beside.items()}},
+        {"ray_over_launch": ratio, **{f"{name}_cores_beside_ranks": cores for name, cores in beside.items()}},
         options.json,
     )
 

@@ -1,9 +1,9 @@
-"""Kill one of four ranks, and measure the seconds from SIGKILL to the next finished step, under torchrun, the local launcher and Ray.
+"""Kill one of four ranks, and measure the seconds from SIGKILL to the next finished step, under `hecate train`, `hecate launch` and Ray.
 
 - shrink: the three remaining ranks continue in their processes and lose no step (`fssdp.redundancy: 1`).
 - replace: the time until four ranks have finished a step together again. A new rank loads while three train, and then joins them.
 - restart: there is no backup of the lost rank's experts, so all ranks return to the last checkpoint, which is that of the step before.
-  Under `hecate launch` (torch's elastic agent) all processes end and start again; under Ray only one is new, and the others wait for it.
+  Under `hecate launch` all processes end and start again; under Ray only one is new, and the others wait for it.
 
 The model is tiny and in float64 (hidden 32, 2 layers, 8 experts). The ways take turns (`benchmarks.ratios`): a job starts, trains for a
 while until its spare process, if it has one, is ready, loses a rank, and ends when it has gone on. Before times are reported, the losses
@@ -76,14 +76,14 @@ def local(workshop: Path, name: str) -> Recovery:
         return shrink_and_replace(run, lambda: kill_rank(run.process.pid, 1), "was killed")
 
 
-def torchrun(workshop: Path, name: str) -> Recovery:
+def launch(workshop: Path, name: str) -> Recovery:
     with job(
         workshop, name, ["launch", "--nproc-per-node", str(RANKS), "--max-restarts", "1"], *COMMON, ONE_SEQUENCE, "save_steps=1"
     ) as run:
         run.rest(_REST_STEPS)
         killed = time.perf_counter()
         kill_rank(run.process.pid, 1)
-        noticed = run.until_said("hecate: a rank was lost")
+        noticed = run.until_said("all ranks start again")
         run.until_said("resumed after step")
         step, _ = run.next_step()
         return Recovery(noticed - killed, step - killed, step - killed)
@@ -134,7 +134,7 @@ def main() -> None:
     options = arguments(__doc__ or "").parse_args()
     budget = Budget(ENOUGH.half_width, 2) if options.quick else ENOUGH
     ways: dict[str, Callable[[Path, str], Recovery]] = {
-        "torchrun": torchrun,
+        "launch": launch,
         "local": local,
         "ray": partial(ray, backups=True),
         "ray_restart": partial(ray, backups=False),
@@ -149,12 +149,12 @@ def main() -> None:
             found[way].append(ways[way](workshop, names[-1]))
             return found[way][-1].step
 
-        seconds = until_narrow(until_next_step, list(ways), [("local", "torchrun"), ("ray", "ray_restart")], budget)
+        seconds = until_narrow(until_next_step, list(ways), [("local", "launch"), ("ray", "ray_restart")], budget)
         check(workshop, names)
     figures = {
         "shrink": ("local", "step"),
         "replace": ("local", "whole"),
-        "torchrun_restart": ("torchrun", "step"),
+        "launch_restart": ("launch", "step"),
         "ray_shrink": ("ray", "step"),
         "ray_replace": ("ray", "whole"),
         "ray_restart": ("ray_restart", "step"),
@@ -173,7 +173,7 @@ def main() -> None:
             }
         )
     summary: dict[str, float | Ratio] = {f"{row['way']}_s": row["median_s"] for row in rows}
-    summary["shrink_speedup_over_torchrun_restart"] = speedup(seconds["local"], seconds["torchrun"], budget)
+    summary["shrink_speedup_over_launch_restart"] = speedup(seconds["local"], seconds["launch"], budget)
     summary["ray_shrink_speedup_over_ray_restart"] = speedup(seconds["ray"], seconds["ray_restart"], budget)
     finish("recovery", rows, summary, options.json)
 

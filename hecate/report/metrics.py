@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.io.durable import open_to_append, replace_file
+from hecate.io.durable import open_to_append, replace_file, sync_folder
 from hecate.io.plain_files import open_plain
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.parallel.loads import imbalance as max_over_mean
@@ -97,6 +98,8 @@ class MetricsWriter:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.set_aside: Path | None = None
+        """where `truncate_after` has left a file in whose midst there were lines that are no records; None: there were none"""
         self._file = self._open()
 
     def write(self, record: Record) -> None:
@@ -113,20 +116,27 @@ class MetricsWriter:
             raise self._refused(error) from error
 
     def truncate_after(self, step: int) -> int:
-        """Remove the records of later steps than `step`, and a torn last line; returns how many lines went.
+        """Remove the records of later steps than `step`, and what is no record; returns how many lines went.
 
-        Call it once before the first write of a run that resumes at `step`. A kill on the way leaves the file as it was.
+        Call it once before the first write of a run that resumes at `step`. A kill on the way leaves the file as it was. A file with lines
+        in its midst that are no records, as a power cut leaves it, is kept under another name (`set_aside`).
 
         Raises:
-            UserError: a line before the last is no record, or the disk refuses.
+            UserError: the disk refuses.
         """
-        lines = kept = leading = size = 0
+        lines = kept = leading = size = bad = 0
+        torn = False
         for line, its_step in self._read():
+            bad += torn
+            torn = its_step is None
             is_kept = its_step is not None and its_step <= step
             if is_kept and kept == lines:  # no line before it goes
                 leading, size = leading + 1, size + len(line)
             lines, kept = lines + 1, kept + is_kept
         try:
+            if bad:
+                self.set_aside = _free_name(self.path)
+                os.link(self.path, self.set_aside)
             if kept > leading:
                 self._rewrite(step)
             elif size > (found := os.fstat(self._file.fileno()).st_size):  # the last line is whole but for its newline
@@ -147,8 +157,21 @@ class MetricsWriter:
             self._file = self._open()
 
     def has_record(self, kind: str, step: int) -> bool:
-        """Whether there is such a record, as "eval", of so many steps done. Raises UserError as `truncate_after`."""
+        """Whether there is such a record, as "eval", of so many steps done."""
         return any(its_step == step and parse_json(line).get("kind") == kind for line, its_step in self._read())
+
+    def steps_without_record(self, last: int, every: int) -> list[int]:
+        """The steps up to `last` that should have a record, of which there is one every so many steps, and have none."""
+        found = {its_step for line, its_step in self._read() if its_step is not None and parse_json(line).get("kind") == "step"}
+        return [step for step in range(every, last + 1, every) if step not in found]
+
+    def sync(self) -> None:
+        """Have all records survive a power cut."""
+        try:
+            os.fsync(self._file.fileno())
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise self._refused(error) from error
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
@@ -170,25 +193,23 @@ class MetricsWriter:
             raise self._refused(error) from error
 
     def _read(self) -> Iterator[tuple[bytes, int | None]]:
-        """Each line with its newline, and its step: None for a last line that is no record."""
-        torn: tuple[int, str] | None = None
+        """Each line with its newline, and its step: None for one that is no record. No prefix of a record looks whole."""
         with open_plain(self.path) as file:
-            for number, line in enumerate(file, start=1):
-                if torn is not None:
-                    raise UserError(
-                        f"{self.path}:{torn[0]}: not a record of metrics: {torn[1]}\n"
-                        "  remove that line, or move the file away, and resume again"
-                    )
+            for line in file:
                 line = line.removesuffix(b"\n") + b"\n"
                 try:
-                    yield line, _step_of(line)
-                except JsonError as error:
-                    # A whole record never looks torn: no prefix of a JSON object is one.
-                    torn = number, str(error)
+                    step = _step_of(line)
+                except JsonError:
                     yield line, None
+                else:
+                    yield line, step
 
     def _refused(self, error: OSError) -> UserError:
         return UserError(f"{self.path}: metrics cannot be written: {error.strerror or error}")
+
+
+def _free_name(path: Path) -> Path:
+    return next(name for n in itertools.count(1) if not os.path.lexists(name := path.with_name(f"{path.stem}.damaged-{n}{path.suffix}")))
 
 
 def _step_of(line: bytes) -> int:

@@ -95,6 +95,17 @@ class Reports:
             )
         if self._facts.step:
             self.event(self._facts.step, f"{RESUMED} step {self._facts.step}")
+            self._tell_missing_records(self._facts.step)
+
+    def _tell_missing_records(self, step: int) -> None:
+        """Say which steps of a run that is resumed have no record, and where damaged records are."""
+        if not self._metrics:
+            return
+        if aside := self._metrics.set_aside:
+            self.event(step, f"metrics.jsonl was damaged; its records stay, and all of it is in {aside.name}")
+        if missing := self._metrics.steps_without_record(step, self._config.logging_steps):
+            some = ", ".join(map(str, missing[:5])) + (f" to {missing[-1]}" if len(missing) > 5 else "")
+            self.event(step, f"{len(missing)} of {step // self._config.logging_steps} steps have no record in metrics.jsonl: {some}")
 
     def note(self, text: str) -> None:
         """Show a line on the terminal."""
@@ -152,9 +163,14 @@ class Reports:
         )
 
     def saving(self) -> None:
-        """Write the loads recorded since the last call. A run that resumes from the checkpoint that follows finds them up to its step."""
+        """Make durable what was recorded, so that a run that resumes from the checkpoint that follows finds it up to its step."""
         if self._trace:
             self._recording_loads(self._step, self._trace.save)
+        if self._metrics:
+            try:
+                self._metrics.sync()
+            except UserError as error:
+                self.note(f"{error}; the run goes on")
 
     def saved(self, step: int, path: Path) -> None:
         """Record and show that a checkpoint is complete."""

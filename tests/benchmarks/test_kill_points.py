@@ -32,9 +32,9 @@ def test_plans_are_the_same_in_each_call_and_cover_everything() -> None:
     assert {one.rank for one in deaths} == set(range(RANKS))
     assert {one.step for one in deaths} == set(range(6))
     launchers = [plan.launcher for plan in plans]
-    assert launchers[:20] == ["local"] * 18 + ["ray", "agent"]
-    assert launchers[27:30] == ["two_nodes", "ray", "two_agents"]
-    assert [launchers.count(each) for each in ("ray", "agent", "two_agents", "node", "two_nodes")] == [39, 20, 19, 19, 19]
+    assert launchers[:20] == ["local"] * 18 + ["ray", "node_again"]
+    assert launchers[27:30] == ["two_nodes", "ray", "two_nodes_again"]
+    assert [launchers.count(each) for each in ("ray", "node_again", "two_nodes_again", "node", "two_nodes")] == [39, 20, 19, 19, 19]
     assert max(one.call for one in deaths if one.place == "file" and one.rank != 0) > 100, "whoever commits may die while it does"
     for plan in plans:
         assert len({one.step for one in plan.deaths}) == DEATHS
@@ -56,11 +56,11 @@ def test_lost_and_repeated_steps_are_counted() -> None:
 
 def test_all_points_of_a_run_that_differs_have_failed() -> None:
     good = KilledRun(0, "local", False, ("rank 1, step 2, norm 1", "rank 0, step 3, file 4"), "", 0, 0, 0, 0, 1.0, 2.0)
-    bad = KilledRun(1, "agent", False, ("rank 1, step 2, norm 1",), "", 0, 1, 1, 0, 1.0, 2.0)
+    bad = KilledRun(1, "node_again", False, ("rank 1, step 2, norm 1",), "", 0, 1, 1, 0, 1.0, 2.0)
     found = totals([good, bad])
     assert (found["points"], found["bitwise_equal"], found["lost_samples"]) == (3, 2, 1)
     assert found["by_place"] == {"file": 1, "norm": 2}
-    assert found["repeated_steps"] == {"agent": 1, "local": 0}
+    assert found["repeated_steps"] == {"local": 0, "node_again": 1}
 
 
 def test_a_run_whose_plan_is_another_one_now_is_done_again(tmp_path: Path) -> None:
@@ -76,11 +76,11 @@ def test_a_run_whose_plan_is_another_one_now_is_done_again(tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
 def test_runs_that_lose_three_ranks_end_with_the_same_bits(tmp_path: Path) -> None:
-    """The plans 27 to 29: under `hecate launch` on two nodes, on Ray, and under torch's agents on two nodes."""
+    """The plans 27 to 29: under `hecate launch` on two nodes, on Ray, and without backups on two nodes."""
     runs = [KilledRun(number, "local", False, (), "", 0, 0, 0, 0, 0.0, 0.0) for number in range(27)]
     with ground() as made:
         go_through(made, runs, 7, tmp_path / "found.json")
-    assert [run.launcher for run in runs[27:30]] == ["two_nodes", "ray", "two_agents"]
+    assert [run.launcher for run in runs[27:30]] == ["two_nodes", "ray", "two_nodes_again"]
     assert all(run.held for run in runs), runs
     assert all(run.points for run in runs[27:])
     assert json.loads((tmp_path / "found.json").read_text(encoding="utf-8"))["totals"]["points"] >= 7

@@ -5,6 +5,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -167,14 +168,36 @@ def test_a_last_line_that_is_no_record_goes(tmp_path: Path, torn: bytes) -> None
     assert (tmp_path / "m").read_bytes() == b'{"kind":"event","step":1}\n'
 
 
-def test_a_bad_line_in_the_middle_is_refused_and_left(tmp_path: Path) -> None:
-    path = tmp_path / "m"
-    data = b'{"kind":"event","step":1}\nnonsense\n{"kind":"event","step":9}\n'
+@pytest.mark.parametrize("hole", [b"nonsense\n", b"\0" * 5000, b"\0" * 5000 + b"\n", b"\n\n", b'{"kind":"st\n'])
+def test_a_file_with_a_hole_in_its_midst_is_set_aside_and_its_records_stay(tmp_path: Path, hole: bytes) -> None:
+    """As a power cut leaves it, after which the checkpoints are whole, and nothing should keep them from being resumed."""
+    path = tmp_path / "m.jsonl"
+    lines = [b'{"kind":"step","step":%d}\n' % step for step in range(1, 8)]
+    data = b"".join([*lines[:2], hole, *lines[3:]])
     path.write_bytes(data)
-    with MetricsWriter(path) as writer, pytest.raises(UserError, match="m:2: not a record"):
-        writer.truncate_after(5)
-    assert path.read_bytes() == data
-    assert os.listdir(tmp_path) == ["m"]
+    (tmp_path / "m.damaged-1.jsonl").symlink_to("nowhere")
+    with MetricsWriter(path) as writer:
+        writer.truncate_after(6)
+        assert writer.set_aside == tmp_path / "m.damaged-2.jsonl"
+        # Zeros without a newline take the record after them, too.
+        lost = [3] if hole.endswith(b"\n") else [3, 4]
+        assert writer.steps_without_record(6, 1) == lost
+        assert writer.steps_without_record(6, 2) == [step for step in lost if step % 2 == 0]
+        writer.write(a_step(7))
+    assert [record["step"] for record in records(path)] == [*(step for step in range(1, 7) if step not in lost), 7]
+    assert (tmp_path / "m.damaged-2.jsonl").read_bytes() == data
+
+
+def test_what_was_written_before_a_sync_survives_a_power_cut(tmp_path: Path) -> None:
+    synced: list[str] = []
+    with (
+        MetricsWriter(tmp_path / "m") as writer,
+        mock.patch.object(os, "fsync", lambda at: synced.append(os.readlink(f"/proc/self/fd/{at}"))),
+    ):
+        writer.write(a_step(1))
+        assert synced == []
+        writer.sync()
+    assert synced == [str(tmp_path / "m"), str(tmp_path)]
 
 
 def test_killed_while_truncating(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from hecate.errors import UserError
 from hecate.parallel.mesh import make_mesh
 from hecate.parallel.traces import load_trace
 from hecate.report.events import Rebuilt
+from hecate.report.metrics import step_record
 from hecate.report.progress import Progress
 from hecate.report.run_report import Reports, RunFacts
 from hecate.report.summary import EVERY_RANK, TrainableRow
@@ -115,12 +116,12 @@ def test_a_refusal_while_reports_open_leaves_no_panel(tmp_path: Path, monkeypatc
     config = config_of(tmp_path)
     folder = Path(config.output_dir)
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text("nonsense\n{}\n")
+    (folder / "metrics.jsonl").mkdir()
     closed: list[Progress] = []
     monkeypatch.setattr(Progress, "close", lambda self: closed.append(self))
-    with pytest.raises(UserError, match="not a record"), Reports(config, FACTS):
+    with pytest.raises(UserError, match="Is a directory"), Reports(config, FACTS):
         pass
-    (folder / "metrics.jsonl").unlink()
+    (folder / "metrics.jsonl").rmdir()
 
     def refuse(*_: object) -> None:
         raise UserError("no tracker")
@@ -129,6 +130,21 @@ def test_a_refusal_while_reports_open_leaves_no_panel(tmp_path: Path, monkeypatc
     with pytest.raises(UserError, match="no tracker"), Reports(config, FACTS):
         pass
     assert len(closed) == 1, "only the second had come to open one"
+
+
+def test_a_resume_says_which_steps_have_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A power cut keeps a checkpoint, which was synced, and may lose what was written before it and was not."""
+    write_parts(tmp_path)
+    config = config_of(tmp_path, "logging_steps=1")
+    folder = Path(config.output_dir)
+    folder.mkdir()
+    lines = [json.dumps(step_record(a_step(step))) + "\n" for step in (1, 2, 5, 6, 9)]
+    (folder / "metrics.jsonl").write_text("".join([*lines[:2], "\0" * 100 + "\n", *lines[2:]]), encoding="utf-8")
+    with Reports(config, replace(FACTS, step=6)) as reports:
+        reports.begin()
+    shown = capsys.readouterr().out
+    assert "metrics.jsonl was damaged; its records stay, and all of it is in metrics.damaged-1.jsonl" in shown
+    assert "2 of 6 steps have no record in metrics.jsonl: 3, 4" in shown
 
 
 def test_loads_that_the_disk_refuses_are_given_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
