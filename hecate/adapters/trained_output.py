@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from hecate.adapters.linear_lora import begin_with_lora, export_linear_lora
 from hecate.adapters.peft_by_source import begin_with_loras, export_by_source, lora_config, paths_of
 from hecate.adapters.peft_experts import begin_with, export_peft_adapter, peft_config
 from hecate.config import Config, named_model
+from hecate.errors import UserError
+from hecate.io.durable import put_in_place, successor_of
 from hecate.model.base import BaseModel
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_model import MoeModel
@@ -32,14 +33,19 @@ class TrainedOutput:
     """a function that writes the new folder; every rank must call it"""
 
     def replace(self, run_folder: Path, moe: MoeModel, ranks: Ranks) -> Path:
-        """Write the folder, replacing the one that an earlier end of the same run wrote. Every rank must call it."""
+        """Write the folder. One that an earlier end of the same run wrote stays until it is written. Every rank must call it.
+
+        Raises:
+            UserError: the disk refuses.
+        """
         folder = run_folder / self.name
+        successor = successor_of(folder) if ranks.is_first else folder  # the first rank alone writes
+        self.write(successor, moe, ranks)
         if ranks.is_first:
-            # An export that a lost rank has begun left a folder of its own (`hecate.io.durable.new_folder`).
-            for old in (folder, *run_folder.glob(f"{self.name}.tmp-*")):
-                if old.exists():
-                    shutil.rmtree(old)
-        self.write(folder, moe, ranks)
+            try:
+                put_in_place(successor, folder)
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be replaced: {error.strerror or error}; the new one is {successor}") from error
         return folder
 
 

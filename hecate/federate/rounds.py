@@ -46,7 +46,7 @@ from hecate.federate.server import adapter_set, aggregated, received, stepped, s
 from hecate.federate.server_optimizer import save_server
 from hecate.federate.standing import SERVER_STATE, ServerStanding, send_down, size_of, stacked_rank, standing_before
 from hecate.federate.vectors import Pairs, VectorShape, flat, pairs_of, read_pairs
-from hecate.io.durable import new_folder, replace_file
+from hecate.io.durable import new_folder, put_in_place, replace_file, successor_of
 from hecate.io.json_records import to_json_values
 from hecate.io.strict_json import dump_json
 from hecate.model.load import load_tokenizer, resolve_model
@@ -206,18 +206,19 @@ def _write_result(config: Config, shape: VectorShape, done: Sequence[RoundRecord
     The chat template of the training lies beside it, unless it is the base model's own, as beside every adapter.
     """
     folder, results = Path(config.output_dir) / "adapter", [result_of(config, record.round) for record in done]
-    for one in (folder, *folder.parent.glob(f"{folder.name}.tmp-*")):  # those of a process that was killed
-        shutil.rmtree(one, ignore_errors=True)
-    if begins_anew(config):
-        ranks = [stacked_rank(config, record) for record in done]
-        write_set(sum_of_rounds(results, shape, ranks, described_of(config, 1)), folder)
-    else:
-        try:
-            with new_folder(folder) as staging:
-                shutil.copytree(results[-1], staging, dirs_exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written: {error.strerror or error}\n  resume=true tries it again") from error
+    written = successor_of(folder)
     own = load_tokenizer(resolve_model(config.model.name_or_path)).chat_template
-    if template := choose_template(own, config.data.chat_template):
-        replace_file(folder / FILE, [template.text.encode()])
+    template = choose_template(own, config.data.chat_template)
+    try:
+        if begins_anew(config):
+            ranks = [stacked_rank(config, record) for record in done]
+            write_set(sum_of_rounds(results, shape, ranks, described_of(config, 1)), written)
+        else:
+            with new_folder(written) as staging:
+                shutil.copytree(results[-1], staging, dirs_exist_ok=True)
+        if template:
+            replace_file(written / FILE, [template.text.encode()])
+        put_in_place(written, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}\n  resume=true tries it again") from error
     return folder

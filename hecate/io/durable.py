@@ -5,11 +5,16 @@ only their callers can say what was being saved.
 """
 
 import contextlib
+import ctypes
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
+
+_HERE, _EXCHANGE = -100, 2
+"""AT_FDCWD and RENAME_EXCHANGE of renameat2(2)"""
 
 
 def write_durable(path: Path, blocks: Iterable[memoryview | bytes]) -> int:
@@ -94,6 +99,37 @@ def new_folder(folder: Path, *, mark: str = "") -> Iterator[Path]:
         with contextlib.suppress(OSError):
             delete_files(staging)
         raise
+
+
+def successor_of(folder: Path) -> Path:
+    """The name under which to write what `put_in_place` puts in the place of a folder. What a killed process has left is removed."""
+    for left in folder.parent.glob(f"{folder.name}.tmp-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    return folder.with_name(f"{folder.name}.tmp-next")
+
+
+def put_in_place(successor: Path, folder: Path) -> None:
+    """Put a folder, which is durable, in the place of another one, if that exists, which is then deleted.
+
+    Where the file system can exchange two names, as those of Linux can, one of the two has the name `folder` at any moment.
+    """
+    if os.path.lexists(folder):
+        _exchange(successor, folder)
+        sync_folder(folder.parent)
+        shutil.rmtree(successor)
+    else:
+        os.rename(successor, folder)
+        sync_folder(folder.parent)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if hasattr(libc, "renameat2") and libc.renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return
+    aside = one.with_name(f"{one.name}-old")
+    os.rename(other, aside)
+    os.rename(one, other)
+    os.rename(aside, one)
 
 
 def _create(path: Path, blocks: Iterable[memoryview | bytes], *, durable: bool) -> int:

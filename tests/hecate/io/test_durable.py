@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from hecate.io.durable import delete_files, new_folder, replace_file, replace_output, sync_folder, write_durable
+from hecate.io.durable import delete_files, new_folder, put_in_place, replace_file, replace_output, successor_of, sync_folder, write_durable
 
 
 def test_blocks_become_one_new_file(tmp_path: Path) -> None:
@@ -77,3 +78,33 @@ def test_a_folder_is_there_whole_or_not_at_all_also_after_an_interrupt(tmp_path:
     with new_folder(tmp_path / "folder") as staging:
         (staging / "file").write_text("a")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "renamed"])
+def test_a_folder_that_is_replaced_is_there_until_the_other_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanges: bool) -> None:
+    if not exchanges:  # as on a file system that cannot exchange names
+        monkeypatch.setattr("hecate.io.durable.ctypes.CDLL", lambda *_, **__: object())
+    folder = tmp_path / "adapter"
+    for content in ("first", "second", "third"):
+        (tmp_path / "adapter.tmp-left").mkdir()
+        new = successor_of(folder)
+        assert not (tmp_path / "adapter.tmp-left").exists(), "by a process that was killed"
+        with new_folder(new) as staging:
+            (staging / "file").write_text(content)
+        put_in_place(new, folder)
+        assert (folder / "file").read_text() == content
+        assert os.listdir(tmp_path) == ["adapter"]
+
+
+def test_a_kill_after_the_exchange_leaves_the_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "adapter"
+    (folder / "old").mkdir(parents=True)
+    new = successor_of(folder)
+    new.mkdir()
+    monkeypatch.setattr("hecate.io.durable.shutil.rmtree", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        put_in_place(new, folder)
+    assert os.listdir(folder) == []
+    monkeypatch.undo()
+    successor_of(folder)
+    assert os.listdir(tmp_path) == ["adapter"], "the next process removes the old one"
