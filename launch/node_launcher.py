@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hecate.config import Config
 from hecate.errors import UserError
+from hecate.io.one_writer import one_writer
 from hecate.launch.addresses import Endpoint, check_free, find_endpoint
 from hecate.launch.fork_server import forking
 from hecate.launch.job_secret import job_secret
@@ -79,6 +80,8 @@ class NodesJob:
     nodes: tuple[int, int]
     """smallest and largest number of nodes"""
     ranks_per_node: int
+    output_dir: str
+    """the run's folder, which one job alone writes to"""
     endpoint: str | None
     """HOST:PORT where the nodes meet; None: there is one node"""
     token_file: Path | None = None
@@ -112,18 +115,25 @@ def launch(program: str, arguments: Sequence[str], job: NodesJob) -> int:
 def launch_at(program: str, arguments: Sequence[str], job: NodesJob, meeting: Endpoint | None, secret: bytes) -> int:
     """`launch` with the meeting point as this node sees it, and the job's secret; None: there is one node."""
     if meeting is None:
-        return launch_local(
-            program,
-            arguments,
-            job.ranks_per_node,
-            survives=job.survives,
-            begins_again=True,
-            together=job.together,
-            most_replaced=job.max_restarts,
-            first=job.first,
-        )
+        with one_writer(job.output_dir):
+            return launch_local(
+                program,
+                arguments,
+                job.ranks_per_node,
+                survives=job.survives,
+                begins_again=True,
+                together=job.together,
+                most_replaced=job.max_restarts,
+                first=job.first,
+            )
     if meeting.on_this_node:
         check_free(meeting)
+        with one_writer(job.output_dir):
+            return _launch_of_several(program, arguments, job, meeting, secret)
+    return _launch_of_several(program, arguments, job, meeting, secret)
+
+
+def _launch_of_several(program: str, arguments: Sequence[str], job: NodesJob, meeting: Endpoint, secret: bytes) -> int:
     shape = JobShape(job.name, *job.nodes, job.ranks_per_node, job.survives)
     with run_folder() as folder:
         environment = _environment(meeting, secret, job.ranks_per_node)

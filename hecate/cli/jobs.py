@@ -31,6 +31,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         become_rank([str(config), *(overrides or ())])
         return
     from hecate.config import load_config
+    from hecate.io.one_writer import one_writer
     from hecate.launch.local_launcher import launch_local
     from hecate.train.preflight import check_data, warn_of_cores
 
@@ -41,7 +42,9 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     print(f"hecate: starting {count} rank{'s' if count > 1 else ''}", file=sys.stderr, flush=True)
     survives, together = loaded.fssdp.redundancy > 0, loaded.model.tensor_parallel
     arguments = [str(config), *(overrides or ())]
-    raise typer.Exit(launch_local(RANK_PROGRAM, arguments, count, survives=survives, together=together, first=["--check", *arguments]))
+    with one_writer(loaded.output_dir):
+        status = launch_local(RANK_PROGRAM, arguments, count, survives=survives, together=together, first=["--check", *arguments])
+    raise typer.Exit(status)
 
 
 def check_local(config: Config, check_data: Callable[[Config], None]) -> int:
@@ -122,6 +125,7 @@ def launch(
     arguments = [str(config), *(overrides or ())]
     job = NodesJob(
         name=rdzv_id,
+        output_dir=loaded.output_dir,
         nodes=nodes,
         ranks_per_node=ranks,
         endpoint=rdzv_endpoint,

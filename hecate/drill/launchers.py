@@ -50,6 +50,11 @@ class LaunchRequest:
     """how often launchers of nodes may start all ranks again, or one in place of a lost one"""
 
     @property
+    def output(self) -> str:
+        """The run's folder."""
+        return next(one.removeprefix("output_dir=") for one in self.arguments if one.startswith("output_dir="))
+
+    @property
     def rank_arguments(self) -> list[str]:
         """Arguments of the drills' program for one rank."""
         return ["rank", self.injected, self.trace, "yes" if self.joins else "no", *self.arguments]
@@ -82,6 +87,7 @@ def _hecate_launch(asked: LaunchRequest, nodes: int, meeting: Endpoint | None, s
 
     job = node_launcher.NodesJob(
         name="drill",
+        output_dir=asked.output,
         nodes=(nodes, nodes),
         ranks_per_node=asked.ranks // nodes,
         endpoint=None,

@@ -15,6 +15,7 @@ from hecate.config import Config, load_config, to_yaml
 from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
 from hecate.forecast.model_check import check_model
+from hecate.io.one_writer import one_writer
 from hecate.io.signals import on_signals
 from hecate.launch.local_launcher import STOPPING
 from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
@@ -61,7 +62,8 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
                 f"topology: {config.topology} has {topology.world_size} devices, but the job gets {len(devices)}\n"
                 "  set ray.workers, or let the ranks measure: topology: auto"
             )
-        return _drive(ray, config, devices, topology, metrics_port, worker)
+        with one_writer(config.output_dir):
+            return _drive(ray, config, devices, topology, metrics_port, worker)
 
 
 def check_for_ray(config: Config) -> None:
@@ -112,7 +114,6 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
     from hecate.launch.ray_job.worker_group import WorkerGroup, WorkerSettings
 
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     inside = one_machine(devices, ray.nodes())
     host = "127.0.0.1" if inside else ray.util.get_node_ip_address()
     rendezvous = Rendezvous(host)
@@ -143,8 +144,6 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
         finally:
             if not controller.began:  # so that the same command can be given again
                 (folder / FILE).unlink(missing_ok=True)
-                with suppress(OSError):
-                    folder.rmdir()
 
 
 def _configured_topology(config: Config) -> Any:

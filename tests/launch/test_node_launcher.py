@@ -120,7 +120,14 @@ def test_no_rank_is_started_where_what_runs_first_fails(
         free.bind(("127.0.0.1", 0))
         meeting = endpoint and endpoint.format(port=free.getsockname()[1])
     job = node_launcher.NodesJob(
-        name="job", nodes=(1, 2 if meeting else 1), ranks_per_node=1, endpoint=meeting, max_restarts=0, survives=survives, first=["--check"]
+        name="job",
+        output_dir=str(tmp_path / "run"),
+        nodes=(1, 2 if meeting else 1),
+        ranks_per_node=1,
+        endpoint=meeting,
+        max_restarts=0,
+        survives=survives,
+        first=["--check"],
     )
     with mock.patch.dict(os.environ, {TOKEN_VARIABLE: "x" * 32}):
         assert node_launcher.launch("program", [], job) == 2
