@@ -21,6 +21,7 @@ from hecate.launch.local_launcher import STOPPING
 from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.ray_job.cluster import connected, private_cluster
 from hecate.launch.ray_job.worker import Worker
+from hecate.launch.run_folder import run_folder
 from hecate.report.trackers import check_trackers
 from hecate.train.preflight import check_architecture, check_data, check_resume, refuse_rounds
 
@@ -47,23 +48,24 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
     check_resume(config)
     check_model(config)
     check_data(config)
-    check_architecture(config)
-    topology = _configured_topology(config)
-    import torch  # noqa: F401 - must come first: once Ray runs, the working folder may be gone for a moment
+    with run_folder():  # into which torch makes a folder as soon as it is asked about a model
+        check_architecture(config)
+        topology = _configured_topology(config)
+        import torch  # noqa: F401 - must come first: once Ray runs, the working folder may be gone for a moment
 
-    working_folder = Path.cwd()
-    cluster = private_cluster((config.ray.workers or 2) * config.ray.cpus_per_worker) if address == LOCAL else connected(address)
-    with cluster as ray:
-        _return_to(working_folder)
-        found = devices_of(ray.nodes(), parse_labels(config.ray.labels), config.ray.cpus_per_worker)
-        devices = choose_devices(found, config.ray.workers, config.ray.min_workers)
-        if topology is not None and topology.world_size != len(devices):
-            raise UserError(
-                f"topology: {config.topology} has {topology.world_size} devices, but the job gets {len(devices)}\n"
-                "  set ray.workers, or let the ranks measure: topology: auto"
-            )
-        with one_writer(config.output_dir):
-            return _drive(ray, config, devices, topology, metrics_port, worker)
+        working_folder = Path.cwd()
+        cluster = private_cluster((config.ray.workers or 2) * config.ray.cpus_per_worker) if address == LOCAL else connected(address)
+        with cluster as ray:
+            _return_to(working_folder)
+            found = devices_of(ray.nodes(), parse_labels(config.ray.labels), config.ray.cpus_per_worker)
+            devices = choose_devices(found, config.ray.workers, config.ray.min_workers)
+            if topology is not None and topology.world_size != len(devices):
+                raise UserError(
+                    f"topology: {config.topology} has {topology.world_size} devices, but the job gets {len(devices)}\n"
+                    "  set ray.workers, or let the ranks measure: topology: auto"
+                )
+            with one_writer(config.output_dir):
+                return _drive(ray, config, devices, topology, metrics_port, worker)
 
 
 def check_for_ray(config: Config) -> None:
