@@ -1,6 +1,7 @@
 """Read a checkpoint's files without ever leaving its folder, and the error for everything that can be wrong with a checkpoint."""
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Iterator
@@ -13,9 +14,22 @@ class CheckpointError(UserError):
     """A checkpoint cannot be written, or what was read is not sound. The text names the file, and the tensor if there is one."""
 
 
+class UnreadableError(CheckpointError):
+    """The system did not let a file be read: nothing is known of its content, and another try may succeed."""
+
+
+_OF_THE_NAME = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ENOTDIR)
+"""errors that tell of a link or a device in the file's place"""
+
+
 @contextlib.contextmanager
 def open_inside(folder: Path, name: str) -> Iterator[int]:
-    """Open the plain file `name` in `folder` and yield its descriptor. Raises CheckpointError if it is a link, a pipe or a folder."""
+    """Open the plain file `name` in `folder` and yield its descriptor.
+
+    Raises:
+        CheckpointError: it is a link, a pipe or a folder.
+        UnreadableError: the system does not let it be opened, or in the block be read.
+    """
     path = folder / name
     assert Path(name).name == name, f"{name!r} is not a bare file name"
     try:
@@ -24,15 +38,24 @@ def open_inside(folder: Path, name: str) -> Iterator[int]:
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing") from None
     except OSError as error:
+        if error.errno not in _OF_THE_NAME:
+            raise _unreadable(path, error) from error
         raise CheckpointError(f"{path}: cannot be opened as a plain file: {error.strerror} (a link is not followed)") from error
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise CheckpointError(f"{path}: not a plain file")
         yield descriptor
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+        raise _unreadable(path, error) from error
     finally:
         os.close(descriptor)
+
+
+def _unreadable(path: Path, error: OSError) -> UnreadableError:
+    return UnreadableError(
+        f"{path}: cannot be read: {error.strerror}\n"
+        "  this says nothing of what is in it: try again; if it stays so, rename the checkpoint, and an older one is taken"
+    )
 
 
 def read_small(folder: Path, name: str, limit: int) -> bytes:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
-from hecate.checkpoint.files import CheckpointError, read_small
+from hecate.checkpoint.files import CheckpointError, UnreadableError, read_small
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, Manifest, read_manifest, step_of
 from hecate.checkpoint.meta import saved_at
 from hecate.checkpoint.verify import first_damage
@@ -172,10 +172,13 @@ def left_over(root: Path) -> list[Path]:
 
 
 def _is_whole(folder: Path, warn: Callable[[str], None]) -> bool:
-    damage = first_damage(folder)
+    try:
+        damage = first_damage(folder)
+    except UnreadableError as error:  # it may be whole, and does not count until that is known
+        damage = str(error).splitlines()[0]
     if damage is not None and (folder, damage) not in _said:
         _said.add((folder, damage))
-        warn(f"{folder.name} is damaged and does not count as one of the latest checkpoints: {damage}")
+        warn(f"{folder.name} is damaged or cannot be read, and does not count as one of the latest checkpoints: {damage}")
     return damage is None
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from hecate.checkpoint.file_system import require_durable, require_room
-from hecate.checkpoint.files import CheckpointError
+from hecate.checkpoint.files import CheckpointError, UnreadableError
 from hecate.checkpoint.history import prune, set_aside
 from hecate.checkpoint.meta import CHAT_TEMPLATE, SAVED_AT
 from hecate.checkpoint.save import checkpoint_folder, commit, discard, shard_bytes, staging_folder, write_shard
@@ -154,8 +154,11 @@ def require_durable_folder(config: Config, ranks: Ranks) -> None:
 
 def _commit(save: SaveUnderWay, warnings: list[str]) -> None:
     final, config = save.final, save.config
-    if os.path.lexists(final):  # it is damaged, or else nothing would have been written
-        damage = first_damage(final)
+    if os.path.lexists(final):  # it was damaged, or else nothing would have been written; a read that failed once may succeed now
+        damage = first_damage(final, again=True)
+        if damage is None:
+            discard(save.staging)
+            return
         warnings.append(f"{final.name} is damaged and was moved aside to {set_aside(final).name}: {damage}")
     commit(save.staging, final, save.meta, save.world_size)
     note_damage(final, None)
@@ -172,7 +175,10 @@ def _agreed_nonce(ranks: Ranks, final: Path) -> str | None:
 
     def look(_go_on: Callable[[], None]) -> None:
         nonlocal own
-        is_there = os.path.lexists(final) and first_damage(final) is None
+        try:
+            is_there = os.path.lexists(final) and first_damage(final) is None
+        except UnreadableError:  # `_commit` looks once more
+            is_there = False
         own = b"" if is_there else secrets.token_bytes(_NONCE_BYTES).hex().encode()
 
     _together(ranks, final, look if ranks.is_first else None)

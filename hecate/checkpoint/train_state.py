@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from hecate.checkpoint.files import CheckpointError
+from hecate.checkpoint.files import CheckpointError, UnreadableError
 from hecate.checkpoint.history import manifests, remove_stale_staging
 from hecate.checkpoint.manifest import MANIFEST, Manifest, read_manifest
 from hecate.checkpoint.meta import CHAT_TEMPLATE, config_values, owners_of, reading_meta
@@ -163,6 +163,7 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
     Raises:
         NoCheckpointError: there is none.
         UserError: the checkpoint is of another run (other configuration, other data).
+        UnreadableError: the system does not let a rank read it, on all ranks.
     """
     root = Path(config.output_dir)
     if ranks.is_first:
@@ -180,7 +181,7 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
             raise NoCheckpointError("\n".join([f"{root} has no checkpoint that can be read", *reasons]))
         folder = root / name
         described: tuple[Manifest, TrainState, dict[Unit, np.ndarray]] | CheckpointError
-        read: tuple[dict[str, Tensor], dict[Unit, Residency]] | CheckpointError
+        read: tuple[dict[str, Tensor], dict[Unit, Residency]] | CheckpointError | None
         try:
             manifest = found[1] if found else read_manifest(folder)
             if isinstance(manifest, CheckpointError):
@@ -191,8 +192,9 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
             described = manifest, state, owners
         except CheckpointError as error:
             described = error
-        # A checkpoint that any rank cannot read is passed over by all. Ranks agree on that before they exchange what goes with the owners.
+        # A checkpoint that is damaged for any rank is passed over by all, who agree before they exchange what goes with the owners.
         reason = _first_reason(ranks, described)
+        read = described if isinstance(described, CheckpointError) else None
         if reason is None:
             assert not isinstance(described, CheckpointError)
             manifest, state, owners = described
@@ -203,10 +205,13 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
             except CheckpointError as error:
                 read = error
             reason = _first_reason(ranks, read)
+        if ranks.all_max(float(isinstance(read, UnreadableError))):
+            raise read if isinstance(read, UnreadableError) else UnreadableError(f"{reason}\n  try again, on another rank's machine, too")
         note_damage(folder, reason)  # if there is none: every tensor of it is one that some rank needs
         if reason is not None:
             passed_over.append((name, reason))
             continue
+        assert read is not None
         assert not isinstance(read, CheckpointError)
         state = _install(state, *read, ranks, parts)
         goes_on = f"training goes on from {name}"

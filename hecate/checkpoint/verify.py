@@ -10,7 +10,7 @@ from pathlib import Path
 
 import xxhash
 
-from hecate.checkpoint.files import CheckpointError, open_inside, read_at, read_small
+from hecate.checkpoint.files import CheckpointError, UnreadableError, open_inside, read_at, read_small
 from hecate.checkpoint.layout import TensorEntry, file_layout
 from hecate.checkpoint.manifest import COMMIT, read_manifest
 
@@ -49,18 +49,26 @@ def find_damage(folder: Path) -> Iterator[Damage]:
             yield Damage(file, None, _one_line(error))
 
 
-def first_damage(folder: Path) -> str | None:
+def first_damage(folder: Path, *, again: bool = False) -> str | None:
     """Return the first thing that is damaged in a checkpoint, in words; None: it is whole.
 
     Tensors are read only if this process has neither written the checkpoint nor read it whole before.
+
+    Args:
+        again: read it once more in any case.
+
+    Raises:
+        UnreadableError: the system does not let it be read.
     """
     try:
-        read_manifest(folder)
-        key = _key(folder)
+        manifest, key = read_manifest(folder), _key(folder)
+        if again or key not in _known:
+            found = (damage.text for file, tensors in manifest.by_file().items() for damage in _damage_of_file(folder, file, tensors))
+            _known[key] = next(found, None)
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         return _one_line(error)
-    if key not in _known:
-        _known[key] = next((damage.text for damage in find_damage(folder)), None)
     return _known[key]
 
 

@@ -48,12 +48,13 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
     check_resume(config)
     check_model(config)
     check_data(config)
-    with run_folder():  # into which torch makes a folder as soon as it is asked about a model
+    with run_folder() as empty:  # into which torch makes a folder as soon as it is asked about a model
         check_architecture(config)
         topology = _configured_topology(config)
         import torch  # noqa: F401 - must come first: once Ray runs, the working folder may be gone for a moment
 
         working_folder = Path.cwd()
+        os.chdir(empty)  # Ray has its workers look for modules where this process is when it joins
         cluster = private_cluster((config.ray.workers or 2) * config.ray.cpus_per_worker) if address == LOCAL else connected(address)
         with cluster as ray:
             _return_to(working_folder)

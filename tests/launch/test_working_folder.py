@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -46,6 +47,13 @@ def test_a_training_imports_none_of_them(workshop: Path, tmp_path: Path, start: 
     command = [sys.executable, "-m", "hecate"] if start == "-m" else [str(Path(sys.executable).with_name("hecate"))]
     names = STAND_INS if start == "-m" else (*STAND_INS, "hecate")
     run_beside(names, tmp_path, *command, "train", str(workshop / "config.yaml"), *small)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed (extra `ray`)")
+def test_a_training_on_ray_imports_none_of_them(workshop: Path, tmp_path: Path) -> None:
+    small = ("max_steps=2", "eval.on_start=false", "eval.generate=false", "data.eval=[]", "ray.workers=1", f"output_dir={tmp_path}/run")
+    run_beside(STAND_INS, tmp_path, *RUN_MODULE, "hecate", "ray", str(workshop / "config.yaml"), *small, "--address", "local")
 
 
 def test_a_module_of_hecates_is_started_without_them(tmp_path: Path) -> None:

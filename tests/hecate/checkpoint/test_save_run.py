@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,10 +13,12 @@ from unittest import mock
 import pytest
 
 from hecate.checkpoint import CheckpointError
+from hecate.checkpoint.files import UnreadableError
 from hecate.checkpoint.save_run import save_state
 from hecate.checkpoint.verify import first_damage
 from hecate.ranks.ranks import Ranks
 from testing.ranks import run_ranks
+from tests.hecate.checkpoint.saving import save, shards_of
 from tests.hecate.checkpoint.stepping import state_of, stepped_parts
 from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 
@@ -58,7 +62,7 @@ def verified(rank: int, world: int, folder: str) -> str | None:
     ranks, parts = ranks_of(rank, world), stepped_parts(rank, world)
     saved = save_state(config_of(Path(folder)), ranks, parts, state_of(parts, 1)).folder
     assert saved is not None
-    with mock.patch("hecate.checkpoint.verify.find_damage", side_effect=AssertionError("it reads the whole checkpoint again")):
+    with mock.patch("hecate.checkpoint.verify._damage_of_file", side_effect=AssertionError("it reads the whole checkpoint again")):
         return first_damage(saved)
 
 
@@ -97,3 +101,46 @@ def test_whatever_fails_on_one_rank_ends_the_save_on_all(tmp_path: Path) -> None
     first, second = run_ranks(2, with_a_failing_write, str(tmp_path))
     assert first == "no memory"
     assert second.endswith("checkpoint-1: rank 0 could not write its part: MemoryError: no memory")
+
+
+def after_a_failed_read(rank: int, world: int, folder: str) -> tuple[tuple[str, ...], bool]:
+    """Save a step again whose checkpoint cannot be read at first: the warnings, and whether it is the one that was there."""
+    ranks, parts, config = ranks_of(rank, world), stepped_parts(rank, world), config_of(Path(folder))
+    first = save_state(config, ranks, parts, state_of(parts, 1)).folder
+    assert first is not None
+    inode = (first / "COMMIT").stat().st_ino
+    ranks.barrier()
+    reads, real = iter([OSError(errno.EMFILE, "Too many open files")]), os.open
+
+    def once(path: Any, *given: Any) -> int:
+        if rank == 0 and str(path).endswith("COMMIT") and (error := next(reads, None)):
+            raise error
+        return real(path, *given)
+
+    with mock.patch("hecate.checkpoint.files.os.open", once):
+        again = save_state(config, ranks, parts, state_of(parts, 1))
+    return again.warnings, (first / "COMMIT").stat().st_ino == inode
+
+
+def test_a_sound_checkpoint_whose_read_fails_once_is_not_set_aside(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    assert run_ranks(2, after_a_failed_read, str(tmp_path)) == [((), True)] * 2
+    run = config_of(tmp_path).output_dir
+    assert [path.name for path in Path(run).iterdir()] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EMFILE, errno.EACCES, errno.ENOMEM, errno.ESTALE])
+def test_what_the_system_refuses_is_no_verdict_on_the_content(tmp_path: Path, number: int) -> None:
+    folder = save(tmp_path, 1, shards_of(1.0))
+    for call in ("open", "preadv"):
+        refused = mock.Mock(side_effect=OSError(number, os.strerror(number)))
+        with mock.patch(f"hecate.checkpoint.files.os.{call}", refused), pytest.raises(UnreadableError, match="this says nothing of"):
+            first_damage(folder)
+        assert first_damage(folder) is None, "it was not remembered"
+
+
+def test_a_link_or_a_device_in_the_place_of_a_file_is_damage(tmp_path: Path) -> None:
+    folder = save(tmp_path, 1, shards_of(1.0))
+    (folder / "COMMIT").rename(tmp_path / "COMMIT")
+    (folder / "COMMIT").symlink_to(tmp_path / "COMMIT")
+    assert "a link is not followed" in str(first_damage(folder))

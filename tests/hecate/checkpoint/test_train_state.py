@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -16,7 +19,7 @@ import pytest
 import torch
 
 from hecate.checkpoint import latest_good
-from hecate.checkpoint.files import CheckpointError
+from hecate.checkpoint.files import CheckpointError, UnreadableError
 from hecate.checkpoint.manifest import Manifest, read_manifest
 from hecate.checkpoint.meta import saved_at
 from hecate.checkpoint.save_run import save_state
@@ -267,3 +270,30 @@ def test_a_step_under_way_is_undone(tmp_path: Path) -> None:
     assert len(parts.engine.shards.history.snapshot()) == 1
     assert parts.optimizer.replicated["r"].grad is None
     parts.stream.load_state_dict.assert_called_with({"rows": 8})  # type: ignore[attr-defined]
+
+
+def loading_what_one_rank_cannot_read(rank: int, world: int, folder: str) -> str:
+    ranks, parts, config = ranks_of(rank, world), stepped_parts(rank, world), config_of(Path(folder))
+    for step in (1, 2):
+        save_state(config, ranks, parts, state_of(parts, step))
+    real = os.preadv
+
+    def refused(descriptor: int, *given: Any) -> int:
+        if rank == 1 and os.readlink(f"/proc/self/fd/{descriptor}").endswith(".safetensors"):
+            raise OSError(errno.EIO, "Input/output error")
+        return real(descriptor, *given)
+
+    with mock.patch("hecate.checkpoint.files.os.preadv", refused), pytest.raises(UnreadableError) as caught:
+        load_state(config, ranks, parts)
+    assert load_state(config, ranks, parts).state.step == 2
+    return str(caught.value)
+
+
+def test_a_checkpoint_that_the_system_does_not_let_a_rank_read_is_not_passed_over(tmp_path: Path) -> None:
+    """An older one would be trained on from there, and the newer one would be lost when its step is saved again."""
+    write_parts(tmp_path)
+    first, second = run_ranks(2, loading_what_one_rank_cannot_read, str(tmp_path))
+    for text in (first, second):
+        assert "checkpoint-2" in text
+        assert "cannot be read: Input/output error" in text
+        assert "try again" in text
