@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,6 +15,7 @@ from types import FrameType
 
 from hecate.errors import USER_ERROR_EXIT
 from hecate.io.signals import on_signals
+from hecate.io.terminal import tell
 from hecate.launch.fork_server import forking
 from hecate.launch.rank_command import Beginning, RankCommand, RankProcess, cause_of
 from hecate.launch.run_folder import run_folder
@@ -203,16 +203,15 @@ def _wait(ranks: Mapping[int, RankProcess], store: Path, surviving: SurvivingRan
         if codes.get(surviving.printing if surviving else 0) != USER_ERROR_EXIT:
             left = error_file(store.parent, number)
             text = left.read_text(encoding="utf-8") if left.exists() else "hecate: a rank has met an error and has not said which"
-            print(text, file=sys.stderr)
+            tell(text)
         return USER_ERROR_EXIT
     if signals and {codes[number] for number in failed} <= _ENDED_BY_SIGNAL:
         text = "hecate: the ranks ended before they could save; resume=true goes on from the run's last checkpoint, if any"
-        print(text, file=sys.stderr)
+        tell(text)
         return 128 + signals[0]
-    print(
+    tell(
         f"hecate: rank {list(codes).index(number)} of {len(codes)} {cause_of(codes[number], said[number])}; the run is stopped; "
-        "resume=true goes on from its last checkpoint, if any",
-        file=sys.stderr,
+        "resume=true goes on from its last checkpoint, if any"
     )
     return 1
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,7 @@ from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.io.durable import replace_file
 from hecate.io.signals import on_signals
 from hecate.io.strict_json import JsonError
+from hecate.io.terminal import tell
 from hecate.launch.addresses import Endpoint, wait_for
 from hecate.launch.local_launcher import STOPPING, watch
 from hecate.launch.node_messages import (
@@ -72,7 +72,7 @@ def lead(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes, toge
         nodes.surviving = SurvivingRanks(nodes, own.store, together, most_replaced, goes_on=job.survives)
         status = watch(nodes.surviving.processes, own.store, nodes.surviving)
         if status == 0 and nodes.stopped:
-            print(_STOPPED_ELSEWHERE, file=sys.stderr)
+            tell(_STOPPED_ELSEWHERE)
             status = 128 + signal.SIGTERM
         return status
     finally:
@@ -242,7 +242,7 @@ class _Nodes:
         self._ended |= dict.fromkeys(left, -int(signal.SIGKILL))
         if why is not None and (left or not node.members):
             address = "" if node.report is None else f" {node.report.address}"
-            print(f"hecate: node{address} {why}; its {len(left)} ranks count as killed", file=sys.stderr, flush=True)
+            tell(f"hecate: node{address} {why}; its {len(left)} ranks count as killed")
 
     def _write(self) -> None:
         generation = read_generation(self._files) if self.surviving is not None else None
@@ -302,12 +302,11 @@ def follow(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes) ->
         with on_signals(stop):
             store = MessageStore.join(meeting, job, secret)
             while (status := ranks.run(store)) is None:
-                print("hecate: the job has gone on without this node, which comes again", file=sys.stderr, flush=True)
+                tell("hecate: the job has gone on without this node, which comes again")
     except dist.DistError:
-        print(
+        tell(
             f"hecate: the meeting point of the nodes, {meeting.host}:{meeting.port}, is lost, and no node goes on without it\n"
-            "  when the node that hosts it is back, start all nodes again with resume=true",
-            file=sys.stderr,
+            "  when the node that hosts it is back, start all nodes again with resume=true"
         )
         return 1
     finally:
@@ -315,11 +314,11 @@ def follow(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes) ->
     if ranks.signals and (status == 0 or status > 128):
         return 128 + ranks.signals[0]
     if status == USER_ERROR_EXIT and (found := mistakes(own.store.parent)):
-        print(found[0].read_text(encoding="utf-8"), file=sys.stderr)
+        tell(found[0].read_text(encoding="utf-8"))
     elif status > 128:
-        print(_STOPPED_ELSEWHERE, file=sys.stderr)
+        tell(_STOPPED_ELSEWHERE)
     elif status:
-        print(f"hecate: the job is over; what the node at {meeting.host} has printed says why", file=sys.stderr)
+        tell(f"hecate: the job is over; what the node at {meeting.host} has printed says why")
     return status
 
 

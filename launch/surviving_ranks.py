@@ -7,7 +7,6 @@ The launcher of one machine and the one that leads those of several nodes decide
 from __future__ import annotations
 
 import signal
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from hecate.errors import USER_ERROR_EXIT
+from hecate.io.terminal import tell
 from hecate.launch.rank_command import Beginning, RankCommand, RankProcess, cause_of
 from hecate.launch.stopped_ranks import StoppedRanks
 from hecate.ranks.launcher_files import LOST_PEER_EXIT, Generation, error_file, failure_of, here_file, ready_file, write_generation
@@ -144,7 +144,7 @@ class SurvivingRanks:
             causes += f"; {len(ended)} more of its tensor group ended, which have only parts of the model"
         self._kill(ended)  # before they can read that the others go on without them
         self._regroup(tuple(left), tuple(device_of[member] for member in left))
-        print(f"hecate: {causes}; {len(left)} ranks go on", file=sys.stderr, flush=True)
+        tell(f"hecate: {causes}; {len(left)} ranks go on")
         if not self.stopping and self._together == 1:
             for member in dead:
                 self._replace(device_of[member])
@@ -153,7 +153,7 @@ class SurvivingRanks:
         """Have the ranks save and end where a node has come, and begin with it when they have; False: there is nothing to do."""
         if not self._makes_way and not self.stopping and set(self._machines.new_devices()) - set(self._now.devices):
             self._makes_way = True
-            print("hecate: a node has joined; all ranks save, and start again with it", file=sys.stderr, flush=True)
+            tell("hecate: a node has joined; all ranks save, and start again with it")
             for member in self._now.members:
                 self.processes[member].send_signal(signal.SIGTERM)
         if not self._makes_way or self.stopping or None in statuses.values():
@@ -180,7 +180,7 @@ class SurvivingRanks:
             return
         self._left_to_replace -= 1
         after = " before the run had begun; all ranks start again" if self._goes_on else "; all ranks start again from the last checkpoint"
-        print(f"hecate: {causes}{after}", file=sys.stderr, flush=True)
+        tell(f"hecate: {causes}{after}")
         self._waits_until = time.monotonic() + _WAIT_SECONDS
         self._begin_when_possible()
 
@@ -231,11 +231,11 @@ class SurvivingRanks:
             self._regroup((*self._now.members, member), (*self._now.devices, self._loading.pop(member)))
         for member in [m for m in self._loading if self.processes[m].poll() is not None]:
             status, device = self.processes[member].wait(), self._loading.pop(member)
-            print(f"hecate: a rank that was to join the run {self._cause(member)}", file=sys.stderr, flush=True)
+            tell(f"hecate: a rank that was to join the run {self._cause(member)}")
             if status != USER_ERROR_EXIT:
                 self._replace(device)
             elif (said := error_file(self._store.parent, member)).exists():
-                print(said.read_text(encoding="utf-8"), file=sys.stderr, flush=True)
+                tell(said.read_text(encoding="utf-8"))
 
     def _regroup(self, members: tuple[int, ...], devices: tuple[int, ...]) -> None:
         self._now = replace(self._now, number=self._now.number + 1, members=members, devices=devices)

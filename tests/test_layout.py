@@ -314,3 +314,21 @@ def test_files_are_written_by_one_room() -> None:
                 writers.add(path)
     assert not writers - set(WRITES_PLAINLY), f"write through hecate/io/durable.py: {sorted(writers - set(WRITES_PLAINLY))}"
     assert not set(WRITES_PLAINLY) - writers, f"mended: remove them: {sorted(set(WRITES_PLAINLY) - writers)}"
+
+
+PRINTS_ITSELF = {
+    "hecate/io/terminal.py": "it is the room",
+    "launch/forked_rank.py": "it imports the standard library alone, and prints one sentence of its own",
+    "hecate/config/paths.py": "the call is in a command's text, which another Python runs",
+}
+
+
+def test_everything_is_printed_by_one_room() -> None:
+    """So that no text out of somebody's file gives orders to a terminal. Drills print what they have made themselves."""
+    printers = set()
+    for path, found in files(sources("hecate", "parallel", "kernels", "launch")):
+        for call in (node for node in found if isinstance(node, ast.Call)):
+            if ast.unparse(call.func) in ("print", "Console", "rich.print", "typer.echo", "sys.stdout.write", "sys.stderr.write"):
+                printers.add(path)
+    printers = {path for path in printers if not path.startswith("hecate/drill/")}
+    assert not printers - set(PRINTS_ITSELF), f"print by hecate/io/terminal.py: {sorted(printers - set(PRINTS_ITSELF))}"

@@ -18,6 +18,7 @@ import hecate
 from hecate.cli import answers, checkpoints, drills, forecasts, jobs, machine, models, sweeps
 from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.io.process_end import run_and_end
+from hecate.io.terminal import show_text, tell
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -70,13 +71,13 @@ def _command() -> None:
     try:
         app()
     except UserError as error:
-        print(f"hecate: {error}", file=sys.stderr)
+        tell(f"hecate: {error}")
         sys.exit(USER_ERROR_EXIT)
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"hecate {hecate.__version__}")
+        show_text(f"hecate {hecate.__version__}")
         raise typer.Exit
 
 

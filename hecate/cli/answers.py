@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hecate.errors import UserError
+from hecate.io.terminal import show_text
 
 if TYPE_CHECKING:
     from hecate.train.answers import Conversation
@@ -73,9 +74,9 @@ def generate(
             return
         for prompt, (_, texts) in zip(given or (), found, strict=True):
             if len(given or ()) > 1:
-                print(f"> {prompt}")
+                show_text(f"> {prompt}")
             for number, one in enumerate(texts, start=1):
-                print(f"[{number}] {one.text}" if answers > 1 else one.text)
+                show_text(f"[{number}] {one.text}" if answers > 1 else one.text)
 
 
 def chat(
@@ -116,17 +117,17 @@ def talk(conversation: Conversation, tokenizer: Any) -> None:
             return
         if text.strip() == "/reset":
             conversation.reset()
-            print("(forgotten)")
+            show_text("(forgotten)")
         elif text.strip().startswith("/"):
-            print(f"{text.split()[0]} is no command: /reset begins anew, /exit ends")
+            show_text(f"{text.split()[0]} is no command: /reset begins anew, /exit ends")
         elif text.strip():
             try:
                 answer = conversation.say(text, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
             except KeyboardInterrupt:
-                print("\n(broken off)")
+                show_text("\n(broken off)")
             else:
                 if not answer.finished:
-                    print("(cut at --max-new-tokens)")
+                    show_text("(cut at --max-new-tokens)")
 
 
 def _decoding(length: int, temperature: float, top_p: float | None, top_k: int | None, seed: int, stop: Iterable[str]) -> Decoding:
@@ -161,7 +162,7 @@ def _check(given: Sequence[str], prompts: str | None, out: Path | None, answers:
 def _write(records: Iterable[str], out: Path | None) -> None:
     if out is None:
         for record in records:
-            print(record, flush=True)
+            show_text(record)
         return
     from hecate.io.durable import replace_output
 

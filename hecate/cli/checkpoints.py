@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hecate.errors import UserError
+from hecate.io.terminal import safe_line, show_text
 
 if TYPE_CHECKING:
     from hecate.checkpoint.survey import ListedCheckpoint
@@ -28,11 +29,11 @@ def list_checkpoints(
 
     found = survey(_existing(folder))
     if as_json:
-        print(json.dumps([_listed_value(one) for one in found], indent=1))
+        show_text(json.dumps([_listed_value(one) for one in found], indent=1))
     elif found:
-        print("\n".join(_listed_lines(found)))
+        show_text("\n".join(_listed_lines(found)))
     else:
-        print(f"{folder} has no checkpoint")
+        show_text(f"{folder} has no checkpoint")
 
 
 @verbs.command()
@@ -48,7 +49,7 @@ def show(
     if taken is None:
         raise UserError(f"{folder}: neither a checkpoint nor a folder with a sound one")
     held = contents(taken)
-    print(json.dumps(held, indent=1) if as_json else _contents_text(held))
+    show_text(json.dumps(held, indent=1) if as_json else _contents_text(held))
 
 
 @verbs.command()
@@ -69,9 +70,9 @@ def verify(
         damage = list(find_damage(one))
         verdicts.append({"folder": str(one), "whole": not damage, "damage": [vars(each) for each in damage]})
         if not as_json:
-            print(f"{one}: {'damaged' if damage else 'whole'}", *(f"  {_printable(each.text)}" for each in damage), sep="\n", flush=True)
+            show_text("\n".join([f"{one}: {'damaged' if damage else 'whole'}", *(f"  {safe_line(each.text)}" for each in damage)]))
     if as_json:
-        print(json.dumps(verdicts, indent=1))
+        show_text(json.dumps(verdicts, indent=1))
     raise typer.Exit(0 if all(verdict["whole"] for verdict in verdicts) else 1)
 
 
@@ -94,7 +95,7 @@ def _listed_lines(found: list[ListedCheckpoint]) -> list[str]:
             "-" if one.ranks is None else str(one.ranks),
             f"{one.num_bytes:,}",
             one.folder.name,
-            _printable(f"{one.state}: {one.reason}" if one.reason else one.state),
+            safe_line(f"{one.state}: {one.reason}" if one.reason else one.state),
         )
         for one in found
     ]
@@ -122,16 +123,11 @@ def _contents_text(held: dict[str, Any]) -> str:
         *((file, f"{size:,} bytes") for file, size in held["files"].items()),
     ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join([held["folder"], *(f"  {_printable(name).ljust(width)}  {text}" for name, text in rows)])
+    return "\n".join([held["folder"], *(f"  {safe_line(name).ljust(width)}  {text}" for name, text in rows)])
 
 
 def _known(value: object) -> str:
-    return "-" if value is None else _printable(str(value))
-
-
-def _printable(text: str) -> str:
-    """Text of a file that anyone may have written, without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
+    return "-" if value is None else safe_line(str(value))
 
 
 def _time(seconds: float) -> str:

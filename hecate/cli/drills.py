@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from hecate.cli.arguments import check_json, write_json
+from hecate.io.terminal import show_text
 
 
 def drill(
@@ -24,7 +25,7 @@ def drill(
     from hecate.drill.table import as_json, list_text, report_text, summary_text
 
     if listed:
-        print(list_text(DRILLS.values()))
+        show_text(list_text(DRILLS.values()))
         return
     from hecate.drill.run import chosen, ground
 
@@ -33,8 +34,8 @@ def drill(
     with ground() as made:
         for one in wanted:
             reports.append(made.run(one, quick=not (names or everything)))
-            print(report_text(reports[-1]), flush=True)
-    print(summary_text(reports))
+            show_text(report_text(reports[-1]))
+    show_text(summary_text(reports))
     if json_path is not None:
         write_json(json_path, as_json(reports))
     raise typer.Exit(0 if all(report.outcome.ok for report in reports) else 1)

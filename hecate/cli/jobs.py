@@ -6,7 +6,6 @@ Those that start one check the configuration and the data before they start any 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +14,7 @@ import typer
 
 from hecate.cli.arguments import ConfigFile, Overrides
 from hecate.errors import UserError
+from hecate.io.terminal import show_text, tell
 
 if TYPE_CHECKING:
     from hecate.config import Config
@@ -39,7 +39,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     count = check_local(loaded, check_data)
     warn_of_cores(count, "nproc")
     # The ranks load torch, transformers and the model before they can say anything themselves.
-    print(f"hecate: starting {count} rank{'s' if count > 1 else ''}", file=sys.stderr, flush=True)
+    tell(f"hecate: starting {count} rank{'s' if count > 1 else ''}")
     survives, together = loaded.fssdp.redundancy > 0, loaded.model.tensor_parallel
     arguments = [str(config), *(overrides or ())]
     with one_writer(loaded.output_dir):
@@ -82,7 +82,7 @@ def replay_step(
     from hecate.train.replay_step import replay_step as replay
 
     with join_ranks() as ranks:
-        print(replay(folder, ranks).in_words())
+        show_text(replay(folder, ranks).in_words())
 
 
 def launch(
@@ -182,7 +182,7 @@ def status(
         from hecate.config import load_config
 
         run = Path(load_config(run, claim_output=False).output_dir)
-    print(status_text(read_status(run)))
+    show_text(status_text(read_status(run)))
 
 
 def report(
@@ -200,4 +200,4 @@ def report(
     refuse_links(run)
     records = read_run(run)
     planned = planned_memory(run, len(records.peak_bytes)) if records.peak_bytes else "the run has recorded no memory"
-    print(write_page(out or run / "report.html", report_page(records, planned)))
+    show_text(write_page(out or run / "report.html", report_page(records, planned)))

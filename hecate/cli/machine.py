@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hecate.cli.arguments import Overrides
+from hecate.io.terminal import show_text
 
 if TYPE_CHECKING:
     from hecate.doctor.finding import Finding
@@ -50,7 +51,7 @@ def doctor(
         with join_ranks() as ranks:
             found, shows = findings_of_all(examine.examine(checks), ranks), ranks.is_first
     if shows:
-        print(json.dumps(examine.as_json(found), indent=1) if as_json else examine.as_text(found))
+        show_text(json.dumps(examine.as_json(found), indent=1) if as_json else examine.as_text(found))
     raise typer.Exit(0 if examine.healthy(found) else 1)
 
 
@@ -58,4 +59,4 @@ def schema(as_page: Annotated[bool, typer.Option("--page", help="print the page 
     """Print the JSON schema of a configuration, by which an editor completes and checks its keys."""
     from hecate.config import reference
 
-    print(reference.page() if as_page else json.dumps(reference.json_schema(), indent=1), end="" if as_page else "\n")
+    show_text(reference.page() if as_page else json.dumps(reference.json_schema(), indent=1), end="" if as_page else "\n")

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from hecate.cli.arguments import ConfigFile, Overrides, check_json
+from hecate.io.terminal import show_progress, show_text
 
 
 def evaluate(
@@ -126,8 +127,8 @@ def export(
     from hecate.train.trained import export as export_trained
 
     for line in export_trained(trained, new, to=to, user=user, features=features, model=model):
-        print(line)
-    print(f"wrote {new}")
+        show_text(line)
+    show_text(f"wrote {new}")
 
 
 def merge(
@@ -154,7 +155,7 @@ def merge(
     from hecate.train.trained import merge as merge_trained
 
     def show(done: int, of: int, module: str) -> None:
-        print(f"\r\033[K{done}/{of} {module}", end="", file=sys.stderr, flush=True)
+        show_progress(f"{done}/{of} {module}")
 
     live = sys.stderr.isatty()
     options = {"rank": rank, "experts": experts, "reweight": reweight, "density": density, "ridge": ridge, "distance": distance}
@@ -162,10 +163,10 @@ def merge(
         lines = merge_trained(adapters, out, method, shares, model, show if live else None, inexact=inexact or None, **options)
     finally:
         if live:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            show_progress()
     for line in lines:
-        print(line)
-    print(f"wrote {out}")
+        show_text(line)
+    show_text(f"wrote {out}")
 
 
 def make_tasks(
@@ -180,4 +181,4 @@ def make_tasks(
 
     for written in write_tasks(folder, tasks.split(","), train_size, eval_size, seed):
         every = ", which are all the different prompts of this task" if written.exhausted else ""
-        print(f"{written.task}: {written.train_samples} for training, {written.eval_samples} held out{every}")
+        show_text(f"{written.task}: {written.train_samples} for training, {written.eval_samples} held out{every}")

@@ -12,6 +12,7 @@ import typer
 
 from hecate.cli.arguments import ConfigFile, Overrides, check_json, write_json
 from hecate.errors import UserError
+from hecate.io.terminal import show_text
 
 if TYPE_CHECKING:
     from hecate.config import Config
@@ -79,7 +80,7 @@ def federate(
     from hecate.federate.rounds import federate as train_rounds
 
     verb = ["train"] if address is None else ["ray", f"--address={address}"]
-    raise typer.Exit(train_rounds(loaded, verb, lambda text: print(f"hecate: {text}", flush=True)))
+    raise typer.Exit(train_rounds(loaded, verb, lambda text: show_text(f"hecate: {text}")))
 
 
 def _train(loaded: Sweep, address: str | None) -> int:
@@ -98,7 +99,7 @@ def _train(loaded: Sweep, address: str | None) -> int:
         return {} if address is not None else places_environment(place, loaded.jobs, gpus, config.nproc or default_ranks())
 
     verb = ["train"] if address is None else ["ray", f"--address={address}"]
-    return train_runs(loaded, configs, verb, environment, lambda text: print(f"hecate: {text}", flush=True))
+    return train_runs(loaded, configs, verb, environment, lambda text: show_text(f"hecate: {text}"))
 
 
 def _local_check(loaded: Sweep, gpus: list[str]) -> Callable[[Config], None]:
@@ -158,9 +159,9 @@ def _show(loaded: Sweep, json_path: Path | None) -> None:
     results = [read_result(run, entries.get(run.name), working=working) for run in loaded.runs]
     rows = rows_of(results)
     plus_minus = "±" if (sys.stdout.encoding or "").lower().startswith("utf") else "+-"
-    print(table_text(rows, loaded.keys, named=loaded.named, plus_minus=plus_minus))
+    show_text(table_text(rows, loaded.keys, named=loaded.named, plus_minus=plus_minus))
     for result in results:
         if result.reason:
-            print(f"{result.name}: failed with {result.reason}")
+            show_text(f"{result.name}: failed with {result.reason}")
     if json_path is not None:
         write_json(json_path, table_json(rows, results, loaded.file))

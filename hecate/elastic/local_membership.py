@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from hecate.config.topology import AUTO, whole_topology
 from hecate.elastic.peer_watch import PeerWatch
 from hecate.elastic.rebuild import Group
 from hecate.errors import UserError
+from hecate.io.terminal import tell
 from hecate.parallel.mesh import shard_size_for
 from hecate.parallel.topology import Topology
 from hecate.ranks.backend import forget_groups
@@ -117,7 +117,7 @@ class LocalMembership:
             raise  # the next try would need as much memory
         except RuntimeError as error:
             reason = loss_in_words(error)
-            print(f"hecate: member {self._member} could not join group {generation.number}: {reason}", file=sys.stderr, flush=True)
+            tell(f"hecate: member {self._member} could not join group {generation.number}: {reason}")
             forget_groups()
             return None
 

@@ -28,6 +28,7 @@ from hecate.io.plain_files import read_plain
 from hecate.io.python_module import RUN_MODULE
 from hecate.io.signals import on_signals
 from hecate.io.strict_json import JsonError, parse_json
+from hecate.io.terminal import tell
 from hecate.model.load import resolve_model
 from hecate.model.stored_model import open_stored
 
@@ -210,7 +211,7 @@ def main(arguments: Sequence[str]) -> int:
     try:
         return run_process(read_plan(Path(plans) / f"{folder.name}.json"), [output, *rest])
     except UserError as error:
-        print(f"hecate: {error}", file=sys.stderr)
+        tell(f"hecate: {error}")
         return USER_ERROR_EXIT
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 from hecate.config.presets import find_preset
 from hecate.errors import UserError
 from hecate.forecast.sharding_groups import ep_group_sizes, simulate_groups, sum_over_groups, with_sum
+from hecate.io.terminal import tell
 from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, PlanChoice, PlanMode, RouteChoice
 from hecate.parallel.measured_modes import execution_of
 from hecate.parallel.megatron_traces import load_megatron_trace
@@ -284,7 +284,7 @@ def chosen_policies(names: str | Sequence[str], what: str) -> tuple[str, ...]:
     listed = _listed(names)
     for name in dict.fromkeys(listed):
         if name in FORMER_NAMES:
-            print(f"hecate: {renamed(what, name)}", file=sys.stderr, flush=True)
+            tell(f"hecate: {renamed(what, name)}")
     return chosen([current_name(name) for name in listed], tuple(POLICIES), what, more=tuple(WITH_OURS))
 
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
 from hecate.config import Config
@@ -15,6 +14,7 @@ from hecate.forecast.dry_run import Forecast, PolicyForecast, fits, forecast
 from hecate.forecast.memory import PHASES
 from hecate.forecast.report import modes_table
 from hecate.forecast.run_shape import run_shape
+from hecate.io.terminal import new_console
 from hecate.parallel.traces import load_trace
 from hecate.parallel.workloads import WORKLOADS
 
@@ -38,7 +38,7 @@ def run_plan(config: Config, *, topology: str | None, ranks: int | None, workloa
     if workload not in WORKLOADS:
         raise UserError(f"--workload {workload}: unknown\n  there are {', '.join(WORKLOADS)}")
     found = forecast(run_shape(config, topology, ranks), workload if trace is None else load_trace(trace))
-    console = Console(width=None if Console().is_terminal else _WIDTH, highlight=False)
+    console = new_console(width=None if new_console().is_terminal else _WIDTH, highlight=False)
     for note in found.run.notes:
         console.print(note, markup=False, soft_wrap=True)
     console.print(_memory_table(found))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from hecate.errors import UserError
 from hecate.forecast.cases import BASELINE
+from hecate.io.terminal import new_console
 from hecate.parallel.simulator import mean_modes
 
 Row = dict[str, Any]
@@ -32,8 +33,8 @@ def print_rows(rows: Sequence[Row], *, wide: bool = False) -> None:
     Args:
         wide: every figure, in tables of 160 characters; otherwise those that policies are chosen by, in 80.
     """
-    width = None if Console().is_terminal else _NARROW
-    console = Console(width=_WIDE if wide else width, highlight=False)
+    width = None if new_console().is_terminal else _NARROW
+    console = new_console(width=_WIDE if wide else width, highlight=False)
     _print_tables(console, rows, wide=wide)
     by_policy = [(group[0]["policy"], mean_modes([row.get("plan_modes") for row in group])) for group in grouped(rows, ("policy",))]
     if modes := modes_table(by_policy):

@@ -15,6 +15,7 @@ from hecate.forecast.bars import write_bars
 from hecate.forecast.cases import Case, Options, chosen, chosen_policies, synthetic_cases, trace_case
 from hecate.forecast.report import print_rows, write_json
 from hecate.forecast.sweep import load_sweep
+from hecate.io.terminal import show_progress, tell
 from hecate.parallel.cost_model import ExecutionMode, PlanMode
 from hecate.parallel.workloads import WORKLOADS
 
@@ -104,21 +105,16 @@ def _prices(text: str | None, number: int) -> list[float | None]:
     return list(prices * number if len(prices) == 1 else prices)
 
 
-def _show(*texts: str) -> None:
-    """Replace the last line of the terminal."""
-    print(f"\r\033[K{''.join(texts)}", end="", file=sys.stderr, flush=True)
-
-
 def _run(cases: list[Case], options: Options, wide: bool, json_path: Path | None, plot_path: Path | None) -> None:
     rows: list[dict[str, Any]] = []
     live = sys.stderr.isatty()
     for number, case in enumerate(cases, start=1):
         what = f"{number}/{len(cases)} {case.model.name} on {case.topology_name}, {case.workload}"
         if not live:
-            print(what, file=sys.stderr, flush=True)
-        rows += case.run(options, partial(_show, f"{what}: ") if live else None)
+            tell(what)
+        rows += case.run(options, partial(show_progress, f"{what}: ") if live else None)
     if live:
-        _show()
+        show_progress()
     print_rows(rows, wide=wide)
     if json_path is not None:
         write_json(json_path, asdict(options), rows)

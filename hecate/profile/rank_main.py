@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hecate.errors import UserError
+from hecate.io.terminal import show_text
 from hecate.ranks.launcher_files import exit_with_user_error
 
 
@@ -49,7 +50,7 @@ def profile_as_rank(out: Path) -> None:
         profile(ranks, out)
         shows = ranks.is_first
     if shows:
-        print(f"{out}:\n{out.read_text(encoding='utf-8')}", end="")
+        show_text(f"{out}:\n{out.read_text(encoding='utf-8')}", end="")
 
 
 if __name__ == "__main__":

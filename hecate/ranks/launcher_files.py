@@ -19,6 +19,7 @@ from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.io.durable import replace_file
 from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.strict_json import dump_json, parse_json
+from hecate.io.terminal import tell
 
 STORE_VARIABLE = "HECATE_STORE"
 """Path of the file store where the ranks meet. The launcher sets this variable, never a user."""
@@ -73,7 +74,7 @@ def exit_with_user_error(error: UserError) -> NoReturn:
     if folder:
         error_file(Path(folder), own_number()).write_text(f"hecate: {error}", encoding="utf-8")
     if not folder or (rank == "0" and JOIN_VARIABLE not in os.environ):
-        print(f"hecate: {error}", file=sys.stderr)
+        tell(f"hecate: {error}")
     sys.exit(USER_ERROR_EXIT)
 
 

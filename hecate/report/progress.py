@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from hecate.io.terminal import new_console, show_text
 from hecate.report.events import EvalScore
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ class Progress:
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            show_text(text)
 
     def close(self) -> None:
         """Leave the last panel on the screen and give the terminal back; closing twice is fine."""
@@ -120,14 +121,13 @@ class Progress:
         if self._live is not None:
             self._live.update(self._panel(), refresh=True)
         else:
-            print(plain, flush=True)
+            show_text(plain)
 
     def _start_live(self) -> Live:
-        from rich.console import Console
         from rich.live import Live
 
         # Drawn by step() alone: a refreshing thread would compete with the training for a core.
-        live = Live(self._panel(), console=Console(), auto_refresh=False)
+        live = Live(self._panel(), console=new_console(), auto_refresh=False)
         live.start(refresh=True)
         return live
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from hecate.io.terminal import new_console
 from hecate.report.events import EvalScore
 
 EVERY_RANK = "every rank"
@@ -61,7 +62,7 @@ def print_summary(before: dict[str, EvalScore] | None, after: dict[str, EvalScor
 
 def summary_console() -> Console:
     """Standard output, of a width that cuts no number."""
-    console = Console()
+    console = new_console()
     console.width = max(console.width, NARROWEST) if console.is_terminal else PLAIN_WIDTH
     return console
 

@@ -21,6 +21,7 @@ from hecate.config import Config, to_yaml
 from hecate.errors import UserError
 from hecate.io.python_module import RUN_MODULE
 from hecate.io.signals import on_signals
+from hecate.io.terminal import tell
 from hecate.report.progress import duration_text
 from hecate.sweep.ledger import RunState, SweepEntry, log_file, read_entries, working_alone, write_entry
 from hecate.sweep.sweep_file import STATE_FOLDER, Sweep, SweepRun
@@ -187,7 +188,7 @@ def _signals() -> Iterator[list[int]]:
     def note(number: int, _frame: FrameType | None) -> None:
         come.append(number)
         if len(come) == 1:
-            print("hecate: the runs under way save and stop; a second signal ends them at once", file=sys.stderr, flush=True)
+            tell("hecate: the runs under way save and stop; a second signal ends them at once")
 
     with on_signals(note):
         yield come

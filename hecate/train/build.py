@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,6 +26,7 @@ from hecate.elastic.move_experts import check_room
 from hecate.engine.from_config import engine_config, job_topology
 from hecate.errors import UserError
 from hecate.forecast.replica_slots import slots_of_config
+from hecate.io.terminal import tell
 from hecate.model.attention import AttentionChoice
 from hecate.model.base import BaseModel, build_base
 from hecate.model.checkpointing import checkpoint_activations
@@ -137,7 +137,7 @@ def _seen_topology(config: Config, ranks: Ranks) -> Topology:
 def _say(ranks: Ranks, text: str) -> None:
     """Rank 0 prints a line before the run's own reports begin."""
     if ranks.is_first:
-        print(f"hecate: {text}", file=sys.stderr, flush=True)
+        tell(f"hecate: {text}")
 
 
 def config_of_model(config: Config, base: BaseModel) -> Config:

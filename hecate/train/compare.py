@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from hecate.data.evaluation import GenerationItem
 from hecate.data.synthetic_tasks import has_verifiers, verdict
 from hecate.data.user_features import users_of
 from hecate.errors import UserError, install_hint
+from hecate.io.terminal import tell
 from hecate.model.attention import AttentionChoice
 from hecate.model.base import BaseChoice, BaseModel
 from hecate.model.load import pick_dtype, resolve_model
@@ -263,7 +263,7 @@ def _held_out(
     scores = evaluate(config, ranks, base, moe, sources, features_UF, heard, None if record is None else record.note).scores
     if record is not None and record_routing is not None:
         written = record.write(record_routing, sources[0], config.data.eval[0])
-        print(f"hecate: {written} records with their routing are in {record_routing}", file=sys.stderr, flush=True)
+        tell(f"hecate: {written} records with their routing are in {record_routing}")
     found = {}
     for source, score in scores.items():
         figures = {"loss": score.loss}
@@ -284,7 +284,7 @@ def _verified(source: str, items: Sequence[GenerationItem], answers: Sequence[st
     if not has_verifiers():
         if ranks.is_first:
             hint = install_hint("quickstart")
-            print(f"hecate: {source}: answers are not verified, since reasoning-gym is not installed: {hint}", file=sys.stderr, flush=True)
+            tell(f"hecate: {source}: answers are not verified, since reasoning-gym is not installed: {hint}")
         return None
     total = sum(verdict(item.entry or {}, answer, task=item.task, place=f"{item.file}:{item.line}") for item, answer in judged)
     return float(ranks.all_sum(torch.tensor([total], dtype=torch.float64)).item() / count)

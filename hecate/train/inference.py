@@ -11,6 +11,7 @@ from hecate.data.prompts import asked
 from hecate.data.user_features import UserFeatures, read_user_features
 from hecate.errors import UserError
 from hecate.io.durable import replace_output
+from hecate.io.terminal import show_text
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
 from hecate.train.answers import answers_to
@@ -42,7 +43,7 @@ def evaluate_models(config: Config | None, names: Sequence[str], questions: Ques
         if not ranks.is_first:
             return
         if json_path == Path("-"):
-            print(as_json(found))
+            show_text(as_json(found))
             return
         show(found)  # before the file, which may fail
         if json_path is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from hecate.engine.protocol import EvaluationPasses
 from hecate.errors import UserError, install_hint
+from hecate.io.terminal import tell
 from hecate.train.generation import Decoding, generate
 from hecate.train.likelihood import log_likelihoods, positions
 from hecate.train.opened import Opened
@@ -90,7 +90,7 @@ def _model(opened: Opened, evaluation: EvaluationPasses, batch_size: int, *, cha
     def shortened(tokens: list[int], room: int) -> list[int]:
         if len(tokens) > room and not cut:
             cut.append(len(tokens))
-            print(f"hecate: {opened.trained}: texts of more than {room} tokens lose their beginning", file=sys.stderr, flush=True)
+            tell(f"hecate: {opened.trained}: texts of more than {room} tokens lose their beginning")
         return tokens[-room:]
 
     class LmEvalModel(TemplateLM):

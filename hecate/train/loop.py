@@ -8,7 +8,6 @@ Each phase happens on all ranks alike. When a rank is lost, the others regroup a
 from __future__ import annotations
 
 import shlex
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -31,6 +30,7 @@ from hecate.elastic.observer_thread import ObserverThread
 from hecate.elastic.rebuild import Membership
 from hecate.elastic.stragglers import SlowRanks
 from hecate.io.signals import on_signals
+from hecate.io.terminal import tell
 from hecate.parallel.topology import Topology, local_topology
 from hecate.ranks.peak_memory import peak_memory
 from hecate.ranks.ranks import Ranks, loss_in_words, lost_a_peer
@@ -386,7 +386,7 @@ def _say(training: Training, reports: Reports, text: str) -> None:
     if training.ranks.is_first:
         reports.event(training.standing.step, text)
     else:
-        print(f"hecate: rank {training.ranks.rank}: {text}", file=sys.stderr, flush=True)
+        tell(f"hecate: rank {training.ranks.rank}: {text}")
 
 
 class _Stopping:

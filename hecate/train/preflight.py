@@ -6,13 +6,13 @@ Every command that starts ranks makes these checks first, so that a mistake cost
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 
 from hecate.config import Config
 from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
 from hecate.io.plain_files import refuse_links
+from hecate.io.terminal import tell
 from hecate.ranks.cores import usable_cores
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 from hecate.report.trackers import check_trackers
@@ -199,7 +199,7 @@ def warn_of_cores(ranks: int, key: str) -> None:
     """
     cores = usable_cores()
     if ranks > 2 * cores and not any(map(os.path.exists, _GPU_FILES)):
-        print(f"hecate: warning: {key}: {ranks} ranks on {cores} cores wait for each other; {key}={cores} is faster", file=sys.stderr)
+        tell(f"hecate: warning: {key}: {ranks} ranks on {cores} cores wait for each other; {key}={cores} is faster")
 
 
 def default_ranks() -> int:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hecate.errors import UserError
 from hecate.io.process_end import run_and_end
+from hecate.io.terminal import tell
 from hecate.parallel import jit
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import (
@@ -103,7 +104,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
         model = config.model
         with join_ranks(config.fssdp.shard_size, model.tensor_parallel, sharded_layers=model.shard_non_experts) as ranks:
             if ranks.is_first:
-                jit.say_with(lambda text: print(text, file=sys.stderr, flush=True))
+                jit.say_with(lambda text: tell(text))
             membership = local_membership(config, ranks)
             # Only one process may check that output_dir is free: a launcher of one machine has done it; else rank 0 of those that begin.
             checked = STORE_VARIABLE in os.environ and MEETING_VARIABLE not in os.environ
@@ -114,7 +115,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
         if not lost_a_peer(error):
             raise
         rank = os.environ.get("RANK", "0")
-        print(f"hecate: rank {rank} stops because it lost another rank: {loss_in_words(error)}", file=sys.stderr)
+        tell(f"hecate: rank {rank} stops because it lost another rank: {loss_in_words(error)}")
         sys.exit(LOST_PEER_EXIT)
 
 

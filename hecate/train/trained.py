@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from hecate.config import Config
 from hecate.config.paths import ADAPTER_CONFIG
 from hecate.data.user_features import read_user_features
 from hecate.errors import UserError
+from hecate.io.terminal import tell
 from hecate.ranks.ranks import join_ranks
 from hecate.train.checkpointed import is_checkpoint, newest_checkpoint, write_checkpointed
 
@@ -56,7 +56,7 @@ def find_trained(path: Path, *, says: bool = True) -> Path:
         assert newest is not None
         taken = newest[0]
     if says:
-        print(f"hecate: {path}: takes {taken.name}", file=sys.stderr, flush=True)
+        tell(f"hecate: {path}: takes {taken.name}")
     return taken
 
 

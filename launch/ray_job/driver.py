@@ -17,6 +17,7 @@ from hecate.errors import UserError
 from hecate.forecast.model_check import check_model
 from hecate.io.one_writer import one_writer
 from hecate.io.signals import on_signals
+from hecate.io.terminal import show_text
 from hecate.launch.local_launcher import STOPPING
 from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.ray_job.cluster import connected, private_cluster
@@ -133,7 +134,7 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
         write_status(folder, status)
 
     def say(text: str) -> None:
-        print(f"hecate: {text}", flush=True)
+        show_text(f"hecate: {text}")
 
     controller = Controller(group, config, topology, say, show)
     with ExitStack() as stack:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 from hecate.config import Config, load_config
 from hecate.errors import UserError
 from hecate.io.signals import on_signals
+from hecate.io.terminal import show_text, tell
 from hecate.launch.ray_job.cluster import WRONG_TOKEN, check_token, import_ray, refuse_if_nobody_listens
 from hecate.launch.ray_job.driver import check_for_ray
 from hecate.launch.ray_job.upload import stage
@@ -51,7 +51,7 @@ def submit(config: Path, overrides: Sequence[str], address: str, *, working_dir:
         variables = {name: os.environ[name] for name in (COLLECTIVES_VARIABLE,) if name in os.environ}
         variables["RAY_JOB_STOP_WAIT_TIME_S"] = _STOP_SECONDS
         job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(staged), "env_vars": variables})
-    print(f"hecate: job {job} on {address}", flush=True)
+    show_text(f"hecate: job {job} on {address}")
     return _follow(client, job)
 
 
@@ -59,7 +59,7 @@ def _follow(client: Any, job: str) -> int:
     """Show a job's output until it has ended; SIGINT and SIGTERM stop it."""
 
     def stop(_number: int, _frame: Any) -> None:
-        print(f"hecate: asking job {job} to save and stop", file=sys.stderr, flush=True)
+        tell(f"hecate: asking job {job} to save and stop")
         client.stop_job(job)
 
     printed: list[str] = []
@@ -71,18 +71,18 @@ def _follow(client: Any, job: str) -> int:
     text = client.get_job_logs(job)
     shown = "".join(printed)
     if text.startswith(shown):  # what came after the stream had ended
-        print(text[len(shown) :], end="", flush=True)
+        show_text(text[len(shown) :], end="")
     info = client.get_job_info(job)
     if status.value == "SUCCEEDED":
         return 0
     if info.driver_exit_code is None:
-        print(f"hecate: job {job} {status.value.lower()}: {info.message}", file=sys.stderr)
+        tell(f"hecate: job {job} {status.value.lower()}: {info.message}")
     return info.driver_exit_code or 1
 
 
 async def _show(client: Any, job: str, printed: list[str]) -> None:
     async for text in client.tail_job_logs(job):
-        print(text, end="", flush=True)
+        show_text(text, end="")
         printed.append(text)
 
 

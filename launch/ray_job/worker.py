@@ -9,7 +9,6 @@ import os
 import platform
 import queue
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -17,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
+from hecate.io.terminal import tell
 from hecate.launch.addresses import interface_of
 from hecate.launch.ray_job.messages import (
     Assignment,
@@ -317,7 +317,7 @@ class TrainingLink:
                 raise
             except RuntimeError as error:  # another rank was lost while the ranks connected
                 where = f"rank {assignment.rank} could not connect in generation {assignment.generation}"
-                print(f"hecate: {where}: {loss_in_words(error)}", file=sys.stderr, flush=True)
+                tell(f"hecate: {where}: {loss_in_words(error)}")
                 forget_groups()
             else:
                 return Group(self.connected(ranks), parse_topology(assignment.topology, "the controller's topology"))

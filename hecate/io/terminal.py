@@ -1,0 +1,60 @@
+"""What hecate prints passes here: a text out of somebody's file must not move the cursor, clear the screen or set the terminal's title."""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_CONTROLS = [
+    *(code for code in range(0x20) if chr(code) not in "\n\t"),
+    *range(0x7F, 0xA0),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+]
+"""control characters, and those that reverse the direction of writing"""
+_ESCAPED = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _CONTROLS}
+
+
+def safe(text: str) -> str:
+    """The text with its control characters, other than new lines and tabs, as escapes."""
+    return text.translate(_ESCAPED)
+
+
+def safe_line(text: str) -> str:
+    """The same without new lines and tabs, for a cell of a table."""
+    return safe(text).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def show_text(text: object = "", *, end: str = "\n") -> None:
+    """Print what a command was asked for, at once."""
+    print(safe(str(text)), end=end, flush=True)
+
+
+def tell(text: object) -> None:
+    """Print to standard error, at once, what a user should know beside it."""
+    print(safe(str(text)), file=sys.stderr, flush=True)
+
+
+def show_progress(*texts: str) -> None:
+    """Put a line, without a new line at its end, in the place of the one that stands on standard error."""
+    print(f"\r\033[K{safe_line(''.join(texts))}", end="", file=sys.stderr, flush=True)
+
+
+def new_console(**settings: Any) -> Console:
+    """A console of rich's for tables and panels. Raises what its constructor raises."""
+    from rich.console import Console
+
+    _have_rich_escape()
+    return Console(**settings)
+
+
+@cache
+def _have_rich_escape() -> None:
+    """Rich removes five control characters of each text, by a table that is not public, and lets the others pass."""
+    from rich import control
+
+    control._CONTROL_STRIP_TRANSLATE.update(_ESCAPED)
