@@ -9,6 +9,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from hecate.errors import UserError
+from hecate.io.foreign_errors import in_a_line
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -178,5 +179,7 @@ def _apply(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any] = (
             return tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=add_generation_prompt, date_string=_DATE, **options
             )
-    except (TemplateError, TypeError) as error:  # TypeError: a filter met another type than the template expects
+    except TemplateError as error:
         raise TemplateRefusal(str(error)) from error
+    except Exception as error:  # whatever Python raises where a template computes, as 1 / 0, or meets another type than it expects
+        raise TemplateRefusal(in_a_line(error)) from error

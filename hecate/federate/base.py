@@ -6,8 +6,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hecate.config import Config
-from hecate.errors import UserError
 from hecate.federate.vectors import PairSite, VectorShape
+from hecate.io.foreign_errors import reading
 from hecate.model.linears import find_linears, target_linears
 from hecate.model.load import read_config, resolve_model
 
@@ -19,11 +19,8 @@ def shape_of(config: Config) -> VectorShape:
         UserError: the model's configuration cannot be read, or a target module is none of the model's linears.
     """
     described = read_config(resolve_model(config.model.name_or_path), config.model.num_hidden_layers)
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
-    except ValueError as error:
-        raise UserError(f"model.name_or_path: no causal language model: {str(error).splitlines()[0]}") from error
+    with reading("model.name_or_path", "no causal language model"), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(described, trust_remote_code=False)
     linears = target_linears(find_linears(model), config.lora.target_modules, type(model).__name__)
     sites = tuple(PairSite(one.path, one.unit.layer, one.unit.place, one.shape.inputs, one.shape.outputs) for one in linears)
     lora = config.lora.shape

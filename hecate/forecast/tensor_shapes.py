@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hecate.errors import UserError
+from hecate.io.foreign_errors import reading
 from hecate.io.plain_files import open_plain, read_plain_text
 from hecate.io.strict_yaml import parse_yaml
+from hecate.model.base_folder import refuse_endless_values
 from hecate.model.safetensors_headers import StoredTensor, stored_tensors
 
 _GGUF_NAMES = {
@@ -79,12 +81,10 @@ def _of_sizes(path: Path) -> dict[str, StoredTensor]:
 
     values = model_config(path)
     kind = values.pop("model_type", None)
-    try:
+    refuse_endless_values(values, path)
+    with reading(path, f"no model of type {kind} can be made of these sizes"), torch.device("meta"):
         config = AutoConfig.for_model(kind, **values)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: no model of type {kind} can be made of these sizes: {str(error).splitlines()[0]}") from error
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     return {name: StoredTensor(path, "BF16", shapes[name], 0) for name in sorted(shapes)}  # sorted as in files
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from hecate.config.paths import find_model
 from hecate.errors import UserError
+from hecate.io.foreign_errors import reading
+from hecate.model.base_folder import refuse_endless_sizes, refuse_what_is_loaded_unseen
 from hecate.model.norms import fuse_norms
 from hecate.ranks.processor import computes_bfloat16
 
@@ -91,10 +92,10 @@ def read_config(source: ModelSource, num_hidden_layers: int | None = None) -> An
     from transformers import AutoConfig
 
     _quiet_transformers()
-    try:
+    refuse_what_is_loaded_unseen(source)
+    with reading(source.folder, "transformers cannot read its configuration"):
         config = AutoConfig.from_pretrained(**source.arguments())
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"{source.folder}: transformers cannot read its configuration: {_first_line(error)}") from error
+    refuse_endless_sizes(config, source)
     if num_hidden_layers is not None:
         text = config.get_text_config()  # of a model of text alone: itself
         if num_hidden_layers > text.num_hidden_layers:
@@ -114,11 +115,8 @@ def outline_of(config: Any, source: ModelSource) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     require_text_model(config, source)
-    try:
-        with torch.device("meta"):
-            outline: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except (ValueError, ImportError, KeyError, AttributeError) as error:
-        raise UserError(f"{source.folder}: transformers cannot build the model: {_first_line(error)}") from error
+    with reading(source.folder, "transformers cannot build the model"), torch.device("meta"):
+        outline: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return outline
 
 
@@ -174,10 +172,10 @@ def _loaded(loader: Any, arguments: dict[str, Any], source: ModelSource, dtype: 
     placed: dict[str, Any] = {} if device.type == "cpu" else {"device_map": {"": device}}
     if dtype.itemsize > 4:  # transformers takes one grouped product for the experts of an MoE model, which torch does not have in float64
         placed["experts_implementation"] = "eager"
-    try:
+    if source.gguf_file is None:
+        placed["use_safetensors"] = True  # what is digested is what is loaded, and nothing is unpickled
+    with reading(source.folder, "transformers cannot load the model"):
         model, info = loader.from_pretrained(**arguments, **placed, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{source.folder}: transformers cannot load the model: {_first_line(error)}") from error
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{source.folder}: the model has no tensor {missing[0]} ({len(missing)} missing); is the download complete?")
     model.generation_config = _end_tokens_alone(model.generation_config)
@@ -208,10 +206,8 @@ def load_tokenizer(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     _quiet_transformers()
-    try:
+    with reading(source.folder, "transformers cannot read the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**source.arguments())
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"{source.folder}: transformers cannot read the tokenizer: {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{source.folder}: its tokenizer has no fast version; character offsets are needed to mask the prompt")
     return tokenizer
@@ -245,9 +241,3 @@ def _quiet_transformers() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-
-
-def _first_line(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return "it is made by code of its own (auto_map), which hecate does not run"
-    return str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
