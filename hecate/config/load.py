@@ -28,6 +28,8 @@ from hecate.parallel.policy_names import FORMER_NAMES, current_name, renamed
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 256 * 1024
+_LONGEST_TEXT = 16 * 1024
+"""characters of a value with references written out"""
 _LENGTHS = ("max_steps", "num_train_epochs")
 _SOURCES = ("data.train", "data.eval")
 _RECORDS: dict[str, Any] = {"data.train": DataSource, "data.eval": DataSource, "rounds.clients": ClientConfig}
@@ -302,6 +304,9 @@ def _resolve(tree: DictConfig, values: dict[str, Any], report: Report) -> dict[s
     """Return every key's value with references resolved. Keys with a problem, or that refer to one, are left out."""
     bad = {key for key in REQUIRED if key not in values} | {key for key, value in values.items() if value is INVALID}
     targets = {key: REFERENCE.findall(str(value)) for key, value in values.items() if key not in bad}
+    for key in _too_long(values, targets):
+        report.add(key, f"what it refers to makes a text of more than {_LONGEST_TEXT} characters", "give the value itself")
+        bad.add(key)
     while more := {key for key, names in targets.items() if key not in bad and bad.intersection(names)}:
         bad |= more
     resolved: dict[str, Any] = {}
@@ -320,6 +325,18 @@ def _resolve(tree: DictConfig, values: dict[str, Any], report: Report) -> dict[s
         if key in resolved:
             resolved[key] = _named(resolved[key])
     return resolved
+
+
+def _too_long(values: dict[str, Any], targets: dict[str, list[str]]) -> list[str]:
+    """The keys whose values are too long with references written out, which a few lines can make of any length.
+
+    A circle of references counts as too long only where it grows; OmegaConf names the others.
+    """
+    own = {key: len(str(value)) for key, value in values.items()}
+    lengths = dict(own)
+    for _ in targets:  # a chain has no more links
+        lengths |= {key: min(_LONGEST_TEXT + 1, own[key] + sum(lengths.get(name, 0) for name in names)) for key, names in targets.items()}
+    return [key for key, names in targets.items() if names and lengths[key] > _LONGEST_TEXT]
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,8 @@ from hecate.errors import UserError
 MOST_BYTES = 1 << 20
 """of a YAML file"""
 _DEEPEST = 32
+_LONGEST_NUMBER = 400
+"""characters; Python writes no float with more"""
 _MOST_NODES = 200_000
 """in a document, where a value counts as often as an alias repeats it"""
 
@@ -66,6 +68,9 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
     known[id(node)] = 0
     if isinstance(node, yaml.MappingNode):
         _refuse_repeated_keys(node)
+    # YAML 1.1 counts in sixties, for which PyYAML takes time that grows with the square of the length.
+    if isinstance(node, yaml.ScalarNode) and len(node.value) > _LONGEST_NUMBER and node.tag.endswith((":int", ":float")):
+        raise YamlError(f"line {node.start_mark.line + 1}: a number of {len(node.value)} characters")
     inner = node.value if isinstance(node, yaml.CollectionNode) else []
     total = 1 + sum(_count(one, known) for item in inner for one in (item if isinstance(item, tuple) else (item,)))
     if total > _MOST_NODES:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from hecate.config import ConfigError, load_config
+from hecate.config.schema import LEAF_TYPES
 
 BASE = {
     "model": "{name_or_path: model}",
@@ -351,3 +352,15 @@ def test_missing_file_and_folder(folder: Path) -> None:
         load_config(folder, [])
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config("a\0b", [])
+
+
+def test_references_that_multiply_are_refused_before_they_are_written_out(folder: Path) -> None:
+    """A few lines of some hundred characters would make a text that fits no memory."""
+    keys = [key for key, kind in LEAF_TYPES.items() if kind in (str, str | None) and "." in key][:9]
+    assert len(keys) >= 5
+    before, given = "output_dir", []
+    for key in keys:
+        given.append(f"{key}=" + f"${{{before}}}" * 30)
+        before = key
+    error = problems("data: {train: a.jsonl}\noutput_dir: runs/first\nmax_steps: 1\n", *given)
+    assert "what it refers to makes a text of more than 16384 characters" in str(error)
