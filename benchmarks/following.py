@@ -83,11 +83,10 @@ class Job:
 
 
 class Tail:
-    """The lines of a growing file. When a run goes back to a checkpoint, the file is replaced by its own beginning and new lines."""
+    """The lines of a growing file, which a run that goes back to a checkpoint cuts to its beginning, or replaces by that."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._inode, self._offset = -1, 0
         self._seen: list[str] = []
         """the lines of the current file that have been read"""
         self._taken = 0
@@ -105,18 +104,12 @@ class Tail:
         self._taken = len(self._seen)
 
     def _look(self) -> None:
-        with suppress(FileNotFoundError), open(self.path, "rb") as file:
-            inode = os.fstat(file.fileno()).st_ino
-            before = self._seen
-            if inode != self._inode:
-                self._inode, self._offset, self._seen = inode, 0, []
-            file.seek(self._offset)
-            *whole, _ = file.read().split(b"\n")
-            self._offset += sum(len(line) + 1 for line in whole)
-            self._seen += [line.decode(errors="replace") for line in whole]
-            if self._seen is not before:
-                kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, self._seen, strict=False)))
-                self._taken = min(self._taken, kept)
+        with suppress(FileNotFoundError):
+            # All of it each time: a file that was cut may have grown beyond its former length since.
+            *whole, _ = self.path.read_bytes().split(b"\n")
+            before, self._seen = self._seen, [line.decode(errors="replace") for line in whole]
+            kept = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, self._seen, strict=False)))
+            self._taken = min(self._taken, kept)
 
 
 @contextmanager

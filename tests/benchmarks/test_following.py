@@ -36,3 +36,13 @@ def test_of_a_file_put_in_its_place_only_what_is_new_comes(tmp_path: Path) -> No
     other.write_text("1\n2\n3 again\n5\n", encoding="utf-8")
     other.replace(path)
     assert list(tail.read()) == ["5"], "written before anyone looked"
+
+
+def test_a_file_that_is_cut_in_its_place_and_has_grown_beyond_its_length_since(tmp_path: Path) -> None:
+    """As metrics.jsonl is by a run that goes back; between two looks it may have written more than it has cut."""
+    path = tmp_path / "m"
+    path.write_text("1\n2\n3\n", encoding="utf-8")
+    tail = Tail(path)
+    assert list(tail.read()) == ["1", "2", "3"]
+    path.write_text("1\n2'\n3'\n4'\n", encoding="utf-8")
+    assert list(tail.read()) == ["2'", "3'", "4'"]
