@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hecate.errors import UserError
 from hecate.io.plain_files import read_plain
-
-if TYPE_CHECKING:
-    from hecate.model.load import ModelSource
 
 _MOST_LAYERS, _LARGEST = 10_000, 2**31
 """of any model; of any other whole number in its configuration"""
@@ -19,35 +16,26 @@ _ELSEWHERE = ("transformers_weights",)
 """keys of config.json by which transformers takes its weights from other files than those that are digested"""
 
 
-def refuse_what_is_loaded_unseen(source: ModelSource) -> None:
-    """Check that transformers loads what hecate has looked at, and no more.
+def refuse_what_is_loaded_unseen(folder: Path) -> None:
+    """Check that transformers loads of a model's folder what hecate has looked at, and no more.
 
     Raises:
         UserError: the folder holds an adapter, which transformers would apply by itself, or the configuration names other weights, or
             attention kernels that would be fetched.
     """
-    if source.gguf_file is not None:
-        return
-    if (source.folder / "adapter_config.json").exists():
+    if (folder / "adapter_config.json").exists():
         raise UserError(
-            f"{source.folder}: holds an adapter_config.json, by which transformers would apply an adapter to the base model unasked\n"
+            f"{folder}: holds an adapter_config.json, by which transformers would apply an adapter to the base model unasked\n"
             "  give the base model's own folder; an adapter that training begins with is named by lora.init_from"
         )
     try:
-        values = json.loads(read_plain(source.folder / "config.json"))
+        values = json.loads(read_plain(folder / "config.json"))
     except (OSError, ValueError, RecursionError):
         return  # transformers says what is wrong
     for key, value in values.items() if isinstance(values, dict) else ():
         fetches = key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal") and "/" in str(value)
         if key in _ELSEWHERE or fetches:
-            raise UserError(
-                f"{source.folder}/config.json: {key}: would have transformers load other files than the model's own\n  remove the key"
-            )
-
-
-def refuse_endless_sizes(config: Any, source: ModelSource) -> None:
-    """`refuse_endless_values` for a configuration that transformers has read."""
-    refuse_endless_values(config.to_dict(), source.folder)
+            raise UserError(f"{folder}/config.json: {key}: would have transformers load other files than the model's own\n  remove the key")
 
 
 def refuse_endless_values(values: Mapping[str, Any], file: Path) -> None:

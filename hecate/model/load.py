@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hecate.config.paths import find_model
 from hecate.errors import UserError
 from hecate.io.foreign_errors import reading
-from hecate.model.base_folder import refuse_endless_sizes, refuse_what_is_loaded_unseen
+from hecate.model.base_folder import refuse_endless_values, refuse_what_is_loaded_unseen
 from hecate.model.norms import fuse_norms
 from hecate.ranks.processor import computes_bfloat16
 
@@ -92,10 +92,11 @@ def read_config(source: ModelSource, num_hidden_layers: int | None = None) -> An
     from transformers import AutoConfig
 
     _quiet_transformers()
-    refuse_what_is_loaded_unseen(source)
+    if source.gguf_file is None:
+        refuse_what_is_loaded_unseen(source.folder)
     with reading(source.folder, "transformers cannot read its configuration"):
         config = AutoConfig.from_pretrained(**source.arguments())
-    refuse_endless_sizes(config, source)
+    refuse_endless_values(config.to_dict(), source.folder)
     if num_hidden_layers is not None:
         text = config.get_text_config()  # of a model of text alone: itself
         if num_hidden_layers > text.num_hidden_layers:

@@ -155,11 +155,18 @@ def test_the_output_of_an_earlier_end_is_replaced_by_the_first_rank(tmp_path: Pa
     (tmp_path / "adapter" / "old.bin").touch()
     (tmp_path / "adapter.tmp-0123abcd").mkdir()
     (tmp_path / "metrics.jsonl").touch()
-    found: list[list[str]] = []
-    output = TrainedOutput("adapter", lambda folder, _moe, _ranks: found.append([str(folder), *map(str, folder.glob("*"))]))
+    old = tmp_path / "adapter" / "old.bin"
+
+    def write(folder: Path, _moe: object, _ranks: object) -> None:
+        assert old.exists(), "it stays until the new one is written"
+        if rank == 0:  # the others send what they have
+            folder.mkdir()
+            (folder / "new.bin").touch()
+
+    output = TrainedOutput("adapter", write)
     ranks: Any = SimpleNamespace(is_first=rank == 0)
     assert output.replace(tmp_path, None, ranks) == tmp_path / "adapter"  # type: ignore[arg-type]
-    assert found == [[f"{tmp_path}/adapter", *([] if rank == 0 else [f"{tmp_path}/adapter/old.bin"])]]
+    assert [path.name for path in (tmp_path / "adapter").iterdir()] == ["new.bin" if rank == 0 else "old.bin"]
     assert (tmp_path / "metrics.jsonl").exists()
     assert (tmp_path / "adapter.tmp-0123abcd").exists() == (rank == 1)
 

@@ -14,6 +14,7 @@ import torch
 
 from hecate.data.chat import TemplateRefusal, _apply
 from hecate.errors import UserError
+from hecate.model.base_folder import refuse_endless_values
 from hecate.model.load import load_model, load_tokenizer, outline_of, read_config, resolve_model
 from testing.tiny_run import make_workshop
 
@@ -101,6 +102,13 @@ def test_what_is_no_such_file_is_refused(model: Path, file: str, content: str) -
 def test_an_adapter_in_the_folder_is_not_applied_unasked(model: Path) -> None:
     (model / "adapter_config.json").write_text("{}", encoding="utf-8")
     assert "would apply an adapter" in refusal_of(lambda: take(model), model)
+
+
+@pytest.mark.parametrize("values", [{"num_hidden_layers": 10_001}, {"n_layer": 10**6}, {"text_config": {"vocab_size": 2**31}}])
+def test_sizes_that_nothing_has_are_refused_before_anything_is_built(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"model: \w+: \d+ is more than any model has"):
+        refuse_endless_values(values, Path("model"))
+    refuse_endless_values({"num_hidden_layers": 126, "vocab_size": 10**6, "rope_theta": 1e30, "tied": True, "layers": None}, Path("model"))
 
 
 class Plants:
