@@ -25,6 +25,8 @@ _NONCE, _PROOF, _LENGTH = 32, 32, 4
 """bytes"""
 _LONGEST = 1 << 24
 """bytes of a message"""
+_CONNECT_SECONDS = 60.0
+"""how long a server may take to answer a client that connects"""
 _ADMISSION_SECONDS, _MOST_STRANGERS = 5.0, 64
 """How long a connection may take to prove that it holds the secret, and how many may be about to. One more takes the place of the oldest,
 so that strangers keep no member out by saying nothing."""
@@ -67,7 +69,7 @@ class StoreServer:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError, ValueError, MemoryError):
+        with connection, suppress(OSError, ValueError, IndexError, TypeError, MemoryError):  # what is no request, too
             try:
                 conversation = self._admit(connection)
             finally:
@@ -205,7 +207,7 @@ class JobStore(dist.Store):
             self._idle.append(conversation)
 
     def _connect(self) -> _Conversation:
-        where, limit = f"the job's store at {self._address[0]}:{self._address[1]}", self._limit().total_seconds()
+        where, limit = f"the job's store at {self._address[0]}:{self._address[1]}", min(_CONNECT_SECONDS, self._limit().total_seconds())
         try:
             connection = socket.create_connection(self._address, limit)
         except OSError as error:

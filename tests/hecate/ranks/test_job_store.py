@@ -194,3 +194,12 @@ def test_a_server_that_does_not_hold_the_secret_is_not_spoken_to() -> None:
     assert len(heard[0]) == 64
     assert SECRET not in heard[0]
     assert heard[1] == b""
+
+
+@pytest.mark.parametrize("request_", [[], [b"boom"], [b"get"], [b"get", b"soon", b"a"], [b"set", b"a"], [b"add", b"a", b"b"], [b"delete"]])
+def test_what_is_no_request_ends_its_conversation_and_no_other(server: StoreServer, request_: list[bytes]) -> None:
+    store, other = client(server), client(server)
+    with pytest.raises(dist.DistError, match="is lost"):
+        store._ask(*request_)
+    other.set("a", "b")
+    assert store.get("a") == b"b", "it connects anew"
