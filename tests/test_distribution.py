@@ -57,6 +57,21 @@ def test_an_extra_leaves_out_what_has_no_wheel_for_a_python_and_nothing_else() -
     assert not [text for text in PROJECT["dependencies"] if "python_version" in text]
 
 
+HOLES = tomllib.loads((ROOT / "tests" / "known_holes.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("package", HOLES["least"])
+def test_no_bound_admits_a_version_with_a_known_hole(package: str) -> None:
+    given = [*PROJECT["dependencies"], *(text for extra in PROJECT["optional-dependencies"].values() for text in extra)]
+    bounds = [match[1] for text in given if (match := re.match(rf"{package}(?:\[\w+\])? >= ([0-9.]+)", text))]
+    assert bounds, f"{package} is no dependency any more, or has no bound"
+
+    def numbers(version: str) -> list[int]:
+        return [int(part) for part in version.split(".")]
+
+    assert all(numbers(bound) >= numbers(HOLES["least"][package]) for bound in bounds), (package, bounds)
+
+
 def python_of(folder: Path, name: str, version: tuple[int, int, int]) -> None:
     """A program that answers as a Python of this version: it computes nothing but conditions on `sys.version_info`."""
     program = folder / name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,7 @@ _OTHERS = (";", "\t")
 """between cells of files that spreadsheets write where a comma parts a number"""
 _ROWS_AT_A_TIME = 64
 """which are in memory whole: a table may have a long text once, and name it in every row"""
-_OLDEST_PYARROW = 15
+_OLDEST_PYARROW = "23.0.1"
 """earlier versions unpickle what a file says"""
 
 
@@ -167,7 +168,7 @@ def _pyarrow(path: str) -> Any:
             f"{path}: Parquet and Arrow files are read by the package pyarrow, which is not installed\n"
             f"  install it with: pip install 'pyarrow >= {_OLDEST_PYARROW}'; or write the samples as JSONL"
         ) from error
-    if int(pyarrow.__version__.split(".")[0]) < _OLDEST_PYARROW:
+    if list(map(int, re.findall("[0-9]+", pyarrow.__version__)[:3])) < list(map(int, _OLDEST_PYARROW.split("."))):
         raise UserError(
             f"{path}: pyarrow {pyarrow.__version__} is not used to read it, because it may run code that a file holds\n"
             f"  update it with: pip install 'pyarrow >= {_OLDEST_PYARROW}'"
