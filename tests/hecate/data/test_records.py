@@ -100,7 +100,9 @@ def test_tables_without_pyarrow_name_the_command_that_installs_it(tmp_path: Path
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name in ("a.parquet", "a.arrow"):
         (tmp_path / name).write_bytes(b"PAR1")
-        with pytest.raises(UserError, match=rf"{name}: .*pyarrow, which is not installed\n  install it with: pip install 'pyarrow >= 15'"):
+        with pytest.raises(
+            UserError, match=rf"{name}: .*pyarrow, which is not installed\n  install it with: pip install 'pyarrow >= 23.0.1'"
+        ):
             values(tmp_path / name)
 
 
