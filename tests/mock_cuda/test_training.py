@@ -90,7 +90,7 @@ def require_alike(mock: Runs, cpu: Runs, case: str, rounding: float = 1e-9) -> N
     assert len(mock.losses(case)) == len(cpu.losses(case)) > 0
     for got, wanted in zip(mock.losses(case), cpu.losses(case), strict=True):
         assert got[:2] == pytest.approx(wanted[:2], rel=rounding), case
-        assert got[2] == pytest.approx(wanted[2], rel=rounding if rounding < 1e-3 else 3 * rounding), case
+        assert got[2] == pytest.approx(wanted[2], rel=rounding if rounding < 1e-3 else 5 * rounding), case
     for got_of, wanted_of in zip(mock.evaluations(case), cpu.evaluations(case), strict=True):
         assert got_of.keys() == wanted_of.keys()
         for source, scores in wanted_of.items():

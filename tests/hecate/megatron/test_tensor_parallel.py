@@ -209,7 +209,7 @@ def test_losses_and_norms_are_those_of_one_rank(alone: Found, job: tuple[str, li
         for name, found in rank.items():
             assert found.loads == alone.loads, "routed otherwise, or a token more than once"
             for got, wanted in zip(found.steps, alone.steps, strict=True):
-                assert got == pytest.approx(wanted, rel=1e-9), name
+                assert got == pytest.approx(wanted, rel=1e-6 if name == "megatrons" else 1e-9), name  # Megatron's router is in float32
 
 
 def test_gradients_are_those_of_one_rank(alone: Found, job: tuple[str, list[dict[str, Found]]]) -> None:
