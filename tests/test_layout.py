@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -302,16 +302,22 @@ WRITES_PLAINLY = {
 """Files outside `hecate/io/durable.py` that write other files themselves, and why that is right."""
 
 
+def files_that_call(is_one: Callable[[ast.Call], bool]) -> set[str]:
+    """The files of the product with such a call."""
+    product = files(sources("hecate", "parallel", "kernels", "launch"))
+    return {path for path, found in product for node in found if isinstance(node, ast.Call) and is_one(node)}
+
+
 def test_files_are_written_by_one_room() -> None:
     """So that a crash leaves the old content or the new one, and a full disk an error that somebody handles."""
-    writers = set()
-    for path, found in files(sources("hecate", "parallel", "kernels", "launch")):
-        for call in (node for node in found if isinstance(node, ast.Call)):
-            function = ast.unparse(call.func)
-            mode = [ast.unparse(argument).strip("'") for argument in (*call.args, *(given.value for given in call.keywords))]
-            opens = function.endswith("open") and any(re.fullmatch("[wax]b?[+]?|r[+]?b[+]|rb?[+]", text) for text in mode)
-            if opens or function in ("os.replace", "os.rename") or function.endswith((".write_text", ".write_bytes")):
-                writers.add(path)
+
+    def writes(call: ast.Call) -> bool:
+        function = ast.unparse(call.func)
+        mode = [ast.unparse(argument).strip("'") for argument in (*call.args, *(given.value for given in call.keywords))]
+        opens = function.endswith("open") and any(re.fullmatch("[wax]b?[+]?|r[+]?b[+]|rb?[+]", text) for text in mode)
+        return opens or function in ("os.replace", "os.rename") or function.endswith((".write_text", ".write_bytes"))
+
+    writers = files_that_call(writes)
     assert not writers - set(WRITES_PLAINLY), f"write through hecate/io/durable.py: {sorted(writers - set(WRITES_PLAINLY))}"
     assert not set(WRITES_PLAINLY) - writers, f"mended: remove them: {sorted(set(WRITES_PLAINLY) - writers)}"
 
@@ -319,16 +325,12 @@ def test_files_are_written_by_one_room() -> None:
 PRINTS_ITSELF = {
     "hecate/io/terminal.py": "it is the room",
     "launch/forked_rank.py": "it imports the standard library alone, and prints one sentence of its own",
-    "hecate/config/paths.py": "the call is in a command's text, which another Python runs",
 }
 
 
 def test_everything_is_printed_by_one_room() -> None:
     """So that no text out of somebody's file gives orders to a terminal. Drills print what they have made themselves."""
-    printers = set()
-    for path, found in files(sources("hecate", "parallel", "kernels", "launch")):
-        for call in (node for node in found if isinstance(node, ast.Call)):
-            if ast.unparse(call.func) in ("print", "Console", "rich.print", "typer.echo", "sys.stdout.write", "sys.stderr.write"):
-                printers.add(path)
-    printers = {path for path in printers if not path.startswith("hecate/drill/")}
+    ways = ("print", "Console", "rich.print", "typer.echo", "sys.stdout.write", "sys.stderr.write")
+    printers = {path for path in files_that_call(lambda call: ast.unparse(call.func) in ways) if not path.startswith("hecate/drill/")}
     assert not printers - set(PRINTS_ITSELF), f"print by hecate/io/terminal.py: {sorted(printers - set(PRINTS_ITSELF))}"
+    assert not set(PRINTS_ITSELF) - printers, f"mended: remove them: {sorted(set(PRINTS_ITSELF) - printers)}"

@@ -206,7 +206,7 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
                 read = error
             reason = _first_reason(ranks, read)
         if ranks.all_max(float(isinstance(read, UnreadableError))):
-            raise read if isinstance(read, UnreadableError) else UnreadableError(f"{reason}\n  try again, on another rank's machine, too")
+            raise read if isinstance(read, UnreadableError) else UnreadableError(f"{reason}\n  try again; this rank could read its part")
         note_damage(folder, reason)  # if there is none: every tensor of it is one that some rank needs
         if reason is not None:
             passed_over.append((name, reason))

@@ -328,15 +328,16 @@ def _resolve(tree: DictConfig, values: dict[str, Any], report: Report) -> dict[s
 
 
 def _too_long(values: dict[str, Any], targets: dict[str, list[str]]) -> list[str]:
-    """The keys whose values are too long with references written out, which a few lines can make of any length.
+    """The keys whose values would be too long with their references written out: a few lines can make a text of any length.
 
-    A circle of references counts as too long only where it grows; OmegaConf names the others.
+    References in a circle are left to OmegaConf, which refuses them.
     """
+    referring = {key: names for key, names in targets.items() if names}
     own = {key: len(str(value)) for key, value in values.items()}
     lengths = dict(own)
-    for _ in targets:  # a chain has no more links
-        lengths |= {key: min(_LONGEST_TEXT + 1, own[key] + sum(lengths.get(name, 0) for name in names)) for key, names in targets.items()}
-    return [key for key, names in targets.items() if names and lengths[key] > _LONGEST_TEXT]
+    for _ in referring:  # a chain has no more links
+        lengths |= {key: min(_LONGEST_TEXT + 1, own[key] + sum(lengths.get(name, 0) for name in names)) for key, names in referring.items()}
+    return [key for key in referring if lengths[key] > _LONGEST_TEXT]
 
 
 def _plain(value: Any) -> Any:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from hecate.errors import UserError
 
-_PLAIN = ("OSError", "ValueError", "RuntimeError", "SafetensorError", "TemplateError")
-"""errors whose texts need no name before them"""
+_PLAIN = ("RuntimeError", "SafetensorError", "TemplateError")
+"""errors, beside OSError and ValueError, whose texts need no name before them"""
 _LONGEST = 300
 """characters of a library's text"""
 

@@ -9,14 +9,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hecate.errors import UserError
+from hecate.io.terminal import tell
 
 
 @contextmanager
 def one_writer(folder: str) -> Iterator[None]:
     """Hold a run's folder until the end of the block, or of this process. It is made if need be, and removed if nothing was put into it.
 
-    Nothing is left in the folder: the lock is on the folder itself, which file systems of one machine allow, and some of several refuse. On
-    those it holds nobody out.
+    Nothing is left in the folder: the lock is on the folder itself, which file systems of one machine allow, and some of several refuse. A
+    line says so then, and nobody is held out.
 
     Raises:
         UserError: another run has it, or it cannot be made.
@@ -35,8 +36,8 @@ def one_writer(folder: str) -> Iterator[None]:
             raise UserError(
                 f"output_dir: {folder}: another run is writing to it\n  wait for its end or stop it, or choose another output_dir"
             ) from None
-        except OSError:
-            pass
+        except OSError as error:
+            tell(f"hecate: output_dir: {folder}: cannot be locked ({error.strerror}), so nothing keeps another run out of it")
         yield
     finally:
         os.close(held)

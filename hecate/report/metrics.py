@@ -137,7 +137,7 @@ class MetricsWriter:
             if bad:
                 self.set_aside = _free_name(self.path)
                 os.link(self.path, self.set_aside)
-            if kept > leading:
+            if bad or kept > leading:  # a file that is set aside is a second name of this one, which must not be cut
                 self._rewrite(step)
             elif size > (found := os.fstat(self._file.fileno()).st_size):  # the last line is whole but for its newline
                 self._file.write(b"\n")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -47,3 +49,12 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"output_dir: .*file/run: Not a directory"), one_writer(str(tmp_path / "file" / "run")):
         pass
+
+
+def test_where_a_folder_cannot_be_locked_a_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hecate.io.one_writer.fcntl.flock", mock.Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    with one_writer(str(tmp_path)):
+        pass
+    assert "cannot be locked (No locks available), so nothing keeps another run out" in capsys.readouterr().err

@@ -188,6 +188,19 @@ def test_a_file_with_a_hole_in_its_midst_is_set_aside_and_its_records_stay(tmp_p
     assert (tmp_path / "m.damaged-2.jsonl").read_bytes() == data
 
 
+def test_a_file_that_is_set_aside_is_not_cut_with_the_other(tmp_path: Path) -> None:
+    """Where all that follows the hole is of later steps, cutting the file would be enough, and would cut both."""
+    path = tmp_path / "m"
+    data = b'{"kind":"step","step":1}\nnonsense\n{"kind":"step","step":9}\n'
+    path.write_bytes(data)
+    with MetricsWriter(path) as writer:
+        assert writer.truncate_after(1) == 2
+        writer.write(a_step(2))
+        assert writer.set_aside is not None
+        assert writer.set_aside.read_bytes() == data
+    assert [record["step"] for record in records(path)] == [1, 2]
+
+
 def test_what_was_written_before_a_sync_survives_a_power_cut(tmp_path: Path) -> None:
     synced: list[str] = []
     with (
