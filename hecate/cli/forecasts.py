@@ -59,15 +59,15 @@ def plan(
 
     The model's folder may lack its weights, and model.name_or_path may be a config.json or a name such as llama-3-8b; data are not read.
     """
-    # A few plans in plain Python take less time than compiling the planners' loops.
-    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
     if trace is not None:
         _refuse_beside(context, "--trace", "it has the loads", allowed=tuple(name for name in context.params if name != "workload"))
     from hecate.config import load_config
     from hecate.forecast.plan import run_plan
+    from hecate.parallel.jit import plain_python
 
     loaded = load_config(config, overrides or (), claim_output=False, inputs=False)
-    run_plan(loaded, topology=topology, ranks=ranks, workload=workload, trace=trace, json_path=json_path)
+    with plain_python():  # a few plans take less time so than numba's import does
+        run_plan(loaded, topology=topology, ranks=ranks, workload=workload, trace=trace, json_path=json_path)
 
 
 def simulate(

@@ -190,14 +190,14 @@ def report(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="HTML file to write; default: report.html in RUN")] = None,
 ) -> None:
     """Write one HTML page about a run: losses, load of the experts, imbalance, time, bytes, memory, events. Needs nothing but itself."""
-    # A few plans in plain Python take less time than compiling the planners' loops.
-    os.environ.setdefault("NUMBA_DISABLE_JIT", "1")
     from hecate.forecast.planned_memory import planned_memory
     from hecate.io.plain_files import refuse_links
+    from hecate.parallel.jit import plain_python
     from hecate.report.page import report_page, write_page
     from hecate.report.run_records import read_run
 
     refuse_links(run)
     records = read_run(run)
-    planned = planned_memory(run, len(records.peak_bytes)) if records.peak_bytes else "the run has recorded no memory"
+    with plain_python():  # a few plans take less time so than numba's import does
+        planned = planned_memory(run, len(records.peak_bytes)) if records.peak_bytes else "the run has recorded no memory"
     show_text(write_page(out or run / "report.html", report_page(records, planned)))

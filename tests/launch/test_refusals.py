@@ -72,7 +72,6 @@ def test_a_mistake_starts_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(subprocess.Popen, "__init__", started)
     monkeypatch.setattr(preflight, "default_ranks", lambda: 3 if "ranks" in given else 2)
     monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.setenv("NUMBA_DISABLE_JIT", "0")  # commands set it; monkeypatch sets it back
     options = [option.format(folder=folder) for option in given if option != "ranks"]
     result = CliRunner().invoke(app, [command, str(folder / "config.yaml"), f"output_dir={folder}/runs/bad", *options])
     assert isinstance(result.exception, UserError), result.exception
