@@ -9,17 +9,19 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from hecate.config import Config, load_config
+from hecate.config.effective import leaves_of
 from hecate.errors import UserError
 from hecate.io.signals import on_signals
 from hecate.io.terminal import show_text, tell
 from hecate.launch.ray_job.cluster import WRONG_TOKEN, check_token, import_ray, refuse_if_nobody_listens
 from hecate.launch.ray_job.driver import check_for_ray
-from hecate.launch.ray_job.upload import stage
+from hecate.launch.ray_job.upload import SUFFIXES, stage
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 
 _STOP_SECONDS = "120"
@@ -46,7 +48,7 @@ def submit(config: Path, overrides: Sequence[str], address: str, *, working_dir:
     with tempfile.TemporaryDirectory(prefix="hecate-upload-") as folder:
         staged = Path(folder, "job")
         staged.mkdir()
-        stage(working_dir, staged)
+        tell(f"hecate: {stage(working_dir, staged, {inside, *_named_files(loaded, working_dir)})}")
         command = shlex.join(["python", "-m", "hecate", "ray", str(inside), *overrides])
         variables = {name: os.environ[name] for name in (COLLECTIVES_VARIABLE,) if name in os.environ}
         variables["RAY_JOB_STOP_WAIT_TIME_S"] = _STOP_SECONDS
@@ -109,6 +111,12 @@ def _inside(config: Path, working_dir: Path) -> Path:
         return config.resolve().relative_to(working_dir.resolve())
     except ValueError:
         raise UserError(f"{config}: lies outside {working_dir}, which is uploaded; give --working-dir a folder that holds it") from None
+
+
+def _named_files(config: Config, working_dir: Path) -> set[Path]:
+    """The files inside the folder that values of a configuration name, such as a topology's, relative to the folder."""
+    texts = [value for value in leaves_of(asdict(config)).values() if isinstance(value, str) and value.endswith(SUFFIXES)]
+    return {Path(text) for text in texts if not Path(text).is_absolute() and (working_dir / text).is_file()}
 
 
 def _refuse_relative(config: Config) -> None:

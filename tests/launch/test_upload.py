@@ -12,8 +12,15 @@ from hecate.launch.ray_job import upload
 from hecate.launch.ray_job.submit import submit
 from hecate.launch.ray_job.upload import stage, uploaded_files
 
-TAKEN = ("my/data/__init__.py", "my/data/read.py", "config.yaml", "my/family.py", "pyproject.toml", "my/nested/deep.yml")
+NAMED = ("config.yaml", "my/nested/deep.yml")
+TAKEN = ("my/data/__init__.py", "my/data/read.py", "my/family.py", "pyproject.toml", "my/data/preset.yaml", *NAMED)
 LEFT = (
+    "other.yaml",
+    "apikeys.yaml",
+    "kubeconfig.yaml",
+    "auth.toml",
+    "my/data/apikeys.yaml",
+    "my/data/auth.toml",
     ".env",
     ".env.yaml",
     "token",
@@ -48,7 +55,27 @@ def filled(root: Path, names: tuple[str, ...]) -> Path:
 
 
 def test_only_code_and_configurations_are_taken(tmp_path: Path) -> None:
-    assert {str(path) for path in uploaded_files(filled(tmp_path, (*TAKEN, *LEFT)))} == set(TAKEN)
+    assert {str(path) for path in uploaded_files(filled(tmp_path, (*TAKEN, *LEFT)), set(map(Path, NAMED)))} == set(TAKEN)
+
+
+@pytest.mark.parametrize("target", ["../outside", ".hidden", "runs", "venv"])
+def test_a_link_does_not_bring_what_its_target_is_kept_from(tmp_path: Path, target: str) -> None:
+    """To a folder outside, as a linked ~/.config is, or to one inside that is left out; and to single files in them."""
+    root = tmp_path / "root"
+    filled(root, ("code.py",))
+    filled(root / target, ("x.py", "x.yaml"))
+    (root / "shared").symlink_to(root / target)
+    (root / "single.py").symlink_to(root / target / "x.py")
+    (root / "plain.yaml").symlink_to(root / target / "x.yaml")
+    assert uploaded_files(root, {Path("plain.yaml")}) == [Path("code.py")]
+    with pytest.raises(UserError, match=r"plain.yaml: the job needs this file, and it would not be uploaded"):
+        stage(root, tmp_path / "copy", {Path("plain.yaml")})
+
+
+def test_a_link_to_a_secret_is_left_out(tmp_path: Path) -> None:
+    filled(tmp_path, ("token.py", "code.py"))
+    (tmp_path / "harmless.py").symlink_to("token.py")
+    assert uploaded_files(tmp_path) == [Path("code.py")]
 
 
 def test_a_linked_package_is_taken_where_it_is_linked_and_circles_end(tmp_path: Path) -> None:
@@ -68,16 +95,20 @@ def test_a_package_of_this_checkout_is_taken_whole() -> None:
     packages = [path for path in (root / "hecate").rglob("*.py") if "__pycache__" not in path.parts]
     assert {str(path.relative_to(root)) for path in packages} <= taken
     assert "hecate/data/stream.py" in taken
+    configurations = [path for path in (root / "configs").rglob("*") if path.suffix in (".yaml", ".jinja")]
+    assert {f"hecate/{path.relative_to(root)}" for path in configurations} <= taken
 
 
 def test_a_copy_is_staged_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, target = filled(tmp_path / "root", TAKEN), tmp_path / "target"
     target.mkdir()
-    assert stage(root, target) == len(TAKEN)
+    named = set(map(Path, NAMED))
+    shown = stage(root, target, named)
+    assert shown == f"uploading 7 files, 1 KiB, from {root}: config.yaml, my/nested/deep.yml, pyproject.toml, 4 files of my/"
     assert {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()} == set(TAKEN)
     monkeypatch.setattr(upload, "MAX_BYTES", 2)
     with pytest.raises(UserError, match="would be uploaded"):
-        stage(root, tmp_path / "other")
+        stage(root, tmp_path / "other", named)
 
 
 CONFIG = "model: {{name_or_path: model}}\ndata: {{train: {train}}}\noutput_dir: {out}\nmax_steps: 1\n"
