@@ -22,7 +22,6 @@ import importlib.util
 import os
 import platform
 import re
-import stat
 import subprocess
 import sys
 import tempfile
@@ -34,6 +33,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
+from hecate.io.plain_files import ours_alone
 from hecate.io.python_module import RUN_MODULE
 
 P = ParamSpec("P")
@@ -316,19 +316,13 @@ def _folder() -> Path | None:
         try:
             place.mkdir(parents=True, exist_ok=True, mode=0o700)
             folder.mkdir(exist_ok=True, mode=0o700)
-            if not all(map(_is_ours, (place, folder))):
+            if not all(map(ours_alone, (place, folder))):
                 continue
             with tempfile.TemporaryFile(dir=folder):
                 return folder
         except OSError:
             continue
     return None
-
-
-def _is_ours(folder: Path) -> bool:
-    """Whether nobody else can put machine code there, which this process would run: in a folder for all, anybody may have made it first."""
-    found = folder.stat()
-    return found.st_uid == folder.lstat().st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _user_cache() -> Path:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,11 +126,16 @@ def _card(base: str | None, loading: Loading, facts: Mapping[str, Any]) -> bytes
     of_base = [] if base is None else [f"base_model: {json.dumps(base)}"]
     header = ["---", f"library_name: {loading.library}", *of_base, "tags:"]
     header += [f"- {tag}" for tag in ("hecate", *loading.tags)] + ["---"]
-    table = ["| what | value |", "|---|---|", *(f"| {name} | {_shown(value)} |" for name, value in facts.items() if value is not None)]
+    table = [
+        "| what | value |",
+        "|---|---|",
+        *(f"| {_shown(name)} | {_shown(value)} |" for name, value in facts.items() if value is not None),
+    ]
     sections = ["\n".join(header), "# Trained with hecate", "\n".join(table), "## How to load it", loading.how]
     return ("\n\n".join(sections) + "\n").encode()
 
 
 def _shown(value: Any) -> str:
+    """Text as Markdown and HTML show it: it may come from another's adapter, and give neither a link nor a tag."""
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text.replace("|", "\\|").replace("\n", " ")
+    return re.sub(r"([\\`\[\]|])", r"\\\1", html.escape(" ".join(text.splitlines()), quote=False))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from hecate.config.paths import data_files, file_form
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
-from hecate.io.plain_files import open_plain, read_plain
+from hecate.io.plain_files import open_plain, ours_alone, read_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
 _CHECKS = 4
@@ -34,7 +35,11 @@ _SETTLED = 2_000_000_000
 
 
 def cache_folder(given: str | None) -> Path | None:
-    """The folder for tokenized data that `data.cache` names, which is created; None: none is used. Raises UserError: it cannot be."""
+    """The folder for tokenized data that `data.cache` names, which is created; None: none is used.
+
+    Raises:
+        UserError: it cannot be, or it is the user's own cache, and others can write to it.
+    """
     if given is None:
         return None
     folder = Path(given)
@@ -45,6 +50,11 @@ def cache_folder(given: str | None) -> Path | None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # it holds what the data hold
         for part in ("files", "checked"):
             (folder / part).mkdir(exist_ok=True)
+        if given == "auto" and not ours_alone(folder):
+            raise UserError(
+                f"{folder}: others can write to it, so that the tokenized data in it may be theirs\n"
+                f"  rm -r {shlex.quote(str(folder))}  (they are made again), or name a folder that you share on purpose with data.cache"
+            )
     except (OSError, RuntimeError) as error:
         raise unwritable(folder, error) from error
     return folder

@@ -16,7 +16,7 @@ def write_quarantine(path: str | Path, faults: Iterable[Fault]) -> None:
     """
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        replace_file(Path(path), map(quarantined, faults))
+        replace_file(Path(path), map(quarantined, faults), mode=0o600)  # it holds what the data hold
     except OSError as error:
         raise UserError(f"quarantine file {path} cannot be written: {error.strerror}") from error
 

@@ -22,18 +22,19 @@ def write_durable(path: Path, blocks: Iterable[memoryview | bytes]) -> int:
     return _create(path, blocks, durable=True)
 
 
-def replace_file(path: Path, blocks: Iterable[memoryview | bytes], *, durable: bool = True) -> None:
+def replace_file(path: Path, blocks: Iterable[memoryview | bytes], *, durable: bool = True, mode: int = 0o644) -> None:
     """Write the blocks to `path`, in place of what is there: a reader sees the old content or the new one, never a part.
 
     If writing fails, the old file stays.
 
     Args:
         durable: the new content survives a power cut. False: nobody needs it after one, so that nothing waits for the disk.
+        mode: who may read it.
     """
     staged = path.with_name(f"{path.name}.tmp")
     try:
         staged.unlink(missing_ok=True)
-        _create(staged, blocks, durable=durable)
+        _create(staged, blocks, durable=durable, mode=mode)
         os.rename(staged, path)
     except BaseException:  # Ctrl-C, too
         with contextlib.suppress(OSError):
@@ -132,9 +133,9 @@ def _exchange(one: Path, other: Path) -> None:
     os.rename(aside, one)
 
 
-def _create(path: Path, blocks: Iterable[memoryview | bytes], *, durable: bool) -> int:
+def _create(path: Path, blocks: Iterable[memoryview | bytes], *, durable: bool, mode: int = 0o644) -> int:
     size = 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
         for block in blocks:
             rest = memoryview(block)

@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from hecate.data.chat import turn_end
+from hecate.errors import UserError
 from hecate.model.attention import generating
 from hecate.model.base import BaseModel
 
@@ -112,9 +113,8 @@ def arguments(base: BaseModel, decoding: Decoding, width: int, keys: Sequence[st
         "do_sample": False,
         "eos_token_id": ends,
         "pad_token_id": ends[0],
+        "logits_processor": [_require_numbers, *(_sampling(decoding, keys, device) if decoding.samples else [])],
     }
-    if decoding.samples:
-        given["logits_processor"] = _sampling(decoding, keys, device)
     if decoding.stop:
         given["stopping_criteria"] = [_StopTexts(base.tokenizer, decoding.stop, width)]
     return given
@@ -152,6 +152,14 @@ def _sampling(decoding: Decoding, keys: Sequence[str], device: torch.device) -> 
     if decoding.top_p < 1:
         steps.append(TopPLogitsWarper(decoding.top_p))
     return [*steps, _KeyedNoise([f"{decoding.seed}/{key}" for key in keys], device)]
+
+
+def _require_numbers(_ids: Tensor, logits_BV: Tensor) -> Tensor:
+    if bool(logits_BV.isnan().any()):
+        raise UserError(
+            "the model's logits are not numbers (NaN), so that it answers nothing\n  its weights, or the adapter's, are damaged"
+        )
+    return logits_BV
 
 
 class _KeyedNoise:

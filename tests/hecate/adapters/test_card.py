@@ -53,3 +53,12 @@ def test_the_card_says_what_was_trained(tmp_path: Path) -> None:
     card = adapter_card({**value, "hecate": {"extra": {"training": how_trained(made)}}}).decode()
     for text in ("| steps | 7 |", "| data | a\\|b |", "| family | mixlora |", "library_name: peft", "PeftModel.from_pretrained"):
         assert text in card
+
+
+def test_text_of_others_is_shown_and_gives_no_links_or_tags(tmp_path: Path) -> None:
+    """Keys and values of an adapter's extra metadata."""
+    extra = {"training": {"<script>alert(1)</script>": "[free](http://x) `a`|b\r\n# c", "data": ["![x](http://y)"]}}
+    card = (save_mixlora(tmp_path / "adapter", Path("base"), extra=extra) / "README.md").read_text()
+    assert "| &lt;script&gt;alert(1)&lt;/script&gt; | \\[free\\](http://x) \\`a\\`\\|b # c |" in card
+    assert "<script" not in card
+    assert "![x]" not in card

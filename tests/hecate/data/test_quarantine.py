@@ -25,6 +25,7 @@ def test_each_bad_line_is_written_with_its_reason(tmp_path: Path) -> None:
             {"file": "a.jsonl", "line": 2, "reason": "not UTF-8", "raw": '{"text": "\\xff€"}'},
             {"file": "a.jsonl", "line": 4, "reason": "not valid JSON", "raw": "{oops"},
         ]
+        assert path.stat().st_mode & 0o777 == 0o600  # it holds what the data hold
 
 
 def test_a_file_that_cannot_be_written_is_named_with_the_systems_reason(tmp_path: Path) -> None:

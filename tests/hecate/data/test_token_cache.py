@@ -238,6 +238,10 @@ def test_the_folder_is_the_environments_or_the_users(tmp_path: Path, monkeypatch
     monkeypatch.delenv("HECATE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_folder("auto") == tmp_path / "hecate" / "tokens"
+    (tmp_path / "hecate" / "tokens").chmod(0o775)
+    with pytest.raises(UserError, match="others can write to it"):
+        cache_folder("auto")
+    assert cache_folder(str(tmp_path / "hecate" / "tokens")) == tmp_path / "hecate" / "tokens"  # whoever names it shares it on purpose
 
 
 def test_a_source_is_cached_where_a_folder_is_given(data: DataSource, folder: Path, byte_tokenizer: Any) -> None:
