@@ -6,14 +6,11 @@ A test that compiles kernels does so in a process of its own, without the variab
 
 Tokenized data are kept in a folder of the tests' own.
 
-No test leaves a variable of the environment otherwise than it was: the next one in that process might depend on it.
-
 Files that take a minute or more come first, so that at the end several workers have short ones to share.
 """
 
 import os
 import tempfile
-from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -47,21 +44,3 @@ def pytest_configure() -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((place for place, start in enumerate(LONGEST) if item.nodeid.startswith(start)), len(LONGEST)))
-
-
-@pytest.fixture(autouse=True)
-def same_environment() -> Iterator[None]:
-    before = _environment()
-    yield
-    after = _environment()
-    changed = {name: after.get(name) for name in before.keys() | after.keys() if before.get(name) != after.get(name)}
-    for name in changed:  # so that the tests after this one pass
-        os.environ.pop(name, None)
-        if name in before:
-            os.environ[name] = before[name]
-    assert not changed, f"this test leaves other variables than it found: {changed}"
-
-
-def _environment() -> dict[str, str]:
-    """The variables, but those that pytest and libraries set themselves, the libraries when they are imported."""
-    return {name: value for name, value in os.environ.items() if name not in ("PYTEST_CURRENT_TEST", "RAY_CLIENT_MODE")}

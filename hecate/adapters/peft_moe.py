@@ -187,6 +187,8 @@ def peft_config_from_json(value: Any) -> PeftMoeConfig:
         if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
             raise UserError(f"{name} must be a list of names, not {str(given)[:100]}")
         lists[name] = tuple(sorted(given))
+    if not value.get("target_modules") and not lists["target_parameters"]:
+        raise UserError("neither target_modules nor target_parameters name a layer, so that the adapter has none")
     ours = value.get("hecate") or {}
     if not isinstance(ours, dict) or not isinstance(ours.get("extra", {}), dict):
         raise UserError("hecate and hecate.extra must be objects")

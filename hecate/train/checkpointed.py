@@ -58,6 +58,7 @@ def model_of_checkpoint(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
         raise UserError(f"{folder}: {error}") from error
     model = replace(config.model, name_or_path=choice.name or config.model.name_or_path)
     config = replace(config, model=model)
+    _refuse_sizes(folder, manifest, config)
     if model.front_end == "transformers":
         base_of(folder, model.name_or_path)
     dtype = model.dtype if choice.dtype == "auto" else choice.dtype
@@ -72,7 +73,10 @@ def model_of_checkpoint(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple
     if config.moe.kind.of_moe_base and model.num_hidden_layers is None:
         require_room(resolve_model(model.name_or_path).folder, pick_dtype(dtype, ranks.device), ranks.device)
     topology = local_topology(1, cuda=ranks.device.type == "cuda")
-    base = front_end(alone, ranks, topology)
+    try:
+        base = front_end(alone, ranks, topology)
+    except UserError as error:  # it names keys of a configuration that the user has not given
+        raise UserError(f"{folder}: {error}") from error
     if template := template_in(folder, manifest.meta):
         base = base.with_chat_template(template)
     alone = config_of_model(alone, base)
@@ -98,6 +102,18 @@ def write_checkpointed(folder: Path, out_parent: Path, ranks: Ranks, model: str 
     return written
 
 
+def _refuse_sizes(folder: Path, manifest: Manifest, config: Config) -> None:
+    """Raises UserError: the configuration, which may be forged, has far larger experts than the tensors, which are there."""
+    longest = max((max(entry.shape, default=0) for entry in manifest.tensors.values()), default=0)
+    for key, value, most in (
+        ("lora.r", config.lora.r, longest),
+        ("moe.num_experts", config.moe.num_experts, longest + len(manifest.tensors)),
+    ):
+        largest = max(value, default=0) if isinstance(value, tuple) else value or 0
+        if largest > most:
+            raise UserError(f"{folder}: {key} is {str(largest)[:30]} in its configuration, more than its tensors have room for")
+
+
 def _user_width(manifest: Manifest) -> int | None:
     """See `Router.user_width`: of a gate's first part, which is a norm of the user's vector."""
     ends = ".router.norm.weight"
@@ -111,6 +127,9 @@ def _load(folder: Path, manifest: Manifest, moe: MoeModel) -> None:
     held |= {f"replicated/{name}": one for name, one in alike.items()}  # type: ignore[misc]
     if missing := [name for name in held if name not in manifest.tensors]:
         raise UserError(f"{folder}: has no tensor {missing[0]} ({len(missing)} missing)")
+    owned = [name for name in manifest.tensors if name.startswith("owned/")]
+    if more := [name for name in owned if not {name, name.rpartition("/")[0]} & held.keys()]:  # beside a value are the optimizer's states
+        raise UserError(f"{folder}: has the tensor {more[0][:200]}, of which the model that its configuration describes has none")
     for name, tensor in read_tensors(folder, manifest, held).items():
         if tensor.shape != held[name].shape:
             raise UserError(f"{folder}: {name} has the shape {list(tensor.shape)}, but the model needs {list(held[name].shape)}")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import get_type_hints
 
 import pytest
@@ -85,3 +87,11 @@ def test_a_folder_that_is_missing_is_named_before_libraries_are_loaded(command: 
     )
     done = subprocess.run([sys.executable, "-c", program, *command.split()], capture_output=True, text=True, check=True)
     assert done.stdout == "nothing: no such folder\n  give the folder of a run, a checkpoint, an adapter or a whole model\n"
+
+
+def test_plan_leaves_the_environment_of_its_process_as_it_was(tmp_path: Path) -> None:
+    """Who calls it in a process of his own has the planners' loops compiled afterwards, as before."""
+    before = os.environ.get("NUMBA_DISABLE_JIT")
+    done = CliRunner().invoke(app, ["plan", "finetune", "model.name_or_path=llama-3-8b", f"output_dir={tmp_path}/run", "--ranks", "2"])
+    assert done.exit_code == 0, done.output
+    assert os.environ.get("NUMBA_DISABLE_JIT") == before
