@@ -123,7 +123,10 @@ def data_files(path: str) -> list[str]:
         return _files_in(path)
     if os.path.exists(path) or not glob.has_magic(path):
         return [path]
-    found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    try:
+        found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
+    except RecursionError:  # of a pattern of a thousand folders
+        found = []
     if not found:
         hint = f"relative paths start from the working directory; ~ is not expanded.{hub_hint(path)}".removesuffix(".")
         raise UserError(f"no file matches {shorten(path)}\n{hint}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from hecate.errors import UserError
 from hecate.io.plain_files import read_plain
+from hecate.model.safetensors_headers import stored_tensors
 
 _MOST_LAYERS, _LARGEST = 10_000, 2**31
 """of any model; of any other whole number in its configuration"""
@@ -50,3 +51,14 @@ def refuse_endless_values(values: Mapping[str, Any], file: Path) -> None:
         elif type(value) is int and (abs(value) >= _LARGEST or (key.endswith(("layers", "n_layer")) and value > _MOST_LAYERS)):
             most = _MOST_LAYERS if abs(value) < _LARGEST else _LARGEST
             raise UserError(f"{file}: {key}: {str(value)[:40]} is more than any model has (at most {most})\n  is the file damaged?")
+
+
+def refuse_whole_numbers(folder: Path) -> None:
+    """Check that weights are stored as floating point: transformers would take whole numbers for weights, one by one.
+
+    Raises:
+        UserError: a weight is not.
+    """
+    for name, entry in stored_tensors(folder).items():
+        if name.endswith((".weight", ".bias")) and entry.dtype.startswith(("I", "U", "BOOL")):
+            raise UserError(f"{entry.file}: {name[:200]} is stored as {entry.dtype}, and weights are floating point\n  is it quantised?")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hecate.config.paths import find_model
 from hecate.errors import UserError
 from hecate.io.foreign_errors import reading
-from hecate.model.base_folder import refuse_endless_values, refuse_what_is_loaded_unseen
+from hecate.model.base_folder import refuse_endless_values, refuse_what_is_loaded_unseen, refuse_whole_numbers
 from hecate.model.norms import fuse_norms
 from hecate.ranks.processor import computes_bfloat16
 
@@ -175,6 +175,7 @@ def _loaded(loader: Any, arguments: dict[str, Any], source: ModelSource, dtype: 
         placed["experts_implementation"] = "eager"
     if source.gguf_file is None:
         placed["use_safetensors"] = True  # what is digested is what is loaded, and nothing is unpickled
+        refuse_whole_numbers(source.folder)
     with reading(source.folder, "transformers cannot load the model"):
         model, info = loader.from_pretrained(**arguments, **placed, dtype=dtype, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):

@@ -14,12 +14,13 @@ SECONDS, MOST_MIB = 20.0, 512
 REFUSED, HARMLESS = "refused", "harmless"
 
 
-def outcome(action: Callable[[], object], folder: Path, *, named: str | None = None) -> str:
+def outcome(action: Callable[[], object], folder: Path, *, named: str | None = None, lines: int = 8) -> str:
     """`REFUSED` or `HARMLESS`, after looking that no code ran, no process or connection began, and that time and memory were bounded.
 
     Args:
         folder: where the attacker's files lie; a refusal must name it or something in it.
         named: what a refusal must name in its place.
+        lines: of a refusal, at most.
 
     Raises:
         AssertionError: the attack has done something, or the text of the refusal does not help.
@@ -37,7 +38,7 @@ def outcome(action: Callable[[], object], folder: Path, *, named: str | None = N
     assert seen.grown < MOST_MIB * 2**20, f"{seen.grown / 2**20:.0f} MiB"
     if not refused:
         return HARMLESS
-    assert (named or folder.name) in refused, refused
-    assert len(refused.splitlines()) <= 8, refused
-    assert len(refused) < 2000, refused[:300]
+    assert (folder.name if named is None else named) in refused, refused
+    assert len(refused.splitlines()) <= lines, refused
+    assert len(refused) < 4000, refused[:300]
     return REFUSED

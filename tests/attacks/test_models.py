@@ -130,6 +130,22 @@ def test_no_pickled_weights_are_read(model: Path, tmp_path: Path) -> None:
     assert not planted.exists()
 
 
+@pytest.mark.parametrize("called", ["I32", "I64", "U8", "BOOL", "X9", "F32 of another size"])
+def test_weights_that_are_called_something_else_are_not_taken(model: Path, called: str) -> None:
+    file = model / "model.safetensors"
+    data = file.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    entry = header["model.layers.0.mlp.up_proj.weight"]
+    entry |= {"shape": [entry["shape"][0] * 2, entry["shape"][1] // 2]} if " " in called else {"dtype": called}
+    if called in ("I64", "U8", "BOOL"):
+        width = 8 if called == "I64" else 1
+        entry["shape"] = [entry["shape"][0] * 4 // width, entry["shape"][1]]
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+    refusal_of(lambda: take(model), model)
+
+
 TEMPLATES = (
     "{{ 1 / 0 }}",
     "{{ messages[0].content + 1 }}",
