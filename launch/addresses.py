@@ -86,10 +86,14 @@ def check_free(endpoint: Endpoint) -> None:
         try:
             trial.bind((endpoint.host, endpoint.port))
         except OSError as error:
-            raise UserError(
-                f"--rdzv-endpoint {endpoint.host}:{endpoint.port}: this node cannot listen at this address: {error.strerror}\n"
-                "  another job may use the port: give all nodes another one"
-            ) from None
+            raise cannot_listen(endpoint, error) from None
+
+
+def cannot_listen(endpoint: Endpoint, error: OSError) -> UserError:
+    return UserError(
+        f"--rdzv-endpoint {endpoint.host}:{endpoint.port}: this node cannot listen at this address: {error.strerror}\n"
+        "  another job may use the port: give all nodes another one"
+    )
 
 
 def wait_for(endpoint: Endpoint, limit_seconds: float = _START_SECONDS) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from hecate.errors import UserError
 from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.strict_json import JsonError, parse_json
-from hecate.launch.addresses import Endpoint
+from hecate.launch.addresses import Endpoint, cannot_listen
 from hecate.launch.rank_command import Beginning
 from hecate.ranks.job_store import JobStore, StoreServer
 from hecate.ranks.launcher_files import Generation
@@ -111,8 +111,15 @@ class MessageStore:
 
     @classmethod
     def host(cls, meeting: Endpoint, job: JobShape, secret: bytes) -> MessageStore:
-        """Make the store in this process. It listens at the meeting point's address alone."""
-        server = StoreServer(meeting.host, meeting.port, secret)
+        """Make the store in this process. It listens at the meeting point's address alone.
+
+        Raises:
+            UserError: it cannot, for example because something listens there since `check_free` has looked.
+        """
+        try:
+            server = StoreServer(meeting.host, meeting.port, secret)
+        except OSError as error:
+            raise cannot_listen(meeting, error) from None
         made = JobStore(server.host, server.port, secret, _TIMEOUT)
         made.set("job", json.dumps(to_json_values(job)))
         return cls(made)

@@ -35,6 +35,9 @@ from hecate.parallel.residency import Residency
 from hecate.parallel.units import Unit
 from hecate.ranks.ranks import Ranks
 
+_MOST_SEQUENCES = 1 << 24
+"""of a step that a checkpoint says"""
+
 
 @dataclass(frozen=True)
 class TrainedParts:
@@ -128,6 +131,8 @@ class TrainState:
         """The state that `to_json` gave. Checkpoints of early versions have neither counts of skipped steps nor gradient norms."""
         history = LoadHistory(max(1, len(value["history"])))
         history.load_state_dict(value["history"])
+        if not 1 <= int(value["rows_per_step"]) <= _MOST_SEQUENCES:
+            raise ValueError(f"rows_per_step is {str(value['rows_per_step'])[:40]}")
         return TrainState(
             step=int(value["step"]),
             completed=int(value["step"]),

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from hecate.checkpoint.manifest import COMMIT, MANIFEST, commit_line
+from hecate.checkpoint.manifest import COMMIT, MANIFEST, commit_line, read_manifest
+from hecate.checkpoint.meta import owners_of
+from hecate.checkpoint.train_state import state_of
 from hecate.cli import app
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import Ranks, join_ranks
@@ -89,6 +91,23 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
 }
 
 
+RESUMED: dict[str, tuple[Change, str]] = {
+    "as it was": (top(), HARMLESS),
+    "rows of a step below zero": (meta(rows_per_step=-1), REFUSED),
+    "no rows of a step": (meta(rows_per_step=0), REFUSED),
+    "rows of a step without end": (meta(rows_per_step=10**30), REFUSED),
+    "rows of a step that are a list": (meta(rows_per_step=[4]), REFUSED),
+    "norms that are text": (meta(grad_norms=["x"]), REFUSED),
+    "norms that are nested": (meta(grad_norms=[[1]]), REFUSED),
+    "a history that is text": (meta(history="x"), REFUSED),
+    "a history of text": (meta(history=[{"0": "x"}]), REFUSED),
+    "tokens that are text": (meta(tokens="x"), REFUSED),
+    "owners that are no ranks": (meta(owners={"0": [7, 7, 7]}), REFUSED),
+    "owners that are a list": (meta(owners=[]), REFUSED),
+    "owners of no unit": (meta(owners={"../x": [0]}), REFUSED),
+}
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that has saved a checkpoint after two steps."""
@@ -126,3 +145,17 @@ def test_a_forged_manifest(checkpoint: Path, ranks: Ranks, name: str) -> None:
     change, wanted = MANIFESTS[name]
     forge(checkpoint, change)
     assert outcome(lambda: load_trained(checkpoint, ranks, BaseChoice()), checkpoint) == wanted
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_forged_state_of_training(checkpoint: Path, name: str) -> None:
+    """As a resume reads it, before it opens tensors."""
+    change, wanted = RESUMED[name]
+    forge(checkpoint, change)
+
+    def take() -> None:
+        manifest = read_manifest(checkpoint)
+        state_of(checkpoint, manifest)
+        owners_of(checkpoint, manifest)
+
+    assert outcome(take, checkpoint) == wanted

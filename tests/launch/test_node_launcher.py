@@ -16,6 +16,7 @@ from hecate.errors import UserError
 from hecate.launch import local_launcher, node_launcher
 from hecate.launch.addresses import check_free, find_endpoint, interface_of, wait_for
 from hecate.launch.node_launcher import node_range
+from hecate.launch.node_messages import JobShape, MessageStore
 from hecate.ranks.launcher_files import TOKEN_VARIABLE
 from testing.tiny_run import make_workshop
 from tests.launch.cluster import ROOT
@@ -53,6 +54,8 @@ def test_an_endpoint_on_this_node() -> None:
         wait_for(busy, limit_seconds=0)
         with pytest.raises(UserError, match="cannot listen"):
             check_free(busy)
+        with pytest.raises(UserError, match="cannot listen at this address"):  # it was free when it was looked at
+            MessageStore.host(busy, JobShape("a", 1, 1, 1, survives=False), b"secret")
     check_free(busy)
     with pytest.raises(UserError, match="no answer for"):
         wait_for(busy, limit_seconds=0)

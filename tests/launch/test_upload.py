@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,12 @@ def test_a_link_does_not_bring_what_its_target_is_kept_from(tmp_path: Path, targ
     assert uploaded_files(root, {Path("plain.yaml")}) == [Path("code.py")]
     with pytest.raises(UserError, match=r"plain.yaml: the job needs this file, and it would not be uploaded"):
         stage(root, tmp_path / "copy", {Path("plain.yaml")})
+
+
+def test_a_pipe_is_left_out(tmp_path: Path) -> None:
+    filled(tmp_path, ("code.py",))
+    os.mkfifo(tmp_path / "pipe.py")
+    assert uploaded_files(tmp_path) == [Path("code.py")]
 
 
 def test_a_link_to_a_secret_is_left_out(tmp_path: Path) -> None:
