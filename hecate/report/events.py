@@ -49,6 +49,8 @@ class StepResult:
     """assignments of all units to other experts than those that samples bring (`moe.replay: check`); None: they are not counted"""
     norm_limit: float = math.inf
     """what makes a larger gradient norm a spike"""
+    unlike: tuple[int, ...] = ()
+    """ranks whose gradients of what all ranks have differ from those of most ranks"""
     work_before: tuple[DenseWork, ...] = ()
     """each rank's work in the step before, by rank"""
 
@@ -57,6 +59,8 @@ class StepResult:
         """Why the step was skipped, in a few words; empty if it was taken."""
         if not self.skipped:
             return ""
+        if self.unlike:
+            return f"the gradients that all ranks have alike differ on rank {', '.join(map(str, self.unlike))}: is its memory damaged?"
         if not math.isfinite(self.grad_norm):
             return "the loss or a gradient was not finite"
         return f"gradient norm {self.grad_norm:.4g} is a spike, above {self.norm_limit:.4g}"

@@ -203,6 +203,8 @@ def train_step(
     grad_norm = totals.grad_norm
     if not moe.separate_experts and not (math.isfinite(totals.loss) and math.isfinite(totals.aux_loss)):
         grad_norm = math.nan  # router logits that are not finite are in the aux loss even where no gradient depends on them
+    if totals.unlike:
+        grad_norm = math.nan  # ranks that took the step would no longer have the same parameters
     taken = optimizer.step(grad_norm, rules.max_grad_norm, loads, totals.grad_norms, norm_limit)
     faults.at("stepped")
     return StepResult(
@@ -217,6 +219,7 @@ def train_step(
         peak_bytes=tuple(int(peak) for _, peak, *_ in totals.figures),
         differing=int(totals.more[0]) if totals.more else None,
         norm_limit=norm_limit,
+        unlike=totals.unlike,
         work_before=tuple(DenseWork(int(tokens), seconds) for *_, tokens, seconds in totals.figures),
     )
 

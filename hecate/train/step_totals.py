@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median_low
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,9 @@ from torch import Tensor
 
 from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.device_tables import copy_to
+
+_ROUNDING = 1e-4
+"""by which sums of the squares of the same float32 numbers may differ, relatively"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Totals:
     """what each rank has given to be known, by rank"""
     more: tuple[float, ...] = ()
     """what else was to be added up"""
+    unlike: tuple[int, ...] = ()
+    """ranks that have summed the gradients of what all ranks have to something else than most ranks"""
 
 
 def exchange_totals(
@@ -69,4 +75,12 @@ def exchange_totals(
     grad_norm = math.sqrt(sum(sharded) + rows[0][end])
     known = tuple(tuple(row[len(row) - len(figures) :]) for row in rows)
     norms, any_asked = tuple(map(math.sqrt, together(sharded))), tuple(count > 0 for count in requests)
-    return Totals(loss, aux_loss, grad_norm, norms, int(sent), any_asked, known, tuple(more))
+    return Totals(loss, aux_loss, grad_norm, norms, int(sent), any_asked, known, tuple(more), _unlike([row[end] for row in rows]))
+
+
+def _unlike(squares: Sequence[float]) -> tuple[int, ...]:
+    """The ranks whose sum of squares is not that of most, as damaged memory leaves it; kinds of devices differ by rounding alone."""
+    if not all(map(math.isfinite, squares)):
+        return ()  # such a norm is refused as it is
+    usual = median_low(squares)
+    return tuple(rank for rank, one in enumerate(squares) if not math.isclose(one, usual, rel_tol=_ROUNDING))

@@ -45,6 +45,19 @@ def test_the_norm_counts_a_sharded_parameter_once_and_a_replicated_one_once() ->
     assert run_ranks(3, _norm_over_ranks) == [math.sqrt(1 + 4 + 9 + 36)] * 3
 
 
+def _unlike_ranks(rank: int, world: int, value: float) -> tuple[int, ...]:
+    """Rank 1's own sum of squares of the router's gradients, which all ranks should have alike, is this value."""
+    group = dist.group.WORLD
+    assert group is not None
+    squares = torch.tensor([1.0 + rank, value if rank == 1 else 36.0], dtype=torch.float64)
+    return exchange_totals(torch.zeros(2, dtype=torch.float64), squares, 0, (), group).unlike
+
+
+@pytest.mark.parametrize(("value", "unlike"), [(36.0, ()), (36.0 + 1e-9, ()), (36.1, (1,)), (0.0, (1,)), (math.nan, ())])
+def test_a_rank_whose_sum_of_what_all_have_is_another_is_named(value: float, unlike: tuple[int, ...]) -> None:
+    assert run_ranks(3, _unlike_ranks, value) == [unlike] * 3
+
+
 EXPERTS = [f"0.{expert:02}" for expert in range(16)]
 GRADIENTS = dict(zip(EXPERTS, [1e8] + 15 * [1.0], strict=True))
 """by expert: one square that swallows any other one, but not eight of them that were added up before"""

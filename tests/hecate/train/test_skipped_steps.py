@@ -18,6 +18,7 @@ from torch import Tensor
 from hecate.config import load_config
 from hecate.errors import UserError
 from hecate.experts.router import TopKRouter
+from hecate.optim.optimizer import ExpertOptimizer
 from hecate.report.events import StepResult
 from hecate.train import step as step_module
 from hecate.train.loop import train
@@ -111,6 +112,27 @@ def spike(rank: int, world: int, workshop: str) -> tuple[float, ...]:
 def test_a_spike_is_skipped_by_all_and_by_a_resumed_run(workshop: str, world: int) -> None:
     of_rank = run_ranks(world, spike, workshop)
     assert all(norms == of_rank[0] for norms in of_rank)
+
+
+def damaged(rank: int, world: int, workshop: str) -> str:
+    """The last rank's gradients of a router are others than those that all have summed to: the step is skipped, and the reason is said."""
+    run = make_run(workshop, "damaged", rank, world)
+    before = held(run)
+    squares = ExpertOptimizer.squares
+
+    def other(self: ExpertOptimizer, **given: Any) -> Tensor:
+        found = squares(self, **given)
+        return found * torch.tensor([1.0, 2.0 if rank == world - 1 else 1.0])
+
+    with mock.patch.object(ExpertOptimizer, "squares", other):
+        result = run.train_one().result
+    assert_unchanged(run, before)
+    return result.why_skipped
+
+
+def test_gradients_that_differ_on_one_rank_after_their_sum_are_not_taken(workshop: str) -> None:
+    said = "the gradients that all ranks have alike differ on rank 2: is its memory damaged?"
+    assert run_ranks(3, damaged, workshop) == [said] * 3
 
 
 def behind(rank: int, world: int, workshop: str) -> tuple[dict[str, Tensor], dict[str, Tensor], tuple[float, ...]]:
