@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -33,6 +36,14 @@ def compile_all() -> None:
     jit.all_is_compiled()
 
 
+def end_with(parent: int) -> None:
+    """End this process when the one that has started it has ended: nobody waits for the rest, and another one goes on from here."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
     gc.disable()  # saves a sixth of the time; the process takes 0.8 GB: numba makes much and throws away little
     compile_all()

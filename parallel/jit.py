@@ -33,7 +33,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
-from hecate.io.plain_files import ours_alone
+from hecate.io.own_folder import ours_alone
 from hecate.io.python_module import RUN_MODULE
 
 P = ParamSpec("P")

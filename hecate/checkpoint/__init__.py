@@ -8,7 +8,7 @@ which checkpoints there are; `save` and `shard` have what tensors need.
 """
 
 from hecate.checkpoint.files import CheckpointError
-from hecate.checkpoint.history import committed, good_checkpoints, latest_good, prune, remove_stale_staging
+from hecate.checkpoint.history import committed, good_checkpoints, latest_good, prune, remove_stale_staging, stopped_early
 from hecate.checkpoint.layout import TensorEntry
 from hecate.checkpoint.manifest import Manifest, read_manifest
 
@@ -22,4 +22,5 @@ __all__ = [
     "prune",
     "read_manifest",
     "remove_stale_staging",
+    "stopped_early",
 ]

@@ -16,7 +16,10 @@ from hecate.checkpoint.verify import first_damage
 from hecate.io.durable import delete_files, sync_folder
 
 _log = logging.getLogger(__name__)
+OUTPUTS = ("adapter", "adapters", "model")
+"""names of the folders in which a run leaves what it has trained"""
 SET_ASIDE = ".damaged-"
+_PRUNED = ".tmp-pruned"
 _ASIDE = re.compile(r"checkpoint-[0-9]{1,16}\.damaged-[0-9a-f]{1,64}")
 _STAGING = re.compile(r"checkpoint-[0-9]{1,16}\.tmp-[0-9A-Za-z]{1,64}")
 _said: set[tuple[Path, str]] = set()
@@ -113,6 +116,7 @@ def prune(
     assert keep >= 1, keep
     deleted: list[Path] = []
     folders = committed(root)
+    _delete_pruned(root)
     if len(folders) <= keep:
         return deleted
     kept = list(itertools.islice((folder for folder in folders if _is_whole(folder, warn)), keep))
@@ -125,7 +129,7 @@ def prune(
         if _step(folder) in for_good:
             continue
         # The rename comes first, so that a process killed while deleting leaves no incomplete checkpoint under this name.
-        doomed = folder.with_name(f"{folder.name}.tmp-pruned")
+        doomed = folder.with_name(f"{folder.name}{_PRUNED}")
         try:
             if not _is_ours(folder) or not {MANIFEST, COMMIT} <= set(os.listdir(folder)):
                 _log.warning("%s holds files that no save wrote, or lacks some: not deleted", folder)
@@ -138,6 +142,16 @@ def prune(
             raise CheckpointError(f"{folder}: the old checkpoint cannot be deleted: {error.strerror}") from error
         deleted.append(folder)
     return deleted
+
+
+def _delete_pruned(root: Path) -> None:
+    """Delete what is left of checkpoints whose deletion failed on the way. Raises CheckpointError: it fails again."""
+    for folder in _folders(root):
+        if _STAGING.fullmatch(folder.name) and folder.name.endswith(_PRUNED):
+            try:
+                delete_files(folder)
+            except OSError as error:
+                raise CheckpointError(f"{folder}: what is left of an old checkpoint cannot be deleted: {error.strerror}") from error
 
 
 def remove_stale_staging(root: Path) -> list[Path]:
@@ -164,6 +178,13 @@ def remove_stale_staging(root: Path) -> list[Path]:
 def committed(root: Path) -> list[Path]:
     """Return the folders named `checkpoint-{step}`, newest first."""
     return sorted((folder for folder in _folders(root) if step_of(folder.name) is not None), key=_step, reverse=True)
+
+
+def stopped_early(root: Path) -> bool:
+    """Return whether a run has begun in the folder, and has left neither a checkpoint, whole or not, nor what it has trained."""
+    names = [path.name for path in _folders(root)]
+    left = [name for name in names if name in OUTPUTS or step_of(name) is not None or _ASIDE.fullmatch(name)]
+    return (root / "config.yaml").is_file() and not left
 
 
 def left_over(root: Path) -> list[Path]:

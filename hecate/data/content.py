@@ -23,7 +23,8 @@ from hecate.config.paths import data_files, file_form
 from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
-from hecate.io.plain_files import open_plain, ours_alone, read_plain
+from hecate.io.own_folder import ours_alone
+from hecate.io.plain_files import open_plain, read_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
 _CHECKS = 4

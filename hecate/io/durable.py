@@ -62,6 +62,14 @@ def open_to_append(path: Path) -> FileIO:
     return FileIO(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644), "ab")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that there are not, durably. No error if it exists."""
+    made = [one for one in (folder, *folder.absolute().parents) if not one.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for one in made:
+        sync_folder(one.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Call fsync on a folder, so that the names of its files survive a power cut."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

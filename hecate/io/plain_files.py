@@ -66,12 +66,6 @@ def require_plain(path: str | os.PathLike[str], most: int | None = None) -> None
         raise OSError(errno.EFBIG, f"it has {size} bytes, and such a file here at most {most}", str(path))
 
 
-def ours_alone(folder: Path) -> bool:
-    """Whether nobody else can write to a folder, so that this process may trust it: in one for all, anybody may have made it first."""
-    found = folder.stat()
-    return found.st_uid == folder.lstat().st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-
-
 def refuse_links(folder: Path) -> None:
     """Check that a run's folder holds no links: what is written there under a name of hecate's own must not land elsewhere.
 

@@ -26,6 +26,7 @@ from hecate.elastic.move_experts import check_room
 from hecate.engine.from_config import engine_config, job_topology
 from hecate.errors import UserError
 from hecate.forecast.replica_slots import slots_of_config
+from hecate.io.durable import make_folder
 from hecate.io.terminal import tell
 from hecate.model.attention import AttentionChoice
 from hecate.model.base import BaseModel, build_base
@@ -91,7 +92,7 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
             f"fssdp.redundancy: {config.fssdp.redundancy} needs more tensor groups (model.tensor_parallel) than that, got {ranks.dp_size}\n"
             "  leave it at 0, or take more ranks"
         )
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(config.output_dir))
     topology = topology or _seen_topology(config, ranks)
     _say(ranks, f"loading {config.model.name_or_path}")
     base = in_chosen_template(config, front_end(config, ranks, topology), ranks)

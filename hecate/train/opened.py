@@ -78,9 +78,15 @@ def open_trained(trained: Path, ranks: Ranks, choice: BaseChoice, users: UserFea
         UserError: there is no such folder, the adapter does not fit the model, or there is no room for the model; users are missing or
             superfluous; or each source of the training data has an adapter of its own.
     """
-    found = find_trained(trained)
-    base, moe = load_trained(found, ranks, choice)
-    return as_opened(found, base, moe, ranks, users)
+    while True:
+        found = find_trained(trained)
+        try:
+            base, moe = load_trained(found, ranks, choice)
+        except UserError:
+            if found.exists() or found == trained:
+                raise
+            continue  # a run that goes on has deleted this checkpoint meanwhile, and has a newer one
+        return as_opened(found, base, moe, ranks, users)
 
 
 def as_opened(found: Path, base: BaseModel, moe: MoeModel, ranks: Ranks, users: UserFeatures | None = None) -> Opened:

@@ -137,11 +137,13 @@ def check_resume(config: Config) -> None:
     if not config.resume:
         return
     refuse_links(Path(config.output_dir))
-    from hecate.checkpoint import CheckpointError, committed, read_manifest
+    from hecate.checkpoint import CheckpointError, committed, read_manifest, stopped_early
     from hecate.checkpoint.meta import config_values
     from hecate.config.effective import changed_computation, other_configuration
 
     folders = committed(Path(config.output_dir))
+    if not folders and stopped_early(Path(config.output_dir)):
+        return
     if not folders:
         raise UserError(
             f"resume=true, but {config.output_dir} has no checkpoint\n"

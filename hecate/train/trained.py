@@ -16,6 +16,7 @@ from hecate.adapters.forms import form_named, read_any, what_to_give, write_form
 from hecate.adapters.model_folder import is_model_folder
 from hecate.adapters.peft_by_source import refuse_several, sources_in
 from hecate.adapters.sets.merging import merge_adapters
+from hecate.checkpoint.history import OUTPUTS
 from hecate.config import Config
 from hecate.config.paths import ADAPTER_CONFIG
 from hecate.data.user_features import read_user_features
@@ -25,7 +26,6 @@ from hecate.ranks.ranks import join_ranks
 from hecate.train.checkpointed import is_checkpoint, newest_checkpoint, write_checkpointed
 
 RUN_CONFIG = "config.yaml"
-_OUTPUTS = ("adapter", "adapters", "model")
 
 
 def find_trained(path: Path, *, says: bool = True) -> Path:
@@ -42,7 +42,7 @@ def find_trained(path: Path, *, says: bool = True) -> Path:
     """
     if not (path / RUN_CONFIG).is_file() or is_checkpoint(path) or (path / ADAPTER_CONFIG).is_file() or is_model_folder(path):
         return path
-    left = next((path / name for name in _OUTPUTS if (path / name).is_dir()), None)
+    left = next((path / name for name in OUTPUTS if (path / name).is_dir()), None)
     newest = newest_checkpoint(path)
     if left is None and newest is None:
         raise UserError(
@@ -69,7 +69,7 @@ def default_trained(config: Config) -> Path:
 def run_config_of(path: Path) -> Path | None:
     """Return the configuration of the run that a folder is, or that has left it; None: there is none."""
     holders = [path]
-    if is_checkpoint(path) or path.name in _OUTPUTS:
+    if is_checkpoint(path) or path.name in OUTPUTS:
         holders.append(path.absolute().parent)
     elif (path / ADAPTER_CONFIG).is_file():  # of one source
         holders.append(path.absolute().parent.parent)

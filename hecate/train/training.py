@@ -13,7 +13,7 @@ import torch
 
 from hecate import faults
 from hecate.adapters.trained_output import output_of
-from hecate.checkpoint import remove_stale_staging
+from hecate.checkpoint import remove_stale_staging, stopped_early
 from hecate.checkpoint.save_run import Saved, SaveUnderWay, begin_save, end_save, save_state
 from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, saved_max_steps
 from hecate.config import Config, MoeConfig
@@ -96,18 +96,21 @@ class Training:
         self.state = None if joins else TrainState.at_start(self.parts.trained)
         """where the run stands; None: not known on this rank, which comes new to a run under way"""
         if config.resume and not joins:
+            root = Path(config.output_dir)
             try:
                 loaded = load_state(self.parts.config, ranks, self.parts.trained)
+                self.state, self.warnings = loaded.state, loaded.warnings
             except NoCheckpointError as error:
-                raise UserError(f"resume=true, but {error}\n  start a new run with resume=false") from error
-            self.state, self.warnings = loaded.state, loaded.warnings
+                if not ranks.all_max(float(ranks.is_first and stopped_early(root))):
+                    raise UserError(f"resume=true, but {error}\n  start a new run with resume=false") from error
+                self.warnings = (f"{root} holds a run that was stopped before its first checkpoint: it begins again",)
         if not joins:
             self._settle_length()
         if config.privacy.clip is not None:
             for source, taken in _taken_by_step(parts.stream, config):
                 sampling_rate(source.name, len(source), taken)
                 require_whole_records(source, config.data.seq_len)
-        if config.resume and not joins:
+        if config.resume and not joins and self.standing.step:
             self.notes += _notes_of_resume(self.parts.config, self.standing)
         self.notes += _notes_of_routers(self.parts.config.moe)
         self.plan_for(self.parts.moe.engine.shards.config.topology)

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from hecate.checkpoint.files import CheckpointError
-from hecate.checkpoint.history import good_checkpoints, latest_good, prune, remove_stale_staging, set_aside
+from hecate.checkpoint.history import good_checkpoints, latest_good, prune, remove_stale_staging, set_aside, stopped_early
 from hecate.checkpoint.save import write_shard
 from tests.hecate.checkpoint.disk import OPERATIONS, Killed, watched_disk
 from tests.hecate.checkpoint.saving import META, flip_last_bit, holds, save, shards_of
@@ -64,6 +64,26 @@ def test_prune_keeps_the_newest_good_ones(tmp_path: Path) -> None:
     assert [path.name for path in prune(tmp_path, 2)] == ["checkpoint-2", "checkpoint-1"]
     assert names(tmp_path) == ["checkpoint-3", "checkpoint-4"]
     assert prune(tmp_path, 2) == []
+
+
+def test_a_deletion_that_failed_on_the_way_is_ended_by_the_next_one(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step, shards_of(float(step)))
+    with mock.patch("os.rmdir", side_effect=OSError(5, "Input/output error")), pytest.raises(CheckpointError, match="cannot be deleted"):
+        prune(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-1.tmp-pruned", "checkpoint-2"]
+    assert prune(tmp_path, 1) == []
+    assert names(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_is_known(tmp_path: Path) -> None:
+    assert not stopped_early(tmp_path)  # no run has begun there
+    (tmp_path / "config.yaml").touch()
+    assert stopped_early(tmp_path)
+    for left in ("adapter", "model", "checkpoint-3", "checkpoint-3.damaged-ab"):
+        (tmp_path / left).mkdir()
+        assert not stopped_early(tmp_path)
+        (tmp_path / left).rmdir()
 
 
 def test_prune_counts_good_ones_only(tmp_path: Path) -> None:

@@ -9,7 +9,17 @@ from unittest import mock
 
 import pytest
 
-from hecate.io.durable import delete_files, new_folder, put_in_place, replace_file, replace_output, successor_of, sync_folder, write_durable
+from hecate.io.durable import (
+    delete_files,
+    make_folder,
+    new_folder,
+    put_in_place,
+    replace_file,
+    replace_output,
+    successor_of,
+    sync_folder,
+    write_durable,
+)
 
 
 def test_blocks_become_one_new_file(tmp_path: Path) -> None:
@@ -108,3 +118,15 @@ def test_a_kill_after_the_exchange_leaves_the_new_folder(tmp_path: Path, monkeyp
     monkeypatch.undo()
     successor_of(folder)
     assert os.listdir(tmp_path) == ["adapter"], "the next process removes the old one"
+
+
+def test_a_new_folder_and_those_above_it_keep_their_names_after_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr("hecate.io.durable.sync_folder", synced.append)
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert sorted(set(synced)) == [tmp_path, tmp_path / "a"]
+    monkeypatch.chdir(tmp_path)
+    make_folder(Path("runs/x"))
+    assert {str(one.absolute()) for one in synced} >= {str(tmp_path), str(tmp_path / "runs")}

@@ -81,6 +81,17 @@ def test_a_killed_run_continues_bit_for_bit(workshop: Path, whole: subprocess.Co
 
 
 @pytest.mark.slow
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(workshop: Path, whole: subprocess.CompletedProcess[str]) -> None:
+    arguments = train_arguments(workshop, "early", "eval.on_start=false", "trace=true")
+    kill_rank_1_after("step 2/", arguments)
+    shutil.rmtree(workshop / "runs/early/checkpoint-6", ignore_errors=True)  # the kill may have come that late
+    shutil.rmtree(workshop / "runs/early/adapter", ignore_errors=True)
+    printed = run(*arguments, "resume=true").stdout
+    assert "was stopped before its first checkpoint: it begins again" in printed
+    assert losses(workshop, "early") == losses(workshop, "whole")
+
+
+@pytest.mark.slow
 def test_a_run_that_resharded_continues_bit_for_bit(workshop: Path) -> None:
     """At first rank 0 owns two of each layer's three experts. On devices this slow it pays to share all six evenly, which is done after
     step 2; checkpoint 3 holds the new owners; a kill after step 4, and resume goes on from it as if nothing had happened."""

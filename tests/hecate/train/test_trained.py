@@ -16,6 +16,7 @@ from hecate.config import load_config, to_yaml
 from hecate.errors import UserError
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
+from hecate.train import opened
 from hecate.train.checkpointed import is_checkpoint, model_of_checkpoint
 from hecate.train.inference import answer, evaluate_trained
 from hecate.train.trained import export, find_trained, run_config_of
@@ -89,6 +90,31 @@ def test_a_checkpoint_is_as_good_as_what_the_run_would_have_left(workshop: Path,
         export(moved / "checkpoint-2", tmp_path / "form", to=form)
         assert list((tmp_path / "form").glob("*.safetensors"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["form", "moved", "out"][not form :]
+
+
+def test_a_run_without_a_checkpoint_begins_again_where_it_is_resumed(workshop: Path) -> None:
+    """Unless it has left what it has trained, or no run was there."""
+    folder = workshop / "runs" / "early"
+    config = load_config(workshop / "config.yaml", [f"output_dir={folder}", "resume=true"], claim_output=False)
+    with join_ranks() as ranks:
+        with pytest.raises(UserError, match=r"resume=true, but .* has no checkpoint"):
+            Training(config, ranks)
+        (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        run = Training(config, ranks)
+        assert run.warnings == (f"{folder} holds a run that was stopped before its first checkpoint: it begins again",)
+        assert run.train_one().step == 1
+        (folder / "adapter").mkdir()
+        with pytest.raises(UserError, match=r"resume=true, but .* has no checkpoint"):
+            Training(config, ranks)
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_opened_is_not_the_last_word(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the run that goes on, which then has a newer one."""
+    folder = trained(workshop, "pruned")
+    found = iter([folder / "checkpoint-1", folder / "checkpoint-2"])
+    monkeypatch.setattr(opened, "find_trained", lambda path: next(found))
+    with join_ranks() as ranks:
+        assert opened.open_trained(folder, ranks, BaseChoice()).trained == folder / "checkpoint-2"
 
 
 def test_a_run_is_evaluated_and_answers_wherever_it_is(workshop: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
