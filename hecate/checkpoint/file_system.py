@@ -70,4 +70,6 @@ def advice(error: OSError) -> str:
             "this file system lacks an operation without which a checkpoint could be torn by a crash\n"
             "  set output_dir to a local disk, or to NFS, Lustre or another one with rename and fsync, and copy checkpoints from there"
         )
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "raise the number of files that a process may have open (ulimit -n)"
     return "free space there, or set output_dir to another disk"

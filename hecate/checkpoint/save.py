@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from hecate.checkpoint.file_system import advice
-from hecate.checkpoint.files import CheckpointError, read_small
+from hecate.checkpoint.files import CheckpointError, UnreadableError, read_small
 from hecate.checkpoint.layout import TensorEntry, file_size, shard_file, shard_sidecar
 from hecate.checkpoint.manifest import (
     COMMIT,
@@ -114,6 +114,9 @@ def commit(staging: Path, final: Path, meta: Any, world_size: int) -> None:
                 raise CheckpointError(f"{final}: another process has just written it; this save is dropped") from None
             raise
         sync_folder(final.parent)
+    except UnreadableError as error:
+        discard(staging)
+        raise (_failed(staging, error.__cause__) if isinstance(error.__cause__, OSError) else error) from error
     except CheckpointError:
         discard(staging)
         raise

@@ -15,14 +15,16 @@ def drill(
     names: Annotated[list[str] | None, typer.Argument(metavar="NAME ...", help="such as R1 R8; default: all in a short form")] = None,
     everything: Annotated[bool, typer.Option("--all", help="all drills in full; takes up to half an hour on two cores")] = False,
     listed: Annotated[bool, typer.Option("--list", help="only show what the drills are")] = False,
+    prove: Annotated[bool, typer.Option("--prove", help="run each without the feature that it is about; it must fail")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
 ) -> None:
     """Inject faults into tiny runs on this machine, such as killed ranks and full disks, and show what became of them (docs/drills.md).
 
-    Named drills run in full. Nothing is downloaded, and no other run is touched. Exit status 1 if a drill has failed.
+    Named drills run in full; with --prove, in their short form. Nothing is downloaded, and no other run is touched.
+    Exit status 1 if a drill has failed; with --prove, if one has passed.
     """
     from hecate.drill.catalogue import DRILLS
-    from hecate.drill.table import as_json, list_text, report_text, summary_text
+    from hecate.drill.table import as_json, list_text, proof_text, report_text, summary_text
 
     if listed:
         show_text(list_text(DRILLS.values()))
@@ -33,9 +35,9 @@ def drill(
     wanted, reports = chosen(names or ()), []
     with ground() as made:
         for one in wanted:
-            reports.append(made.run(one, quick=not (names or everything)))
-            show_text(report_text(reports[-1]))
+            reports.append(made.run(one, quick=prove or not (names or everything), without=prove))
+            show_text(proof_text(reports[-1]) if prove else report_text(reports[-1]))
     show_text(summary_text(reports))
     if json_path is not None:
         write_json(json_path, as_json(reports))
-    raise typer.Exit(0 if all(report.outcome.ok for report in reports) else 1)
+    raise typer.Exit(0 if all(report.outcome.ok is not prove for report in reports) else 1)

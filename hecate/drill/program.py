@@ -35,6 +35,11 @@ def main(arguments: Sequence[str]) -> None:
     import torch
 
     torch.set_num_threads(1)
+    if arguments[0] == "without":
+        from hecate.drill.prove import switch_off
+
+        switch_off(arguments[1])
+        arguments = arguments[2:]
     kinds: dict[str, Callable[..., None]] = {
         "drill": _drill,
         "workshop": _workshop,

@@ -61,26 +61,35 @@ def resume_after_each_step(scope: Scope) -> DrillOutcome:
     cases = []
     for size in sizes:
         folder = scope.path / f"on-{size}"
-        for step, wrong in call_on_ranks(scope, size, resume_each, scope.workshop, str(folder), steps, list(after), timeout=300)[0]:
-            cases.append(DrillCase(f"{size} ranks, after step {step}", wrong))
+        slow = scope.path / f"slow-{size}.yaml"  # so that it pays to move experts
+        slow.write_text(_SLOW.format(size=size), encoding="utf-8")
+        for kind, also in {"deterministic": [], "as by default": [*_BY_LOADS, f"topology={slow}"]}.items():
+            given = (scope.workshop, str(folder / kind), steps, list(after), also)
+            for step, wrong in call_on_ranks(scope, size, resume_each, *given, timeout=300)[0]:
+                cases.append(DrillCase(f"{size} ranks, {kind}, after step {step}", wrong))
     return outcome_of(cases, f"the last checkpoint is bitwise that of a run that never stopped, on {', '.join(map(str, sizes))} ranks")
 
 
-def resume_each(ranks: Ranks, workshop: str, folder: str, steps: int, after: list[int]) -> list[tuple[int, str]]:
+_BY_LOADS = ("deterministic=false", "fssdp.plan=history", "fssdp.memory_slots=1")
+"""settings with which experts are placed by the loads of the last steps"""
+_SLOW = "nodes: [{{devices: {size}, flops: 1e6, memory: 1e9}}]\nintra_node: {{bandwidth: 1e9, latency: 1e-6}}\n"
+
+
+def resume_each(ranks: Ranks, workshop: str, folder: str, steps: int, after: list[int], also: list[str]) -> list[tuple[int, str]]:
     """(step, what is wrong) of a run that is resumed after each of these steps."""
     whole = Path(folder) / "whole"
-    train_until(tiny_training(ranks, workshop, whole, f"max_steps={steps}"), steps, save_each=True)
+    sent = train_until(tiny_training(ranks, workshop, whole, f"max_steps={steps}", *also), steps, save_each=True)
     wanted, found = digests(whole / f"checkpoint-{steps}"), []
     for step in after:
         output = Path(folder) / f"resumed-{step}"
         if ranks.is_first:
             shutil.copytree(whole / f"checkpoint-{step}", output / f"checkpoint-{step}")
         ranks.barrier()
-        run = tiny_training(ranks, workshop, output, f"max_steps={steps}", "resume=true")
+        run = tiny_training(ranks, workshop, output, f"max_steps={steps}", "resume=true", *also)
         begun = run.standing.step
-        train_until(run, steps)
-        same = digests(output / f"checkpoint-{steps}") == wanted
-        text = f"resumed at step {begun}; the end is {'' if same else 'not '}the same"
+        sent_again = train_until(run, steps)
+        same = digests(output / f"checkpoint-{steps}") == wanted and sent_again == sent[step:]
+        text = f"resumed at step {begun}; the end is {'' if same else 'not '}the same; bytes sent {sent_again}, not {sent[step:]}"
         found.append((step, "" if same and begun == step else text))
     return found
 

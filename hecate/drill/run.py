@@ -57,10 +57,15 @@ class Ground:
     def workshop(self) -> Path:
         return self.folder / "workshop"
 
-    def run(self, drill: Drill, *, quick: bool) -> DrillReport:
-        """Run one drill, in its short form or in full."""
+    def run(self, drill: Drill, *, quick: bool, without: bool = False) -> DrillReport:
+        """Run one drill, in its short form or in full.
+
+        Args:
+            without: without the feature that it is about (`hecate.drill.prove`).
+        """
         own = Path(tempfile.mkdtemp(prefix=f"{drill.name}-", dir=self.folder))
-        return _run_one(drill, Scope(str(own), str(self.workshop), quick, self.start))
+        start = (*self.start, "without", drill.name) if without else self.start
+        return _run_one(drill, Scope(str(own), str(self.workshop), quick, start))
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from hecate.drill.ranks import begin_run
 
 _META = {"config": "abc", "data": {"position": 12, "rng": [1, 2.5, None, True]}}
 _RANKS = 2
+_WAY_OUT = {errno.ENOSPC: "set output_dir to another disk", errno.EIO: "set output_dir to another disk", errno.EMFILE: "ulimit -n"}
 
 
 def shards_of(value: float) -> list[dict[str, Tensor]]:
@@ -98,7 +99,23 @@ def same_step_twice(scope: Scope) -> DrillOutcome:
                 problem = _killed(lambda root=root: save(root, 2, 200.0, "b"), again)  # type: ignore[misc]
             cases.append(DrillCase(f"killed at {fatal}, and again at {again}", problem or check_whole(root, (2.0, 200.0))))
             shutil.rmtree(root)
+    for late in range(_RANKS):
+        cases.append(
+            DrillCase(f"rank {late} of the first save writes beside the second one", _written_late(scope.path / f"late-{late}", late))
+        )
     return outcome_of(cases, "never mixed", {"operations": total})
+
+
+def _written_late(root: Path, late: int) -> str:
+    """What is wrong after a save that was broken off, and of which one rank writes only when the ranks of the next one have written."""
+    save(root, 1, 1.0)
+    first, second = (staging_folder(root, 2, nonce) for nonce in ("a", "b"))
+    write_shard(first, 1 - late, _RANKS, shards_of(2.0)[1 - late])
+    for rank, tensors in enumerate(shards_of(200.0)):
+        write_shard(second, rank, _RANKS, tensors)
+    write_shard(first, late, _RANKS, shards_of(2.0)[late])
+    commit(second, checkpoint_folder(root, 2), _META, _RANKS)
+    return check_whole(root, (200.0,))
 
 
 def failing_disk(scope: Scope) -> DrillOutcome:
@@ -185,7 +202,9 @@ def _failed(root: Path, code: int, first: int, *, lasting: bool, operation: str)
             save(root, 2, 2.0)
     except CheckpointError as error:
         said = str(error)
-        return "" if os.strerror(code) in said and len(said.splitlines()) <= 8 else f"the error does not say why: {said[:100]}"
+        if os.strerror(code) not in said or len(said.splitlines()) > 8:
+            return f"the error does not say why: {said[:100]}"
+        return "" if _WAY_OUT[code] in said and "untouched" in said else f"the error says no way out: {said[:200]}"
     # A disk that fails once may fail where nothing is lost by it.
     return "" if not lasting and operation in ("unlink", "mkdir") else "no error was raised"
 

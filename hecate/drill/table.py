@@ -9,6 +9,7 @@ from typing import Any
 import hecate
 from hecate.drill.catalogue import Drill
 from hecate.drill.outcome import DrillOutcome
+from hecate.drill.prove import PROOFS
 from hecate.drill.run import DrillReport
 
 _WIDTH = 110
@@ -34,6 +35,14 @@ def report_text(report: DrillReport) -> str:
     if len(outcome.failures) > len(shown):
         lines.append(f"     and {len(outcome.failures) - len(shown)} more")
     return "\n".join(lines)
+
+
+def proof_text(report: DrillReport) -> str:
+    """Whether a drill has failed without its feature, as it must."""
+    outcome, feature = report.outcome, PROOFS[report.drill.name].feature
+    found = "passes all the same" if outcome.ok else f"fails, {outcome.total - outcome.passed} of {outcome.total} cases"
+    first = "" if outcome.ok else f"\n     {(outcome.failures or (outcome.seen,))[0][:300]}"
+    return f"{report.drill.name:4} without {feature}: {found} ({report.seconds:.1f} s){first}"
 
 
 def summary_text(reports: Sequence[DrillReport]) -> str:

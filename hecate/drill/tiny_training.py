@@ -25,13 +25,15 @@ def tiny_training(ranks: Ranks, workshop: str, output: Path | str, *overrides: s
     return Training(tiny_config(workshop, output, *overrides), ranks)
 
 
-def train_until(run: Training, step: int, *, save_each: bool = False) -> None:
-    """Train up to a step, and save there, or after each step."""
+def train_until(run: Training, step: int, *, save_each: bool = False) -> list[int]:
+    """Train up to a step, and save there, or after each step. Returns the bytes that each step has sent, which tell where experts were."""
+    sent = []
     while run.standing.step < step:
-        run.train_one()
+        sent.append(run.train_one().result.bytes_sent)
         if save_each and run.standing.step < step:
             run.save()
     run.save()
+    return sent
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -17,8 +17,9 @@ from hecate.drill import damage, followers, inputs, launching, losses, memory, n
 from hecate.drill.catalogue import DRILLS
 from hecate.drill.outcome import DrillCase, DrillOutcome, outcome_of
 from hecate.drill.program import found, name_of
+from hecate.drill.prove import PROOFS
 from hecate.drill.run import DrillReport, Ground, chosen, ground
-from hecate.drill.table import as_json, report_text, summary_text
+from hecate.drill.table import as_json, proof_text, report_text, summary_text
 from hecate.errors import UserError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
@@ -38,6 +39,21 @@ def test_a_drill_passes(made: Ground, name: str) -> None:
     report = made.run(DRILLS[name], quick=True)
     assert report.outcome.ok, report_text(report)
     assert report.outcome.total > 0
+
+
+PROVED_IN_EVERY_TEST = ("R6", "R7", "R8", "R16")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in PROVED_IN_EVERY_TEST else pytest.mark.slow) for name in DRILLS])
+def test_a_drill_fails_without_what_it_is_about(made: Ground, name: str) -> None:
+    report = made.run(DRILLS[name], quick=True, without=True)
+    assert not report.outcome.ok
+    assert "the drill itself" not in report.outcome.seen, report.outcome
+    assert "fails" in proof_text(report)
+
+
+def test_every_drill_has_a_proof() -> None:
+    assert list(PROOFS) == list(DRILLS)
 
 
 def test_a_drill_that_breaks_down_has_failed_with_its_last_words(made: Ground) -> None:
