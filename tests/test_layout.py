@@ -289,6 +289,8 @@ WRITES_PLAINLY = {
     "hecate/drill/launchers.py": "as hecate/drill/tiny_run.py",
     "hecate/drill/losses.py": "as hecate/drill/tiny_run.py",
     "hecate/drill/program.py": "as hecate/drill/tiny_run.py",
+    "hecate/drill/prove.py": "it takes the one rename of a commit away",
+    "hecate/drill/resuming.py": "as hecate/drill/tiny_run.py",
     "hecate/drill/ranks.py": "as hecate/drill/tiny_run.py",
     "hecate/drill/run.py": "as hecate/drill/tiny_run.py",
     "hecate/forecast/plan.py": "a result to whatever path the user names, a pipe among them; the command can be given again",
@@ -300,6 +302,50 @@ WRITES_PLAINLY = {
     "kernels/common/ahead_of_time.py": "in a temporary file",
 }
 """Files outside `hecate/io/durable.py` that write other files themselves, and why that is right."""
+
+
+READS_PLAINLY = {
+    "hecate/io/plain_files.py": "it is the room",
+    "hecate/io/durable.py": "folders, for fsync, and files that it writes",
+    "hecate/io/one_writer.py": "the run's folder, for its lock",
+    "hecate/io/npz.py": "members of an archive that is open",
+    "hecate/checkpoint/files.py": "no link is followed within a checkpoint",
+    "hecate/adapters/folder.py": "by libraries that take names, after `require_plain`",
+    "hecate/adapters/lora_folder.py": "as hecate/adapters/folder.py",
+    "hecate/adapters/model_files.py": "what transformers has just written into a staging folder",
+    "hecate/federate/server_optimizer.py": "as hecate/adapters/folder.py",
+    "hecate/model/stored_model.py": "as hecate/adapters/folder.py",
+    "hecate/model/read_experts.py": "weights whose headers `safetensors_headers` has read",
+    "hecate/data/indexed_files.py": "as hecate/adapters/folder.py",
+    "hecate/data/records.py": "gzip, over a file that `open_plain` has opened",
+    "hecate/data/token_cache.py": "as hecate/adapters/folder.py, in a cache that is the user's alone; and its lock",
+    "hecate/sweep/ledger.py": "a lock",
+    "hecate/config/reference.py": "hecate's own source",
+    "hecate/forecast/run_shape.py": "a preset of hecate's",
+    "hecate/federate/rounds.py": "a folder that the rounds have written, copied as it is",
+    "hecate/model/memory_check.py": "/proc",
+    "hecate/doctor/software.py": "/proc",
+    "hecate/profile/probe.py": "/proc and /sys",
+    "hecate/profile/rank_main.py": "a file that the process has just written in a temporary folder",
+    "hecate/ranks/cores.py": "/sys",
+    "hecate/ranks/devices.py": "/proc",
+    "hecate/ranks/processor.py": "/proc",
+    "hecate/ranks/launcher_files.py": "in the launcher's own folder for temporary files",
+    "launch/local_launcher.py": "as hecate/ranks/launcher_files.py",
+    "launch/surviving_nodes.py": "as hecate/ranks/launcher_files.py",
+    "launch/surviving_ranks.py": "as hecate/ranks/launcher_files.py",
+    "launch/job_secret.py": "a token file that it makes",
+    "launch/run_folder.py": "/proc",
+    "launch/stopped_ranks.py": "/proc",
+    "launch/ray_job/cluster.py": "/proc",
+    "launch/ray_job/upload.py": "files that were looked at, copied",
+    "parallel/jit.py": "hecate's own sources, and machine code in a folder that is the user's alone",
+    "kernels/common/autotune.py": "hecate's own tables of tuned kernels",
+    "kernels/common/launch_config.py": "hecate's own tables of tuned kernels",
+}
+"""Files outside `hecate/io/plain_files.py` that open other files themselves to read them, and why that is right."""
+_LOADERS = ("np.load", "torch.load", "json.load", "yaml.load", "pickle.load")
+_READERS = (".read_text", ".read_bytes", "memmap", "load_file", "safe_open", "fromfile", "gzip.open", "copyfile", "copytree", "copy2")
 
 
 def files_that_call(is_one: Callable[[ast.Call], bool]) -> set[str]:
@@ -320,6 +366,22 @@ def test_files_are_written_by_one_room() -> None:
     writers = files_that_call(writes)
     assert not writers - set(WRITES_PLAINLY), f"write through hecate/io/durable.py: {sorted(writers - set(WRITES_PLAINLY))}"
     assert not set(WRITES_PLAINLY) - writers, f"mended: remove them: {sorted(set(WRITES_PLAINLY) - writers)}"
+
+
+def test_files_of_users_are_opened_by_one_room() -> None:
+    """So that no pipe, device, folder or endless file is waited for or read. The drills damage files and look at them."""
+
+    def reads(call: ast.Call) -> bool:
+        function = ast.unparse(call.func)
+        mode = [ast.unparse(argument).strip("'") for argument in (*call.args, *(given.value for given in call.keywords))]
+        writes = any(re.fullmatch("[wax]b?[+]?|r[+]?b[+]|rb?[+]", text) for text in mode)
+        opens = (function == "open" or function.endswith(".open")) and not writes
+        by_library = function in _LOADERS or function.endswith(_READERS)
+        return (opens or by_library) and function not in ("scalars.read_text", "_load_file")  # of hecate's own
+
+    readers = {path for path in files_that_call(reads) if "/drill/" not in path}
+    assert not readers - set(READS_PLAINLY), f"read through hecate/io/plain_files.py: {sorted(readers - set(READS_PLAINLY))}"
+    assert not set(READS_PLAINLY) - readers, f"mended: remove them: {sorted(set(READS_PLAINLY) - readers)}"
 
 
 PRINTS_ITSELF = {

@@ -70,7 +70,7 @@ def _checked(record: RoundRecord) -> RoundRecord:
 def add_record(folder: Path, record: RoundRecord) -> None:
     """Add a line. Raises UserError: the disk refuses."""
     path = rounds_file(folder)
-    before = path.read_bytes() if path.exists() else b""
+    before = read_plain(path) if path.exists() else b""
     try:
         replace_file(path, [before, json.dumps(to_json_values(record)).encode() + b"\n"])
     except OSError as error:

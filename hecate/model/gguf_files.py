@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hecate.errors import UserError
+from hecate.io.plain_files import open_plain
 
 _MAGIC, _TEXT = b"GGUF", 8
 _LONGEST_NAME = 1 << 10
@@ -36,7 +37,7 @@ def refuse_unknown_architecture(path: Path) -> None:
 
 def _architecture(path: Path) -> str | None:
     try:
-        with path.open("rb") as file:
+        with open_plain(path) as file:
             magic, _, _, _ = struct.unpack("<4sIQQ", file.read(24))  # version, number of tensors, number of entries
             if magic == _MAGIC and _text(file) == "general.architecture" and struct.unpack("<I", file.read(4)) == (_TEXT,):
                 return _text(file)

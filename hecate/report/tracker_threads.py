@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hecate.io.durable import replace_file
+from hecate.io.plain_files import read_plain_text
 from hecate.report.call_thread import PATIENCE, CallThread
 from hecate.report.metrics import Record
 from hecate.report.tracked_figures import load_pictures, numbers_of
@@ -146,6 +147,6 @@ class _Worker:
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8").strip() or None
+        return read_plain_text(path).strip() or None
     except FileNotFoundError:
         return None

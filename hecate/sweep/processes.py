@@ -19,6 +19,7 @@ from types import FrameType
 from hecate.checkpoint import latest_good
 from hecate.config import Config, to_yaml
 from hecate.errors import UserError
+from hecate.io.plain_files import open_plain
 from hecate.io.python_module import RUN_MODULE
 from hecate.io.signals import on_signals
 from hecate.io.terminal import tell
@@ -175,7 +176,7 @@ def _end(sweep: Sweep, one: _UnderWay, *, stopping: bool, say: Callable[[str], N
 
 
 def _tail(log: Path, start: int) -> str:
-    with log.open("rb") as file:
+    with open_plain(log) as file:
         file.seek(max(start, log.stat().st_size - _TAIL))
         return file.read().decode(errors="replace")
 
