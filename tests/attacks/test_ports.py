@@ -22,7 +22,7 @@ import torch.distributed as dist
 from hecate.io.json_records import to_json_values
 from hecate.launch.node_messages import JobShape, NodeReport
 from hecate.launch.run_folder import processes_below
-from testing.processes import hecate, listening, read_rest
+from testing.processes import hecate, listening, read_rest, read_until
 from testing.tiny_run import make_workshop
 
 
@@ -85,3 +85,42 @@ def test_a_stranger_at_the_meeting_point_runs_nothing_and_joins_nothing(tmp_path
         assert not planted.exists()
         assert len(held) == 100
     assert not planted.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc")
+@pytest.mark.parametrize("command", ["train", "launch"])
+def test_a_run_goes_on_under_what_strangers_send_to_each_of_its_ports(tmp_path: Path, command: str) -> None:
+    """Of one machine. Garbage, HTTP, half a message, and a hundred connections that are held open."""
+    workshop = make_workshop(tmp_path)
+    given = ["--nproc-per-node", "2"] if command == "launch" else []
+    wanted = ["nproc=2"] if command == "train" else []
+    overrides = [f"output_dir={workshop}/runs/a", "max_steps=60", "data.eval=[]", "eval.on_start=false", "eval.generate=false", *wanted]
+    with hecate(command, *given, str(workshop / "config.yaml"), *overrides, temporary=workshop / "tmp") as run:
+        read_until(run, "step 2/")
+        pids = [run.pid, *processes_below(run.pid)]
+        ports = listening_ports(pids)
+        held = []
+        for port in ports:
+            for said in (b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 4096, os.urandom(4096), b"\xff\xff\xff\x7f", b""):
+                with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=2) as stranger:
+                    stranger.sendall(said)
+            for _ in range(100):
+                with suppress(OSError):
+                    held.append(socket.create_connection(("127.0.0.1", port), timeout=2))
+        rest = read_rest(run)
+        assert run.wait(120) == 0, rest
+        assert "step 60/60" in rest, rest
+        for one in held:
+            one.close()
+
+
+def listening_ports(pids: list[int]) -> set[int]:
+    """The ports of loopback that these processes listen on."""
+    inodes = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").glob("*"):
+            with suppress(OSError):
+                inodes.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {int(row[1].partition(":")[2], 16) for row in rows if row[3] == "0A" and row[9] in inodes}
