@@ -31,6 +31,8 @@ CALLS: dict[Place, int] = {
     "file": 15,
 }
 """place -> how often a rank comes by it in a step, so that each call may be the one"""
+CONNECTS = 4
+"""how often a rank comes by "connect" while it connects to those that are left"""
 _WRITES, _COMMIT = 85, 150
 """operations on files: after so many the first rank has written its tensors; after so many, or some fewer, it has also committed and
 deleted an old checkpoint. It writes more where it has taken over experts"""
@@ -75,7 +77,28 @@ def plan_of(number: int) -> KillPlan:
         left = set(range(RANKS)) - ({one.rank for one in deaths} if stays else set())
         deaths.append(_death(random, rank, step, commits=rank == min(left)))
     beside = stays and bool(random.random() < 0.5)
+    if in_a_row(number):
+        deaths = _in_a_row(random, deaths)
     return KillPlan(number, launcher, beside and not _in_first_save_and_after(deaths), tuple(deaths))
+
+
+def in_a_row(number: int) -> bool:
+    """Whether a run loses its second rank while the others connect after the first loss."""
+    return number >= _OTHERS_FROM and number % 10 in (3, 6)
+
+
+def _in_a_row(random: np.random.Generator, deaths: Sequence[Injected]) -> list[Injected]:
+    """The same deaths, of which the second comes while the ranks that are left connect; half of the runs then lose a third one.
+
+    The second rank is no neighbour of the first: with one backup two neighbours at once are too many.
+    """
+    first, _, third = deaths
+    second = (first.rank or 0) + RANKS // 2
+    others = [rank for rank in range(RANKS) if rank not in (first.rank, second % RANKS)]
+    found = [first, Injected(action="kill", place="connect", rank=second % RANKS, step=first.step, call=1 + int(random.integers(CONNECTS)))]
+    if third.step != first.step and random.random() < 0.5:
+        found.append(Injected(action="kill", place=third.place, rank=others[0], step=third.step, call=min(third.call, CALLS[third.place])))
+    return found
 
 
 def _in_first_save_and_after(deaths: Sequence[Injected]) -> bool:

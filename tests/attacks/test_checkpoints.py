@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, commit_line, read_manifest
 from hecate.checkpoint.meta import owners_of
 from hecate.checkpoint.train_state import state_of
-from hecate.cli import app
+from hecate.config import load_config
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import Ranks, join_ranks
 from hecate.train.opened import load_trained
+from hecate.train.training import Training
 from testing.tiny_run import make_workshop
 from tests.attacks.watching import HARMLESS, REFUSED, outcome
 
@@ -73,7 +73,7 @@ MANIFESTS: dict[str, tuple[Change, str]] = {
     "a step that is text": (top(step="2"), REFUSED),
     "a step below zero": (top(step=-1), REFUSED),
     "a newer version": (top(version=99), REFUSED),
-    "more ranks than files": (top(world_size=3), REFUSED),
+    "more ranks than files": (top(world_size=2), REFUSED),
     "99,999 ranks": (top(world_size=99_999), REFUSED),
     "no tensors": (top(tensors={}), REFUSED),
     "tensors that are a list": (top(tensors=[]), REFUSED),
@@ -112,9 +112,12 @@ RESUMED: dict[str, tuple[Change, str]] = {
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that has saved a checkpoint after two steps."""
     workshop = make_workshop(tmp_path_factory.mktemp("workshop"))
-    given = [f"output_dir={workshop}/run", "max_steps=2", "save_steps=2", "data.eval=[]", "eval.on_start=false", "eval.generate=false"]
-    result = CliRunner().invoke(app, ["train", str(workshop / "config.yaml"), *given])
-    assert result.exit_code == 0, result.exception
+    config = load_config(workshop / "config.yaml", [f"output_dir={workshop}/run"], claim_output=False)
+    with join_ranks() as ranks:
+        run = Training(config, ranks)
+        for _ in range(2):
+            run.train_one()
+        run.save()
     return workshop / "run"
 
 
@@ -140,7 +143,10 @@ def forge(checkpoint: Path, change: Change) -> None:
     (checkpoint / COMMIT).write_bytes(commit_line(data))
 
 
-@pytest.mark.parametrize("name", MANIFESTS)
+SLOW = ("a configuration of 100,000 keys",)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in MANIFESTS])
 def test_a_forged_manifest(checkpoint: Path, ranks: Ranks, name: str) -> None:
     change, wanted = MANIFESTS[name]
     forge(checkpoint, change)

@@ -87,7 +87,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name", FILES)
+SLOW = ("a million experts in a list", "40,000 keys")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in FILES])
 def test_a_file(folder: Path, name: str) -> None:
     content, wanted = FILES[name]
     (folder / "config.yaml").write_bytes(content)

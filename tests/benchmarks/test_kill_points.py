@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.kill_plans import CALLS, DEATHS, RANKS, goes_on, plan_of
+from benchmarks.kill_plans import CALLS, DEATHS, RANKS, goes_on, in_a_row, plan_of
 from benchmarks.kill_points import KilledRun, go_through, lost, read_runs, repeated, totals, write_runs
 from hecate.drill.ranks import Launched
 from hecate.drill.run import ground
@@ -28,7 +28,7 @@ def test_plans_are_the_same_in_each_call_and_cover_everything() -> None:
     plans = [plan_of(number) for number in range(400)]
     assert plans[:20] == [plan_of(number) for number in range(20)]
     deaths = [one for plan in plans for one in plan.deaths]
-    assert {one.place for one in deaths} == set(CALLS)
+    assert {one.place for one in deaths} == {*CALLS, "connect"}
     assert {one.rank for one in deaths} == set(range(RANKS))
     assert {one.step for one in deaths} == set(range(6))
     launchers = [plan.launcher for plan in plans]
@@ -36,7 +36,17 @@ def test_plans_are_the_same_in_each_call_and_cover_everything() -> None:
     assert launchers[27:30] == ["two_nodes", "ray", "two_nodes_again"]
     assert [launchers.count(each) for each in ("ray", "node_again", "two_nodes_again", "node", "two_nodes")] == [39, 20, 19, 19, 19]
     assert max(one.call for one in deaths if one.place == "file" and one.rank != 0) > 100, "whoever commits may die while it does"
+    rows = [plan for plan in plans if in_a_row(plan.number)]
+    assert (len(rows), {plan.launcher for plan in rows}) == (76, {"local"})
+    assert {len(plan.deaths) for plan in rows} == {2, 3}
+    assert {plan.deaths[1].call for plan in rows} == {1, 2, 3, 4}
+    for first, second, *third in (plan.deaths for plan in rows):
+        assert first.rank is not None
+        assert (second.place, second.rank, second.step) == ("connect", (first.rank + 2) % RANKS, first.step), "no neighbour of the first"
+        assert all(one.rank not in (first.rank, second.rank) and one.step != first.step for one in third)
     for plan in plans:
+        if in_a_row(plan.number):
+            continue
         assert len({one.step for one in plan.deaths}) == DEATHS
         if goes_on(plan.launcher):
             assert len({one.rank for one in plan.deaths}) == DEATHS, "a dead rank cannot die again"
