@@ -7,7 +7,6 @@ import re
 from hecate.drill.catalogue import DRILLS
 from tests.rooms import ROOT
 
-
 ROW = re.compile(r"^\| (.*) \| (\S[^|]*) \| `(tests/[\w/]+\.py)::(test_\w+)` \|$", re.MULTILINE)
 
 
