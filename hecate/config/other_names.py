@@ -79,6 +79,7 @@ _SAME: dict[str, str] = {
     "router_aux_loss_coef": "moe.router_aux_loss_coef",
     "router_loss_coef": "moe.router_aux_loss_coef",
     "chat_template_path": "data.chat_template",
+    "split_special_tokens": "data.split_special_tokens",
 }
 _WRITE: dict[str, str] = {
     "tokenizer_name": "leave it out: the tokenizer is in the model's folder; with model.front_end=megatron write model.tokenizer",

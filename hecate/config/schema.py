@@ -113,6 +113,9 @@ class DataConfig:
     """The chat template in which conversations are written, in training and by all commands that use what was trained: a Jinja file, or the
     name of one in configs/chat_templates, such as qwen3. null: the tokenizer's own, or one of ours for a model whose own writes earlier
     answers in another way once a question follows (docs/data.md). It belongs to the data, so a run is not resumed with another."""
+    split_special_tokens: bool = field(default=False, metadata=key(computes=False))
+    """Take what reads like a special token in a sample's texts, such as <|im_end|>, for plain text. false: it becomes that token, as
+    elsewhere, so that who writes a text can end a turn in it. It belongs to the data, so a run is not resumed with another."""
     features: str | None = field(default=None, metadata=key(computes=False))
     """With moe.router.input user: an .npz file with the arrays `ids` [users] and `features` [users, width]. The key `user` of each JSONL
     line names one of the ids."""

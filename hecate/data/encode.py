@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from hecate.config import DataSource
 from hecate.data.chat import Span, TemplateRefusal, render, require_chat_template
 from hecate.data.formats import Fault, Sample, read_samples
+from hecate.data.plain_specials import cuts, marked, tokens_of_pieces
 from hecate.data.quarantine import write_quarantine
 from hecate.data.routed_experts import BadRoutingError, RoutingShape, require_length
 from hecate.data.syntax import bad_sample_error
@@ -299,6 +300,7 @@ class SampleText:
     text: str
     spans: list[Span] | None  # of characters to learn; None: the whole text
     lost: list[str]  # names of what the chat template does not write
+    cut: tuple[int, ...] = ()  # where the tokenizer gets the text in pieces
 
 
 def _encoded(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_cut: bool) -> EncodedSample:
@@ -324,9 +326,10 @@ def _tokenized(
     samples = read_samples(source.path, source.format, users, source.fields)
     stripping = [token_id for token_id, added in tokenizer.added_tokens_decoder.items() if added.rstrip]
     shapes: Shapes = {}
+    splits = bool(getattr(tokenizer, "split_special_tokens", False))
     used = {name for name, needed in (("user", users), ("routed_experts", routing)) if needed is not None}
     while group := list(islice(samples, _SAMPLES_PER_CALL)):
-        ready = [item if isinstance(item, Fault) else text_to_tokenize(item, tokenizer, shapes) for item in group]
+        ready = [item if isinstance(item, Fault) else text_to_tokenize(item, tokenizer, shapes, splits=splits) for item in group]
         good = [item for item in ready if not isinstance(item, Fault)]
         if not good:
             yield from (item for item in ready if isinstance(item, Fault))
@@ -337,6 +340,7 @@ def _tokenized(
             add_special_tokens=not is_chat,  # a chat template writes its own
             return_offsets_mapping=is_chat,
             return_attention_mask=False,
+            split_special_tokens=splits and not is_chat,  # of a conversation, the template writes some
             verbose=False,
         )
         position = 0
@@ -351,6 +355,8 @@ def _tokenized(
                 learned = np.ones(len(ids), dtype=bool)
             else:
                 offsets = np.array(tokens["offset_mapping"][position], dtype=np.int64).reshape(-1, 2)
+                if item.cut:
+                    ids, offsets = tokens_of_pieces(tokenizer, item.text, item.cut)
                 learned = _inside(item.spans, _without_stripped(offsets, item.text, np.isin(ids, stripping)))
             position += 1
             targets = np.where(learned[1:], ids[1:], np.int32(IGNORED))
@@ -369,12 +375,13 @@ def _tokenized(
                 yield _Tokenized(ids[:end], targets[:end], sample, user, len(ids), routed, unread)
 
 
-def text_to_tokenize(sample: Sample, tokenizer: Any, shapes: Shapes) -> SampleText | Fault:
+def text_to_tokenize(sample: Sample, tokenizer: Any, shapes: Shapes, *, splits: bool = False) -> SampleText | Fault:
     """Return a sample as the tokenizer gets it, or why there is nothing to be learned of it.
 
     Args:
         tokenizer: only its chat template is used.
         shapes: see `hecate.data.written.unwritten`.
+        splits: take what reads like a special token in its texts for plain text.
 
     Raises:
         UserError: the sample is a conversation, and there is no chat template.
@@ -390,11 +397,13 @@ def text_to_tokenize(sample: Sample, tokenizer: Any, shapes: Shapes) -> SampleTe
         return sample.fault("an assistant turn is empty")
     if sample.messages[0]["role"] == "assistant":
         return sample.fault("the conversation begins with an assistant turn, which answers nothing")
+    messages = marked(sample.messages, tokenizer) if splits else sample.messages
     try:
-        whole, spans = render(tokenizer, sample.messages, tools=sample.tools, given=sample.given)
-        learned = (turn for turn, message in enumerate(sample.messages) if message["role"] == "assistant" and turn >= sample.given)
-        lost = unwritten(tokenizer, sample.messages, sample.tools, whole, dict(zip(learned, spans, strict=True)), shapes)
-        return SampleText(sample, whole, spans, require_learned(sample.messages, sample.given, lost))
+        whole, spans = render(tokenizer, messages, tools=sample.tools, given=sample.given)
+        learned = (turn for turn, message in enumerate(messages) if message["role"] == "assistant" and turn >= sample.given)
+        lost = unwritten(tokenizer, messages, sample.tools, whole, dict(zip(learned, spans, strict=True)), shapes)
+        text, spans, cut = cuts(whole, spans) if splits else (whole, spans, ())
+        return SampleText(sample, text, spans, require_learned(messages, sample.given, lost), cut)
     except TemplateRefusal as refusal:
         return sample.fault(f"the chat template cannot be used for training on this conversation: {refusal}")
 

@@ -45,6 +45,14 @@ def proof_text(report: DrillReport) -> str:
     return f"{report.drill.name:4} without {feature}: {found} ({report.seconds:.1f} s){first}"
 
 
+def proofs_text(reports: Sequence[DrillReport]) -> str:
+    passed = [report.drill.name for report in reports if report.outcome.ok]
+    text = (
+        f"hecate {hecate.__version__}: {len(reports) - len(passed)} of {len(reports)} drills fail without what they are about, as they must"
+    )
+    return text + (f"; passed all the same: {', '.join(passed)}" if passed else "")
+
+
 def summary_text(reports: Sequence[DrillReport]) -> str:
     passed = sum(report.outcome.ok for report in reports)
     failed = ", ".join(f"{report.drill.name} ({state_of(report.outcome)})" for report in reports if not report.outcome.ok)
@@ -55,6 +63,23 @@ def summary_text(reports: Sequence[DrillReport]) -> str:
 
 def state_of(outcome: DrillOutcome) -> str:
     return "passed" if outcome.ok else "failed"
+
+
+def proofs_json(reports: Sequence[DrillReport]) -> dict[str, Any]:
+    """The same of drills without what they are about."""
+    rows = [
+        {
+            "name": report.drill.name,
+            "without": PROOFS[report.drill.name].feature,
+            "failed": not report.outcome.ok,
+            "failed_cases": report.outcome.total - report.outcome.passed,
+            "cases": report.outcome.total,
+            "first_failure": (report.outcome.failures or ("",))[0],
+        }
+        for report in reports
+    ]
+    summary = {"failed": sum(not report.outcome.ok for report in reports), "total": len(reports)}
+    return {"name": "drill_proofs", "hecate": hecate.__version__, "rows": rows, "summary": summary}
 
 
 def as_json(reports: Sequence[DrillReport]) -> dict[str, Any]:

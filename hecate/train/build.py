@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -288,11 +289,14 @@ def encode_sources(
         quarantine: how the names of files in output_dir begin to which rank 0 writes those samples, one file for each source; None: nothing
             is written.
     """
-    cache = cache_folder(config.data.cache)
+    cache, tokenizer = cache_folder(config.data.cache), base.tokenizer
+    if config.data.split_special_tokens:
+        tokenizer = copy(tokenizer)
+        tokenizer.split_special_tokens = True
     return [
         read_source(
             source,
-            base.tokenizer,
+            tokenizer,
             seq_len=config.data.seq_len,
             vocab_size=base.vocab_size,
             on_bad_sample=config.data.on_bad_sample,

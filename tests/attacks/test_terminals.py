@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from hecate.cli import _command
 from testing.tiny_run import make_workshop
-from tests.hecate.io.test_terminal import orders
+from tests.terminal_orders import orders
 
 TITLE, CLEAR = "\x1b]0;owned\x07", "\x1b[2J"
 

@@ -19,7 +19,7 @@ from hecate.drill.outcome import DrillCase, DrillOutcome, outcome_of
 from hecate.drill.program import found, name_of
 from hecate.drill.prove import PROOFS
 from hecate.drill.run import DrillReport, Ground, chosen, ground
-from hecate.drill.table import as_json, proof_text, report_text, summary_text
+from hecate.drill.table import as_json, proof_text, proofs_json, proofs_text, report_text, summary_text
 from hecate.errors import UserError
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
@@ -50,6 +50,8 @@ def test_a_drill_fails_without_what_it_is_about(made: Ground, name: str) -> None
     assert not report.outcome.ok
     assert "the drill itself" not in report.outcome.seen, report.outcome
     assert "fails" in proof_text(report)
+    assert proofs_text([report]).endswith("1 of 1 drills fail without what they are about, as they must")
+    assert proofs_json([report])["summary"] == {"failed": 1, "total": 1}
 
 
 def test_every_drill_has_a_proof() -> None:

@@ -14,14 +14,10 @@ from typer.testing import CliRunner
 
 from hecate.cli import _command, app
 from hecate.io.terminal import new_console, safe, safe_line, show_progress, show_text, tell
+from tests.terminal_orders import orders
 
 TITLE, CLEAR, UP, RING, BACK, TURNED, EIGHT_BITS = "\x1b]0;owned\x07", "\x1b[2J", "\x1b[1A", "\x07", "\x08\r", "\u202egnp.exe", "\x9b2J"
 HOSTILE = (TITLE, CLEAR, UP, RING, BACK, TURNED, EIGHT_BITS, "\x7f", "\x00")
-
-
-def orders(text: str) -> list[str]:
-    """The characters in it that a terminal obeys."""
-    return [one for one in text if one not in "\n\t" and (ord(one) < 32 or 127 <= ord(one) < 160 or one in "\u202e\u2066")]
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
