@@ -116,7 +116,7 @@ def test_damaged_weights_are_refused(saved: Path, tmp_path: Path) -> None:
     copy_of(saved, tmp_path)
     file = tmp_path / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot load the model"):
+    with pytest.raises(UserError, match="is the download complete"):
         load_model(resolve_model(str(tmp_path)), torch.float32, CPU)
 
 
