@@ -39,7 +39,7 @@ def run_beside(names: Sequence[str], folder: Path, *command: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("start", ["-m", "script"])
+@pytest.mark.parametrize("start", [pytest.param("-m", marks=pytest.mark.slow), "script"])
 def test_a_training_imports_none_of_them(workshop: Path, tmp_path: Path, start: str) -> None:
     """The command, the process that ranks are forked from, and the ranks. A `hecate.py` is another program for `python -m hecate`; for the
     script it is one more stand-in."""

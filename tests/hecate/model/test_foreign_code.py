@@ -47,8 +47,11 @@ def with_code(workshop: Path, folder: Path, *, model_type: str) -> Path:
     return model
 
 
-@pytest.mark.parametrize("model_type", ["llama", "theirs"])
-@pytest.mark.parametrize("verb", COMMANDS)
+QUICK = [("train", "theirs"), ("plan", "theirs"), ("generate", "llama"), ("chat", "theirs"), ("eval", "theirs")]
+PAIRS = [(verb, model_type) for verb in COMMANDS for model_type in ("llama", "theirs")]
+
+
+@pytest.mark.parametrize(("verb", "model_type"), [pair if pair in QUICK else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS])
 def test_a_models_own_code_is_not_run(workshop: Path, tmp_path: Path, verb: str, model_type: str) -> None:
     """Whoever starts the command answers every question with yes."""
     model = with_code(workshop, tmp_path, model_type=model_type)
