@@ -92,14 +92,10 @@ def _own_norm(exchange: Callable[..., Any]) -> Callable[..., Any]:
     return exchange_totals
 
 
-def _listening(_: Any) -> tuple[str, ...]:
-    program = "import runpy, socket, sys; s = socket.create_server(('0.0.0.0', 0)); sys.argv = sys.argv[1:]; "
-    return (sys.executable, "-P", "-c", program + "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)")
-
-
-def _left_behind(_: Any) -> tuple[str, ...]:
-    program = "import runpy, sys, tempfile; tempfile.mkdtemp(); sys.argv = sys.argv[1:]; "
-    return (sys.executable, "-P", "-c", program + "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)")
+def _after(statements: str) -> Change:
+    """The command that runs a module after these statements, in place of `RUN_MODULE`."""
+    program = f"import runpy, sys; {statements}; sys.argv = sys.argv[1:]; "
+    return lambda _: (sys.executable, "-P", "-c", program + "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)")
 
 
 _BACKUPS = Proof("a second copy of each expert", {"hecate.drill.losses:begin_run": _with(survives=False)})
@@ -150,8 +146,13 @@ PROOFS: dict[str, Proof] = {
     "R18": Proof("the watch of what ranks wait in", {"hecate.elastic.mismatch_watch:MismatchWatch.begin": _returning(None)}),
     "R19": Proof("the comparison of ranks' speeds", {"hecate.elastic.stragglers:SlowRanks.after_step": _returning([])}),
     "R20": Proof("the comparison of copies", {"hecate.elastic.damaged_copies:CopyChecks.check": _returning(None)}),
-    "R21": Proof("loopback: the launcher listens on all interfaces", {"hecate.drill.ranks:RUN_MODULE": _listening}),
-    "R22": Proof("that the launcher removes its files", {"hecate.drill.launching:RUN_MODULE": _left_behind}),
+    "R21": Proof(
+        "loopback: the launcher listens on all interfaces",
+        {"hecate.drill.ranks:RUN_MODULE": _after("import socket; s = socket.create_server(('0.0.0.0', 0))")},
+    ),
+    "R22": Proof(
+        "that the launcher removes its files", {"hecate.drill.launching:RUN_MODULE": _after("import tempfile; tempfile.mkdtemp()")}
+    ),
     "R23": Proof(
         "that ranks save at a signal",
         {"hecate.train.loop:_stop_on_signals": lambda _: lambda: nullcontext(SimpleNamespace(is_set=False))},

@@ -20,8 +20,10 @@ SUFFIXES = (".py", ".yaml", ".yml", ".toml")
 MAX_BYTES = 20 * 1024 * 1024
 _OF_PACKAGES = (".yaml", ".jinja")
 """beside Python, what Python packages hold: hecate's presets and chat templates"""
-_SECRET = "secrets?|tokens?|credentials?|passwords?|private|auth|keys?|api_?keys?|kubeconfig"
+_SECRET = "secrets?|tokens?|credentials?|passwords?|private"
 _LEFT_OUT = re.compile(rf"(^|[._-])({_SECRET})([._-]|$)", re.IGNORECASE)
+_NO_CODE = re.compile(r"(^|[._-])(auth|keys?|api_?keys?|kubeconfig)([._-]|$)", re.IGNORECASE)
+"""words in the names of files that are no code: a module called auth or keys is one"""
 _FOLDERS_LEFT_OUT = re.compile(r"\..*|__pycache__|checkpoint-.*|runs|data|node_modules|venv|build|dist|.*\.egg-info")
 
 
@@ -74,6 +76,8 @@ def _is_open(path: Path) -> bool:
         return False
     if path.is_dir():
         return (_is_package(path) or not _FOLDERS_LEFT_OUT.fullmatch(path.name)) and not _is_left_out(path)
+    if path.suffix != ".py" and _NO_CODE.search(path.stem):
+        return False
     return _is_own(path) or not _LEFT_OUT.search(path.stem)
 
 

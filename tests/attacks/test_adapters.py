@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from hecate.adapters.peft_moe import PeftMoeConfig, save_peft_adapter
 from hecate.model.base import BaseChoice
-from hecate.ranks.ranks import Ranks, join_ranks
+from hecate.ranks.ranks import Ranks
 from hecate.train.opened import load_trained
 from testing.tiny_run import make_workshop
-from tests.attacks.watching import HARMLESS, REFUSED, outcome
+from tests.attacks.watching import HARMLESS, PLACES, REFUSED, outcome
 
 DESCRIPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "as it was": ({}, HARMLESS),
@@ -95,12 +93,6 @@ def adapter(original: Path, tmp_path: Path) -> Path:
     return tmp_path / "attacked"
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with join_ranks() as alone:
-        yield alone
-
-
 def take(adapter: Path, ranks: Ranks) -> object:
     return load_trained(adapter, ranks, BaseChoice())
 
@@ -155,20 +147,8 @@ def test_tensors(adapter: Path, ranks: Ranks, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
-@pytest.mark.parametrize("what", ["device", "folder", "itself", "nothing", "pipe", "zeros"])
+@pytest.mark.parametrize("what", PLACES)
 def test_what_stands_in_a_files_place(adapter: Path, ranks: Ranks, name: str, what: str) -> None:
-    file = adapter / name
-    file.unlink()
-    match what:
-        case "device":
-            file.symlink_to("/dev/zero")
-        case "folder":
-            file.mkdir()
-        case "itself":
-            file.symlink_to(file)
-        case "pipe":
-            os.mkfifo(file)
-        case "zeros":
-            with file.open("wb") as sparse:
-                sparse.truncate(1 << 36)
+    (adapter / name).unlink()
+    PLACES[what](adapter / name)
     assert outcome(lambda: take(adapter, ranks), adapter) == REFUSED

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,6 @@ def checkpoint(run: Path, tmp_path: Path) -> Path:
     shutil.copytree(run / "checkpoint-2", tmp_path / "checkpoint-2")
     (tmp_path / "bait").write_text("secret", encoding="utf-8")
     return tmp_path / "checkpoint-2"
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with join_ranks() as alone:
-        yield alone
 
 
 def forge(checkpoint: Path, change: Change) -> None:

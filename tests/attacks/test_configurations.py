@@ -6,13 +6,12 @@ That each key refuses what it cannot take, and says how to mend it, is tests/hec
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from hecate.config import load_config
-from tests.attacks.watching import HARMLESS, REFUSED, outcome
+from tests.attacks.watching import HARMLESS, PLACES, REFUSED, outcome
 
 MOST_PROBLEMS = 42
 """lines: all mistakes are said at once, twenty of them with their hints, and how many more there are"""
@@ -103,21 +102,6 @@ def test_an_override(folder: Path, name: str) -> None:
     override, wanted = OVERRIDES[name]
     (folder / "config.yaml").write_bytes(GOOD)
     assert outcome(lambda: load_config("config.yaml", [override]), folder, named="") == wanted
-
-
-def sparse(file: Path) -> None:
-    with file.open("wb") as opened:
-        opened.truncate(1 << 36)
-
-
-PLACES: dict[str, Callable[[Path], object]] = {
-    "a pipe": os.mkfifo,
-    "a folder": Path.mkdir,
-    "a device": lambda file: file.symlink_to("/dev/zero"),
-    "a link to itself": lambda file: file.symlink_to(file),
-    "64 GiB of nothing": sparse,
-    "nothing": lambda file: None,
-}
 
 
 @pytest.mark.parametrize("what", PLACES)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 
 from hecate.data.encode import encode_source
 from testing.byte_tokenizer import build_byte_tokenizer
-from tests.attacks.watching import HARMLESS, REFUSED, outcome
+from tests.attacks.watching import HARMLESS, PLACES, REFUSED, outcome
 from tests.hecate.data.files import Source
 
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -97,21 +95,6 @@ def test_a_file(tmp_path: Path, tokenizer: Any, name: str) -> None:
     file, content, wanted = CONTENTS[name]
     (tmp_path / file).write_bytes(content)
     assert outcome(lambda: take(tmp_path / file, tokenizer), tmp_path) == wanted
-
-
-def sparse(file: Path) -> None:
-    with file.open("wb") as opened:
-        opened.truncate(1 << 40)
-
-
-PLACES: dict[str, Callable[[Path], object]] = {
-    "a pipe": os.mkfifo,
-    "an empty folder": Path.mkdir,
-    "a device": lambda file: file.symlink_to("/dev/zero"),
-    "a link to itself": lambda file: file.symlink_to(file),
-    "a terabyte of nothing": sparse,
-    "nothing": lambda file: None,
-}
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "jsonl.gz", "parquet", "arrow", "idx"])

@@ -14,7 +14,7 @@ from hecate.launch.ray_job.submit import submit
 from hecate.launch.ray_job.upload import stage, uploaded_files
 
 NAMED = ("config.yaml", "my/nested/deep.yml")
-TAKEN = ("my/data/__init__.py", "my/data/read.py", "my/family.py", "pyproject.toml", "my/data/preset.yaml", *NAMED)
+TAKEN = ("my/data/__init__.py", "my/data/read.py", "my/auth.py", "pyproject.toml", "my/data/preset.yaml", *NAMED)
 LEFT = (
     "other.yaml",
     "apikeys.yaml",
