@@ -103,7 +103,7 @@ def read_run(folder: Path) -> RunRecords:
             events.append(record)
     return RunRecords(
         name=folder.resolve().name,
-        config=_read_config(folder / _CONFIG),
+        config=read_run_config(folder / _CONFIG),
         step_S=np.array(steps.numbers, dtype=np.int64),
         columns={name: steps.column(name) for name in steps.names},
         parts={name.removeprefix("parts."): steps.column(name) for name in steps.part_names},
@@ -253,8 +253,8 @@ class _Bins:
         )
 
 
-def _read_config(path: Path) -> Mapping[str, Any]:
-    """The file as it is: data and model may have gone since, so nothing that it names is looked for.
+def read_run_config(path: Path) -> Mapping[str, Any]:
+    """Return the configuration in a run's folder, or {} if it is not there. No file that it names has to be there any more.
 
     Raises:
         UserError: it is damaged.

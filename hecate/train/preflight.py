@@ -136,26 +136,30 @@ def check_resume(config: Config) -> None:
     """
     if not config.resume:
         return
-    refuse_links(Path(config.output_dir))
+    root = Path(config.output_dir)
+    refuse_links(root)
     from hecate.checkpoint import CheckpointError, committed, read_manifest, stopped_early
     from hecate.checkpoint.meta import config_values
     from hecate.config.effective import changed_computation, other_configuration
+    from hecate.report.run_records import read_run_config
 
-    folders = committed(Path(config.output_dir))
-    if not folders and stopped_early(Path(config.output_dir)):
-        return
-    if not folders:
+    if folders := committed(root):
+        begun = folders[0]
+        try:
+            then = config_values(begun, read_manifest(begun).meta)
+        except CheckpointError:
+            return  # the ranks say why, and look for an older one
+    elif stopped_early(root):
+        begun = root / "config.yaml"
+        then = read_run_config(begun)
+    else:
         raise UserError(
-            f"resume=true, but {config.output_dir} has no checkpoint\n"
+            f"resume=true, but {root} has no checkpoint\n"
             "  if the run's folder was moved, give output_dir=FOLDER; else start a new run with resume=false"
         )
-    try:
-        then = config_values(folders[0], read_manifest(folders[0]).meta)
-    except CheckpointError:
-        return  # the ranks say why, and look for an older one
     # A key that is null may get its value from the base model.
-    if changes := [one for one in changed_computation(then, config, same_base=True) if one.now is not None]:
-        raise UserError(other_configuration(str(folders[0]), changes))
+    if changes := [one for one in changed_computation(then, config, same_base=bool(folders)) if one.now is not None]:
+        raise UserError(other_configuration(str(begun), changes))
 
 
 def check_vocabulary(config: Config) -> None:

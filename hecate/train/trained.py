@@ -21,6 +21,7 @@ from hecate.config import Config
 from hecate.config.paths import ADAPTER_CONFIG
 from hecate.data.user_features import read_user_features
 from hecate.errors import UserError
+from hecate.io.plain_files import refuse_links
 from hecate.io.terminal import tell
 from hecate.ranks.ranks import join_ranks
 from hecate.train.checkpointed import is_checkpoint, newest_checkpoint, write_checkpointed
@@ -38,10 +39,11 @@ def find_trained(path: Path, *, says: bool = True) -> Path:
         says: whether standard error says which was taken.
 
     Raises:
-        UserError: a run's folder has neither.
+        UserError: a run's folder has neither, or holds a link.
     """
     if not (path / RUN_CONFIG).is_file() or is_checkpoint(path) or (path / ADAPTER_CONFIG).is_file() or is_model_folder(path):
         return path
+    refuse_links(path)
     left = next((path / name for name in OUTPUTS if (path / name).is_dir()), None)
     newest = newest_checkpoint(path)
     if left is None and newest is None:

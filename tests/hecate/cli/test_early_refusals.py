@@ -200,7 +200,14 @@ def test_no_checkpoint_and_one_of_another_run(workshop: Path) -> None:
     (workshop / "runs" / "old").mkdir(parents=True)
     save(workshop / "runs" / "old", 4, shards_of(1.0), meta={"config": to_yaml(then)})
     said = refused(workshop, "resume=true", "learning_rate=1", "max_steps=99", "logging_steps=7", output=f"{workshop}/runs/old")
-    assert said.splitlines()[1:] == [f"  learning_rate: {yaml.safe_load(to_yaml(then))['learning_rate']} then, 1.0 now"]
+    changed = f"  learning_rate: {yaml.safe_load(to_yaml(then))['learning_rate']} then, 1.0 now"
+    assert said.splitlines()[1:] == [changed]
+    # A run that was stopped before its first checkpoint begins again, by the configuration that it was begun with.
+    (workshop / "runs" / "early").mkdir()
+    (workshop / "runs" / "early" / "config.yaml").write_text(to_yaml(then), encoding="utf-8")
+    said = refused(workshop, "resume=true", "learning_rate=1", output=f"{workshop}/runs/early")
+    assert said.startswith(f"{workshop}/runs/early/config.yaml: belongs to a run with another configuration")
+    assert said.splitlines()[1:] == [changed]
 
 
 def test_a_model_whose_layers_are_not_known_is_left_to_its_loader(workshop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
