@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,12 +71,17 @@ def forge(port: int, key: str, value: bytes) -> None:
 def test_a_stranger_at_the_meeting_point_runs_nothing_and_joins_nothing(tmp_path: Path, redundancy: int) -> None:
     workshop, planted = make_workshop(tmp_path), tmp_path / "planted"
     with waiting_node(workshop, f"fssdp.redundancy={redundancy}") as (node, port):
-        # torch's rendezvous unpickles this key once a second.
-        forge(port, "torch.rendezvous.hecate", base64.b64encode(pickle.dumps(Plants(planted))))
         report = NodeReport(beat=0, address="10.9.9.9", ended={}, files=(), mistakes={}, stopping=False, leaves=False)
-        forge(port, "report-1", json.dumps(to_json_values(report)).encode())
-        forge(port, "arrivals", b"1")
-        forge(port, "job", json.dumps(to_json_values(JobShape("other", 1, 1, 1, survives=True))).encode())
+        shape = JobShape("other", 1, 1, 1, survives=True)
+        forged = {
+            # torch's rendezvous unpickles this key once a second.
+            "torch.rendezvous.hecate": base64.b64encode(pickle.dumps(Plants(planted))),
+            "report-1": json.dumps(to_json_values(report)).encode(),
+            "arrivals": b"1",
+            "job": json.dumps(to_json_values(shape)).encode(),
+        }
+        with ThreadPoolExecutor() as strangers:  # each waits some seconds for an answer
+            list(strangers.map(partial(forge, port), forged, forged.values()))
         for said in (b"GET / HTTP/1.1\r\n\r\n", b"\x00" * 4096, os.urandom(4096)):
             with socket.create_connection(("127.0.0.1", port)) as stranger, suppress(OSError):
                 stranger.sendall(said)
