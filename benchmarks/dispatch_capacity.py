@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import arguments, finish
-from hecate.parallel.cost_model import rows_served
-from hecate.parallel.layer_plan import layer_plan
+from hecate.parallel.cost.cost_model import rows_served
+from hecate.parallel.plan.layer_plan import layer_plan
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.workloads import WORKLOADS
+from hecate.parallel.simulate.workloads import WORKLOADS
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, kinds, plan_input, topologies
 
 SEEN = 3

@@ -28,9 +28,9 @@ from benchmarks.ratios import LEAST_PAIRS, Budget, Ratio, largest, of_times, rea
 from benchmarks.report import arguments, finish
 from benchmarks.save_costs import STEPS, digest_shares, kept_copies, saves_among_steps
 from benchmarks.small_run import make_folder
-from hecate.drill.catalogue import DRILLS
-from hecate.drill.outcome import DrillOutcome
-from hecate.drill.run import ground
+from hecate.apps.check.drill.catalogue import DRILLS
+from hecate.apps.check.drill.outcome import DrillOutcome
+from hecate.apps.check.drill.run import ground
 from hecate.launch.local_launcher import RANK_SETTINGS
 from testing.ranks import run_ranks
 

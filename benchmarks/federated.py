@@ -29,10 +29,10 @@ import torch
 from benchmarks import whole_run
 from benchmarks.federated_cases import ARMS, GOALS, SEEDS, TASKS, Arm, Round, Run, Runs, mean_loss
 from benchmarks.report import arguments, commit, machine
-from hecate.data.synthetic_tasks import write_tasks
-from hecate.federate.checks import RECIPE
-from hecate.federate.records import UNION, RoundRecord, read_records
-from hecate.model.load import load_model, load_tokenizer, resolve_model
+from hecate.apps.federate.checks import RECIPE
+from hecate.apps.federate.records import UNION, RoundRecord, read_rounds
+from hecate.data.files.synthetic_tasks import write_tasks
+from hecate.model.files.load import load_model, load_tokenizer, resolve_model
 
 RESULTS = whole_run.ROOT / "benchmarks" / "results" / "federated.json"
 FOLDER = whole_run.ROOT / "runs" / "federated"
@@ -89,7 +89,7 @@ def train(arm: Arm, seed: int, size: Size, folder: Path, model: str, training: M
     given = {**training, "model.name_or_path": model, "output_dir": str(output), "resume": resumes}
     recipe.write_text(json.dumps(nested({**given, **settings_of(arm, seed, size)})), encoding="utf-8")
     done = whole_run.hecate(["federate", str(recipe)], folder)
-    records = read_records(output)
+    records = read_rounds(output)
     shutil.rmtree(output)  # bases and adapters of every round
     return Run(arm.name, seed, tuple(map(round_of, records)), done.seconds, commit())
 

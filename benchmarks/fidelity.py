@@ -1,10 +1,10 @@
 """Compare the simulator's predictions with real steps: seconds and bytes on 2 and 4 gloo ranks of one thread each.
 
 A run is a few steps from an empty history, under a synthetic workload and a policy, and is repeated. Its routing has exactly the loads of
-the workload. `hecate.parallel.simulator` predicts the same steps from a topology that `hecate profile` measures and from probes of single
-parts (`step_probes`), never from a run. The error of a run is max(predicted / measured, measured / predicted) - 1; over several runs it is
-that of the geometric mean of these ratios. Bytes are counted where they are passed to torch.distributed, and must equal the plan's, for
-every two ranks in every step.
+the workload. `hecate.parallel.simulate.simulator` predicts the same steps from a topology that `hecate profile` measures and from probes of
+single parts (`step_probes`), never from a run. The error of a run is max(predicted / measured, measured / predicted) - 1; over several runs
+it is that of the geometric mean of these ratios. Bytes are counted where they are passed to torch.distributed, and must equal the plan's,
+for every two ranks in every step.
 
 Runs and probes alternate, each next to a yardstick (`gloo_steps.Clock`). On a shared machine, waiting times contain the work of others.
 `busy` therefore compares CPU seconds of the busiest rank with the same parts in CPU seconds, which do not.
@@ -31,18 +31,18 @@ from benchmarks.planned_bytes import planned_traffic
 from benchmarks.report import finish, kept_rows, recorded, resumable
 from benchmarks.step_probes import Parts, Probes, measured_cost, measured_topology, parts, yardstick
 from hecate.launch.local_launcher import RANK_SETTINGS
-from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
-from hecate.parallel.cost_model import LayerCost, rows_served
-from hecate.parallel.executed_flows import served
-from hecate.parallel.layer_plan import layer_plan
-from hecate.parallel.placement import contiguous_owners
+from hecate.launch.profile.probe import ProbeSizes
+from hecate.launch.profile.run import profile
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cost.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
+from hecate.parallel.cost.cost_model import LayerCost, rows_served
+from hecate.parallel.cost.executed_flows import served
+from hecate.parallel.plan.layer_plan import layer_plan
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
-from hecate.parallel.predictors import predicted_loads
-from hecate.parallel.simulator import HISTORY_STEPS, Simulated, simulate
-from hecate.parallel.topology import Topology
-from hecate.parallel.workloads import WORKLOADS
-from hecate.profile.probe import ProbeSizes
-from hecate.profile.run import profile
+from hecate.parallel.simulate.simulator import HISTORY_STEPS, Simulated, simulate
+from hecate.parallel.simulate.workloads import WORKLOADS
+from hecate.parallel.values.placement import contiguous_owners
+from hecate.parallel.values.predictors import predicted_loads
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from testing.ranks import run_ranks

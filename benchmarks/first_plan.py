@@ -12,11 +12,11 @@ import time
 
 import numpy as np
 
-from hecate.parallel import jit
-from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cluster.topology import local_topology
+from hecate.parallel.cost.cost_model import LayerCost
+from hecate.parallel.loops import jit
 from hecate.parallel.planners import POLICIES, PlanInput
-from hecate.parallel.topology import local_topology
+from hecate.parallel.values.placement import contiguous_owners
 
 HIDDEN, FFN, LORA_RANK, TOKENS, TOP_K = 576, 1536, 8, 384, 2
 """configs/quickstart.yaml"""

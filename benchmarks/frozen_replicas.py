@@ -1,8 +1,9 @@
 """For how many steps should planners expect a replica of a frozen expert to be used? Compare what is measured with fixed numbers.
 
 The simulator trains LoRA over a frozen MoE base by policy auto, on 16 workloads and 4 clusters, with memory's slots and with 4. A planner
-pays a frozen part over so many steps (`frozen_lifetime`): `measured` is what training goes by (`hecate.parallel.residency.expected_uses`),
-the others are fixed. Rows are seconds of a step without attention, over those of 20 steps.
+pays a frozen part over so many steps (`frozen_lifetime`): `measured` is what training goes by
+(`hecate.parallel.transfer.residency.expected_uses`), the others are fixed. Rows are seconds of a step without attention, over those of 20
+steps.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import numpy as np
 
 from benchmarks.report import arguments, finish
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.residency import expected_uses
-from hecate.parallel.simulated_step import Lifetime
-from hecate.parallel.simulator import simulate
-from hecate.parallel.workloads import WORKLOADS
+from hecate.parallel.simulate.simulated_step import Lifetime
+from hecate.parallel.simulate.simulator import simulate
+from hecate.parallel.simulate.workloads import WORKLOADS
+from hecate.parallel.transfer.residency import expected_uses
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, kinds, plan_input, topologies
 
 STEPS, QUICK_STEPS = 60, 8

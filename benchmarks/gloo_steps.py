@@ -24,13 +24,13 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
-from hecate.experts.pairs import PlainPairs
+from hecate.experts.pairs.source import PlainPairs
 from hecate.kernels.common.ffn import PROJECTIONS, FfnBase, FfnShape
-from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.expert_kinds import FfnSizes, LoraShape
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import Planner
-from hecate.parallel.topology import Topology
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import FfnSizes, LoraShape
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 

@@ -26,17 +26,17 @@ from benchmarks.report import arguments, finish
 from benchmarks.small_run import make_folder
 from benchmarks.throttle import Processor
 from hecate.config import load_config
-from hecate.config.presets import find_preset
-from hecate.parallel.model_shapes import load_model_shape
+from hecate.config.files.presets import find_preset
+from hecate.launch.profile.fit import topology_from
+from hecate.launch.profile.probe import quick_sizes
+from hecate.launch.profile.run import measure
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cluster.topology_file import load_topology
+from hecate.parallel.cost.model_shapes import load_model_shape
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.sequence_shares import dense_seconds, sequences_by_speed
-from hecate.parallel.simulator import replica_slots, simulate
-from hecate.parallel.topology import Topology
-from hecate.parallel.topology_file import load_topology
-from hecate.parallel.workloads import WORKLOADS
-from hecate.profile.fit import topology_from
-from hecate.profile.probe import quick_sizes
-from hecate.profile.run import measure
+from hecate.parallel.simulate.simulator import simulate, slots_in_memory
+from hecate.parallel.simulate.workloads import WORKLOADS
+from hecate.parallel.values.sequence_shares import dense_seconds, sequences_by_speed
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.training import Training
@@ -124,7 +124,7 @@ def check(run: Training, equal: Any, planned: Any) -> None:
         rows = run.parts.stream.next_step()
         run.parts.stream.load_state_dict(state)
         with run.parts.moe.engine.evaluation() as evaluation, torch.no_grad():
-            from hecate.train.step import forward_loss, pass_tokens
+            from hecate.train.steps.step import forward_loss, pass_tokens
 
             loss = torch.zeros((), dtype=torch.float64)
             for batch in run.micro_batches(rows):
@@ -152,7 +152,7 @@ def simulated(steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
         loads = np.rint(equal_loads * (np.asarray(sequences_D) / SEQUENCES_PER_RANK)[None, None, None, :]).astype(np.int64)
         cost = model.layer_cost(model.seq)  # of one sequence
         flops = cost.non_moe_flops * dense_seconds(sequences_D, topology.flops) * min(topology.flops)
-        slots_D = replica_slots(topology, cost, num_layers=model.layers, num_experts=model.experts, other_bytes=model.replicated_bytes())
+        slots_D = slots_in_memory(topology, cost, num_layers=model.layers, num_experts=model.experts, other_bytes=model.replicated_bytes())
         found = simulate(
             loads, topology, replace(cost, non_moe_flops=flops), {"auto": POLICIES["auto"]}, slots_D=slots_D, num_layers=model.layers
         )

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hecate.drill.armed import Injected
-from hecate.drill.launchers import Launcher
-from hecate.drill.tiny_run import STEPS
+from hecate.apps.check.drill.armed import Injected
+from hecate.apps.check.drill.launchers import Launcher
+from hecate.apps.check.drill.tiny_run import STEPS
 from hecate.faults import Place
 
 SEED, RANKS, DEATHS = 20, 4, 3

@@ -31,11 +31,11 @@ from typing import Any
 
 from benchmarks.kill_plans import DEATHS, RANKS, KillPlan, goes_on, plan_of
 from benchmarks.report import arguments, machine
+from hecate.apps.check.drill.cases.losses import Times, problem_of
+from hecate.apps.check.drill.outcome import Scope
+from hecate.apps.check.drill.ranks import Launched, begin_run
+from hecate.apps.check.drill.run import Ground, ground
 from hecate.checkpoint import good_checkpoints
-from hecate.drill.losses import Times, problem_of
-from hecate.drill.outcome import Scope
-from hecate.drill.ranks import Launched, begin_run
-from hecate.drill.run import Ground, ground
 
 RESULTS = Path(__file__).parent / "results" / "kill_points.json"
 WANTED, QUICK = 1000, 6

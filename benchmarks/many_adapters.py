@@ -27,7 +27,7 @@ from benchmarks.paired_steps import WARM_UP, on_all_ranks, training
 from benchmarks.ratios import Budget, Ratio, speedup, until_narrow
 from benchmarks.report import arguments, finish
 from benchmarks.whole_run import ONE_PROCESS, ROOT, WholeRun, train
-from hecate.data.synthetic_tasks import write_tasks
+from hecate.data.files.synthetic_tasks import write_tasks
 from testing.ranks import run_ranks
 
 TASKS = ("chain_sum", "gcd", "letter_counting", "count_bits", "number_sorting", "products", "number_filtering", "spell_backward")

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from benchmarks.report import arguments, finish
+from hecate.apps.foresee.dry_run import forecast
+from hecate.apps.foresee.planned_memory import WORKLOAD
 from hecate.config import Config, load_config, to_yaml
-from hecate.forecast.dry_run import forecast
-from hecate.forecast.memory import BESIDE_TENSORS, PHASES
-from hecate.forecast.planned_memory import WORKLOAD
-from hecate.forecast.run_shape import run_shape
 from hecate.launch.local_launcher import launch_local
-from hecate.parallel.traces import Trace, load_trace
+from hecate.model.sizes.memory import BESIDE_TENSORS, PHASES
+from hecate.model.sizes.run_shape import run_shape
+from hecate.parallel.values.traces import Trace, load_trace
 from testing.byte_tokenizer import build_byte_tokenizer
 
 RANK_PROGRAM = "benchmarks.memory_rank"

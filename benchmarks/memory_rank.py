@@ -36,7 +36,7 @@ def preload() -> None:
 def main(arguments: Sequence[str]) -> None:
     """Train, and write this rank's figures as JSON to the file OUT.RANK, and rank 0 the loads of the steps to the folder OUT.loads."""
     from hecate.config import load_config
-    from hecate.parallel.traces import TraceWriter
+    from hecate.parallel.values.traces import TraceWriter
     from hecate.ranks.ranks import join_ranks
     from hecate.train.training import Training
 

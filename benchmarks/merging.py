@@ -27,11 +27,11 @@ from typing import Any
 
 from benchmarks import whole_run
 from benchmarks.report import arguments, commit, machine
-from hecate.adapters.config import CONFIG
+from hecate.adapters.mixlora.config import CONFIG
 from hecate.adapters.sets.forms import read_set
 from hecate.adapters.sets.terms import joined, relative_error
 from hecate.checkpoint import latest_good
-from hecate.data.synthetic_tasks import write_tasks
+from hecate.data.files.synthetic_tasks import write_tasks
 
 RESULTS = whole_run.ROOT / "benchmarks" / "results" / "merging.json"
 FOLDER = whole_run.ROOT / "runs" / "merging"

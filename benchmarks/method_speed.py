@@ -21,7 +21,7 @@ from benchmarks.paired_steps import alternating
 from benchmarks.ratios import LEAST_PAIRS, Budget, of_times, reached
 from benchmarks.report import arguments, finish
 from benchmarks.whole_run import FIVE_TASKS, ONE_PROCESS
-from hecate.data.synthetic_tasks import write_tasks
+from hecate.data.files.synthetic_tasks import write_tasks
 
 BESIDE = "lora_r8"
 NAMES = (BESIDE, "allora", "ffa_lora", "mos", "nola", "mola_5555", "smora", "llava_mole", "mixlora")

@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks import whole_run
 from benchmarks.method_cases import EXACT, GOALS, LONG, METHODS, SEEDS, SHORT, TASKS, Method, Run, Runs
 from benchmarks.report import arguments, commit, machine
-from hecate.data.synthetic_tasks import write_tasks
+from hecate.data.files.synthetic_tasks import write_tasks
 
 RESULTS = whole_run.ROOT / "benchmarks" / "results" / "methods.json"
 

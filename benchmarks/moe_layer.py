@@ -43,10 +43,10 @@ from benchmarks.report import arguments, finish
 from benchmarks.slowest_rank import SlowestRank, take_turns
 from hecate.engine.engine import Engine
 from hecate.launch.local_launcher import RANK_SETTINGS
+from hecate.launch.profile.probe import ProbeSizes
+from hecate.launch.profile.run import profile
+from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import Topology
-from hecate.profile.probe import ProbeSizes
-from hecate.profile.run import profile
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from testing.ranks import run_ranks

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cost.cost_model import LayerCost
+from hecate.parallel.values.placement import contiguous_owners
 
 
 @dataclass(frozen=True)

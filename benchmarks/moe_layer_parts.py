@@ -20,10 +20,10 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import PROJECTIONS, FfnBase, FfnShape
 from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
-from hecate.parallel.expert_kinds import KINDS, Family, LoraShape
+from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import Topology
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import KINDS, Family, LoraShape
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 FFN_KINDS = tuple(name for name, kind in KINDS.items() if not kind.over_linears)

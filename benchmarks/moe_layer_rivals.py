@@ -25,9 +25,9 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.experts.torch_path import full_ffn
+from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import Topology
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 RIVAL_KINDS = ("beside_megatron", "beside_fsdp2")
@@ -67,12 +67,12 @@ class Megatron:
     """Megatron's MoELayer with a router that returns the given routing."""
 
     def __init__(self, shape: Shape, group: dist.ProcessGroup, family: ExpertFamily) -> None:
+        from hecate.apps.megatron.imports import quietly
         from hecate.config.gpt_shape import GptShape
-        from hecate.megatron.imports import quietly
 
         with quietly():
-            from hecate.megatron.expert_parallel import build_layer, expert_parallel_config, flat_expert, set_expert
-            from hecate.megatron.gpt import process_groups
+            from hecate.apps.megatron.expert_parallel import build_layer, expert_parallel_config, flat_expert, set_expert
+            from hecate.apps.megatron.gpt import process_groups
 
             sizes = GptShape(1, shape.hidden, 1, 1, shape.hidden, shape.ffn, shape.experts, shape.top_k, shape.tokens)
             config = expert_parallel_config(sizes, torch.float32, dist.get_world_size(group))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from benchmarks.ratios import Budget, Ratio, of_times, until_narrow
 from hecate.config import load_config
-from hecate.parallel.mesh import make_mesh
+from hecate.parallel.cluster.mesh import make_mesh
 from hecate.ranks.groups import expert_groups
 from hecate.ranks.ranks import Ranks
 from hecate.train.training import Training

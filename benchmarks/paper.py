@@ -27,13 +27,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import finish, kept_rows, recorded, resumable
-from hecate.config.presets import find_preset
-from hecate.forecast.cases import Case, Options
-from hecate.forecast.sweep import load_sweep
-from hecate.parallel.cost_model import ExecutionMode
+from hecate.apps.foresee.cases import Case, Options
+from hecate.apps.foresee.sweep import load_sweep
+from hecate.config.files.presets import find_preset
+from hecate.parallel.cost.cost_model import ExecutionMode
 from hecate.parallel.planners import COLLECTIVES, ROWS, WITH_OURS
-from hecate.parallel.simulator import Simulated, fullest_owner_bytes, replica_slots, simulate
-from hecate.parallel.workloads import WORKLOADS
+from hecate.parallel.simulate.simulator import Simulated, fullest_owner_bytes, simulate, slots_in_memory
+from hecate.parallel.simulate.workloads import WORKLOADS
 
 WORKLOAD = "lognormal"
 LAYERS = 48
@@ -69,7 +69,7 @@ class Run:
         case, model = self.case, self.case.model
         cost, sizes = model.layer_cost(case.tokens_per_rank), {"num_layers": model.layers, "num_experts": model.experts}
         other_bytes = model.replicated_bytes()
-        slots_D = replica_slots(case.topology, cost, **sizes, other_bytes=other_bytes, rematerialize=rematerialize)
+        slots_D = slots_in_memory(case.topology, cost, **sizes, other_bytes=other_bytes, rematerialize=rematerialize)
         (found,) = simulate(
             self.loads if loads is None else loads,
             case.topology,

@@ -2,7 +2,7 @@
 
 For 16 workloads, 4 clusters, 3 kinds of experts, and the slots that memory gives, or at most 1, 2, 4 or 8 on each device. Planners are
 given the exact loads, so this measures the planners and not the prediction of loads. Policies are compared by the cost model; `over_bound`
-compares them with the linear-programming bound of `hecate.parallel.lower_bound`. `grouped_ep` is static expert parallelism in groups,
+compares them with the linear-programming bound of `testing.bound.lower_bound`. `grouped_ep` is static expert parallelism in groups,
 which is what people run; the bound, which is of one group, does not hold for it. Policies named after other systems have the split and the
 collectives of these, for which the bound does not hold either; `laer+ours` is the placement of `laer` with this project's. `history` is
 what `auto` makes of the loads of the step before, and `exact` what becomes of that plan after the routers (`fssdp.plan: exact`), when no
@@ -24,13 +24,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import finish, kept_rows, recorded, resumable
-from hecate.forecast.sharding_groups import grouped_ep_seconds
-from hecate.parallel.cost_model import ExecutionMode, PlanMode
-from hecate.parallel.lower_bound import lower_bound
-from hecate.parallel.measured_modes import modes_of
+from hecate.apps.foresee.sharding_groups import grouped_ep_seconds
+from hecate.parallel.cost.cost_model import ExecutionMode, PlanMode
+from hecate.parallel.plan.measured_modes import modes_of
 from hecate.parallel.planners import POLICIES, ROWS, WITH_OURS, PlanInput, price_row
-from hecate.parallel.simulator import simulate
-from hecate.parallel.workloads import WORKLOADS
+from hecate.parallel.simulate.simulator import simulate
+from hecate.parallel.simulate.workloads import WORKLOADS
+from testing.bound.lower_bound import lower_bound
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, Kind, kinds, plan_input, topologies
 
 SLOTS = (EXPERTS, 1, 2, 4, 8)

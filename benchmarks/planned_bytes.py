@@ -14,14 +14,14 @@ import numpy as np
 import torch
 
 from benchmarks.gloo_steps import Shape
+from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.comm.dispatch import destinations
-from hecate.parallel.cost_model import Route
-from hecate.parallel.layer_plan import LayerPlan, layer_plan
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.placement import Placement
+from hecate.parallel.cost.cost_model import Route
+from hecate.parallel.plan.layer_plan import LayerPlan, layer_plan
 from hecate.parallel.planners import Plan, PlanInput
-from hecate.parallel.topology import Topology
-from hecate.parallel.transfer_plan import choose_route
+from hecate.parallel.transfer.transfer_plan import fastest_route
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.placement import Placement
 
 INDEX = 8
 """the bytes of a slot, of a token's number and of a count of tokens"""
@@ -65,7 +65,7 @@ def chunk_bytes(given: PlanInput, plan: Plan, layer: int) -> np.ndarray:
     """Compute the bytes of a layer's experts and of their gradients from each rank to each other, int64 [W, W]."""
     where_ED, owner_E = plan.where_LED[layer], plan.owner_LE[layer]
     chunk = ChunkSize(given.cost.chunk_numel, int(given.cost.trainable_bytes) // given.cost.chunk_numel)
-    route = choose_route(Placement(owner_E.copy(), where_ED.copy()), chunk, given.topology)
+    route = fastest_route(Placement(owner_E.copy(), where_ED.copy()), chunk, given.topology)
     numbers_WW = gathered_numbers(route, owner_E, where_ED, chunk.numel, given.topology.node_of_rank)
     return numbers_WW * chunk.element_bytes + numbers_WW.T * (int(given.cost.reduced_bytes) // chunk.numel)
 

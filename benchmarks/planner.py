@@ -2,7 +2,7 @@
 
 `auto, after the router` is one layer's plan from its true loads, while ranks wait: a plan of its own, and a new split of what is there.
 
-Then time the choice of a route for one layer's experts (`choose_route`), for placements of few and of many copies.
+Then time the choice of a route for one layer's experts (`fastest_route`), for placements of few and of many copies.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 
 from benchmarks.report import arguments, finish
-from hecate.parallel import jit
-from hecate.parallel.cost_model import ExecutionMode, LayerCost
-from hecate.parallel.layer_plan import best_after_router, layer_plan, one_layer
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.placement import Placement, contiguous_owners
+from hecate.parallel.cluster.topology import Link, uniform_topology
+from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
+from hecate.parallel.loops import jit
+from hecate.parallel.plan.layer_plan import best_after_router, layer_plan, one_layer
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.planners.auto import plan_auto
-from hecate.parallel.topology import Link, uniform_topology
-from hecate.parallel.transfer_plan import choose_route
+from hecate.parallel.transfer.transfer_plan import fastest_route
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.placement import Placement, contiguous_owners
 
 SIZES = ((8, 4, 16), (64, 32, 16), (256, 320, 2), (256, 1024, 1))
 """the experts, the ranks, and the layers that are planned together"""
@@ -70,11 +70,11 @@ def route_rows(*, quick: bool) -> list[dict[str, Any]]:
         where_ED = (rng.random((experts, world)) < density) | given.owned_LED[0]
         placement = Placement(owner_E.copy(), where_ED)
         with jit.compiling_here():
-            route = choose_route(placement, ChunkSize(numel, 2), given.topology)
+            route = fastest_route(placement, ChunkSize(numel, 2), given.topology)
         times: list[float] = []
         for _ in range(20 if quick else 500):
             start = time.perf_counter()
-            choose_route(placement, ChunkSize(numel, 2), given.topology)
+            fastest_route(placement, ChunkSize(numel, 2), given.topology)
             times.append(1e3 * (time.perf_counter() - start))
         name = f"choose_route ({route}, {density:.0%})"
         rows.append({"experts": experts, "ranks": world, "policy": name, "ms_per_layer": statistics.median(times), "ms_all": times})

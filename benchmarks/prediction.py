@@ -8,7 +8,7 @@ the slots that they use, the one that would have been fastest over the last five
 
 `plan=history`, `plan=calibrated` and `plan=late` are the seconds of the experts of all steps but the first one in each mode, over those of
 the fastest of the three; `plan=auto` and `plan=exact` are those of what these choose from the steps before, among all three or the last two
-(`hecate.parallel.measured_modes`). `plan=late` is what the code calls the mode exact: nothing is gathered before the router.
+(`hecate.parallel.plan.measured_modes`). `plan=late` is what the code calls the mode exact: nothing is gathered before the router.
 
     python -m benchmarks.prediction [--quick] [--seed N] [--resume] [--json FILE]
 
@@ -25,15 +25,15 @@ import numpy as np
 
 from benchmarks.recent_steps import cheapest_over
 from benchmarks.report import finish, kept_rows, recorded, resumable
-from hecate.parallel.cost_model import PlanChoice
-from hecate.parallel.measured_modes import MODES, MeasuredModes, judge_step, modes_of
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cost.cost_model import PlanChoice
+from hecate.parallel.plan.measured_modes import MODES, MeasuredModes, judge_step, modes_of
 from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.planners.auto import plan_auto
-from hecate.parallel.predictors import DECAYS, KEPT_WINDOWS, predicted_loads, weights
-from hecate.parallel.simulator import HISTORY_STEPS, Predictor, simulate
-from hecate.parallel.topology import Topology
-from hecate.parallel.workloads import WORKLOADS
+from hecate.parallel.simulate.simulator import HISTORY_STEPS, Predictor, simulate
+from hecate.parallel.simulate.workloads import WORKLOADS
+from hecate.parallel.values.placement import contiguous_owners
+from hecate.parallel.values.predictors import DECAYS, KEPT_WINDOWS, predicted_loads, weights
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, Kind, kinds, plan_input, topologies
 
 STEPS, LAYERS = 24, 2

@@ -29,7 +29,7 @@ from benchmarks.slowest_rank import SlowestRank, take_turns
 from hecate.config import Config, load_config
 from hecate.errors import UserError
 from hecate.launch.local_launcher import RANK_SETTINGS
-from hecate.parallel.topology_file import save_topology
+from hecate.parallel.cluster.topology_file import save_topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.training import StepEvent, Training

@@ -2,7 +2,8 @@
 
 The loads that come are never those that were predicted. Of two plans that are equally fast under the prediction one may bear a wrong
 prediction better: for example, the one that keeps tokens on their ranks, whatever they are. So candidates are priced on the loads of each
-of the last steps, every source's assignments divided as the plan divides those that it was made for (`hecate.parallel.executed_flows`).
+of the last steps, every source's assignments divided as the plan divides those that it was made for
+(`hecate.parallel.cost.executed_flows`).
 
 Shapes: S steps, C candidates, L layers, E experts, D ranks.
 """
@@ -13,8 +14,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hecate.parallel.cost_model import price
-from hecate.parallel.executed_flows import executed_flows
+from hecate.parallel.cost.cost_model import price
+from hecate.parallel.cost.executed_flows import executed_flows
 from hecate.parallel.planners.plan import Plan, PlanInput
 
 

@@ -24,18 +24,18 @@ import torch
 
 from benchmarks.report import arguments, finish
 from hecate.adapters.linear_experts import with_linear_adapter
-from hecate.adapters.lora_folder import is_lora_adapter
-from hecate.adapters.peft_by_source import with_lora_adapters
+from hecate.adapters.peft.by_source import with_lora_adapters
+from hecate.adapters.peft.lora_folder import is_lora_adapter
 from hecate.config import load_config
 from hecate.data.batches import collate
 from hecate.data.encode import IGNORED
+from hecate.data.files.user_features import users_of
 from hecate.data.sequences import build_sequence, piece_of
-from hecate.data.user_features import users_of
 from hecate.model.base import BaseChoice
 from hecate.model.causal_head import LanguageModelHead
 from hecate.ranks.ranks import Ranks, join_ranks
 from hecate.train.build import encode_sources, on_device
-from hecate.train.step import pass_tokens
+from hecate.train.steps.step import pass_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "configs" / "recipes" / "reclora.yaml"

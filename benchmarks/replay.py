@@ -33,9 +33,9 @@ from benchmarks.report import finish, kept_rows, recorded, resumable
 from benchmarks.slow_link import measured_topology
 from hecate.config import load_config
 from hecate.data.mixture import Mixture
-from hecate.data.routed_experts import as_text
-from hecate.parallel.mesh import make_mesh
-from hecate.parallel.workloads import WORKLOADS
+from hecate.data.routed_experts import routing_text
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.ranks.groups import expert_groups
 from hecate.ranks.ranks import Ranks
 from hecate.train.training import Training
@@ -98,7 +98,7 @@ def make_inputs(folder: Path, sizes: Sizes) -> None:
     with open(folder / "train.jsonl", "w", encoding="utf-8") as file:
         for sample in range(number):
             text = "x" + random.choice(letters, sizes.seq_len - 1).tobytes().decode()
-            file.write(json.dumps({"text": text, "routed_experts": as_text(routed[place_of[sample]])}) + "\n")
+            file.write(json.dumps({"text": text, "routed_experts": routing_text(routed[place_of[sample]])}) + "\n")
     (folder / "config.yaml").write_text(
         f"model: {{name_or_path: {folder}/model, dtype: float32, train_non_experts: true}}\n"
         f"data: {{train: {folder}/train.jsonl, seq_len: {sizes.seq_len}, packing: false, cache: null}}\n"

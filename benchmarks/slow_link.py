@@ -25,12 +25,12 @@ from benchmarks.ratios import Budget, Ratio, least, speedup
 from benchmarks.report import arguments, finish
 from benchmarks.slowest_rank import SlowestRank, take_turns
 from hecate.engine.engine import Engine
+from hecate.launch.profile.fit import topology_from
+from hecate.launch.profile.probe import ProbeSizes
+from hecate.launch.profile.run import measure as measure_ranks
+from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import Topology
-from hecate.parallel.units import Unit
-from hecate.profile.fit import topology_from
-from hecate.profile.probe import ProbeSizes
-from hecate.profile.run import measure as measure_ranks
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from testing.namespaces import bytes_out, missing_for_slow_link, slow_link

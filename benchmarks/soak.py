@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import arguments, finish
+from hecate.apps.check.drill.armed import Injected
+from hecate.apps.check.drill.cases.losses import PHASES
+from hecate.apps.check.drill.outcome import Scope
+from hecate.apps.check.drill.ranks import Launched, begin_run, difference
+from hecate.apps.check.drill.run import ground
 from hecate.checkpoint import good_checkpoints, read_manifest
-from hecate.drill.armed import Injected
-from hecate.drill.losses import PHASES
-from hecate.drill.outcome import Scope
-from hecate.drill.ranks import Launched, begin_run, difference
-from hecate.drill.run import ground
 
 SEED, RANKS = 20, 4
 LEG_STEPS = 8

@@ -1,7 +1,7 @@
 """Time what a user waits for: `hecate --help`, a refused configuration, and the first step of a fresh installation.
 
-The first step of a fresh installation plans without machine code (`hecate.parallel.jit`). Ranks of a job plan side by side, once with an
-empty cache and once with the one that this has left; between two plans each rests as long as a step of the quickstart computes.
+The first step of a fresh installation plans without machine code (`hecate.parallel.loops.jit`). Ranks of a job plan side by side, once with
+an empty cache and once with the one that this has left; between two plans each rests as long as a step of the quickstart computes.
 """
 
 from __future__ import annotations

@@ -18,13 +18,13 @@ from benchmarks.gloo_steps import Clock, Shape, Stack, Taken, attention, attenti
 from hecate.experts.family import ExpertReplicas
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.kernels.common.assignments import RoutedTokens
+from hecate.parallel.cluster.topology import Link, Topology
 from hecate.parallel.comm.dispatch import combine, dispatch
-from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES
-from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.placement import contiguous_owners, everything_everywhere
+from hecate.parallel.cost.cost_loops import DISPATCH_COLLECTIVES
+from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import Link, Topology
-from hecate.parallel.transfer_plan import plan_tokens
+from hecate.parallel.transfer.transfer_plan import plan_tokens
+from hecate.parallel.values.placement import contiguous_owners, everything_everywhere
 from hecate.ranks.groups import ExpertGroups
 
 Probe = Callable[[], object]

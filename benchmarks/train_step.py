@@ -86,18 +86,18 @@ def ours(folder: Path, out: Path, dropout: float, checkpoint: bool) -> None:
     from hecate.data.batches import Batch
     from hecate.engine.step_plans import EngineConfig
     from hecate.model.causal_head import LanguageModelHead
-    from hecate.model.checkpointing import checkpoint_activations
+    from hecate.model.files.load import ModelSource, load_model
     from hecate.model.gated_ffn import find_gated_ffns
     from hecate.model.insert import InsertionPlan, insert_experts
-    from hecate.model.load import ModelSource, load_model
+    from hecate.model.layers.checkpointing import checkpoint_activations
     from hecate.optim.adamw import AdamW
     from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-    from hecate.parallel.compile_loops import compile_all
-    from hecate.parallel.expert_kinds import MIXLORA, LoraShape
+    from hecate.parallel.cluster.topology import local_topology
+    from hecate.parallel.plan.compile_loops import compile_all
     from hecate.parallel.planners import POLICIES
-    from hecate.parallel.topology import local_topology
+    from hecate.parallel.values.expert_kinds import MIXLORA, LoraShape
     from hecate.ranks.ranks import join_ranks
-    from hecate.train.step import StepRules, train_step
+    from hecate.train.steps.step import StepRules, train_step
 
     torch.set_num_threads(1)
     ids = load_file(folder / "batch.safetensors")["input_ids"]
@@ -170,7 +170,7 @@ def frozen(folder: Path) -> None:
     from safetensors.torch import load_file
 
     from hecate.model.causal_head import LanguageModelHead
-    from hecate.model.load import ModelSource, load_model
+    from hecate.model.files.load import ModelSource, load_model
 
     torch.set_num_threads(1)
     ids = load_file(folder / "batch.safetensors")["input_ids"]

@@ -11,9 +11,9 @@ import logging
 import torch
 from torch import Tensor
 
+from benchmarks.autotune import save, tune
 from benchmarks.kernel_cases import SHAPES, LayerShape, make_inputs
 from benchmarks.kernels import ours
-from hecate.kernels.common.autotune import save, tune
 
 
 def main() -> None:

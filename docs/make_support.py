@@ -94,8 +94,8 @@ def tiny(model_type: str) -> Any:
 
 def dense_only(find: Callable[[Any], Sequence[Any]]) -> Callable[[Any], Sequence[Any]]:
     """`find`, for models without experts of their own."""
-    from hecate.model.stored_experts import refuse_experts
-    from hecate.parallel.expert_kinds import KINDS as EXPERT_KINDS
+    from hecate.model.files.stored_experts import refuse_experts
+    from hecate.parallel.values.expert_kinds import KINDS as EXPERT_KINDS
 
     def find_in_dense(model: Any) -> Sequence[Any]:
         refuse_experts(model.state_dict(), Path("the model"), EXPERT_KINDS["mixlora"])
@@ -133,8 +133,8 @@ def model_rows() -> list[list[str]]:
 def answers_with_logits(answers: Sequence[str], model: Any) -> list[str]:
     """The answers, with the reason for a no in the place of each yes where hecate computes other logits than the model."""
     from hecate.errors import UserError
-    from hecate.model.attention import AUTO, pick_way
     from hecate.model.causal_head import LanguageModelHead
+    from hecate.model.layers.attention import AUTO, pick_way
 
     if YES in answers:
         try:
@@ -150,7 +150,7 @@ def setting_rows() -> list[list[str]]:
 
 def allowed(kind: Settings, settings: Settings) -> str:
     """Whether hecate's rules accept the settings with this kind, or the first that is wrong."""
-    from hecate.config.rules import check_values
+    from hecate.config.rules.keys import check_values
     from hecate.config.schema import LEAVES
 
     defaults = {key: leaf.default for key, leaf in LEAVES.items() if not leaf.required}

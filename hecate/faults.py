@@ -1,7 +1,7 @@
 """The one place through which faults are put into a running process: `hecate drill` and the tests do so, and nothing else can.
 
 The code that trains calls `at` at the places below. It does nothing unless this process was armed. No configuration key and no
-environment variable arms a process: that takes a call of `arm`, and only the drills (`hecate.drill`) have one.
+environment variable arms a process: that takes a call of `arm`, and only the drills (`hecate.apps.check.drill`) have one.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Place = Literal[
     "output",  # what the run leaves is about to be written; then: it is written, and the ranks are about to agree on that
     "lost",  # this rank has noticed that another one is lost
     "regrouped",  # this rank goes on with the ranks that are left, or that have come
-    "file",  # an operation on a file of a checkpoint; with its name (`hecate.drill.disk`)
+    "file",  # an operation on a file of a checkpoint; with its name (`hecate.apps.check.drill.disk`)
 ]
 
 _handler: Callable[[Place, Any], None] | None = None

@@ -22,7 +22,7 @@ from hecate.launch.node_messages import JobShape
 from hecate.launch.rank_command import RankCommand
 from hecate.launch.run_folder import run_folder
 from hecate.launch.surviving_nodes import follow, lead
-from hecate.parallel.mesh import make_mesh
+from hecate.parallel.cluster.mesh import make_mesh
 from hecate.ranks.cores import usable_cores
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import LAUNCHED_VARIABLE, MEETING_VARIABLE, TOKEN_VARIABLE
@@ -41,7 +41,7 @@ def node_range(text: str) -> tuple[int, int]:
     return int(low), int(high or low)
 
 
-def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> None:
+def check_job_fits(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> None:
     """Check that the job's ranks fit this node's GPUs, the configured topology, the sharding groups and the tensor groups.
 
     Raises:
@@ -60,7 +60,7 @@ def check_fit(config: Config, nodes: tuple[int, int], ranks_per_node: int) -> No
     check_devices(ranks_per_node, "--nproc-per-node")
     if config.topology == "auto":
         return
-    from hecate.config.topology import whole_topology
+    from hecate.config.files.topology import whole_topology
 
     devices = whole_topology(config, ()).topology.world_size
     if nodes[0] != nodes[1]:

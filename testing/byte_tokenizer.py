@@ -1,5 +1,5 @@
-"""The tokenizer of `hecate.drill.tiny_run`, by the name that tests and benchmarks have for it."""
+"""The tokenizer of `hecate.apps.check.drill.tiny_run`, by the name that tests and benchmarks have for it."""
 
-from hecate.drill.tiny_run import TEMPLATE, build_byte_tokenizer
+from hecate.apps.check.drill.tiny_run import TEMPLATE, build_byte_tokenizer
 
 __all__ = ["TEMPLATE", "build_byte_tokenizer"]

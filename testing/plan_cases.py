@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.model_shapes import ModelShape
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cluster.topology_file import load_topology
+from hecate.parallel.cost.cost_model import LayerCost
+from hecate.parallel.cost.model_shapes import ModelShape
 from hecate.parallel.planners import PlanInput
-from hecate.parallel.topology import Topology
-from hecate.parallel.topology_file import load_topology
+from hecate.parallel.values.placement import contiguous_owners
 
 TOPOLOGIES = {"8x1": "h100-node", "4x8 A": "paper-cluster-a", "4x8 B": "paper-cluster-b", "mixed": "mixed"}
 """the presets in configs/topologies, by the name of the case"""

@@ -4,8 +4,8 @@ from importlib import import_module
 
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from hecate.parallel import jit
-from hecate.parallel.compile_loops import compile_all
+from hecate.parallel.loops import jit
+from hecate.parallel.plan.compile_loops import compile_all
 from hecate.train.rank_main import preload
 from testing.interpreter import leave_out_what_is_thrown_away
 
@@ -14,7 +14,7 @@ leave_out_what_is_thrown_away()
 for name in (
     *(f"transformers.models.{name}.modeling_{name}" for name in ("llama", "mixtral", "olmoe", "qwen3_moe")),
     *("matplotlib.figure", "matplotlib.backends.backend_agg"),
-    *("hecate.cli", "hecate.train.answers", "hecate.train.inference"),
+    *("hecate.cli", "hecate.apps.answers.answers", "hecate.apps.answers.inference"),
     *("pytest", "hypothesis", "hypothesis.strategies"),
 ):
     import_module(name)

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from hecate.drill.processes import paths_below, wait_until_gone
-from hecate.drill.processes import tcp_addresses as listening
+from hecate.apps.check.drill.processes import paths_below, wait_until_gone
+from hecate.apps.check.drill.processes import tcp_addresses as listening
 from hecate.launch.run_folder import processes_below
 
 __all__ = ["listening", "paths_below", "wait_until_gone"]

@@ -1,5 +1,5 @@
 """The tiny run of the drills, by the name that tests and benchmarks have for it."""
 
-from hecate.drill.tiny_run import STEPS, make_workshop, save_random_llama, write_samples
+from hecate.apps.check.drill.tiny_run import STEPS, make_workshop, save_random_llama, write_samples
 
 __all__ = ["STEPS", "make_workshop", "save_random_llama", "write_samples"]

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.cluster.topology import Link, Topology
+from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import PlanInput
-from hecate.parallel.topology import Link, Topology
 
 UNIT_LINK = Link(1.0, 0.0)
 UNIT_COST = LayerCost(trainable_bytes=1.0, assignment_flops=1.0)

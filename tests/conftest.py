@@ -32,7 +32,7 @@ LONGEST = (
         "tests/launch/test_survival.py",
     ),
     *("tests/hecate/train/test_moe_lora_run.py", "tests/hecate/train/test_full_run.py", "tests/hecate/elastic/test_rebuild.py"),
-    *("tests/hecate/train/test_resume_elsewhere.py", "tests/hecate/megatron/", "tests/hecate/train/", "tests/hecate/test_"),
+    *("tests/hecate/train/test_resume_elsewhere.py", "tests/hecate/apps/megatron/", "tests/hecate/train/", "tests/hecate/test_"),
 )
 
 

@@ -48,7 +48,7 @@ def expected_waits(
     waits = Counter(
         {
             "hecate/engine/step.py:by_rank": 1,
-            "hecate/train/step_totals.py:exchange_totals": 1,
+            "hecate/train/steps/step_totals.py:exchange_totals": 1,
         }
     )
     if tokens_travel:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,7 +27,14 @@ ROOMS = (
     "hecate.errors",
     "hecate.faults",
     "hecate.io",
-    "hecate.parallel",
+    "hecate.parallel.loops",
+    "hecate.parallel.values",
+    "hecate.parallel.cluster",
+    "hecate.parallel.cost",
+    "hecate.parallel.transfer",
+    "hecate.parallel.planners",
+    "hecate.parallel.plan",
+    "hecate.parallel.simulate",
     "hecate.parallel.comm",
     "hecate.kernels",
     "hecate.ranks",
@@ -34,21 +43,53 @@ ROOMS = (
     "hecate.experts",
     "hecate.engine",
     "hecate.model",
-    "hecate.megatron",
     "hecate.optim",
     "hecate.checkpoint",
     "hecate.adapters",
     "hecate.report",
-    "hecate.forecast",
     "hecate.elastic",
     "hecate.train",
-    "hecate.profile",
-    "hecate.doctor",
-    "hecate.sweep",
     "hecate.launch",
-    "hecate.federate",
-    "hecate.drill",
+    "hecate.apps.megatron",
+    "hecate.apps.answers",
+    "hecate.apps.foresee",
+    "hecate.apps.sweep",
+    "hecate.apps.federate",
+    "hecate.apps.check",
     "hecate.cli",
     "hecate.__main__",
 )
 """All rooms, bottom up: a module imports its own room and those before it, nothing after it. The package itself, `hecate`, is below all."""
+
+
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file's syntax tree."""
+    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+
+
+def under(name: str, *packages: str) -> bool:
+    return any(name == package or name.startswith(package + ".") for package in packages)
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name -> file, of every module of the package."""
+    found = {}
+    for path in sources("hecate", "parallel", "kernels", "launch"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        parts = parts if parts[0] == "hecate" else ("hecate", *parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of_modules() -> dict[str, set[str]]:
+    """Module -> the modules of the package that it imports anywhere in its file, lazy and typing-only imports included."""
+    paths = modules()
+    graph = {}
+    for name, path in paths.items():
+        names = {alias.name for node in nodes(path) if isinstance(node, ast.Import) for alias in node.names}
+        for node in (node for node in nodes(path) if isinstance(node, ast.ImportFrom)):
+            inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {module if module in paths else str(node.module) for module in inner.values()}
+        graph[name] = {other for other in names if other in paths and other != name}
+    return graph

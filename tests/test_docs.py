@@ -90,7 +90,7 @@ def test_files_that_are_named_without_their_folder_exist(page: Path) -> None:
 
 @pytest.mark.parametrize("page", CURRENT, ids=name_of)
 def test_modules_that_are_named_exist(page: Path) -> None:
-    """`hecate.parallel.traces`, also with a name of the module at its end, and `python -m benchmarks.NAME`."""
+    """`hecate.parallel.values.traces`, also with a name of the module at its end, and `python -m benchmarks.NAME`."""
     missing = [name for name in _MODULE.findall(prose(page)) if not module_exists(name) and not module_exists(name.rpartition(".")[0])]
     assert not missing, f"{name_of(page)}: no such modules: {missing}"
 

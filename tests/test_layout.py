@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.rooms import ALL_SOURCES, ROOMS, ROOT, sources
+from tests.rooms import ALL_SOURCES, ROOMS, ROOT, imports_of_modules, modules, nodes, sources, under
 
 LINKED = ("configs", "kernels", "launch", "parallel")
 OBJECT_COLLECTIVES = {
@@ -29,12 +29,6 @@ PICKLERS = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "ma
 
 
 EVERYTHING = [*ALL_SOURCES, *sources("tests")]
-
-
-@cache
-def nodes(path: Path) -> tuple[ast.AST, ...]:
-    """All nodes of a file's syntax tree."""
-    return tuple(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
 
 
 def files(paths: list[Path]) -> Iterator[tuple[str, tuple[ast.AST, ...]]]:
@@ -59,10 +53,6 @@ def imported(path: Path) -> frozenset[str]:
 def importing(paths: list[Path], *packages: str) -> dict[str, str]:
     """File -> a module that it imports and that is of `packages`, where there is one."""
     return {str(path.relative_to(ROOT)): name for path in paths for name in imported(path) if under(name, *packages)}
-
-
-def under(name: str, *packages: str) -> bool:
-    return any(name == package or name.startswith(package + ".") for package in packages)
 
 
 def test_the_sources_are_seen() -> None:
@@ -114,7 +104,7 @@ def test_importing_hecate_imports_nothing_heavy() -> None:
 
 
 def test_the_planners_need_no_torch() -> None:
-    loaded = modules_after("import hecate.parallel.planners, hecate.parallel.loads, hecate.parallel.layout")
+    loaded = modules_after("import hecate.parallel.planners, hecate.parallel.values.loads, hecate.parallel.values.layout")
     assert {"hecate.parallel.planners", "numpy"} <= loaded
     assert not loaded & {"torch", "transformers", "ray"}
 
@@ -131,27 +121,17 @@ def test_the_lower_folders_know_nothing_above_nor_beside_them(folder: str, other
     assert not wrong, f"imports against the grain (file: module): {wrong}"
 
 
-def modules() -> dict[str, Path]:
-    """Dotted name -> file, of every module of the package."""
-    found = {}
-    for path in sources("hecate", "parallel", "kernels", "launch"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        parts = parts if parts[0] == "hecate" else ("hecate", *parts)
-        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return found
+MOST_FILES, MOST_FOLDERS = 14, 15
+"""in a folder, its `__init__.py` aside; in `hecate/`, the linked ones aside"""
 
 
-def imports_of_modules() -> dict[str, set[str]]:
-    """Module -> the modules of the package that it imports anywhere in its file, lazy and typing-only imports included."""
-    paths = modules()
-    graph = {}
-    for name, path in paths.items():
-        names = {alias.name for node in nodes(path) if isinstance(node, ast.Import) for alias in node.names}
-        for node in (node for node in nodes(path) if isinstance(node, ast.ImportFrom)):
-            inner = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
-            names |= {module if module in paths else str(node.module) for module in inner.values()}
-        graph[name] = {other for other in names if other in paths and other != name}
-    return graph
+def test_a_folder_can_be_read_at_a_glance() -> None:
+    files_of: dict[Path, int] = {}
+    for path in modules().values():
+        files_of[path.parent] = files_of.get(path.parent, 0) + (path.name != "__init__.py")
+    crowded = {str(folder.relative_to(ROOT)): number for folder, number in files_of.items() if number > MOST_FILES}
+    assert not crowded
+    assert len({path.parts[len(ROOT.parts) + 1] for path in sources("hecate") if path.parent != ROOT / "hecate"}) <= MOST_FOLDERS
 
 
 def height(module: str) -> int:
@@ -185,6 +165,28 @@ def test_class_names_are_unique() -> None:
     assert not twice, f"a class name with two meanings: {twice}"
 
 
+SAME_MEANING = {
+    "main": "of a program, which `python -m` runs",
+    "preload": "of a program that ranks are forked from",
+    "forward_passes": "of a kernel family",
+    "backward_passes": "of a kernel family",
+}
+"""public functions that several modules may have, because they are the same of each"""
+
+
+def test_function_names_are_unique() -> None:
+    """The verbs of the command line aside, which have the names of what they start."""
+    places: dict[str, list[str]] = {}
+    for name, path in modules().items():
+        if under(name, "hecate.cli"):
+            continue
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(name)
+    twice = {name: where for name, where in places.items() if len(where) > 1 and name not in SAME_MEANING}
+    assert not twice, f"a function name with two meanings: {twice}"
+
+
 def test_every_module_is_named_by_a_test() -> None:
     """In an import, or in a text that a test runs, such as `python -m hecate.launch.ray_job.worker`."""
     tests = [path for path in sources("tests") if path.name not in (Path(__file__).name, "rooms.py")]
@@ -201,7 +203,7 @@ def test_nobody_imports_the_linked_folders_bare() -> None:
 
 
 def test_the_trainer_does_not_import_what_launches_it() -> None:
-    inside = [path for path in sources("hecate") if not {"cli", "drill"} & set(path.parts)]
+    inside = [path for path in sources("hecate") if not {"cli", "apps"} & set(path.parts)]
     assert not importing(inside, "hecate.launch")
 
 
@@ -277,29 +279,21 @@ WRITES_PLAINLY = {
     "hecate/data/token_cache.py": "arrays grow beside one another in a staging folder, which `new_folder` renames; they have checksums",
     "hecate/elastic/restart.py": "an error's text for the launcher, in the folder that goes with it; the rank ends at once",
     "hecate/ranks/launcher_files.py": "as hecate/elastic/restart.py",
-    "hecate/drill/tiny_run.py": "in a folder for temporary files, as all that a drill writes",
-    "hecate/drill/damage.py": "it damages files",
-    "hecate/drill/inputs.py": "as hecate/drill/damage.py",
-    "hecate/drill/hostile.py": "as hecate/drill/damage.py",
-    "hecate/drill/fuzz.py": "as hecate/drill/damage.py",
-    "hecate/drill/model_files.py": "sound examples of what hecate/drill/fuzz.py damages",
-    "hecate/drill/data_files.py": "as hecate/drill/model_files.py",
-    "hecate/drill/run_files.py": "as hecate/drill/model_files.py",
-    "hecate/drill/guard.py": "/proc is no disk",
-    "hecate/drill/launchers.py": "as hecate/drill/tiny_run.py",
-    "hecate/drill/losses.py": "as hecate/drill/tiny_run.py",
-    "hecate/drill/program.py": "as hecate/drill/tiny_run.py",
-    "hecate/drill/prove.py": "it takes the one rename of a commit away",
-    "hecate/drill/resuming.py": "as hecate/drill/tiny_run.py",
-    "hecate/drill/ranks.py": "as hecate/drill/tiny_run.py",
-    "hecate/drill/run.py": "as hecate/drill/tiny_run.py",
-    "hecate/forecast/plan.py": "a result to whatever path the user names, a pipe among them; the command can be given again",
-    "hecate/forecast/report.py": "as hecate/forecast/plan.py",
-    "hecate/sweep/processes.py": "what a run prints, as it prints it",
+    "hecate/apps/check/drill/tiny_run.py": "in a folder for temporary files, as all that a drill writes",
+    "hecate/apps/check/drill/cases/inputs.py": "it breaks inputs",
+    "hecate/apps/check/drill/launchers.py": "as hecate/apps/check/drill/tiny_run.py",
+    "hecate/apps/check/drill/cases/losses.py": "as hecate/apps/check/drill/tiny_run.py",
+    "hecate/apps/check/drill/program.py": "as hecate/apps/check/drill/tiny_run.py",
+    "hecate/apps/check/drill/prove.py": "it takes the one rename of a commit away",
+    "hecate/apps/check/drill/cases/resuming.py": "as hecate/apps/check/drill/tiny_run.py",
+    "hecate/apps/check/drill/ranks.py": "as hecate/apps/check/drill/tiny_run.py",
+    "hecate/apps/check/drill/run.py": "as hecate/apps/check/drill/tiny_run.py",
+    "hecate/apps/foresee/plan.py": "a result to whatever path the user names, a pipe among them; the command can be given again",
+    "hecate/apps/foresee/report.py": "as hecate/apps/foresee/plan.py",
+    "launch/many_runs/processes.py": "what a run prints, as it prints it",
     "launch/run_folder.py": "in the folder for temporary files, read by the process that removes it",
     "launch/ray_job/worker.py": "in a folder for temporary files",
-    "parallel/jit.py": "a lock and a log",
-    "kernels/common/ahead_of_time.py": "in a temporary file",
+    "parallel/loops/jit.py": "a lock and a log",
 }
 """Files outside `hecate/io/durable.py` that write other files themselves, and why that is right."""
 
@@ -311,22 +305,22 @@ READS_PLAINLY = {
     "hecate/io/npz.py": "members of an archive that is open",
     "hecate/checkpoint/files.py": "no link is followed within a checkpoint",
     "hecate/adapters/folder.py": "by libraries that take names, after `require_plain`",
-    "hecate/adapters/lora_folder.py": "as hecate/adapters/folder.py",
+    "hecate/adapters/peft/lora_folder.py": "as hecate/adapters/folder.py",
     "hecate/adapters/model_files.py": "what transformers has just written into a staging folder",
-    "hecate/federate/server_optimizer.py": "as hecate/adapters/folder.py",
-    "hecate/model/stored_model.py": "as hecate/adapters/folder.py",
-    "hecate/model/read_experts.py": "weights whose headers `safetensors_headers` has read",
-    "hecate/data/indexed_files.py": "as hecate/adapters/folder.py",
-    "hecate/data/records.py": "gzip, over a file that `open_plain` has opened",
+    "hecate/apps/federate/server_optimizer.py": "as hecate/adapters/folder.py",
+    "hecate/model/files/stored_model.py": "as hecate/adapters/folder.py",
+    "hecate/model/files/read_experts.py": "weights whose headers `safetensors_headers` has read",
+    "hecate/data/files/indexed_files.py": "as hecate/adapters/folder.py",
+    "hecate/data/files/records.py": "gzip, over a file that `open_plain` has opened",
     "hecate/data/token_cache.py": "as hecate/adapters/folder.py, in a cache that is the user's alone; and its lock",
-    "hecate/sweep/ledger.py": "a lock",
+    "launch/many_runs/ledger.py": "a lock",
     "hecate/config/reference.py": "hecate's own source",
-    "hecate/forecast/run_shape.py": "a preset of hecate's",
-    "hecate/federate/rounds.py": "a folder that the rounds have written, copied as it is",
-    "hecate/model/memory_check.py": "/proc",
-    "hecate/doctor/software.py": "/proc",
-    "hecate/profile/probe.py": "/proc and /sys",
-    "hecate/profile/rank_main.py": "a file that the process has just written in a temporary folder",
+    "hecate/model/sizes/run_shape.py": "a preset of hecate's",
+    "hecate/apps/federate/rounds.py": "a folder that the rounds have written, copied as it is",
+    "hecate/model/files/memory_check.py": "/proc",
+    "hecate/apps/check/doctor/software.py": "/proc",
+    "launch/profile/probe.py": "/proc and /sys",
+    "launch/profile/rank_main.py": "a file that the process has just written in a temporary folder",
     "hecate/ranks/cores.py": "/sys",
     "hecate/ranks/devices.py": "/proc",
     "hecate/ranks/processor.py": "/proc",
@@ -339,8 +333,7 @@ READS_PLAINLY = {
     "launch/stopped_ranks.py": "/proc",
     "launch/ray_job/cluster.py": "/proc",
     "launch/ray_job/upload.py": "files that were looked at, copied",
-    "parallel/jit.py": "hecate's own sources, and machine code in a folder that is the user's alone",
-    "kernels/common/autotune.py": "hecate's own tables of tuned kernels",
+    "parallel/loops/jit.py": "hecate's own sources, and machine code in a folder that is the user's alone",
     "kernels/common/launch_config.py": "hecate's own tables of tuned kernels",
 }
 """Files outside `hecate/io/plain_files.py` that open other files themselves to read them, and why that is right."""
@@ -393,6 +386,8 @@ PRINTS_ITSELF = {
 def test_everything_is_printed_by_one_room() -> None:
     """So that no text out of somebody's file gives orders to a terminal. Drills print what they have made themselves."""
     ways = ("print", "Console", "rich.print", "typer.echo", "sys.stdout.write", "sys.stderr.write")
-    printers = {path for path in files_that_call(lambda call: ast.unparse(call.func) in ways) if not path.startswith("hecate/drill/")}
+    printers = {
+        path for path in files_that_call(lambda call: ast.unparse(call.func) in ways) if not path.startswith("hecate/apps/check/drill/")
+    }
     assert not printers - set(PRINTS_ITSELF), f"print by hecate/io/terminal.py: {sorted(printers - set(PRINTS_ITSELF))}"
     assert not set(PRINTS_ITSELF) - printers, f"mended: remove them: {sorted(set(PRINTS_ITSELF) - printers)}"

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hecate.adapters.config import AdapterConfig
 from hecate.adapters.folder import save_adapter
-from hecate.adapters.tensors import expected_shapes
+from hecate.adapters.mixlora.config import AdapterConfig
+from hecate.adapters.mixlora.tensors import expected_shapes
+from hecate.apps.answers.opened import load_trained
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
-from hecate.train.opened import load_trained
 from testing.byte_tokenizer import build_byte_tokenizer
 
 LAYERS, EXPERTS, RANK = 2, 5, 4

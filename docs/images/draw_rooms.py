@@ -8,44 +8,50 @@ from __future__ import annotations
 from pathlib import Path
 
 TIERS: dict[str, dict[str, str]] = {
-    "start": {
-        "sweep": "many runs,\none table",
-        "launch": "start ranks, watch them,\nreplace lost ones",
-        "federate": "rounds of clients\nand a server",
-        "drill": "faults, and what\nbecame of them",
+    "apps": {
+        "apps.megatron": "the same for\nMegatron's models",
+        "apps.answers": "generate, chat,\nevaluate, export",
+        "apps.foresee": "memory and time\nwithout a run",
+        "apps.sweep": "many runs,\none table",
+        "apps.federate": "rounds of clients\nand a server",
+        "apps.check": "doctor\nand drills",
         "cli": "the verbs of\nthe command line",
-    },
-    "measure": {
-        "profile": "measure devices\nand links",
-        "doctor": "what a machine\nlacks",
     },
     "run": {
         "optim": "gradient rules\nover shards",
         "checkpoint": "files that survive\na crash",
         "adapters": "formats of\nwhat was trained",
         "report": "progress, metrics,\npictures",
-        "forecast": "memory and time\nwithout a run",
         "elastic": "lost, joining,\nmoved, backed up",
         "train": "the step,\nthe loop",
+        "launch": "start ranks, watch,\nreplace them",
     },
     "a model with\nexperts in it": {
-        "engine": "plan, gather, dispatch,\ncompute, reduce",
-        "model": "load a model,\nput experts in",
-        "megatron": "the same for\nMegatron's models",
-    },
-    "parts": {
-        "ranks": "this process\namong the others",
         "config": "keys, ranges,\nrules",
         "data": "files to\nbatches",
-        "experts": "families, pairs, routers,\nthe MoE layer",
+        "experts": "families, pairs,\nrouters, the layer",
+        "engine": "plan, gather, dispatch,\ncompute, reduce",
+        "model": "load a model,\nput experts in",
+    },
+    "moving,\ncomputing": {
+        "parallel.comm": "collectives, dispatch,\nexpert store (torch)",
+        "kernels": "what computes\nexperts",
+        "ranks": "this process\namong the others",
+    },
+    "planning\n(numpy)": {
+        "parallel.loops": "compiled\nloops",
+        "parallel.values": "units, loads,\nplacements",
+        "parallel.cluster": "devices\nand links",
+        "parallel.cost": "seconds\nand bytes",
+        "parallel.transfer": "what moves\nwhere",
+        "parallel.planners": "where experts\nshould be",
+        "parallel.plan": "whole\nsteps",
+        "parallel.simulate": "steps without\na GPU",
     },
     "ground": {
         "errors": "what a user\nreads",
         "faults": "where drills\nput faults",
         "io": "durable\nfiles",
-        "parallel": "placement, cost,\nplanners (numpy)",
-        "parallel.comm": "collectives, dispatch,\nexpert store (torch)",
-        "kernels": "what computes\nexperts",
     },
 }
 """tiers from the top, each with its rooms (below the package `hecate`) and what is in them, from the bottom of ROOMS upwards"""

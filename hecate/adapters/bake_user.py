@@ -21,14 +21,14 @@ from hecate.adapters.linear_format import (
     router_name,
     user_width,
 )
-from hecate.adapters.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
+from hecate.adapters.peft.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
 from hecate.config import RouterConfig
-from hecate.data.chat_templates import template_beside
+from hecate.data.chat.templates import template_beside
 from hecate.errors import UserError
 from hecate.experts.pass_users import users_of_rows
-from hecate.experts.router import RouterSite
-from hecate.experts.user_router import UserRouter
-from hecate.parallel.units import Unit
+from hecate.experts.routers.router import RouterSite
+from hecate.experts.routers.user_router import UserRouter
+from hecate.parallel.values.units import Unit
 
 
 def bake_user(folder: Path, out: Path, user: str, vector_F: Tensor) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hecate.adapters.peft_targets import listed
+from hecate.adapters.peft.peft_targets import listed
 from hecate.config import Config
 
 CARD = "README.md"

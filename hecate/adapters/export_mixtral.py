@@ -24,7 +24,7 @@ from hecate.experts.layer import MoeLayer
 from hecate.io.durable import write_durable
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.comm.aborts import arrived
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from hecate.ranks.backend import is_nccl
 from hecate.ranks.ranks import Ranks
 

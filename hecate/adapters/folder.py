@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from hecate.adapters.card import CARD, LOADING, adapter_card
-from hecate.adapters.config import CONFIG, AdapterConfig, config_from_json, config_to_json
-from hecate.adapters.names import layer_in, modern_name
-from hecate.adapters.tensors import checked_tensors
+from hecate.adapters.mixlora.config import CONFIG, AdapterConfig, config_from_json, config_to_json
+from hecate.adapters.mixlora.names import layer_in, modern_name
+from hecate.adapters.mixlora.tensors import checked_tensors
 from hecate.checkpoint.shard import write_safetensors
-from hecate.config.paths import TRAINED_HINT, require_trained
-from hecate.data.chat_templates import FILE
+from hecate.config.files.paths import TRAINED_HINT, require_trained
+from hecate.data.chat.templates import FILE
 from hecate.errors import UserError
 from hecate.io.durable import new_folder, write_durable
 from hecate.io.plain_files import read_plain, require_plain
@@ -33,7 +33,7 @@ Description = TypeVar("Description")
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig) -> None:
     """Write a `mixlora` adapter in fp32 to the new folder `folder`.
 
-    `tensors` are all of the adapter's, named as in `hecate.adapters.names`. A and B are written unscaled: readers of the format
+    `tensors` are all of the adapter's, named as in `hecate.adapters.mixlora.names`. A and B are written unscaled: readers of the format
     multiply by alpha / r, or with `use_rslora` by alpha / sqrt(r). Raises UserError if the folder exists, a tensor is missing,
     unknown, of the wrong shape or not finite (see `checked_tensors`), or the disk fails; the folder is then removed.
     """

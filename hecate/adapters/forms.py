@@ -18,20 +18,20 @@ from pathlib import Path
 from torch import Tensor
 
 from hecate.adapters.card import Loading, adapter_card
-from hecate.adapters.config import AdapterConfig
 from hecate.adapters.folder import described_template, load_adapter, refuse_existing
 from hecate.adapters.linear_format import LinearAdapterConfig, is_linear_adapter, load_linear_adapter
-from hecate.adapters.lora_folder import load_lora
-from hecate.adapters.merge import merge
-from hecate.adapters.mixlora_as_mixtral import write_mixtral
-from hecate.adapters.mixlora_library import not_for_libraries, write_library_folder
-from hecate.adapters.peft_moe import PeftMoeConfig, is_peft_adapter, peft_config_to_json, save_peft_adapter
-from hecate.adapters.per_expert import PLAIN, SPELLINGS, split_experts
+from hecate.adapters.merge import write_merged
+from hecate.adapters.mixlora.config import AdapterConfig
+from hecate.adapters.mixlora.mixlora_as_mixtral import write_mixtral
+from hecate.adapters.mixlora.mixlora_library import not_for_libraries, write_library_folder
+from hecate.adapters.peft.lora_folder import load_lora
+from hecate.adapters.peft.peft_moe import PeftMoeConfig, is_peft_adapter, peft_config_to_json, save_peft_adapter
+from hecate.adapters.peft.per_expert import PLAIN, SPELLINGS, split_experts
 from hecate.config import named_model
-from hecate.data.chat_templates import template_beside
+from hecate.data.chat.templates import template_beside
 from hecate.errors import UserError
-from hecate.model.load import base_of, read_config
-from hecate.model.stored_model import open_stored
+from hecate.model.files.load import base_of, read_config
+from hecate.model.files.stored_model import open_stored
 
 _JOINED_IN_VLLM = ("gpt_oss", "interns1_pro", "qwen3_5", "qwen3_omni_moe", "qwen3_vl_moe")
 """how the model types begin whose experts vLLM has in one tensor"""
@@ -201,7 +201,7 @@ def _to_per_expert(adapter: ReadAdapter, out: Path) -> list[str]:
 def _to_merged(adapter: ReadAdapter, out: Path) -> list[str]:
     assert isinstance(adapter.description, PeftMoeConfig)
     base = open_stored(base_of(adapter.folder, adapter.description.base_model_name_or_path))
-    return merge(out, base, adapter.tensors, adapter.description)
+    return write_merged(out, base, adapter.tensors, adapter.description)
 
 
 FORMS: dict[str, Form] = {

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from hecate.adapters.card import how_trained
-from hecate.adapters.export import different_routers, pairs_on_first, refuse_different, with_drawn_digest
 from hecate.adapters.folder import described_template
 from hecate.adapters.linear_format import LinearAdapterConfig, load_linear_adapter, pair_names, router_name, save_linear_adapter, user_width
-from hecate.adapters.tensors import require_tensors
+from hecate.adapters.mixlora.export import different_routers, pairs_on_first, refuse_different, with_drawn_digest
+from hecate.adapters.mixlora.tensors import require_tensors
 from hecate.config import Config, adapter_in, named_model
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
@@ -21,10 +21,10 @@ from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.linears import target_linears
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.expert_kinds import ONLY_PROJECTION, LoraShape, kind_written_as
+from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import ONLY_PROJECTION, LoraShape, kind_written_as
+from hecate.parallel.values.units import Unit
 from hecate.ranks.ranks import Ranks
 
 

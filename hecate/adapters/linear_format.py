@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from hecate.adapters.config import router_choices
 from hecate.adapters.folder import peft_type_of, read_adapter, write_adapter_folder
+from hecate.adapters.mixlora.config import router_choices
 from hecate.config import RouterConfig
 from hecate.errors import UserError
-from hecate.parallel.expert_kinds import lora_scale
+from hecate.parallel.values.expert_kinds import lora_scale
 
 PEFT_TYPE = "MOLA"
 _FORMAT_VERSION = 1

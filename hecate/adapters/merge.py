@@ -18,17 +18,17 @@ from torch import Tensor
 from hecate.adapters.card import CARD, model_card
 from hecate.adapters.folder import CHAT_TEMPLATE
 from hecate.adapters.model_files import DTYPE_NAMES, save_config, write_model
-from hecate.adapters.peft_moe import PeftMoeConfig, expert_a, expert_b, expert_names, linear_names
-from hecate.adapters.peft_targets import adapts
-from hecate.adapters.per_expert import experts_paths
+from hecate.adapters.peft.peft_moe import PeftMoeConfig, expert_a, expert_b, expert_names, linear_names
+from hecate.adapters.peft.peft_targets import adapts
+from hecate.adapters.peft.per_expert import experts_paths
 from hecate.checkpoint.layout import TensorEntry
-from hecate.data.chat_templates import FILE
+from hecate.data.chat.templates import FILE
 from hecate.errors import UserError
 from hecate.io.durable import write_durable
 from hecate.io.plain_files import read_plain
-from hecate.model.load import save_tokenizer
-from hecate.model.stored_experts import EXPERTS, ROLES, usual_name
-from hecate.model.stored_model import StoredModel
+from hecate.model.files.load import save_tokenizer
+from hecate.model.files.stored_experts import EXPERTS, ROLES, usual_name
+from hecate.model.files.stored_model import StoredModel
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _COPIED = re.compile(
@@ -115,7 +115,7 @@ def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoe
     return changes
 
 
-def merge(folder: Path, base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> list[str]:
+def write_merged(folder: Path, base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> list[str]:
     """Write the base model with the adapter merged into it to the new folder `folder`; what the user should know, line by line.
 
     Raises:

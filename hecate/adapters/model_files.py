@@ -14,7 +14,7 @@ from hecate.checkpoint.layout import TensorEntry, file_layout
 from hecate.checkpoint.shard import DTYPES
 from hecate.errors import UserError
 from hecate.io.durable import new_folder, replace_file, write_durable
-from hecate.model.safetensors_headers import INDEX, SINGLE
+from hecate.model.files.safetensors_headers import INDEX, SINGLE
 
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -6,19 +6,19 @@ from pathlib import Path
 
 import torch
 
-from hecate.adapters.config import CONFIG
+from hecate.adapters.mixlora.config import CONFIG
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.model.attention import AUTO, AttentionChoice, pick_way
 from hecate.model.base import BaseModel
 from hecate.model.causal_head import LanguageModelHead
-from hecate.model.gguf_files import one_gguf_reader
-from hecate.model.load import ModelSource, load_model, load_tokenizer, pick_dtype, read_config
-from hecate.model.memory_check import require_room
+from hecate.model.files.gguf_files import one_gguf_reader
+from hecate.model.files.load import ModelSource, load_model, load_tokenizer, pick_dtype, read_config
+from hecate.model.files.memory_check import require_room
+from hecate.model.layers.attention import AUTO, AttentionChoice, pick_way
 from hecate.model.moe_model import MoeModel
+from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
 from hecate.ranks.ranks import Ranks
 
 

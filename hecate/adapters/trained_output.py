@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hecate.adapters.card import full_model_card
-from hecate.adapters.export import adapter_config, begin_with_mixlora, export_adapter
 from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
 from hecate.adapters.linear_experts import begin_with_linear_adapter, export_linear_adapter, linear_adapter_config
-from hecate.adapters.linear_lora import begin_with_lora, export_linear_lora
-from hecate.adapters.peft_by_source import begin_with_loras, export_by_source, lora_config, paths_of
-from hecate.adapters.peft_experts import begin_with, export_peft_adapter, peft_config
+from hecate.adapters.mixlora.export import adapter_config, begin_with_mixlora, export_adapter
+from hecate.adapters.peft.by_source import begin_with_loras, export_by_source, lora_config, paths_of
+from hecate.adapters.peft.linear_lora import begin_with_lora, export_linear_lora
+from hecate.adapters.peft.peft_experts import begin_with_peft, export_peft_adapter, peft_config
 from hecate.config import Config, named_model
 from hecate.errors import UserError
 from hecate.io.durable import put_in_place, successor_of
 from hecate.model.base import BaseModel
+from hecate.model.front_ends import other_front_end
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.moe_model import MoeModel
 from hecate.ranks.ranks import Ranks
@@ -55,8 +56,8 @@ def output_of(config: Config, base: BaseModel) -> TrainedOutput:
     Raises:
         UserError: the format cannot hold the trained model.
     """
-    if config.model.front_end == "megatron":
-        return _mixtral_of_megatron(config, base)
+    if other := other_front_end(config.model.front_end):
+        return cast(TrainedOutput, other.output(config, base))
     return _FORMATS[config.moe.output](config, base)
 
 
@@ -93,22 +94,6 @@ def _mixtral(config: Config, base: BaseModel) -> TrainedOutput:
     return TrainedOutput("model", lambda folder, moe, ranks: export_mixtral(folder, description, dense_weights(base.model), moe, ranks))
 
 
-def _mixtral_of_megatron(config: Config, base: BaseModel) -> TrainedOutput:
-    from hecate.megatron.export import mixtral_config_of, mixtral_weights
-    from hecate.megatron.front_end import MegatronModel
-
-    assert isinstance(base, MegatronModel)
-    shape = base.shape
-    described = mixtral_config_of(shape, base.tokenizer, config.moe.router_aux_loss_coef)
-    card = full_model_card(config, None, shape.experts)
-    description = MixtralFolder(described, base.tokenizer, next(base.model.parameters()).dtype, card)
-
-    def write(folder: Path, moe: MoeModel, ranks: Ranks) -> None:
-        export_mixtral(folder, description, mixtral_weights(shape, dict(moe.whole_others())), moe, ranks)
-
-    return TrainedOutput("model", write)
-
-
 def _linears(config: Config, base: BaseModel) -> TrainedOutput:
     description = linear_adapter_config(config, base)
     return TrainedOutput("adapter", lambda folder, moe, ranks: export_linear_adapter(folder, description, moe, ranks))
@@ -130,7 +115,7 @@ _FORMATS: dict[str, Callable[[Config, BaseModel], TrainedOutput]] = {
 """the formats by the name in `MoeConfig.output`"""
 _BEGIN: dict[str, Callable[[Config, BaseModel, MoeModel], None]] = {
     "mixlora": begin_with_mixlora,
-    "peft": begin_with,
+    "peft": begin_with_peft,
     "linears": begin_with_linear_adapter,
     "lora": begin_with_lora,
     "peft_by_source": begin_with_loras,

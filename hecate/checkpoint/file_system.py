@@ -16,7 +16,7 @@ _LACKING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 """what a file system says of an operation that it does not have"""
 
 
-def require_room(final: Path, needed: int) -> None:
+def require_disk_room(final: Path, needed: int) -> None:
     """Check that the disk has room for one more checkpoint. A file system that does not tell its size is taken to have room.
 
     Args:

@@ -13,7 +13,7 @@ from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.manifest import MANIFEST, Manifest
 from hecate.errors import UserError
 from hecate.io.strict_yaml import YamlError, parse_yaml
-from hecate.parallel.units import Unit, parse_unit
+from hecate.parallel.values.units import Unit, parse_unit
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hecate.checkpoint.file_system import require_durable, require_room
+from hecate.checkpoint.file_system import require_disk_room, require_durable
 from hecate.checkpoint.files import CheckpointError, UnreadableError
 from hecate.checkpoint.history import prune, set_aside
 from hecate.checkpoint.meta import CHAT_TEMPLATE, SAVED_AT
@@ -112,7 +112,7 @@ def begin_save(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainSt
     meta = {"config": _as_yaml(config), "owners": owners, "base_model": parts.base_digest, "drawn": parts.drawn_digest, **state.to_json()}
     meta |= {"residency": shards.residency_to_json(), SAVED_AT: int(time.time()), CHAT_TEMPLATE: parts.chat_template}
     needed = int(ranks.all_sum(torch.tensor(shard_bytes(rank, world_size, tensors) if writes else 0)))
-    _together(ranks, final, (lambda _: require_room(final, needed)) if ranks.is_first else None)
+    _together(ranks, final, (lambda _: require_disk_room(final, needed)) if ranks.is_first else None)
     if not writes:
         return SaveUnderWay(config, final, staging, meta, world_size, None, None)
     if not background:

@@ -30,9 +30,9 @@ from hecate.engine.shards import ExpertShards
 from hecate.errors import UserError
 from hecate.optim.norm_limit import with_norm
 from hecate.optim.optimizer import ExpertOptimizer, owned_parameters
-from hecate.parallel.loads import LoadHistory
-from hecate.parallel.residency import Residency
-from hecate.parallel.units import Unit
+from hecate.parallel.transfer.residency import Residency
+from hecate.parallel.values.loads import LoadHistory
+from hecate.parallel.values.units import Unit
 from hecate.ranks.ranks import Ranks
 
 _MOST_SEQUENCES = 1 << 24

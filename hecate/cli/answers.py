@@ -13,7 +13,7 @@ from hecate.errors import UserError
 from hecate.io.terminal import show_text
 
 if TYPE_CHECKING:
-    from hecate.train.answers import Conversation
+    from hecate.apps.answers.answers import Conversation
     from hecate.train.generation import Decoding
 
 Trained = Annotated[Path, typer.Argument(metavar="RUN", help="folder of a run, checkpoint, adapter or model, such as runs/quickstart")]
@@ -53,15 +53,15 @@ def generate(
     A PROMPT is answered in plain text. With --prompts each line is printed, or written to --out, with its answers.
     """
     _check(given or (), prompts, out, answers, temperature)
-    from hecate.config.paths import require_trained
+    from hecate.config.files.paths import require_trained
 
     require_trained(trained)
     decoding = _decoding(max_new_tokens, temperature, top_p, top_k, seed, stop or ())
     if prompts is None:
         _require_user(user, features)
-    from hecate.data.prompts import asked, read_prompts
-    from hecate.train.answers import answers_to, as_record
-    from hecate.train.inference import answering
+    from hecate.apps.answers.answers import answers_to, as_record
+    from hecate.apps.answers.inference import answering
+    from hecate.data.files.prompts import asked, read_prompts
 
     if prompts is None:
         wanted = [asked(prompt, system, user) for prompt in given or ()]
@@ -92,13 +92,13 @@ def chat(
     features: Features = None,
 ) -> None:
     """Talk with a trained model. /reset begins anew, /exit ends; Ctrl-C breaks off an answer, which then was not given."""
-    from hecate.config.paths import require_trained
+    from hecate.config.files.paths import require_trained
 
     require_trained(trained)
     decoding = _decoding(max_new_tokens, temperature, top_p, top_k, seed, ())
     _require_user(user, features)
-    from hecate.train.answers import Conversation
-    from hecate.train.inference import answering
+    from hecate.apps.answers.answers import Conversation
+    from hecate.apps.answers.inference import answering
 
     with answering(trained, model=model, user=user, features=features) as opened:
         talk(Conversation(opened, decoding, system=system, user=user), opened.base.tokenizer)

@@ -23,7 +23,7 @@ def complete_override(incomplete: str) -> list[str]:
 
 
 def complete_config(incomplete: str) -> list[str]:
-    from hecate.config.presets import run_presets
+    from hecate.config.files.presets import run_presets
 
     return [name for name in run_presets() if name.startswith(incomplete)]
 

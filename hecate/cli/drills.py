@@ -23,21 +23,21 @@ def drill(
     Named drills run in full; with --prove, in their short form. Nothing is downloaded, and no other run is touched.
     Exit status 1 if a drill has failed; with --prove, if one has passed.
     """
-    from hecate.drill.catalogue import DRILLS
-    from hecate.drill.table import as_json, list_text, proof_text, proofs_json, proofs_text, report_text, summary_text
+    from hecate.apps.check.drill.catalogue import DRILLS
+    from hecate.apps.check.drill.table import drills_json, list_text, proof_text, proofs_json, proofs_text, report_text, summary_text
 
     if listed:
         show_text(list_text(DRILLS.values()))
         return
-    from hecate.drill.run import chosen, ground
+    from hecate.apps.check.drill.run import chosen_drills, ground
 
     check_json(json_path)
-    wanted, reports = chosen(names or ()), []
+    wanted, reports = chosen_drills(names or ()), []
     with ground() as made:
         for one in wanted:
             reports.append(made.run(one, quick=prove or not (names or everything), without=prove))
             show_text(proof_text(reports[-1]) if prove else report_text(reports[-1]))
     show_text(proofs_text(reports) if prove else summary_text(reports))
     if json_path is not None:
-        write_json(json_path, proofs_json(reports) if prove else as_json(reports))
+        write_json(json_path, proofs_json(reports) if prove else drills_json(reports))
     raise typer.Exit(0 if all(report.outcome.ok is not prove for report in reports) else 1)

@@ -11,7 +11,7 @@ import typer
 from hecate.cli.arguments import ConfigFile, Overrides
 from hecate.errors import UserError
 
-RANK_PROGRAM = "hecate.profile.rank_main"
+RANK_PROGRAM = "hecate.launch.profile.rank_main"
 """the module that a rank's process runs"""
 
 
@@ -22,7 +22,7 @@ def profile(
     """Measure the devices and the links between them. Starts ranks on this machine; under torchrun, becomes one of its ranks."""
     rank = os.environ.get("RANK")
     if rank in (None, "0"):
-        from hecate.parallel.topology_file import check_writable
+        from hecate.parallel.cluster.topology_file import check_writable
 
         check_writable(out)
     if rank is None:
@@ -34,7 +34,7 @@ def profile(
         raise typer.Exit(launch_local(RANK_PROGRAM, [str(out)], count))
     if nproc is not None:
         raise UserError("--nproc: torchrun has started the ranks already; give it --nproc-per-node instead")
-    from hecate.profile.rank_main import main as become_rank
+    from hecate.launch.profile.rank_main import main as become_rank
 
     become_rank([str(out)])
 
@@ -61,9 +61,9 @@ def plan(
     """
     if trace is not None:
         _refuse_beside(context, "--trace", "it has the loads", allowed=tuple(name for name in context.params if name != "workload"))
+    from hecate.apps.foresee.plan import run_plan
     from hecate.config import load_config
-    from hecate.forecast.plan import run_plan
-    from hecate.parallel.jit import plain_python
+    from hecate.parallel.loops.jit import plain_python
 
     loaded = load_config(config, overrides or (), claim_output=False, inputs=False)
     with plain_python():  # a few plans take less time so than numba's import does
@@ -108,16 +108,16 @@ def simulate(
     """Compare placement policies on any cluster: predicted time, bytes and memory of a step. Needs no GPU."""
     if sweep is not None:
         _refuse_beside(context, "--sweep", "its file says all the rest", allowed=("sweep", "wide", "json_path", "plot_path"))
-        from hecate.forecast.simulate import run_sweep
+        from hecate.apps.foresee.simulate import run_sweep
 
         run_sweep(sweep, wide, json_path, plot_path)
         return
     if trace is not None:
         others = ("workload", "tokens", "steps", "seed")
         _refuse_beside(context, "--trace", "the trace says them", allowed=tuple(name for name in context.params if name not in others))
-    from hecate.forecast.cases import known_plan, known_route
-    from hecate.forecast.simulate import run_simulation
-    from hecate.parallel.cost_model import ExecutionMode
+    from hecate.apps.foresee.cases import known_plan, known_route
+    from hecate.apps.foresee.simulate import run_simulation
+    from hecate.parallel.cost.cost_model import ExecutionMode
 
     mode, choose_modes = known_plan(plan, prefetch, "--plan")
     run_simulation(

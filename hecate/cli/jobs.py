@@ -56,9 +56,9 @@ def check_local(config: Config, check_data: Callable[[Config], None]) -> int:
     Raises:
         UserError: the machine, the data or the model does not go with the configuration.
     """
-    from hecate.config.topology import AUTO, build_topology
-    from hecate.forecast.model_check import check_model
-    from hecate.parallel.mesh import make_mesh
+    from hecate.config.files.topology import AUTO, build_topology
+    from hecate.model.sizes.model_check import check_model
+    from hecate.parallel.cluster.mesh import make_mesh
     from hecate.train.preflight import check_devices, check_machine, check_resume, check_vocabulary, default_ranks
 
     check_resume(config)
@@ -79,7 +79,7 @@ def replay_step(
 ) -> None:
     """Do a step that was skipped again, in one process, and show its loss, its gradient norm, and where numbers stop to be finite."""
     from hecate.ranks.ranks import join_ranks
-    from hecate.train.replay_step import replay_step as replay
+    from hecate.train.steps.replay_step import replay_step as replay
 
     with join_ranks() as ranks:
         show_text(replay(folder, ranks).in_words())
@@ -107,9 +107,9 @@ def launch(
     again from the last checkpoint.
     """
     from hecate.config import load_config
-    from hecate.forecast.model_check import check_model
-    from hecate.launch.node_launcher import NodesJob, check_fit, node_range
+    from hecate.launch.node_launcher import NodesJob, check_job_fits, node_range
     from hecate.launch.node_launcher import launch as launch_nodes
+    from hecate.model.sizes.model_check import check_model
     from hecate.train.preflight import check_data, check_machine, check_resume, check_vocabulary, default_ranks, warn_of_cores
 
     nodes = node_range(nnodes)
@@ -118,7 +118,7 @@ def launch(
     check_machine(loaded)
     check_data(loaded)
     ranks = nproc_per_node or loaded.nproc or default_ranks()
-    check_fit(loaded, nodes, ranks)
+    check_job_fits(loaded, nodes, ranks)
     warn_of_cores(ranks, "--nproc-per-node" if nproc_per_node else "nproc")
     check_vocabulary(loaded)
     check_model(loaded, ranks)
@@ -190,10 +190,10 @@ def report(
     out: Annotated[Path | None, typer.Option("-o", "--out", help="HTML file to write; default: report.html in RUN")] = None,
 ) -> None:
     """Write one HTML page about a run: losses, load of the experts, imbalance, time, bytes, memory, events. Needs nothing but itself."""
-    from hecate.forecast.planned_memory import planned_memory
+    from hecate.apps.foresee.planned_memory import planned_memory
     from hecate.io.plain_files import refuse_links
-    from hecate.parallel.jit import plain_python
-    from hecate.report.page import report_page, write_page
+    from hecate.parallel.loops.jit import plain_python
+    from hecate.report.pages.page import report_page, write_page
     from hecate.report.run_records import read_run
 
     refuse_links(run)

@@ -14,7 +14,7 @@ from hecate.cli.arguments import Overrides
 from hecate.io.terminal import show_text
 
 if TYPE_CHECKING:
-    from hecate.doctor.finding import Finding
+    from hecate.apps.check.doctor.finding import Finding
 
 
 def doctor(
@@ -29,11 +29,11 @@ def doctor(
 
     Under torchrun, all nodes are checked together.
     """
-    from hecate.doctor import examine
-    from hecate.doctor.run_inputs import checks_of
+    from hecate.apps.check.doctor import examine
+    from hecate.apps.check.doctor.run_inputs import checks_of
 
     if compiles:
-        from hecate.parallel import jit
+        from hecate.parallel.loops import jit
 
         jit.compile_and_wait()
     checks = examine.CHECKS
@@ -45,13 +45,13 @@ def doctor(
         found: Mapping[str, Finding] = examine.examine(checks)
         shows = True
     else:
-        from hecate.doctor.several_ranks import findings_of_all
+        from hecate.apps.check.doctor.several_ranks import findings_of_all
         from hecate.ranks.ranks import join_ranks
 
         with join_ranks() as ranks:
             found, shows = findings_of_all(examine.examine(checks), ranks), ranks.is_first
     if shows:
-        show_text(json.dumps(examine.as_json(found), indent=1) if as_json else examine.as_text(found))
+        show_text(json.dumps(examine.findings_json(found), indent=1) if as_json else examine.findings_text(found))
     raise typer.Exit(0 if examine.healthy(found) else 1)
 
 

@@ -37,10 +37,10 @@ def evaluate(
     In the place of CONFIG the folder of a run, of a checkpoint or of an adapter may stand, wherever it is now; of any model, with --choices
     or --tasks.
     """
-    from hecate.data.choices import read_choices
+    from hecate.apps.answers.evaluation_main import EvaluationRequest, evaluate_as_rank
+    from hecate.apps.answers.trained import run_config_of
+    from hecate.data.files.choices import read_choices
     from hecate.errors import UserError
-    from hecate.train.evaluation_main import EvaluationRequest, evaluate_as_rank
-    from hecate.train.trained import run_config_of
 
     if adapter is not None and models is not None:
         raise UserError("--adapter and --models were given\n  name all of them in --models")
@@ -58,7 +58,7 @@ def evaluate(
         # Nothing is downloaded: data sets are local files, or were fetched before.
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
         os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
-        from hecate.train.lm_eval_tasks import require_lm_eval
+        from hecate.apps.answers.lm_eval_tasks import require_lm_eval
 
         require_lm_eval()
     file: Path | None = config
@@ -88,11 +88,11 @@ def evaluate(
         raise UserError("--nproc: torchrun has started the ranks already; give it --nproc-per-node instead")
     if tasks is not None:
         raise UserError("--tasks and --nproc were given: tasks of lm-eval are asked in one process\n  leave --nproc out")
+    from hecate.apps.answers.compare import BASE, require_no_checkpoint
+    from hecate.apps.answers.trained import default_trained, find_trained
     from hecate.config import load_config
     from hecate.launch.local_launcher import launch_local
-    from hecate.train.compare import BASE, require_no_checkpoint
     from hecate.train.preflight import check_devices
-    from hecate.train.trained import default_trained, find_trained
 
     # What can be told now is told before any process starts.
     assert nproc is not None
@@ -101,7 +101,7 @@ def evaluate(
     for name in names if names is not None else [] if loaded is None else [str(default_trained(loaded))]:
         if name != BASE:
             require_no_checkpoint(find_trained(Path(name), says=False))
-    raise typer.Exit(launch_local("hecate.train.evaluation_main", [request.as_text()], nproc))
+    raise typer.Exit(launch_local("hecate.apps.answers.evaluation_main", [request.as_text()], nproc))
 
 
 def export(
@@ -116,7 +116,7 @@ def export(
     features: Annotated[Path | None, typer.Option(help="the .npz file with that user's features")] = None,
 ) -> None:
     """Write what a run has trained in the form that another program reads: an adapter, or a whole model (docs/adapters.md)."""
-    from hecate.config.paths import require_trained
+    from hecate.config.files.paths import require_trained
     from hecate.errors import UserError
 
     if (folder is None) == (out is None):
@@ -124,7 +124,7 @@ def export(
     new = out or folder
     assert new is not None
     require_trained(trained)
-    from hecate.train.trained import export as export_trained
+    from hecate.apps.answers.trained import export as export_trained
 
     for line in export_trained(trained, new, to=to, user=user, features=features, model=model):
         show_text(line)
@@ -152,7 +152,7 @@ def merge(
         shares = None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError:
         raise UserError(f"--weights {weights}: must be numbers separated by commas, one for each adapter") from None
-    from hecate.train.trained import merge as merge_trained
+    from hecate.apps.answers.trained import merge as merge_trained
 
     def show(done: int, of: int, module: str) -> None:
         show_progress(f"{done}/{of} {module}")
@@ -177,7 +177,7 @@ def make_tasks(
     seed: Annotated[int, typer.Option(help="seed of the samples")] = 0,
 ) -> None:
     """Write data of several tasks with the package reasoning-gym (extra `quickstart`)."""
-    from hecate.data.synthetic_tasks import write_tasks
+    from hecate.data.files.synthetic_tasks import write_tasks
 
     for written in write_tasks(folder, tasks.split(","), train_size, eval_size, seed):
         every = ", which are all the different prompts of this task" if written.exhausted else ""

@@ -16,7 +16,7 @@ from hecate.io.terminal import show_text
 
 if TYPE_CHECKING:
     from hecate.config import Config
-    from hecate.sweep.sweep_file import Sweep
+    from hecate.launch.many_runs.sweep import Sweep
 
 
 def sweep(
@@ -32,8 +32,8 @@ def sweep(
     """
     if "RANK" in os.environ:
         raise UserError("hecate sweep: starts runs itself and cannot be a rank of torchrun's job\n  give the command without torchrun")
+    from hecate.apps.sweep.sweep_file import load_run_sweep
     from hecate.config import load_config
-    from hecate.sweep.sweep_file import load_run_sweep
 
     check_json(json_path)
     loaded = load_run_sweep(str(file), overrides or ())
@@ -59,9 +59,9 @@ def federate(
         )
     from dataclasses import replace
 
+    from hecate.apps.federate.checks import check_federated
     from hecate.cli.jobs import check_local
     from hecate.config import load_config
-    from hecate.federate.checks import check_federated
     from hecate.train.preflight import check_data, default_ranks
 
     loaded = load_config(config, overrides or ())
@@ -77,17 +77,17 @@ def federate(
             "  leave --address out"
         )
     check_federated(loaded, check_here if address is None else _ray_check(1))
-    from hecate.federate.rounds import federate as train_rounds
+    from hecate.apps.federate.rounds import federate as train_rounds
 
     verb = ["train"] if address is None else ["ray", f"--address={address}"]
     raise typer.Exit(train_rounds(loaded, verb, lambda text: show_text(f"hecate: {text}")))
 
 
 def _train(loaded: Sweep, address: str | None) -> int:
-    from hecate.sweep.checks import checked_configs
-    from hecate.sweep.devices import check_share, places_environment, visible_gpus
-    from hecate.sweep.ledger import read_entries
-    from hecate.sweep.processes import train_runs
+    from hecate.apps.sweep.checks import checked_configs
+    from hecate.launch.many_runs.devices import check_share, places_environment, visible_gpus
+    from hecate.launch.many_runs.ledger import read_entries
+    from hecate.launch.many_runs.processes import train_runs
     from hecate.train.preflight import default_ranks
 
     gpus = visible_gpus() if loaded.jobs > 1 and address is None else []
@@ -106,7 +106,7 @@ def _local_check(loaded: Sweep, gpus: list[str]) -> Callable[[Config], None]:
     from dataclasses import replace
 
     from hecate.cli.jobs import check_local
-    from hecate.sweep.devices import check_ranks
+    from hecate.launch.many_runs.devices import check_ranks
     from hecate.train.preflight import check_data
 
     check_once = once_for_data(check_data)
@@ -120,9 +120,9 @@ def _local_check(loaded: Sweep, gpus: list[str]) -> Callable[[Config], None]:
 
 
 def _ray_check(jobs: int) -> Callable[[Config], None]:
-    from hecate.forecast.model_check import check_model
     from hecate.launch.ray_job.driver import check_for_ray
-    from hecate.report.trackers import check_trackers
+    from hecate.model.sizes.model_check import check_model
+    from hecate.report.tracking.trackers import check_trackers
     from hecate.train.preflight import check_data
 
     check_once = once_for_data(check_data)
@@ -151,9 +151,9 @@ def once_for_data(check: Callable[[Config], None]) -> Callable[[Config], None]:
 
 
 def _show(loaded: Sweep, json_path: Path | None) -> None:
-    from hecate.sweep.ledger import at_work, read_entries
-    from hecate.sweep.results import read_result, rows_of
-    from hecate.sweep.table import table_json, table_text
+    from hecate.apps.sweep.results import read_result, rows_of
+    from hecate.apps.sweep.table import table_json, table_text
+    from hecate.launch.many_runs.ledger import at_work, read_entries
 
     entries, working = read_entries(loaded), at_work(loaded.output_dir)
     results = [read_result(run, entries.get(run.name), working=working) for run in loaded.runs]

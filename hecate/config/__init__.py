@@ -1,8 +1,8 @@
 """The configuration of a run: typed, checked as a whole before any process starts, and frozen. Importing it needs no torch or numpy."""
 
 from hecate.config.effective import Change, changed_computation, to_yaml
+from hecate.config.files.paths import adapter_in, find_model, named_model
 from hecate.config.load import load_config, saved_config
-from hecate.config.paths import adapter_in, find_model, named_model
 from hecate.config.problems import ConfigError, Problem
 from hecate.config.schema import (
     Config,

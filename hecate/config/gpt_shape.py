@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hecate.config.presets import find_preset
-from hecate.parallel.model_shapes import ModelShape, load_model_shape
+from hecate.config.files.presets import find_preset
+from hecate.parallel.cost.model_shapes import ModelShape, load_model_shape
 
 HEAD_DIM = 64
 

@@ -10,12 +10,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hecate.config import other_names
 from hecate.config.effective import leaves_of
-from hecate.config.hub import with_local_paths
-from hecate.config.paths import name_of_source
-from hecate.config.presets import run_presets
+from hecate.config.files.hub import with_local_paths
+from hecate.config.files.paths import name_of_source
+from hecate.config.files.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
-from hecate.config.round_rules import with_clients, with_local_clients
-from hecate.config.rules import check_values
+from hecate.config.rules.keys import check_values
+from hecate.config.rules.rounds import with_clients, with_local_clients
 from hecate.config.scalars import NULLS
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, ClientConfig, Config, DataSource, MoeConfig
 from hecate.config.typed import INVALID, REFERENCE, Report, none_of, read_sources, read_value, unique_pairs
@@ -24,7 +24,7 @@ from hecate.errors import UserError
 from hecate.io.plain_files import open_plain
 from hecate.io.strict_yaml import parse_yaml
 from hecate.io.terminal import tell
-from hecate.parallel.policy_names import FORMER_NAMES, current_name, renamed
+from hecate.parallel.values.policy_names import FORMER_NAMES, current_name, renamed
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 256 * 1024
@@ -42,7 +42,7 @@ _UNREAD: dict[str, Any] = {"data.train": ({"path": "data.jsonl"},), "output_dir"
 def load_config(
     path: str | os.PathLike[str], overrides: Sequence[str] = (), *, claim_output: bool = True, inputs: bool = True, trains: bool = True
 ) -> Config:
-    """Load the configuration of a run from the YAML file at `path`, or from the preset of that name (`hecate.config.presets`).
+    """Load the configuration of a run from the YAML file at `path`, or from the preset of that name (`hecate.config.files.presets`).
 
     `${key}` repeats another key's value. Everything is checked, also that the named files exist and that output_dir is free.
 
@@ -219,12 +219,12 @@ def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple
         if not equals or not key:
             bare = override.lstrip("-").replace("-", "_")
             otherwise = "--help lists the options" if override.startswith("-") else "lists are written key=[a,b]"
-            hint = f"write {bare}=..." if bare in LEAF_TYPES else other_names.answer(bare) or otherwise
+            hint = f"write {bare}=..." if bare in LEAF_TYPES else other_names.key_hint(bare) or otherwise
             refuse(shorten(override), "must have the form key=value", hint)
             continue
         if key not in LEAF_TYPES and key not in SECTIONS:
             bare = key.lstrip("-+~").replace("-", "_")
-            hint = f"write {bare}=... without signs before it" if bare in LEAF_TYPES else other_names.answer(bare)
+            hint = f"write {bare}=... without signs before it" if bare in LEAF_TYPES else other_names.key_hint(bare)
             hint = hint or did_you_mean(key, LEAF_TYPES) or ("--help lists the options" if key.startswith("-") else "")
             refuse(key, "unknown key", hint)
             continue

@@ -144,7 +144,7 @@ _NOT_SUPPORTED: dict[str, str] = {
 }
 
 
-def answer(key: str) -> str:
+def key_hint(key: str) -> str:
     """What to write in the place of another trainer's key, a hint for the message that refuses it. "" if the key is not known.
 
     Args:
@@ -163,7 +163,7 @@ def answer(key: str) -> str:
 def known_names() -> Iterator[tuple[str, str]]:
     """Every name of another trainer that is answered, and its answer."""
     for name in sorted({*_SAME, *_WRITE, *_NOT_SUPPORTED}):
-        yield name, answer(name)
+        yield name, key_hint(name)
 
 
 def same_keys() -> frozenset[str]:

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_type_hints
 
 from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range
 from hecate.errors import UserError
-from hecate.parallel.expert_kinds import DEFAULT_BASES, ExpertKind, Family, LoraShape, ShardShape, kind_of, lora_scale
+from hecate.parallel.values.expert_kinds import DEFAULT_BASES, ExpertKind, Family, LoraShape, ShardShape, kind_of, lora_scale
 
 
 def key(allowed: Range | None = None, *, computes: bool = True, family: Family | None = None) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Report:
 
     def add_unknown(self, key: str, known: list[str]) -> None:
         """Add the problem that `key` is not a key, with a hint at the nearest of the `known` ones."""
-        hint = other_names.answer(key) or (did_you_mean(key, known) if len(self.problems) < _MAX_HINTED else "")
+        hint = other_names.key_hint(key) or (did_you_mean(key, known) if len(self.problems) < _MAX_HINTED else "")
         if key in LEAF_TYPES or key in SECTIONS:
             hint = f"in a file, nest it: {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
         self.add(key, "unknown key", hint or ("the keys are: " + ", ".join(known) if len(known) < 10 else ""))

@@ -19,8 +19,8 @@ from typing import Any
 import xxhash
 
 from hecate.config import DataSource
-from hecate.config.paths import data_files, file_form
-from hecate.data.user_features import UserFeatures
+from hecate.config.files.paths import data_files, file_form
+from hecate.data.files.user_features import UserFeatures
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
 from hecate.io.own_folder import ours_alone

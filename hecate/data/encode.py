@@ -18,14 +18,14 @@ import xxhash
 from numpy.typing import NDArray
 
 from hecate.config import DataSource
-from hecate.data.chat import Span, TemplateRefusal, render, require_chat_template
-from hecate.data.formats import Fault, Sample, read_samples
-from hecate.data.plain_specials import cuts, marked, tokens_of_pieces
+from hecate.data.chat.conversations import Span, TemplateRefusal, render, require_chat_template
+from hecate.data.chat.plain_specials import cuts, marked, tokens_of_pieces
+from hecate.data.chat.written import Shapes, require_learned, unwritten
+from hecate.data.files.formats import Fault, Sample, read_samples
+from hecate.data.files.syntax import bad_sample_error
+from hecate.data.files.user_features import UserFeatures
 from hecate.data.quarantine import write_quarantine
 from hecate.data.routed_experts import BadRoutingError, RoutingShape, require_length
-from hecate.data.syntax import bad_sample_error
-from hecate.data.user_features import UserFeatures
-from hecate.data.written import Shapes, require_learned, unwritten
 from hecate.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -380,7 +380,7 @@ def text_to_tokenize(sample: Sample, tokenizer: Any, shapes: Shapes, *, splits: 
 
     Args:
         tokenizer: only its chat template is used.
-        shapes: see `hecate.data.written.unwritten`.
+        shapes: see `hecate.data.chat.written.unwritten`.
         splits: take what reads like a special token in its texts for plain text.
 
     Raises:

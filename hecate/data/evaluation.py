@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from hecate.config.schema import FieldNames
-from hecate.data.chat import render_answer, require_chat_template
-from hecate.data.formats import Sample, read_samples
-from hecate.data.indexed import IndexedSource
+from hecate.data.chat.conversations import render_answer, require_chat_template
+from hecate.data.files.formats import Sample, read_samples
+from hecate.data.files.indexed import IndexedSource
+from hecate.data.files.syntax import no_answers
 from hecate.data.pack import pack
 from hecate.data.sequences import PackedSequence, build_sequence, empty_sequence, piece_of
 from hecate.data.sources import TokenSource
-from hecate.data.syntax import no_answers
 
 
 @dataclass(frozen=True)

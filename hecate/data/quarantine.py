@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from hecate.data.formats import Fault
+from hecate.data.files.formats import Fault
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
 

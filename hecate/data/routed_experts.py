@@ -53,7 +53,7 @@ class RoutingShape:
         """
         layers = self.moe_layers
         wanted = f"integers [tokens, {len(layers)} layers, {self.top_k} experts]"
-        if problem := missing(record):
+        if problem := why_no_routing(record):
             raise BadRoutingError(problem)
         found = _array(record[KEY], wanted)
         if found.ndim == 3 and found.shape[1] == len(self.experts_per_layer):
@@ -81,7 +81,7 @@ def require_length(routed: NDArray[np.int16], fewest: int, most: int) -> None:
         raise BadRoutingError(f"{what}: it was recorded with another text, tokenizer or chat template")
 
 
-def missing(record: Mapping[str, Any]) -> str:
+def why_no_routing(record: Mapping[str, Any]) -> str:
     """Why a record has no routing at all; empty: it has some."""
     if record.get(KEY) is not None:
         return ""
@@ -89,7 +89,7 @@ def missing(record: Mapping[str, Any]) -> str:
     return f"no {KEY!r} beside the text, but moe.replay needs it; hecate eval --record-routing FILE writes it (its other keys: {keys})"
 
 
-def as_text(routed: NDArray[np.int16]) -> str:
+def routing_text(routed: NDArray[np.int16]) -> str:
     """The base64 text of a .npy file, in the narrowest type that all experts' numbers fit."""
     narrow = routed.astype(np.uint8) if routed.size == 0 or int(routed.max()) < 1 << 8 else routed
     buffer = io.BytesIO()

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from hecate.config import DataSource
-from hecate.config.paths import indexed_prefix
+from hecate.config.files.paths import indexed_prefix
 from hecate.data.encode import EncodedSource, encode_source
-from hecate.data.indexed import IndexedSource, encode_indexed
+from hecate.data.files.indexed import IndexedSource, encode_indexed
+from hecate.data.files.user_features import UserFeatures
 from hecate.data.routed_experts import RoutingShape
 from hecate.data.token_cache import cached_source
-from hecate.data.user_features import UserFeatures
 
 TokenSource = EncodedSource | IndexedSource
 

@@ -35,13 +35,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from hecate.config import DataSource
-from hecate.config.paths import data_files
+from hecate.config.files.paths import data_files
 from hecate.data.content import digest_of_files, tokenizer_digest, unwritable
 from hecate.data.encode import Counts, Encoded, EncodedSample, EncodedSource, Skipped, encode_samples, logger, report_counts
-from hecate.data.formats import Fault
+from hecate.data.files.formats import Fault
+from hecate.data.files.user_features import UserFeatures
 from hecate.data.quarantine import faults_of, quarantined, write_quarantine
 from hecate.data.routed_experts import RoutingShape
-from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 from hecate.io.durable import delete_files, new_folder, write_durable
 from hecate.io.plain_files import read_plain, require_plain

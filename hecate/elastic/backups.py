@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from hecate import faults
 from hecate.engine.protocol import ExpertEngine
 from hecate.optim.optimizer import MASTER, ExpertOptimizer
-from hecate.parallel.backup_ranks import backup_ranks
+from hecate.parallel.cluster.backup_ranks import backup_ranks
 from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.reshard import RowSpec, reshard
-from hecate.parallel.units import Unit, expert_name
+from hecate.parallel.values.units import Unit, expert_name
 
 
 def backups_kept(engine: ExpertEngine, redundancy: int) -> int:

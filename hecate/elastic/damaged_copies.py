@@ -29,7 +29,7 @@ from hecate.errors import UserError
 from hecate.optim.optimizer import MASTER, ExpertOptimizer
 from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.reshard import RowSpec, reshard
-from hecate.parallel.units import expert_name
+from hecate.parallel.values.units import expert_name
 
 _MOST_TRIES = 3
 ALIKE, UNKNOWN = -1, -2

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from hecate.config import Config
-from hecate.config.topology import AUTO, whole_topology
+from hecate.config.files.topology import AUTO, whole_topology
 from hecate.elastic.peer_watch import PeerWatch
 from hecate.elastic.rebuild import Group
 from hecate.errors import UserError
 from hecate.io.terminal import tell
-from hecate.parallel.mesh import shard_size_for
-from hecate.parallel.topology import Topology
+from hecate.parallel.cluster.mesh import shard_size_for
+from hecate.parallel.cluster.topology import Topology
 from hecate.ranks.backend import forget_groups
 from hecate.ranks.devices import gather_devices
 from hecate.ranks.launcher_files import (

@@ -17,9 +17,9 @@ from hecate.errors import UserError
 from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
 from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.reshard import RowSpec, reshard
-from hecate.parallel.expert_cost import STATE_NUMBERS
-from hecate.parallel.sharding import better_owners, owned_bytes, owned_slots
-from hecate.parallel.units import Unit, expert_name
+from hecate.parallel.cost.expert_cost import STATE_NUMBERS
+from hecate.parallel.plan.sharding import better_owners, owned_bytes, owned_slots
+from hecate.parallel.values.units import Unit, expert_name
 from hecate.report.events import Move, Resharding
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from hecate.engine.protocol import ExpertEngine
 from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.strict_json import dump_json, parse_json
-from hecate.parallel.topology import Topology
+from hecate.parallel.cluster.topology import Topology
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import StepEvent
 

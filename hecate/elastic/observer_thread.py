@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from hecate.elastic.observer import BeginFacts, Observer, StepFacts
-from hecate.report.call_thread import PATIENCE, CallThread
+from hecate.report.tracking.call_thread import PATIENCE, CallThread
 
 MOST_WAITING = 100
 """events that an observer may be behind; each has the loads of all units"""

@@ -30,10 +30,10 @@ from hecate.config import Config
 from hecate.errors import UserError
 from hecate.optim.norm_limit import norm_limit
 from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
+from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.comm.reshard import RowSpec, reshard
-from hecate.parallel.placement import contiguous_owners, redealt_owners
-from hecate.parallel.topology import Topology
-from hecate.parallel.units import Unit, expert_name
+from hecate.parallel.values.placement import contiguous_owners, redealt_owners
+from hecate.parallel.values.units import Unit, expert_name
 from hecate.ranks.ranks import Ranks
 
 _OWNED, _BACKUP = 2, 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from statistics import median
 
-from hecate.parallel.topology import Topology
+from hecate.parallel.cluster.topology import Topology
 from hecate.report.events import DenseWork
 
 CHANGED = 1.4

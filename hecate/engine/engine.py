@@ -14,9 +14,9 @@ from hecate.engine.step import Step, StepLedger, require_nothing_under_way
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily
 from hecate.experts.forward_pass import CurrentPass
-from hecate.parallel.summation import SumOrder
-from hecate.parallel.topology import Topology
-from hecate.parallel.units import Unit
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.values.summation import SumOrder
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from hecate.engine.shards import ExpertShards, LayerCall
 from hecate.experts.forward_pass import CurrentPass, PassTokens
-from hecate.experts.router import RouterStats, Routing
+from hecate.experts.routers.router import RouterStats, Routing
 from hecate.kernels.common.assignments import RoutedTokens
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from hecate.config import Config
-from hecate.config.topology import AUTO, build_topology, whole_topology
+from hecate.config.files.topology import AUTO, build_topology, whole_topology
 from hecate.engine.step_plans import EngineConfig, SlotsByMemory
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cluster.topology_cards import SeenTopology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import Topology
-from hecate.parallel.topology_cards import SeenTopology
 from hecate.ranks.devices import gather_devices
 from hecate.ranks.ranks import Ranks
 

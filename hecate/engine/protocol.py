@@ -1,7 +1,8 @@
 """What the trainer, evaluation and model surgery may expect of an engine, whoever computes the experts.
 
-`hecate.engine.engine.Engine` materializes experts where their tokens are; `hecate.megatron.expert_parallel_engine.ExpertParallelEngine` has
-Megatron's own layers compute them. What layers see of an engine is a `hecate.experts.forward_pass.ForwardPass`.
+`hecate.engine.engine.Engine` materializes experts where their tokens are;
+`hecate.apps.megatron.expert_parallel_engine.ExpertParallelEngine` has Megatron's own layers compute them. What layers see of an engine is a
+`hecate.experts.forward_pass.ForwardPass`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from torch import Tensor
 
 from hecate.engine.shards import ExpertShards
 from hecate.experts.forward_pass import CurrentPass, ForwardPass, PassTokens
-from hecate.experts.router import RouterStats
-from hecate.parallel.topology import Topology
-from hecate.parallel.units import Unit
+from hecate.experts.routers.router import RouterStats
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 

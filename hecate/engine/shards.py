@@ -21,19 +21,19 @@ from torch import Tensor, nn
 from hecate.engine.step_plans import EngineConfig, StepPlans
 from hecate.errors import UserError
 from hecate.experts.family import ExpertFamily, ExpertReplicas, OwnedChunks
-from hecate.experts.pool import Pool
+from hecate.experts.pairs.pool import Pool
 from hecate.kernels.common.assignments import RoutedTokens
+from hecate.parallel.cluster.mesh import Mesh, make_mesh, owners_topology
+from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.comm.device_tables import chunk_tables
 from hecate.parallel.comm.dispatch import combine, dispatch
 from hecate.parallel.comm.expert_store import ExpertStore, gather_together
 from hecate.parallel.comm.frozen_store import FrozenStore
-from hecate.parallel.loads import LoadHistory
-from hecate.parallel.mesh import Mesh, make_mesh, owners_topology
-from hecate.parallel.placement import Placement, contiguous_owners, owners_by_memory, redealt_owners
 from hecate.parallel.planners import PlanInput
-from hecate.parallel.residency import Residency, residency_from_json, residency_to_json
-from hecate.parallel.topology import Topology
-from hecate.parallel.units import Unit, expert_name
+from hecate.parallel.transfer.residency import Residency, residency_from_json, residency_to_json
+from hecate.parallel.values.loads import LoadHistory
+from hecate.parallel.values.placement import Placement, contiguous_owners, owners_by_memory, redealt_owners
+from hecate.parallel.values.units import Unit, expert_name
 from hecate.ranks.groups import ExpertGroups
 
 

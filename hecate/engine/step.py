@@ -37,14 +37,14 @@ from hecate.engine.shards import ExpertShards, LayerCall
 from hecate.errors import UserError
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.pass_routing import expert_counts
-from hecate.experts.router import RouterStats, Routing
+from hecate.experts.routers.router import RouterStats, Routing
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.comm.host_read import HostRead
-from hecate.parallel.summation import PositionSums, SumOrder
-from hecate.parallel.transfer_plan import plan_change
-from hecate.parallel.units import Unit
+from hecate.parallel.transfer.transfer_plan import plan_change
+from hecate.parallel.values.summation import PositionSums, SumOrder
+from hecate.parallel.values.units import Unit
 
 
 class StepLedger:

@@ -12,19 +12,19 @@ from functools import partial
 import numpy as np
 
 from hecate.experts.family import ExpertFamily, OwnedChunks
-from hecate.parallel.cost_model import ExecutionMode, LayerCost, PlanChoice, PlanMode
-from hecate.parallel.layer_plan import LayerPlan, best_after_router, layer_plan, one_layer
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.loads import LoadHistory, imbalance
-from hecate.parallel.measured_modes import MeasuredModes, modes_of
-from hecate.parallel.mesh import Mesh, hiding_flops, owners_topology
-from hecate.parallel.placement import Placement, everything_everywhere, owners_only
+from hecate.parallel.cluster.mesh import Mesh, hiding_flops, owners_topology
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, PlanChoice, PlanMode
+from hecate.parallel.plan.layer_plan import LayerPlan, best_after_router, layer_plan, one_layer
+from hecate.parallel.plan.measured_modes import MeasuredModes, modes_of
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner, plan_with
 from hecate.parallel.planners.auto import plan_auto
-from hecate.parallel.residency import FrozenMove, Residency, expected_uses, frozen_move
-from hecate.parallel.topology import Topology
-from hecate.parallel.transfer_plan import TransferPlan, plan_transfer
-from hecate.parallel.units import Unit
+from hecate.parallel.transfer.residency import FrozenMove, Residency, expected_uses, frozen_move
+from hecate.parallel.transfer.transfer_plan import TransferPlan, plan_transfer
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.loads import LoadHistory, imbalance
+from hecate.parallel.values.placement import Placement, everything_everywhere, owners_only
+from hecate.parallel.values.units import Unit
 
 
 class PlannerError(Exception):

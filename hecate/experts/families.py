@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hecate.experts.family import ExpertChoices, FfnSource, Site, UnitExperts
-from hecate.experts.fixed_a import FixedA
 from hecate.experts.full import FullExperts, noisy_copies
-from hecate.experts.given_router import GivenRouter
 from hecate.experts.linear import LinearExperts
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.nola import Nola
-from hecate.experts.pairs import PairSource, PlainPairs
-from hecate.experts.router import MakeRouter, TopKRouter
-from hecate.experts.shard_pairs import ShardPairs
-from hecate.experts.user_router import UserRouter
-from hecate.parallel.expert_kinds import ExpertKind, KindName, LoraShape
+from hecate.experts.pairs.fixed_a import FixedA
+from hecate.experts.pairs.nola import Nola
+from hecate.experts.pairs.shard_pairs import ShardPairs
+from hecate.experts.pairs.source import PairSource, PlainPairs
+from hecate.experts.routers.given_router import GivenRouter
+from hecate.experts.routers.router import MakeRouter, TopKRouter
+from hecate.experts.routers.user_router import UserRouter
+from hecate.parallel.values.expert_kinds import ExpertKind, KindName, LoraShape
 
 
 def make_experts(kind: ExpertKind, site: Site, source: FfnSource, choices: ExpertChoices) -> UnitExperts:
@@ -58,7 +58,7 @@ PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]
     "nola": Nola,
     "shards": ShardPairs,
 }
-"""by the name that `lora.pairs` gives; what each trains is in `hecate.parallel.expert_kinds.PAIR_SIZES`"""
+"""by the name that `lora.pairs` gives; what each trains is in `hecate.parallel.values.expert_kinds.PAIR_SIZES`"""
 
 
 _MAKERS: dict[KindName, Callable[[Site, FfnSource, ExpertChoices], UnitExperts]] = {

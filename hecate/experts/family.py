@@ -13,19 +13,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hecate.experts.pairs import PairSource
-from hecate.experts.pool import Pool
+from hecate.experts.pairs.pool import Pool
+from hecate.experts.pairs.source import PairSource
 from hecate.experts.seeding import name_number, unit_numbers
 from hecate.kernels.backend import Backend, ExpertKernels, expert_kernels
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
-from hecate.parallel.expert_kinds import NO_PAIRS, ExpertKind, FfnSizes, LinearSizes, LoraShape, UnitSizes
-from hecate.parallel.layout import ExpertLayout, TensorSpec
-from hecate.parallel.units import Unit
+from hecate.parallel.cost.cost_model import LayerCost
+from hecate.parallel.cost.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
+from hecate.parallel.values.expert_kinds import NO_PAIRS, ExpertKind, FfnSizes, LinearSizes, LoraShape, UnitSizes
+from hecate.parallel.values.layout import ExpertLayout, TensorSpec
+from hecate.parallel.values.units import Unit
 
 
 @dataclass(frozen=True)

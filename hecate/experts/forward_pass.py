@@ -23,8 +23,8 @@ from torch import Tensor
 from hecate.experts.pass_routing import PassRouting
 from hecate.experts.pass_samples import PassSamples
 from hecate.experts.pass_users import PassUsers
-from hecate.experts.router import Routing
-from hecate.parallel.units import Unit
+from hecate.experts.routers.router import Routing
+from hecate.parallel.values.units import Unit
 
 
 class OrderError(Exception):

@@ -11,8 +11,8 @@ from hecate.experts.family import ExpertReplicas, FfnExperts, Site
 from hecate.experts.seeding import generator, linear_weight
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import FfnBase
-from hecate.parallel.expert_kinds import FULL
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import FULL
+from hecate.parallel.values.units import Unit
 
 
 class FullExperts(FfnExperts):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from hecate.experts.forward_pass import CurrentPass, OrderError
 from hecate.experts.pass_routing import differing
-from hecate.experts.router import BalanceLoss, Router, TokenFeatures
-from hecate.parallel.units import Unit
+from hecate.experts.routers.router import BalanceLoss, Router, TokenFeatures
+from hecate.parallel.values.units import Unit
 
 
 class _AtRows(torch.autograd.Function):

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from hecate.experts.family import ExpertReplicas, Site, UnitExperts
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.layer import MoeLayer
-from hecate.experts.pairs import PairSource
-from hecate.experts.router import BalanceLoss, Router, RouterStats, load_balancing_loss
+from hecate.experts.pairs.source import PairSource
+from hecate.experts.routers.router import BalanceLoss, Router, RouterStats, load_balancing_loss
 from hecate.kernels.backend import ExpertKernels
 from hecate.kernels.common.assignments import RoutedTokens
-from hecate.parallel.expert_cost import UnitPlace
-from hecate.parallel.expert_kinds import LINEARS, ONLY_PROJECTION, UNDIVIDED_MIXES, LinearSizes
-from hecate.parallel.units import Unit
+from hecate.parallel.cost.expert_cost import UnitPlace
+from hecate.parallel.values.expert_kinds import LINEARS, ONLY_PROJECTION, UNDIVIDED_MIXES, LinearSizes
+from hecate.parallel.values.units import Unit
 
 
 class LinearExperts(UnitExperts):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from hecate.experts.family import ExpertReplicas, FfnExperts, Site
-from hecate.experts.pairs import PairSource
+from hecate.experts.pairs.source import PairSource
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import FfnBase
-from hecate.parallel.expert_kinds import MIXLORA
+from hecate.parallel.values.expert_kinds import MIXLORA
 
 
 class MixLoraExperts(FfnExperts):

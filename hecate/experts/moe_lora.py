@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from hecate.experts.family import ExpertReplicas, FfnExperts, Site
-from hecate.experts.pairs import PairSource
+from hecate.experts.pairs.source import PairSource
 from hecate.kernels.common.assignments import RoutedTokens
-from hecate.parallel.expert_kinds import MOE_LORA
+from hecate.parallel.values.expert_kinds import MOE_LORA
 
 
 class MoeLoraExperts(FfnExperts):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 
 
 @dataclass(frozen=True, eq=False)

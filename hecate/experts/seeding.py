@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hecate.errors import UserError
-from hecate.parallel.units import FFN, Unit
+from hecate.parallel.values.units import FFN, Unit
 
 
 def generator(*name: int | str) -> torch.Generator:
@@ -47,7 +47,7 @@ def require_drawn(given_rI: Tensor, drawn_rI: Tensor, what: str) -> None:
         )
 
 
-def digest_of(drawn: Iterable[Tensor]) -> str:
+def digest_of_drawn(drawn: Iterable[Tensor]) -> str:
     """32 hexadecimal digits of tensors' values in float32 and of their order, wherever they are: the same on every rank that drew them."""
     hashed = hashlib.blake2b(digest_size=16)
     for tensor in drawn:

@@ -39,7 +39,7 @@ def read_npz(path: str | Path, names: Sequence[str]) -> dict[str, np.ndarray]:
         try:
             with zipfile.ZipFile(file) as packed:
                 sizes = {name: _checked(packed, name) for name in names}
-                require_room(sum(sizes.values()))
+                require_array_room(sum(sizes.values()))
                 return {name: _read(packed, name) for name in names}
         except ArrayError:
             raise
@@ -60,7 +60,7 @@ def array_of(data: bytes) -> np.ndarray:
         raise ArrayError(_reason(error)) from error
 
 
-def require_room(num_bytes: int) -> None:
+def require_array_room(num_bytes: int) -> None:
     """Raises ArrayError: arrays of so many bytes are more than a quarter of the machine's memory."""
     if num_bytes > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4:
         raise ArrayError(f"its arrays have {num_bytes} bytes, more than a quarter of the memory of this machine")

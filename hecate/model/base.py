@@ -10,18 +10,19 @@ import torch
 from torch import nn
 
 from hecate.kernels.backend import Backend
-from hecate.model.attention import AUTO, AttentionChoice, pick_way
 from hecate.model.causal_head import CausalHead, LanguageModelHead
+from hecate.model.files.gguf_files import one_gguf_reader, refuse_unknown_architecture
+from hecate.model.files.load import base_of, load_model, load_tokenizer, outline_of, pick_dtype, read_config, resolve_model
+from hecate.model.files.load_moe import OwnExperts, find_own_experts, load_moe_model
+from hecate.model.files.model_digest import model_digest
+from hecate.model.files.safetensors_headers import stored_tensors
+from hecate.model.files.stored_experts import refuse_experts
 from hecate.model.gated_ffn import GatedFfn, find_gated_ffns
-from hecate.model.gguf_files import one_gguf_reader, refuse_unknown_architecture
 from hecate.model.insert import FoundUnit
+from hecate.model.layers.attention import AUTO, AttentionChoice, pick_way
 from hecate.model.linears import FoundLinear, find_linears
-from hecate.model.load import base_of, load_model, load_tokenizer, outline_of, pick_dtype, read_config, resolve_model
-from hecate.model.load_moe import OwnExperts, find_own_experts, load_moe_model
-from hecate.model.model_digest import model_digest
-from hecate.model.safetensors_headers import stored_tensors
-from hecate.model.stored_experts import refuse_experts
-from hecate.parallel.expert_kinds import ExpertKind
+from hecate.model.moe_model import MoeModel
+from hecate.parallel.values.expert_kinds import ExpertKind
 from hecate.ranks.ranks import Ranks
 
 
@@ -47,7 +48,7 @@ class BaseChoice:
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A causal language model: a checkpoint as it was loaded, or a new one with experts in it (`hecate.megatron`)."""
+    """A causal language model: a checkpoint as it was loaded, or what another front end has built (`hecate.model.front_ends`)."""
 
     model: nn.Module
     head: CausalHead
@@ -59,8 +60,10 @@ class BaseModel:
     """the linears of a dense model's decoder layers, for experts that stand over linears; `ffns` is then empty"""
     own_experts: tuple[OwnExperts, ...] = field(default=(), kw_only=True)
     """the experts of an MoE model, which were left out when it was loaded"""
+    moe: MoeModel | None = field(default=None, kw_only=True)
+    """the model with its experts, where its front end has put them in; None: they are put in where units were found"""
     digest: str = field(default="", kw_only=True)
-    """of what the model is before training (`hecate.model.model_digest`); empty for a model that nobody trains"""
+    """of what the model is before training (`hecate.model.files.model_digest`); empty for a model that nobody trains"""
     chat_template: str = field(default="", kw_only=True)
     """what the tokenizer has in place of its own chat template; empty: its own"""
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from hecate.data.batches import PackedSamples, packed_samples
 from hecate.errors import UserError
-from hecate.model.attention import Way, row_multiple, use_way
-from hecate.model.attention_kernels import AttentionRows
+from hecate.model.layers.attention import Way, row_multiple, use_way
+from hecate.model.layers.attention_kernels import AttentionRows
 
 _CHUNK_ROWS = 512
 
@@ -81,7 +81,7 @@ class LanguageModelHead:
         return slice(length)
 
     def row_multiple(self, seq_len: int) -> int:
-        """To a multiple of how many positions rows are padded; see `hecate.model.attention`."""
+        """To a multiple of how many positions rows are padded; see `hecate.model.layers.attention`."""
         return row_multiple(self._way, self._device, seq_len)
 
     def hidden(self, input_ids: Tensor, samples: PackedSamples | None, position_ids: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hecate.errors import UserError
 from hecate.experts.family import FfnSource
 from hecate.kernels.common.ffn import ACTIVATIONS, PROJECTIONS, FfnBase, FfnShape, activation
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 
 
 class PlaceWithoutExperts:

@@ -1,7 +1,7 @@
 """Putting experts, routers and adapters into a loaded model, where its units were found.
 
 Units are found elsewhere: dense gated FFNs by `hecate.model.gated_ffn`, linears by `hecate.model.linears`, the experts of MoE models by
-`hecate.model.load_moe`.
+`hecate.model.files.load_moe`.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from hecate.errors import UserError
 from hecate.experts.families import ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnSource, Site, UnitExperts
 from hecate.experts.forward_pass import CurrentPass
-from hecate.experts.given_router import OnlyExpert
 from hecate.experts.layer import MoeLayer
 from hecate.experts.linear import MoeLinear
-from hecate.experts.router import ModelRouter, Router, RouterSite
+from hecate.experts.routers.given_router import OnlyExpert
+from hecate.experts.routers.router import ModelRouter, Router, RouterSite
 from hecate.kernels.backend import Backend
 from hecate.kernels.common.ffn import FfnShape
 from hecate.model.gated_ffn import decoder_layers
+from hecate.model.layers.lora import LoraLinear
 from hecate.model.linears import FoundLinear, ends_of, target_linears
-from hecate.model.lora import LoraLinear
 from hecate.model.moe_blocks import renormalises
 from hecate.model.moe_model import MoeModel, adapter_dtype
-from hecate.parallel.expert_kinds import PROJECTIONS, ExpertKind, LinearSizes, LoraShape
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import PROJECTIONS, ExpertKind, LinearSizes, LoraShape
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
 
 

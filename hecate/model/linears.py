@@ -10,8 +10,8 @@ from torch import nn
 from hecate.errors import UserError
 from hecate.experts.family import FfnSource
 from hecate.model.gated_ffn import PlaceWithoutExperts, decoder_layers
-from hecate.parallel.expert_kinds import LinearSizes
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import LinearSizes
+from hecate.parallel.values.units import Unit
 
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from hecate.engine.protocol import ExpertEngine
 from hecate.experts.layer import MoeLayer
-from hecate.experts.router import BalanceLoss, Router, RouterStats
+from hecate.experts.routers.router import BalanceLoss, Router, RouterStats
 from hecate.experts.seeding import combined_digest
-from hecate.model.lora import LoraLinear
+from hecate.model.layers.lora import LoraLinear
 from hecate.model.parameter_parts import TensorParts
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 
 
 @dataclass(frozen=True)

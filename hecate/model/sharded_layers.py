@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hecate.model.gated_ffn import decoder_layers
-from hecate.model.lora import LoraLinear
+from hecate.model.layers.lora import LoraLinear
 from hecate.model.moe_model import MoeModel
 
 

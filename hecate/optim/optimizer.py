@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.engine.protocol import ExpertEngine
-from hecate.experts.router import Router
+from hecate.experts.routers.router import Router
 from hecate.model.moe_model import MoeModel
 from hecate.model.parameter_parts import TensorParts
 from hecate.optim.rule import GradientRule, Stepped, kind_of_parameter
 from hecate.parallel.comm.reshard import RowSpec
-from hecate.parallel.layout import TensorSpec
-from hecate.parallel.units import Unit, expert_name
+from hecate.parallel.values.layout import TensorSpec
+from hecate.parallel.values.units import Unit, expert_name
 
 MASTER = "master"
 

@@ -13,7 +13,7 @@ from typing import Protocol
 from torch import Tensor
 
 from hecate.parallel.comm.reshard import RowSpec
-from hecate.parallel.layout import TensorSpec
+from hecate.parallel.values.layout import TensorSpec
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from hecate.parallel.topology_cards import RankDevice
+from hecate.parallel.cluster.topology_cards import RankDevice
 from hecate.ranks.ranks import Ranks
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from hecate.parallel.mesh import Mesh
+from hecate.parallel.cluster.mesh import Mesh
 from hecate.ranks.backend import urgent_options
 
 # This is long enough for one rank to evaluate while the others wait, and shorter than gloo's half hour.
@@ -18,7 +18,7 @@ TIMEOUT = timedelta(minutes=10)
 
 @dataclass(frozen=True)
 class ExpertGroups:
-    """The process groups in which one rank exchanges experts and tokens (`hecate.parallel.mesh`).
+    """The process groups in which one rank exchanges experts and tokens (`hecate.parallel.cluster.mesh`).
 
     The ranks of a sharding group share one copy of all experts. This rank's sharding group exists twice, so that expert chunks and tokens
     never queue behind each other.

@@ -17,8 +17,8 @@ from torch import Tensor
 from hecate import faults
 from hecate.errors import UserError
 from hecate.io.process_end import die_with_parent
+from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.comm.aborts import is_aborted, note_abort, read
-from hecate.parallel.mesh import make_mesh
 from hecate.ranks.backend import (
     ABORTING,
     abort_nccl,

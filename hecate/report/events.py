@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hecate.parallel.sharding import ReshardGain
-from hecate.parallel.units import Unit
+from hecate.parallel.plan.sharding import ReshardGain
+from hecate.parallel.values.units import Unit
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class StepEvent:
     plan_modes: dict[Unit, str]
     """by which loads each unit of the reporting rank's sharding group was planned, where that is chosen in each step; else empty"""
     static_imbalance: float
-    """what `imbalance` would have been under static expert parallelism (`hecate.parallel.static_ep`)"""
+    """what `imbalance` would have been under static expert parallelism (`hecate.parallel.values.static_ep_imbalance`)"""
     copies: int
     """number of replicas, all units together, that were on other ranks than their owners', in the reporting rank's sharding group"""
     new_copies: int

@@ -19,7 +19,7 @@ from hecate.errors import UserError
 from hecate.io.durable import open_to_append, replace_file, sync_folder
 from hecate.io.plain_files import open_plain
 from hecate.io.strict_json import JsonError, parse_json
-from hecate.parallel.loads import imbalance as max_over_mean
+from hecate.parallel.values.loads import imbalance as max_over_mean
 from hecate.report.events import EvalScore, Resharding, StepEvent
 
 Record = dict[str, Any]

@@ -14,7 +14,7 @@ from hecate.errors import UserError
 from hecate.io.plain_files import open_plain, read_plain_text
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.io.strict_yaml import MOST_BYTES, YamlError, parse_yaml
-from hecate.parallel.units import Unit, parse_unit
+from hecate.parallel.values.units import Unit, parse_unit
 
 Record = dict[str, Any]
 MOST_BINS = 120

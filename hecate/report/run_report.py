@@ -16,8 +16,8 @@ from hecate.config import Config, to_yaml
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.mesh import Mesh
-from hecate.parallel.traces import TraceWriter
+from hecate.parallel.cluster.mesh import Mesh
+from hecate.parallel.values.traces import TraceWriter
 from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent
 from hecate.report.metrics import (
     REGROUPED,
@@ -32,8 +32,8 @@ from hecate.report.metrics import (
 )
 from hecate.report.progress import Progress, StepLine
 from hecate.report.summary import EVERY_RANK, NON_EXPERTS, TrainableRow, training_report
-from hecate.report.tracker_threads import Trackers
-from hecate.report.trackers import ADAPTERS, TrackedRun
+from hecate.report.tracking.tracker_threads import Trackers
+from hecate.report.tracking.trackers import ADAPTERS, TrackedRun
 
 
 @dataclass(frozen=True)

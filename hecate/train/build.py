@@ -16,33 +16,34 @@ from torch import Tensor
 from hecate.adapters.trained_output import TrainedOutput, begin_with_adapter, output_of
 from hecate.checkpoint.train_state import TrainedParts
 from hecate.config import Config, DataSource
-from hecate.data.chat_templates import choose_template
+from hecate.data.chat.templates import choose_template
 from hecate.data.content import cache_folder
+from hecate.data.files.user_features import UserFeatures, users_of
 from hecate.data.routed_experts import RoutingShape
 from hecate.data.separate_streams import SeparateStreams, Stream
 from hecate.data.sources import TokenSource, read_source
 from hecate.data.stream import TrainStream
-from hecate.data.user_features import UserFeatures, users_of
 from hecate.elastic.move_experts import check_room
 from hecate.engine.from_config import engine_config, job_topology
 from hecate.errors import UserError
-from hecate.forecast.replica_slots import slots_of_config
 from hecate.io.durable import make_folder
 from hecate.io.terminal import tell
-from hecate.model.attention import AttentionChoice
 from hecate.model.base import BaseModel, build_base
-from hecate.model.checkpointing import checkpoint_activations
+from hecate.model.files.load import resolve_model
+from hecate.model.files.load_moe import load_moe_model
+from hecate.model.files.model_digest import model_digest
+from hecate.model.front_ends import other_front_end
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan, insert_experts, non_moe_flops_per_token
-from hecate.model.load import resolve_model
-from hecate.model.load_moe import load_moe_model
-from hecate.model.model_digest import model_digest
+from hecate.model.layers.attention import AttentionChoice
+from hecate.model.layers.checkpointing import checkpoint_activations
 from hecate.model.moe_model import MoeModel
 from hecate.model.sharded_layers import shard_frozen_layers
+from hecate.model.sizes.replica_slots import slots_of_config
 from hecate.optim.from_config import gradient_rule, learning_rate
 from hecate.optim.optimizer import ExpertOptimizer, Trainables
-from hecate.parallel.mesh import make_mesh
-from hecate.parallel.topology import Topology
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cluster.topology import Topology
 from hecate.ranks.ranks import Ranks
 
 
@@ -157,15 +158,13 @@ def config_of_model(config: Config, base: BaseModel) -> Config:
 
 
 def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) -> BaseModel:
-    """Build the model that the configuration names, with the configured front end (transformers or Megatron). Every rank must call it.
+    """Build the model that the configuration names, with the configured front end. Every rank must call it.
 
     Args:
         topology: see `engine_config`.
     """
-    if config.model.front_end == "megatron":
-        from hecate.megatron.front_end import build_megatron
-
-        return build_megatron(config, ranks, topology, slots_of_config(config, partial(_say, ranks)))
+    if other := other_front_end(config.model.front_end):
+        return other.build(config, ranks, topology, slots_of_config(config, partial(_say, ranks)))
     attention = AttentionChoice(config.model.attention, config.data.packing)
     return build_base(
         config.model.name_or_path, config.model.dtype, config.model.num_hidden_layers, ranks.device, config.moe.kind, attention
@@ -192,10 +191,7 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
         topology: see `engine_config`.
         user_width: see `Router.user_width`.
     """
-    if config.model.front_end == "megatron":
-        from hecate.megatron.front_end import MegatronModel
-
-        assert isinstance(base, MegatronModel)
+    if base.moe is not None:
         return base.moe
     flops = non_moe_flops_per_token(base.model, base.found) * config.micro_batch_size * config.data.seq_len
     plan = insertion_plan(config, len({one.unit.layer for one in base.found}), user_width)

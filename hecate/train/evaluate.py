@@ -18,15 +18,15 @@ from hecate.data.sources import TokenSource
 from hecate.engine.protocol import EvaluationPasses
 from hecate.experts.forward_pass import PassTokens
 from hecate.experts.pass_users import PassUsers, users_of_rows
-from hecate.experts.router import RouterStats
+from hecate.experts.routers.router import RouterStats
 from hecate.model.base import BaseModel
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.comm.device_tables import copy_to
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import EvalScore, Evaluation
 from hecate.train.generation import Decoding, generate
-from hecate.train.step import forward_loss, pass_tokens
+from hecate.train.steps.step import forward_loss, pass_tokens
 
 Heard = Callable[[str, Sequence[GenerationItem], Sequence[str]], None]
 """gets a source's name, the prompts of this rank, and the answers to them"""

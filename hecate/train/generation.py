@@ -14,10 +14,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from hecate.data.chat import turn_end
+from hecate.data.chat.conversations import turn_end
 from hecate.errors import UserError
-from hecate.model.attention import generating
 from hecate.model.base import BaseModel
+from hecate.model.layers.attention import generating
 
 
 @dataclass(frozen=True)

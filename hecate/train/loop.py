@@ -31,14 +31,14 @@ from hecate.elastic.rebuild import Membership
 from hecate.elastic.stragglers import SlowRanks
 from hecate.io.signals import on_signals
 from hecate.io.terminal import tell
-from hecate.parallel.topology import Topology, local_topology
+from hecate.parallel.cluster.topology import Topology, local_topology
 from hecate.ranks.peak_memory import peak_memory
 from hecate.ranks.ranks import Ranks, loss_in_words, lost_a_peer
 from hecate.report.events import Evaluation
 from hecate.report.metrics import REPLANNED, STOPPED
 from hecate.report.run_report import Reports
 from hecate.train.run_summary import Measured, show_summary
-from hecate.train.step_profile import StepProfile
+from hecate.train.steps.step_profile import StepProfile
 from hecate.train.training import Training
 
 

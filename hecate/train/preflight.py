@@ -15,7 +15,7 @@ from hecate.io.plain_files import refuse_links
 from hecate.io.terminal import tell
 from hecate.ranks.cores import usable_cores
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
-from hecate.report.trackers import check_trackers
+from hecate.report.tracking.trackers import check_trackers
 
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """files of the drivers of NVIDIA's and AMD's GPUs, and of GPUs under WSL"""
@@ -34,7 +34,7 @@ def check_machine(config: Config) -> None:
     check_attention(config.model)
     check_trackers(config.report_to)
     if config.privacy.noise:
-        from hecate.train.privacy_accountant import require_accountant
+        from hecate.train.steps.privacy_accountant import require_accountant
 
         require_accountant()
 
@@ -72,8 +72,8 @@ def check_attention(model: ModelConfig) -> None:
         return
     import torch
 
-    from hecate.model.attention import way_problem
-    from hecate.model.load import pick_dtype
+    from hecate.model.files.load import pick_dtype
+    from hecate.model.layers.attention import way_problem
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     problem = way_problem(model.attention, pick_dtype(model.dtype, device), device)
@@ -91,11 +91,11 @@ def check_data(config: Config) -> None:
             generated.
     """
     from hecate.config import find_model
-    from hecate.data.chat_templates import check_template_file
+    from hecate.data.chat.template_check import check_template
+    from hecate.data.chat.templates import check_template_file
     from hecate.data.content import cache_folder
-    from hecate.data.syntax import check_answers, check_syntax
-    from hecate.data.template_check import check_template
-    from hecate.data.user_features import users_of
+    from hecate.data.files.syntax import check_answers, check_syntax
+    from hecate.data.files.user_features import users_of
 
     data = config.data
     if data.chat_template is not None:
@@ -110,8 +110,9 @@ def check_data(config: Config) -> None:
 
 
 def check_architecture(config: Config) -> None:
-    """Check that the model can get experts, that its own can be trained, or that Megatron can build it. No weights are read; importing
-    transformers takes seconds.
+    """Check that the model can get experts, that its own can be trained, or that another front end can build it.
+
+    No weights are read; importing transformers takes seconds.
 
     Raises:
         UserError: they cannot.
@@ -120,10 +121,11 @@ def check_architecture(config: Config) -> None:
         from hecate.model.base import check_base
 
         check_base(config.model.name_or_path, config.model.num_hidden_layers, config.moe.kind)
-    else:
-        from hecate.megatron.imports import require_megatron
+        return
+    from hecate.model.front_ends import other_front_end
 
-        require_megatron()
+    if other := other_front_end(config.model.front_end):
+        other.require()
 
 
 def check_resume(config: Config) -> None:
@@ -170,7 +172,7 @@ def check_vocabulary(config: Config) -> None:
     """
     if config.model.tensor_parallel == 1:
         return
-    from hecate.megatron.tokenizer import tokenizer_of, vocabulary_of
+    from hecate.model.files.tokenizer import tokenizer_of, vocabulary_of
 
     vocabulary_of(config, tokenizer_of(config))
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from hecate.errors import UserError
 from hecate.io.process_end import run_and_end
 from hecate.io.terminal import tell
-from hecate.parallel import jit
+from hecate.parallel.loops import jit
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import (
     ERRORS_VARIABLE,

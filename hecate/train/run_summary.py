@@ -8,7 +8,7 @@ from pathlib import Path
 
 from hecate.checkpoint.train_state import TrainState
 from hecate.report.events import Evaluation
-from hecate.report.heatmap import write_heatmap
+from hecate.report.pages.heatmap import write_heatmap
 from hecate.report.summary import print_summary
 
 Fact = tuple[str, str]

@@ -30,23 +30,23 @@ from hecate.elastic.rebuild import Group, NoCopyLeft, can_catch_up, catch_up, ex
 from hecate.errors import UserError
 from hecate.optim.from_config import learning_rate
 from hecate.optim.norm_limit import norm_limit
-from hecate.parallel import jit
-from hecate.parallel.placement import Placement, new_copies
-from hecate.parallel.sequence_shares import dense_seconds, sequences_by_speed, slowest_of_each
-from hecate.parallel.static_ep import static_ep_imbalance
-from hecate.parallel.summation import SumOrder
-from hecate.parallel.topology import Topology
-from hecate.parallel.units import Unit
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.loops import jit
+from hecate.parallel.values.placement import Placement, new_copies
+from hecate.parallel.values.sequence_shares import dense_seconds, sequences_by_speed, slowest_of_each
+from hecate.parallel.values.static_ep_imbalance import static_ep_imbalance
+from hecate.parallel.values.summation import SumOrder
+from hecate.parallel.values.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import DenseWork, Evaluation, Rebuilt, Resharding, StepEvent, StepResult
 from hecate.report.run_report import RunFacts, trainable_rows
 from hecate.train.build import build_parts, shard_layers_again
 from hecate.train.evaluate import evaluate
-from hecate.train.privacy import privacy_of, require_whole_records
-from hecate.train.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
-from hecate.train.skipped_steps import StepInputs, too_many_skipped
-from hecate.train.step import StepRules, train_step
-from hecate.train.step_clock import StepClock
+from hecate.train.steps.privacy import privacy_of, require_whole_records
+from hecate.train.steps.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
+from hecate.train.steps.skipped_steps import StepInputs, too_many_skipped
+from hecate.train.steps.step import StepRules, train_step
+from hecate.train.steps.step_clock import StepClock
 
 _GIVEN_UP = "the checkpoint that was being written is given up, because a rank was lost; the next one comes as planned"
 
@@ -244,7 +244,7 @@ class Training:
         return self.standing.skipped_in_a_row >= self.parts.config.max_skipped_steps
 
     def too_many_skipped(self, result: StepResult) -> UserError:
-        """See `hecate.train.skipped_steps`; of the step that was done last, with its result.
+        """See `hecate.train.steps.skipped_steps`; of the step that was done last, with its result.
 
         Raises:
             UserError: copies of an expert differ, which may be why.

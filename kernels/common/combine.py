@@ -55,7 +55,7 @@ def combine_kernel(
     tl.store(y + at, acc.to(y.dtype.element_ty), mask=m_t[:, None] & m_d)
 
 
-def combine(v_PD: Tensor, weight_TK: Tensor | None, order: AssignmentOrder, base_TD: Tensor | None = None) -> Tensor:
+def combine_assignments(v_PD: Tensor, weight_TK: Tensor | None, order: AssignmentOrder, base_TD: Tensor | None = None) -> Tensor:
     """Return each token's weighted sum of its assignments' rows, plus `base_TD` if given, [T, D] of v's type.
 
     Without weights, rows are summed unweighted. Sums are in float32, in the order of the token's assignments. Not differentiable.

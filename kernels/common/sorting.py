@@ -211,7 +211,7 @@ def words_dropout(words: Tensor, dropped_levels: int) -> FfnDropout | None:
     return FfnDropout(RowDropout(words[0], dropped_levels), RowDropout(words[1], dropped_levels)) if dropped_levels else None
 
 
-def tile_map(order: AssignmentOrder, rows: int) -> Tensor:
+def kept_tile_map(order: AssignmentOrder, rows: int) -> Tensor:
     """Return what `hecate.kernels.common.assignments.tile_map` does. The map of an order is made once and then reused."""
     if rows not in order.tile_maps:
         order.tile_maps[rows] = _cut(order, rows, None)[0]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens, fake_order
-from hecate.kernels.common.combine import combine
+from hecate.kernels.common.combine import combine_assignments
 from hecate.kernels.common.ffn import FfnShape, gradient_dtype
 from hecate.kernels.common.operators import DifferentiableOperator, Operator, keep_for_backward, kept_for_backward
 from hecate.kernels.common.sorting import sorted_assignments
@@ -42,7 +42,7 @@ def forward_passes(
     gate_up, down = _expert_weights(experts_SC, x_TD.dtype, FfnShape(hidden, ffn, activation))
     gate_up_P = grouped_gemm(x_TD.contiguous(), gate_up, order, GemmOptions(gather=True))
     y_PD = grouped_gemm(gate(gate_up_P, order, activation), down, order)
-    return combine(y_PD, weight_TK.contiguous(), order), gate_up_P, *order.tensors()
+    return combine_assignments(y_PD, weight_TK.contiguous(), order), gate_up_P, *order.tensors()
 
 
 full_forward = torch.library.custom_op("hecate::full_ffn", forward_passes, mutates_args=())
@@ -82,7 +82,7 @@ def backward_passes(
     grouped_wgrad(dy_TD, weighted_h_PF, order, ddown_S, gather="left")
     grouped_wgrad(dgate_up_P, x_TD, order, dgate_up_S, gather="right")
     dx_PD = grouped_gemm(dgate_up_P, gate_up, order, GemmOptions(transposed=True))
-    return combine(dx_PD, None, order), dweight_TK, dexperts_SC
+    return combine_assignments(dx_PD, None, order), dweight_TK, dexperts_SC
 
 
 full_backward = torch.library.custom_op("hecate::full_ffn_backward", backward_passes, mutates_args=())

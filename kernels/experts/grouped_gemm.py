@@ -22,7 +22,7 @@ from hecate.kernels.common.dropout import RowDropout
 from hecate.kernels.common.kernel_launch import Launch
 from hecate.kernels.common.launch_config import NARROW, LaunchConfig, Rule, choose, num_blocks, sm_of
 from hecate.kernels.common.low_rank import MAX_RANK, LowRankTerm
-from hecate.kernels.common.sorting import tile_map
+from hecate.kernels.common.sorting import kept_tile_map
 from hecate.kernels.experts.slot_weights import SlotWeights
 
 WIDE_RULES: tuple[Rule, ...] = (
@@ -287,7 +287,7 @@ def gemm_launch(
     assert x.shape[1] == inner * (halves if transposed else 1), (x.shape, weights.rows, weights.columns, halves)
     rank = 0 if term is None else term.low_PR.shape[1] // halves
     config = _configured(width, rank, x, options)
-    tiles = tile_map(order, config.blocks["BM"])
+    tiles = kept_tile_map(order, config.blocks["BM"])
     # In float32, products without tensor cores take most of the time, and the registers that descriptors would need.
     descriptors = (sm_of(x.device) if sm is None else sm) >= 90 and x.element_size() == 2
     half_rows = weights.rows // halves * weights.row_stride

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens, fake_order
-from hecate.kernels.common.combine import combine
+from hecate.kernels.common.combine import combine_assignments
 from hecate.kernels.common.dropout import Dropout, FfnDropout, RowDropout
 from hecate.kernels.common.ffn import FfnShape
 from hecate.kernels.common.launch_config import padded_rank
@@ -117,7 +117,7 @@ def forward_passes(
     else:
         low_h_P = grouped_gemm(h_PF, stacked_weights(down_pair.a), order, GemmOptions(drop_x=drop_down))
         y_PD = grouped_gemm(h_PF, down, order, GemmOptions(low_rank=LowRankTerm(low_h_P, down_pair.b), scales=down_pair.scales))
-    return combine(y_PD, weight_TK.contiguous(), order), gate_up_P, low_P, words, *order.tensors()
+    return combine_assignments(y_PD, weight_TK.contiguous(), order), gate_up_P, low_P, words, *order.tensors()
 
 
 moe_lora_forward = torch.library.custom_op("hecate::moe_lora_ffn", forward_passes, mutates_args=())
@@ -220,7 +220,7 @@ def backward_passes(
                 grouped_wgrad(dout_PF, low_P[:, span], order, db, scale=inputs.scales[half])
     for name, factor_SO in factors.items():
         of[name].b_SOr.copy_(scaled_rows(of[name].b_SOr, factor_SO))
-    return [combine(dx_PD, None, order), dweight_TK, *_trained(gradients, trains_a)]
+    return [combine_assignments(dx_PD, None, order), dweight_TK, *_trained(gradients, trains_a)]
 
 
 def _trained(matrices: Sequence[Tensor], trains_a: bool) -> Sequence[Tensor]:

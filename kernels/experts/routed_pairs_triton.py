@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens
-from hecate.kernels.common.combine import combine
+from hecate.kernels.common.combine import combine_assignments
 from hecate.kernels.common.dropout import Dropout, RowDropout
 from hecate.kernels.common.launch_config import padded_rank
 from hecate.kernels.common.low_rank import LowRankPairs, row_factors, scaled_rows
@@ -65,7 +65,7 @@ class _TritonRoutedPairs(torch.autograd.Function):
             options = GemmOptions(gather=True, drop_x=_of_x(words, ctx.dropped_levels))
             low_PR = grouped_gemm(x_TI.contiguous(), stacked_weights(a), order, options)
             y_PO = grouped_gemm(low_PR, stacked_weights(b), order, GemmOptions(scales=(ctx.scale, ctx.scale)))
-            y_TO = combine(y_PO, weight_TK.contiguous(), order)
+            y_TO = combine_assignments(y_PO, weight_TK.contiguous(), order)
         ctx.save_for_backward(x_TI, weight_TK, a_SrI, b_SOr, low_PR, words, *order.tensors())
         return y_TO
 
@@ -101,7 +101,7 @@ class _TritonRoutedPairs(torch.autograd.Function):
             dx_PI = grouped_gemm(dlow_PR, stacked_weights(a), order, GemmOptions(transposed=True))
             if drop is not None:
                 dx_PI *= drop.of(slice(0, len(dx_PI))).keep(dx_PI.shape[1], dx_PI.dtype)
-            dx_TI = combine(dx_PI, None, order)
+            dx_TI = combine_assignments(dx_PI, None, order)
         return dx_TI, dweight_TK, da_SrI, scaled_rows(db_SOr, factor_SO), None, None, None, None
 
 

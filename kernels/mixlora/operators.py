@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hecate.kernels.common.assignments import AssignmentBlocks, RoutedTokens, fake_order, num_tiles_bound
-from hecate.kernels.common.combine import combine
+from hecate.kernels.common.combine import combine_assignments
 from hecate.kernels.common.dropout import Dropout, FfnDropout
 from hecate.kernels.common.ffn import FfnBase
 from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm, row_factors, scaled_rows
@@ -107,9 +107,9 @@ def forward_passes(
     inputs = _gated_inputs(gate_TF, up_TF, blocks, (low_gate, low_up), pairs, dropout, activation)
     down = pairs.get("down_proj")
     h_PF, low_down = passes.gated(inputs, 0.0 if down is None else down.scale)
-    y_TD = combine(h_PF, weight_TK, order) @ down_DF.T
+    y_TD = combine_assignments(h_PF, weight_TK, order) @ down_DF.T
     if low_down is not None and down is not None:
-        y_TD = combine(passes.expand((LowRankTerm(low_down, down.b_SOr),), blocks, None), weight_TK, order, y_TD)
+        y_TD = combine_assignments(passes.expand((LowRankTerm(low_down, down.b_SOr),), blocks, None), weight_TK, order, y_TD)
     low_down = _no_rank(x_TD, blocks) if low_down is None else low_down
     return y_TD, gate_TF, up_TF, low_gate, low_up, low_down, words, *blocks.tensors()
 
@@ -191,8 +191,8 @@ def backward_passes(
         (low_dy,) = passes.shrink(dy_TD, blocks, (down.b_SOr,), (down.scale,), None, gather=True)
         passes.outer(dy_TD, blocks, (low_down,), weight_TK, None, (parts["down_proj"].b_SOr,), transposed=False)
     of_gated = passes.gated_backward(inputs, dy_TD @ down_DF, weight_TK, low_dy, parts)
-    dx_TD = torch.mm(combine(of_gated.gate_PF, None, blocks.order), gate_FD)
-    dx_TD.addmm_(combine(of_gated.up_PF, None, blocks.order), up_FD)
+    dx_TD = torch.mm(combine_assignments(of_gated.gate_PF, None, blocks.order), gate_FD)
+    dx_TD.addmm_(combine_assignments(of_gated.up_PF, None, blocks.order), up_FD)
     of_input = {"gate_proj": of_gated.gate_PF, "up_proj": of_gated.up_PF}
     names = [name for name in INPUTS if name in pairs]
     if names:
@@ -201,7 +201,7 @@ def backward_passes(
         if trains_a:
             passes.outer(x_TD, blocks, of_a, None, keep, tuple(parts[name].a_SrI for name in names), transposed=True)
         terms = tuple(LowRankTerm(dlow, pairs[name].a_SrI.transpose(1, 2)) for dlow, name in zip(dlows, names, strict=True))
-        dx_TD = combine(passes.expand(terms, blocks, keep), None, blocks.order, dx_TD)
+        dx_TD = combine_assignments(passes.expand(terms, blocks, keep), None, blocks.order, dx_TD)
     sums_SC = passes.sum_chunks(all_parts, blocks, matrices[0].dtype)
     if any(etas) or not trains_a:
         sums_SC = _of_what_trains(sums_SC, written, pairs, factors, trains_a)

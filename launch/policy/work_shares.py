@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hecate.elastic.stragglers import SpeedWindows, with_speeds
-from hecate.parallel.sequence_shares import sequences_by_speed
-from hecate.parallel.topology import Topology
-from hecate.parallel.topology_file import parse_topology
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cluster.topology_file import parse_topology
+from hecate.parallel.values.sequence_shares import sequences_by_speed
 from hecate.report.events import DenseWork
 
 

@@ -46,8 +46,8 @@ from hecate.launch.ray_job.messages import (
 )
 from hecate.launch.ray_job.status import JobStatus
 from hecate.launch.ray_job.worker_group import JobDevice, WorkerGroup, check_versions
-from hecate.parallel.topology import Topology
-from hecate.parallel.topology_file import topology_text
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cluster.topology_file import topology_text
 from hecate.report.events import DenseWork
 
 _PING_SECONDS = 10.0

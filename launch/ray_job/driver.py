@@ -14,7 +14,6 @@ from typing import Any
 from hecate.config import Config, load_config, to_yaml
 from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
-from hecate.forecast.model_check import check_model
 from hecate.io.one_writer import one_writer
 from hecate.io.signals import on_signals
 from hecate.io.terminal import show_text
@@ -23,7 +22,8 @@ from hecate.launch.policy.devices import Device, choose_devices, devices_of, one
 from hecate.launch.ray_job.cluster import connected, private_cluster
 from hecate.launch.ray_job.worker import Worker
 from hecate.launch.run_folder import run_folder
-from hecate.report.trackers import check_trackers
+from hecate.model.sizes.model_check import check_model
+from hecate.report.tracking.trackers import check_trackers
 from hecate.train.preflight import check_architecture, check_data, check_resume, refuse_rounds
 
 LOCAL = "local"
@@ -153,8 +153,8 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
 def _configured_topology(config: Config) -> Any:
     if config.topology == "auto":
         return None
-    from hecate.config.presets import find_preset
-    from hecate.parallel.topology_file import load_topology
+    from hecate.config.files.presets import find_preset
+    from hecate.parallel.cluster.topology_file import load_topology
 
     return load_topology(find_preset("topologies", "topology", config.topology))
 

@@ -13,7 +13,7 @@ from hecate.launch.policy.work_shares import WorkShares
 from hecate.launch.ray_job.messages import Begun, StepTotals
 from hecate.launch.ray_job.status import DeviceState, DeviceStatus, JobStatus, StatusNote, finite
 from hecate.launch.ray_job.worker_group import JobDevice
-from hecate.parallel.topology_file import topology_text
+from hecate.parallel.cluster.topology_file import topology_text
 
 _NOTES = 50
 """how many of the newest notes the status has"""

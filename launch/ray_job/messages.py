@@ -235,7 +235,7 @@ WorkerOrder = TakeGpus | Begin | Prepare | Join | Leave | Interrupt | Replan | S
 _CLASSES: dict[str, type] = {kind.code: kind for kind in (*get_args(WorkerEvent), *get_args(WorkerOrder))}
 
 
-def to_json(message: WorkerEvent | WorkerOrder) -> dict[str, Any]:
+def message_json(message: WorkerEvent | WorkerOrder) -> dict[str, Any]:
     """The message as JSON values: its fields, and its `code`."""
     return {"code": message.code, **to_json_values(message)}
 

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from hecate.launch.ray_job.messages import WorkerOrder, order_from_json, to_json
+from hecate.launch.ray_job.messages import WorkerOrder, message_json, order_from_json
 from hecate.ranks.job_store import JobStore, StoreServer
 
 _TIMEOUT, _NEVER = timedelta(seconds=60), timedelta(days=1000)
@@ -27,7 +27,7 @@ class Rendezvous:
 
     def send(self, worker: int, number: int, order: WorkerOrder) -> None:
         """Leave an order for a worker, which takes its orders by their numbers, from 0."""
-        self._store.set(_order_key(worker, number), json.dumps(to_json(order)))
+        self._store.set(_order_key(worker, number), json.dumps(message_json(order)))
 
     def carried_out(self, worker: int) -> int:
         """How many of its orders a worker has carried out."""

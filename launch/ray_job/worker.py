@@ -40,7 +40,7 @@ from hecate.launch.ray_job.messages import (
     WorkerEvent,
     WorkerOrder,
     WorkerUp,
-    to_json,
+    message_json,
 )
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import SURVIVAL_SETTINGS
@@ -50,7 +50,7 @@ if TYPE_CHECKING:  # a worker imports training in its own thread, after it has s
 
     from hecate.elastic.observer import BeginFacts, ReplanOrder, StepFacts
     from hecate.elastic.rebuild import Group
-    from hecate.parallel.topology import Topology
+    from hecate.parallel.cluster.topology import Topology
     from hecate.ranks.ranks import Ranks
 
 _TRACEBACK_FRAMES = 4
@@ -105,9 +105,9 @@ class Worker:
             gpus=os.environ.get("CUDA_VISIBLE_DEVICES"),
             versions={"hecate": hecate.__version__, "torch": torch.__version__, "python": platform.python_version()},
         )
-        yield to_json(up)
+        yield message_json(up)
         while True:
-            yield to_json(self._events.get())
+            yield message_json(self._events.get())
 
     def _take_orders(self) -> None:
         from hecate.launch.ray_job.rendezvous import orders
@@ -247,7 +247,7 @@ class TrainingLink:
         return self._join(lambda: LeftGeneration(generation=self.generation))
 
     def begins(self, facts: BeginFacts) -> None:
-        from hecate.parallel.topology_file import topology_text
+        from hecate.parallel.cluster.topology_file import topology_text
 
         topology = topology_text(facts.topology)
         self._events.put(Begun(step=facts.step, max_steps=facts.max_steps, sequences=facts.sequences, owned=facts.owned, topology=topology))
@@ -298,7 +298,7 @@ class TrainingLink:
         from torch import OutOfMemoryError
 
         from hecate.elastic.rebuild import Group
-        from hecate.parallel.topology_file import parse_topology
+        from hecate.parallel.cluster.topology_file import parse_topology
         from hecate.ranks.backend import forget_groups
         from hecate.ranks.meeting import CONNECT_LIMIT, watched
         from hecate.ranks.ranks import connect, loss_in_words
@@ -331,7 +331,7 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
     import torch.distributed as dist
 
     from hecate.config import load_config
-    from hecate.parallel.topology_file import parse_topology
+    from hecate.parallel.cluster.topology_file import parse_topology
     from hecate.ranks.backend import forget_groups
     from hecate.ranks.ranks import connect
     from hecate.train.loop import train
@@ -386,10 +386,10 @@ def _meet_all(assignment: Assignment, link: TrainingLink) -> dist.Store:
 
 def _measured(ranks: Ranks, nodes: tuple[str, ...]) -> Topology:
     """Measure the topology of the ranks. Every rank must call it."""
-    from hecate.parallel.topology import nodes_of_hosts
-    from hecate.profile.fit import topology_from
-    from hecate.profile.probe import device_name, quick_sizes
-    from hecate.profile.run import measure
+    from hecate.launch.profile.fit import topology_from
+    from hecate.launch.profile.probe import device_name, quick_sizes
+    from hecate.launch.profile.run import measure
+    from hecate.parallel.cluster.topology import nodes_of_hosts
     from hecate.ranks.devices import gather_texts
 
     kinds = tuple(gather_texts(device_name(ranks.device), ranks))

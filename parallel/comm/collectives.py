@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hecate.parallel.comm.device_tables import chunk_tables
 from hecate.parallel.comm.exchanges import FirstExchange, SecondExchange
-from hecate.parallel.transfer_plan import ChunkPlan, ChunkTables, SumTables
+from hecate.parallel.transfer.transfer_plan import ChunkPlan, ChunkTables, SumTables
 
 T = TypeVar("T")
 

@@ -1,6 +1,6 @@
 """The tables of a plan as tensors on a device, copied once for each plan and device and then kept with it.
 
-The caches hold as many plans as those of `hecate.parallel.transfer_plan`, and compare plans by value.
+The caches hold as many plans as those of `hecate.parallel.transfer.transfer_plan`, and compare plans by value.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hecate.parallel.transfer_plan import CACHED, ChunkPlan, ChunkTables, TokenPlan
+from hecate.parallel.transfer.transfer_plan import CACHED, ChunkPlan, ChunkTables, TokenPlan
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hecate.parallel.comm.aborts import in_range, read
 from hecate.parallel.comm.device_tables import token_tables
-from hecate.parallel.transfer_plan import TokenPlan
+from hecate.parallel.transfer.transfer_plan import TokenPlan
 
 
 @dataclass(frozen=True)

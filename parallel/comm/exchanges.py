@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hecate.parallel.routes import PeerChunks
-from hecate.parallel.transfer_plan import Exchange
+from hecate.parallel.transfer.routes import PeerChunks
+from hecate.parallel.transfer.transfer_plan import Exchange
 
 
 class FirstExchange:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from hecate.parallel.comm.collectives import Handle, sparse_all_gather, sparse_all_gather_many, sparse_reduce_scatter
 from hecate.parallel.comm.device_tables import to_device
 from hecate.parallel.comm.ordered_sums import gather_in_order, reduce_in_order
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.summation import SumOrder, TreeSum
-from hecate.parallel.transfer_plan import PlacementChange, TransferPlan, fused_gathers
+from hecate.parallel.transfer.transfer_plan import PlacementChange, TransferPlan, fused_gathers
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.summation import SumOrder, TreeSum
 
 
 class ExpertStore:
@@ -28,8 +28,8 @@ class ExpertStore:
     An iteration may be a step or a micro-step: the results of several calls of `reduce` are added up until `reduced` takes them. Between
     forward and backward `free` frees the replicas' memory; `gather` and `replicas` then fill the same leaf again (Hecate-RM).
 
-    Other sharding groups may have the same experts (`hecate.parallel.mesh`). Then, after a step's last `reduce`, `sum_over_groups` starts
-    adding what the other groups' owners have, so that `reduced` returns the same bits in all of them.
+    Other sharding groups may have the same experts (`hecate.parallel.cluster.mesh`). Then, after a step's last `reduce`, `sum_over_groups`
+    starts adding what the other groups' owners have, so that `reduced` returns the same bits in all of them.
 
     Where sums must not depend on ranks, `reduce_in_order` takes the place of `reduce`, once a step.
     """

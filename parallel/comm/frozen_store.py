@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.parallel.comm.exchanges import FirstExchange
-from hecate.parallel.residency import FrozenMove
-from hecate.parallel.transfer_plan import Exchange
+from hecate.parallel.transfer.residency import FrozenMove
+from hecate.parallel.transfer.transfer_plan import Exchange
 
 
 class FrozenStore:
-    """One layer's frozen chunks on this rank, moved as `hecate.parallel.residency` plans it.
+    """One layer's frozen chunks on this rank, moved as `hecate.parallel.transfer.residency` plans it.
 
     All ranks of the group call `start` of all layers in the same order, each with its own move between the same residencies. A move that
     brings no rank anything is no collective.

@@ -1,4 +1,4 @@
-"""Sums over all ranks in the order of a fixed tree (`hecate.parallel.summation`): the same bits at any number of ranks.
+"""Sums over all ranks in the order of a fixed tree (`hecate.parallel.values.summation`): the same bits at any number of ranks.
 
 A rank sends the sums of its whole subtrees, and whoever is to have a row adds what arrives as the tree says. Gradients of experts go to
 their owners, and what several sharding groups have, to the owners in all of them; vectors that all ranks need go in pieces to all ranks,
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hecate.parallel.comm.collectives import Handle
-from hecate.parallel.summation import Block, SumOrder, TreeSum
+from hecate.parallel.values.summation import Block, SumOrder, TreeSum
 
 
 def reduce_in_order(

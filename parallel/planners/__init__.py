@@ -7,22 +7,22 @@ this project's split and collectives, where those differ.
 from dataclasses import replace
 from typing import Literal
 
-from hecate.parallel.cost_model import Priced
+from hecate.parallel.cost.cost_model import Priced
 from hecate.parallel.planners.auto import plan_auto
-from hecate.parallel.planners.echo import plan_echo
-from hecate.parallel.planners.eplb import plan_eplb
-from hecate.parallel.planners.fastermoe import plan_fastermoe
-from hecate.parallel.planners.flexmoe import plan_flexmoe
 from hecate.parallel.planners.full import plan_full, plan_with
 from hecate.parallel.planners.hecate_paper import plan_hecate_paper
-from hecate.parallel.planners.laer import plan_laer
-from hecate.parallel.planners.llep import plan_llep
-from hecate.parallel.planners.moonep import plan_moonep
 from hecate.parallel.planners.plan import Plan, PlanInput, Planner, with_our_split
-from hecate.parallel.planners.smartmoe import plan_smartmoe
+from hecate.parallel.planners.rivals.echo import plan_echo
+from hecate.parallel.planners.rivals.eplb import plan_eplb
+from hecate.parallel.planners.rivals.fastermoe import plan_fastermoe
+from hecate.parallel.planners.rivals.flexmoe import plan_flexmoe
+from hecate.parallel.planners.rivals.laer import plan_laer
+from hecate.parallel.planners.rivals.llep import plan_llep
+from hecate.parallel.planners.rivals.moonep import plan_moonep
+from hecate.parallel.planners.rivals.sharded_gather import with_sharded_gather
+from hecate.parallel.planners.rivals.smartmoe import plan_smartmoe
+from hecate.parallel.planners.rivals.ultraep import plan_ultraep
 from hecate.parallel.planners.static_ep import plan_static_ep
-from hecate.parallel.planners.ultraep import plan_ultraep
-from hecate.parallel.sharded_gather import with_sharded_gather
 
 Collective = Literal["flat", "sharded"]
 """how experts travel in other systems: each owner sends to each replica, or every rank a part of each (`sharded_gather`)"""

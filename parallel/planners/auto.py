@@ -15,9 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel import jit
-from hecate.parallel.array_loops import largest, total
-from hecate.parallel.cost_loops import (
+from hecate.parallel.cost.cost_loops import (
     LayerLoads,
     busy_seconds,
     dispatch_seconds,
@@ -26,15 +24,17 @@ from hecate.parallel.cost_loops import (
     moved_bytes,
     replica_seconds,
 )
-from hecate.parallel.cost_model import cost_numbers, overlap_degree, topology_numbers
-from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
+from hecate.parallel.cost.cost_model import cost_numbers, overlap_degree, topology_numbers
+from hecate.parallel.cost.cost_numbers import CostNumbers, TopologyNumbers
+from hecate.parallel.loops import jit
+from hecate.parallel.loops.array_loops import largest, total
+from hecate.parallel.loops.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners, remove
 from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.plan_changes import LEAST
 from hecate.parallel.planners.rebalancing import rebalance
 from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, Wishes, replicate, wishes
-from hecate.parallel.planners.search_starts import ALONE, BEST, ONE_NODE, SEVERAL_NODES, begin_with, goes_slot_by_slot
-from hecate.parallel.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners, remove
+from hecate.parallel.planners.search_starts import ALONE, BEST, ONE_NODE, SEVERAL_NODES, goes_slot_by_slot, start_with
 
 _ALL_BUDGETS = 400
 """experts x ranks x budgets: where all budgets together take no longer than the one of a layer of 64 experts on 32 ranks"""
@@ -279,7 +279,7 @@ def _search(
         begins = _EXPERT_SECONDS * len(owner) + _RANK_SECONDS * ranks + given
         if begins <= left:
             left -= begins
-            begin_with(start, owner, room, wish, loads, topology, trial)
+            start_with(start, owner, room, wish, loads, topology, trial)
             begins_X[x] = _plan_seconds(owner, resident, loads, topology, cost, 2 * seconds, trial)
             if _preferred(begins_X[x], seconds, owner, resident, loads, topology, cost, trial, best):
                 seconds = min(begins_X[x], seconds)
@@ -292,7 +292,7 @@ def _search(
         if starts_X[x] == BEST:
             copy_into(best, trial)
         else:
-            begin_with(starts_X[x], owner, room, wish, loads, topology, trial)
+            start_with(starts_X[x], owner, room, wish, loads, topology, trial)
         left -= improve(owner, room, resident, loads, topology, cost, trial, left, False)
         found = _plan_seconds(owner, resident, loads, topology, cost, seconds * (1 + 2 * TIE), trial)
         if _preferred(found, seconds, owner, resident, loads, topology, cost, trial, best):

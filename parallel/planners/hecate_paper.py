@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.cost_model import overlap_degree
+from hecate.parallel.cost.cost_model import overlap_degree
 from hecate.parallel.planners.plan import Plan, PlanInput
 
 

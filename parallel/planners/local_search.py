@@ -14,8 +14,7 @@ import math
 
 import numpy as np
 
-from hecate.parallel.array_loops import largest, total
-from hecate.parallel.cost_loops import (
+from hecate.parallel.cost.cost_loops import (
     ROUNDING,
     LayerLoads,
     compute_seconds,
@@ -24,8 +23,10 @@ from hecate.parallel.cost_loops import (
     replica_seconds,
     rows_received,
 )
-from hecate.parallel.cost_numbers import FAR_IN, FAR_OUT, NEAR_IN, NEAR_OUT, CostNumbers, TopologyNumbers
-from hecate.parallel.jit import loop
+from hecate.parallel.cost.cost_numbers import FAR_IN, FAR_OUT, NEAR_IN, NEAR_OUT, CostNumbers, TopologyNumbers
+from hecate.parallel.loops.array_loops import largest, total
+from hecate.parallel.loops.jit import loop
+from hecate.parallel.loops.replica_lists import Replicas, add, foreign, remove
 from hecate.parallel.planners.plan_changes import (
     AMOUNT,
     CLOSED,
@@ -42,7 +43,6 @@ from hecate.parallel.planners.plan_changes import (
     relieve_device,
     relieve_port,
 )
-from hecate.parallel.replica_lists import Replicas, add, foreign, remove
 
 _WORTH = 1 - 1e-4
 """of the seconds before: a change that gains less is not kept"""

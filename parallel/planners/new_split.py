@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel import jit
-from hecate.parallel.array_loops import largest, total
-from hecate.parallel.cost_loops import LayerLoads, busy_seconds, dispatch_seconds, even_quota_into, layer_loads
-from hecate.parallel.cost_model import cost_numbers, topology_numbers
-from hecate.parallel.cost_numbers import CostNumbers, TopologyNumbers
+from hecate.parallel.cost.cost_loops import LayerLoads, busy_seconds, dispatch_seconds, even_quota_into, layer_loads
+from hecate.parallel.cost.cost_model import cost_numbers, topology_numbers
+from hecate.parallel.cost.cost_numbers import CostNumbers, TopologyNumbers
+from hecate.parallel.loops import jit
+from hecate.parallel.loops.array_loops import largest, total
+from hecate.parallel.loops.replica_lists import Replicas, add, copy_into, foreign, no_replicas, only_owners
 from hecate.parallel.planners.auto import LEAST_SEARCH, SEARCH_SHARE_AFTER_ROUTER
 from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.rebalancing import rebalance
-from hecate.parallel.replica_lists import Replicas, add, copy_into, foreign, no_replicas, only_owners
 
 _SLACKS = np.array([1.0, 1.05, 1.1, 1.25, 1.5, 2.0])
 """how far above the mean a device's compute may stay"""

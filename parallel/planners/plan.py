@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from hecate.errors import UserError
-from hecate.parallel.cost_loops import TRAFFIC_ROWS
-from hecate.parallel.cost_model import (
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cost.cost_loops import TRAFFIC_ROWS
+from hecate.parallel.cost.cost_model import (
     HISTORY,
     ExecutionMode,
     LayerCost,
@@ -20,16 +21,15 @@ from hecate.parallel.cost_model import (
     price,
     topology_numbers,
 )
-from hecate.parallel.executed_flows import executed_flows
-from hecate.parallel.flow_loops import executed_traffic
-from hecate.parallel.flows import Flows, even_quota, flows
-from hecate.parallel.placement import Placement
-from hecate.parallel.source_split import SourceSplit, flows_of_shares, stacked
-from hecate.parallel.topology import Topology
+from hecate.parallel.cost.executed_flows import executed_flows
+from hecate.parallel.cost.flow_loops import executed_traffic
+from hecate.parallel.cost.flows import Flows, even_quota, flows
+from hecate.parallel.planners.rivals.source_split import SourceSplit, flows_of_shares, stacked
+from hecate.parallel.values.placement import Placement
 
 
 def check_loads(loads: np.ndarray, shape: tuple[int, ...]) -> None:
-    """Check loads, [..., experts, source ranks]: counts of assignments (see `hecate.parallel.loads`).
+    """Check loads, [..., experts, source ranks]: counts of assignments (see `hecate.parallel.values.loads`).
 
     Raises:
         UserError: they are of another shape, negative or not finite.
@@ -111,7 +111,7 @@ class Plan:
     """float64 [layers, experts, ranks]: assignments served at each replica, summing to the expert's load; None: topology-aware dispatch"""
     source_split: SourceSplit | None = None
     """the rule of another system by which each source divides its assignments, made for the same loads as the quotas, which it has and
-    which it serves exactly under these loads; None: a rank serves its own first (`hecate.parallel.flows`)"""
+    which it serves exactly under these loads; None: a rank serves its own first (`hecate.parallel.cost.flows`)"""
 
     def placement(self, layer: int) -> Placement:
         return Placement(self.owner_LE[layer].copy(), self.where_LED[layer].copy())

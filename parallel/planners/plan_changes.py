@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hecate.parallel.array_loops import where_largest
-from hecate.parallel.cost_loops import LayerLoads
-from hecate.parallel.cost_numbers import FAR_IN, FAR_OUT, NEAR_IN, NEAR_OUT, TopologyNumbers
-from hecate.parallel.jit import loop
-from hecate.parallel.replica_lists import Replicas
+from hecate.parallel.cost.cost_loops import LayerLoads
+from hecate.parallel.cost.cost_numbers import FAR_IN, FAR_OUT, NEAR_IN, NEAR_OUT, TopologyNumbers
+from hecate.parallel.loops.array_loops import where_largest
+from hecate.parallel.loops.jit import loop
+from hecate.parallel.loops.replica_lists import Replicas
 
 EXPERT, SOURCE, TARGET, VICTIM, AMOUNT = range(5)
 """columns of a change"""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.array_loops import descending_order, total, where_largest
-from hecate.parallel.cost_numbers import TopologyNumbers
-from hecate.parallel.jit import loop
-from hecate.parallel.replica_lists import Replicas, add, foreign
+from hecate.parallel.cost.cost_numbers import TopologyNumbers
+from hecate.parallel.loops.array_loops import descending_order, total, where_largest
+from hecate.parallel.loops.jit import loop
+from hecate.parallel.loops.replica_lists import Replicas, add, foreign
 
 _LEAST = 1e-6
 """assignments not worth moving"""

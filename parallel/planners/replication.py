@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hecate.parallel.array_loops import descending_order, total, where_largest
-from hecate.parallel.cost_loops import LayerLoads
-from hecate.parallel.cost_numbers import TopologyNumbers
-from hecate.parallel.jit import loop
-from hecate.parallel.replica_lists import Replicas, add, foreign
+from hecate.parallel.cost.cost_loops import LayerLoads
+from hecate.parallel.cost.cost_numbers import TopologyNumbers
+from hecate.parallel.loops.array_loops import descending_order, total, where_largest
+from hecate.parallel.loops.jit import loop
+from hecate.parallel.loops.replica_lists import Replicas, add, foreign
 
 OWNERS, WANTED, HOT, NODES = range(4)
 _WINDOW = 8

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.array_loops import descending_order, total, where_largest
-from hecate.parallel.cost_loops import LayerLoads, even_quota_into
-from hecate.parallel.cost_numbers import TopologyNumbers
-from hecate.parallel.jit import loop
+from hecate.parallel.cost.cost_loops import LayerLoads, even_quota_into
+from hecate.parallel.cost.cost_numbers import TopologyNumbers
+from hecate.parallel.loops.array_loops import descending_order, total, where_largest
+from hecate.parallel.loops.jit import loop
+from hecate.parallel.loops.replica_lists import Replicas, add, only_owners
 from hecate.parallel.planners.replication import Wishes, bring_to_nodes, deal
-from hecate.parallel.replica_lists import Replicas, add, only_owners
 
 BEST, FILLED, UNDER, SPREAD, MOVED, NEAR, DEALT, PACKED, COVERED, ALONE = range(10)
 """the best plan so far; `fill_up`; `keep_under`; `spread` with copies in all slots, and in half of them; `copy_in_nodes`; `deal`; `pack`;
@@ -34,7 +34,7 @@ def goes_slot_by_slot(start: int) -> bool:
 
 
 @loop
-def begin_with(
+def start_with(
     start: int, owner: np.ndarray, slots: np.ndarray, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, plan: Replicas
 ) -> None:
     """Fill `plan` with one of the plans from which the search begins, of those after BEST."""
@@ -49,7 +49,7 @@ def begin_with(
             number += slots[d]
         spread(number if start == SPREAD else number // 2, owner, slots, loads, topology, plan)
     elif start == PACKED:
-        pack(owner, slots, loads, topology, plan)
+        pack_owners(owner, slots, loads, topology, plan)
     else:
         if start == COVERED:
             bring_to_nodes(owner, slots, 0.0, wish, loads, topology, plan)
@@ -112,7 +112,7 @@ def fill_up(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: T
 
 
 @loop
-def pack(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas) -> None:
+def pack_owners(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas) -> None:
     """From owners alone: whole experts by load, each to the least busy rank with room for it, at home if that is as good (SmartMoE's rule).
 
     A rank computes no more experts than if all had the same number, so that those that get a hot one give cold ones away. Few experts

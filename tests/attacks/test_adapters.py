@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hecate.adapters.peft_moe import PeftMoeConfig, save_peft_adapter
+from hecate.adapters.peft.peft_moe import PeftMoeConfig, save_peft_adapter
+from hecate.apps.answers.opened import load_trained
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import Ranks
-from hecate.train.opened import load_trained
 from testing.tiny_run import make_workshop
 from tests.attacks.watching import HARMLESS, PLACES, REFUSED, outcome
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
+from hecate.apps.answers.opened import load_trained
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, commit_line, read_manifest
 from hecate.checkpoint.meta import owners_of
 from hecate.checkpoint.train_state import state_of
 from hecate.config import load_config
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import Ranks, join_ranks
-from hecate.train.opened import load_trained
 from hecate.train.training import Training
 from testing.tiny_run import make_workshop
 from tests.attacks.watching import HARMLESS, REFUSED, outcome

@@ -12,21 +12,21 @@ from typing import Any
 import pytest
 import torch
 
+from hecate.apps.federate.records import RoundRecord, add_record, read_rounds
+from hecate.apps.federate.server_optimizer import ServerState, load_server, save_server
 from hecate.checkpoint import good_checkpoints, prune, remove_stale_staging
 from hecate.config import DataSource, load_config
 from hecate.data.token_cache import cached_source
-from hecate.federate.records import RoundRecord, add_record, read_records
-from hecate.federate.server_optimizer import ServerState, load_server, save_server
 from hecate.io.durable import new_folder, put_in_place, successor_of, write_durable
+from hecate.launch.many_runs.ledger import STATE_FOLDER, RunState, SweepEntry, read_entries, write_entry
 from hecate.ranks.ranks import join_ranks
 from hecate.report.metrics import MetricsWriter, event_record
-from hecate.sweep.ledger import STATE_FOLDER, RunState, SweepEntry, read_entries, write_entry
 from hecate.train.loop import train
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.crash_states import CONTENTS, Log, lay_out, recorded, states
 from testing.tiny_run import make_workshop
 from tests.hecate.checkpoint.saving import holds, save, shards_of
-from tests.hecate.data.files import chat, write_jsonl
+from tests.hecate.data.making import chat, write_jsonl
 
 EVERY = 5
 """of `make test`, which looks at one state in so many"""
@@ -160,7 +160,7 @@ def test_federated_rounds(tmp_path: Path, every: int) -> None:
         add_record(run, a_round(2))
 
     def check() -> None:
-        rounds = [record.round for record in read_records(place)]
+        rounds = [record.round for record in read_rounds(place)]
         assert rounds in ([1], [1, 2])
         held = load_server(place / "server").vector
         assert any(torch.equal(held, vector) for vector in vectors.values())

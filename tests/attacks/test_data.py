@@ -13,7 +13,7 @@ import pytest
 from hecate.data.encode import encode_source
 from testing.byte_tokenizer import build_byte_tokenizer
 from tests.attacks.watching import HARMLESS, PLACES, REFUSED, outcome
-from tests.hecate.data.files import Source
+from tests.hecate.data.making import Source
 
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
 GOOD = json.dumps(CHAT).encode() + b"\n"

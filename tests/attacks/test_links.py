@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from hecate.cli import app
 from hecate.errors import UserError
-from tests.hecate.megatron.making import write_parts
+from tests.hecate.apps.megatron.making import write_parts
 
 NAMES = ("report.html", "metrics.jsonl", "adapter", "checkpoint-9", "tensorboard", "loads", "config.yaml")
 

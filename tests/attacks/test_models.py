@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from hecate.data.chat import TemplateRefusal, _apply
+from hecate.data.chat.conversations import TemplateRefusal, _apply
 from hecate.errors import UserError
-from hecate.model.base_folder import refuse_endless_values
-from hecate.model.load import load_model, load_tokenizer, outline_of, read_config, resolve_model
+from hecate.model.files.base_folder import refuse_endless_values
+from hecate.model.files.load import load_model, load_tokenizer, outline_of, read_config, resolve_model
 from testing.tiny_run import make_workshop
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {

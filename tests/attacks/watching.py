@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from hecate.drill.guard import watched
 from hecate.errors import UserError
+from tests.attacks.fuzz.guard import watched
 
 SECONDS, MOST_MIB = 20.0, 512
 """of processor time, and of memory beside what the process has already, that an attack may take"""

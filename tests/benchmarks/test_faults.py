@@ -8,7 +8,7 @@ import pytest
 from benchmarks.faults import Cost, added, copies, digests, kills, saves_added
 from benchmarks.paired_steps import Taken
 from benchmarks.ratios import LEAST_PAIRS, Budget, of_times
-from hecate.drill.outcome import DrillOutcome
+from hecate.apps.check.drill.outcome import DrillOutcome
 
 ROUNDS = 2 * LEAST_PAIRS
 BUDGET = Budget(half_width=0.01, rounds=ROUNDS)

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.federated import QUICK, TRAINING, by_arm, nested, settings_of, tables, train, wanted
 from benchmarks.federated_cases import ARMS, CELLM, GOALS, SEEDS, TASKS, Arm, Round, Run
 from hecate.config import load_config
-from hecate.data.synthetic_tasks import write_tasks
+from hecate.data.files.synthetic_tasks import write_tasks
 from testing.tiny_run import save_random_llama, write_samples
 
 ROUND = Round(dict.fromkeys(TASKS, 1.0), dict.fromkeys(TASKS, 0.5), aggregation_error=0.7, average_error=1.0, bytes_up=100, bytes_down=100)

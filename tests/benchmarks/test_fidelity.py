@@ -12,8 +12,8 @@ import torch.distributed as dist
 from benchmarks.fidelity import Measured, loads_of, planned_steps, routing_of, shared_cores_seconds
 from benchmarks.gloo_steps import Shape, Stack, Wire, draw_routing
 from benchmarks.step_probes import parts, plain_cost
+from hecate.parallel.cluster.topology import Link, Topology, local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import Link, Topology, local_topology
 from hecate.ranks.groups import ExpertGroups
 from testing.ranks import run_ranks
 from testing.unit_cases import unit_topology

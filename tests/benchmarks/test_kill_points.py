@@ -12,8 +12,8 @@ import pytest
 
 from benchmarks.kill_plans import CALLS, DEATHS, RANKS, goes_on, in_a_row, plan_of
 from benchmarks.kill_points import KilledRun, go_through, lost, read_runs, repeated, totals, write_runs
-from hecate.drill.ranks import Launched
-from hecate.drill.run import ground
+from hecate.apps.check.drill.ranks import Launched
+from hecate.apps.check.drill.run import ground
 
 
 def run_of(*trained: tuple[int, int, list[int]]) -> Launched:

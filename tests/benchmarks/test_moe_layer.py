@@ -12,7 +12,7 @@ from benchmarks.moe_layer_ceiling import Rates, ceiling, expert_parallel_seconds
 from benchmarks.moe_layer_parts import ROUTINGS, Shape, route
 from benchmarks.moe_layer_ratios import COMPARISONS, PER_CHOICE, compared, side_by_side, summary_of
 from benchmarks.ratios import Budget
-from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.cost.cost_model import LayerCost
 
 FREE_BYTES = Rates(flops=50e9, bytes_per_s=math.inf)
 THREE_TOKENS = [np.array([[0, 1], [0, 2], [1, 0]]), np.array([[2, 3], [1, 3], [0, 1]])]

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.planned_bytes import gathered_numbers
-from hecate.parallel.cost_model import ExecutionMode, LayerCost, Route, price
-from hecate.parallel.flows import even_quota, flows
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.placement import Placement
-from hecate.parallel.transfer_plan import ChunkPlan, plan_chunks_by
+from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, Route, price
+from hecate.parallel.cost.flows import even_quota, flows
+from hecate.parallel.transfer.transfer_plan import ChunkPlan, plan_chunks_by
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.placement import Placement
 from testing.unit_cases import unit_topology
 
 

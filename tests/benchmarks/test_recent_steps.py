@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.recent_steps import cheapest_over, seconds_over
-from hecate.parallel.cost_model import LayerCost
+from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import Plan, PlanInput
 from testing.unit_cases import unit_topology
 

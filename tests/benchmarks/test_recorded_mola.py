@@ -13,14 +13,14 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
 from hecate.experts.linear import LinearExperts, MoeLinear
-from hecate.experts.pairs import PlainPairs
-from hecate.experts.router import RouterSite, TopKRouter
+from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.routers.router import RouterSite, TopKRouter
 from hecate.kernels.backend import Backend
-from hecate.parallel.expert_kinds import ONLY_PROJECTION, LinearSizes, LoraShape
-from hecate.parallel.mesh import make_mesh
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import ONLY_PROJECTION, LinearSizes, LoraShape
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from tests.hecate.conftest import one_rank
 

@@ -15,7 +15,7 @@ from hecate.data.batches import sequence_ranges
 from hecate.data.encode import encode_source
 from hecate.data.routed_experts import RoutingShape
 from hecate.data.stream import TrainStream
-from hecate.parallel.workloads import WORKLOADS
+from hecate.parallel.simulate.workloads import WORKLOADS
 
 
 def test_a_run_takes_samples_whose_loads_are_the_workloads(tmp_path: Path) -> None:

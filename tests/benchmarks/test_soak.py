@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.soak import KINDS, LEG_STEPS, RANKS, Soaked, carried_out, compare, leg_of, poison, problem_of_leg
-from hecate.drill.outcome import Scope
-from hecate.drill.ranks import Launched
-from hecate.drill.run import ground
+from hecate.apps.check.drill.outcome import Scope
+from hecate.apps.check.drill.ranks import Launched
+from hecate.apps.check.drill.run import ground
 
 LEGS = [leg_of(number, 0) for number in range(50)]
 

@@ -20,12 +20,12 @@ from benchmarks.planned_bytes import RowBytes, chunk_bytes, gathered_numbers, to
 from hecate.config import RouterConfig
 from hecate.engine.shards import ExpertShards
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.layer_plan import layer_plan
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.placement import everything_everywhere
+from hecate.parallel.plan.layer_plan import layer_plan
 from hecate.parallel.planners import plan_with
-from hecate.parallel.transfer_plan import choose_route
-from hecate.parallel.units import Unit
+from hecate.parallel.transfer.transfer_plan import fastest_route
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.placement import everything_everywhere
+from hecate.parallel.values.units import Unit
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import MICRO_STEPS, Case, sharded, step_of_rows
 from tests.hecate.linear_cases import LinearCase, ShardedTraining, sharded_linears
@@ -90,7 +90,7 @@ def pool_bytes(shards: ExpertShards, unit: Unit) -> np.ndarray:
     pool, owner_E, topology = shards.pools[unit], shards.owners[unit], shards.config.topology
     numel = pool.layout().trainable_numel
     everywhere = everything_everywhere(owner_E, topology.world_size)
-    route = choose_route(everywhere, ChunkSize(numel, FLOAT64), topology)
+    route = fastest_route(everywhere, ChunkSize(numel, FLOAT64), topology)
     numbers_WW = gathered_numbers(route, owner_E, everywhere.where_ED, numel, topology.node_of_rank)
     return (numbers_WW + numbers_WW.T) * FLOAT64
 

@@ -19,16 +19,16 @@ from typer.main import get_command
 
 from hecate.adapters.forms import form_named
 from hecate.adapters.sets.merging import METHODS
+from hecate.apps.sweep.sweep_file import load_run_sweep
 from hecate.cli import app
 from hecate.config import load_config
-from hecate.config.presets import find_preset, run_presets
+from hecate.config.files.presets import find_preset, run_presets
 from hecate.config.schema import REQUIRED
-from hecate.data.synthetic_tasks import TASKS
-from hecate.parallel.model_shapes import load_model_shape
+from hecate.data.files.synthetic_tasks import TASKS
+from hecate.parallel.cluster.topology_file import load_topology
+from hecate.parallel.cost.model_shapes import load_model_shape
 from hecate.parallel.planners import ROWS
-from hecate.parallel.topology_file import load_topology
-from hecate.parallel.workloads import WORKLOADS
-from hecate.sweep.sweep_file import load_run_sweep
+from hecate.parallel.simulate.workloads import WORKLOADS
 from tests.rooms import ROOT
 
 STANDS_FOR = {"CONFIG": "finetune", "SWEEP": "examples/sweep/sweep.yaml"}

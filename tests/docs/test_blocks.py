@@ -15,12 +15,12 @@ from typing import Literal, get_args, get_origin
 import numpy as np
 import pytest
 
+from hecate.apps.sweep.sweep_file import load_run_sweep
 from hecate.config.schema import LEAVES
-from hecate.data.formats import Sample, read_samples
-from hecate.parallel.topology_file import parse_topology
-from hecate.parallel.traces import Trace, save_trace
-from hecate.parallel.units import Unit
-from hecate.sweep.sweep_file import load_run_sweep
+from hecate.data.files.formats import Sample, read_samples
+from hecate.parallel.cluster.topology_file import parse_topology
+from hecate.parallel.values.traces import Trace, save_trace
+from hecate.parallel.values.units import Unit
 from tests.docs.blocks import HISTORY, PAGES, Block, CommandLine, all_blocks, all_commands, blocks_of
 from tests.docs.command_lines import accepts, prove
 from tests.rooms import ROOT
@@ -68,7 +68,7 @@ LISTED: dict[tuple[str, str], tuple[Callable[[Block, Path], None], str]] = {
     ("docs/data.md", '{"user": '): (_sample, "the record is read"),
     ("docs/data.md", '{"text": "ab"'): (_sample, "the record is read"),
     ("docs/data.md", "chats.jsonl: keys"): (_shown, "a line that a run prints"),
-    ("docs/traces.md", "from hecate.parallel.traces"): (_trace, "runs on a trace that is written before"),
+    ("docs/traces.md", "from hecate.parallel.values.traces"): (_trace, "runs on a trace that is written before"),
     ("docs/adapters.md", "lego of 3 adapters"): (_shown, "what a command above it prints"),
     ("docs/adapters.md", "lego of 1 adapter"): (_shown, "what a command above it prints"),
     ("docs/federated.md", "round 1/1"): (_shown, "a line that a round prints"),

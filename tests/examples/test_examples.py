@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from hecate.apps.sweep.sweep_file import load_run_sweep
 from hecate.config import load_config
-from hecate.sweep.sweep_file import load_run_sweep
 from tests.rooms import ROOT
 
 FOLDERS = sorted(path.parent for path in (ROOT / "examples").glob("*/run.sh"))
@@ -49,13 +49,15 @@ def test_an_example_has_its_parts(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert f"examples/{folder.name}/run.sh" in readme
     assert re.search(r"\d+ (seconds|minutes)", readme), "the time that it takes"
     assert len(readme.splitlines()) <= 40
-    features = [] if folder.name != "reclora" else [f"data.features={folder}/config.yaml"]  # a file that exists
-    config = load_config(folder / "config.yaml", features, claim_output=False, inputs=False)
+    given = [] if folder.name != "reclora" else [f"data.features={folder}/config.yaml"]  # a file that exists
+    if "examples.tiny_inputs" in (folder / "run.sh").read_text(encoding="utf-8"):  # the command makes the model
+        given.append(f"model.name_or_path={'mixtral-8x7b' if folder.name == 'moe_lora' else 'llama-3-8b'}")
+    config = load_config(folder / "config.yaml", given, claim_output=False, inputs=False)
     assert config.output_dir.startswith("runs/examples/")
     for file in folder.glob("sweep*.yaml"):
         sweep = load_run_sweep(str(file))
         assert sweep.run == f"examples/{folder.name}/config.yaml"
-        assert [load_config(sweep.run, run.overrides, claim_output=False, inputs=False).output_dir for run in sweep.runs]
+        assert [load_config(sweep.run, [*run.overrides, *given], claim_output=False, inputs=False).output_dir for run in sweep.runs]
 
 
 @pytest.mark.slow

@@ -17,12 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hecate.parallel.cluster.topology import Link, Topology, uniform_topology
 from hecate.parallel.comm.collectives import sparse_all_gather, sparse_reduce_scatter
 from hecate.parallel.comm.device_tables import chunk_tables
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.placement import everything_everywhere
-from hecate.parallel.topology import Link, Topology, uniform_topology
-from hecate.parallel.transfer_plan import ChunkPlan, plan_chunks_by
+from hecate.parallel.transfer.transfer_plan import ChunkPlan, plan_chunks_by
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.placement import everything_everywhere
 
 NUMEL, WORLD, EXPERTS = 12, 4, 8
 CYCLES = 20_000_000

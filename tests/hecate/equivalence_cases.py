@@ -18,23 +18,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hecate.config import RouterConfig
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.router import TopKRouter
+from hecate.experts.routers.router import TopKRouter
 from hecate.kernels.backend import Backend
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
-from hecate.parallel.cost_model import PlanChoice, PlanMode
-from hecate.parallel.expert_kinds import MIXLORA, LoraShape, ShardShape
-from hecate.parallel.measured_modes import MeasuredModes
-from hecate.parallel.mesh import make_mesh
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cluster.topology import Link, Topology
+from hecate.parallel.cost.cost_model import PlanChoice, PlanMode
+from hecate.parallel.plan.measured_modes import MeasuredModes
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
-from hecate.parallel.topology import Link, Topology
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import MIXLORA, LoraShape, ShardShape
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.report.events import StepResult
-from hecate.train.step import StepRules, train_step
+from hecate.train.steps.step import StepRules, train_step
 
 STEPS, MICRO_STEPS, ROWS, LENGTH = 3, 2, 12, 8
 
@@ -247,7 +247,7 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
     for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
         chunk.data.copy_(initial_values(unit, expert, len(chunk)))
     if case.checkpointing:
-        from hecate.model.checkpointing import checkpoint_activations
+        from hecate.model.layers.checkpointing import checkpoint_activations
 
         checkpoint_activations(moe)
     model.train()
@@ -290,6 +290,6 @@ def calibrating_at_whim() -> Iterator[None]:
         return [next(allowed) for _ in range(given.num_layers)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hecate.parallel.layer_plan.calibration_gain", lambda *_: next(whims))
+        patch.setattr("hecate.parallel.plan.layer_plan.calibration_gain", lambda *_: next(whims))
         patch.setattr(MeasuredModes, "choose", choose)
         yield

@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hecate.config import RouterConfig
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.fixed_a import FixedA
 from hecate.experts.linear import MoeLinear
-from hecate.experts.nola import Nola
-from hecate.experts.pool import Pool
-from hecate.experts.shard_pairs import ShardPairs
+from hecate.experts.pairs.fixed_a import FixedA
+from hecate.experts.pairs.nola import Nola
+from hecate.experts.pairs.pool import Pool
+from hecate.experts.pairs.shard_pairs import ShardPairs
 from hecate.kernels.backend import Backend
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.insert import InsertionPlan, insert_experts
@@ -24,13 +24,13 @@ from hecate.model.linears import find_linears
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.parallel.cost_model import PlanMode
-from hecate.parallel.expert_kinds import LINEARS, ONLY_PROJECTION, LoraShape, ShardShape
-from hecate.parallel.mesh import make_mesh
-from hecate.parallel.units import Unit
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cost.cost_model import PlanMode
+from hecate.parallel.values.expert_kinds import LINEARS, ONLY_PROJECTION, LoraShape, ShardShape
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.report.events import StepResult
-from hecate.train.step import StepRules, train_step
+from hecate.train.steps.step import StepRules, train_step
 from tests import plain_mixlora, plain_mola
 from tests.hecate.equivalence_cases import (
     AUX_COEF,
@@ -162,7 +162,7 @@ def sharded_linears(case: LinearCase, world: int) -> tuple[MoeModel, LanguageMod
         parts = values_of(case, moe, unit, expert)
         chunk.data.copy_(torch.cat([chunk.new_empty(0), *(part.flatten() for part in parts)]))
     if case.checkpointing:
-        from hecate.model.checkpointing import checkpoint_activations
+        from hecate.model.layers.checkpointing import checkpoint_activations
 
         checkpoint_activations(moe)
     model.train()

@@ -13,10 +13,10 @@ from hecate.experts.seeding import generator
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from hecate.report.events import StepResult
-from hecate.train.privacy import Privacy
-from hecate.train.step import StepRules, train_step
+from hecate.train.steps.privacy import Privacy
+from hecate.train.steps.step import StepRules, train_step
 from tests.hecate.equivalence_cases import LEARNING_RATE, ROWS, WEIGHT_DECAY, Case, assert_groups_equal, initial_values, sharded, tiny_llama
 from tests.hecate.separate_adapters import (
     SOURCES,

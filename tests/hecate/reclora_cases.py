@@ -18,13 +18,13 @@ from hecate.model.linears import find_linears
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
-from hecate.parallel.cost_model import PlanMode
-from hecate.parallel.expert_kinds import LINEARS, LoraShape
-from hecate.parallel.mesh import make_mesh
-from hecate.parallel.units import Unit
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cost.cost_model import PlanMode
+from hecate.parallel.values.expert_kinds import LINEARS, LoraShape
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.report.events import StepResult
-from hecate.train.step import StepRules, train_step
+from hecate.train.steps.step import StepRules, train_step
 from tests import plain_mixlora, plain_reclora
 from tests.hecate.equivalence_cases import (
     LEARNING_RATE,
@@ -95,7 +95,7 @@ def sharded_by_users(case: UserCase, world: int) -> tuple[MoeModel, LanguageMode
     for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
         chunk.data.copy_(flat_values(unit, expert, len(chunk)))
     if case.checkpointing:
-        from hecate.model.checkpointing import checkpoint_activations
+        from hecate.model.layers.checkpointing import checkpoint_activations
 
         checkpoint_activations(moe)
     model.train()

@@ -10,8 +10,8 @@ from hecate.elastic.move_experts import move_experts
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.parallel.units import Unit
-from hecate.train.step import StepRules, train_step
+from hecate.parallel.values.units import Unit
+from hecate.train.steps.step import StepRules, train_step
 from tests import plain_mixlora
 from tests.hecate.equivalence_cases import (
     AUX_COEF,

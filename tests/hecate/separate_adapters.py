@@ -11,9 +11,9 @@ from hecate.data.batches import Batch
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.parallel.units import FFN, Unit
+from hecate.parallel.values.units import FFN, Unit
 from hecate.report.events import StepResult
-from hecate.train.step import StepRules, train_step
+from hecate.train.steps.step import StepRules, train_step
 from tests.hecate.equivalence_cases import (
     LEARNING_RATE,
     MICRO_STEPS,

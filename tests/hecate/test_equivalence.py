@@ -19,16 +19,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hecate.data.batches import Batch
-from hecate.experts.nola import Nola
-from hecate.experts.shard_pairs import ShardPairs
+from hecate.experts.pairs.nola import Nola
+from hecate.experts.pairs.shard_pairs import ShardPairs
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.measured_modes import modes_of
+from hecate.parallel.cost.cost_model import LayerCost
+from hecate.parallel.plan.measured_modes import modes_of
 from hecate.parallel.planners import POLICIES, PlanInput
-from hecate.parallel.units import Unit
-from hecate.train.step import StepRules, train_step
+from hecate.parallel.values.units import Unit
+from hecate.train.steps.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests import plain_mixlora
 from tests.hecate.equivalence_cases import (

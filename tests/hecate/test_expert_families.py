@@ -21,16 +21,16 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily, Site
 from hecate.experts.full import FullExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs import PlainPairs
+from hecate.experts.pairs.source import PlainPairs
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.ffn import FfnShape
 from hecate.kernels.experts.reference import full_ffn_reference, moe_lora_ffn_reference
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
-from hecate.parallel.expert_kinds import FfnSizes, LoraShape
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import FfnSizes, LoraShape
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import random_planner, topology

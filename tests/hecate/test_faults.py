@@ -31,10 +31,12 @@ def calls_of_arm(text: str) -> bool:
 def test_only_the_drills_arm_a_process_and_no_program_of_training_imports_them() -> None:
     paths = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in sources("hecate", "parallel", "kernels", "launch")}
     assert {path for path, text in paths.items() if calls_of_arm(text)} == {
-        "hecate/drill/armed.py",
-        "hecate/drill/naming.py",
-        "hecate/drill/numbers.py",
+        "hecate/apps/check/drill/armed.py",
+        "hecate/apps/check/drill/cases/naming.py",
+        "hecate/apps/check/drill/cases/numbers.py",
     }
-    importing = {path for path, text in paths.items() if "hecate.drill" in text and not path.startswith("hecate/drill/")}
+    importing = {
+        path for path, text in paths.items() if "hecate.apps.check.drill" in text and not path.startswith("hecate/apps/check/drill/")
+    }
     assert importing == {"hecate/cli/drills.py", "hecate/faults.py"}, "the last one names the room in a text"
     assert "import hecate" not in paths["hecate/faults.py"]

@@ -18,12 +18,12 @@ from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
-from hecate.parallel.cost_model import PlanMode
-from hecate.parallel.expert_kinds import FULL
-from hecate.parallel.mesh import make_mesh
-from hecate.parallel.units import Unit
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cost.cost_model import PlanMode
+from hecate.parallel.values.expert_kinds import FULL
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
-from hecate.train.step import StepRules, train_step
+from hecate.train.steps.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate import equivalence_cases as suite
 from tests.hecate.equivalence_cases import AUX_COEF, MAX_NORM, MICRO_STEPS, ROWS, WEIGHT_DECAY, micro_batch, rows_of, topology
@@ -86,7 +86,7 @@ def sharded(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead]:
         layer = unit.layer
         chunk.data.copy_(values(layer, expert, len(chunk)))
     if case.checkpointing:
-        from hecate.model.checkpointing import checkpoint_activations
+        from hecate.model.layers.checkpointing import checkpoint_activations
 
         checkpoint_activations(moe)
     return moe, head

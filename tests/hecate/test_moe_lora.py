@@ -19,22 +19,22 @@ from torch.distributed.tensor import DTensor
 
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
-from hecate.experts.fixed_a import FixedA
+from hecate.experts.pairs.fixed_a import FixedA
 from hecate.kernels.common.ffn import FfnShape
 from hecate.model.causal_head import LanguageModelHead
+from hecate.model.files.load import ModelSource
+from hecate.model.files.load_moe import load_moe_model
 from hecate.model.insert import InsertionPlan, insert_experts
-from hecate.model.load import ModelSource
-from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_model import MoeModel
 from hecate.model.sharded_layers import shard_frozen_layers
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
-from hecate.parallel.cost_model import PlanMode
-from hecate.parallel.expert_kinds import MOE_LORA, LoraShape
-from hecate.parallel.mesh import make_mesh
-from hecate.parallel.units import Unit
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cost.cost_model import PlanMode
+from hecate.parallel.values.expert_kinds import MOE_LORA, LoraShape
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups, own_group
-from hecate.train.step import StepRules, train_step
+from hecate.train.steps.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import (
     LENGTH,
@@ -238,7 +238,7 @@ def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModel
         here = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in model.parameters())
         assert here < whole or mesh.shard_size == 1
     if case.checkpointing:
-        from hecate.model.checkpointing import checkpoint_activations
+        from hecate.model.layers.checkpointing import checkpoint_activations
 
         checkpoint_activations(moe)
     return moe, head

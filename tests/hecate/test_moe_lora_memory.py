@@ -18,29 +18,29 @@ from torch.distributed.tensor import DTensor
 from hecate.config import Config, load_config
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
-from hecate.forecast.memory import PHASES, memory_parts
-from hecate.forecast.run_shape import run_shape
 from hecate.model.causal_head import LanguageModelHead
+from hecate.model.files.load import ModelSource
+from hecate.model.files.load_moe import load_moe_model
+from hecate.model.files.read_experts import read_expert
+from hecate.model.files.safetensors_headers import stored_tensors
+from hecate.model.files.stored_experts import LayerExperts, expert_layers
 from hecate.model.insert import InsertionPlan, insert_experts, non_moe_flops_per_token
-from hecate.model.load import ModelSource
-from hecate.model.load_moe import load_moe_model
 from hecate.model.moe_model import MoeModel
-from hecate.model.read_experts import read_expert
-from hecate.model.safetensors_headers import stored_tensors
 from hecate.model.sharded_layers import shard_frozen_layers
-from hecate.model.stored_experts import LayerExperts, expert_layers
+from hecate.model.sizes.memory import PHASES, memory_parts
+from hecate.model.sizes.run_shape import run_shape
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
-from hecate.parallel.expert_kinds import MOE_LORA, LoraShape
-from hecate.parallel.mesh import make_mesh
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import MOE_LORA, LoraShape
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.train.build import insertion_plan
-from hecate.train.step import StepRules, forward_loss, pass_tokens, train_step
+from hecate.train.steps.step import StepRules, forward_loss, pass_tokens, train_step
 from testing.ranks import run_ranks
-from tests.hecate.forecast.making import num_bytes
+from tests.hecate.apps.foresee.making import num_bytes
 from tests.plain_moe_lora import save_tiny
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.train import step as step_module
-from hecate.train.privacy import Privacy, SampleShares, add_noise
+from hecate.train.steps import step as step_module
+from hecate.train.steps.privacy import Privacy, SampleShares, add_noise
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import sharded
 from tests.hecate.private_adapters import NAMES, check_all_private, check_private, private_step, single_samples

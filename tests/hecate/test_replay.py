@@ -17,15 +17,15 @@ from hecate.engine.step import MicroStep
 from hecate.engine.step_plans import StepPlans
 from hecate.experts.forward_pass import OrderError
 from hecate.experts.pass_routing import differing, expert_counts
-from hecate.experts.router import Routing
+from hecate.experts.routers.router import Routing
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
 from hecate.parallel.planners import Plan, PlanInput
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from hecate.report.events import StepResult
-from hecate.train.step import StepRules, train_step
+from hecate.train.steps.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import (
     AUX_COEF,

@@ -17,8 +17,8 @@ from hecate.model.causal_head import LanguageModelHead
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
+from hecate.parallel.cluster.topology import Link, Topology
 from hecate.parallel.planners import Plan, PlanInput
-from hecate.parallel.topology import Link, Topology
 from hecate.report.events import Resharding, StepResult
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import (

@@ -13,12 +13,12 @@ from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.parallel.cost_model import PlanMode
-from hecate.parallel.expert_kinds import FULL
-from hecate.parallel.mesh import make_mesh
-from hecate.parallel.topology import local_topology
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cluster.topology import local_topology
+from hecate.parallel.cost.cost_model import PlanMode
+from hecate.parallel.values.expert_kinds import FULL
 from hecate.ranks.groups import expert_groups
-from hecate.train.step import StepRules, train_step
+from hecate.train.steps.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate import equivalence_cases as suite
 

@@ -10,10 +10,10 @@ import torch
 import hecate.parallel.comm.expert_store as store_module
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.parallel import transfer_plan
-from hecate.parallel.topology import Link, uniform_topology
-from hecate.parallel.transfer_plan import ChunkPlan, plan_chunks
-from hecate.train.step import StepRules, train_step
+from hecate.parallel.cluster.topology import Link, uniform_topology
+from hecate.parallel.transfer import transfer_plan
+from hecate.parallel.transfer.transfer_plan import ChunkPlan, plan_chunks
+from hecate.train.steps.step import StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate import equivalence_cases as equivalence
 from tests.hecate.equivalence_cases import AUX_COEF, LEARNING_RATE, MAX_NORM, MICRO_STEPS, WEIGHT_DECAY, Case, micro_batch, rows_of, sharded
@@ -51,7 +51,7 @@ def _train(
         for way in ("all_gather", "reduce_scatter"):
             patch.setattr(store_module, f"sparse_{way}", counting(getattr(store_module, f"sparse_{way}"), way, calls))
         if flat:
-            patch.setattr(transfer_plan, "choose_route", lambda *_: "flat")
+            patch.setattr(transfer_plan, "fastest_route", lambda *_: "flat")
         moe, head = sharded(case, world)
         owned = {f"{unit}.{expert}": p for (unit, expert), p in moe.engine.shards.named_parameters().items()}
         optimizer = ExpertOptimizer(

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from hecate.optim.optimizer import ExpertOptimizer
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 
 
 def gradients_of(optimizer: ExpertOptimizer) -> dict[str, Tensor | None]:

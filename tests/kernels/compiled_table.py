@@ -7,7 +7,7 @@
     python -m tests.kernels.compiled_table --names            which kernels all layers launch; compiles nothing
 
 A row of the table: registers of a thread, bytes of stack (0: nothing is spilled), bytes of shared memory of a program, and how many
-instructions of each kind (`hecate.kernels.common.ahead_of_time.KINDS`) stand in the code.
+instructions of each kind (`tests.kernels.ahead_of_time.KINDS`) stand in the code.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 import triton
 from torch import Tensor
 
-from hecate.kernels.common.ahead_of_time import MAX_SHARED, SMS, compiling_for, machine_code
 from hecate.kernels.common.kernel_launch import Launch
 from hecate.kernels.common.launch_config import meta_tensors_are_on
+from tests.kernels.ahead_of_time import MAX_SHARED, SMS, compiling_for, machine_code
 from tests.kernels.layer_cases import CASES, SPREAD
 
 TABLE = Path(__file__).with_name("compiled.json")

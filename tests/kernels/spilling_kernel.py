@@ -12,8 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hecate.kernels.common.ahead_of_time import SMS, compiling_for, machine_code
 from hecate.kernels.common.kernel_launch import Launch
+from tests.kernels.ahead_of_time import SMS, compiling_for, machine_code
 
 
 @triton.jit

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from triton.runtime.jit import compute_cache_key
 
-from hecate.kernels.common.ahead_of_time import compiling_for
 from hecate.kernels.common.kernel_launch import Launch
+from tests.kernels.ahead_of_time import compiling_for
 from tests.kernels.layer_cases import CASES, LayerCase
 
 BATCHES = {

@@ -36,8 +36,8 @@ from hecate.launch.ray_job.messages import (
 )
 from hecate.launch.ray_job.status import JobStatus, read_status, write_status
 from hecate.launch.ray_job.worker_group import JobDevice, WorkerGroup
-from hecate.parallel.topology import local_topology
-from hecate.parallel.topology_file import topology_text
+from hecate.parallel.cluster.topology import local_topology
+from hecate.parallel.cluster.topology_file import topology_text
 from testing.tiny_run import make_workshop
 
 VERSIONS = {"hecate": "1", "torch": "2", "python": "3"}

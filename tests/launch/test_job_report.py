@@ -10,8 +10,8 @@ from hecate.launch.ray_job.job_report import JobReport, JobView
 from hecate.launch.ray_job.messages import Begun, WorkerUp
 from hecate.launch.ray_job.status import DeviceState
 from hecate.launch.ray_job.worker_group import JobDevice
-from hecate.parallel.topology import local_topology
-from hecate.parallel.topology_file import topology_text
+from hecate.parallel.cluster.topology import local_topology
+from hecate.parallel.cluster.topology_file import topology_text
 
 
 def test_the_state_of_each_device_and_the_newest_notes() -> None:

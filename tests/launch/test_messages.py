@@ -32,8 +32,8 @@ from hecate.launch.ray_job.messages import (
     WorkerOrder,
     WorkerUp,
     event_from_json,
+    message_json,
     order_from_json,
-    to_json,
 )
 
 ASSIGNMENT = Assignment(generation=2, rank=1, world_size=2, nodes=("a", "b"), topology=None, resume=True)
@@ -69,8 +69,8 @@ def through_json(value: Any) -> Any:
 def test_every_message_comes_back_as_it_was() -> None:
     assert {type(event) for event in EVENTS} == set(get_args(WorkerEvent))
     assert {type(order) for order in ORDERS} == set(get_args(WorkerOrder))
-    assert [event_from_json(through_json(to_json(event))) for event in EVENTS] == EVENTS
-    assert [order_from_json(through_json(to_json(order))) for order in ORDERS] == ORDERS
+    assert [event_from_json(through_json(message_json(event))) for event in EVENTS] == EVENTS
+    assert [order_from_json(through_json(message_json(order))) for order in ORDERS] == ORDERS
 
 
 def test_codes_are_unique() -> None:
@@ -97,9 +97,9 @@ def test_anything_else_is_refused(raw: Any) -> None:
 
 def test_an_event_is_no_order() -> None:
     with pytest.raises(ValueError, match="is no order"):
-        order_from_json(to_json(Prepared()))
+        order_from_json(message_json(Prepared()))
     with pytest.raises(ValueError, match="is no event"):
-        event_from_json(to_json(Stop()))
+        event_from_json(message_json(Stop()))
 
 
 def test_the_reason_of_an_end_is_its_last_line() -> None:

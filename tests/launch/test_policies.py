@@ -14,8 +14,8 @@ from hecate.launch.policy.failures import Cause, Decision, FailurePolicy
 from hecate.launch.policy.job_states import ENDED, NEXT, State
 from hecate.launch.policy.scaling import Scaling, ScalingPolicy
 from hecate.launch.policy.work_shares import NewShares, WorkShares
-from hecate.parallel.topology import Link, Topology
-from hecate.parallel.topology_file import topology_text
+from hecate.parallel.cluster.topology import Link, Topology
+from hecate.parallel.cluster.topology_file import topology_text
 from hecate.report.events import DenseWork
 
 

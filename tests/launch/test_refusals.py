@@ -14,7 +14,7 @@ from hecate.errors import UserError
 from hecate.launch import local_launcher, node_launcher
 from hecate.launch.ray_job import driver
 from hecate.train import preflight
-from tests.hecate.megatron.making import write_parts
+from tests.hecate.apps.megatron.making import write_parts
 
 TENSOR = "model.tensor_parallel=2"
 TENSOR_RANKS = r"model\.tensor_parallel: must divide the number of ranks, which is 3, got 2\n  give one of 1, 3"

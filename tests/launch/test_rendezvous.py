@@ -11,7 +11,7 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from hecate.launch.ray_job.messages import Interrupt, Ping, Stop, WorkerOrder, to_json
+from hecate.launch.ray_job.messages import Interrupt, Ping, Stop, WorkerOrder, message_json
 from hecate.launch.ray_job.rendezvous import Rendezvous, orders
 from hecate.ranks.job_store import JobStore
 
@@ -55,7 +55,7 @@ def test_each_worker_gets_its_own_orders_by_their_numbers(rendezvous: Rendezvous
 
 def test_an_order_of_somebody_else_is_ignored(rendezvous: Rendezvous) -> None:
     """Who reaches the port, but was not handed the job's secret by Ray, can neither leave an order nor read one."""
-    order, limit = json.dumps(to_json(Stop())), timedelta(seconds=2)
+    order, limit = json.dumps(message_json(Stop())), timedelta(seconds=2)
     with pytest.raises(dist.DistError):
         dist.TCPStore(rendezvous.host, rendezvous.port, is_master=False, wait_for_workers=False, timeout=limit).set(
             "worker-0/order-0", order

@@ -17,11 +17,11 @@ from unittest import mock
 import pytest
 import torch.distributed as dist
 
-from hecate.drill.armed import Injected
-from hecate.drill.losses import problem_of
-from hecate.drill.outcome import Scope
-from hecate.drill.ranks import begin_run
-from hecate.drill.run import ground
+from hecate.apps.check.drill.armed import Injected
+from hecate.apps.check.drill.cases.losses import problem_of
+from hecate.apps.check.drill.outcome import Scope
+from hecate.apps.check.drill.ranks import begin_run
+from hecate.apps.check.drill.run import ground
 from hecate.errors import UserError
 from hecate.io.strict_json import JsonError
 from hecate.launch import surviving_nodes

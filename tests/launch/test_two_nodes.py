@@ -20,20 +20,20 @@ import pytest
 import torch.distributed as dist
 
 from hecate.launch.policy.job_states import State
+from hecate.launch.profile.fit import topology_from
+from hecate.launch.profile.probe import ProbeSizes
+from hecate.launch.profile.run import measure
 from hecate.launch.ray_job.status import DeviceState, JobStatus
 from hecate.launch.run_folder import processes_below
-from hecate.parallel.topology import Topology
-from hecate.parallel.topology_file import parse_topology
-from hecate.profile.fit import topology_from
-from hecate.profile.probe import ProbeSizes
-from hecate.profile.run import measure
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cluster.topology_file import parse_topology
 from hecate.ranks.ranks import connect, lost_a_peer
 from testing.namespaces import INTERFACE, missing_for_slow_link, slow_link
 from testing.processes import OVERRIDES, hecate, losses, rank_process, read_rest, read_until, running, wait_until_gone
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
-from tests.hecate.profile.ranks import ranks_of
 from tests.launch.cluster import OF_RAYLETS, ROOT, Job, environment, make_token
+from tests.launch.profile.ranks import ranks_of
 
 LACKING = missing_for_slow_link()
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300), pytest.mark.skipif(LACKING is not None, reason=str(LACKING))]

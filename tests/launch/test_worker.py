@@ -41,8 +41,8 @@ from hecate.launch.ray_job.messages import (
 )
 from hecate.launch.ray_job.rendezvous import Rendezvous
 from hecate.launch.ray_job.worker import TrainingLink, Worker
-from hecate.parallel.topology import local_topology
-from hecate.parallel.topology_file import topology_text
+from hecate.parallel.cluster.topology import local_topology
+from hecate.parallel.cluster.topology_file import topology_text
 from hecate.ranks import ranks as ranks_module
 from hecate.ranks.ranks import Ranks
 from testing.processes import OVERRIDES, losses

@@ -93,7 +93,7 @@ def one_kernel_attention(note: Callable[[str], None], written: Callable[[Any], N
     import torch
 
     try:
-        from hecate.model import attention_kernels
+        from hecate.model.layers import attention_kernels
     except ImportError:
         return
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from hecate.kernels.common.kernel_launch import Launch
-from hecate.model import attention_kernels
-from hecate.model.attention_kernels import package_flash
+from hecate.model.layers import attention_kernels
+from hecate.model.layers.attention_kernels import package_flash
 from testing.interpreter import leave_out_what_is_thrown_away
 from tests.kernels.interpreter_bf16 import bf16_right
 from tests.mock_cuda.install import device

@@ -17,7 +17,7 @@ from tests.mock_cuda import install
 install.install(devices=2)
 import torch
 from transformers import MixtralForCausalLM
-from hecate.model.load import load_model, load_without, read_config, resolve_model
+from hecate.model.files.load import load_model, load_without, read_config, resolve_model
 from tests.hecate.model.tiny import tiny
 
 lock, copies, most, before = threading.Lock(), 0, 0, set()

@@ -1,6 +1,7 @@
 """Megatron's front end on mock GPUs: losses are the CPU's, in float32 and bfloat16, with Megatron's own MoE layers and with split weights.
 
-Megatron's layers find CUDA there, so nothing of `hecate.megatron.without_cuda` takes part: they ask the mock device for streams and events.
+Megatron's layers find CUDA there, so nothing of `hecate.apps.megatron.without_cuda` takes part: they ask the mock device for streams and
+events.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hecate.megatron.making import FOUR_HEADS, write_parts
+from tests.hecate.apps.megatron.making import FOUR_HEADS, write_parts
 from tests.mock_cuda.runs import Runs, do
 
 STEPS = 3

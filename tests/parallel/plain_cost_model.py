@@ -1,4 +1,4 @@
-"""The cost model of a layer in plain numpy, over arrays of all experts and ranks: what `hecate.parallel.cost_loops` is held to.
+"""The cost model of a layer in plain numpy, over arrays of all experts and ranks: what `hecate.parallel.cost.cost_loops` is held to.
 
 Shapes: ... any leading dimensions (layers), E experts, D ranks, N nodes.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
-from hecate.parallel.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, Route, Rows
-from hecate.parallel.flows import Flows, flows, node_membership
-from hecate.parallel.gather_bytes import PortBytes
-from hecate.parallel.placement import Placement
-from hecate.parallel.route_loops import CLEARLY_LESS
-from hecate.parallel.routes import flat_moves, most_wanting, sliced_moves, slices_of, two_level_moves
-from hecate.parallel.topology import Topology
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cost.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
+from hecate.parallel.cost.cost_model import HISTORY, ExecutionMode, LayerCost, LayerSeconds, Route, Rows
+from hecate.parallel.cost.flows import Flows, flows, node_membership
+from hecate.parallel.cost.gather_bytes import PortBytes
+from hecate.parallel.cost.route_loops import CLEARLY_LESS
+from hecate.parallel.transfer.routes import flat_moves, most_wanting, sliced_moves, slices_of, two_level_moves
+from hecate.parallel.values.placement import Placement
 
 
 def plain_layer_seconds(
@@ -29,7 +29,7 @@ def plain_layer_seconds(
     flow: Flows | None = None,
     resident_ED: np.ndarray | None = None,
 ) -> LayerSeconds:
-    """As `hecate.parallel.cost_model.layer_seconds`."""
+    """As `hecate.parallel.cost.cost_model.layer_seconds`."""
     if flow is None:
         flow = flows(loads_ED, quota_ED, topology)
     rows = plain_rows_served(flow, loads_ED, cost)
@@ -78,7 +78,7 @@ def plain_layer_seconds(
 
 
 def plain_route(placement: Placement, topology: Topology, cost: LayerCost) -> Route:
-    """As `hecate.parallel.transfer_plan.choose_route`."""
+    """As `hecate.parallel.transfer.transfer_plan.fastest_route`."""
     most = most_wanting(placement, topology)
     if most < 2:
         return "flat"

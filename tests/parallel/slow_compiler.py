@@ -1,8 +1,8 @@
-"""Stands in for `hecate.parallel.compile_loops` in tests: it takes its time, and leaves the mark of one that is done."""
+"""Stands in for `hecate.parallel.plan.compile_loops` in tests: it takes its time, and leaves the mark of one that is done."""
 
 import time
 
-from hecate.parallel import jit
+from hecate.parallel.loops import jit
 
 
 @jit.loop

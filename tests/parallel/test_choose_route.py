@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.placement import Placement, everything_everywhere
-from hecate.parallel.topology import Link, Topology
-from hecate.parallel.transfer_plan import choose_route, fuse_gathers
+from hecate.parallel.cluster.topology import Link, Topology
+from hecate.parallel.transfer.transfer_plan import fastest_route, fuse_gathers
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.placement import Placement, everything_everywhere
 from testing.unit_cases import unit_topology
 
 
@@ -36,23 +36,23 @@ def placed(*ranks: int) -> Placement:
     ],
 )
 def test_one_expert_for_both_ranks_of_the_other_node(near: Link, chosen: str) -> None:
-    assert choose_route(placed(0, 1, 3), ChunkSize(1, 1), topology(near)) == chosen
+    assert fastest_route(placed(0, 1, 3), ChunkSize(1, 1), topology(near)) == chosen
 
 
 def test_latency_counts_less_the_larger_the_chunk() -> None:
     near = Link(10.0, 0.95)
-    assert choose_route(placed(0, 1, 3), ChunkSize(1, 1), topology(near)) == "flat"
-    assert choose_route(placed(0, 1, 3), ChunkSize(1, 10), topology(near)) == "two_level"  # 20 s and 10 + 1 + 0.95 s
+    assert fastest_route(placed(0, 1, 3), ChunkSize(1, 1), topology(near)) == "flat"
+    assert fastest_route(placed(0, 1, 3), ChunkSize(1, 10), topology(near)) == "two_level"  # 20 s and 10 + 1 + 0.95 s
 
 
 @pytest.mark.parametrize("ranks", [(0,), (0, 1), (0, 2), (0, 2, 3)])
 def test_flat_where_no_leader_would_hand_anything_on(ranks: tuple[int, ...]) -> None:
-    assert choose_route(placed(*ranks), ChunkSize(1, 1), topology(Link(10.0, 0.0))) == "flat"
+    assert fastest_route(placed(*ranks), ChunkSize(1, 1), topology(Link(10.0, 0.0))) == "flat"
 
 
 def test_flat_on_one_node_where_a_chunk_cannot_be_cut() -> None:
     one = one_node(1.0)
-    assert choose_route(placed(0, 1, 2, 3), ChunkSize(1, 1), one) == "flat"
+    assert fastest_route(placed(0, 1, 2, 3), ChunkSize(1, 1), one) == "flat"
 
 
 def test_flat_where_the_busiest_port_is_no_better_off() -> None:
@@ -60,10 +60,10 @@ def test_flat_where_the_busiest_port_is_no_better_off() -> None:
     nodes = unit_topology((0, 1, 0, 1), near=Link(10.0, 0.0), uplink_bandwidth=(100.0,) * 2, nic_bandwidth=(1.0,) * 4)
     owners = np.array([0] * 10 + [2])
     experts = np.concatenate([np.repeat(where(0, 1), 10, axis=0), where(2, 1, 3)])
-    assert choose_route(Placement(owners, experts), ChunkSize(1, 1), nodes) == "flat"  # 11 s, and 11 + 0.1 s
+    assert fastest_route(Placement(owners, experts), ChunkSize(1, 1), nodes) == "flat"  # 11 s, and 11 + 0.1 s
     alone = np.array([[False] * 4] * 10 + [experts[-1].tolist()])
     alone[:10, 0] = True
-    assert choose_route(Placement(owners, alone), ChunkSize(1, 1), nodes) == "two_level"
+    assert fastest_route(Placement(owners, alone), ChunkSize(1, 1), nodes) == "two_level"
 
 
 def one_node(latency: float) -> Topology:
@@ -83,25 +83,25 @@ def one_node(latency: float) -> Topology:
     ],
 )
 def test_one_hot_owner(numel: int, latency: float, chosen: str) -> None:
-    assert choose_route(placed(0, 1, 2, 3), ChunkSize(numel, 1), one_node(latency)) == chosen
+    assert fastest_route(placed(0, 1, 2, 3), ChunkSize(numel, 1), one_node(latency)) == chosen
 
 
 def test_flat_where_all_ports_carry_the_same_anyway() -> None:
     for owners in (np.arange(4), np.arange(4).repeat(3)):
-        assert choose_route(everything_everywhere(owners, 4), ChunkSize(12, 1), one_node(0.0)) == "flat"
+        assert fastest_route(everything_everywhere(owners, 4), ChunkSize(12, 1), one_node(0.0)) == "flat"
 
 
 def test_slices_where_leaders_of_two_nodes_share_the_work() -> None:
     """Experts of rank 0 for both of the other node: 10 s across, then 5 s from one leader each, or from both at once."""
     even = Placement(np.array([0]), where(0, 1, 3))
     near = topology(Link(2.0, 0.0))
-    assert choose_route(even, ChunkSize(10, 1), near) == "sliced"  # flat 20, two-level 10 + 5, sliced 10 + 2.5 s
-    assert choose_route(even, ChunkSize(11, 1), near) == "two_level"
+    assert fastest_route(even, ChunkSize(10, 1), near) == "sliced"  # flat 20, two-level 10 + 5, sliced 10 + 2.5 s
+    assert fastest_route(even, ChunkSize(11, 1), near) == "two_level"
 
 
 def test_two_ranks_have_nobody_to_hand_on_to() -> None:
     pair = unit_topology((0, 0))
-    assert choose_route(Placement(np.array([0]), np.ones((1, 2), dtype=bool)), ChunkSize(12, 1), pair) == "flat"
+    assert fastest_route(Placement(np.array([0]), np.ones((1, 2), dtype=bool)), ChunkSize(12, 1), pair) == "flat"
 
 
 TO_ONE = placed(0, 1)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecate.parallel.cost_model import ExecutionMode, LayerCost, LayerSeconds, Route, layer_seconds, rows_served
-from hecate.parallel.flows import flows
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.cluster.topology import Link, Topology
+from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, LayerSeconds, Route, layer_seconds, rows_served
+from hecate.parallel.cost.flows import flows
 
 
 @dataclass

@@ -5,13 +5,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.planners.full import plan_full
 from hecate.parallel.planners.hecate_paper import plan_hecate_paper
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.static_ep import plan_static_ep
+from hecate.parallel.values.placement import contiguous_owners
 from testing.unit_cases import layer_input, layers_input, unit_topology
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hecate.adapters.folder import CHAT_TEMPLATE
 from hecate.adapters.forms import WHAT, Description
 from hecate.adapters.sets.terms import Terms, joined, relative_error
-from hecate.data.chat_templates import FILE
+from hecate.data.chat.templates import FILE
 from hecate.errors import UserError
 
 EXACT = 1e-12
@@ -38,7 +38,7 @@ class AdapterSet:
     others: Mapping[str, Tensor] = field(default_factory=dict)
     """what the adapter has beside pairs, by its tensor's name: what routers consist of"""
     base_digest: str | None = None
-    """of the base model's files (`hecate.model.model_digest`); None: the base model was not found"""
+    """of the base model's files (`hecate.model.files.model_digest`); None: the base model was not found"""
     dtype: torch.dtype = torch.float32
     """in which it is written"""
     made: Mapping[str, Any] = field(default_factory=dict)

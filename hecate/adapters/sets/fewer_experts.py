@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hecate.adapters.config import AdapterConfig
 from hecate.adapters.forms import WHAT
 from hecate.adapters.linear_format import LinearAdapterConfig
-from hecate.adapters.peft_moe import PREFIX
+from hecate.adapters.mixlora.config import AdapterConfig
+from hecate.adapters.peft.peft_moe import PREFIX
 from hecate.adapters.sets.adapter_set import AdapterSet, Merged, described
 from hecate.adapters.sets.lego import cluster_labels, clustered, require_scikit_learn
 from hecate.adapters.sets.terms import Terms, inner, joined

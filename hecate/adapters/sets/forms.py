@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from hecate.adapters.card import CARD, adapter_card
-from hecate.adapters.config import AdapterConfig, config_to_json
 from hecate.adapters.folder import WEIGHTS, description_files, refuse_existing
 from hecate.adapters.forms import Description, ReadAdapter, read_any
 from hecate.adapters.linear_format import LinearAdapterConfig, linear_config_to_json, pair_names
+from hecate.adapters.mixlora.config import AdapterConfig, config_to_json
 from hecate.adapters.model_files import DTYPE_NAMES, blocks
-from hecate.adapters.peft_moe import (
+from hecate.adapters.peft.peft_moe import (
     PREFIX,
     PeftMoeConfig,
     expert_a,
@@ -37,14 +37,14 @@ from hecate.adapters.peft_moe import (
     linear_names,
     peft_config_to_json,
 )
-from hecate.adapters.per_expert import experts_paths
+from hecate.adapters.peft.per_expert import experts_paths
 from hecate.adapters.sets.adapter_set import AdapterSet, Merged
 from hecate.adapters.sets.terms import Terms
 from hecate.checkpoint.layout import TensorEntry
 from hecate.errors import UserError
 from hecate.io.durable import new_folder, write_durable
-from hecate.model.load import resolve_model
-from hecate.model.model_digest import model_digest
+from hecate.model.files.load import resolve_model
+from hecate.model.files.model_digest import model_digest
 
 _MIXLORA_A = re.compile(r"mixlora\.(.+)\.lora_A\.weight")
 _LINEAR_A = re.compile(rf"{re.escape(PREFIX)}\.(.+)\.lora_A(?:_(\d+))?\.weight")

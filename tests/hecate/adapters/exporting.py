@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hecate.adapters.config import AdapterConfig
 from hecate.adapters.folder import save_adapter
 from hecate.adapters.forms import read_any, write_form
-from hecate.adapters.tensors import expected_shapes
+from hecate.adapters.mixlora.config import AdapterConfig
+from hecate.adapters.mixlora.tensors import expected_shapes
+from hecate.apps.answers.opened import load_trained
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
-from hecate.train.opened import load_trained
 from testing.byte_tokenizer import build_byte_tokenizer
 from tests.hecate.model.tiny import SIZES, tiny
 from tests.plain_moe_lora import peft_model, save_tiny

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hecate.adapters.peft_moe import PeftMoeConfig
+from hecate.adapters.peft.peft_moe import PeftMoeConfig
 from hecate.adapters.sets.adapter_set import AdapterSet
 from hecate.adapters.sets.terms import Terms
 from tests.plain_sets import Pair

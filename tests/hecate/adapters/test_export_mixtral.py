@@ -15,9 +15,9 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import InsertionPlan, insert_experts
-from hecate.parallel.expert_kinds import FULL
+from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
+from hecate.parallel.values.expert_kinds import FULL
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from testing.byte_tokenizer import build_byte_tokenizer

@@ -18,9 +18,9 @@ from hecate.errors import UserError
 from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.linears import find_linears
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.expert_kinds import LINEARS, LoraShape
+from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
+from hecate.parallel.values.expert_kinds import LINEARS, LoraShape
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from tests.hecate.adapters.making import linear_config_of

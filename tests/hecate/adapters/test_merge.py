@@ -15,14 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hecate.adapters.lora_folder import load_lora
-from hecate.adapters.merge import add_files_of, changes_of, merge
+from hecate.adapters.merge import add_files_of, changes_of, write_merged
 from hecate.adapters.model_files import save_config, write_model
-from hecate.adapters.peft_moe import PeftMoeConfig, linear_names
+from hecate.adapters.peft.lora_folder import load_lora
+from hecate.adapters.peft.peft_moe import PeftMoeConfig, linear_names
 from hecate.checkpoint.layout import TensorEntry
 from hecate.errors import UserError
-from hecate.model.load import ModelSource, resolve_model
-from hecate.model.stored_model import StoredModel, open_stored
+from hecate.model.files.load import ModelSource, resolve_model
+from hecate.model.files.stored_model import StoredModel, open_stored
 from testing.byte_tokenizer import build_byte_tokenizer
 from tests.hecate.adapters.exporting import (
     LIMIT,
@@ -96,7 +96,7 @@ def test_what_bfloat16_cannot_hold_is_said(tmp_path: Path) -> None:
         tensors[name_a], tensors[name_b] = torch.ones(1, 16), torch.full((16, 1), 1e-9 if layer else 1.0)
     values: dict[str, Any] = {"base_model_name_or_path": str(model), "r": 1, "alpha": 1, "use_rslora": False}
     config = PeftMoeConfig(**values, target_modules=("q_proj",), target_parameters=())
-    notes = merge(tmp_path / "out", open_stored(resolve_model(str(model))), tensors, config)
+    notes = write_merged(tmp_path / "out", open_stored(resolve_model(str(model))), tensors, config)
     assert notes[0] == "1 of 3 adapted weights differ from the base model's"
     assert "less than their type can hold" in notes[1]
     assert {one.dtype for one in open_stored(resolve_model(str(tmp_path / "out"))).weights.values()} == {torch.bfloat16}
@@ -154,7 +154,7 @@ def test_rotary_positions_are_written_for_version_4_too(tmp_path: Path, kind: st
 
 
 def test_a_model_merged_from_a_gguf_file_says_its_rotary_base_to_version_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hecate.model.load.load_tokenizer", lambda source: build_byte_tokenizer())
+    monkeypatch.setattr("hecate.model.files.load.load_tokenizer", lambda source: build_byte_tokenizer())
     config = AutoConfig.for_model("llama", rope_parameters={"rope_type": "default", "rope_theta": 5e5})
     base = StoredModel(ModelSource(tmp_path, "model.gguf"), config, {}, lambda name: torch.zeros(1))
     add_files_of(base, tmp_path, b"card")
@@ -227,7 +227,7 @@ def test_a_model_of_a_gguf_file_has_the_name_of_its_class(tmp_path: Path, monkey
     """Servers find by it what to build; transformers leaves it out for such files."""
     model = AutoModelForCausalLM.from_pretrained(save_dense("llama", tmp_path / "model"))
     model.config.architectures = None
-    monkeypatch.setattr("hecate.model.stored_model.load_model", lambda *given: model)
+    monkeypatch.setattr("hecate.model.files.stored_model.load_model", lambda *given: model)
     assert open_stored(ModelSource(tmp_path, "model.gguf")).config.architectures == ["LlamaForCausalLM"]
 
 

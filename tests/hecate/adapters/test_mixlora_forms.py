@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from hecate.adapters.forms import read_any
-from hecate.adapters.mixlora_as_mixtral import other_than_mixtrals
-from hecate.adapters.mixlora_library import BASES, not_for_libraries
+from hecate.adapters.mixlora.mixlora_as_mixtral import other_than_mixtrals
+from hecate.adapters.mixlora.mixlora_library import BASES, not_for_libraries
 from hecate.errors import UserError
 from tests.hecate.adapters.exporting import (
     EXPERTS,

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from hecate.adapters.config import AdapterConfig
 from hecate.adapters.folder import save_adapter
 from hecate.adapters.linear_format import LinearAdapterConfig, pair_names, router_name, save_linear_adapter
-from hecate.adapters.peft_moe import expert_a, expert_b
+from hecate.adapters.mixlora.config import AdapterConfig
+from hecate.adapters.peft.peft_moe import expert_a, expert_b
 from hecate.adapters.sets.adapter_set import EXACT, AdapterSet, Merged
 from hecate.adapters.sets.fewer_experts import fewer_experts
 from hecate.adapters.sets.forms import read_set, write_set

@@ -1,6 +1,6 @@
-"""The disk of `hecate.drill.disk`, and an end of the process that a test survives."""
+"""The disk of `hecate.apps.check.drill.disk`, and an end of the process that a test survives."""
 
-from hecate.drill.disk import OPERATIONS, watched_disk, write_half
+from hecate.apps.check.drill.disk import OPERATIONS, watched_disk, write_half
 
 __all__ = ["OPERATIONS", "Killed", "watched_disk", "write_half"]
 

@@ -11,8 +11,8 @@ from torch import nn
 from hecate.checkpoint.train_state import TrainedParts, TrainState
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.parallel.loads import LoadHistory
-from hecate.parallel.units import Unit
+from hecate.parallel.values.loads import LoadHistory
+from hecate.parallel.values.units import Unit
 
 
 def stepped_parts(rank: int, world: int, device: str = "cpu") -> TrainedParts:

@@ -10,7 +10,7 @@ from unittest import mock
 import pytest
 
 from hecate.checkpoint import CheckpointError
-from hecate.checkpoint.file_system import require_durable, require_room
+from hecate.checkpoint.file_system import require_disk_room, require_durable
 from hecate.checkpoint.history import remove_stale_staging
 from tests.hecate.checkpoint.disk import Killed, watched_disk
 
@@ -71,8 +71,8 @@ def test_a_full_disk_is_no_lack_and_a_kill_leaves_what_the_next_run_deletes(tmp_
 def test_room_is_counted_in_bytes_and_a_file_system_that_tells_no_size_has_room(tmp_path: Path) -> None:
     final = tmp_path / "not there yet" / "checkpoint-3"
     with mock.patch("os.statvfs", return_value=mock.Mock(f_bavail=2, f_frsize=512, f_blocks=9)):
-        require_room(final, 1024)
+        require_disk_room(final, 1024)
         with pytest.raises(CheckpointError, match=r"checkpoint-3: .* has 1,024 bytes free, and 1,025 are needed"):
-            require_room(final, 1025)
+            require_disk_room(final, 1025)
     with mock.patch("os.statvfs", return_value=mock.Mock(f_bavail=0, f_frsize=512, f_blocks=0)):
-        require_room(final, 1025)
+        require_disk_room(final, 1025)

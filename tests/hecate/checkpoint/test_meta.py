@@ -11,7 +11,7 @@ from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.manifest import Manifest
 from hecate.checkpoint.meta import config_text, config_values, owners_of, reading_meta
 from hecate.errors import UserError
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 
 
 def manifest(meta: Any) -> Manifest:

@@ -18,9 +18,9 @@ from hecate.checkpoint.save_run import save_state
 from hecate.checkpoint.verify import first_damage
 from hecate.ranks.ranks import Ranks
 from testing.ranks import run_ranks
+from tests.hecate.apps.megatron.making import config_of, ranks_of, write_parts
 from tests.hecate.checkpoint.saving import save, shards_of
 from tests.hecate.checkpoint.stepping import state_of, stepped_parts
-from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 
 
 def saving(rank: int, world: int, folder: str, slow: str, step: int) -> str | None:

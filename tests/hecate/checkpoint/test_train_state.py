@@ -28,12 +28,12 @@ from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_st
 from hecate.checkpoint.verify import find_damage
 from hecate.config import Config, to_yaml
 from hecate.errors import UserError
-from hecate.parallel.loads import LoadHistory
-from hecate.parallel.units import Unit
+from hecate.parallel.values.loads import LoadHistory
+from hecate.parallel.values.units import Unit
 from testing.ranks import run_ranks
+from tests.hecate.apps.megatron.making import config_of, ranks_of, write_parts
 from tests.hecate.checkpoint.saving import flip_last_bit
 from tests.hecate.checkpoint.stepping import state_of, stepped_parts
-from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 
 
 def meta_of(config: Config) -> dict[str, str]:

@@ -18,9 +18,9 @@ from hecate.checkpoint.save_run import begin_save, end_save, save_state
 from hecate.checkpoint.write_thread import WriteThread
 from hecate.errors import UserError
 from testing.ranks import run_ranks
+from tests.hecate.apps.megatron.making import config_of, ranks_of, write_parts
 from tests.hecate.checkpoint.saving import shards_of
 from tests.hecate.checkpoint.stepping import state_of, stepped_parts
-from tests.hecate.megatron.making import config_of, ranks_of, write_parts
 
 
 def test_what_a_thread_raises_is_raised_where_it_is_waited_for() -> None:

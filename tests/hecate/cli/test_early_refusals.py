@@ -13,19 +13,19 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from hecate.apps.megatron import imports
 from hecate.cli import app
 from hecate.config import load_config, to_yaml
 from hecate.errors import UserError
-from hecate.forecast import model_check
 from hecate.launch import local_launcher
 from hecate.launch.ray_job import driver
-from hecate.megatron import imports
+from hecate.model.sizes import model_check
 from hecate.train import rank_main
 from hecate.train.preflight import check_architecture
 from testing.commands import run_hecate
 from testing.tiny_run import make_workshop
+from tests.hecate.apps.foresee.making import write_model
 from tests.hecate.checkpoint.saving import save, shards_of
-from tests.hecate.forecast.making import write_model
 
 
 @pytest.fixture(scope="module")

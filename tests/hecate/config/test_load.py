@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from hecate.config import ConfigError, DataSource
+from hecate.config.files.presets import run_presets
 from hecate.config.load import MAX_BYTES, load_config
-from hecate.config.presets import run_presets
 from hecate.config.schema import LEAF_TYPES, RANGES, REQUIRED, SECTIONS
-from hecate.parallel.policy_names import renamed
+from hecate.parallel.values.policy_names import renamed
 from tests.hecate.config.making import MINIMAL, load
 
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from hecate.cli import app
 from hecate.cli.arguments import complete_config, complete_override
 from hecate.config import reference
-from hecate.config.presets import run_presets
+from hecate.config.files.presets import run_presets
 from hecate.config.schema import LEAVES
 from tests.rooms import ROOT
 

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hecate.data.batches import Batch, block_diagonal_mask, collate, packed_samples, sequence_ranges
 from hecate.data.sequences import PackedSequence, build_sequence, empty_sequence, piece_of
 from hecate.data.stream import TrainStream
-from tests.hecate.data.files import source_of_lengths
+from tests.hecate.data.making import source_of_lengths
 
 
 def test_collate_by_hand() -> None:

@@ -13,7 +13,7 @@ from hecate.config.schema import LEAVES
 from hecate.data.encode import IGNORED, encode_source
 from hecate.errors import UserError
 from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
-from tests.hecate.data.files import Source, chat, encode_records, write_jsonl
+from tests.hecate.data.making import Source, chat, encode_records, write_jsonl
 
 
 def learned_text(tokenizer: Any, source: Any, index: int = 0) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 from hecate.data.evaluation import eval_sequences, generation_items, share_of_rank
 from hecate.errors import UserError
 from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
-from tests.hecate.data.files import chat, encode_records, source_of_lengths
+from tests.hecate.data.making import chat, encode_records, source_of_lengths
 
 LENGTHS = [5, 7, 4, 3, 6, 1, 9, 2]
 

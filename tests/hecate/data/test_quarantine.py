@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hecate.data.formats import Fault
+from hecate.data.files.formats import Fault
 from hecate.data.quarantine import write_quarantine
 from hecate.errors import UserError
 

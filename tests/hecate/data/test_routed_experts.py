@@ -16,12 +16,12 @@ from hecate.data import token_cache
 from hecate.data.batches import collate
 from hecate.data.content import cache_folder
 from hecate.data.encode import EncodedSource, encode_source
-from hecate.data.routed_experts import RoutingShape, as_text
+from hecate.data.files.syntax import check_syntax
+from hecate.data.routed_experts import RoutingShape, routing_text
 from hecate.data.sequences import build_sequence, empty_sequence, piece_of
-from hecate.data.syntax import check_syntax
 from hecate.data.token_cache import cached_source
 from hecate.errors import UserError
-from tests.hecate.data.files import chat, write_jsonl
+from tests.hecate.data.making import chat, write_jsonl
 
 SHAPE = RoutingShape((4, 0, 300), 2)
 """of three layers, the second of which has no experts"""
@@ -55,7 +55,7 @@ def test_lists_and_npy_are_read_alike_with_and_without_the_tokens_that_nothing_i
 ) -> None:
     known = routing(tokens)
     whole = np.insert(known, 1, 99, axis=1)  # a row for each decoder layer, that of the dense one without meaning
-    for value in (known.tolist(), npy(known), npy(known.astype(np.uint8)), as_text(known), npy(whole)):
+    for value in (known.tolist(), npy(known), npy(known.astype(np.uint8)), routing_text(known), npy(whole)):
         encoded = encode(tmp_path, byte_tokenizer, [SAMPLE | {"routed_experts": value}])
         assert encoded.routed is not None
         assert np.array_equal(encoded.routed, known[:READ])

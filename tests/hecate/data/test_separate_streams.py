@@ -11,7 +11,7 @@ import pytest
 from hecate.data.separate_streams import SeparateStreams
 from hecate.data.stream import TrainStream
 from hecate.errors import UserError
-from tests.hecate.data.files import source_of_lengths
+from tests.hecate.data.making import source_of_lengths
 
 SOURCES = [
     source_of_lengths(np.random.default_rng(seed).integers(3, 16, size).tolist(), name, weight)

@@ -1,6 +1,6 @@
 from hecate.data.pack import Piece
 from hecate.data.sequences import build_sequence, empty_sequence, piece_of
-from tests.hecate.data.files import source_of_lengths
+from tests.hecate.data.making import source_of_lengths
 
 
 def test_row_of_two_sources_by_hand() -> None:

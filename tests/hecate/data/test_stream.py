@@ -11,7 +11,7 @@ import hecate.data.stream
 from hecate.data.sequences import PackedSequence
 from hecate.data.stream import TrainStream
 from hecate.errors import UserError
-from tests.hecate.data.files import source_of_lengths
+from tests.hecate.data.making import source_of_lengths
 
 LENGTHS_A = np.random.default_rng(1).integers(3, 16, 90).tolist()
 LENGTHS_B = np.random.default_rng(2).integers(3, 16, 40).tolist()

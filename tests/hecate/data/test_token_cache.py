@@ -18,14 +18,14 @@ from hecate.config.schema import DataSource, FieldNames
 from hecate.data import content, token_cache
 from hecate.data.content import cache_folder
 from hecate.data.encode import EncodedSource, encode_samples, encode_source
+from hecate.data.files.syntax import check_syntax
+from hecate.data.files.user_features import UserFeatures
 from hecate.data.sources import read_source
 from hecate.data.stream import TrainStream
-from hecate.data.syntax import check_syntax
 from hecate.data.token_cache import MappedSource, _host, cached_source
-from hecate.data.user_features import UserFeatures
 from hecate.errors import UserError
 from testing.byte_tokenizer import build_byte_tokenizer
-from tests.hecate.data.files import chat, write_jsonl
+from tests.hecate.data.making import chat, write_jsonl
 
 RULES: dict[str, Any] = {"seq_len": 64, "vocab_size": 258, "on_bad_sample": "skip"}
 RECORDS: list[Any] = [chat("q" * (i % 7), "a" * (i % 90)) | {"user": f"u{i % 3}"} for i in range(1, 400)]
@@ -251,7 +251,7 @@ def test_a_source_is_cached_where_a_folder_is_given(data: DataSource, folder: Pa
 
 def test_records_that_were_found_good_are_not_checked_again(tmp_path: Path, folder: Path) -> None:
     good = DataSource(path=str(write_jsonl(tmp_path / "good.jsonl", RECORDS)))
-    with mock.patch("hecate.data.syntax.read_samples") as read:
+    with mock.patch("hecate.data.files.syntax.read_samples") as read:
         read.side_effect = lambda *_, **__: iter(())
         for _ in range(2):
             check_syntax([good], "error", None, folder)

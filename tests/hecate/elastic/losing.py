@@ -9,8 +9,8 @@ import torch.distributed as dist
 from hecate import faults
 from hecate.config import load_config
 from hecate.elastic.rebuild import Group
-from hecate.parallel.mesh import shard_size_for
-from hecate.parallel.topology import local_topology
+from hecate.parallel.cluster.mesh import shard_size_for
+from hecate.parallel.cluster.topology import local_topology
 from hecate.ranks.ranks import connect
 from hecate.ranks.sockets import tcp_sockets
 from hecate.train.training import Training

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from hecate.drill.armed import flip_a_bit
-from hecate.drill.tiny_training import Held
+from hecate.apps.check.drill.armed import flip_a_bit
+from hecate.apps.check.drill.tiny_training import Held
 from hecate.elastic.damaged_copies import ALIKE, UNKNOWN, right_copies
 from hecate.errors import UserError
 from testing.ranks import run_ranks

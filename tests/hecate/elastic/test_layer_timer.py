@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from hecate.elastic.layer_timer import LayerTimer
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.linear import MoeLinear
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from hecate.report.events import DenseWork
 
 

@@ -22,7 +22,7 @@ from hecate.ranks.launcher_files import (
     write_generation,
 )
 from hecate.ranks.ranks import Ranks
-from tests.hecate.megatron.making import config_of, write_parts
+from tests.hecate.apps.megatron.making import config_of, write_parts
 
 
 def member(folder: Path, monkeypatch: pytest.MonkeyPatch) -> LocalMembership:

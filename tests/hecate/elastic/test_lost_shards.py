@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from hecate.config import load_config
 from hecate.errors import UserError
 from hecate.model.gated_ffn import decoder_layers
-from hecate.parallel.topology import local_topology
+from hecate.parallel.cluster.topology import local_topology
 from hecate.ranks.ranks import connect
 from hecate.train.build import shard_layers_again
 from hecate.train.training import Training

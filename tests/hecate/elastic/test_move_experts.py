@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hecate.elastic import move_experts
 from hecate.elastic.move_experts import refuse_different_owners
 from hecate.errors import UserError
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from testing.ranks import run_ranks
 
 

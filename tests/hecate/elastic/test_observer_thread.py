@@ -11,8 +11,8 @@ import pytest
 from hecate.elastic import observer_thread
 from hecate.elastic.observer import BeginFacts, StepFacts
 from hecate.elastic.observer_thread import ObserverThread
-from hecate.parallel.topology import local_topology
-from hecate.report.call_thread import CallThread
+from hecate.parallel.cluster.topology import local_topology
+from hecate.report.tracking.call_thread import CallThread
 
 BEGUN = BeginFacts(step=0, max_steps=9, sequences=(1,), owned=(3,), topology=local_topology(1, cuda=False))
 

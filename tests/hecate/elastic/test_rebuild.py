@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from hecate import faults
 from hecate.elastic.backups import copy_to_backup_ranks
-from hecate.parallel.backup_ranks import backup_ranks
+from hecate.parallel.cluster.backup_ranks import backup_ranks
 from hecate.ranks.ranks import connect
 from hecate.ranks.sockets import tcp_sockets
 from testing.ranks import run_ranks

@@ -12,8 +12,8 @@ import pytest
 from hecate.elastic.restart import begin_or_resume
 from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.ranks.launcher_files import BEGINS_VARIABLE, ERRORS_VARIABLE, STORE_VARIABLE, error_file
+from tests.hecate.apps.megatron.making import config_of, write_parts
 from tests.hecate.checkpoint.saving import save, shards_of
-from tests.hecate.megatron.making import config_of, write_parts
 
 
 def ranks_of(*others: float, rank: int = 0) -> Any:

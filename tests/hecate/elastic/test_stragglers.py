@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from hecate.elastic.stragglers import SlowRanks, SpeedWindows
-from hecate.parallel.topology import local_topology
+from hecate.parallel.cluster.topology import local_topology
 from hecate.report.events import DenseWork
 
 THREE = local_topology(3, cuda=False)

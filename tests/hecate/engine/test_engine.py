@@ -14,7 +14,7 @@ from hecate.experts.forward_pass import OrderError
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from testing.ranks import counted_all_to_alls, run_ranks
 from tests.hecate.experts.making import HIDDEN, base, chunk, engine, experts
 

@@ -12,8 +12,8 @@ from hecate.config import Config, DataSource
 from hecate.config.schema import DataConfig, FssdpConfig, ModelConfig, MoeConfig
 from hecate.engine.from_config import engine_config
 from hecate.engine.step_plans import EngineConfig
-from hecate.parallel.planners.laer import plan_laer
-from hecate.parallel.topology import local_topology
+from hecate.parallel.cluster.topology import local_topology
+from hecate.parallel.planners.rivals.laer import plan_laer
 
 TOPOLOGY = "nodes: [{devices: 2, flops: 7e9, memory: 3e9}]\nintra_node: {bandwidth: 5e9, latency: 1e-6}\n"
 

@@ -12,7 +12,7 @@ from hecate.engine.protocol import ExpertEngine, TrainingPass
 from hecate.engine.shards import ExpertShards
 from hecate.engine.step import MicroStep, StepLedger
 from hecate.experts.forward_pass import ForwardPass, OrderError
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from tests.hecate.experts.making import HIDDEN, engine
 
 TOKENS, EXPERTS = 4, 3

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 
 from hecate.engine.step import by_rank, exchange_counts
-from hecate.parallel.cost_model import ExecutionMode, LayerCost
-from hecate.parallel.layer_plan import LayerPlan, after_router, calibration_gain, layer_plan, one_layer
-from hecate.parallel.placement import Placement, everything_everywhere, owners_only
+from hecate.parallel.cluster.topology import Link, Topology
+from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
+from hecate.parallel.plan.layer_plan import LayerPlan, after_router, calibration_gain, layer_plan, one_layer
 from hecate.parallel.planners import Plan, PlanInput
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.values.placement import Placement, everything_everywhere, owners_only
 from testing.ranks import run_ranks
 
 OWNERS = np.array([0, 1])

@@ -10,15 +10,15 @@ import torch
 from hecate.engine.step_plans import EngineConfig, StepPlans
 from hecate.experts.family import Site
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs import PlainPairs
+from hecate.experts.pairs.source import PlainPairs
 from hecate.kernels.common.ffn import FfnShape
-from hecate.parallel.expert_kinds import FfnSizes, LoraShape
-from hecate.parallel.loads import LoadHistory
-from hecate.parallel.mesh import make_mesh
+from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.planners import Plan, PlanInput
-from hecate.parallel.residency import FrozenMove
-from hecate.parallel.transfer_plan import plan_chunks
-from hecate.parallel.units import Unit
+from hecate.parallel.transfer.residency import FrozenMove
+from hecate.parallel.transfer.transfer_plan import plan_chunks
+from hecate.parallel.values.expert_kinds import FfnSizes, LoraShape
+from hecate.parallel.values.loads import LoadHistory
+from hecate.parallel.values.units import Unit
 from testing.unit_cases import unit_topology
 
 LAYER = Unit(0)

@@ -14,15 +14,15 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
-from hecate.experts.pairs import PlainPairs
-from hecate.experts.router import RouterSite
+from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.routers.router import RouterSite
 from hecate.kernels.common.ffn import FfnBase, FfnShape
-from hecate.parallel.expert_kinds import FfnSizes, LoraShape
-from hecate.parallel.layout import ExpertLayout
-from hecate.parallel.mesh import make_mesh
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import FfnSizes, LoraShape
+from hecate.parallel.values.layout import ExpertLayout
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 
 HIDDEN, FFN, SEED = 6, 10, 3

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from hecate.experts.router import RouterStats, load_balancing_loss
+from hecate.experts.routers.router import RouterStats, load_balancing_loss
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from testing.ranks import run_ranks
 
 EXPERTS = {0: 4, 1: 6, 2: 4, 5: 6, 6: 6}

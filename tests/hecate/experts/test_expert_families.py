@@ -10,10 +10,10 @@ import torch
 from hecate.experts.family import Site
 from hecate.experts.full import FullExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs import PlainPairs
+from hecate.experts.pairs.source import PlainPairs
 from hecate.kernels.common.ffn import FfnShape
-from hecate.parallel.expert_kinds import FfnSizes, LoraShape
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import FfnSizes, LoraShape
+from hecate.parallel.values.units import Unit
 from tests.hecate.experts.making import offsets
 
 SHAPE = FfnShape(hidden=6, ffn=10, activation="silu")

@@ -15,9 +15,12 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.families import PAIR_SOURCES, ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnSource, Site
-from hecate.experts.router import LOSSES, SCORES, WEIGHTS
+from hecate.experts.routers.router import LOSSES, SCORES, WEIGHTS
 from hecate.kernels.common.ffn import FfnShape
-from hecate.parallel.expert_kinds import (
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cluster.topology import local_topology
+from hecate.parallel.planners import POLICIES
+from hecate.parallel.values.expert_kinds import (
     KINDS,
     MOE_LORA,
     PAIR_SIZES,
@@ -28,10 +31,7 @@ from hecate.parallel.expert_kinds import (
     LoraShape,
     ShardShape,
 )
-from hecate.parallel.mesh import make_mesh
-from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from testing.ranks import run_ranks
 from tests.hecate.experts.making import base, experts
@@ -40,7 +40,7 @@ from tests.rooms import sources
 FAMILIES = {"MixLoraExperts", "FullExperts", "MoeLoraExperts", "LinearExperts", "FfnExperts", "UnitExperts"}
 CONSTANTS = {kind.name.upper() for kind in KINDS.values()}
 ROOT = Path(__file__).resolve().parents[3]
-OWN = ("hecate/experts/", "parallel/expert_kinds.py")
+OWN = ("hecate/experts/", "parallel/values/expert_kinds.py")
 """where kinds are told apart"""
 
 

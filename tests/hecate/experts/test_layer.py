@@ -8,10 +8,10 @@ from hecate.config import RouterConfig
 from hecate.engine.engine import Engine
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.layer import MoeLayer
-from hecate.experts.router import TopKRouter
-from hecate.parallel.units import Unit
+from hecate.experts.routers.router import TopKRouter
+from hecate.parallel.values.units import Unit
+from tests.hecate.apps.foresee.making import saved_for_backward
 from tests.hecate.experts.making import HIDDEN, engine, router_site
-from tests.hecate.forecast.making import saved_for_backward
 
 
 def layer(current: CurrentPass, experts: int = 4) -> MoeLayer:

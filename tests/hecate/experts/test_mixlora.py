@@ -11,7 +11,7 @@ from hecate.experts.family import ExpertReplicas
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from testing.ranks import run_ranks
 from tests.hecate.experts.making import FFN, HIDDEN, SEED, base, experts, offsets
 
@@ -60,8 +60,8 @@ def test_initial_chunks_depend_on_seed_layer_and_expert() -> None:
 def _initial(rank: int, world: int) -> dict[str, list[float]]:
     from hecate.engine.engine import Engine
     from hecate.engine.step_plans import EngineConfig
+    from hecate.parallel.cluster.topology import local_topology
     from hecate.parallel.planners import POLICIES
-    from hecate.parallel.topology import local_topology
     from hecate.ranks.groups import ExpertGroups
 
     group = dist.group.WORLD

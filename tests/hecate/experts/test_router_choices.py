@@ -11,8 +11,8 @@ from torch import Tensor
 
 from hecate.config import RouterConfig
 from hecate.experts.pass_samples import PassSamples
-from hecate.experts.router import Routing, TokenFeatures, TopKRouter, sample_balance_loss
-from hecate.parallel.units import Unit
+from hecate.experts.routers.router import Routing, TokenFeatures, TopKRouter, sample_balance_loss
+from hecate.parallel.values.units import Unit
 from tests.hecate.experts.making import router_site
 
 DOUBLE = torch.float64

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hecate.experts.seeding import generator, linear_weight, unit_numbers
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 
 
 def draw(*name: int | str) -> list[int]:

@@ -14,13 +14,13 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
 from hecate.experts.linear import LinearExperts, MoeLinear
-from hecate.experts.pairs import PlainPairs
-from hecate.experts.router import TopKRouter
-from hecate.parallel.expert_kinds import ONLY_PROJECTION, LinearSizes, LoraShape, lora_scale
-from hecate.parallel.mesh import make_mesh
+from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.routers.router import TopKRouter
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import ONLY_PROJECTION, LinearSizes, LoraShape, lora_scale
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from tests.hecate.experts.making import router_site
 

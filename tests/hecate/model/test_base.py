@@ -10,9 +10,9 @@ import torch
 
 from hecate.errors import UserError
 from hecate.model.base import build_base
-from hecate.model.safetensors_headers import StoredTensor
-from hecate.model.stored_experts import expert_layers
-from hecate.parallel.expert_kinds import FULL, MIXLORA, MOE_LORA
+from hecate.model.files.safetensors_headers import StoredTensor
+from hecate.model.files.stored_experts import expert_layers
+from hecate.parallel.values.expert_kinds import FULL, MIXLORA, MOE_LORA
 from testing.byte_tokenizer import build_byte_tokenizer
 from tests.hecate.model.tiny import tiny
 

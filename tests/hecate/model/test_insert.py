@@ -12,15 +12,15 @@ from torch import nn
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.families import ROUTERS
-from hecate.experts.router import RouterSite, TopKRouter
+from hecate.experts.routers.router import RouterSite, TopKRouter
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import InsertionPlan, RouterError, insert_experts, non_moe_flops_per_token
-from hecate.model.lora import LoraLinear
+from hecate.model.layers.lora import LoraLinear
 from hecate.model.moe_model import MoeModel, adapter_dtype
-from hecate.parallel.expert_kinds import MIXLORA, LoraShape
+from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import MIXLORA, LoraShape
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
 from tests.hecate.model.tiny import tiny, token_ids
 

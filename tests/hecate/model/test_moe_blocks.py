@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hecate.errors import UserError
-from hecate.experts.router import ModelRouter, TokenFeatures
+from hecate.experts.routers.router import ModelRouter, TokenFeatures
 from hecate.model.moe_blocks import MoeBlock, find_moe_blocks, renormalises
 from tests.hecate.model.tiny import tiny
 

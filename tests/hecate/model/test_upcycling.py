@@ -17,17 +17,17 @@ from hecate.errors import UserError
 from hecate.experts.full import noisy_copies
 from hecate.kernels.common.ffn import FfnBase
 from hecate.model.causal_head import LanguageModelHead
+from hecate.model.files.gguf_files import one_gguf_reader
+from hecate.model.files.load import load_model, resolve_model
 from hecate.model.gated_ffn import find_gated_ffns
-from hecate.model.gguf_files import one_gguf_reader
 from hecate.model.insert import InsertionPlan, insert_experts
-from hecate.model.load import load_model, resolve_model
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.expert_kinds import FULL
+from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.topology import local_topology
-from hecate.parallel.units import Unit
+from hecate.parallel.values.expert_kinds import FULL
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
-from hecate.train.step import forward_loss, pass_tokens
+from hecate.train.steps.step import forward_loss, pass_tokens
 from testing.ranks import run_ranks
 from tests.hecate.model.tiny import tiny, token_ids
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, schedule
-from hecate.train.step_totals import exchange_totals
+from hecate.train.steps.step_totals import exchange_totals
 from testing.ranks import run_ranks
 
 

@@ -18,11 +18,11 @@ from hecate.optim.from_config import gradient_rule, learning_rate
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
 from hecate.optim.rule import GradientRule, Stepped
 from hecate.parallel.comm.reshard import RowSpec
-from hecate.parallel.expert_cost import STATE_NUMBERS
-from hecate.parallel.layout import TensorSpec
+from hecate.parallel.cost.expert_cost import STATE_NUMBERS
+from hecate.parallel.values.layout import TensorSpec
 from testing.ranks import run_ranks
+from tests.hecate.apps.megatron.making import config_of, write_parts
 from tests.hecate.experts.making import engine
-from tests.hecate.megatron.making import config_of, write_parts
 
 RATE, RATIO, KEPT = 0.1, 4.0, 0.5
 CHUNK = (TensorSpec("up_proj.A", (1, 2)), TensorSpec("up_proj.B", (3, 1)))

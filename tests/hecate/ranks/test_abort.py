@@ -19,12 +19,12 @@ from hecate.model.parameter_parts import TensorParts
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
 from hecate.parallel.comm.aborts import AbortedError, note_abort
 from hecate.parallel.comm.dispatch import dispatch
-from hecate.parallel.transfer_plan import TokenPlan
-from hecate.parallel.units import Unit
+from hecate.parallel.transfer.transfer_plan import TokenPlan
+from hecate.parallel.values.units import Unit
 from hecate.ranks.backend import is_nccl
 from hecate.ranks.groups import TensorGroups
 from hecate.ranks.ranks import Ranks, connect, join_ranks
-from hecate.train.step_totals import exchange_totals
+from hecate.train.steps.step_totals import exchange_totals
 from testing.ranks import run_ranks
 from tests.hecate.ranks.stand_in import gloo_as_nccl
 from tests.hecate.train.in_process import ranks_of_default_group

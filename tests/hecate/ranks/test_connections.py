@@ -7,7 +7,7 @@ import socket
 
 import torch
 
-from hecate.parallel.mesh import make_mesh
+from hecate.parallel.cluster.mesh import make_mesh
 from hecate.ranks.groups import expert_groups
 from hecate.ranks.ranks import Ranks, _of_gloo
 from hecate.ranks.sockets import tcp_sockets

@@ -11,10 +11,10 @@ import torch
 
 from hecate.config import load_config
 from hecate.engine.from_config import job_topology
-from hecate.parallel.topology_cards import RankDevice, SeenTopology
+from hecate.parallel.cluster.topology_cards import RankDevice, SeenTopology
 from hecate.ranks import devices
 from testing.ranks import run_ranks
-from tests.hecate.profile.ranks import ranks_of
+from tests.launch.profile.ranks import ranks_of
 
 CONFIG = "model: {{name_or_path: {folder}/model}}\ndata: {{train: {folder}/data.jsonl}}\noutput_dir: {folder}/run\nmax_steps: 1\n"
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from hecate.parallel.sharding import ReshardGain
-from hecate.parallel.static_ep import static_ep_imbalance
-from hecate.parallel.units import Unit
+from hecate.parallel.plan.sharding import ReshardGain
+from hecate.parallel.values.static_ep_imbalance import static_ep_imbalance
+from hecate.parallel.values.units import Unit
 from hecate.report.events import EvalScore, Move, Resharding, StepEvent, StepResult
 from hecate.report.metrics import MetricsWriter, Record, eval_record, event_record, reshard_record, step_record
 

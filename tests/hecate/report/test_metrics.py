@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.errors import UserError
-from hecate.parallel.sharding import ReshardGain
-from hecate.parallel.units import Unit
+from hecate.parallel.plan.sharding import ReshardGain
+from hecate.parallel.values.units import Unit
 from hecate.report.events import EvalScore, Move, Resharding, StepEvent, StepResult
 from hecate.report.metrics import MetricsWriter, Record, eval_record, event_record, reshard_record, step_record
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 
 from hecate.errors import UserError
-from hecate.parallel.mesh import make_mesh
-from hecate.parallel.traces import load_trace
+from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.values.traces import load_trace
 from hecate.report.events import Rebuilt
 from hecate.report.metrics import step_record
 from hecate.report.progress import Progress
 from hecate.report.run_report import Reports, RunFacts
 from hecate.report.summary import EVERY_RANK, TrainableRow
-from tests.hecate.megatron.making import config_of, write_parts
+from tests.hecate.apps.megatron.making import config_of, write_parts
 from tests.hecate.report.made_runs import a_step
 
 FACTS = RunFacts(0, True, make_mesh(2), (TrainableRow("layers.0.router", 1, 128, 512, EVERY_RANK),), tokens_per_rank=64)

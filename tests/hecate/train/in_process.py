@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hecate.config import load_config
-from hecate.parallel.mesh import make_mesh
+from hecate.parallel.cluster.mesh import make_mesh
 from hecate.ranks.groups import expert_groups
 from hecate.ranks.ranks import Ranks
 from hecate.train.training import Training

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 
 from hecate.adapters import load_adapter
-from hecate.adapters.export import load_into
+from hecate.adapters.mixlora.export import load_into
 from hecate.ranks.ranks import connect
-from hecate.train import step as step_module
-from hecate.train.step_totals import Totals, exchange_totals
+from hecate.train.steps import step as step_module
+from hecate.train.steps.step_totals import Totals, exchange_totals
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop

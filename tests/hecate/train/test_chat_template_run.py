@@ -12,15 +12,15 @@ from transformers import AutoTokenizer
 from hecate.adapters.forms import read_any
 from hecate.adapters.sets.adapter_set import require_alike
 from hecate.adapters.sets.forms import read_set
+from hecate.apps.answers.compare import Questions, compare
+from hecate.apps.answers.inference import answering
+from hecate.apps.answers.trained import export
+from hecate.apps.check.drill.tiny_run import save_random_moe
 from hecate.config import Config, load_config
-from hecate.data.chat_templates import read_template
-from hecate.drill.tiny_run import save_random_moe
+from hecate.data.chat.templates import read_template
 from hecate.errors import UserError
 from hecate.ranks.ranks import join_ranks
-from hecate.train.compare import Questions, compare
-from hecate.train.inference import answering
 from hecate.train.preflight import check_data
-from hecate.train.trained import export
 from hecate.train.training import Training
 from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
 from testing.tiny_run import make_workshop
@@ -124,7 +124,7 @@ def test_eval_takes_the_template_of_the_training(workshop: Path, monkeypatch: py
     mine = f"data.chat_template={workshop}/mine.jinja"
     folder = trained(config_of(workshop, "evaluated", mine))
     seen = []
-    monkeypatch.setattr("hecate.train.compare._held_out", lambda _config, base, *_: seen.append(base.tokenizer.chat_template) or {})
+    monkeypatch.setattr("hecate.apps.answers.compare._held_out", lambda _config, base, *_: seen.append(base.tokenizer.chat_template) or {})
     held_out = f"data.eval=[{workshop}/talks.jsonl]"
     with join_ranks() as ranks:
         compare(config_of(workshop, "evaluated", mine, held_out), [str(folder), "base"], Questions(), ranks)

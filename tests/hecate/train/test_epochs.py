@@ -14,7 +14,7 @@ from hecate.data.stream import TrainStream
 from hecate.train.training import Training, data_in_words, steps_of_epochs
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
-from tests.hecate.data.files import source_of_lengths
+from tests.hecate.data.making import source_of_lengths
 from tests.hecate.train.in_process import ranks_of_default_group
 
 # 240 samples, one in each sequence, and 32 of these in a step of one rank: 7.5 steps an epoch.

@@ -16,21 +16,21 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from hecate.apps.answers.answers import Conversation, answers_to
+from hecate.apps.answers.compare import Questions, compare
+from hecate.apps.answers.inference import answering
+from hecate.apps.answers.likelihood import _pair
 from hecate.config import load_config
-from hecate.data.choices import ChoiceItem
-from hecate.data.prompts import asked
+from hecate.data.files.choices import ChoiceItem
+from hecate.data.files.prompts import asked
 from hecate.model.base import BaseModel
 from hecate.ranks.ranks import join_ranks
 from hecate.train import evaluate as evaluate_module
-from hecate.train.answers import Conversation, answers_to
-from hecate.train.compare import Questions, compare
 from hecate.train.generation import Answer, Decoding, generate
-from hecate.train.inference import answering
-from hecate.train.likelihood import _pair
 from hecate.train.training import Training
 from testing.byte_tokenizer import TEMPLATE, build_byte_tokenizer
 from testing.tiny_run import make_workshop, write_samples
-from tests.hecate.data.files import chat, encode_records
+from tests.hecate.data.making import chat, encode_records
 
 # As Qwen3's: an answer at the end has an empty block of thoughts, which the generation prompt lacks.
 THINKING = TEMPLATE.replace(

@@ -14,11 +14,11 @@ import pytest
 import torch.distributed as dist
 
 from hecate import faults
+from hecate.apps.check.drill.armed import Injected
+from hecate.apps.check.drill.outcome import Scope
+from hecate.apps.check.drill.ranks import begin_run
+from hecate.apps.check.drill.run import Ground, ground
 from hecate.config import load_config
-from hecate.drill.armed import Injected
-from hecate.drill.outcome import Scope
-from hecate.drill.ranks import begin_run
-from hecate.drill.run import Ground, ground
 from hecate.ranks.launcher_files import ERRORS_VARIABLE, STORE_VARIABLE, failure_of
 from hecate.ranks.ranks import join_ranks, loss_in_words, lost_a_peer
 from hecate.train.loop import train

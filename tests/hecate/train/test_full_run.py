@@ -11,11 +11,11 @@ import torch
 from safetensors import safe_open
 
 import hecate.cli.models
-import hecate.model.memory_check
+import hecate.model.files.memory_check
+from hecate.apps.answers.inference import answer
 from hecate.config import DataSource
 from hecate.data.encode import encode_source
 from hecate.errors import UserError
-from hecate.train.inference import answer
 from tests.hecate.train.command_line import kill_rank_1_after, losses, records, run, train_arguments, workshop
 
 __all__ = ["workshop"]  # a fixture
@@ -63,7 +63,7 @@ def test_the_model_that_a_run_leaves_is_evaluated_and_answers(workshop: Path, wh
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hecate.model.memory_check, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(hecate.model.files.memory_check, "free_bytes", lambda _: 1000)
     with pytest.raises(UserError, match="the whole model in one process"):
         answer(whole / "model", "w1x1", system=None, model=None, max_new_tokens=4)
 

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from hecate.apps.answers.opened import with_adapter
 from hecate.config import load_config
 from hecate.errors import UserError
 from hecate.model.base import BaseChoice
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.opened import with_adapter
 from hecate.train.training import Training
 from testing.tiny_run import make_workshop
 

@@ -147,7 +147,7 @@ def test_what_cannot_be_merged_is_refused(workshop: Path, tmp_path: Path, words:
 
 
 def test_a_checkpoint_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hecate.train.trained.is_checkpoint", lambda path: True)
+    monkeypatch.setattr("hecate.apps.answers.trained.is_checkpoint", lambda path: True)
     with pytest.raises(UserError, match=r"is a checkpoint, and adapters are merged\n  hecate export .* -o FOLDER makes one of it"):
         run(tmp_path / "checkpoint-3", "--method", "lego", "-o", tmp_path / "out")
 

@@ -12,19 +12,19 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-import hecate.model.memory_check
-from hecate.adapters.lora_folder import load_peft_adapter
-from hecate.adapters.peft_experts import export_peft_adapter
+import hecate.model.files.memory_check
+from hecate.adapters.peft.lora_folder import load_peft_adapter
+from hecate.adapters.peft.peft_experts import export_peft_adapter
+from hecate.apps.answers.compare import Questions, compare
+from hecate.apps.answers.inference import answer, evaluate_trained
+from hecate.apps.answers.opened import with_adapter
 from hecate.config import load_config
-from hecate.data.choices import read_choices
+from hecate.data.files.choices import read_choices
 from hecate.engine.step_plans import StepPlans
 from hecate.errors import UserError
-from hecate.forecast.run_shape import run_shape
 from hecate.model.base import BaseChoice
+from hecate.model.sizes.run_shape import run_shape
 from hecate.ranks.ranks import join_ranks
-from hecate.train.compare import Questions, compare
-from hecate.train.inference import answer, evaluate_trained
-from hecate.train.opened import with_adapter
 from hecate.train.training import Training
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.ranks import run_ranks
@@ -128,7 +128,7 @@ def test_ranks_share_questions_while_frozen_experts_stay_with_their_owners(train
 
 
 def test_a_base_that_does_not_fit_is_not_loaded(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hecate.model.memory_check, "free_bytes", lambda _: 1000)
+    monkeypatch.setattr(hecate.model.files.memory_check, "free_bytes", lambda _: 1000)
     with pytest.raises(UserError, match="the whole model in one process"):
         answer(trained, "w1x1", system=None, model=None, max_new_tokens=4)
 

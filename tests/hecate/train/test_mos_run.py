@@ -12,19 +12,19 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from hecate.adapters.linear_lora import begin_with_lora
+from hecate.adapters.peft.linear_lora import begin_with_lora
+from hecate.apps.answers.inference import answer
+from hecate.apps.answers.opened import with_adapter
+from hecate.apps.foresee.dry_run import forecast
 from hecate.config import load_config
 from hecate.errors import UserError
-from hecate.forecast.dry_run import forecast
-from hecate.forecast.memory import MemoryPart
-from hecate.forecast.pair_check import check_pairs
-from hecate.forecast.run_shape import run_shape
 from hecate.model.base import BaseChoice
+from hecate.model.sizes.memory import MemoryPart
+from hecate.model.sizes.pair_check import check_pair_sizes
+from hecate.model.sizes.run_shape import run_shape
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.report.summary import training_report
-from hecate.train.inference import answer
-from hecate.train.opened import with_adapter
 from hecate.train.training import Training
 from testing.tiny_run import make_workshop
 from tests.hecate.train import command_line
@@ -139,13 +139,13 @@ def test_pools_that_the_model_s_sizes_forbid_are_refused_before_any_process_star
         given = merged(*ONE_PAIR, *SHARDS, f"output_dir={workshop}/runs/refused", *overrides)
         return load_config(workshop / "config.yaml", given, claim_output=False)
 
-    check_pairs(config())
+    check_pair_sizes(config())
     with pytest.raises(UserError, match=r"lora\.shards\.per_vector: 5 does not divide the 32 inputs and the 32 outputs of one of"):
-        check_pairs(config("lora.shards.per_vector=5"))
+        check_pair_sizes(config("lora.shards.per_vector=5"))
     with pytest.raises(UserError, match=r"the shards of 8 public vectors .*, but its pool has 2\n"):
-        check_pairs(config("lora.r=9"))
+        check_pair_sizes(config("lora.r=9"))
     with pytest.raises(UserError, match=r"per_vector: 5 does not divide the 32 inputs and the 48 outputs of gate_proj"):
-        check_pairs(config("moe.unit=ffn", "moe.num_experts=2", "lora.shards.per_vector=5", "lora.target_modules=[gate_proj]"))
+        check_pair_sizes(config("moe.unit=ffn", "moe.num_experts=2", "lora.shards.per_vector=5", "lora.target_modules=[gate_proj]"))
 
 
 UNITS = {

@@ -13,21 +13,21 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from hecate.adapters.bake_user import bake_user
+from hecate.apps.answers.checkpointed import write_checkpointed
+from hecate.apps.answers.inference import answer, evaluate_trained
+from hecate.apps.answers.opened import with_adapter
+from hecate.apps.answers.trained import bake
+from hecate.apps.foresee.dry_run import forecast
 from hecate.config import Config, load_config
-from hecate.data.user_features import read_user_features
+from hecate.data.files.user_features import read_user_features
 from hecate.errors import UserError
 from hecate.experts.forward_pass import PassTokens
 from hecate.experts.pass_users import users_of_rows
-from hecate.forecast.dry_run import forecast
-from hecate.forecast.run_shape import run_shape
 from hecate.model.base import BaseChoice
+from hecate.model.sizes.run_shape import run_shape
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.checkpointed import write_checkpointed
-from hecate.train.inference import answer, evaluate_trained
-from hecate.train.opened import with_adapter
 from hecate.train.preflight import check_data
-from hecate.train.trained import bake
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
@@ -147,7 +147,7 @@ def test_whole_commands(workshop: Path) -> None:
 def test_what_needs_a_user_is_refused_without_one(workshop: Path, one_rank: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
     from contextlib import contextmanager
 
-    import hecate.train.inference as inference
+    import hecate.apps.answers.inference as inference
 
     ranks = alone(one_rank)
 

@@ -10,18 +10,18 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hecate.apps.answers.compare import Questions, compare
+from hecate.apps.answers.record_routing import RoutingRecord
 from hecate.config import Config, DataSource, load_config
 from hecate.data.encode import encode_source
 from hecate.data.routed_experts import RoutingShape
 from hecate.data.sequences import build_sequence, empty_sequence, piece_of
 from hecate.errors import UserError
-from hecate.experts.router import RouterStats
-from hecate.parallel.units import Unit
+from hecate.experts.routers.router import RouterStats
+from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.report.metrics import step_record
-from hecate.train.compare import Questions, compare
-from hecate.train.record_routing import RoutingRecord
 from hecate.train.training import Training
 from testing.byte_tokenizer import build_byte_tokenizer
 from tests.hecate.train.command_line import losses, records, run, train_arguments, workshop

@@ -16,16 +16,16 @@ from safetensors.torch import load_file, save_file
 
 from hecate.adapters import load_adapter
 from hecate.adapters.linear_format import load_linear_adapter
-from hecate.adapters.peft_by_source import with_lora_adapters
+from hecate.adapters.peft.by_source import with_lora_adapters
+from hecate.apps.answers.inference import answer, evaluate_trained
 from hecate.config import Config, load_config
 from hecate.errors import UserError
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import connect, join_ranks
 from hecate.ranks.sockets import tcp_sockets
 from hecate.report.events import Evaluation
-from hecate.train import step as step_module
-from hecate.train.inference import answer, evaluate_trained
-from hecate.train.step_totals import Totals, exchange_totals
+from hecate.train.steps import step as step_module
+from hecate.train.steps.step_totals import Totals, exchange_totals
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop

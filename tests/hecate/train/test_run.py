@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hecate.parallel.traces import load_trace
+from hecate.parallel.values.traces import load_trace
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.tiny_run import STEPS
 from tests.hecate.train.command_line import hecate, kill_rank_1_after, losses, records, run, train_arguments, workshop

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hecate.checkpoint.train_state import TrainState
-from hecate.parallel.units import Unit
+from hecate.parallel.values.units import Unit
 from hecate.report.events import EvalScore, Evaluation
 from hecate.train.run_summary import Measured, show_summary
 

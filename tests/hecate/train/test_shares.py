@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from hecate.config import load_config
 from hecate.data.encode import IGNORED
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.cluster.topology import Link, Topology
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.training import Training

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from hecate.config import load_config
-from hecate.report import tracker_threads
+from hecate.report.tracking import tracker_threads
 from hecate.train.loop import train
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hecate.kernels.common.combine import combine
+from hecate.kernels.common.combine import combine_assignments
 from tests.kernels.common.combine_cases import CASES, Case, Given
 from tests.kernels.grouping import TOLERANCE, assert_close, poisoned
 
@@ -23,8 +23,8 @@ def test_combine(name: str, device: torch.device, poisoned: None) -> None:
     token, assignment = order.token_P[: given.here].long(), order.order_P[: given.here]
 
     weighted = zeros.index_add(0, token, given.weight.double().flatten()[assignment, None] * wide_v)
-    assert_close(combine(v, given.weight, order), weighted, TOLERANCE[case.dtype], "y")
-    assert_close(combine(v, None, order), zeros.index_add(0, token, wide_v), TOLERANCE[case.dtype], "sum")
+    assert_close(combine_assignments(v, given.weight, order), weighted, TOLERANCE[case.dtype], "y")
+    assert_close(combine_assignments(v, None, order), zeros.index_add(0, token, wide_v), TOLERANCE[case.dtype], "sum")
 
 
 def test_a_token_s_assignments_are_added_in_their_order(device: torch.device) -> None:
@@ -37,4 +37,4 @@ def test_a_token_s_assignments_are_added_in_their_order(device: torch.device) ->
     for k in range(case.k):
         place = given.order.place_TK[:, k].long()
         want += torch.where((place >= 0)[:, None], weight[:, k, None] * v[place.clamp(min=0)], 0.0)
-    assert torch.equal(combine(v, weight, given.order), want)
+    assert torch.equal(combine_assignments(v, weight, given.order), want)

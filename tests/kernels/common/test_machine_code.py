@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hecate.kernels.common.ahead_of_time import count_instructions
+from tests.kernels.ahead_of_time import count_instructions
 from tests.kernels.compile_process import json_of
 
 

@@ -10,7 +10,7 @@ import torch
 from hecate.kernels.common.assignments import RoutedTokens, assignment_blocks, assignment_order, tile_map
 from hecate.kernels.common.dropout import Dropout, ffn_dropout
 from hecate.kernels.common.sorting import blocks_of, dropout_numbers, sorted_assignments, words_dropout
-from hecate.kernels.common.sorting import tile_map as tile_map_triton
+from hecate.kernels.common.sorting import kept_tile_map as tile_map_triton
 from tests.kernels.common.order_cases import CASES, random_slots
 from tests.kernels.grouping import poisoned
 

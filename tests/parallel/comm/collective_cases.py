@@ -10,13 +10,13 @@ import torch
 import torch.distributed as dist
 from hypothesis import strategies as st
 
+from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.comm.collectives import sparse_reduce_scatter
-from hecate.parallel.cost_model import Route
-from hecate.parallel.gather_bytes import PortBytes
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.placement import Placement
-from hecate.parallel.topology import Topology
-from hecate.parallel.transfer_plan import ChunkPlan, plan_chunks_by
+from hecate.parallel.cost.cost_model import Route
+from hecate.parallel.cost.gather_bytes import PortBytes
+from hecate.parallel.transfer.transfer_plan import ChunkPlan, plan_chunks_by
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.placement import Placement
 from testing.unit_cases import unit_topology
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)

@@ -11,7 +11,7 @@ from hecate.parallel.comm import dispatch as dispatching
 from hecate.parallel.comm.aborts import AbortedError, arrived, in_range, is_aborted, note_abort, raise_if_aborted, read
 from hecate.parallel.comm.dispatch import dispatch
 from hecate.parallel.comm.reshard import RowSpec, reshard
-from hecate.parallel.transfer_plan import TokenPlan
+from hecate.parallel.transfer.transfer_plan import TokenPlan
 from testing.ranks import run_ranks
 
 

@@ -14,10 +14,10 @@ from hecate.parallel.comm.collectives import (
     sparse_all_gather_many,
     sparse_reduce_scatter,
 )
-from hecate.parallel.gather_bytes import gather_ports
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.placement import Placement, owners_only
-from hecate.parallel.transfer_plan import plan_chunks
+from hecate.parallel.cost.gather_bytes import gather_ports
+from hecate.parallel.transfer.transfer_plan import plan_chunks
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.placement import Placement, owners_only
 from testing.ranks import run_ranks
 from tests.parallel.comm.collective_cases import Case, Counts, in_bytes, many_cases, ports_of, world_group
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from hecate.parallel.comm.device_tables import chunk_tables, to_device, token_tables
-from hecate.parallel.transfer_plan import SumTerm, plan_tokens
+from hecate.parallel.transfer.transfer_plan import SumTerm, plan_tokens
 from tests.parallel.comm.collective_cases import Case
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.parallel.comm.dispatch import combine, destinations, dispatch, positions, row_sources, sum_rows
-from hecate.parallel.flows import token_split
-from hecate.parallel.placement import Placement
-from hecate.parallel.transfer_plan import TokenPlan, plan_tokens
+from hecate.parallel.cost.flows import token_split
+from hecate.parallel.transfer.transfer_plan import TokenPlan, plan_tokens
+from hecate.parallel.values.placement import Placement
 from testing.ranks import run_ranks
 from testing.unit_cases import unit_topology
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hecate.parallel.comm.exchanges import FirstExchange, SecondExchange
-from hecate.parallel.transfer_plan import exchange_of
+from hecate.parallel.transfer.transfer_plan import exchange_of
 from testing.ranks import run_ranks
 from tests.parallel.comm.collective_cases import world_group
 

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
+from hecate.parallel.cluster.topology import Link, Topology
 from hecate.parallel.comm.expert_store import ExpertStore, gather_together
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.placement import Placement
-from hecate.parallel.topology import Link, Topology
-from hecate.parallel.transfer_plan import TransferPlan, plan_change, plan_chunks
+from hecate.parallel.transfer.transfer_plan import TransferPlan, plan_change, plan_chunks
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.placement import Placement
 from testing.ranks import counted_all_to_alls, run_ranks
 from testing.unit_cases import unit_topology
 from tests.parallel.comm.collective_cases import world_group

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.parallel.comm.frozen_store import FrozenStore
-from hecate.parallel.residency import Residency, frozen_move
+from hecate.parallel.transfer.residency import Residency, frozen_move
 from testing.ranks import run_ranks
 
 NUMEL = 5

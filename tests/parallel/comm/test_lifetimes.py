@@ -14,12 +14,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hecate.parallel.cluster.topology import Link, uniform_topology
 from hecate.parallel.comm.collectives import Handle, sparse_all_gather, sparse_reduce_scatter
 from hecate.parallel.comm.device_tables import chunk_tables
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.placement import everything_everywhere
-from hecate.parallel.topology import Link, uniform_topology
-from hecate.parallel.transfer_plan import ChunkPlan, plan_chunks_by
+from hecate.parallel.transfer.transfer_plan import ChunkPlan, plan_chunks_by
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.placement import everything_everywhere
 
 NUMEL, WORLD = 12, 4
 

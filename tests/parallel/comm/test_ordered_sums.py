@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate.parallel.comm.ordered_sums import gather_in_order, reduce_in_order, sum_in_order
-from hecate.parallel.summation import SumOrder, TreeSum
+from hecate.parallel.values.summation import SumOrder, TreeSum
 from testing.ranks import run_ranks
 
 ROWS, WIDTH = 4, 7

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecate.parallel.comm.collectives import sparse_all_gather
-from hecate.parallel.routes import most_wanting, sliced_moves, slices_of
+from hecate.parallel.transfer.routes import most_wanting, sliced_moves, slices_of
 from testing.ranks import run_ranks
 from tests.parallel.comm.collective_cases import Case, Counts, in_bytes, many_cases, ports_of, reduced, world_group
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecate.parallel.comm.collectives import sparse_all_gather, sparse_reduce_scatter
-from hecate.parallel.gather_bytes import gather_ports
+from hecate.parallel.cost.gather_bytes import gather_ports
 from testing.ranks import run_ranks
 from tests.parallel.comm.collective_cases import Case, Counts, in_bytes, many_cases, ports_of, reduced, world_group
 

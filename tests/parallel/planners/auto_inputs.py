@@ -5,20 +5,20 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import strategies as st
 
-from hecate.parallel.cost_model import (
+from hecate.parallel.cluster.topology import Link, Topology
+from hecate.parallel.cost.cost_model import (
     HISTORY,
     ROUTE_NUMBERS,
     ExecutionMode,
     LayerCost,
     transfer_seconds,
 )
-from hecate.parallel.gather_bytes import PortBytes
-from hecate.parallel.layout import ChunkSize
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cost.gather_bytes import PortBytes
 from hecate.parallel.planners import PlanInput
 from hecate.parallel.planners.auto import plan_auto
-from hecate.parallel.topology import Link, Topology
-from hecate.parallel.transfer_plan import choose_route
+from hecate.parallel.transfer.transfer_plan import fastest_route
+from hecate.parallel.values.layout import ChunkSize
+from hecate.parallel.values.placement import contiguous_owners
 
 KINDS = {
     "full experts": LayerCost(
@@ -116,7 +116,7 @@ def planned_and_priced() -> list[np.ndarray]:
             results += [plan.where_LED, plan.quota_LED, priced.total, priced.gather, priced.dispatch]
             ports = PortBytes(*random.lognormal(3, 2, (4, world)))
             results.append(transfer_seconds(ports, 3.0, place))
-            results.append(np.array(ROUTE_NUMBERS[choose_route(plan.placement(0), ChunkSize(12, 4), place)]))
+            results.append(np.array(ROUTE_NUMBERS[fastest_route(plan.placement(0), ChunkSize(12, 4), place)]))
     return results
 
 

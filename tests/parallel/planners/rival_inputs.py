@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cluster.topology import Link, Topology
+from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import Plan, PlanInput
-from hecate.parallel.topology import Link, Topology
+from hecate.parallel.values.placement import contiguous_owners
 from testing.unit_cases import layer_input, unit_topology
 
 

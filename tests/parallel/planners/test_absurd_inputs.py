@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from hecate.errors import UserError
-from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cluster.topology import Link
+from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES, PlanInput
-from hecate.parallel.simulator import replica_slots, simulate
-from hecate.parallel.topology import Link
+from hecate.parallel.simulate.simulator import simulate, slots_in_memory
+from hecate.parallel.values.placement import contiguous_owners
 from tests.parallel.planners.auto_inputs import KINDS, topology
 
 COST = KINDS["full experts"]
@@ -26,7 +26,7 @@ OWNERS, PAIR = contiguous_owners(3, 2)[None], topology((0, 0))
 def test_every_planner_gives_a_plan_where_there_is_little_to_plan(policy: str, nodes: tuple[int, ...], cost: LayerCost) -> None:
     """No tokens, one token, one expert of all tokens; one device; no slots; an expert larger than any memory; one that weighs nothing."""
     place, experts = topology(nodes), 4
-    fitting = replica_slots(place, cost, num_layers=1, num_experts=experts)
+    fitting = slots_in_memory(place, cost, num_layers=1, num_experts=experts)
     assert cost.trainable_bytes < 1e30 or not fitting.any()
     one = np.zeros((1, experts, len(nodes)))
     one[0, -1, 0] = 1.0
@@ -81,7 +81,7 @@ def test_links_that_carry_nothing_are_refused(bandwidth: float) -> None:
 @pytest.mark.parametrize("nodes", [(0,), (0, 0), (0, 1)])
 def test_the_simulator_bears_steps_without_tokens(nodes: tuple[int, ...]) -> None:
     place = topology(nodes)
-    slots = replica_slots(place, COST, num_layers=1, num_experts=3)
+    slots = slots_in_memory(place, COST, num_layers=1, num_experts=3)
     rows = simulate(np.zeros((3, 1, 3, len(nodes)), dtype=np.int64), place, COST, POLICIES, slots_D=slots)
     for row in rows:
         assert (row.seconds.compute, row.seconds.dispatch, row.imbalance) == (0, 0, 1)

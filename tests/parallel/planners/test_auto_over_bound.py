@@ -8,11 +8,11 @@ from itertools import cycle, product
 import numpy as np
 import pytest
 
-from hecate.parallel.lower_bound import lower_bound
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.planners import ROWS, PlanInput, price_row
-from hecate.parallel.topology import Topology
-from hecate.parallel.workloads import WORKLOADS
+from hecate.parallel.simulate.workloads import WORKLOADS
+from hecate.parallel.values.placement import contiguous_owners
+from testing.bound.lower_bound import lower_bound
 from testing.plan_cases import MEMORY_SHARE, Kind, kinds, topologies
 
 pytest.importorskip("scipy.optimize")

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecate.parallel.cost_model import ExecutionMode, LayerCost
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.planners import PlanInput, auto
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.plan import Plan
 from hecate.parallel.planners.replication import NODES
+from hecate.parallel.values.placement import contiguous_owners
 from testing.unit_cases import unit_topology
 
 COST = LayerCost(trainable_bytes=8.0, frozen_bytes=4.0, top_k=1, row_bytes=1.0, assignment_flops=1.0, non_moe_flops=1e6)

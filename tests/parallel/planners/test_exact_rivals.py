@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 
 from hecate.parallel.planners import PlanInput
-from hecate.parallel.planners.moonep import plan_moonep
-from hecate.parallel.planners.ultraep import plan_ultraep
-from hecate.parallel.planners.whole_loads import plan_whole_loads
+from hecate.parallel.planners.rivals.moonep import plan_moonep
+from hecate.parallel.planners.rivals.ultraep import plan_ultraep
+from hecate.parallel.planners.rivals.whole_loads import plan_whole_loads
 from tests.parallel.planners.rival_inputs import check, inputs, plan_input, quota, totals
 
 # Worked out by the systems' own code (MoonEP 43ac94c, UltraEP 94cab09): experts, owners and a row of assignments a source rank.

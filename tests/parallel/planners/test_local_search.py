@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecate.parallel import cost_loops as loops
-from hecate.parallel.cost_model import LayerCost, cost_numbers, topology_numbers
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cluster.topology import Link, uniform_topology
+from hecate.parallel.cost import cost_loops as loops
+from hecate.parallel.cost.cost_model import LayerCost, cost_numbers, topology_numbers
+from hecate.parallel.loops.replica_lists import Replicas, add, no_replicas, only_owners, remove
 from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput, price_row
 from hecate.parallel.planners import local_search as search
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.plan_changes import AMOUNT, EXPERT, OTHERS, SOURCE, TARGET, VICTIM
 from hecate.parallel.planners.replication import deal, wishes
-from hecate.parallel.replica_lists import Replicas, add, no_replicas, only_owners, remove
-from hecate.parallel.topology import Link, uniform_topology
-from hecate.parallel.workloads import WORKLOADS
+from hecate.parallel.simulate.workloads import WORKLOADS
+from hecate.parallel.values.placement import contiguous_owners
 from testing.plan_cases import kinds, plan_input, topologies
 from tests.parallel.planners.auto_inputs import inputs
 

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecate.parallel import jit
-from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.flows import even_quota
-from hecate.parallel.layer_plan import best_after_router, layer_plan
+from hecate.parallel.cluster.topology import Link, uniform_topology
+from hecate.parallel.cost.cost_model import LayerCost
+from hecate.parallel.cost.flows import even_quota
+from hecate.parallel.loops import jit
+from hecate.parallel.plan.layer_plan import best_after_router, layer_plan
 from hecate.parallel.planners import Plan, PlanInput, new_split
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.new_split import split_anew
-from hecate.parallel.topology import Link, uniform_topology
 from tests.parallel.planners.auto_inputs import KINDS, inputs, topology
 
 

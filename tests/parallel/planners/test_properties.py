@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecate.parallel.loads import LoadHistory
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.planners.auto import _ALL_BUDGETS, plan_auto
-from hecate.parallel.topology import Topology
-from hecate.parallel.units import Unit
-from hecate.parallel.workloads import WORKLOADS
+from hecate.parallel.simulate.workloads import WORKLOADS
+from hecate.parallel.values.loads import LoadHistory
+from hecate.parallel.values.placement import contiguous_owners
+from hecate.parallel.values.units import Unit
 from testing.plan_cases import kinds
 from tests.parallel.planners.auto_inputs import KINDS, drawn_input, inputs, topology
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hecate.parallel.cost_loops import layer_loads
-from hecate.parallel.cost_model import topology_numbers
+from hecate.parallel.cost.cost_loops import layer_loads
+from hecate.parallel.cost.cost_model import topology_numbers
+from hecate.parallel.loops.replica_lists import no_replicas, only_owners
 from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, replicate, wishes
-from hecate.parallel.replica_lists import no_replicas, only_owners
 from testing.unit_cases import unit_topology
 
 OWNER = np.array([0, 0, 1, 1])

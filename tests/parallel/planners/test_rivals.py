@@ -9,20 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hecate.parallel.cost_model import LayerCost
-from hecate.parallel.placement import contiguous_owners
+from hecate.parallel.cluster.topology import Link, uniform_topology
+from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES, PlanInput
-from hecate.parallel.planners.copy_places import CopyPlaces, place_copies
-from hecate.parallel.planners.echo import plan_echo
-from hecate.parallel.planners.eplb import plan_eplb
-from hecate.parallel.planners.expert_packing import spare_copies
-from hecate.parallel.planners.fastermoe import plan_fastermoe
-from hecate.parallel.planners.flexmoe import plan_flexmoe
-from hecate.parallel.planners.laer import even_numbers, numbers_by_load, plan_laer
-from hecate.parallel.planners.llep import plan_llep
-from hecate.parallel.planners.smartmoe import plan_smartmoe
+from hecate.parallel.planners.rivals.copy_places import CopyPlaces, place_copies
+from hecate.parallel.planners.rivals.echo import plan_echo
+from hecate.parallel.planners.rivals.eplb import plan_eplb
+from hecate.parallel.planners.rivals.expert_packing import spare_copies
+from hecate.parallel.planners.rivals.fastermoe import plan_fastermoe
+from hecate.parallel.planners.rivals.flexmoe import plan_flexmoe
+from hecate.parallel.planners.rivals.laer import even_numbers, numbers_by_load, plan_laer
+from hecate.parallel.planners.rivals.llep import plan_llep
+from hecate.parallel.planners.rivals.smartmoe import plan_smartmoe
 from hecate.parallel.planners.static_ep import plan_static_ep
-from hecate.parallel.topology import Link, uniform_topology
+from hecate.parallel.values.placement import contiguous_owners
 from tests.parallel.planners.rival_inputs import check, inputs, plan_input, quota, totals, where
 
 RIVALS = ["echo", "eplb", "fastermoe", "flexmoe", "laer", "llep", "moonep", "smartmoe", "ultraep"]

@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hecate.parallel import cost_loops as loops
-from hecate.parallel.cost_model import topology_numbers
+from hecate.parallel.cluster.topology import Link, Topology, uniform_topology
+from hecate.parallel.cost import cost_loops as loops
+from hecate.parallel.cost.cost_model import topology_numbers
+from hecate.parallel.loops.replica_lists import Replicas, no_replicas, only_owners
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.planners.replication import wishes
 from hecate.parallel.planners.search_starts import (
@@ -19,14 +21,12 @@ from hecate.parallel.planners.search_starts import (
     ONE_NODE,
     SEVERAL_NODES,
     UNDER,
-    begin_with,
     copy_in_nodes,
     fill_up,
     keep_under,
     spread,
+    start_with,
 )
-from hecate.parallel.replica_lists import Replicas, no_replicas, only_owners
-from hecate.parallel.topology import Link, Topology, uniform_topology
 from tests.parallel.planners.auto_inputs import inputs
 
 STARTS = sorted({*ONE_NODE, *SEVERAL_NODES} - {BEST})
@@ -48,7 +48,7 @@ def started(start: int, given_: PlanInput) -> Replicas:
     slots = np.minimum(given_.slots_D, given_.num_experts)
     loads = loops.layer_loads(np.ascontiguousarray(given_.expected_LED[0].T, dtype=np.float64), numbers)
     plan = no_replicas(given_.num_experts, given_.world_size)
-    begin_with(start, owner, slots, wishes(owner, slots, loads, numbers), loads, numbers, plan)
+    start_with(start, owner, slots, wishes(owner, slots, loads, numbers), loads, numbers, plan)
     return plan
 
 

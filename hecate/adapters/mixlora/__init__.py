@@ -1,0 +1,1 @@
+"""The `mixlora` adapter format, and what others make of it."""

@@ -1,0 +1,1 @@
+"""Adapters in PEFT's format and in those that follow it."""

@@ -1,0 +1,1 @@
+"""What each drill does: its faults, and what must follow."""

@@ -1,0 +1,49 @@
+"""What the rounds of a federated run have told of the samples of its clients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hecate.apps.federate.plans import begins_anew
+from hecate.config import Config
+from hecate.train.preflight import default_ranks
+from hecate.train.steps.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
+
+
+def privacy_of_clients(config: Config, samples: Mapping[str, int], rounds: int) -> dict[str, PrivacySpent]:
+    """Return what so many rounds have told of each client, by name; nothing without `privacy.noise`.
+
+    A round that a client has dropped out of counts as well: its data go on without it, and nothing says that it did not begin to train.
+
+    Args:
+        samples: of each client, by name.
+
+    Raises:
+        UserError: opacus is not installed.
+    """
+    if not config.privacy.noise:
+        return {}
+    steps, runs = (config.max_steps, rounds) if begins_anew(config) else (rounds * config.max_steps, 1)
+    return {
+        name: privacy_spent(
+            noise=config.privacy.noise,
+            delta=config.privacy.delta,
+            samples=count,
+            samples_per_step=samples_of_a_step(config),
+            steps=steps,
+            runs=runs,
+        )
+        for name, count in samples.items()
+    }
+
+
+def check_rates(config: Config, samples: Mapping[str, int]) -> None:
+    """Raises UserError: with `privacy.clip`, a step takes a sample of a client more than once."""
+    if config.privacy.clip is not None:
+        for name, count in samples.items():
+            sampling_rate(name, count, samples_of_a_step(config))
+
+
+def samples_of_a_step(config: Config) -> int:
+    """Return how many of its samples each client takes in a step, on the ranks that a training starts."""
+    return config.micro_batch_size * config.gradient_accumulation_steps * (config.nproc or default_ranks())

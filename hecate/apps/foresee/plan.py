@@ -1,0 +1,112 @@
+"""Print the predictions of `hecate plan`: memory and step time under every policy."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from rich.table import Table
+
+from hecate.apps.foresee.dry_run import Forecast, PolicyForecast, fits, forecast
+from hecate.apps.foresee.report import modes_table
+from hecate.config import Config
+from hecate.errors import UserError
+from hecate.io.terminal import new_console
+from hecate.model.sizes.memory import PHASES
+from hecate.model.sizes.run_shape import run_shape
+from hecate.parallel.simulate.workloads import WORKLOADS
+from hecate.parallel.values.traces import load_trace
+
+_WIDTH = 140
+"""the width in characters of a table that is not printed to a terminal"""
+_UNITS = (("ms", 1e-3), ("s", 1.0), ("h", 3600.0))
+"""in which times may be shown, and their seconds"""
+
+
+def run_plan(config: Config, *, topology: str | None, ranks: int | None, workload: str, trace: Path | None, json_path: Path | None) -> None:
+    """Print the memory of each phase on the fullest rank, and the step under every policy.
+
+    Args:
+        topology: a preset or a file that replaces the configuration's topology.
+        ranks: the number of ranks, if the topology is `auto`.
+        trace: a run's folder `loads` to predict with, in place of the workload.
+
+    Raises:
+        UserError: a file is missing or damaged, a name is unknown, or the model is not supported.
+    """
+    if workload not in WORKLOADS:
+        raise UserError(f"--workload {workload}: unknown\n  there are {', '.join(WORKLOADS)}")
+    found = forecast(run_shape(config, topology, ranks), workload if trace is None else load_trace(trace))
+    console = new_console(width=None if new_console().is_terminal else _WIDTH, highlight=False)
+    for note in found.run.notes:
+        console.print(note, markup=False, soft_wrap=True)
+    console.print(_memory_table(found))
+    for part in _policy_tables(found, console.width):
+        console.print(part)
+    if modes := modes_table([(one.policy, one.plan_modes) for one in found.policies]):
+        console.print(modes)
+    if json_path is not None:
+        try:
+            json_path.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{json_path}: cannot be written: {error.strerror or error}") from error
+
+
+def _memory_table(found: Forecast) -> Table:
+    """Return the table of the configured policy's memory on the rank that is fullest relative to its memory."""
+    one, memory_D = found.policies[0], np.asarray(found.run.topology.memory)
+    rank = int((one.memory_PD.max(0) / memory_D).argmax())
+    table = Table(title=f"Memory of rank {rank}, the fullest, in MB; policy {one.policy}")
+    table.add_column("")
+    for phase in PHASES:
+        table.add_column(phase, justify="right")
+    for part in one.memory:
+        table.add_row(part.name, *(f"{value / 1e6:.1f}" for value in part.bytes_PD[:, rank]))
+    table.add_section()
+    table.add_row("in all", *(f"{value / 1e6:.1f}" for value in one.memory_PD[:, rank]))
+    if fits(one, found.run):
+        on_top = "gaps in the allocator's segments and NCCL's buffers come" if found.run.is_gpu_D[rank] else "the memory of libraries comes"
+        table.caption = f"fits: the device has {memory_D[rank] / 1e6:.0f}; {on_top} on top"
+    else:
+        table.caption = f"does not fit: the device has {memory_D[rank] / 1e6:.0f}"
+    return table
+
+
+def _policy_tables(found: Forecast, width: int) -> list[Table]:
+    """Return one table of all policies, or as many tables as are needed so that no column is cut off at `width`."""
+    run = found.run
+    unit, seconds = next(one for one in _UNITS if found.policies[0].step_seconds < 1e4 * one[1] or one is _UNITS[-1])
+    header = ["policy", unit, *found.policies[0].parts, "max/mean", "port MB", "uplink MB", "memory GB"]
+    cells = [_policy_cells(one, found, seconds) for one in found.policies]
+    wide = [3 + max(len(name), *(len(row[column]) for row in cells)) for column, name in enumerate(header)]  # with a border and two blanks
+    groups: list[list[int]] = [[]]
+    for column in range(1, len(header)):
+        if groups[-1] and 1 + wide[0] + sum(wide[c] for c in groups[-1]) + wide[column] > width:
+            groups.append([])
+        groups[-1].append(column)
+    tables = []
+    for group in groups:
+        table = Table()
+        table.add_column(header[0])
+        for column in group:
+            table.add_column(header[column], justify="right")
+        for row in cells:
+            table.add_row(row[0], *(row[column] for column in group))
+        tables.append(table)
+    sharing = f" in sharding groups of {run.mesh.shard_size}" if run.mesh.num_sharding_groups > 1 else ""
+    tables[0].title = f"One step on {run.topology_name}, {run.topology.world_size} ranks{sharing}, {found.workload} loads"
+    tables[
+        0
+    ].caption = f"{unit}; port, uplink: MB through the busiest one; *: does not fit the devices' memory; first: the configured policy"
+    return tables
+
+
+def _policy_cells(one: PolicyForecast, found: Forecast, unit: float) -> list[str]:
+    return [
+        one.policy + "*" * (not fits(one, found.run)),
+        *(f"{seconds / unit:.1f}" for seconds in (one.step_seconds, *one.parts.values())),
+        f"{one.imbalance:.2f}",
+        *(f"{size / 1e6:.1f}" for size in (one.bytes.busiest_port, one.bytes.busiest_uplink)),
+        f"{one.memory_PD.max() / 1e9:.2f}",
+    ]

@@ -1,0 +1,1 @@
+"""The files that a configuration names: models, data, presets, topologies."""

@@ -1,0 +1,1 @@
+"""Which keys of a configuration go together, by subject."""

@@ -1,0 +1,1 @@
+"""Read the files of data sets, whatever their form, as records and samples."""

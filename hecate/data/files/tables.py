@@ -1,0 +1,181 @@
+"""Read the rows of a table as objects: CSV by Python's own reader, Parquet and Arrow by the package pyarrow, which is optional."""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import IO, Any, AnyStr, NamedTuple
+
+from hecate.data.files.json_array import LONGEST_RECORD
+from hecate.errors import UserError
+from hecate.io.plain_files import require_plain
+
+_OTHERS = (";", "\t")
+"""between cells of files that spreadsheets write where a comma parts a number"""
+_ROWS_AT_A_TIME = 64
+"""which are in memory whole: a table may have a long text once, and name it in every row"""
+_OLDEST_PYARROW = "23.0.1"
+"""earlier versions unpickle what a file says"""
+
+
+class Row(NamedTuple):
+    """One row."""
+
+    line: int
+    """of a CSV file: the line in which it begins; of others: the row's number, from 1"""
+    value: dict[str, Any]
+    reason: str = ""
+    """why the row cannot be used; empty: it can"""
+
+
+def bounded_lines(file: IO[AnyStr], name: str) -> Iterator[AnyStr]:
+    """Yield the lines of a file. Raises UserError: one is longer than any record may be."""
+    number = 0
+    while line := file.readline(LONGEST_RECORD + 1):
+        number += 1
+        if len(line) > LONGEST_RECORD:
+            raise UserError(
+                f"{name}:{number}: the line has more than {LONGEST_RECORD >> 20} MiB\nno sample is so long: is this a file of data?"
+            )
+        yield line
+
+
+def read_csv(file: Iterable[str], name: str, delimiter: str = ",") -> Iterator[Row]:
+    """Yield the rows of a CSV or TSV file, whose first line names the columns. All values are text.
+
+    Args:
+        file: its lines, without translation of line ends. Bytes that are not UTF-8 are surrogate escapes.
+        delimiter: between cells. A comma gives way to a semicolon or a tab if these alone part the first line.
+
+    Raises:
+        UserError: the first line names a column twice or not at all; or the file breaks CSV's rules.
+    """
+    csv.field_size_limit(LONGEST_RECORD)
+    lines = iter(file)
+    head = next(lines, "")
+    if delimiter == ",":
+        delimiter = next((other for other in _OTHERS if other in head and len(next(csv.reader([head]))) == 1), delimiter)
+    rows = csv.reader(chain([head], lines), delimiter=delimiter, strict=True)
+    try:
+        columns = next(rows, [])
+        counts = Counter(columns)
+        if bad := [column for column in columns if not column.strip() or counts[column] > 1]:
+            what = f"names column {bad[0][:100]!r} twice" if bad[0].strip() else "leaves a column without a name"
+            raise UserError(f"{name}:1: the first line {what}; in a CSV file it must name all columns")
+        line = rows.line_num + 1
+        for cells in rows:
+            if cells:  # an empty line is none
+                yield _csv_row(line, columns, cells)
+            line = rows.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{name}:{rows.line_num}: not valid CSV: {error}\n"
+            'a cell with commas, quotes or line breaks must stand in "...", and a quote within it is written ""'
+        ) from error
+
+
+def _csv_row(line: int, columns: list[str], cells: list[str]) -> Row:
+    value: dict[str, Any] = dict(zip(columns, cells, strict=False))
+    if len(cells) != len(columns):
+        return Row(line, value, f"the row has {len(cells)} cells, but the first line names {len(columns)} columns")
+    try:
+        "".join(cells).encode("utf-8")
+    except UnicodeEncodeError:
+        return Row(line, value, "not UTF-8")
+    return Row(line, value)
+
+
+def read_parquet(path: str) -> Iterator[Row]:
+    """Yield the rows of a Parquet file. Raises UserError: pyarrow is missing, or cannot read the file."""
+    arrow = _pyarrow(path)
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        require_plain(path, sys.maxsize)
+        with ParquetFile(path, memory_map=True) as file:
+            yield from _rows(file.iter_batches(batch_size=_ROWS_AT_A_TIME))
+    except UserError:
+        raise
+    # A damaged file brings texts that are not UTF-8, dates that Python does not have and sizes that no machine has, too.
+    except (arrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError, TypeError) as error:
+        raise _unreadable(path, "Parquet", error) from error
+
+
+def read_arrow(path: str) -> Iterator[Row]:
+    """Yield the rows of an Arrow file, of the file form or of the stream form, as the library `datasets` writes it. Raises UserError."""
+    arrow = _pyarrow(path)
+    try:
+        require_plain(path, sys.maxsize)
+        with arrow.memory_map(path) as file:
+            try:
+                reader = arrow.ipc.open_file(file)
+                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+            except arrow.ArrowInvalid:
+                file.seek(0)
+                batches = iter(arrow.ipc.open_stream(file))
+            yield from _rows(part for batch in batches for part in _parts(batch))
+    except UserError:
+        raise
+    except (arrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError, TypeError) as error:
+        raise _unreadable(path, "Arrow", error) from error
+
+
+def _parts(batch: Any) -> Iterator[Any]:
+    return (batch.slice(start, _ROWS_AT_A_TIME) for start in range(0, batch.num_rows, _ROWS_AT_A_TIME))
+
+
+def _rows(batches: Iterator[Any]) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        batch.validate(full=True)  # offsets are not checked otherwise, and lead anywhere
+        for value in _without_nanoseconds(batch).to_pylist():
+            number += 1
+            yield Row(number, _without_nulls(value))
+
+
+def _without_nanoseconds(batch: Any) -> Any:
+    """The batch with times of whole microseconds, as Python has them; no data format reads times."""
+    import pyarrow
+
+    for at, column in enumerate(batch.schema):
+        if getattr(column.type, "unit", None) == "ns":
+            wanted = pyarrow.time64("us")
+            if pyarrow.types.is_timestamp(column.type):
+                wanted = pyarrow.timestamp("us", column.type.tz)
+            elif pyarrow.types.is_duration(column.type):
+                wanted = pyarrow.duration("us")
+            batch = batch.set_column(at, column.name, batch.column(at).cast(wanted, safe=False))
+    return batch
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that have none: in a table every object of a column has all keys that any of them has."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def _pyarrow(path: str) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+    except ImportError as error:
+        raise UserError(
+            f"{path}: Parquet and Arrow files are read by the package pyarrow, which is not installed\n"
+            f"  install it with: pip install 'pyarrow >= {_OLDEST_PYARROW}'; or write the samples as JSONL"
+        ) from error
+    if list(map(int, re.findall("[0-9]+", pyarrow.__version__)[:3])) < list(map(int, _OLDEST_PYARROW.split("."))):
+        raise UserError(
+            f"{path}: pyarrow {pyarrow.__version__} is not used to read it, because it may run code that a file holds\n"
+            f"  update it with: pip install 'pyarrow >= {_OLDEST_PYARROW}'"
+        )
+    return pyarrow
+
+
+def _unreadable(path: str, form: str, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0][:200]
+    return UserError(f"{path}: cannot be read as {form}: {reason}\nthe file is damaged, cut off or of another form")

@@ -1,0 +1,1 @@
+"""Pair sources: where low-rank pairs come from, and what of them is trained."""

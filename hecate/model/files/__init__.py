@@ -1,0 +1,1 @@
+"""Read base models from their files: headers, weights, experts, tokenizers."""

@@ -1,0 +1,56 @@
+"""Checks what pairs are made from, before any process of a job starts."""
+
+from __future__ import annotations
+
+from hecate.config import Config
+from hecate.errors import UserError
+from hecate.parallel.values.expert_kinds import POOLED_SOURCES, SEEDED_SOURCES
+
+
+def check_pair_sizes(config: Config, ranks_here: int | None = None) -> None:
+    """Check that the model's sizes allow the configured pools, and that this machine has room for the matrices that ranks draw.
+
+    What else is wrong with a model is left to those who load it.
+
+    Args:
+        ranks_here: the ranks that this machine will run; None: they run elsewhere.
+
+    Raises:
+        UserError: a size does not fit, or there is too little free memory.
+    """
+    if config.lora.pairs in POOLED_SOURCES:
+        _check_pools(config)
+    if config.lora.pairs in SEEDED_SOURCES and ranks_here is not None:
+        _check_room(config, ranks_here)
+
+
+def _check_pools(config: Config) -> None:
+    from hecate.model.sizes.run_shape import base_shape_of, pool_shapes  # takes seconds to import, which other runs need not wait for
+
+    try:
+        base, of_model = base_shape_of(config)
+    except UserError:
+        return
+    pool_shapes(base, of_model)
+
+
+def _check_room(config: Config, ranks_here: int) -> None:
+    """Every rank draws all matrices for itself, and holds them as long as the run lasts."""
+    import torch
+
+    from hecate.model.files.memory_check import free_bytes
+    from hecate.model.sizes.run_shape import run_shape
+
+    try:
+        run = run_shape(config, None, ranks_here)
+    except UserError:
+        return
+    on_gpus = torch.cuda.is_available()
+    ranks, free = (1, free_bytes(torch.device("cuda", 0))) if on_gpus else (ranks_here, free_bytes(torch.device("cpu")))
+    needed = ranks * run.seeded_parameters * run.master_bytes
+    if free is not None and needed > free:
+        raise UserError(
+            f"lora.pairs: {config.lora.pairs}: the matrices that are drawn for pairs take {needed / 1e9:.1f} GB for {ranks} ranks, "
+            f"{(needed - free) / 1e9:.1f} GB more than {'a GPU' if on_gpus else 'this machine'} has free\n"
+            "  lower lora.r or, with nola, lora.nola.bases; or start fewer ranks on this machine"
+        )

@@ -1,0 +1,1 @@
+"""The report of a run as an HTML page and as pictures."""

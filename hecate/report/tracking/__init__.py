@@ -1,0 +1,1 @@
+"""Experiment trackers that a run reports to, apart from the training."""

@@ -1,0 +1,1 @@
+"""The devices and links of a job, and its ranks' groups, as values."""

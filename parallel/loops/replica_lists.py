@@ -1,0 +1,120 @@
+"""The plan of one layer as compiled loops hold it: for each expert a short list of the ranks that have it, besides the full arrays.
+
+Most experts are on few ranks. What goes over the lists takes time in proportion to the replicas, not to experts times ranks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from hecate.parallel.loops.jit import loop
+
+
+class Replicas(NamedTuple):
+    """Replicas and quotas of one layer. Of `quota` only the entries of replicas mean anything."""
+
+    has_ED: np.ndarray
+    """bool [experts, ranks]"""
+    count_E: np.ndarray
+    """int64 [experts]: replicas of each"""
+    rank_EC: np.ndarray
+    """int32 [experts, ranks]: the first `count_E[e]` are those that have expert e, ascending"""
+    quota_ED: np.ndarray
+    """float64 [experts, ranks]: assignments served at each replica"""
+
+
+@loop
+def no_replicas(experts: int, ranks: int) -> Replicas:
+    shape = (experts, ranks)
+    return Replicas(np.zeros(shape, np.bool_), np.zeros(experts, np.int64), np.zeros(shape, np.int32), np.zeros(shape))
+
+
+@loop
+def add(replicas: Replicas, expert: int, rank: int) -> None:
+    """A new replica, without assignments yet."""
+    replicas.has_ED[expert, rank] = True
+    replicas.quota_ED[expert, rank] = 0.0
+    place = replicas.count_E[expert]
+    while place > 0 and replicas.rank_EC[expert, place - 1] > rank:
+        replicas.rank_EC[expert, place] = replicas.rank_EC[expert, place - 1]
+        place -= 1
+    replicas.rank_EC[expert, place] = rank
+    replicas.count_E[expert] += 1
+
+
+@loop
+def remove(replicas: Replicas, expert: int, rank: int) -> None:
+    """Take away a replica, with its assignments."""
+    replicas.has_ED[expert, rank] = False
+    last = replicas.count_E[expert] - 1
+    place = 0
+    while replicas.rank_EC[expert, place] != rank:
+        place += 1
+    for c in range(place, last):
+        replicas.rank_EC[expert, c] = replicas.rank_EC[expert, c + 1]
+    replicas.count_E[expert] = last
+
+
+@loop
+def only_owners(replicas: Replicas, owner_E: np.ndarray) -> None:
+    for e in range(len(owner_E)):
+        _forget(replicas, e)
+        add(replicas, e, owner_E[e])
+
+
+@loop
+def copy_into(source: Replicas, target: Replicas) -> None:
+    for e in range(len(source.count_E)):
+        _forget(target, e)
+        count = source.count_E[e]
+        target.count_E[e] = count
+        for c in range(count):
+            d = source.rank_EC[e, c]
+            target.rank_EC[e, c] = d
+            target.has_ED[e, d] = True
+            target.quota_ED[e, d] = source.quota_ED[e, d]
+
+
+@loop
+def fill_lists(where_ED: np.ndarray, replicas: Replicas) -> bool:
+    """The lists, without quotas, of a placement; returns whether every expert is everywhere."""
+    experts, ranks = where_ED.shape
+    everywhere = True
+    for e in range(experts):
+        count = 0
+        for d in range(ranks):
+            if where_ED[e, d]:
+                replicas.rank_EC[e, count] = d
+                count += 1
+        replicas.count_E[e] = count
+        everywhere = everywhere and count == ranks
+    return everywhere
+
+
+@loop
+def everywhere(replicas: Replicas) -> bool:
+    """Whether every expert is on every rank."""
+    fewest = replicas.has_ED.shape[1]
+    for e in range(len(replicas.count_E)):
+        fewest = min(fewest, replicas.count_E[e])
+    return fewest == replicas.has_ED.shape[1]
+
+
+@loop
+def foreign(replicas: Replicas, owner_E: np.ndarray) -> np.ndarray:
+    """int64 [ranks]: replicas of other ranks' experts."""
+    count = np.zeros(replicas.has_ED.shape[1], np.int64)
+    for e in range(len(owner_E)):
+        for c in range(replicas.count_E[e]):
+            count[replicas.rank_EC[e, c]] += 1
+        count[owner_E[e]] -= 1
+    return count
+
+
+@loop
+def _forget(replicas: Replicas, expert: int) -> None:
+    for c in range(replicas.count_E[expert]):
+        replicas.has_ED[expert, replicas.rank_EC[expert, c]] = False
+    replicas.count_E[expert] = 0

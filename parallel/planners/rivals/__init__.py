@@ -1,0 +1,1 @@
+"""Placement policies of other systems, as their authors describe them."""

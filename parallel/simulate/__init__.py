@@ -1,0 +1,1 @@
+"""Simulated training steps under any policy, without a GPU."""

@@ -1,0 +1,325 @@
+"""One step of a simulation: layers are planned, and the step's true loads are served by their plans (`hecate.parallel.simulate.simulator`).
+
+Shapes: L layers, M some of them, E experts, S = D ranks as sources and as destinations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import numpy as np
+
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cost.cost_loops import exposed_seconds
+from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, LayerSeconds, PlanMode, Priced, Rows, cost_numbers, price
+from hecate.parallel.cost.executed_flows import served
+from hecate.parallel.cost.flows import Flows, node_membership
+from hecate.parallel.cost.gather_bytes import PortBytes, gather_ports
+from hecate.parallel.plan.layer_plan import LayerPlan, best_after_router, layer_plan, price_missing
+from hecate.parallel.plan.sharding import reshard_seconds
+from hecate.parallel.planners import Collective, Plan, PlanInput, Planner, plan_with
+from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners.rivals.sharded_gather import with_sharded_gather
+from hecate.parallel.planners.rivals.source_split import stacked
+from hecate.parallel.transfer.residency import Residency
+
+Predictor = Callable[[np.ndarray], np.ndarray]
+"""a function of the loads of all steps so far, int64 [steps, layers, experts, source ranks], that returns the next step's, float64"""
+Lifetime = Callable[[Sequence[Residency]], float]
+"""a function of the layers' residency that returns a number of steps"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSeconds:
+    """Where the seconds of a step go, all layers together."""
+
+    attention: float
+    """forward and backward, on the slowest device"""
+    compute: float
+    """experts, on the slowest device of each layer"""
+    dispatch: float
+    gather: float
+    """SparseAllGather, hidden or not"""
+    reduce: float
+    """SparseReduceScatter, hidden or not"""
+    exposed: float
+    """what gather and reduce add"""
+    optimizer: float
+    reshard: float
+    """moving experts to new owners"""
+    all_reduce: float = 0.0
+    """summing the owners' gradients over sharding groups, as if nothing hid it"""
+
+    @property
+    def total(self) -> float:
+        return self.attention + self.compute + self.dispatch + self.exposed + self.optimizer + self.reshard + self.all_reduce
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepBytes:
+    """Bytes of a step, all layers together: parameters, gradients, tokens' rows and what re-sharding moves."""
+
+    near: float
+    """between ranks of a node, sent by all of them"""
+    far: float
+    """between nodes, sent by all of them"""
+    busiest_port: float
+    """through one rank's port inside its node, in its busier direction"""
+    busiest_uplink: float
+    """through one node's uplink, in its busier direction"""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What all policies have in common: the arguments of `simulate`."""
+
+    topology: Topology
+    cost: LayerCost
+    slots_D: np.ndarray
+    execution: ExecutionMode
+    predict: Predictor
+    lifetime: Lifetime
+    max_imbalance: float | None
+    reshard_interval: int | None
+    num_layers: int
+    choose_modes: tuple[PlanMode, ...]
+    window: int
+    sharded: bool = False
+    """experts travel as parts (`sharded_gather`)"""
+    owner_E: np.ndarray | None = None
+    """the first owners of each layer; None: as expert parallelism has them"""
+
+    def of_collective(self, collective: Collective | None) -> Setting:
+        if collective is None or self.execution.route != "fastest":  # a route that is given holds for all policies
+            return self
+        return replace(self, sharded=True) if collective == "sharded" else replace(self, execution=replace(self.execution, route="flat"))
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """The plan of some layers, which are planned from the same loads."""
+
+    layer_M: np.ndarray
+    """int64 [these layers]: their numbers"""
+    plan: Plan
+    given: PlanInput
+    times: int
+    """micro-steps that gather for themselves, each of which such a plan serves"""
+
+
+def plan_layers(planner: Planner, given: PlanInput, layer_M: np.ndarray, true_LED: np.ndarray, mode: PlanMode, setting: Setting) -> Planned:
+    """Plan some layers in one mode: a step, or one of the micro-steps that gather for themselves.
+
+    Args:
+        given: for all layers, a plan from history.
+        layer_M: int64 [some layers]: which are planned now.
+        true_LED: int64 [layers, experts, source ranks], of all layers.
+        mode: of these layers.
+    """
+    execution = replace(given.execution, plan=mode)
+    times = execution.micro_steps if setting.choose_modes and execution.per_micro_step else 1
+    whole_LED = true_LED.astype(np.float64) if execution.knows_loads else given.loads_LED
+    part = replace(
+        given,
+        owner_LE=given.owner_LE[layer_M],
+        loads_LED=None if whole_LED is None else whole_LED[layer_M] / times,
+        resident_LED=None if given.resident_LED is None else given.resident_LED[layer_M],
+        present_LED=None if given.present_LED is None else given.present_LED[layer_M],
+        cost=replace(given.cost, frozen_lifetime=given.cost.frozen_lifetime * times),
+        execution=execution,
+    )
+    return Planned(layer_M, plan_with(planner, part), part, times)
+
+
+@dataclass(frozen=True, eq=False)
+class Executed:
+    """What a step's true loads have come to in some layers."""
+
+    seconds: StepSeconds
+    ports: PortBytes
+    """bytes through each rank's ports, float64 [ranks] each"""
+    imbalance_L: np.ndarray
+    replicas_LD: np.ndarray
+    """of other ranks' experts"""
+    frozen_LD: np.ndarray
+    """frozen parts of other ranks' experts, those that are kept for later steps included"""
+    computed_LD: np.ndarray
+    """distinct tokens"""
+
+
+@dataclass(frozen=True)
+class SimulatedStep:
+    seconds: StepSeconds
+    bytes: StepBytes
+    imbalance: float
+    replica_bytes_D: np.ndarray
+    replicas_D: np.ndarray
+    """see `Simulated.replicas_D`, and so on"""
+    frozen_parts_D: np.ndarray
+    served_tokens_D: np.ndarray
+    most_tokens_D: np.ndarray
+
+
+def execute(
+    planned: Planned,
+    true_LED: np.ndarray,
+    owner_before_LE: np.ndarray,
+    resident_LED: np.ndarray | None,
+    kept_LED: np.ndarray | None,
+    setting: Setting,
+    better: Better | None,
+) -> Executed:
+    """What the true loads of all layers come to in those of `planned`, in some of which a better plan takes its place after the router.
+
+    Args:
+        resident_LED: bool [layers, experts, ranks]: frozen parts that are there before the step; None: experts have none.
+        kept_LED: the same once the plan's have been fetched.
+    """
+    plan, times, layer_M, execution, topology = planned.plan, planned.times, planned.layer_M, planned.given.execution, setting.topology
+    # Planners pay a frozen part over its lifetime; the simulator pays it in the step in which it travels, in one of its micro-steps.
+    cost = replace(setting.cost, frozen_lifetime=float(times))
+    loads_LED, owner_before_LE = true_LED[layer_M] / times, owner_before_LE[layer_M]
+    resident_LED = None if resident_LED is None else resident_LED[layer_M]
+    flow = plan.flow(planned.given.expected_LED, loads_LED, topology)
+    priced = price(plan.owner_LE, plan.where_LED, flow, loads_LED, topology, cost, execution=execution, resident_ED=resident_LED)
+    if setting.sharded and plan.quota_LED is not None:
+        priced = with_sharded_gather(priced, plan.quota_LED > 0, topology, cost, execution)
+    seconds, brought = priced.seconds, None
+    where_LED, before = plan.where_LED, priced
+    if better is not None:
+        where_LED, flow = better.where_LED, better.flow(loads_LED, topology)
+        priced = price(plan.owner_LE, where_LED, flow, loads_LED, topology, replace(cost, frozen_bytes=0.0), execution=execution)
+        brought = price_missing(plan.owner_LE, plan.where_LED, where_LED, topology, cost, resident_LED)
+        seconds = _after_calibration(before.seconds, priced.seconds, brought.seconds.gather, setting, execution)
+    moved = (plan.owner_LE != owner_before_LE).any()
+    step_seconds = StepSeconds(
+        attention=execution.micro_steps * (1 + cost.non_moe_backward) * cost.non_moe_flops / min(topology.flops) * len(loads_LED),
+        reshard=reshard_seconds(owner_before_LE, plan.owner_LE, topology, cost) if moved else 0.0,
+        optimizer=float(seconds.optimizer.sum()),
+        **{name: times * float(getattr(seconds, name).sum()) for name in ("compute", "dispatch", "gather", "reduce", "exposed")},
+    )
+    others_LED = ~_at(plan.owner_LE, topology)
+    used_LED = plan.where_LED | where_LED
+    held_LED = used_LED if kept_LED is None else used_LED | kept_LED[layer_M]
+    return Executed(
+        step_seconds,
+        _bytes(plan, before, priced, brought, owner_before_LE, topology, cost, times, execution.rematerialize),
+        _imbalance(priced.rows, served(flow), topology, cost),
+        (used_LED & others_LED).sum(1),
+        (held_LED & others_LED).sum(1),
+        times * priced.rows.computed_D,
+    )
+
+
+def all_layers(executed: list[Executed], setting: Setting) -> SimulatedStep:
+    """All layers together."""
+    replicas_LD, frozen_LD, computed_LD = (
+        np.concatenate([getattr(part, name) for part in executed]) for name in ("replicas_LD", "frozen_LD", "computed_LD")
+    )
+    near_out, near_in, far_out, far_in = (sum(getattr(part.ports, field.name) for part in executed) for field in fields(PortBytes))
+    member_DN = node_membership(setting.topology)
+    cost, all_layers = setting.cost, setting.num_layers / len(replicas_LD)
+    replicas_D = replicas_LD.max(0) if setting.execution.rematerialize else replicas_LD.sum(0) * all_layers
+    frozen_D = frozen_LD.sum(0) * all_layers
+    return SimulatedStep(
+        StepSeconds(**{field.name: sum(getattr(part.seconds, field.name) for part in executed) for field in fields(StepSeconds)}),
+        StepBytes(
+            near=float(np.sum(near_out)),
+            far=float(np.sum(far_out)),
+            busiest_port=float(np.maximum(near_out, near_in).max()),
+            busiest_uplink=float(np.maximum(far_out @ member_DN, far_in @ member_DN).max()),
+        ),
+        float(np.concatenate([part.imbalance_L for part in executed]).mean()),
+        replicas_D * (cost.replica_bytes - cost.frozen_bytes) + frozen_D * cost.frozen_bytes,
+        replicas_D,
+        frozen_D,
+        computed_LD.mean(0),
+        computed_LD.max(0),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Better:
+    """The plan of every layer after its router, which in some layers is the one of before."""
+
+    layers: list[LayerPlan]
+
+    @property
+    def where_LED(self) -> np.ndarray:
+        """bool [layers, experts, ranks]"""
+        return np.stack([layer.placement.where_ED for layer in self.layers])
+
+    def flow(self, loads_LED: np.ndarray, topology: Topology) -> Flows:
+        return stacked([layer.flow(loads_ED, topology) for layer, loads_ED in zip(self.layers, loads_LED, strict=True)])
+
+
+def better_after_router(planner: Planner, planned: Planned, true_LED: np.ndarray) -> Better | None:
+    """The plans that training would make after the routers; None: it would make none."""
+    plan, given = planned.plan, planned.given
+    if given.execution.plan != "calibrated":
+        return None
+    known = replace(given, owner_LE=plan.owner_LE, loads_LED=true_LED[planned.layer_M] / planned.times)
+    present = [layer_plan(plan, given, layer) for layer in range(len(planned.layer_M))]
+    found = best_after_router(partial(plan_with, planner), known, present, splits=planner is plan_auto)
+    return Better([better if gain > 0 else now for now, (gain, better) in zip(present, found, strict=True)])
+
+
+def _after_calibration(
+    before: LayerSeconds, after: LayerSeconds, brought_L: np.ndarray, setting: Setting, execution: ExecutionMode
+) -> LayerSeconds:
+    """The gather is that of the plan before, hidden as it is, and what the plan after needs besides, which nothing hides."""
+    hides = cost_numbers(setting.cost, setting.topology, execution).hides_gather
+    slowdown = setting.topology.overlap_slowdown
+    exposed = [
+        total + exposed_seconds(hides, first, slowdown) - exposed_seconds(hides, own, slowdown)
+        for total, first, own in zip(after.exposed, before.gather, after.gather, strict=True)
+    ]
+    return replace(after, gather=before.gather + brought_L, exposed=np.array(exposed) + brought_L)
+
+
+def _bytes(
+    plan: Plan,
+    before: Priced,
+    priced: Priced,
+    brought: Priced | None,
+    owner_before_LE: np.ndarray,
+    topology: Topology,
+    cost: LayerCost,
+    times: int,
+    rematerialize: bool,
+) -> PortBytes:
+    """Bytes of the gather `before` the router, what is `brought` after it, and all that follows with the plan that is priced."""
+    gather, row_ports = priced.gathered, PortBytes(*priced.rows.near, *priced.rows.far)
+    parts = [
+        (before.gathered, times * cost.trainable_bytes),
+        (gather, times * cost.trainable_bytes if rematerialize else 0.0),
+        (gather.reversed(), times * cost.reduced_bytes),
+        # Rows go out and their gradients back, results come back and theirs go out.
+        (row_ports, 2 * times * cost.row_bytes),
+        (row_ports.reversed(), 2 * times * cost.row_bytes),
+        (before.gathered_frozen, cost.frozen_bytes),
+    ]
+    if brought is not None:
+        parts += [(brought.gathered, times * cost.trainable_bytes), (brought.gathered_frozen, times * cost.frozen_bytes)]
+    if (plan.owner_LE != owner_before_LE).any():
+        owned_LED = _at(plan.owner_LE, topology)
+        moved = gather_ports(owner_before_LE, owned_LED | _at(owner_before_LE, topology), topology)
+        parts.append((moved, cost.state_bytes + cost.frozen_bytes))
+    return PortBytes(*(np.asarray(sum(size * getattr(ports, field.name).sum(0) for ports, size in parts)) for field in fields(PortBytes)))
+
+
+def _imbalance(rows: Rows, quota_LED: np.ndarray, topology: Topology, cost: LayerCost) -> np.ndarray:
+    """float64 [layers]"""
+    rate_D = np.asarray(topology.flops)
+    work_LD = rows.computed_D * cost.row_flops * (1 + cost.row_backward)
+    work_LD = work_LD + quota_LED.sum(1) * cost.assignment_flops * (1 + cost.assignment_backward)
+    even_L = work_LD.sum(1) / rate_D.sum()
+    busiest_L = (work_LD / rate_D).max(1)
+    return np.divide(busiest_L, even_L, out=np.ones_like(even_L), where=even_L > 0)
+
+
+def _at(owner_LE: np.ndarray, topology: Topology) -> np.ndarray:
+    """bool [layers, experts, ranks]"""
+    return np.asarray(owner_LE[..., None] == np.arange(topology.world_size))

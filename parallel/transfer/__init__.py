@@ -1,0 +1,1 @@
+"""How a placement is carried out: what moves where, as values."""

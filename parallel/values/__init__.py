@@ -1,0 +1,1 @@
+"""What planning is about, as values: units, experts and their kinds, placements, loads."""
