@@ -1,4 +1,4 @@
-"""The checkout's source files, and the order of its packages in which imports point."""
+"""The checkout's source files, the order of its packages in which imports point, and who imports whom."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a kind of file is to the drills: a sound example of it, and who reads it.
+"""What a kind of file is to the fuzzing: a sound example of it, and who reads it.
 
 They are listed by who writes them: an author of models and adapters (`model_files`), of data (`data_files`), or a run (`run_files`).
 """

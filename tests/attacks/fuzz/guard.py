@@ -55,7 +55,7 @@ def _hook(event: str, args: tuple[Any, ...]) -> None:
 
 @contextmanager
 def watched(seconds: float) -> Iterator[Seen]:
-    """Watch what the block does. It must be in the main thread; Python has no way to end watching, so only processes of drills do this.
+    """Watch what the block does. It must be in the main thread. Python has no way to end an audit hook, so that the process keeps it.
 
     Args:
         seconds: of processor time that it may take.

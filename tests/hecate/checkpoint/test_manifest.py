@@ -1,4 +1,4 @@
-"""Forged manifests are refused, and no file outside the checkpoint's folder is opened (drill R9)."""
+"""Forged manifests are refused, and no file outside the checkpoint's folder is opened."""
 
 import copy
 import json

@@ -13,7 +13,7 @@ class Drill:
     fault: str
     expected: str
     function: str
-    """MODULE:FUNCTION, in this room"""
+    """MODULE:FUNCTION, in the folder `cases`"""
 
 
 _ALL = (
@@ -21,62 +21,60 @@ _ALL = (
         "R1",
         "any rank killed in any phase of a step, or of a save",
         "the others go on with the same result, 0 steps lost; noticed in 250 ms, back in 1 s (medians)",
-        "cases.losses:kill_any_rank",
+        "losses:kill_any_rank",
     ),
     Drill(
         "R2",
         "two or three ranks killed, at once or one after the other",
         "goes on while each expert has a copy; else the lost experts are named, and it goes back to a checkpoint",
-        "cases.losses:two_deaths",
+        "losses:two_deaths",
     ),
-    Drill("R3", "a rank stopped by SIGSTOP", "it is named and removed in 3 s, and the others go on", "cases.losses:stopped_rank"),
-    Drill("R4", "ranks leave and come, ten resizes", "the same result as ranks that stayed", "cases.resuming:resized"),
-    Drill("R5", "SIGKILL at every file operation of a save", "0 torn checkpoints", "cases.saves:kill_at_each_operation"),
-    Drill("R6", "the same step saved twice, with kills", "never a mixture of two saves", "cases.saves:same_step_twice"),
+    Drill("R3", "a rank stopped by SIGSTOP", "it is named and removed in 3 s, and the others go on", "losses:stopped_rank"),
+    Drill("R4", "ranks leave and come, ten resizes", "the same result as ranks that stayed", "resuming:resized"),
+    Drill("R5", "SIGKILL at every file operation of a save", "0 torn checkpoints", "saves:kill_at_each_operation"),
+    Drill("R6", "the same step saved twice, with kills", "never a mixture of two saves", "saves:same_step_twice"),
     Drill(
         "R7",
         "disk full, I/O errors, no free descriptors",
         "the old checkpoint is intact, and the message says why",
-        "cases.saves:failing_disk",
+        "saves:failing_disk",
     ),
-    Drill("R8", "single bits flipped in every file of a checkpoint", "all found", "cases.damage:bit_flips"),
-    Drill("R10", "saved on one number of ranks, loaded on another", "all pairs bitwise", "cases.resuming:save_here_load_there"),
-    Drill("R11", "stopped after every step, and resumed", "the end is bitwise the same", "cases.resuming:resume_after_each_step"),
-    Drill("R12", "ranks killed over three epochs", "each sample is trained on once an epoch", "cases.losses:each_sample_once"),
+    Drill("R8", "single bits flipped in every file of a checkpoint", "all found", "damage:bit_flips"),
+    Drill("R10", "saved on one number of ranks, loaded on another", "all pairs bitwise", "resuming:save_here_load_there"),
+    Drill("R11", "stopped after every step, and resumed", "the end is bitwise the same", "resuming:resume_after_each_step"),
+    Drill("R12", "ranks killed over three epochs", "each sample is trained on once an epoch", "losses:each_sample_once"),
     Drill(
         "R13",
         "a number that is not finite, anywhere, on any one rank",
         "all ranks skip the step, the state is bitwise unchanged, and ten in a row stop the run",
-        "cases.numbers:poisoned",
+        "numbers:poisoned",
     ),
-    Drill("R14", "spikes", "the same steps are skipped and clipped on every number of ranks", "cases.numbers:spiked"),
-    Drill(
-        "R15", "all tokens to one expert", "finite results, no more replicas than slots, idle experts unchanged", "cases.numbers:one_way"
-    ),
-    Drill("R16", "bad data files", "file and line named; or skipped and quarantined, the others unchanged", "cases.inputs:bad_data"),
-    Drill("R17", "bad configurations", "refused in less than a second, all keys named at once", "cases.inputs:bad_configs"),
-    Drill("R18", "one rank does another collective than the others", "rank and operation named in 2 s", "cases.naming:mismatched"),
-    Drill("R19", "a rank that is slow", "named within ten steps", "cases.naming:straggler"),
+    Drill("R14", "spikes", "the same steps are skipped and clipped on every number of ranks", "numbers:spiked"),
+    Drill("R15", "all tokens to one expert", "finite results, no more replicas than slots, idle experts unchanged", "numbers:one_way"),
+    Drill("R16", "bad data files", "file and line named; or skipped and quarantined, the others unchanged", "inputs:bad_data"),
+    Drill("R17", "bad configurations", "refused in less than a second, all keys named at once", "inputs:bad_configs"),
+    Drill("R18", "one rank does another collective than the others", "rank and operation named in 2 s", "naming:mismatched"),
+    Drill("R19", "a rank that is slow", "named within ten steps", "naming:straggler"),
     Drill(
         "R20",
         "a bit that flips in memory",
         "named, restored where a right copy is known, never saved",
-        "cases.memory:flipped_in_memory",
+        "memory:flipped_in_memory",
     ),
-    Drill("R21", "sockets of a run", "all on loopback", "cases.launching:only_loopback"),
-    Drill("R22", "launchers killed, fifty starts and ends", "no process, socket or file is left", "cases.launching:killed_launcher"),
-    Drill("R23", "SIGINT and SIGTERM", "checkpoint and exit in 10 s", "cases.launching:signals"),
+    Drill("R21", "sockets of a run", "all on loopback", "launching:only_loopback"),
+    Drill("R22", "launchers killed, fifty starts and ends", "no process, socket or file is left", "launching:killed_launcher"),
+    Drill("R23", "SIGINT and SIGTERM", "checkpoint and exit in 10 s", "launching:signals"),
     Drill(
         "R24",
         "rank 0 killed, and then whoever takes its place",
         "no rank is special: reports, checkpoint and adapter are complete",
-        "cases.losses:no_rank_is_special",
+        "losses:no_rank_is_special",
     ),
     Drill(
         "R25",
         "observers and trackers that raise or hang",
         "named, and the run goes on with the same result",
-        "cases.followers:bad_followers",
+        "followers:bad_followers",
     ),
 )
 DRILLS: dict[str, Drill] = {drill.name: drill for drill in _ALL}

@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from hecate.io.process_end import run_and_end
 
-_ROOM = "hecate.apps.check.drill."
+_CASES = "hecate.apps.check.drill.cases."
 
 
 def preload() -> None:
@@ -112,13 +112,13 @@ def _call(function: str, arguments: str, result: str) -> None:
 
 
 def name_of(function: Callable[..., Any]) -> str:
-    """The text by which `found` finds a function at the top of a module of this room."""
-    return f"{function.__module__.removeprefix(_ROOM)}:{function.__name__}"
+    """The text by which `found` finds a function at the top of a module of `cases`."""
+    return f"{function.__module__.removeprefix(_CASES)}:{function.__name__}"
 
 
 def found(name: str) -> Callable[..., Any]:
     module, _, function = name.partition(":")
-    return cast(Callable[..., Any], getattr(import_module(f"{_ROOM}{module}"), function))
+    return cast(Callable[..., Any], getattr(import_module(f"{_CASES}{module}"), function))
 
 
 def _leave(path: Path, value: Any) -> None:

@@ -59,7 +59,7 @@ def test_every_drill_has_a_proof() -> None:
 
 
 def test_a_drill_that_breaks_down_has_failed_with_its_last_words(made: Ground) -> None:
-    broken = made.run(replace(DRILLS["R5"], function="cases.saves:no_such_function"), quick=True)
+    broken = made.run(replace(DRILLS["R5"], function="saves:no_such_function"), quick=True)
     assert not broken.outcome.ok
     assert "no_such_function" in broken.outcome.failures[-1]
 
