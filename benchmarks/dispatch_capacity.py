@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import arguments, finish
-from hecate.parallel.cost.cost_model import rows_served
-from hecate.parallel.plan.layer_plan import layer_plan
+from hecate.parallel.cost.cost_model import price_traffic
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulate.workloads import WORKLOADS
 from testing.plan_cases import EXPERTS, TOKENS, TOP_K, kinds, plan_input, topologies
@@ -33,8 +32,9 @@ def main() -> None:
                 given = plan_input(topology, kind.cost, loads[:SEEN].mean(0))
                 row: dict[str, Any] = {"topology": place, "experts": kind.name, "workload": workload}
                 for policy in JUDGED:
-                    plan = layer_plan(POLICIES[policy](given), given, 0)
-                    rows_D = rows_served(plan.flow(loads[SEEN], topology), loads[SEEN], kind.cost, topology).computed_D
+                    plan = POLICIES[policy](given).layer(given, 0)
+                    traffic_XD = plan.traffic(loads[SEEN], topology)
+                    rows_D = price_traffic(given.owner_LE[0], plan.placement.where_ED, traffic_XD, topology, kind.cost).rows.computed_D
                     # Where no token may travel no counts are read, whatever dispatch does.
                     row[policy] = float(rows_D.max()) / TOKENS if plan.dispatches(topology) else 0.0
                 rows.append(row)

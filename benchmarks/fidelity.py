@@ -35,9 +35,7 @@ from hecate.launch.profile.probe import ProbeSizes
 from hecate.launch.profile.run import profile
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cost.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
-from hecate.parallel.cost.cost_model import LayerCost, rows_served
-from hecate.parallel.cost.executed_flows import served
-from hecate.parallel.plan.layer_plan import layer_plan
+from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.simulate.simulator import HISTORY_STEPS, Simulated, simulate
 from hecate.parallel.simulate.workloads import WORKLOADS
@@ -45,6 +43,7 @@ from hecate.parallel.values.placement import contiguous_owners
 from hecate.parallel.values.predictors import predicted_loads
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
+from testing.plain_flows import executed_flows, rows_served, served
 from testing.ranks import run_ranks
 
 TRIED = ("static_ep", "full", "hecate_paper", "auto")
@@ -205,10 +204,10 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
     for loads_LED, planned in zip(loads, planned_steps(loads, policy, shape, measured), strict=True):
         plan = planned.plan
         loads_LED = loads_LED.astype(np.float64)
-        flow = plan.flow(planned.given.expected_LED, loads_LED, topology)
+        flow = executed_flows(plan.where_LED, plan.quota_LED, planned.given.expected_LED, loads_LED, topology)
         rows, assignments_LED = rows_served(flow, loads_LED, cost, topology), served(flow)
         rows_LD = rows.computed_D
-        passed_L = np.array([layer_plan(plan, planned.given, layer).dispatches(topology) for layer in range(len(loads_LED))])
+        passed_L = np.array([plan.layer(planned.given, layer).dispatches(topology) for layer in range(len(loads_LED))])
         work = partial(_work, rows_LD=rows_LD, assignments_LED=assignments_LED, passed_L=passed_L)
         # Every rank has every expert and the plan sends tokens, but under the step's actual loads all tokens stay on their ranks.
         unpriced = (passed_L & plan.where_LED.all((1, 2)) & (rows.near[0].sum(1) <= LEAST_TRAFFIC)).sum()

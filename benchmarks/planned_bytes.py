@@ -17,8 +17,7 @@ from benchmarks.gloo_steps import Shape
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.comm.dispatch import destinations
 from hecate.parallel.cost.cost_model import Route
-from hecate.parallel.plan.layer_plan import LayerPlan, layer_plan
-from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.planners import LayerPlan, Plan, PlanInput
 from hecate.parallel.transfer.transfer_plan import fastest_route
 from hecate.parallel.values.layout import ChunkSize
 from hecate.parallel.values.placement import Placement
@@ -56,7 +55,7 @@ def planned_traffic(
     rows_LW = np.zeros((given.num_layers, given.world_size), dtype=np.int64)
     row = RowBytes(shape.hidden * FLOAT, shape.hidden * FLOAT, shape.top_k * FLOAT, shape.top_k)
     for layer, expert_WTK in enumerate(expert_LWTK):
-        tokens_WW, rows_LW[layer] = token_bytes(layer_plan(plan, given, layer), given.topology, expert_WTK, row)
+        tokens_WW, rows_LW[layer] = token_bytes(plan.layer(given, layer), given.topology, expert_WTK, row)
         sent_WW += chunk_bytes(given, plan, layer) + tokens_WW
     return sent_WW, rows_LW
 

@@ -20,9 +20,10 @@ import numpy as np
 
 from benchmarks.report import arguments, finish
 from hecate.parallel.cluster.topology import Link, uniform_topology
+from hecate.parallel.cost.cost_loops import SERVED
 from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.loops import jit
-from hecate.parallel.plan.layer_plan import best_after_router, layer_plan, one_layer
+from hecate.parallel.plan.after_router import best_after_router, one_layer
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.transfer.transfer_plan import fastest_route
@@ -83,7 +84,7 @@ def route_rows(*, quick: bool) -> list[dict[str, Any]]:
 
 def after_router_ms(given: PlanInput, *, quick: bool) -> list[float]:
     """Milliseconds of planning one layer anew from its true loads, which differ from those of the plan that is there."""
-    present = [layer_plan(plan_auto(given), given, 0)]
+    present = [plan_auto(given).layer(given, 0)]
     true_LED = np.random.default_rng(1).permuted(given.expected_LED[:1], axis=1)
     known = one_layer(replace(given, execution=ExecutionMode(plan="calibrated")), 0, true_LED[0])
     times: list[float] = []
@@ -104,8 +105,8 @@ def main() -> None:
         for policy, planner in POLICIES.items():
             with jit.compiling_here():  # before the clock starts
                 plan = planner(given)
-            quota = plan.quotas(given.expected_LED, given.topology)
-            assert np.allclose(quota.sum(-1), given.expected_LED.sum(-1)), policy
+            served_LD = plan.traffic(given.expected_LED, given.expected_LED, given.topology)[:, SERVED]
+            assert np.allclose(served_LD.sum(-1), given.expected_LED.sum((1, 2))), policy
             times: list[float] = []
             while len(times) < (1 if options.quick else 5) or (sum(times) < 2 and len(times) < 50 and not options.quick):
                 start = time.perf_counter()

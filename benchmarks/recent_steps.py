@@ -3,7 +3,7 @@
 The loads that come are never those that were predicted. Of two plans that are equally fast under the prediction one may bear a wrong
 prediction better: for example, the one that keeps tokens on their ranks, whatever they are. So candidates are priced on the loads of each
 of the last steps, every source's assignments divided as the plan divides those that it was made for
-(`hecate.parallel.cost.executed_flows`).
+(`Plan.traffic`).
 
 Shapes: S steps, C candidates, L layers, E experts, D ranks.
 """
@@ -14,8 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hecate.parallel.cost.cost_model import price
-from hecate.parallel.cost.executed_flows import executed_flows
+from hecate.parallel.cost.cost_model import price_traffic
 from hecate.parallel.planners.plan import Plan, PlanInput
 
 
@@ -30,15 +29,12 @@ def seconds_over(plan: Plan, given: PlanInput, recent_SLED: np.ndarray) -> np.nd
     def each_step(values: np.ndarray) -> np.ndarray:
         return np.broadcast_to(values, (len(recent_SLED), *values.shape))
 
-    where_SLED, true_SLED = each_step(plan.where_LED), recent_SLED.astype(np.float64)
-    quota_SLED = None if plan.quota_LED is None else each_step(plan.quota_LED)
-    flow = executed_flows(where_SLED, quota_SLED, each_step(given.expected_LED), true_SLED, given.topology)
+    traffic_SLXD = np.stack([plan.traffic(given.expected_LED, true_LED, given.topology) for true_LED in recent_SLED.astype(np.float64)])
     resident_SLED = None if given.resident_LED is None else each_step(given.resident_LED)
-    return price(
+    return price_traffic(
         each_step(plan.owner_LE),
-        where_SLED,
-        flow,
-        true_SLED,
+        each_step(plan.where_LED),
+        traffic_SLXD,
         given.topology,
         given.cost,
         execution=given.execution,

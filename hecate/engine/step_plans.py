@@ -15,9 +15,9 @@ from hecate.experts.family import ExpertFamily, OwnedChunks
 from hecate.parallel.cluster.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, PlanChoice, PlanMode
-from hecate.parallel.plan.layer_plan import LayerPlan, best_after_router, layer_plan, one_layer
+from hecate.parallel.plan.after_router import best_after_router, one_layer
 from hecate.parallel.plan.measured_modes import MeasuredModes, modes_of
-from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner, plan_with
+from hecate.parallel.planners import POLICIES, LayerPlan, Plan, PlanInput, Planner, plan_with
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.transfer.residency import FrozenMove, Residency, expected_uses, frozen_move
 from hecate.parallel.transfer.transfer_plan import TransferPlan, plan_transfer
@@ -270,7 +270,7 @@ class StepPlans:
         given = one_layer(*self._given[unit], loads_ED, resident_ED)
         planner = partial(self._planned, units=[unit])
         if self.mode(unit) == "exact":
-            plan = layer_plan(planner(given), given, 0)
+            plan = planner(given).layer(given, 0)
             self._last_planned[unit] = plan.placement
             return plan
         ((gain, plan),) = best_after_router(planner, given, [self._plans[unit]], splits=self.config.planner is plan_auto)
@@ -354,7 +354,7 @@ class StepPlans:
     def _place_all(self, units: Sequence[Unit], given: PlanInput) -> None:
         plan = self._planned(given, units)
         for index, unit in enumerate(units):
-            one = layer_plan(plan, given, index)
+            one = plan.layer(given, index)
             self._last_planned[unit] = one.placement
             self.place(unit, one)
 

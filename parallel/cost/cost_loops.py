@@ -86,7 +86,8 @@ def layer_loads(tokens_SE: np.ndarray, topology: TopologyNumbers) -> LayerLoads:
 
 @loop
 def even_quota_into(replicas: Replicas, loads: LayerLoads, topology: TopologyNumbers) -> None:
-    """Topology-aware dispatch (Hecate §3.3): see `hecate.parallel.cost.flows.even_quota`."""
+    """Topology-aware dispatch (Hecate §3.3): an assignment stays on its rank where the expert is; else it
+    goes evenly over the replicas of the rank's node; else evenly over all."""
     nodes = len(topology.uplink_N)
     rest, copies = np.empty(nodes), np.empty(nodes)
     for e in range(len(loads.load_E)):

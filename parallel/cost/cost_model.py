@@ -9,7 +9,7 @@ Shapes: ... any leading dimensions (layers), E experts, D ranks, N nodes.
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -17,10 +17,8 @@ import numpy as np
 
 from hecate.errors import UserError
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.cost.cost_loops import DISPATCH_COLLECTIVES, price_layers
+from hecate.parallel.cost.cost_loops import DISPATCH_COLLECTIVES, TRAFFIC_ROWS, price_layers
 from hecate.parallel.cost.cost_numbers import CostNumbers, TopologyNumbers
-from hecate.parallel.cost.executed_flows import served
-from hecate.parallel.cost.flows import Flows, flows
 from hecate.parallel.cost.gather_bytes import PortBytes
 from hecate.parallel.cost.route_loops import FASTEST, FLAT, SLICED, TWO_LEVEL, exchange_seconds
 from hecate.parallel.loops.replica_lists import no_replicas
@@ -195,47 +193,6 @@ class Priced:
     """replicas through each port whose frozen part is not resident; nothing if experts have none"""
 
 
-def layer_seconds(
-    owner_E: np.ndarray,
-    where_ED: np.ndarray,
-    quota_ED: np.ndarray,
-    loads_ED: np.ndarray,
-    topology: Topology,
-    cost: LayerCost,
-    *,
-    execution: ExecutionMode = HISTORY,
-    flow: Flows | None = None,
-    resident_ED: np.ndarray | None = None,
-) -> LayerSeconds:
-    """Predict one step of each layer.
-
-    Args:
-        owner_E: int64 [..., experts].
-        where_ED: bool [..., experts, ranks].
-        quota_ED: float64 [..., experts, ranks]: assignments served (see `hecate.parallel.cost.flows`).
-        loads_ED: float64 [..., experts, source ranks]: assignments routed.
-        flow: how the assignments travel; None: as `flows` matches them with the quotas.
-        resident_ED: bool [..., experts, ranks]: frozen parts that are there already; None: only the owners'.
-    """
-    flow = flows(loads_ED, quota_ED, topology) if flow is None else flow
-    return price(owner_E, where_ED, flow, loads_ED, topology, cost, execution=execution, resident_ED=resident_ED).seconds
-
-
-def price(
-    owner_E: np.ndarray,
-    where_ED: np.ndarray,
-    flow: Flows,
-    loads_ED: np.ndarray,
-    topology: Topology,
-    cost: LayerCost,
-    *,
-    execution: ExecutionMode = HISTORY,
-    resident_ED: np.ndarray | None = None,
-) -> Priced:
-    """Predict one step of each layer, and what travels in it. For the arguments see `layer_seconds`."""
-    return price_traffic(owner_E, where_ED, flow_traffic(flow, loads_ED), topology, cost, execution=execution, resident_ED=resident_ED)
-
-
 def price_traffic(
     owner_E: np.ndarray,
     where_ED: np.ndarray,
@@ -246,7 +203,14 @@ def price_traffic(
     execution: ExecutionMode = HISTORY,
     resident_ED: np.ndarray | None = None,
 ) -> Priced:
-    """The same by what each rank sends and serves, float64 [..., 7, ranks] (see `price_layers`)."""
+    """Predict one step of each layer, and what travels in it.
+
+    Args:
+        owner_E: int64 [..., experts].
+        where_ED: bool [..., experts, ranks].
+        traffic_XD: float64 [..., 7, ranks]: what each rank sends and serves (see `price_layers`).
+        resident_ED: bool [..., experts, ranks]: frozen parts that are there already; None: only the owners'.
+    """
     shape, (experts, ranks) = where_ED.shape[:-2], where_ED.shape[-2:]
     layers = int(np.prod(shape))
     parts_LX, rows_LXD, copies_LXD = np.empty((layers, 6)), np.empty((layers, 5, ranks)), np.empty((layers, 8, ranks))
@@ -273,16 +237,21 @@ def price_traffic(
     )
 
 
-def rows_served(flow: Flows, loads_ED: np.ndarray, cost: LayerCost, topology: Topology) -> Rows:
-    """Distinct tokens behind the assignments of each layer."""
-    owner_E, where_ED = np.zeros(loads_ED.shape[:-1], np.int64), np.ones(loads_ED.shape, np.bool_)
-    return price(owner_E, where_ED, flow, loads_ED, topology, cost).rows
+def price_missing(
+    owner_E: np.ndarray, present_ED: np.ndarray, better_ED: np.ndarray, topology: Topology, cost: LayerCost, resident_ED: np.ndarray | None
+) -> Priced:
+    """The price of the gather of what a better plan needs besides.
 
-
-def flow_traffic(flow: Flows, loads_ED: np.ndarray) -> np.ndarray:
-    """float64 [..., 7, ranks]: what each rank sends and serves (see `price_layers`)."""
-    parts = flow.near_sent_ED, flow.near_served_ED, flow.far_sent_ED, flow.far_served_ED, flow.local_ED, served(flow), loads_ED
-    return np.stack([part.sum(-2) for part in parts], axis=-2, dtype=np.float64)
+    Args:
+        owner_E: int64 [..., experts].
+        present_ED: bool [..., experts, ranks]: replicas that have been gathered.
+        better_ED: bool [..., experts, ranks]: replicas of the better plan.
+        resident_ED: bool [..., experts, ranks]: frozen parts that are there; None: only the owners'.
+    """
+    where_ED = (better_ED & ~present_ED) | (owner_E[..., None] == np.arange(topology.world_size))
+    nothing_XD = np.zeros((*better_ED.shape[:-2], TRAFFIC_ROWS, topology.world_size))
+    # A frozen part that comes now is paid now.
+    return price_traffic(owner_E, where_ED, nothing_XD, topology, replace(cost, frozen_lifetime=1.0), resident_ED=resident_ED)
 
 
 def contiguous(values: np.ndarray, shape: tuple[int, ...], dtype: type) -> np.ndarray:

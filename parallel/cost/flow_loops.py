@@ -1,7 +1,8 @@
 """What each rank sends and serves of a layer's assignments, under the loads that a plan was made for or under others, as compiled loops.
 
-The same as `hecate.parallel.cost.flows` and `hecate.parallel.cost.executed_flows` say of each expert, summed over the experts as they go
-by, for whoever needs the sums alone.
+The same as `hecate.parallel.cost.flows` says of each expert, summed over the experts as they go by, for whoever needs the sums alone.
+Under other loads every source keeps to the shares of its assignments that the plan gave to each rank; one of which the plan expected no
+assignment of an expert follows topology-aware dispatch with those it has.
 
 Shapes: L layers, E experts, D ranks as sources and as destinations, N nodes.
 """
@@ -149,7 +150,7 @@ def _rescale(load: np.ndarray, topology: TopologyNumbers, flow: ExpertFlow) -> b
 
 @loop
 def _even_quota(where: np.ndarray, load: np.ndarray, topology: TopologyNumbers, flow: ExpertFlow) -> None:
-    """Fill `quota_D` with what `hecate.parallel.cost.flows.even_quota` says of one expert."""
+    """Fill `quota_D` as `hecate.parallel.cost.cost_loops.even_quota_into` does, for one expert."""
     nodes, node_D = len(topology.uplink_N), topology.node_D
     rest_N, copies_N = flow.sent_N, flow.served_N
     for n in range(nodes):

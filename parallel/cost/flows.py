@@ -15,26 +15,6 @@ import numpy as np
 from hecate.parallel.cluster.topology import Topology
 
 
-def even_quota(where_ED: np.ndarray, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
-    """Quotas of topology-aware dispatch (Hecate §3.3): an assignment stays on its rank where the expert is there; else it goes evenly over
-    the replicas of the rank's node; else evenly over all replicas.
-
-    Args:
-        where_ED: bool [..., experts, ranks], each expert somewhere.
-        loads_ED: float64 [..., experts, source ranks].
-
-    Returns:
-        float64 [..., experts, ranks].
-    """
-    member_DN = node_membership(topology)
-    local_ED = np.where(where_ED, loads_ED, 0.0)
-    rest_EN = (loads_ED - local_ED) @ member_DN
-    copies_EN = where_ED @ member_DN
-    within_EN = np.divide(rest_EN, copies_EN, out=np.zeros_like(rest_EN), where=copies_EN > 0)
-    far_E = np.where(copies_EN > 0, 0.0, rest_EN).sum(-1) / copies_EN.sum(-1)
-    return local_ED + np.where(where_ED, within_EN[..., node_index(topology)] + far_E[..., None], 0.0)
-
-
 @dataclass(frozen=True, eq=False)
 class Flows:
     """How the assignments of each expert travel, under given quotas."""

@@ -14,7 +14,7 @@ from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.cost.cost_model import LayerCost, transfer_seconds
 from hecate.parallel.cost.gather_bytes import PortBytes
 from hecate.parallel.loops import jit
-from hecate.parallel.plan.layer_plan import best_after_router, layer_plan
+from hecate.parallel.plan.after_router import best_after_router
 from hecate.parallel.planners import PlanInput
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.transfer.transfer_plan import fastest_route
@@ -30,7 +30,7 @@ def compile_all() -> None:
         plan = plan_auto(given)
         plan.seconds(given)
         plan.traffic(given.expected_LED, given.expected_LED, given.topology)
-        best_after_router(plan_auto, replace(given, loads_LED=2 * given.expected_LED), [layer_plan(plan, given, 0)], splits=True)
+        best_after_router(plan_auto, replace(given, loads_LED=2 * given.expected_LED), [plan.layer(given, 0)], splits=True)
         fastest_route(plan.placement(0), ChunkSize(1, 1), given.topology)
         transfer_seconds(PortBytes(*np.zeros((4, 1))), 1.0, given.topology)
     jit.all_is_compiled()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hecate.parallel.cost.cost_model import PlanChoice, PlanMode, price_traffic
-from hecate.parallel.plan.layer_plan import best_after_router, layer_plan, some_layers
+from hecate.parallel.plan.after_router import best_after_router, some_layers
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.values.predictors import predicted_loads
 
@@ -97,7 +97,7 @@ def judge_step(
     replanned_L = np.ones(given.num_layers, dtype=bool) if replanned_L is None else replanned_L
     gain_L = np.zeros(given.num_layers)
     if replanned_L.any():
-        present = [layer_plan(first_alone, calibrated, int(at)) for at in np.flatnonzero(replanned_L)]
+        present = [first_alone.layer(calibrated, int(at)) for at in np.flatnonzero(replanned_L)]
         found = best_after_router(planner, some_layers(true_calibrated, replanned_L), present, splits=splits)
         gain_L[replanned_L] = [gain for gain, _ in found]
     seconds_ML = np.stack(

@@ -1,7 +1,7 @@
 """Placement policies by name. Each is a pure function in its own file; none needs torch.
 
-A policy that is named after another system divides tokens among replicas as that system does, and `NAME+ours` is the same placement with
-this project's split and collectives, where those differ.
+A run that trains under a policy named after another system takes that system's placements and quotas. A simulation of it (`ROWS`) also
+divides tokens among replicas, and moves experts, as that system does; there `NAME+ours` is the policy as a run trains under it.
 """
 
 from dataclasses import replace
@@ -11,7 +11,7 @@ from hecate.parallel.cost.cost_model import Priced
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.full import plan_full, plan_with
 from hecate.parallel.planners.hecate_paper import plan_hecate_paper
-from hecate.parallel.planners.plan import Plan, PlanInput, Planner, with_our_split
+from hecate.parallel.planners.plan import LayerPlan, Plan, PlanInput, Planner
 from hecate.parallel.planners.rivals.echo import plan_echo
 from hecate.parallel.planners.rivals.eplb import plan_eplb
 from hecate.parallel.planners.rivals.fastermoe import plan_fastermoe
@@ -21,6 +21,7 @@ from hecate.parallel.planners.rivals.llep import plan_llep
 from hecate.parallel.planners.rivals.moonep import plan_moonep
 from hecate.parallel.planners.rivals.sharded_gather import with_sharded_gather
 from hecate.parallel.planners.rivals.smartmoe import plan_smartmoe
+from hecate.parallel.planners.rivals.split_plan import with_our_split
 from hecate.parallel.planners.rivals.ultraep import plan_ultraep
 from hecate.parallel.planners.static_ep import plan_static_ep
 
@@ -32,13 +33,13 @@ POLICIES: dict[str, Planner] = {
     "full": plan_full,
     "fastermoe": plan_fastermoe,
     "smartmoe": plan_smartmoe,
-    "flexmoe": plan_flexmoe,
-    "eplb": plan_eplb,
-    "llep": plan_llep,
-    "echo": plan_echo,
-    "laer": plan_laer,
+    "flexmoe": with_our_split(plan_flexmoe),
+    "eplb": with_our_split(plan_eplb),
+    "llep": with_our_split(plan_llep),
+    "echo": with_our_split(plan_echo),
+    "laer": with_our_split(plan_laer),
     "ultraep": plan_ultraep,
-    "moonep": plan_moonep,
+    "moonep": with_our_split(plan_moonep),
     "hecate_paper": plan_hecate_paper,
     "auto": plan_auto,
 }
@@ -46,11 +47,18 @@ POLICIES: dict[str, Planner] = {
 COLLECTIVES: dict[str, Collective] = {"laer": "sharded", "llep": "flat", "moonep": "flat"}
 """how experts travel in the systems whose collectives differ from this project's, which takes the fastest of its routes: LLEP's owners send
 their experts to each rank, MoonEP's ranks read them where they lie, LAER-MoE restores them from parts"""
-WITH_OURS: dict[str, Planner] = {
-    f"{name}+ours": with_our_split(POLICIES[name]) for name in ("flexmoe", "eplb", "llep", "echo", "laer", "moonep")
+_AS_PUBLISHED: dict[str, Planner] = {
+    "flexmoe": plan_flexmoe,
+    "eplb": plan_eplb,
+    "llep": plan_llep,
+    "echo": plan_echo,
+    "laer": plan_laer,
+    "moonep": plan_moonep,
 }
-"""the policies whose split or collectives are not this project's, with these"""
-ROWS: dict[str, Planner] = POLICIES | WITH_OURS
+"""the policies whose systems divide tokens among replicas in their own way, with that way"""
+WITH_OURS: dict[str, Planner] = {f"{name}+ours": POLICIES[name] for name in _AS_PUBLISHED}
+"""the same with this project's split and collectives, as they train"""
+ROWS: dict[str, Planner] = POLICIES | _AS_PUBLISHED | WITH_OURS
 """what a simulation can compare"""
 
 
@@ -65,4 +73,16 @@ def price_row(name: str, plan: Plan, given: PlanInput) -> Priced:
     return priced
 
 
-__all__ = ["COLLECTIVES", "POLICIES", "ROWS", "WITH_OURS", "Collective", "Plan", "PlanInput", "Planner", "plan_with", "price_row"]
+__all__ = [
+    "COLLECTIVES",
+    "POLICIES",
+    "ROWS",
+    "WITH_OURS",
+    "Collective",
+    "LayerPlan",
+    "Plan",
+    "PlanInput",
+    "Planner",
+    "plan_with",
+    "price_row",
+]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from hecate.errors import UserError
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.cost.cost_loops import TRAFFIC_ROWS
+from hecate.parallel.cost.after_router_loops import seconds_after_router
+from hecate.parallel.cost.cost_loops import SERVED, TRAFFIC_ROWS
 from hecate.parallel.cost.cost_model import (
     HISTORY,
     ExecutionMode,
@@ -17,14 +18,13 @@ from hecate.parallel.cost.cost_model import (
     LayerSeconds,
     Priced,
     contiguous,
-    flow_traffic,
-    price,
+    cost_numbers,
+    price_traffic,
     topology_numbers,
 )
-from hecate.parallel.cost.executed_flows import executed_flows
 from hecate.parallel.cost.flow_loops import executed_traffic
-from hecate.parallel.cost.flows import Flows, even_quota, flows
-from hecate.parallel.planners.rivals.source_split import SourceSplit, flows_of_shares, stacked
+from hecate.parallel.cost.flows import nothing_travels, token_split
+from hecate.parallel.cost.route_loops import FASTEST
 from hecate.parallel.values.placement import Placement
 
 
@@ -109,44 +109,22 @@ class Plan:
     """bool [layers, experts, ranks]: replicas, always one at the owner"""
     quota_LED: np.ndarray | None = field(default=None)
     """float64 [layers, experts, ranks]: assignments served at each replica, summing to the expert's load; None: topology-aware dispatch"""
-    source_split: SourceSplit | None = None
-    """the rule of another system by which each source divides its assignments, made for the same loads as the quotas, which it has and
-    which it serves exactly under these loads; None: a rank serves its own first (`hecate.parallel.cost.flows`)"""
 
     def placement(self, layer: int) -> Placement:
         return Placement(self.owner_LE[layer].copy(), self.where_LED[layer].copy())
 
-    def quotas(self, loads_LED: np.ndarray, topology: Topology) -> np.ndarray:
-        """The quotas; computed by topology-aware dispatch where the plan has none."""
-        return even_quota(self.where_LED, loads_LED, topology) if self.quota_LED is None else self.quota_LED
-
-    def flow(self, planned_LED: np.ndarray, loads_LED: np.ndarray, topology: Topology) -> Flows:
-        """How the assignments of these loads, float64 [layers, experts, source ranks], travel under the plan, which was made for others."""
-        if self.source_split is None or self.quota_LED is None:
-            return executed_flows(self.where_LED, self.quota_LED, planned_LED, loads_LED, topology)
-        layers = zip(self.where_LED, self.quota_LED, planned_LED, loads_LED, strict=True)
-        return stacked(
-            [
-                flows_of_shares(self.source_split.of_layer(layer).shares(where_ED, quota_ED, planned_ED, topology), loads_ED, topology)
-                for layer, (where_ED, quota_ED, planned_ED, loads_ED) in enumerate(layers)
-            ]
-        )
+    def layer(self, given: PlanInput, index: int) -> LayerPlan:
+        """One layer's part of the plan, which was made of `given`; `index` is the layer's place in both."""
+        return LayerPlan(self.placement(index), given.expected_LED[index], None if self.quota_LED is None else self.quota_LED[index])
 
     def traffic(self, planned_LED: np.ndarray, loads_LED: np.ndarray, topology: Topology) -> np.ndarray:
-        """float64 [layers, 7, ranks]: what each rank sends and serves of these loads (see `price_layers`), as `flow` says."""
-        if self.source_split is not None and self.quota_LED is not None:
-            return flow_traffic(self.flow(planned_LED, loads_LED, topology), loads_LED)
-        traffic_LXD, shape = np.zeros((len(loads_LED), TRAFFIC_ROWS, topology.world_size)), self.where_LED.shape
-        none_LED = np.zeros((shape[0], 0, 0))
-        executed_traffic(
-            contiguous(self.where_LED, shape, np.bool_),
-            none_LED if self.quota_LED is None else contiguous(self.quota_LED, shape, np.float64),
-            none_LED if planned_LED is loads_LED else contiguous(planned_LED, shape, np.float64),
-            contiguous(loads_LED, shape, np.float64),
-            topology_numbers(topology),
-            traffic_LXD,
-        )
-        return traffic_LXD
+        """float64 [layers, 7, ranks]: what each rank sends and serves of these loads (see `price_layers`).
+
+        Args:
+            planned_LED: float64 [layers, experts, source ranks]: the loads that the plan was made for.
+            loads_LED: float64 [layers, experts, source ranks]: the loads that came.
+        """
+        return _quota_traffic(self.where_LED, self.quota_LED, planned_LED, loads_LED, topology)
 
     def seconds(self, given: PlanInput) -> LayerSeconds:
         """The predicted seconds of the plan under the loads that it was made for, executed as `given.execution` says."""
@@ -155,15 +133,10 @@ class Plan:
     def price(self, given: PlanInput) -> Priced:
         """The same, and what travels."""
         loads_LED, topology = given.expected_LED, given.topology
-        if self.source_split is None:
-            flow = flows(loads_LED, self.quotas(loads_LED, topology), topology)
-        else:
-            flow = self.flow(loads_LED, loads_LED, topology)
-        return price(
+        return price_traffic(
             self.owner_LE,
             self.where_LED,
-            flow,
-            loads_LED,
+            self.traffic(loads_LED, loads_LED, topology),
             topology,
             given.cost,
             execution=given.execution,
@@ -171,14 +144,80 @@ class Plan:
         )
 
 
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """One layer's part of a plan, and the loads it was made for."""
+
+    placement: Placement
+    loads_ED: np.ndarray
+    """float64 [experts, source ranks]"""
+    quota_ED: np.ndarray | None
+    """see `Plan.quota_LED`"""
+
+    def dispatches(self, topology: Topology) -> bool:
+        """Whether a token may have to leave its rank."""
+        return not nothing_travels(self.placement.where_ED, self.loads_ED, self.quota_ED, topology)
+
+    def split(self, topology: Topology, source: int) -> np.ndarray:
+        """float64 [experts, ranks]: see `token_split`."""
+        return token_split(self.placement.where_ED, self.loads_ED, self.quota_ED, topology, source)
+
+    def traffic(self, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
+        """float64 [7, ranks]: what each rank sends and serves of these loads, which may be others than the plan was made for."""
+        quota_LED = None if self.quota_ED is None else self.quota_ED[None]
+        return _quota_traffic(self.placement.where_ED[None], quota_LED, self.loads_ED[None], loads_ED[None], topology)[0]
+
+    def served(self, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
+        """float64 [ranks]: number of assignments that each rank serves under these loads."""
+        return self.traffic(loads_ED, topology)[SERVED]
+
+    def seconds_from_router(self, given: PlanInput, present_ED: np.ndarray, enough: float = np.inf) -> float:
+        """Seconds of a micro-step from the layer's router on, and of the gather of what the plan needs besides what is present.
+
+        Args:
+            given: this layer alone, under its true loads.
+            present_ED: bool [experts, ranks]: replicas that have been gathered.
+            enough: where it takes so many seconds, they need not be exact, only be as many.
+        """
+        where_ED, loads_ED = self.placement.where_ED, given.expected_LED[0]
+        cost = cost_numbers(given.cost, given.topology, given.execution)
+        none_ED, shape = np.zeros((0, 0)), where_ED.shape
+        fresh = self.quota_ED is None or self.loads_ED is loads_ED or np.array_equal(self.loads_ED, loads_ED)
+        return seconds_after_router(
+            contiguous(given.owner_LE[0], shape[:1], np.int64),
+            contiguous(where_ED, shape, np.bool_),
+            contiguous(present_ED, shape, np.bool_),
+            np.zeros((0, 0), np.bool_) if given.resident_LED is None else contiguous(given.resident_LED[0], shape, np.bool_),
+            none_ED if self.quota_ED is None else contiguous(self.quota_ED, shape, np.float64),
+            none_ED if fresh else contiguous(self.loads_ED, shape, np.float64),
+            contiguous(loads_ED, shape, np.float64),
+            topology_numbers(given.topology),
+            cost._replace(frozen_bytes=0.0),
+            cost._replace(fetched_share=1.0, route=FASTEST),  # a frozen part that comes now is paid now
+            enough,
+        )
+
+
 Planner = Callable[[PlanInput], Plan]
 """A pure function: the same input gives the same plan, and ties are broken by index."""
 
 
-def with_our_split(planner: Planner) -> Planner:
-    """The same placement and quotas, but a rank serves its own assignments first."""
-
-    def planned(given: PlanInput) -> Plan:
-        return replace(planner(given), source_split=None)
-
-    return planned
+def _quota_traffic(
+    where_LED: np.ndarray, quota_LED: np.ndarray | None, planned_LED: np.ndarray, loads_LED: np.ndarray, topology: Topology
+) -> np.ndarray:
+    """float64 [layers, 7, ranks], where a rank serves its own assignments first, then its node's, then the others'."""
+    traffic_LXD, shape, none_LED = (
+        np.zeros((len(loads_LED), TRAFFIC_ROWS, topology.world_size)),
+        where_LED.shape,
+        np.zeros((len(loads_LED), 0, 0)),
+    )
+    fresh = planned_LED is loads_LED or np.array_equal(planned_LED, loads_LED)
+    executed_traffic(
+        contiguous(where_LED, shape, np.bool_),
+        none_LED if quota_LED is None else contiguous(quota_LED, shape, np.float64),
+        none_LED if fresh else contiguous(planned_LED, shape, np.float64),
+        contiguous(loads_LED, shape, np.float64),
+        topology_numbers(topology),
+        traffic_LXD,
+    )
+    return traffic_LXD

@@ -12,17 +12,25 @@ from functools import partial
 import numpy as np
 
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.cost.cost_loops import exposed_seconds
-from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, LayerSeconds, PlanMode, Priced, Rows, cost_numbers, price
-from hecate.parallel.cost.executed_flows import served
-from hecate.parallel.cost.flows import Flows, node_membership
+from hecate.parallel.cost.cost_loops import SERVED, exposed_seconds
+from hecate.parallel.cost.cost_model import (
+    ExecutionMode,
+    LayerCost,
+    LayerSeconds,
+    PlanMode,
+    Priced,
+    Rows,
+    cost_numbers,
+    price_missing,
+    price_traffic,
+)
+from hecate.parallel.cost.flows import node_membership
 from hecate.parallel.cost.gather_bytes import PortBytes, gather_ports
-from hecate.parallel.plan.layer_plan import LayerPlan, best_after_router, layer_plan, price_missing
+from hecate.parallel.plan.after_router import best_after_router
 from hecate.parallel.plan.sharding import reshard_seconds
-from hecate.parallel.planners import Collective, Plan, PlanInput, Planner, plan_with
+from hecate.parallel.planners import Collective, LayerPlan, Plan, PlanInput, Planner, plan_with
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.rivals.sharded_gather import with_sharded_gather
-from hecate.parallel.planners.rivals.source_split import stacked
 from hecate.parallel.transfer.residency import Residency
 
 Predictor = Callable[[np.ndarray], np.ndarray]
@@ -182,15 +190,15 @@ def execute(
     cost = replace(setting.cost, frozen_lifetime=float(times))
     loads_LED, owner_before_LE = true_LED[layer_M] / times, owner_before_LE[layer_M]
     resident_LED = None if resident_LED is None else resident_LED[layer_M]
-    flow = plan.flow(planned.given.expected_LED, loads_LED, topology)
-    priced = price(plan.owner_LE, plan.where_LED, flow, loads_LED, topology, cost, execution=execution, resident_ED=resident_LED)
+    traffic_LXD = plan.traffic(planned.given.expected_LED, loads_LED, topology)
+    priced = price_traffic(plan.owner_LE, plan.where_LED, traffic_LXD, topology, cost, execution=execution, resident_ED=resident_LED)
     if setting.sharded and plan.quota_LED is not None:
         priced = with_sharded_gather(priced, plan.quota_LED > 0, topology, cost, execution)
     seconds, brought = priced.seconds, None
     where_LED, before = plan.where_LED, priced
     if better is not None:
-        where_LED, flow = better.where_LED, better.flow(loads_LED, topology)
-        priced = price(plan.owner_LE, where_LED, flow, loads_LED, topology, replace(cost, frozen_bytes=0.0), execution=execution)
+        where_LED, traffic_LXD = better.where_LED, better.traffic(loads_LED, topology)
+        priced = price_traffic(plan.owner_LE, where_LED, traffic_LXD, topology, replace(cost, frozen_bytes=0.0), execution=execution)
         brought = price_missing(plan.owner_LE, plan.where_LED, where_LED, topology, cost, resident_LED)
         seconds = _after_calibration(before.seconds, priced.seconds, brought.seconds.gather, setting, execution)
     moved = (plan.owner_LE != owner_before_LE).any()
@@ -206,7 +214,7 @@ def execute(
     return Executed(
         step_seconds,
         _bytes(plan, before, priced, brought, owner_before_LE, topology, cost, times, execution.rematerialize),
-        _imbalance(priced.rows, served(flow), topology, cost),
+        _imbalance(priced.rows, traffic_LXD[:, SERVED], topology, cost),
         (used_LED & others_LED).sum(1),
         (held_LED & others_LED).sum(1),
         times * priced.rows.computed_D,
@@ -251,8 +259,9 @@ class Better:
         """bool [layers, experts, ranks]"""
         return np.stack([layer.placement.where_ED for layer in self.layers])
 
-    def flow(self, loads_LED: np.ndarray, topology: Topology) -> Flows:
-        return stacked([layer.flow(loads_ED, topology) for layer, loads_ED in zip(self.layers, loads_LED, strict=True)])
+    def traffic(self, loads_LED: np.ndarray, topology: Topology) -> np.ndarray:
+        """float64 [layers, 7, ranks]: see `Plan.traffic`."""
+        return np.stack([layer.traffic(loads_ED, topology) for layer, loads_ED in zip(self.layers, loads_LED, strict=True)])
 
 
 def better_after_router(planner: Planner, planned: Planned, true_LED: np.ndarray) -> Better | None:
@@ -261,7 +270,7 @@ def better_after_router(planner: Planner, planned: Planned, true_LED: np.ndarray
     if given.execution.plan != "calibrated":
         return None
     known = replace(given, owner_LE=plan.owner_LE, loads_LED=true_LED[planned.layer_M] / planned.times)
-    present = [layer_plan(plan, given, layer) for layer in range(len(planned.layer_M))]
+    present = [plan.layer(given, layer) for layer in range(len(planned.layer_M))]
     found = best_after_router(partial(plan_with, planner), known, present, splits=planner is plan_auto)
     return Better([better if gain > 0 else now for now, (gain, better) in zip(present, found, strict=True)])
 
@@ -310,11 +319,11 @@ def _bytes(
     return PortBytes(*(np.asarray(sum(size * getattr(ports, field.name).sum(0) for ports, size in parts)) for field in fields(PortBytes)))
 
 
-def _imbalance(rows: Rows, quota_LED: np.ndarray, topology: Topology, cost: LayerCost) -> np.ndarray:
+def _imbalance(rows: Rows, served_LD: np.ndarray, topology: Topology, cost: LayerCost) -> np.ndarray:
     """float64 [layers]"""
     rate_D = np.asarray(topology.flops)
     work_LD = rows.computed_D * cost.row_flops * (1 + cost.row_backward)
-    work_LD = work_LD + quota_LED.sum(1) * cost.assignment_flops * (1 + cost.assignment_backward)
+    work_LD = work_LD + served_LD * cost.assignment_flops * (1 + cost.assignment_backward)
     even_L = work_LD.sum(1) / rate_D.sum()
     busiest_L = (work_LD / rate_D).max(1)
     return np.divide(busiest_L, even_L, out=np.ones_like(even_L), where=even_L > 0)

@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.planned_bytes import gathered_numbers
-from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, Route, price
-from hecate.parallel.cost.flows import even_quota, flows
+from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, Route
+from hecate.parallel.cost.flows import flows
 from hecate.parallel.transfer.transfer_plan import ChunkPlan, plan_chunks_by
 from hecate.parallel.values.layout import ChunkSize
 from hecate.parallel.values.placement import Placement
+from testing.plain_flows import even_quota, price_flow
 from testing.unit_cases import unit_topology
 
 
@@ -55,7 +56,7 @@ def test_transfer_plans_and_the_cost_model_count_the_same(data: st.DataObject, n
     loads_ED = np.ones(where_ED.shape)
     flow = flows(loads_ED, even_quota(where_ED, loads_ED, topology), topology)
     cost = LayerCost(trainable_bytes=2.0 * numel, chunk_numel=numel)
-    ports = price(owner_E, where_ED, flow, loads_ED, topology, cost, execution=ExecutionMode(route=route)).gathered
+    ports = price_flow(owner_E, where_ED, flow, loads_ED, topology, cost, execution=ExecutionMode(route=route)).gathered
     near_WW = topology.same_node()
     assert (numel * ports.near_out_D).tolist() == pytest.approx((numbers_WW * near_WW).sum(1).tolist())
     assert (numel * ports.near_in_D).tolist() == pytest.approx((numbers_WW * near_WW).sum(0).tolist())

@@ -20,7 +20,6 @@ from benchmarks.planned_bytes import RowBytes, chunk_bytes, gathered_numbers, to
 from hecate.config import RouterConfig
 from hecate.engine.shards import ExpertShards
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.plan.layer_plan import layer_plan
 from hecate.parallel.planners import plan_with
 from hecate.parallel.transfer.transfer_plan import fastest_route
 from hecate.parallel.values.layout import ChunkSize
@@ -122,7 +121,7 @@ def check_links(rank: int, world: int, case: AnyCase) -> Moved:
         for units, given, plan in planned:
             for index, unit in enumerate(units):
                 chunks_WW += chunk_bytes(given, plan, index)
-                plans[unit] = layer_plan(plan, given, index)
+                plans[unit] = plan.layer(given, index)
         for (unit, _, row), *expert_WTK in zip(calls, *of_ranks, strict=True):
             tokens_WW += token_bytes(plans[unit], shards.config.topology, expert_WTK, row)[0]
         expected = (chunks_WW + tokens_WW)[rank].tolist()

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from hecate.parallel.cluster.topology import Link, Topology
 from hecate.parallel.cost.cost_model import LayerCost
-from hecate.parallel.cost.flows import even_quota
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from testing.bound.lower_bound import lower_bound
+from testing.plain_flows import even_quota
 
 scipy_optimize = pytest.importorskip("scipy.optimize")
 
@@ -141,10 +141,10 @@ def test_no_plan_is_below_it(given_: PlanInput, seed: int) -> None:
 @settings(max_examples=15)
 @given(inputs())
 def test_no_policy_is_below_it(given_: PlanInput) -> None:
-    """With the split that the bound is made for."""
+    """As they train: with the split that the bound is made for."""
     bound = lower_bound(given_, 0)
     for name, policy in POLICIES.items():
-        plan = replace(policy(given_), source_split=None)
+        plan = policy(given_)
         owned_LED = plan.owner_LE[..., None] == np.arange(given_.world_size)
         used_D = (plan.where_LED & ~owned_LED)[0].sum(0)
         same = bool((plan.owner_LE == given_.owner_LE).all())

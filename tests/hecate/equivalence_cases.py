@@ -290,6 +290,6 @@ def calibrating_at_whim() -> Iterator[None]:
         return [next(allowed) for _ in range(given.num_layers)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hecate.parallel.plan.layer_plan.calibration_gain", lambda *_: next(whims))
+        patch.setattr("hecate.parallel.plan.after_router.calibration_gain", lambda *_: next(whims))
         patch.setattr(MeasuredModes, "choose", choose)
         yield

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecate.parallel.cluster.topology import Link, Topology
-from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, LayerSeconds, Route, layer_seconds, rows_served
+from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, LayerSeconds, Route
 from hecate.parallel.cost.flows import flows
+from testing.plain_flows import layer_seconds, rows_served
 
 
 @dataclass

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hecate.parallel.cost.cost_loops import SERVED
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.planners.full import plan_full
@@ -224,14 +225,14 @@ def test_loads_before_any_are_known_are_ones() -> None:
     assert known.owned_LED.tolist() == [[[1, 0], [0, 1], [1, 0]], [[0, 1], [0, 1], [1, 0]]]
 
 
-def test_a_plan_spells_out_its_quotas() -> None:
+def test_a_plan_without_quotas_serves_by_topology_aware_dispatch() -> None:
     """An expert of rank 0 with copies on 0 and 1 of one node, rank 2 elsewhere: 5 and 7 stay, the 4 of rank 2 go half and half."""
     given_ = plan_input([0], [[5], [7], [4]], nodes=(0, 0, 1), degree=0, memory_slots=0)
-    where_LED = np.array([[[True, True, False]]])
+    where_LED, loads_LED = np.array([[[True, True, False]]]), given_.expected_LED
     even = Plan(given_.owner_LE, where_LED)
-    assert even.quotas(given_.expected_LED, given_.topology).tolist() == [[[7, 9, 0]]]
+    assert even.traffic(loads_LED, loads_LED, given_.topology)[:, SERVED].tolist() == [[7, 9, 0]]
     own = Plan(given_.owner_LE, where_LED, np.array([[[0.0, 16.0, 0.0]]]))
-    assert own.quotas(given_.expected_LED, given_.topology).tolist() == [[[0, 16, 0]]]
+    assert own.traffic(loads_LED, loads_LED, given_.topology)[:, SERVED].tolist() == [[0, 16, 0]]
 
 
 def test_the_seconds_of_a_plan_are_those_of_its_own_quotas() -> None:

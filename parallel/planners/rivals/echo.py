@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan import PlanInput
 from hecate.parallel.planners.rivals.source_split import SourceSplit
+from hecate.parallel.planners.rivals.split_plan import SplitPlan
 
 
-def plan_echo(given: PlanInput) -> Plan:
+def plan_echo(given: PlanInput) -> SplitPlan:
     """What each rank has above the mean is laid over what the others have below it; each slot keeps one of the largest chunks.
 
     A rank keeps its coldest experts up to the mean and spills the rest. Spills and spare capacities are sorted descending and laid side by
@@ -28,7 +29,7 @@ def plan_echo(given: PlanInput) -> Plan:
     place_LED = np.argsort(np.argsort(-chunk_LED, axis=1, kind="stable"), axis=1, kind="stable")
     kept_LED = np.where(place_LED < given.slots_D, chunk_LED, 0.0)
     quota_LED = kept_LED + owned_LED * np.maximum(load_LE - kept_LED.sum(-1), 0)[..., None]
-    return Plan(owner_LE, owned_LED | (kept_LED > 0), quota_LED, SourceSplit("alike", quota_LED))
+    return SplitPlan(owner_LE, owned_LED | (kept_LED > 0), quota_LED, source_split=SourceSplit("alike", quota_LED))
 
 
 def _spill(load_LE: np.ndarray, owner_LE: np.ndarray, home_LD: np.ndarray, mean_L1: np.ndarray) -> np.ndarray:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 
 from hecate.parallel.cost.flows import node_index
-from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan import PlanInput
 from hecate.parallel.planners.rivals.expert_packing import even_split, pack_copies, spare_copies
 from hecate.parallel.planners.rivals.source_split import SourceSplit
+from hecate.parallel.planners.rivals.split_plan import SplitPlan
 
 
-def plan_eplb(given: PlanInput) -> Plan:
+def plan_eplb(given: PlanInput) -> SplitPlan:
     """Spare copies to the highest load per copy, then all copies packed by load; each copy serves the same number of assignments.
 
     With several nodes experts are first packed to nodes and get their spare copies in these nodes, so that an expert is in one node only.
@@ -25,7 +26,9 @@ def plan_eplb(given: PlanInput) -> Plan:
     found = [pack(given, load_LE, share) for pack in (_pack_in_nodes, _pack) for share in (1.0, 0.5)]
     busiest_CL = np.stack([even_split(load_LE, where_LED).sum(1).max(-1) for where_LED in found])
     where_LED = np.stack(found)[busiest_CL.argmin(0), np.arange(given.num_layers)]
-    return Plan(given.owner_LE, where_LED | given.owned_LED, even_split(load_LE, where_LED), SourceSplit("alike", where_LED))
+    return SplitPlan(
+        given.owner_LE, where_LED | given.owned_LED, even_split(load_LE, where_LED), source_split=SourceSplit("alike", where_LED)
+    )
 
 
 def _pack(given: PlanInput, load_LE: np.ndarray, share: float) -> np.ndarray:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import numpy as np
 
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan import PlanInput
 from hecate.parallel.planners.rivals.copy_places import CopyPlaces, copy_places
 from hecate.parallel.planners.rivals.expert_packing import even_split_in_node
 from hecate.parallel.planners.rivals.source_split import SourceSplit
+from hecate.parallel.planners.rivals.split_plan import SplitPlan
 
 ROUNDS = 10
 """changes of a layer's placement in one step"""
 
 
-def plan_flexmoe(given: PlanInput) -> Plan:
+def plan_flexmoe(given: PlanInput) -> SplitPlan:
     """From the placement that is there, up to `ROUNDS` changes, each of which leaves the devices' loads more even.
 
     A change: the expert with the highest load per replica that has room on another device and helps gains a replica on the least-loaded
@@ -49,7 +50,7 @@ def plan_flexmoe(given: PlanInput) -> Plan:
                 quota_ED = even_split_in_node(where_ED, loads_ED, given.topology)
                 if quota_ED.sum(0).max() < least * (1 - 1e-9):
                     least, quota_LED[layer] = quota_ED.sum(0).max(), quota_ED
-    return Plan(given.owner_LE, owned_LED | (quota_LED > 0), quota_LED, SourceSplit("in_node", quota_LED > 0))
+    return SplitPlan(given.owner_LE, owned_LED | (quota_LED > 0), quota_LED, source_split=SourceSplit("in_node", quota_LED > 0))
 
 
 def _starts(

@@ -7,13 +7,14 @@ import heapq
 import numpy as np
 
 from hecate.parallel.cost.flows import node_index, node_membership
-from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan import PlanInput
 from hecate.parallel.planners.rivals.copy_places import CopyPlaces, copy_places, place_copies
 from hecate.parallel.planners.rivals.expert_packing import even_split_in_node
 from hecate.parallel.planners.rivals.source_split import SourceSplit
+from hecate.parallel.planners.rivals.split_plan import SplitPlan
 
 
-def plan_laer(given: PlanInput) -> Plan:
+def plan_laer(given: PlanInput) -> SplitPlan:
     """Two candidates for the numbers of copies, placed alike; each layer takes the cheaper by LAER-MoE's own cost.
 
     The rules are those of the LAER-MoE artifact (commit 72db5b7). Numbers: the same of every expert; or one by one to the highest load per
@@ -40,7 +41,7 @@ def plan_laer(given: PlanInput) -> Plan:
                 cost = _cost(given, loads_ED, copies_ED, quota_ED)
                 if cost < least:
                     least, quota_LED[layer], weight_LED[layer] = cost, quota_ED, copies_ED * (quota_ED > 0)
-    return Plan(given.owner_LE, given.owned_LED | (quota_LED > 0), quota_LED, SourceSplit("in_node", weight_LED))
+    return SplitPlan(given.owner_LE, given.owned_LED | (quota_LED > 0), quota_LED, source_split=SourceSplit("in_node", weight_LED))
 
 
 def _numbers(load_E: np.ndarray, places: CopyPlaces, num_nodes: int) -> list[np.ndarray]:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan import PlanInput
 from hecate.parallel.planners.rivals.source_split import SourceSplit
+from hecate.parallel.planners.rivals.split_plan import SplitPlan
 
 MIN_CHUNK = 1024
 """assignments: spilling fewer is not worth an expert's transfer"""
 
 
-def plan_llep(given: PlanInput) -> Plan:
+def plan_llep(given: PlanInput) -> SplitPlan:
     """What does not fit under `max_imbalance` (1.1 if None) times the mean spills from the owner to the least-loaded devices.
 
     Experts by load descending: the owner takes what fits beside its experts still to come; the rest goes in chunks to the devices with the
@@ -27,7 +28,7 @@ def plan_llep(given: PlanInput) -> Plan:
     for layer, load_E in enumerate(load_LE):
         capacity = factor * load_E.sum() / given.world_size
         _spill(load_E, given.owner_LE[layer], capacity, given.slots_D.copy(), quota_LED[layer], begin_LED[layer])
-    return Plan(given.owner_LE, given.owned_LED | (quota_LED > 0), quota_LED, SourceSplit("in_order", begin_LED))
+    return SplitPlan(given.owner_LE, given.owned_LED | (quota_LED > 0), quota_LED, source_split=SourceSplit("in_order", begin_LED))
 
 
 def _spill(

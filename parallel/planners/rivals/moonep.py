@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
-from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan import PlanInput
 from hecate.parallel.planners.rivals.source_split import SourceSplit
+from hecate.parallel.planners.rivals.split_plan import SplitPlan
 from hecate.parallel.planners.rivals.whole_loads import Moves, plan_whole_loads
 
 
-def plan_moonep(given: PlanInput) -> Plan:
+def plan_moonep(given: PlanInput) -> SplitPlan:
     """Ranks below the mean are filled to it, each whole by one other rank, with the largest of that rank's experts.
 
     The rule is MoonEP's (its Triton port, commit 43ac94c, quotas). The rank with the most above the mean fills the one with the most
@@ -28,7 +28,8 @@ def plan_moonep(given: PlanInput) -> Plan:
     """
     plan = plan_whole_loads(given, partial(_moved, slots_D=given.slots_D.tolist()))
     assert plan.quota_LED is not None
-    return replace(plan, source_split=SourceSplit("in_order", plan.quota_LED.cumsum(-1) - plan.quota_LED))
+    split = SourceSplit("in_order", plan.quota_LED.cumsum(-1) - plan.quota_LED)
+    return SplitPlan(plan.owner_LE, plan.where_LED, plan.quota_LED, source_split=split)
 
 
 def _moved(whole_E: list[int], owner_E: list[int], slots_D: list[int]) -> Moves:

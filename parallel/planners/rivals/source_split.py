@@ -7,13 +7,12 @@ Shapes: ... any leading dimensions (layers), E experts, S = D ranks as sources a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.cost.flows import Flows
 
 SplitRule = Literal["alike", "in_node", "in_order"]
 """alike: every source has the same shares, in proportion to the weights. in_node: the same over the replicas in the source's node, if
@@ -72,7 +71,7 @@ class SourceSplit:
 
 
 def even_shares(where_ED: np.ndarray, topology: Topology, sources: slice = ALL_SOURCES) -> np.ndarray:
-    """float64 [experts, these sources, ranks]: those of topology-aware dispatch (see `hecate.parallel.cost.flows.even_quota`).
+    """float64 [experts, these sources, ranks]: those of topology-aware dispatch (see `hecate.parallel.cost.flows.token_split`).
 
     Args:
         where_ED: bool [experts, ranks], each expert somewhere.
@@ -85,17 +84,15 @@ def even_shares(where_ED: np.ndarray, topology: Topology, sources: slice = ALL_S
     return np.asarray(found_ESD / found_ESD.sum(-1, keepdims=True))
 
 
-def flows_of_shares(share_ESD: np.ndarray, loads_ED: np.ndarray, topology: Topology) -> Flows:
-    """How the loads, float64 [experts, sources], travel if each source divides its assignments by these shares."""
-    sent_ESD = share_ESD * loads_ED[..., None]
-    own_SD = np.eye(topology.world_size, dtype=bool)
-    near_SD = topology.same_node() & ~own_SD
-    near_ESD, far_ESD = sent_ESD * near_SD, sent_ESD * ~topology.same_node()
-    return Flows(
-        np.ascontiguousarray(np.diagonal(sent_ESD, axis1=1, axis2=2)), near_ESD.sum(2), near_ESD.sum(1), far_ESD.sum(2), far_ESD.sum(1)
-    )
+def traffic_of_shares(share_ESD: np.ndarray, loads_ED: np.ndarray, topology: Topology) -> np.ndarray:
+    """float64 [7, ranks]: what each rank sends and serves (see `price_layers`) if each source divides its assignments by these shares.
 
-
-def stacked(flows: list[Flows]) -> Flows:
-    """The flows of several layers as one."""
-    return Flows(*(np.stack([getattr(flow, field.name) for flow in flows]) for field in fields(Flows)))
+    Args:
+        share_ESD: float64 [experts, sources, ranks], see `SourceSplit.shares`.
+        loads_ED: float64 [experts, sources].
+    """
+    sent_SD = (share_ESD * loads_ED[..., None]).sum(0)
+    within_SD = topology.same_node()
+    near_SD, far_SD = sent_SD * (within_SD & ~np.eye(topology.world_size, dtype=bool)), sent_SD * ~within_SD
+    rows = near_SD.sum(1), near_SD.sum(0), far_SD.sum(1), far_SD.sum(0), np.diagonal(sent_SD), sent_SD.sum(0), loads_ED.sum(0)
+    return np.stack(rows).astype(np.float64)

@@ -137,7 +137,7 @@ def _replanned(rank: int, world: int, plan: str, prefetch: int, adopt: bool) -> 
     made, asked = engine(LAYERS), []
     made.shards.config = replace(made.shards.config, plan=plan, prefetch=prefetch, planner=moving_target(asked))  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hecate.parallel.plan.layer_plan.calibration_gain", lambda *_: 1.0 if adopt else 0.0)
+        patch.setattr("hecate.parallel.plan.after_router.calibration_gain", lambda *_: 1.0 if adopt else 0.0)
         got, _ = step(made, rank)
     for key, grad in got.items():
         torch.testing.assert_close(grad, wanted[key], rtol=1e-12, atol=1e-12)

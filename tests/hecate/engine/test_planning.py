@@ -12,8 +12,8 @@ import torch.distributed as dist
 from hecate.engine.step import by_rank, exchange_counts
 from hecate.parallel.cluster.topology import Link, Topology
 from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
-from hecate.parallel.plan.layer_plan import LayerPlan, after_router, calibration_gain, layer_plan, one_layer
-from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.plan.after_router import after_router, calibration_gain, one_layer
+from hecate.parallel.planners import LayerPlan, Plan, PlanInput
 from hecate.parallel.values.placement import Placement, everything_everywhere, owners_only
 from testing.ranks import run_ranks
 
@@ -110,7 +110,7 @@ def test_a_layer_among_several() -> None:
 def test_before_any_load_is_known_quotas_are_shares_of_one_assignment_each() -> None:
     given = PlanInput(OWNERS[None], None, TWO, COST, np.full(2, 2))
     quota_LED = np.array([[[0.0, 2.0], [1.0, 1.0]]])
-    plan = layer_plan(Plan(given.owner_LE, np.ones((1, 2, 2), dtype=bool), quota_LED), given, 0)
+    plan = Plan(given.owner_LE, np.ones((1, 2, 2), dtype=bool), quota_LED).layer(given, 0)
     assert plan.split(TWO, 0).tolist() == [[0, 1], [1, 0]]
 
 

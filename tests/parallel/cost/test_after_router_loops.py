@@ -10,11 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hecate.parallel.cost.cost_model import flow_traffic
-from hecate.parallel.cost.executed_flows import executed_flows
-from hecate.parallel.plan.layer_plan import LayerPlan, after_router, after_router_by_flows, layer_plan, one_layer
-from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.plan.after_router import after_router, one_layer
+from hecate.parallel.planners import LayerPlan, Plan, PlanInput
 from hecate.parallel.values.placement import Placement
+from testing.plain_flows import executed_flows, flow_traffic, seconds_from_router
 from tests.parallel.planners.auto_inputs import inputs
 
 
@@ -46,11 +45,11 @@ def test_seconds_after_the_router_are_those_of_the_flows(case: tuple[PlanInput, 
     given_, plan, planned_LED = case
     made_for = replace(given_, loads_LED=planned_LED)
     for layer in range(given_.num_layers):
-        alone, one = one_layer(given_, layer, given_.expected_LED[layer]), layer_plan(plan, made_for, layer)
+        alone, one = one_layer(given_, layer, given_.expected_LED[layer]), plan.layer(made_for, layer)
         there_ED = given_.owned_LED[layer] | (np.random.default_rng(layer).random(plan.where_LED[layer].shape) < kept)
         there = LayerPlan(Placement(given_.owner_LE[layer].copy(), there_ED.copy()), one.loads_ED, None)
         for present, present_ED in ((None, plan.where_LED[layer]), (there, there_ED)):
-            wanted = after_router_by_flows(alone, one, present_ED)
+            wanted = seconds_from_router(alone, one, present_ED)
             assert after_router(alone, one, present) == pytest.approx(wanted, rel=1e-9, abs=1e-15)
             found = after_router(alone, one, present, enough=share * wanted)
             if share > 1:

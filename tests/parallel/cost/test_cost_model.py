@@ -11,21 +11,13 @@ import pytest
 
 from hecate.parallel.cluster.topology import Link, Topology
 from hecate.parallel.cost.cost_loops import exposed_seconds
-from hecate.parallel.cost.cost_model import (
-    HISTORY,
-    ExecutionMode,
-    LayerCost,
-    Rows,
-    layer_seconds,
-    overlap_degree,
-    rows_served,
-    topology_numbers,
-)
+from hecate.parallel.cost.cost_model import HISTORY, ExecutionMode, LayerCost, Rows, overlap_degree, topology_numbers
 from hecate.parallel.cost.cost_numbers import FAR_IN, FAR_OUT, NEAR_IN, NEAR_OUT, port_seconds, transfer_latency
-from hecate.parallel.cost.flows import even_quota, flows
+from hecate.parallel.cost.flows import flows
 from hecate.parallel.transfer.transfer_plan import plan_transfer
 from hecate.parallel.values.layout import ChunkSize
 from hecate.parallel.values.placement import Placement
+from testing.plain_flows import even_quota, layer_seconds, rows_served
 from testing.unit_cases import unit_topology
 from tests.parallel.plain_cost_model import plain_layer_seconds
 

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.cost.executed_flows import executed_flows, served
 from hecate.parallel.cost.flows import token_split
+from testing.plain_flows import executed_flows, served
 from testing.unit_cases import unit_topology
 
 LAYERS, EXPERTS = 2, 3

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.cost.flows import even_quota, flows, nothing_travels, token_split
+from hecate.parallel.cost.flows import flows, nothing_travels, token_split
+from testing.plain_flows import even_quota
 from testing.unit_cases import unit_topology
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}

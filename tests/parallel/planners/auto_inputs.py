@@ -6,13 +6,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from hecate.parallel.cluster.topology import Link, Topology
-from hecate.parallel.cost.cost_model import (
-    HISTORY,
-    ROUTE_NUMBERS,
-    ExecutionMode,
-    LayerCost,
-    transfer_seconds,
-)
+from hecate.parallel.cost.cost_model import HISTORY, ROUTE_NUMBERS, ExecutionMode, LayerCost, transfer_seconds
 from hecate.parallel.cost.gather_bytes import PortBytes
 from hecate.parallel.planners import PlanInput
 from hecate.parallel.planners.auto import plan_auto

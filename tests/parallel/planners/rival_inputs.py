@@ -11,6 +11,7 @@ from hecate.parallel.cluster.topology import Link, Topology
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.values.placement import contiguous_owners
+from testing.plain_flows import quotas_of
 from testing.unit_cases import layer_input, unit_topology
 
 
@@ -82,7 +83,7 @@ def check(given_: PlanInput, plan: Plan, *, within_slots: bool = True) -> np.nda
         for rank in range(world):
             held = set(np.flatnonzero(plan.where_LED[layer, :, rank])) - set(np.flatnonzero(given_.owner_LE[layer] == rank))
             assert not within_slots or len(held) <= given_.slots_D[rank], f"rank {rank} has no room for {held}"
-    quota_LED = plan.quotas(given_.expected_LED, given_.topology)
+    quota_LED = quotas_of(plan, given_.expected_LED, given_.topology)
     assert quota_LED.dtype == np.float64
     assert (quota_LED >= 0).all()
     assert (quota_LED[~plan.where_LED] == 0).all(), "assignments are sent where the expert is not"

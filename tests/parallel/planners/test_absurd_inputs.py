@@ -14,6 +14,7 @@ from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.simulate.simulator import simulate, slots_in_memory
 from hecate.parallel.values.placement import contiguous_owners
+from testing.plain_flows import quotas_of
 from tests.parallel.planners.auto_inputs import KINDS, topology
 
 COST = KINDS["full experts"]
@@ -39,7 +40,7 @@ def test_every_planner_gives_a_plan_where_there_is_little_to_plan(policy: str, n
                 total = plan.seconds(given).total
             assert (plan.where_LED | ~given.owned_LED).all()
             assert np.isfinite(total).all()
-            quota_LED = plan.quotas(given.expected_LED, place)
+            quota_LED = quotas_of(plan, given.expected_LED, place)
             assert not quota_LED[~plan.where_LED].any()
             np.testing.assert_allclose(quota_LED.sum(-1), given.expected_LED.sum(-1))
 

@@ -12,6 +12,7 @@ from hecate.parallel.planners import PlanInput
 from hecate.parallel.planners.rivals.moonep import plan_moonep
 from hecate.parallel.planners.rivals.ultraep import plan_ultraep
 from hecate.parallel.planners.rivals.whole_loads import plan_whole_loads
+from testing.plain_flows import quotas_of
 from tests.parallel.planners.rival_inputs import check, inputs, plan_input, quota, totals
 
 # Worked out by the systems' own code (MoonEP 43ac94c, UltraEP 94cab09): experts, owners and a row of assignments a source rank.
@@ -103,7 +104,7 @@ def test_ultraep_stays_in_the_node_and_keeps_something_at_home(given_: PlanInput
     check(given_, plan)
     node_D = np.asarray(given_.topology.node_of_rank)
     assert not (plan.where_LED & (node_D[given_.owner_LE][..., None] != node_D)).any()
-    kept_LE = np.take_along_axis(plan.quotas(given_.expected_LED, given_.topology), given_.owner_LE[..., None], axis=2)[..., 0]
+    kept_LE = np.take_along_axis(quotas_of(plan, given_.expected_LED, given_.topology), given_.owner_LE[..., None], axis=2)[..., 0]
     assert (kept_LE[given_.expected_LED.sum(-1) > 0] > 0).all()
 
 

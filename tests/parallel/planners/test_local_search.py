@@ -20,6 +20,7 @@ from hecate.parallel.planners.plan_changes import AMOUNT, EXPERT, OTHERS, SOURCE
 from hecate.parallel.planners.replication import deal, wishes
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.values.placement import contiguous_owners
+from testing.plain_flows import quotas_of
 from testing.plan_cases import kinds, plan_input, topologies
 from tests.parallel.planners.auto_inputs import inputs
 
@@ -45,7 +46,7 @@ def first_layer(given_: PlanInput) -> PlanInput:
 def test_what_comes_out_is_a_plan_and_no_slower(given_: PlanInput, policy: str) -> None:
     given_ = first_layer(given_)
     plan = POLICIES[policy](given_)
-    quota = plan.quotas(given_.expected_LED, given_.topology)
+    quota = quotas_of(plan, given_.expected_LED, given_.topology)
     before = dataclasses.replace(plan, quota_LED=quota)
     replicas, loads = begun(given_, plan.where_LED[0], quota[0])
     numbers, cost = topology_numbers(given_.topology), cost_numbers(given_.cost, given_.topology, given_.execution)

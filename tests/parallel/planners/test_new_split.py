@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from hecate.parallel.cluster.topology import Link, uniform_topology
 from hecate.parallel.cost.cost_model import LayerCost
-from hecate.parallel.cost.flows import even_quota
 from hecate.parallel.loops import jit
-from hecate.parallel.plan.layer_plan import best_after_router, layer_plan
+from hecate.parallel.plan.after_router import best_after_router
 from hecate.parallel.planners import Plan, PlanInput, new_split
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.new_split import split_anew
+from testing.plain_flows import even_quota
 from tests.parallel.planners.auto_inputs import KINDS, inputs, topology
 
 
@@ -61,7 +61,7 @@ def moved_tokens() -> tuple[PlanInput, PlanInput, Plan]:
 
 def test_tokens_are_split_anew_over_the_replicas_that_are_there() -> None:
     before, after, plan = moved_tokens()
-    ((gain, found),) = best_after_router(plan_auto, after, [layer_plan(plan, before, 0)], splits=True)
+    ((gain, found),) = best_after_router(plan_auto, after, [plan.layer(before, 0)], splits=True)
     assert gain > 0
     assert np.array_equal(found.placement.where_ED, plan.where_LED[0])
     assert found.quota_ED is not None
@@ -70,11 +70,11 @@ def test_tokens_are_split_anew_over_the_replicas_that_are_there() -> None:
 
 def test_without_new_splits_the_planner_alone_decides() -> None:
     before, after, plan = moved_tokens()
-    ((_, found),) = best_after_router(plan_auto, after, [layer_plan(plan, before, 0)], splits=False)
+    ((_, found),) = best_after_router(plan_auto, after, [plan.layer(before, 0)], splits=False)
     assert not found.placement.where_ED[0, 1]
 
 
 def test_nothing_is_gained_where_the_loads_are_those_that_were_planned() -> None:
     before, _, _ = moved_tokens()
-    ((gain, _),) = best_after_router(plan_auto, before, [layer_plan(plan_auto(before), before, 0)], splits=True)
+    ((gain, _),) = best_after_router(plan_auto, before, [plan_auto(before).layer(before, 0)], splits=True)
     assert gain <= 0

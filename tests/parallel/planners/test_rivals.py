@@ -23,6 +23,7 @@ from hecate.parallel.planners.rivals.llep import plan_llep
 from hecate.parallel.planners.rivals.smartmoe import plan_smartmoe
 from hecate.parallel.planners.static_ep import plan_static_ep
 from hecate.parallel.values.placement import contiguous_owners
+from testing.plain_flows import quotas_of
 from tests.parallel.planners.rival_inputs import check, inputs, plan_input, quota, totals, where
 
 RIVALS = ["echo", "eplb", "fastermoe", "flexmoe", "laer", "llep", "moonep", "smartmoe", "ultraep"]
@@ -366,7 +367,9 @@ def test_every_policy_is_a_pure_function(policy: str, given_: PlanInput) -> None
     before = {name: None if getattr(given_, name) is None else getattr(given_, name).copy() for name in arrays}
     first, second = POLICIES[policy](given_), POLICIES[policy](given_)
     np.testing.assert_array_equal(first.where_LED, second.where_LED)
-    np.testing.assert_array_equal(first.quotas(given_.expected_LED, given_.topology), second.quotas(given_.expected_LED, given_.topology))
+    np.testing.assert_array_equal(
+        quotas_of(first, given_.expected_LED, given_.topology), quotas_of(second, given_.expected_LED, given_.topology)
+    )
     for name, array in before.items():
         np.testing.assert_array_equal(getattr(given_, name), array, err_msg=f"{name} was changed")
 

@@ -9,12 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hecate.parallel.cost.executed_flows import served
-from hecate.parallel.cost.flows import Flows, token_split
-from hecate.parallel.plan.layer_plan import LayerPlan, layer_plan
+from hecate.parallel.cost.cost_loops import LOCAL, OWN, SERVED
+from hecate.parallel.cost.cost_numbers import FAR_OUT, NEAR_OUT
+from hecate.parallel.cost.flows import token_split
 from hecate.parallel.planners import POLICIES, ROWS, WITH_OURS, Plan, PlanInput
 from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitRule, even_shares
+from hecate.parallel.planners.rivals.split_plan import SplitLayerPlan
 from hecate.parallel.values.placement import Placement
+from testing.plain_flows import quotas_of
 from tests.parallel.planners.rival_inputs import inputs, plan_input
 
 TWO_SOURCES = [[12.0, 0.0], [4.0, 0.0]]
@@ -23,7 +25,7 @@ TWO_SOURCES = [[12.0, 0.0], [4.0, 0.0]]
 
 def sent(plan: Plan, given_: PlanInput) -> list[list[float]]:
     """Assignments of expert 0 of the only layer: a row a source, a column a rank."""
-    one = layer_plan(plan, given_, 0)
+    one = plan.layer(given_, 0)
     rows = [one.split(given_.topology, source)[0] * load for source, load in enumerate(given_.expected_LED[0, 0])]
     return [[round(float(assignments), 9) for assignments in row] for row in rows]
 
@@ -32,21 +34,21 @@ def sent(plan: Plan, given_: PlanInput) -> list[list[float]]:
 def test_what_a_source_sends_does_not_depend_on_where_it_is(policy: str, rows: list[list[float]]) -> None:
     """Half of 16 assignments is served on each rank. Here rank 1 would serve its own 4 and four more."""
     given_ = plan_input([0, 1], TWO_SOURCES, [1, 1])
-    assert sent(POLICIES[policy](given_), given_) == rows
+    assert sent(ROWS[policy](given_), given_) == rows
     assert sent(WITH_OURS[f"{policy}+ours"](given_), given_) == [[8, 4], [0, 4]]
 
 
 def test_moonep_deals_assignments_in_the_order_of_the_sources() -> None:
     """Worked example B of MoonEP's rule: the ranks serve 16, 4, 8 and 12 of expert 0's, which come 11, 10, 9 and 10 from the sources."""
     given_ = plan_input([0, 1, 2, 3], [[11, 3, 1, 1], [10, 3, 2, 1], [9, 4, 2, 1], [10, 2, 3, 1]], [1] * 4)
-    plan = POLICIES["moonep"](given_)
+    plan = ROWS["moonep"](given_)
     assert sent(plan, given_) == [[11, 0, 0, 0], [5, 4, 1, 0], [0, 0, 7, 2], [0, 0, 0, 10]]
 
 
 def test_llep_gives_the_first_assignments_to_the_owner() -> None:
     """Rank 1 owns the expert of which each rank has 8 assignments. It serves the first 8, rank 0's, and rank 0 those of rank 1."""
     given_ = plan_input([1, 0], [[8.0, 0.0], [8.0, 0.0]], [1, 1], max_imbalance=1.0)
-    plan = POLICIES["llep"](given_)
+    plan = ROWS["llep"](given_)
     assert sent(plan, given_) == [[0, 8], [8, 0]]
     assert plan.price(given_).rows.near[0].tolist() == [[8, 8]]
     ours = WITH_OURS["llep+ours"](given_)
@@ -57,7 +59,7 @@ def test_llep_gives_the_first_assignments_to_the_owner() -> None:
 def test_llep_spills_one_chunk_after_the_other() -> None:
     """16 of rank 0's 24 assignments are too many: chunks of 8 for ranks 1 and 2, of which the last are source 2's."""
     given_ = plan_input([0, 0], [[10.0, 0.0], [2.0, 0.0], [12.0, 0.0]], [1] * 3, max_imbalance=1.0)
-    assert sent(POLICIES["llep"](given_), given_) == [[8, 2, 0], [0, 2, 0], [0, 4, 8]]
+    assert sent(ROWS["llep"](given_), given_) == [[8, 2, 0], [0, 2, 0], [0, 4, 8]]
 
 
 def test_laer_splits_over_its_nodes_copies_and_counts_a_copy_twice_if_there_are_two() -> None:
@@ -72,12 +74,12 @@ def test_laer_splits_over_its_nodes_copies_and_counts_a_copy_twice_if_there_are_
 def test_true_loads_are_split_by_the_shares_of_the_plan() -> None:
     """Planned for 8 and 8 in a line, rank 1 first; a source that was expected to have nothing keeps its own, as the expert is there."""
     given_ = plan_input([1, 0], [[8.0, 0.0], [8.0, 0.0]], [1, 1], max_imbalance=1.0)
-    plan = POLICIES["llep"](given_)
-    flow = plan.flow(given_.expected_LED, np.array([[[2.0, 20.0], [0.0, 0.0]]]), given_.topology)
-    assert served(flow)[0, 0].tolist() == [20, 2]
+    plan = ROWS["llep"](given_)
+    traffic_LXD = plan.traffic(given_.expected_LED, np.array([[[2.0, 20.0], [0.0, 0.0]]]), given_.topology)
+    assert traffic_LXD[0, SERVED].tolist() == [20, 2]
     half = plan_input([1, 0], [[16.0, 0.0], [0.0, 0.0]], [1, 1], max_imbalance=1.0)
-    flow = POLICIES["llep"](half).flow(half.expected_LED, np.array([[[2.0, 20.0], [0.0, 0.0]]]), given_.topology)
-    assert served(flow)[0, 0].tolist() == [1, 21]
+    traffic_LXD = ROWS["llep"](half).traffic(half.expected_LED, np.array([[[2.0, 20.0], [0.0, 0.0]]]), given_.topology)
+    assert traffic_LXD[0, SERVED].tolist() == [1, 21]
 
 
 def test_counts_are_exchanged_wherever_a_token_may_leave() -> None:
@@ -86,7 +88,7 @@ def test_counts_are_exchanged_wherever_a_token_may_leave() -> None:
     for name, travels in (("llep", True), ("llep+ours", False)):
         plan = ROWS[name](given_)
         assert plan.where_LED.all()
-        assert layer_plan(plan, given_, 0).dispatches(given_.topology) is travels
+        assert plan.layer(given_, 0).dispatches(given_.topology) is travels
 
 
 @pytest.mark.parametrize("rule", ["alike", "in_node", "in_order"])
@@ -112,7 +114,7 @@ def test_a_training_step_makes_no_array_of_all_sources(rule: SplitRule) -> None:
     where_ED, loads_ED = np.ones((experts, ranks), dtype=bool), np.ones((experts, ranks))
     begin_ED = np.broadcast_to(np.arange(float(ranks)), loads_ED.shape)  # each rank serves its own
     split = SourceSplit(rule, begin_ED if rule == "in_order" else loads_ED)
-    one = LayerPlan(Placement(np.zeros(experts, np.int64), where_ED), loads_ED, loads_ED, split)
+    one = SplitLayerPlan(Placement(np.zeros(experts, np.int64), where_ED), loads_ED, loads_ED, source_split=split)
     tracemalloc.start()
     assert one.dispatches(topology) is (rule != "in_order")
     one.split(topology, 3)
@@ -126,18 +128,27 @@ def test_a_training_step_makes_no_array_of_all_sources(rule: SplitRule) -> None:
 def test_every_split_serves_the_quotas(name: str, given_: PlanInput) -> None:
     """Under the loads that a plan was made for; and a layer alone says the same as all together."""
     plan, topology, loads_LED = ROWS[name](given_), given_.topology, given_.expected_LED
-    flow = plan.flow(loads_LED, loads_LED, topology)
-    np.testing.assert_allclose(served(flow), plan.quotas(loads_LED, topology), rtol=1e-6, atol=1e-6)
-    np.testing.assert_allclose(flow.local_ED + flow.near_sent_ED + flow.far_sent_ED, loads_LED, rtol=1e-6, atol=1e-6)
+    traffic_LXD = plan.traffic(loads_LED, loads_LED, topology)
+    quota_LED = quotas_of(plan, loads_LED, topology)
+    np.testing.assert_allclose(traffic_LXD[:, SERVED], quota_LED.sum(1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(traffic_LXD[:, OWN], loads_LED.sum(1), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(traffic_LXD[:, [LOCAL, NEAR_OUT, FAR_OUT]].sum(1), loads_LED.sum(1), rtol=1e-6, atol=1e-6)
     for layer in range(given_.num_layers):
-        one = layer_plan(plan, given_, layer)
-        alone = one.flow(loads_LED[layer], topology)
-        for part in vars(Flows(*(np.empty(0),) * 5)):
-            np.testing.assert_allclose(getattr(alone, part), getattr(flow, part)[layer], rtol=1e-9, atol=1e-9)
+        one = plan.layer(given_, layer)
+        alone_XD = one.traffic(loads_LED[layer], topology)
+        np.testing.assert_allclose(alone_XD, traffic_LXD[layer], rtol=1e-9, atol=1e-9)
         by_source = np.stack([one.split(topology, source) for source in range(given_.world_size)], axis=1) * loads_LED[layer][..., None]
-        np.testing.assert_allclose(by_source.sum(1), served(alone), rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(by_source.sum(1), quota_LED[layer], rtol=1e-6, atol=1e-6)
         if not one.dispatches(topology):
-            np.testing.assert_allclose(alone.local_ED, loads_LED[layer], rtol=1e-9)
+            np.testing.assert_allclose(alone_XD[LOCAL], loads_LED[layer].sum(0), rtol=1e-9)
+
+
+def test_a_run_trains_under_a_policy_with_this_projects_split() -> None:
+    """The rule by which a system divides its tokens is the simulator's alone."""
+    given_ = plan_input([1, 0], [[8.0, 0.0], [8.0, 0.0]], [1, 1], max_imbalance=1.0)
+    for name, planner in POLICIES.items():
+        assert type(planner(given_)) is Plan, name
+    assert sent(POLICIES["llep"](given_), given_) == [[8, 0], [0, 8]]
 
 
 @given(st.integers(0, 2**32))
