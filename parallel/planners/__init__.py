@@ -21,7 +21,7 @@ from hecate.parallel.planners.rivals.llep import plan_llep
 from hecate.parallel.planners.rivals.moonep import plan_moonep
 from hecate.parallel.planners.rivals.sharded_gather import with_sharded_gather
 from hecate.parallel.planners.rivals.smartmoe import plan_smartmoe
-from hecate.parallel.planners.rivals.split_plan import with_our_split
+from hecate.parallel.planners.rivals.source_split import with_our_split
 from hecate.parallel.planners.rivals.ultraep import plan_ultraep
 from hecate.parallel.planners.static_ep import plan_static_ep
 

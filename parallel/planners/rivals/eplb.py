@@ -7,8 +7,7 @@ import numpy as np
 from hecate.parallel.cost.flows import node_index
 from hecate.parallel.planners.plan import PlanInput
 from hecate.parallel.planners.rivals.expert_packing import even_split, pack_copies, spare_copies
-from hecate.parallel.planners.rivals.source_split import SourceSplit
-from hecate.parallel.planners.rivals.split_plan import SplitPlan
+from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
 
 
 def plan_eplb(given: PlanInput) -> SplitPlan:

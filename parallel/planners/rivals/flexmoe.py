@@ -8,8 +8,7 @@ from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.planners.plan import PlanInput
 from hecate.parallel.planners.rivals.copy_places import CopyPlaces, copy_places
 from hecate.parallel.planners.rivals.expert_packing import even_split_in_node
-from hecate.parallel.planners.rivals.source_split import SourceSplit
-from hecate.parallel.planners.rivals.split_plan import SplitPlan
+from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
 
 ROUNDS = 10
 """changes of a layer's placement in one step"""

@@ -10,8 +10,7 @@ from hecate.parallel.cost.flows import node_index, node_membership
 from hecate.parallel.planners.plan import PlanInput
 from hecate.parallel.planners.rivals.copy_places import CopyPlaces, copy_places, place_copies
 from hecate.parallel.planners.rivals.expert_packing import even_split_in_node
-from hecate.parallel.planners.rivals.source_split import SourceSplit
-from hecate.parallel.planners.rivals.split_plan import SplitPlan
+from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
 
 
 def plan_laer(given: PlanInput) -> SplitPlan:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hecate.parallel.planners.plan import PlanInput
-from hecate.parallel.planners.rivals.source_split import SourceSplit
-from hecate.parallel.planners.rivals.split_plan import SplitPlan
+from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
 
 MIN_CHUNK = 1024
 """assignments: spilling fewer is not worth an expert's transfer"""

@@ -5,8 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from hecate.parallel.planners.plan import PlanInput
-from hecate.parallel.planners.rivals.source_split import SourceSplit
-from hecate.parallel.planners.rivals.split_plan import SplitPlan
+from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
 from hecate.parallel.planners.rivals.whole_loads import Moves, plan_whole_loads
 
 

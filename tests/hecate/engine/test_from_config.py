@@ -13,7 +13,7 @@ from hecate.config.schema import DataConfig, FssdpConfig, ModelConfig, MoeConfig
 from hecate.engine.from_config import engine_config
 from hecate.engine.step_plans import EngineConfig
 from hecate.parallel.cluster.topology import local_topology
-from hecate.parallel.planners.rivals.laer import plan_laer
+from hecate.parallel.planners import POLICIES
 
 TOPOLOGY = "nodes: [{devices: 2, flops: 7e9, memory: 3e9}]\nintra_node: {bandwidth: 5e9, latency: 1e-6}\n"
 
@@ -35,7 +35,7 @@ def test_the_engine_plans_with_what_is_configured() -> None:
     ranks: Any = SimpleNamespace(world_size=2, device=torch.device("cpu"))
     given = local_topology(2, cuda=False)
     assert engine_config(config(), ranks, 12.5, given) == EngineConfig(
-        planner=plan_laer,
+        planner=POLICIES["laer"],
         topology=given,
         load_window=7,
         memory_slots=2,

@@ -13,8 +13,7 @@ from hecate.parallel.cost.cost_loops import LOCAL, OWN, SERVED
 from hecate.parallel.cost.cost_numbers import FAR_OUT, NEAR_OUT
 from hecate.parallel.cost.flows import token_split
 from hecate.parallel.planners import POLICIES, ROWS, WITH_OURS, Plan, PlanInput
-from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitRule, even_shares
-from hecate.parallel.planners.rivals.split_plan import SplitLayerPlan
+from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitLayerPlan, SplitRule, even_shares
 from hecate.parallel.values.placement import Placement
 from testing.plain_flows import quotas_of
 from tests.parallel.planners.rival_inputs import inputs, plan_input
