@@ -124,7 +124,7 @@ def check(run: Training, equal: Any, planned: Any) -> None:
         rows = run.parts.stream.next_step()
         run.parts.stream.load_state_dict(state)
         with run.parts.moe.engine.evaluation() as evaluation, torch.no_grad():
-            from hecate.train.steps.step import forward_loss, pass_tokens
+            from hecate.train.steps.passes import forward_loss, pass_tokens
 
             loss = torch.zeros((), dtype=torch.float64)
             for batch in run.micro_batches(rows):

@@ -35,7 +35,8 @@ from hecate.model.base import BaseChoice
 from hecate.model.causal_head import LanguageModelHead
 from hecate.ranks.ranks import Ranks, join_ranks
 from hecate.train.build import encode_sources, on_device
-from hecate.train.steps.step import pass_tokens
+from hecate.train.extensions.users import with_users
+from hecate.train.steps.passes import pass_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "configs" / "recipes" / "reclora.yaml"
@@ -96,7 +97,7 @@ def scores(system: str, adapter: Path, data: Path, ranks: Ranks, most: int | Non
         for start in range(0, len(pieces), _BATCH):
             rows = [build_sequence(n, [piece], sources) for n, piece in enumerate(pieces[start : start + _BATCH])]
             batch = collate(rows, 0, config.data.seq_len).to(ranks.device)
-            with evaluation.forward(pass_tokens(head, batch, features_UF=features_UF)):
+            with evaluation.forward(with_users(pass_tokens(head, batch), head, batch, features_UF)):
                 hidden = head.hidden(batch.input_ids, batch.layout.samples, batch.position_ids)
             first_B = (batch.targets != IGNORED).int().argmax(dim=1)
             at = torch.arange(len(rows), device=first_B.device), first_B

@@ -97,7 +97,7 @@ def ours(folder: Path, out: Path, dropout: float, checkpoint: bool) -> None:
     from hecate.parallel.planners import POLICIES
     from hecate.parallel.values.expert_kinds import MIXLORA, LoraShape
     from hecate.ranks.ranks import join_ranks
-    from hecate.train.steps.step import StepRules, train_step
+    from hecate.train.steps.step import StepBatches, StepRules, train_step
 
     torch.set_num_threads(1)
     ids = load_file(folder / "batch.safetensors")["input_ids"]
@@ -149,10 +149,8 @@ def ours(folder: Path, out: Path, dropout: float, checkpoint: bool) -> None:
                 moe,
                 head,
                 optimizer,
-                [batch],
-                num_labels=BATCH * (LENGTH - 1),
-                step=number,
-                rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=None),
+                StepBatches(number=number, micro_batches=[batch], num_labels=BATCH * (LENGTH - 1)),
+                StepRules(aux_coef=AUX_COEF, max_grad_norm=None),
             )
             seconds = time.perf_counter() - start
             losses.append(result.loss)

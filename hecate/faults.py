@@ -39,6 +39,11 @@ Place = Literal[
 _handler: Callable[[Place, Any], None] | None = None
 
 
+def armed() -> bool:
+    """Whether something is called at the places of this process."""
+    return _handler is not None
+
+
 def at(place: Place, subject: Any = None) -> None:
     """Say that this process has come to a place. It costs a comparison with None unless the process is armed.
 

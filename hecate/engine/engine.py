@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from typing import TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -15,9 +16,10 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily
 from hecate.experts.forward_pass import CurrentPass
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.values.summation import SumOrder
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
+
+_S = TypeVar("_S", bound=Step)
 
 
 class Engine:
@@ -34,14 +36,13 @@ class Engine:
     def goes_together(self) -> bool:
         return bool(self.shards.frozen) and self.shards.world_size > 1
 
-    def begin_step(self, number: int, micro_steps: int = 1, order: SumOrder | None = None) -> Step:
-        """See `ExpertEngine.begin_step`.
+    def begin_step(self, number: int, micro_steps: int = 1) -> Step:
+        return self.begin(lambda: Step(self.shards, self.current, number, micro_steps))
 
-        Args:
-            order: in which gradients are summed, with `EngineConfig.deterministic`; see `Step`.
-        """
+    def begin(self, make: Callable[[], _S]) -> _S:
+        """Begin a step that is made by this function, once nothing else is under way."""
         require_nothing_under_way(self._last, self.current)
-        step = Step(self.shards, self.current, number, micro_steps, order)
+        step = make()
         self._last = step.ledger
         return step
 

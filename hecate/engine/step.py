@@ -15,16 +15,12 @@ Parameters do not change between the micro-steps of one step, so the replicas li
 where replicas are freed between forward and backward (`rematerialize`), or where plans follow each micro-step's own loads (`plan`): there
 each micro-step gathers and reduces for itself, and the owners add up.
 
-Where results must not depend on the ranks (`EngineConfig.deterministic`), a micro-step has a pass for each of a rank's groups of
-sequences: all forward passes come first (`begin_passes`), then the backward passes, each with gradients of its own, which are added up as
-a `SumOrder` says.
-
 Whatever is called out of this order is refused (`OrderError`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -43,7 +39,6 @@ from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.comm.host_read import HostRead
 from hecate.parallel.transfer.transfer_plan import plan_change
-from hecate.parallel.values.summation import PositionSums, SumOrder
 from hecate.parallel.values.units import Unit
 
 
@@ -176,22 +171,18 @@ def require_nothing_under_way(last: StepLedger | None, current: CurrentPass) -> 
 class Step:
     """One optimizer step, from its plans to its gradients."""
 
-    def __init__(self, shards: ExpertShards, current: CurrentPass, number: int, micro_steps: int, order: SumOrder | None = None) -> None:
+    def __init__(self, shards: ExpertShards, current: CurrentPass, number: int, micro_steps: int) -> None:
         """Plans all layers from the history. Every rank must make one.
 
         Args:
             micro_steps: in which the step's tokens come.
-            order: in which the gradients of positions are summed; None: as they come, by rank.
         """
         self.ledger = StepLedger(shards, number, micro_steps)
         self.peak_replica_bytes = shards.replica_bytes
         """most bytes of replicas that this rank had or waited for at once since the step began"""
-        self._shards, self._current = shards, current
+        self.shards, self._current = shards, current
         self._present: MicroStep | None = None
         """whose backward pass is under way"""
-        self._order = order
-        self._sums: dict[Unit, PositionSums[Tensor]] = {} if order is None else {u: PositionSums(order.size) for u in shards.trained}
-        """of the gradients of this rank's positions; nothing where gradients are summed as they come"""
         self._reduced_last: Unit | None = None
         """the layer or pool whose reduction was started last in the step's last backward pass"""
         self._clips = False
@@ -207,26 +198,10 @@ class Step:
             OrderError: plans are made from loads that are known ahead, and the tokens bring no routing; or as `StepLedger`.
         """
         micro = MicroStep(self, self.ledger.begin_micro_step(), tokens or PassTokens())
-        if self._shards.config.plan == "replay":
+        if self.shards.config.plan == "replay":
             self._plan_ahead(micro.tokens)
         self._current.now = micro
         return micro
-
-    def begin_passes(self, tokens: Sequence[PassTokens], positions: Sequence[int]) -> list[MicroStep]:
-        """The passes of a micro-step with an order, equally many on every rank. Each is to be made the current one while the model runs its
-        forward pass, in their order; then their backward passes follow in the same order, of which the last ends the micro-step.
-
-        Args:
-            tokens: of each pass.
-            positions: of this rank, ascending; passes beyond them are of padding, and count nowhere.
-        """
-        assert self._order is not None
-        assert len(tokens) == self._order.passes, (len(tokens), self._order.passes)
-        number, last = self.ledger.begin_micro_step(), len(tokens) - 1
-        return [
-            MicroStep(self, number, one, position=positions[i] if i < len(positions) else None, ends=i == last)
-            for i, one in enumerate(tokens)
-        ]
 
     def finish(self) -> dict[Unit, np.ndarray]:
         """Complete the step: gradients summed onto the owners' parameters, loads recorded. Every rank must call it.
@@ -237,7 +212,7 @@ class Step:
             Per layer the step's loads, int64 [experts, ranks of the job].
         """
         self.ledger.require_complete()
-        trained = self._shards.trained
+        trained = self.shards.trained
         for unit, store in reversed(trained.items()):
             if not store.reduce_started:
                 raise OrderError(f"step {self.ledger.number} cannot finish: layer {unit} took no part in its last backward pass")
@@ -248,13 +223,13 @@ class Step:
 
     def prefetch(self, *units: Unit) -> None:
         """See `ForwardPass.prefetch`. Does nothing where plans must wait for the router."""
-        mode = self._shards.plans.mode
+        mode = self.shards.plans.mode
         if early := [unit for unit in units if mode(unit) != "exact"]:
             self._gather(*early)
 
-    def experts(self, micro: MicroStep, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
-        """See `ForwardPass.experts`."""
-        shards = self._shards
+    def replicas(self, micro: MicroStep, unit: Unit, expert_TK: Tensor) -> Tensor:
+        """Wait for the replicas that a layer's pass computes with, [slots, C]; planned by what its tokens choose where that counts."""
+        shards = self.shards
         self.ledger.require(micro.number)
         if micro.counts:
             count_E = expert_counts(expert_TK, shards.families[unit].num_experts)
@@ -262,13 +237,7 @@ class Step:
             if shards.plans.mode(unit) in ("exact", "calibrated"):
                 self._plan_after_router(unit, count_E)
         self._gather(unit)
-        faults.at("experts", x_TD)
-        call = LayerCall(
-            step=self.ledger.number,
-            backward_follows=micro.counts and torch.is_grad_enabled(),
-            computed=lambda y_RD: self._free_until_backward(micro, unit, y_RD) if micro.counts else None,
-        )
-        return shards.compute(unit, self._replicas(unit), RoutedTokens(x_TD, expert_TK, weight_TK, token_T), call)
+        return self._replicas(unit)
 
     def backward(self, micro: MicroStep, loss: Tensor, gradient: Tensor | None, limit: Tensor | None) -> None:
         """See `MicroStep.backward`."""
@@ -284,13 +253,15 @@ class Step:
         self._present = None
         if limit is not None:
             self._add_clipped(limit)
-        if micro.ends:
-            self.ledger.end_micro_step()
-            self._current.now = None
+        self._end_pass(micro)
+
+    def _end_pass(self, micro: MicroStep) -> None:
+        self.ledger.end_micro_step()
+        self._current.now = None
 
     def _require_own_tokens(self) -> None:
         """Raises UserError: what is on a rank after a backward pass are not the gradients of that rank's tokens, of one micro-step."""
-        shards = self._shards
+        shards = self.shards
         if shards.config.per_micro_step or any(shards.plans.transfers[unit].tokens is not None for unit in shards.families):
             raise UserError(
                 "gradients cannot be clipped by samples where tokens leave their rank, or where each micro-step reduces its own\n"
@@ -299,7 +270,7 @@ class Step:
 
     def _add_clipped(self, limit: Tensor) -> None:
         """Clip what the backward pass has left, add it to that of the step's micro-steps before, and reduce the sums after the last."""
-        trained = self._shards.trained
+        trained = self.shards.trained
         found = {unit: store.take_gradient() for unit, store in trained.items()}
         square = torch.stack([grad_SC.square().sum(dtype=torch.float64) for grad_SC in found.values()]).sum()
         factor = (limit / square.sqrt()).clamp(max=1.0)
@@ -313,7 +284,7 @@ class Step:
 
     def _plan_ahead(self, tokens: PassTokens) -> None:
         """Plan all layers of a micro-step from the routing that its tokens bring, on all ranks of the sharding group."""
-        shards = self._shards
+        shards = self.shards
         if tokens.routing is None:
             raise OrderError(
                 "fssdp.plan=replay plans each micro-step from the routing of its tokens, but they bring none\n"
@@ -327,7 +298,7 @@ class Step:
 
     def _plan_after_router(self, unit: Unit, count_E: Tensor) -> None:
         """Plan a layer's micro-step from what all ranks have chosen."""
-        shards = self._shards
+        shards = self.shards
         # Through the tokens' group: the layer's own gather may be under way in the other one.
         loads_ED = by_rank(exchange_counts(count_E, shards.groups.tokens))
         plan = shards.plans.after_router(unit, loads_ED)
@@ -343,26 +314,26 @@ class Step:
         shards.plans.note_served(unit, loads_ED)
 
     def _gather(self, *units: Unit) -> None:
-        stores = [self._shards.stores[unit] for unit in units]
+        stores = [self.shards.stores[unit] for unit in units]
         before = sum(store.replica_bytes for store in stores)
-        self._shards.gather(*units)
+        self.shards.gather(*units)
         # Not where all was there already: the sum over all units, for each of many units, would take longer than their experts.
         if sum(store.replica_bytes for store in stores) > before:
             self._note_peak()
 
     def _note_peak(self, more: int = 0) -> None:
-        self.peak_replica_bytes = max(self.peak_replica_bytes, self._shards.replica_bytes + more)
+        self.peak_replica_bytes = max(self.peak_replica_bytes, self.shards.replica_bytes + more)
 
     def _replicas(self, unit: Unit) -> Tensor:
-        source = self._shards.trained_in[unit]
-        return self._shards.stores[source].replicas(lambda: self._gradient_complete(source))
+        source = self.shards.trained_in[unit]
+        return self.shards.stores[source].replicas(lambda: self._gradient_complete(source))
 
-    def _free_until_backward(self, micro: MicroStep, unit: Unit, y_RD: Tensor) -> None:
-        """With `rematerialize`, give the replicas' memory back now that the layer has computed."""
-        if self._shards.config.rematerialize and y_RD.requires_grad:
+    def computed(self, micro: MicroStep, unit: Unit, y_RD: Tensor) -> None:
+        """A layer's experts have computed. With `rematerialize`, give the replicas' memory back until the backward pass."""
+        if micro.counts and self.shards.config.rematerialize and y_RD.requires_grad:
             # Called before the backward of whatever has made y, and so before its saved views of the replicas are used.
             y_RD.register_hook(lambda _: self._gather_again(unit))
-            self._shards.stores[unit].free()
+            self.shards.stores[unit].free()
             micro.awaiting_backward.append(unit)
 
     def _gather_again(self, unit: Unit) -> None:
@@ -371,7 +342,7 @@ class Step:
         self._replicas(unit)
 
     def _prefetch_backward(self) -> None:
-        count = self._shards.config.prefetch
+        count = self.shards.config.prefetch
         if count and self._present is not None:
             # The units of a decoder layer come together, the last layers' first.
             awaiting = self._present.awaiting_backward
@@ -381,9 +352,9 @@ class Step:
     def _gradient_complete(self, unit: Unit) -> None:
         """The backward pass is through with a layer's experts, or with all that draw on a pool."""
         faults.at("backward")
-        shards, in_last = self._shards, self.ledger.in_last_micro_step
+        shards, in_last = self.shards, self.ledger.in_last_micro_step
         # A gradient that is to be clipped is complete when that of all layers is.
-        if self._clips or not (in_last or self._order is not None or shards.plans.gathers_for_itself(unit)):
+        if self._clips or not self._leaves_replicas(unit):
             return
         assert self._present is not None
         if shards.config.rematerialize:
@@ -393,13 +364,8 @@ class Step:
             self._prefetch_backward()
             for store in shards.stores.values():
                 store.wait_for_reduction()
-        if self._order is None:
-            shards.stores[unit].reduce()
-        else:
-            self._sums[unit].add(self._present.position, shards.stores[unit].take_gradient(), last=in_last)
-            if not (in_last and self._present.ends):
-                return
-            shards.stores[unit].reduce_in_order(self._sums.pop(unit).sums, self._order)
+        if not self._reduce(unit):
+            return
         if in_last:
             # The reduction before has had a layer's backward pass to arrive in; the sum over the groups has the rest of the step. Waiting
             # for it frees the replicas' gradients, and what was sent and received of them: only the owners' sums are left.
@@ -408,6 +374,15 @@ class Step:
             self._reduced_last = unit
         if shards.plans.mode(unit) == "calibrated":
             shards.plans.place_from_history(unit)
+
+    def _leaves_replicas(self, unit: Unit) -> bool:
+        """Whether this backward pass's gradients leave the replicas now, for their owners."""
+        return self.ledger.in_last_micro_step or self.shards.plans.gathers_for_itself(unit)
+
+    def _reduce(self, unit: Unit) -> bool:
+        """Take a layer's gradients from the replicas; whether their sum is on its way to the owners."""
+        self.shards.stores[unit].reduce()
+        return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -422,10 +397,6 @@ class MicroStep:
     """False: a checkpointed layer runs again, and what it does has been counted"""
     stats: dict[Unit, RouterStats] = field(default_factory=dict)
     """what the routers of the layers that have run have done"""
-    position: int | None = None
-    """of its group of sequences in the micro-step, where gradients are summed in order; None: it has no group there, or no order matters"""
-    ends: bool = True
-    """its backward pass ends the micro-step"""
     awaiting_backward: list[Unit] = field(default_factory=list)
     """units whose replicas were freed after their forward pass, in its order"""
 
@@ -441,7 +412,14 @@ class MicroStep:
             self.stats[unit] = routing.stats()
 
     def experts(self, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
-        return self.owner.experts(self, unit, x_TD, expert_TK, weight_TK, token_T)
+        replicas_SC = self.owner.replicas(self, unit, expert_TK)
+        faults.at("experts", x_TD)
+        call = LayerCall(
+            step=self.step,
+            backward_follows=self.counts and torch.is_grad_enabled(),
+            computed=lambda y_RD: self.owner.computed(self, unit, y_RD),
+        )
+        return self.owner.shards.compute(unit, replicas_SC, RoutedTokens(x_TD, expert_TK, weight_TK, token_T), call)
 
     def again(self) -> MicroStep:
         return replace(self, counts=False)

@@ -39,8 +39,6 @@ class StepResult:
     """per unit, int64 [experts, ranks of the job]"""
     bytes_sent: int
     """number of bytes of experts, their gradients and tokens that all ranks together have sent"""
-    asked: tuple[bool, ...]
-    """of each request of the ranks: whether any rank has made it"""
     bytes_between_nodes: int
     """of `bytes_sent`, those that went from one node of the topology to another"""
     peak_bytes: tuple[int, ...]
@@ -49,6 +47,8 @@ class StepResult:
     """assignments of all units to other experts than those that samples bring (`moe.replay: check`); None: they are not counted"""
     norm_limit: float = math.inf
     """what makes a larger gradient norm a spike"""
+    asked: tuple[bool, ...] = ()
+    """of each request of the ranks: whether any rank has made it"""
     unlike: tuple[int, ...] = ()
     """ranks whose gradients of what all ranks have differ from those of most ranks"""
     work_before: tuple[DenseWork, ...] = ()

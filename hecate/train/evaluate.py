@@ -25,8 +25,9 @@ from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.values.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import EvalScore, Evaluation
+from hecate.train.extensions.users import with_users
 from hecate.train.generation import Decoding, generate
-from hecate.train.steps.step import forward_loss, pass_tokens
+from hecate.train.steps.passes import forward_loss, pass_tokens
 
 Heard = Callable[[str, Sequence[GenerationItem], Sequence[str]], None]
 """gets a source's name, the prompts of this rank, and the answers to them"""
@@ -92,7 +93,10 @@ def _loss_and_loads(
         if not moe.engine.goes_together and all(len(row.input_ids) == 0 for row in share):
             continue  # nothing to share: no collective runs while every expert is everywhere
         batch = collate(share, pad_id=0, seq_len=seq_len, **padding).to(ranks.device)
-        with evaluation.forward(replace(pass_tokens(base.head, batch, features_UF=features_UF), source=expert)) as routed:
+        tokens = replace(pass_tokens(base.head, batch), source=expert)
+        if features_UF is not None:
+            tokens = with_users(tokens, base.head, batch, features_UF)
+        with evaluation.forward(tokens) as routed:
             totals[0] += forward_loss(base.head, batch).cpu()
         totals[1] += (batch.targets != IGNORED).sum().cpu() * ranks.is_first_of_tensor_group
         if recorded is not None:

@@ -34,7 +34,7 @@ def check_machine(config: Config) -> None:
     check_attention(config.model)
     check_trackers(config.report_to)
     if config.privacy.noise:
-        from hecate.train.steps.privacy_accountant import require_accountant
+        from hecate.train.extensions.privacy_accountant import require_accountant
 
         require_accountant()
 

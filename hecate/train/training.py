@@ -8,9 +8,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from hecate import faults
 from hecate.adapters.trained_output import output_of
 from hecate.checkpoint import remove_stale_staging, stopped_early
@@ -22,7 +19,7 @@ from hecate.data.encode import IGNORED
 from hecate.data.separate_streams import Stream
 from hecate.data.sequences import PackedSequence, empty_sequence
 from hecate.data.sources import TokenSource
-from hecate.elastic.backups import backups_kept, copy_to_backup_ranks
+from hecate.elastic.backups import copy_to_backup_ranks
 from hecate.elastic.damaged_copies import CopiesRestoredError, CopyChecks
 from hecate.elastic.layer_timer import LayerTimer
 from hecate.elastic.move_experts import reshard_if_it_pays
@@ -35,17 +32,20 @@ from hecate.parallel.loops import jit
 from hecate.parallel.values.placement import Placement, new_copies
 from hecate.parallel.values.sequence_shares import dense_seconds, sequences_by_speed, slowest_of_each
 from hecate.parallel.values.static_ep_imbalance import static_ep_imbalance
-from hecate.parallel.values.summation import SumOrder
 from hecate.parallel.values.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import DenseWork, Evaluation, Rebuilt, Resharding, StepEvent, StepResult
 from hecate.report.run_report import RunFacts, trainable_rows
 from hecate.train.build import build_parts, shard_layers_again
 from hecate.train.evaluate import evaluate
-from hecate.train.steps.privacy import privacy_of, require_whole_records
-from hecate.train.steps.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
+from hecate.train.extensions.copies import ComparedCopies
+from hecate.train.extensions.from_config import step_extensions
+from hecate.train.extensions.privacy import require_whole_records
+from hecate.train.extensions.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
+from hecate.train.extensions.rank_figures import RankFigures
+from hecate.train.steps.passes_in_order import prepare_for_order, sequences_of_a_pass, sequences_together, step_sums
 from hecate.train.steps.skipped_steps import StepInputs, too_many_skipped
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from hecate.train.steps.step_clock import StepClock
 
 _GIVEN_UP = "the checkpoint that was being written is given up, because a rank was lost; the next one comes as planned"
@@ -72,9 +72,7 @@ class Training:
         built = replace(config, resume=False, fssdp=replace(config.fssdp, reshard_interval=None, shard_size=None)) if joins else config
         parts = build_parts(built, ranks, topology)
         self.parts = replace(parts, config=replace(parts.config, resume=config.resume, fssdp=config.fssdp))
-        if config.deterministic:
-            require_cpu(ranks.device)
-            torch.set_num_threads(1)  # how sums are cut depends on the number of threads
+        prepare_for_order(config, ranks.device)
         self.ranks = ranks
         self._clock = StepClock(ranks.device)
         self._timer = LayerTimer(parts.moe, ranks.device)
@@ -127,9 +125,10 @@ class Training:
         parts, config = self.parts, self.parts.config
         size = parts.stream.sequences_per_step // config.gradient_accumulation_steps
         speeds = slowest_of_each(topology.flops, self.ranks.tp_size)
-        self.shares = tuple(shares or sequences_by_speed(size, speeds, config.deterministic_group))
+        together = sequences_together(config)
+        self.shares = tuple(shares or sequences_by_speed(size, speeds, together))
         assert sum(self.shares) == size, (self.shares, size)
-        assert all(share % config.deterministic_group == 0 for share in self.shares), (self.shares, config.deterministic_group)
+        assert all(share % together == 0 for share in self.shares), (self.shares, together)
         # Experts travel until the last rank is through with its attention; the planner takes that for the slowest device's time.
         flops = parts.dense_flops * dense_seconds(self.shares, speeds) * min(topology.flops)
         engine = parts.moe.engine
@@ -140,16 +139,15 @@ class Training:
         of that.
 
         A micro-step has `micro_batch_size` sequences for each rank that there was when the run began, however many ranks there are now.
-        With `privacy.clip` each of a rank's sequences, which is a sample, is a micro-batch of its own; with `deterministic` each group of
-        them is one.
+        Where fewer of a rank's sequences are computed together (`privacy.clip`, `sequences_of_a_pass`), so many are a micro-batch.
         """
         config, ranks = self.parts.config, self.ranks
         size = len(sequences) // config.gradient_accumulation_steps
         own = sequence_ranges(size, self.shares)[ranks.dp_rank]
         pad_id = self.parts.base.tokenizer.pad_token_id or 0
         shares = [sequences[start + own.start : start + own.stop] or [empty_sequence()] for start in range(0, len(sequences), size)]
-        if config.privacy.clip is not None or config.deterministic:
-            group = config.deterministic_group
+        group = 1 if config.privacy.clip is not None else sequences_of_a_pass(config)
+        if group is not None:
             most = max(self.shares)  # all ranks run as many micro-batches
             shares = [share[start : start + group] or [empty_sequence()] for share in shares for start in range(0, most, group)]
         multiple = self.parts.base.head.row_multiple(config.data.seq_len)
@@ -159,7 +157,7 @@ class Training:
         """One optimizer step.
 
         Args:
-            requests: see `train_step`.
+            requests: see `RankFigures`.
         """
         parts, engine = self.parts, self.parts.moe.engine
         started, rate = time.monotonic(), parts.optimizer.learning_rate
@@ -204,39 +202,31 @@ class Training:
         Raises:
             CopiesRestoredError: see there.
         """
-        parts, config = self.parts, self.parts.config
+        parts, config, step = self.parts, self.parts.config, self.standing.step
+        compare = self.copies.of_step(step)
         return train_step(
             parts.moe,
             parts.base.head,
             parts.optimizer,
-            self.micro_batches(sequences),
-            num_labels=sum(int((sequence.targets != IGNORED).sum()) for sequence in sequences),
-            num_samples=sum(len(sequence.samples) for sequence in sequences),
-            labels_of_source=_labels_of_source(sequences, len(config.data.train)),
-            samples_of_source=_samples_of_source(sequences, len(config.data.train)),
-            features_UF=parts.features_UF,
-            step=self.standing.step,
-            rules=StepRules(
+            StepBatches(
+                number=step,
+                micro_batches=self.micro_batches(sequences),
+                num_labels=sum(int((sequence.targets != IGNORED).sum()) for sequence in sequences),
+                num_samples=sum(len(sequence.samples) for sequence in sequences),
+            ),
+            StepRules(
                 aux_coef=config.moe.router_aux_loss_coef,
                 max_grad_norm=config.max_grad_norm,
-                redundancy=backups_kept(parts.moe.engine, config.fssdp.redundancy),
-                privacy=privacy_of(config),
-                replay=config.moe.replay,
-                order=self._sum_order(),
+                norm_limit=norm_limit(self.standing.grad_norms, config.skip_step_sigma_factor),
+                sums=step_sums(config, self.shares),
             ),
-            norm_limit=norm_limit(self.standing.grad_norms, config.skip_step_sigma_factor),
-            requests=requests,
-            check_copies=self.copies.of_step(self.standing.step),
-            work_before=self._work,
-            clock=self._clock,
+            [
+                *step_extensions(parts, step, sequences),
+                *([] if compare is None else [ComparedCopies(compare)]),
+                RankFigures(requests, self._work),
+                self._clock,
+            ],
         )
-
-    def _sum_order(self) -> SumOrder | None:
-        config = self.parts.config
-        if not config.deterministic:
-            return None
-        groups = [share // config.deterministic_group for share in self.shares]
-        return SumOrder(tuple(sequence_ranges(sum(groups), groups)))
 
     @property
     def skipped_too_often(self) -> bool:
@@ -402,15 +392,6 @@ class Training:
         self.copies.made_anew(None if self.state is None else self.state.step)
 
 
-def require_cpu(device: torch.device) -> None:
-    """Raises UserError: the device is none on which equal inputs of equal shapes always give equal bits."""
-    if device.type != "cpu":
-        raise UserError(
-            "deterministic: holds on CPUs only; on a GPU the backward pass of attention adds up in an order that differs from run to run\n"
-            "  leave deterministic out, or train on CPUs: set CUDA_VISIBLE_DEVICES to nothing"
-        )
-
-
 def data_in_words(stream: Stream, steps: int) -> str:
     """Say how many samples there are, and how often the steps of a run go through them."""
     most = 8
@@ -446,18 +427,6 @@ def steps_of_epochs(epochs: float, stream: Stream) -> int:
     """The number of steps, at least 1, that take as many samples as so many epochs have (`TrainStream.sequences_per_epoch`)."""
     steps = epochs * stream.sequences_per_epoch() / stream.sequences_per_step
     return max(1, math.ceil(steps - 1e-6))  # 0.1 * 30 is more than 3
-
-
-def _labels_of_source(sequences: Sequence[PackedSequence], sources: int) -> list[int]:
-    """Label tokens by source."""
-    labelled = np.concatenate([one.task[one.targets != IGNORED] for one in sequences])
-    return np.bincount(labelled, minlength=sources).tolist()
-
-
-def _samples_of_source(sequences: Sequence[PackedSequence], sources: int) -> list[int]:
-    """Samples by source."""
-    found = [source for one in sequences for source, _ in one.samples]
-    return np.bincount(found, minlength=sources).tolist()
 
 
 def _taken_by_step(stream: Stream, config: Config) -> list[tuple[TokenSource, float]]:

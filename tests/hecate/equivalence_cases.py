@@ -34,7 +34,7 @@ from hecate.parallel.values.expert_kinds import MIXLORA, LoraShape, ShardShape
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.report.events import StepResult
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 
 STEPS, MICRO_STEPS, ROWS, LENGTH = 3, 2, 12, 8
 
@@ -163,10 +163,12 @@ def step_of_rows(
         moe,
         head,
         optimizer,
-        [rows_of(batch, rank, world) for batch in batches],
-        num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-        step=number,
-        rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
+        StepBatches(
+            number=number,
+            micro_batches=[rows_of(batch, rank, world) for batch in batches],
+            num_labels=sum(int((b.targets != -100).sum()) for b in batches),
+        ),
+        StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
     )
 
 

@@ -30,7 +30,7 @@ from hecate.parallel.values.expert_kinds import LINEARS, ONLY_PROJECTION, LoraSh
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.report.events import StepResult
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from tests import plain_mixlora, plain_mola
 from tests.hecate.equivalence_cases import (
     AUX_COEF,
@@ -336,11 +336,13 @@ class ShardedTraining:
             self.moe,
             self.head,
             self.optimizer,
-            [rows_of(batch, self.rank, self.world) for batch in batches],
-            num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-            num_samples=sum(int(b.segment_ids.amax(1).sum()) for b in batches),
-            step=number,
-            rules=StepRules(aux_coef=self.case.aux_coef, max_grad_norm=MAX_NORM),
+            StepBatches(
+                number=number,
+                micro_batches=[rows_of(batch, self.rank, self.world) for batch in batches],
+                num_labels=sum(int((b.targets != -100).sum()) for b in batches),
+                num_samples=sum(int(b.segment_ids.amax(1).sum()) for b in batches),
+            ),
+            StepRules(aux_coef=self.case.aux_coef, max_grad_norm=MAX_NORM),
         )
 
 

@@ -15,8 +15,9 @@ from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.values.units import Unit
 from hecate.report.events import StepResult
-from hecate.train.steps.privacy import Privacy
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.extensions.privacy import HiddenSamples, Privacy
+from hecate.train.extensions.separate_adapters import SeparateAdapters
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from tests.hecate.equivalence_cases import LEARNING_RATE, ROWS, WEIGHT_DECAY, Case, assert_groups_equal, initial_values, sharded, tiny_llama
 from tests.hecate.separate_adapters import (
     SOURCES,
@@ -59,12 +60,12 @@ def private_step(
         moe,
         head,
         optimizer,
-        batches[own],
-        num_labels=sum(labels_of_source(batches)),
-        labels_of_source=labels_of_source(batches),
-        samples_of_source=samples_of_source(batches),
-        step=step,
-        rules=StepRules(aux_coef=0.0, max_grad_norm=None, privacy=privacy),
+        StepBatches(number=step, micro_batches=batches[own], num_labels=sum(labels_of_source(batches))),
+        StepRules(aux_coef=0.0, max_grad_norm=None),
+        [
+            SeparateAdapters(labels_of_source(batches)),
+            *([] if privacy is None else [HiddenSamples(privacy, moe.engine.shards, samples_of_source(batches), step)]),
+        ],
     )
 
 

@@ -24,7 +24,8 @@ from hecate.parallel.values.expert_kinds import LINEARS, LoraShape
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.report.events import StepResult
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.extensions.users import UsersOfSamples
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from tests import plain_mixlora, plain_reclora
 from tests.hecate.equivalence_cases import (
     LEARNING_RATE,
@@ -125,11 +126,13 @@ def step_by_users(
         moe,
         head,
         optimizer,
-        [rows_of(batch, rank, world) for batch in batches],
-        num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-        features_UF=features(),
-        step=number,
-        rules=StepRules(aux_coef=0.0, max_grad_norm=MAX_NORM),
+        StepBatches(
+            number=number,
+            micro_batches=[rows_of(batch, rank, world) for batch in batches],
+            num_labels=sum(int((b.targets != -100).sum()) for b in batches),
+        ),
+        StepRules(aux_coef=0.0, max_grad_norm=MAX_NORM),
+        [UsersOfSamples(features())],
     )
 
 

@@ -11,7 +11,7 @@ from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
 from hecate.parallel.values.units import Unit
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from tests import plain_mixlora
 from tests.hecate.equivalence_cases import (
     AUX_COEF,
@@ -144,11 +144,13 @@ def check_router(rank: int, world: int, case: Case, *, reshard: bool = False) ->
             moe,
             head,
             optimizer,
-            [rows_of(batch, rank, world) for batch in batches],
-            num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-            num_samples=sum(int(b.segment_ids.amax(1).sum()) for b in batches),
-            step=step,
-            rules=StepRules(aux_coef=aux_coef(case), max_grad_norm=MAX_NORM),
+            StepBatches(
+                number=step,
+                micro_batches=[rows_of(batch, rank, world) for batch in batches],
+                num_labels=sum(int((b.targets != -100).sum()) for b in batches),
+                num_samples=sum(int(b.segment_ids.amax(1).sum()) for b in batches),
+            ),
+            StepRules(aux_coef=aux_coef(case), max_grad_norm=MAX_NORM),
         )
         loss, balance, norm, grads = reference.step(step, empty_rows)
         for name, got, wanted in (("loss", result.loss, loss), ("aux", result.aux_loss, balance), ("norm", result.grad_norm, norm)):

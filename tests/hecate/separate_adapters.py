@@ -13,7 +13,8 @@ from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
 from hecate.parallel.values.units import FFN, Unit
 from hecate.report.events import StepResult
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.extensions.separate_adapters import SeparateAdapters
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from tests.hecate.equivalence_cases import (
     LEARNING_RATE,
     MICRO_STEPS,
@@ -87,13 +88,15 @@ def one_step(
 ) -> StepResult:
     return train_step(
         moe,
-        head,  # type: ignore[arg-type]
+        head,
         optimizer,
-        [rows_of(batch, rank, world) for batch in batches] if world > 1 else batches,
-        num_labels=sum(labels_of_source(batches)),
-        labels_of_source=labels_of_source(batches),
-        step=step,
-        rules=StepRules(aux_coef=0.0, max_grad_norm=MAX_NORM),
+        StepBatches(
+            number=step,
+            micro_batches=[rows_of(batch, rank, world) for batch in batches] if world > 1 else batches,
+            num_labels=sum(labels_of_source(batches)),
+        ),
+        StepRules(aux_coef=0.0, max_grad_norm=MAX_NORM),
+        [SeparateAdapters(labels_of_source(batches))],
     )
 
 

@@ -28,7 +28,8 @@ from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.plan.measured_modes import modes_of
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.values.units import Unit
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.extensions.replayed_routing import ReplayedRouting
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from testing.ranks import run_ranks
 from tests import plain_mixlora
 from tests.hecate.equivalence_cases import (
@@ -207,10 +208,13 @@ def check_case(rank: int, world: int, case: Case) -> None:
             moe,
             head,
             optimizer,
-            [rows_of(batch, rank, world) for batch in batches],
-            num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-            step=step,
-            rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM, replay=case.replay),
+            StepBatches(
+                number=step,
+                micro_batches=[rows_of(batch, rank, world) for batch in batches],
+                num_labels=sum(int((b.targets != -100).sum()) for b in batches),
+            ),
+            StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
+            [*([] if case.replay is None else [ReplayedRouting(case.replay, moe.engine.shards.device)])],
         )
         calibrations += moe.engine.shards.plans.calibrations
         modes |= set(moe.engine.shards.plans.chosen_modes.values())

@@ -23,7 +23,7 @@ from hecate.parallel.cost.cost_model import PlanMode
 from hecate.parallel.values.expert_kinds import FULL
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate import equivalence_cases as suite
 from tests.hecate.equivalence_cases import AUX_COEF, MAX_NORM, MICRO_STEPS, ROWS, WEIGHT_DECAY, micro_batch, rows_of, topology
@@ -168,10 +168,12 @@ def check_case(rank: int, world: int, case: Case) -> None:
             moe,
             head,
             optimizer,
-            [rows_of(batch, rank, world) for batch in batches],
-            num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-            step=step,
-            rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
+            StepBatches(
+                number=step,
+                micro_batches=[rows_of(batch, rank, world) for batch in batches],
+                num_labels=sum(int((b.targets != -100).sum()) for b in batches),
+            ),
+            StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
         )
         loss, norm, idle = reference.gradients(step, empty_rows)
         some_idle |= bool(idle)

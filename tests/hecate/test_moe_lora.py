@@ -34,7 +34,7 @@ from hecate.parallel.cost.cost_model import PlanMode
 from hecate.parallel.values.expert_kinds import MOE_LORA, LoraShape
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups, own_group
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import (
     LENGTH,
@@ -275,10 +275,12 @@ def check_case(rank: int, world: int, case: Case, folder: Path) -> None:
                 moe,
                 head,
                 optimizer,
-                [rows_of(batch, rank, world) for batch in batches],
-                num_labels=sum(int((batch.targets != -100).sum()) for batch in batches),
-                step=step,
-                rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
+                StepBatches(
+                    number=step,
+                    micro_batches=[rows_of(batch, rank, world) for batch in batches],
+                    num_labels=sum(int((batch.targets != -100).sum()) for batch in batches),
+                ),
+                StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
             )
             close(f"step {step}, loss", torch.tensor(result.loss, dtype=torch.float64), wanted[f"{step}/loss"])
             close(f"step {step}, norm", torch.tensor(result.grad_norm, dtype=torch.float64), wanted[f"{step}/norm"])

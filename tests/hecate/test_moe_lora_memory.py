@@ -38,7 +38,8 @@ from hecate.parallel.values.expert_kinds import MOE_LORA, LoraShape
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from hecate.train.build import insertion_plan
-from hecate.train.steps.step import StepRules, forward_loss, pass_tokens, train_step
+from hecate.train.steps.passes import forward_loss, pass_tokens
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate.apps.foresee.making import num_bytes
 from tests.plain_moe_lora import save_tiny
@@ -149,7 +150,13 @@ def _measured(rank: int, world: int, folder: str, policy: str, shard_size: int) 
     )
     tokens = torch.arange(96)[None] + 96 * rank
     batch = Batch(tokens % 64, tokens % 64, tokens % 96, torch.ones_like(tokens), tokens, torch.zeros_like(tokens))
-    train_step(moe, head, optimizer, [batch], num_labels=96 * world, step=0, rules=StepRules(aux_coef=0.01, max_grad_norm=None))
+    train_step(
+        moe,
+        head,
+        optimizer,
+        StepBatches(number=0, micro_batches=[batch], num_labels=96 * world),
+        StepRules(aux_coef=0.01, max_grad_norm=None),
+    )
     moe.engine.begin_step(1).begin_micro_step(pass_tokens(head, batch))
     kept: dict[int, Tensor] = {}
 

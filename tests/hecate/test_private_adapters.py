@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.train.steps import step as step_module
-from hecate.train.steps.privacy import Privacy, SampleShares, add_noise
+from hecate.train.extensions.privacy import Privacy, SampleShares, add_noise
+from hecate.train.steps import passes
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import sharded
 from tests.hecate.private_adapters import NAMES, check_all_private, check_private, private_step, single_samples
@@ -95,7 +95,7 @@ def test_an_idle_source_gets_no_noise(one_rank: dist.ProcessGroup) -> None:
 
 def test_a_gradient_that_is_not_finite_is_of_its_own_adapter_alone(one_rank: dist.ProcessGroup) -> None:
     """The others are stepped as they are where that source has no samples."""
-    real, states = step_module.forward_loss, []
+    real, states = passes.forward_loss, []
     for poisoned in (True, False):
         moe, head = sharded(given_case("full", "balanced"), 1)
         batches = single_samples(0, range(0), False)
@@ -108,7 +108,7 @@ def test_a_gradient_that_is_not_finite_is_of_its_own_adapter_alone(one_rank: dis
                 loss.register_hook(lambda gradient: gradient * math.nan)
             return loss
 
-        with mock.patch.object(step_module, "forward_loss", forward_loss):
+        with mock.patch.object(passes, "forward_loss", forward_loss):
             chosen = batches if poisoned else [batch for batch in batches if int(batch.task.max()) != 2]
             private_step(moe, head, optimizer_of(moe, given_case("full", "balanced")), chosen, 0, Privacy(clip=0.1, sources=NAMES))
         states.append({name: parameter.detach().clone() for name, parameter in moe.engine.shards.named_parameters().items()})

@@ -25,7 +25,8 @@ from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.values.units import Unit
 from hecate.report.events import StepResult
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.extensions.replayed_routing import ReplayedRouting
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate.equivalence_cases import (
     AUX_COEF,
@@ -55,8 +56,8 @@ def trainer(case: Case, world: int) -> tuple[MoeModel, LanguageModelHead, Expert
 def one_step(
     trained: tuple[MoeModel, LanguageModelHead, ExpertOptimizer], step: int, own: Sequence[Batch], labels: int, replay: Any
 ) -> StepResult:
-    rules = StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM, replay=replay)
-    return train_step(*trained, own, num_labels=labels, step=step, rules=rules)
+    batches, rules = StepBatches(number=step, micro_batches=own, num_labels=labels), StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM)
+    return train_step(*trained, batches, rules, [] if replay is None else [ReplayedRouting(replay, trained[0].engine.shards.device)])
 
 
 def batches_of(rank: int, world: int, step: int) -> tuple[list[Batch], int]:

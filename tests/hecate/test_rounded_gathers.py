@@ -18,7 +18,7 @@ from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.cost.cost_model import PlanMode
 from hecate.parallel.values.expert_kinds import FULL
 from hecate.ranks.groups import expert_groups
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate import equivalence_cases as suite
 
@@ -37,7 +37,13 @@ def _trained(policy: str, plan: PlanMode, rematerialize: bool, world: int) -> tu
     for step in range(2):
         batches = [suite.rows_of(suite.micro_batch(step, micro, range(0)), torch.distributed.get_rank(), world) for micro in range(2)]
         labels = sum(int((suite.micro_batch(step, micro, range(0)).targets != -100).sum()) for micro in range(2))
-        metrics = train_step(moe, head, optimizer, batches, num_labels=labels, step=step, rules=StepRules(aux_coef=0.05, max_grad_norm=0.5))
+        metrics = train_step(
+            moe,
+            head,
+            optimizer,
+            StepBatches(number=step, micro_batches=batches, num_labels=labels),
+            StepRules(aux_coef=0.05, max_grad_norm=0.5),
+        )
         losses.append(metrics.loss)
     return {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}, moe.engine.shards.bytes_sent, losses
 

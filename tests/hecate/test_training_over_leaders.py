@@ -13,7 +13,7 @@ from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
 from hecate.parallel.cluster.topology import Link, uniform_topology
 from hecate.parallel.transfer import transfer_plan
 from hecate.parallel.transfer.transfer_plan import ChunkPlan, plan_chunks
-from hecate.train.steps.step import StepRules, train_step
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate import equivalence_cases as equivalence
 from tests.hecate.equivalence_cases import AUX_COEF, LEARNING_RATE, MAX_NORM, MICRO_STEPS, WEIGHT_DECAY, Case, micro_batch, rows_of, sharded
@@ -67,10 +67,12 @@ def _train(
                 moe,
                 head,
                 optimizer,
-                [rows_of(batch, rank, world) for batch in batches],
-                num_labels=sum(int((b.targets != -100).sum()) for b in batches),
-                step=step,
-                rules=StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
+                StepBatches(
+                    number=step,
+                    micro_batches=[rows_of(batch, rank, world) for batch in batches],
+                    num_labels=sum(int((b.targets != -100).sum()) for b in batches),
+                ),
+                StepRules(aux_coef=AUX_COEF, max_grad_norm=MAX_NORM),
             )
             losses.append(result.loss)
         return losses, {key: p.detach().clone() for key, p in moe.engine.shards.named_parameters().items()}, calls

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 from hecate.apps.federate.plans import begins_anew
 from hecate.config import Config
+from hecate.train.extensions.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
 from hecate.train.preflight import default_ranks
-from hecate.train.steps.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
 
 
 def privacy_of_clients(config: Config, samples: Mapping[str, int], rounds: int) -> dict[str, PrivacySpent]:

@@ -13,7 +13,7 @@ from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.report.progress import duration_text
-from hecate.train.steps.privacy_accountant import PrivacySpent
+from hecate.train.extensions.privacy_accountant import PrivacySpent
 
 UNION = "union"
 """the name of a round's result among the clients"""

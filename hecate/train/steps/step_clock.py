@@ -8,9 +8,13 @@ from typing import Any
 import torch
 
 from hecate.parallel.loops import jit
+from hecate.train.extensions.extension import Moment, StepExtension
+
+_ENDED: dict[Moment, str] = {"planned": "plan", "forwarded": "forward", "backpropagated": "backward", "norm": "gradients"}
+"""the part of a step that is over at a moment"""
 
 
-class StepClock:
+class StepClock(StepExtension):
     """Times the parts of steps, one after the other.
 
     On a GPU the times are the device's, from events. Waiting for the planner's machine code, which happens once a machine, counts in no
@@ -26,6 +30,14 @@ class StepClock:
         """A step begins, of which nothing is known yet."""
         self._spans.clear()
         self._last = self._now()
+
+    def at(self, moment: Moment, subject: Any = None) -> None:
+        if moment == "step":
+            self.begin()
+        elif moment == "optimizer":
+            self.host_waited("waiting")
+        elif moment in _ENDED:
+            self.ended(_ENDED[moment])
 
     def ended(self, part: str) -> None:
         """What was done since the last call belongs to `part`; a part may come several times in a step."""

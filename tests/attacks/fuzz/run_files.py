@@ -34,7 +34,7 @@ from hecate.ranks.launcher_files import Generation, read_generation, write_gener
 from hecate.report.pages.page import report_page
 from hecate.report.run_records import read_run
 from hecate.report.timeline import write_timeline
-from hecate.train.steps.privacy_accountant import PrivacySpent
+from hecate.train.extensions.privacy_accountant import PrivacySpent
 from hecate.train.steps.replay_step import read_step
 from tests.attacks.fuzz.file_kinds import FileKind
 

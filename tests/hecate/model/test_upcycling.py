@@ -27,7 +27,7 @@ from hecate.parallel.planners import POLICIES
 from hecate.parallel.values.expert_kinds import FULL
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
-from hecate.train.steps.step import forward_loss, pass_tokens
+from hecate.train.steps.passes import forward_loss, pass_tokens
 from testing.ranks import run_ranks
 from tests.hecate.model.tiny import tiny, token_ids
 

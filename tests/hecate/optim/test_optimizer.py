@@ -36,7 +36,7 @@ def _norm_over_ranks(rank: int, world: int) -> float:
     optimizer = make({"expert": owned}, {"router": router})
     owned.grad, router.grad = torch.full((1,), rank + 1.0, dtype=torch.float64), torch.tensor([2.0, 0.0], dtype=torch.float64)
     optimizer.reduce_replicated(group)
-    totals = exchange_totals(torch.zeros(2, dtype=torch.float64), optimizer.squares(), 0, (), group)
+    totals = exchange_totals(torch.zeros(2, dtype=torch.float64), optimizer.squares(), group)
     return totals.grad_norm
 
 
@@ -50,7 +50,7 @@ def _unlike_ranks(rank: int, world: int, value: float) -> tuple[int, ...]:
     group = dist.group.WORLD
     assert group is not None
     squares = torch.tensor([1.0 + rank, value if rank == 1 else 36.0], dtype=torch.float64)
-    return exchange_totals(torch.zeros(2, dtype=torch.float64), squares, 0, (), group).unlike
+    return exchange_totals(torch.zeros(2, dtype=torch.float64), squares, group).unlike
 
 
 @pytest.mark.parametrize(("value", "unlike"), [(36.0, ()), (36.0 + 1e-9, ()), (36.1, (1,)), (0.0, (1,)), (math.nan, ())])
@@ -70,7 +70,7 @@ def _norm_of_named(rank: int, world: int, owners: list[list[str]], by_name: bool
     for name, one in owned.items():
         one.grad = torch.tensor([GRADIENTS[name]], dtype=torch.float64)
     squares = make(owned, {}).squares(names=EXPERTS if by_name else ())
-    return exchange_totals(torch.zeros(2, dtype=torch.float64), squares, 0, (), group).grad_norm
+    return exchange_totals(torch.zeros(2, dtype=torch.float64), squares, group).grad_norm
 
 
 @pytest.mark.parametrize("owners", [[EXPERTS[:7], EXPERTS[7:]], [EXPERTS[3:], [], EXPERTS[:3]]])

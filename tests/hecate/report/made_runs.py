@@ -24,7 +24,7 @@ def a_step(step: int, *, units: Sequence[Unit] = FFNS, experts: int = 4, ranks: 
     loads = {unit: random.integers(1, 9, size=(experts, ranks)) for unit in units}
     for unit in units:
         loads[unit][0] *= 1 + 4 * (unit.layer == 1)  # one expert of the second layer is popular
-    result = StepResult(3.0 / step, 2.0, 0.5, False, loads, 5000, (), 2000, tuple(700_000 + 1000 * rank for rank in range(ranks)))
+    result = StepResult(3.0 / step, 2.0, 0.5, False, loads, 5000, 2000, tuple(700_000 + 1000 * rank for rank in range(ranks)))
     return StepEvent(
         step=step,
         result=result,

@@ -43,7 +43,7 @@ def a_step(step: Any = 1, **changes: Any) -> Record:
     }
     values |= changes
     named = ("loss", "aux_loss", "grad_norm", "skipped", "loads", "bytes_sent")
-    result = StepResult(*(values[name] for name in named), (), 16, (300, 200), 5)
+    result = StepResult(*(values[name] for name in named), 16, (300, 200), 5)
     measured = {name: value for name, value in values.items() if name not in (*named, "step_seconds")}
     return step_record(StepEvent(result=result, seconds=values["step_seconds"], **measured))
 

@@ -12,7 +12,7 @@ from hecate.config import load_config
 from hecate.errors import UserError
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.steps.privacy_accountant import privacy_spent
+from hecate.train.extensions.privacy_accountant import privacy_spent
 from hecate.train.training import Training
 from testing.tiny_run import make_workshop
 

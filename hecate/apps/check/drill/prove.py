@@ -87,7 +87,7 @@ def _stepping_idle(step: Callable[..., bool]) -> Callable[..., bool]:
 def _own_norm(exchange: Callable[..., Any]) -> Callable[..., Any]:
     def exchange_totals(*given: Any) -> Any:
         totals = exchange(*given)
-        return replace(totals, grad_norm=totals.grad_norm / (1.0 if given[4].rank() == 0 else 1e9))
+        return replace(totals, grad_norm=totals.grad_norm / (1.0 if given[2].rank() == 0 else 1e9))
 
     return exchange_totals
 

@@ -10,7 +10,7 @@ from hecate.apps.federate.privacy import check_rates, privacy_of_clients, sample
 from hecate.cli import app
 from hecate.config import Config, load_config
 from hecate.errors import UserError
-from hecate.train.steps.privacy_accountant import privacy_spent
+from hecate.train.extensions.privacy_accountant import privacy_spent
 from testing.tiny_run import make_workshop
 
 SAMPLES = {"up": 120, "echo": 30}

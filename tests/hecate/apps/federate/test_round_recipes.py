@@ -13,7 +13,7 @@ from hecate.apps.federate.codec import HEADER_BYTES, decode
 from hecate.apps.federate.records import RoundRecord, read_rounds
 from hecate.apps.federate.server_optimizer import load_server
 from hecate.apps.federate.standing import SERVER_STATE
-from hecate.train.steps.privacy_accountant import privacy_spent
+from hecate.train.extensions.privacy_accountant import privacy_spent
 from testing.tiny_run import make_workshop
 from tests.hecate.train.command_line import run
 

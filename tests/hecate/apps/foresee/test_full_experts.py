@@ -21,7 +21,8 @@ from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
 from hecate.ranks.groups import ExpertGroups
 from hecate.train.build import insertion_plan
-from hecate.train.steps.step import StepRules, forward_loss, pass_tokens, train_step
+from hecate.train.steps.passes import forward_loss, pass_tokens
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate.apps.foresee.making import config_for, packed_batch, saved_for_backward, write_model
 
@@ -52,7 +53,9 @@ def _measure(rank: int, world: int, folder: str, dtype: str, overrides: tuple[st
     optimizer = ExpertOptimizer(
         Trainables(owned_parameters(moe.engine), replicated), AdamW(weight_decay=0.0), LearningRate(1e-3), torch.device("cpu")
     )
-    train_step(moe, head, optimizer, [batch], num_labels=192, step=0, rules=StepRules(aux_coef=0.01, max_grad_norm=None))
+    train_step(
+        moe, head, optimizer, StepBatches(number=0, micro_batches=[batch], num_labels=192), StepRules(aux_coef=0.01, max_grad_norm=None)
+    )
 
     moe.engine.begin_step(1).begin_micro_step(pass_tokens(head, batch))
     with saved_for_backward() as kept:

@@ -23,7 +23,8 @@ from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
 from hecate.ranks.groups import ExpertGroups
 from hecate.train.build import insertion_plan
-from hecate.train.steps.step import forward_loss, pass_tokens
+from hecate.train.extensions.users import with_users
+from hecate.train.steps.passes import forward_loss, pass_tokens
 from tests.hecate.apps.foresee.making import config_for, packed_batch, saved_for_backward, write_model
 
 LINEARS = ("moe.unit=linear", "moe.num_experts=null", "moe.allocation=[2,0,3]")
@@ -160,7 +161,8 @@ def test_activations_are_what_autograd_keeps_within_a_twentieth(one_rank: dist.P
     moe, head = built(tmp_path, one_rank, *overrides)
     users = torch.ones(1, 8) if system == "RecLoRA" else None
     batch = packed_batch(96, 64, of_user=users is not None)
-    moe.engine.begin_step(0).begin_micro_step(pass_tokens(head, batch, 1.0, users))
+    tokens = pass_tokens(head, batch, 1.0)
+    moe.engine.begin_step(0).begin_micro_step(tokens if users is None else with_users(tokens, head, batch, users))
     known = {parameter.untyped_storage().data_ptr() for parameter in moe.model.parameters()}
     known |= {store.owned.untyped_storage().data_ptr() for store in moe.engine.shards.trained.values()}
     with saved_for_backward() as kept:

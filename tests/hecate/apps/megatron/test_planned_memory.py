@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hecate.data.batches import Batch
 from hecate.model.sizes.memory import PHASES, memory_parts
 from hecate.model.sizes.run_shape import run_shape
-from hecate.train.steps.step import forward_loss, pass_tokens
+from hecate.train.steps.passes import forward_loss, pass_tokens
 from hecate.train.training import Training
 from testing.ranks import run_ranks
 from tests.hecate.apps.foresee.making import num_bytes

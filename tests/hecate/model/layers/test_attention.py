@@ -22,7 +22,7 @@ from hecate.model.layers import attention_kernels
 from hecate.model.layers.attention import AttentionChoice, Way, pick_way, row_multiple, use_way, way_problem
 from hecate.model.layers.attention_kernels import AttentionRows, FlashKernel, Scores, package_flash, torchs_flash
 from hecate.train.generation import Decoding, generate
-from hecate.train.steps.step import forward_loss
+from hecate.train.steps.passes import forward_loss
 from tests.hecate.model.tiny import tiny
 from tests.plain_attention import dense_of_blocks, plain_flash, plain_flex, plain_varlen
 

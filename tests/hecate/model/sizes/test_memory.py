@@ -39,7 +39,8 @@ from hecate.parallel.values.expert_kinds import LoraShape
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups, expert_groups
 from hecate.train.build import insertion_plan
-from hecate.train.steps.step import StepRules, forward_loss, pass_tokens, train_step
+from hecate.train.steps.passes import forward_loss, pass_tokens
+from hecate.train.steps.step import StepBatches, StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate.apps.foresee.making import config_for, num_bytes, packed_batch, saved_for_backward, slow_node, write_model
 
@@ -237,7 +238,9 @@ def _held(rank: int, world: int, folder: str, dtype: str, cases: list[tuple[str,
         optimizer = ExpertOptimizer(
             Trainables(owned_parameters(moe.engine), replicated), AdamW(weight_decay=0.0), LearningRate(0.1), torch.device("cpu")
         )
-        train_step(moe, head, optimizer, [batch], num_labels=32, step=0, rules=StepRules(aux_coef=0.01, max_grad_norm=None))
+        train_step(
+            moe, head, optimizer, StepBatches(number=0, micro_batches=[batch], num_labels=32), StepRules(aux_coef=0.01, max_grad_norm=None)
+        )
         moe.engine.begin_step(1).begin_micro_step(pass_tokens(head, batch))
         with torch.no_grad():
             forward_loss(head, batch)

@@ -7,7 +7,7 @@ import pytest
 from opacus.accountants import RDPAccountant
 
 from hecate.errors import UserError
-from hecate.train.steps.privacy_accountant import privacy_spent, require_accountant, sampling_rate
+from hecate.train.extensions.privacy_accountant import privacy_spent, require_accountant, sampling_rate
 
 
 def by_opacus(noise: float, rate: float, steps: int, delta: float) -> float:

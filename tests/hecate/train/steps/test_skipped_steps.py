@@ -21,6 +21,7 @@ from hecate.experts.routers.router import TopKRouter
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.report.events import StepResult
 from hecate.train.loop import train
+from hecate.train.steps import passes
 from hecate.train.steps import step as step_module
 from hecate.train.steps.replay_step import Replayed, _for_one_rank, replay_step
 from hecate.train.steps.skipped_steps import STEP_FILE, _places_in
@@ -67,10 +68,10 @@ def not_finite(rank: int, world: int, workshop: str) -> None:
     run = make_run(workshop, f"not-finite-{world}", rank, world)
     run.train_one()
     before = held(run)
-    forward, logits = step_module.forward_loss, TopKRouter.logits
+    forward, logits = passes.forward_loss, TopKRouter.logits
     poisons: list[Any] = [
-        mock.patch.object(step_module, "forward_loss", lambda *given: bad_loss(forward, *given)),
-        mock.patch.object(step_module, "forward_loss", lambda *given: bad_gradient(forward, *given)),
+        mock.patch.object(passes, "forward_loss", lambda *given: bad_loss(forward, *given)),
+        mock.patch.object(passes, "forward_loss", lambda *given: bad_gradient(forward, *given)),
         mock.patch.object(TopKRouter, "logits", lambda self, *given: logits(self, *given) * math.nan),
     ]
     for poison in poisons:
@@ -227,8 +228,8 @@ def stopped(rank: int, world: int, workshop: str) -> tuple[str, int]:
     """The error, and the step from which the run goes on if it is resumed as the error says."""
     settings = (*OVERRIDES, f"output_dir={workshop}/runs/stopped", "max_skipped_steps=2")
     config = load_config(f"{workshop}/config.yaml", settings, claim_output=False)
-    real = step_module.forward_loss
-    with mock.patch.object(step_module, "forward_loss", lambda *given: bad_loss(real, *given)), pytest.raises(UserError) as caught:
+    real = passes.forward_loss
+    with mock.patch.object(passes, "forward_loss", lambda *given: bad_loss(real, *given)), pytest.raises(UserError) as caught:
         train(config, ranks_of_default_group(rank, world))
     advice = shlex.split(str(caught.value).splitlines()[-1])
     assert advice[:2] == ["hecate", "train"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from hecate.data.batches import Batch, PackedSamples, collate
 from hecate.data.encode import IGNORED
 from hecate.data.sequences import PackedSequence
-from hecate.train.steps.step import forward_loss, pass_tokens
+from hecate.train.steps.passes import forward_loss, pass_tokens
 
 VOCABULARY, HIDDEN = 7, 3
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from hecate.engine.shards import ExpertShards
 from hecate.errors import UserError
 from hecate.experts.seeding import generator
 from hecate.parallel.comm.device_tables import copy_to
+from hecate.train.extensions.extension import Moment, StepExtension
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,3 +105,25 @@ def add_noise(shards: ExpertShards, privacy: Privacy, samples_of_source: Sequenc
             drawn = torch.randn(parameter.grad.shape, generator=source, dtype=torch.float64)
             deviation = privacy.noise * privacy.clip / max(samples_of_source[expert], 1)
             parameter.grad += copy_to(drawn.mul_(deviation).to(parameter.grad.dtype), parameter.grad.device)
+
+
+class HiddenSamples(StepExtension):
+    """One step in which each micro-batch is one sample at most, whose gradient is clipped, and noise is added to the sums."""
+
+    def __init__(self, privacy: Privacy, shards: ExpertShards, samples_of_source: Sequence[int], step: int) -> None:
+        """Args:
+        samples_of_source: samples of the whole step by source, all ranks together.
+        step: its number, from 0.
+        """
+        self._privacy, self._shards, self._samples, self._step = privacy, shards, samples_of_source, step
+        self._shares = SampleShares.of(privacy, samples_of_source, shards.device)
+
+    def weight_of_source(self, weight: Tensor | None, batch: Batch) -> Tensor:
+        return self._shares.weight_of_source(batch)
+
+    def gradient_limit(self, batch: Batch) -> Tensor:
+        return self._shares.limit(batch)
+
+    def at(self, moment: Moment, subject: Any = None) -> None:
+        if moment == "reduce":
+            add_noise(self._shards, self._privacy, self._samples, self._step)
