@@ -209,7 +209,7 @@ class ExpertShards:
     @property
     def frozen_replica_bytes(self) -> int:
         """Bytes of others' frozen parts that are held now or are on their way; they stay between steps."""
-        return sum(self.plans.residency[unit].replicas_on(self.rank) * store.chunk_bytes for unit, store in self.frozen.items())
+        return sum(held.replicas_on(self.rank) * self.frozen[unit].chunk_bytes for unit, held in self.plans.residency.items())
 
     def named_parameters(self) -> dict[tuple[Unit, int], nn.Parameter]:
         """(unit, expert) -> flat chunk, of the experts that this rank owns."""
@@ -283,8 +283,9 @@ class ExpertShards:
 
     def gather(self, *units: Unit) -> None:
         """Start materializing layers, or the pools that they draw on, where their replicas have neither arrived nor are on their way."""
-        transfers = self.plans.transfers
-        gather_together([(self.stores[source], transfers[source]) for source in dict.fromkeys(self.trained_in[unit] for unit in units)])
+        gather_together(
+            [(self.stores[source], self.plans.transfer(source)) for source in dict.fromkeys(self.trained_in[unit] for unit in units)]
+        )
         for unit in units:
             if unit in self.frozen and (move := self.plans.fetch_frozen(unit)) is not None:
                 self.frozen[unit].start(move)
@@ -298,7 +299,7 @@ class ExpertShards:
             replicas_SC: of the layer's present placement, or its pool.
             routed: this rank's tokens with their token numbers; `slot_TK` holds the chosen experts, whose slots are not known yet.
         """
-        plan = self.plans.transfers[unit]
+        plan = self.plans.transfer(unit)
         sent = None
         if plan.tokens is not None:
             assert routed.token_T is not None

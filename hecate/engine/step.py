@@ -262,7 +262,7 @@ class Step:
     def _require_own_tokens(self) -> None:
         """Raises UserError: what is on a rank after a backward pass are not the gradients of that rank's tokens, of one micro-step."""
         shards = self.shards
-        if shards.config.per_micro_step or any(shards.plans.transfers[unit].tokens is not None for unit in shards.families):
+        if shards.config.per_micro_step or any(shards.plans.transfer(unit).tokens is not None for unit in shards.families):
             raise UserError(
                 "gradients cannot be clipped by samples where tokens leave their rank, or where each micro-step reduces its own\n"
                 "  set fssdp.policy=full, and leave fssdp.plan and fssdp.rematerialize out"
@@ -306,7 +306,7 @@ class Step:
             calibrated = shards.plans.mode(unit) == "calibrated"
             if calibrated:
                 self._gather(unit)
-                before = shards.plans.transfers[unit]
+                before = shards.plans.transfer(unit)
             transfer = shards.plans.place(unit, plan)
             if calibrated:
                 self._note_peak(transfer.chunks.replica_bytes)

@@ -79,6 +79,36 @@ class EngineConfig:
         return modes_of(self.plan, self.prefetch)
 
 
+@dataclass(eq=False)
+class UnitPlan:
+    """What is planned of one layer's experts, or of one pool, from step to step and in the step that began last."""
+
+    owner_E: np.ndarray
+    """int64 [experts]"""
+    chunk: ChunkSize
+    """of the master chunk of one of its experts"""
+    residency: Residency | None = None
+    """which ranks hold which frozen parts, or are about to receive them; None: its experts have no frozen parts"""
+    frozen_for: Placement | None = None
+    """the placement for which its frozen parts were fetched last; None: those that are held may be others"""
+    last_planned: Placement | None = None
+    """what the planner has said of it last, for planners that change their last plan"""
+    mode: PlanMode | None = None
+    """from which loads it is planned, where that is chosen layer by layer"""
+    given: tuple[PlanInput, int] | None = None
+    """what the step's plan was made from, and the layer's place in that"""
+    from_history: LayerPlan | None = None
+    """the step's first plan, which was made of past loads"""
+    plan: LayerPlan | None = None
+    """by which it goes now"""
+    transfer: TransferPlan | None = None
+    """how its plan is carried out on this rank; None: it has none since its owners changed"""
+    served_D: np.ndarray | None = None
+    """float64 [ranks]: assignments served so far in this step, where plans follow the true loads"""
+    most_served: float = 0.0
+    """with several sharding groups: what the busiest rank of the job has served in the last step"""
+
+
 class StepPlans:
     """The plans of all MoE layers, on one rank of a sharding group.
 
@@ -109,33 +139,18 @@ class StepPlans:
         self.members = mesh.sharding_groups()[group]
         """the group's ranks, in the job"""
         self.config = config
-        self.owners, self.history = owners, history
-        self.transfers: dict[Unit, TransferPlan] = {}
-        """how each layer's plan is carried out on this rank"""
-        self._chunks = {unit: _chunk_size(owned) for unit, owned in (*families.items(), *self._pools.items())}
-        self.residency = {
-            unit: Residency.of_owners(owners[unit], self.slots(family)) for unit, family in families.items() if family.layout().frozen
-        }
-        """who holds which frozen parts or is about to receive them, of the layers that have any"""
-        self._frozen_for: dict[Unit, Placement] = {}
-        """the placement for which each layer's frozen parts were fetched last"""
+        self.history = history
+        self.units = {unit: UnitPlan(owners[unit], _chunk_size(owned)) for unit, owned in (*families.items(), *self._pools.items())}
+        """of each layer and each pool"""
+        for unit, family in families.items():
+            if family.layout().frozen:
+                self.units[unit].residency = Residency.of_owners(owners[unit], self.slots(family))
         self.calibrations = 0
         """plans of this step's micro-steps and layers that gave way to better ones after the router"""
-        self._modes: dict[Unit, PlanMode] = {}
-        """where modes are chosen layer by layer: those of the step that began last"""
         self._measured: dict[tuple[Unit, ...], MeasuredModes] = {}
         """by the layers of one shape"""
-        self._plans: dict[Unit, LayerPlan] = {}
         self._micro_steps = 1
         """of the last step that began"""
-        self._last_planned: dict[Unit, Placement] = {}
-        """what the planner has said last of each layer, for planners that change their last plan"""
-        self._from_history: dict[Unit, LayerPlan] = {}
-        self._given: dict[Unit, tuple[PlanInput, int]] = {}
-        """what the step's plan was made from, and a layer's place in it"""
-        self._served: dict[Unit, np.ndarray] = {}
-        """float64 [ranks]: assignments served so far in this step, where plans follow the true loads"""
-        self._most_served: dict[Unit, float] = {}
 
     @property
     def config(self) -> EngineConfig:
@@ -159,12 +174,33 @@ class StepPlans:
 
     def mode(self, unit: Unit) -> PlanMode:
         """From which loads a layer is planned in the step that began last."""
-        return self._modes.get(unit, self.config.modes[0])
+        return self.units[unit].mode or self.config.modes[0]
 
     @property
     def chosen_modes(self) -> dict[Unit, PlanMode]:
         """The mode of each layer in the step that began last, where they are chosen layer by layer; else nothing."""
-        return dict(self._modes)
+        return {unit: one.mode for unit, one in self.units.items() if one.mode is not None}
+
+    @property
+    def owners(self) -> dict[Unit, np.ndarray]:
+        """int64 [experts] of each layer and pool."""
+        return {unit: one.owner_E for unit, one in self.units.items()}
+
+    @property
+    def residency(self) -> dict[Unit, Residency]:
+        """Who holds which frozen parts, of the layers that have any."""
+        return {unit: one.residency for unit, one in self.units.items() if one.residency is not None}
+
+    @property
+    def transfers(self) -> dict[Unit, TransferPlan]:
+        """How the plan of each layer and pool is carried out on this rank."""
+        return {unit: one.transfer for unit, one in self.units.items() if one.transfer is not None}
+
+    def transfer(self, unit: Unit) -> TransferPlan:
+        """How the plan of one layer or pool is carried out on this rank."""
+        transfer = self.units[unit].transfer
+        assert transfer is not None, f"{unit} was not planned since its owners changed"
+        return transfer
 
     def gathers_for_itself(self, unit: Unit) -> bool:
         """Whether each micro-step gathers and reduces a layer, or a pool, for itself."""
@@ -177,9 +213,11 @@ class StepPlans:
             micro_steps: in which the step's tokens come.
         """
         self.calibrations = 0
-        self.residency = {unit: held.after_step() for unit, held in self.residency.items()}  # the step before has used its replicas
         self._micro_steps = micro_steps
-        self._served.clear()
+        for one in self.units.values():
+            one.served_D = None
+            if one.residency is not None:
+                one.residency = one.residency.after_step()  # the step before has used its replicas
         if len(self.config.modes) > 1:
             self._choose_modes()
         for units, given in self.inputs():
@@ -188,9 +226,10 @@ class StepPlans:
             if not given.execution.knows_loads:
                 self._place_all(units, given)
             for index, unit in enumerate(units):
-                self._given[unit] = given, index
+                one = self.units[unit]
+                one.given = given, index
                 if not given.execution.knows_loads:
-                    self._from_history[unit] = self._plans[unit]
+                    one.from_history = one.plan
         self._place_pools()
 
     def ahead(self, loads: Mapping[Unit, np.ndarray]) -> None:
@@ -212,26 +251,26 @@ class StepPlans:
         # Which layer goes by what may differ between groups, and from step to step.
         mode = self._first_mode if for_owners else self.mode
         for units in self._alike(mode):
-            family = self._families[units[0]]
-            predicted_LEW = self.history.predict(units, lasting=units[0] in self.residency)
-            knows_resident = units[0] in self.residency and not common
-            knows_present = not common and all(unit in self._last_planned for unit in units)
+            family, plans = self._families[units[0]], [self.units[unit] for unit in units]
+            held = [one.residency for one in plans if one.residency is not None]
+            planned = [one.last_planned for one in plans if one.last_planned is not None]
+            predicted_LEW = self.history.predict(units, lasting=bool(held))
+            knows_resident, knows_present = bool(held) and not common, len(planned) == len(units) and not common
             topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
             hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
             cost, execution = self._cost(family, hiding), self.config.execution(mode(units[0]), self._micro_steps)
             if knows_resident:
-                steps = expected_uses([self.residency[unit] for unit in units])
-                cost = replace(cost, frozen_lifetime=steps * (self._micro_steps if execution.per_micro_step else 1))
+                cost = replace(cost, frozen_lifetime=expected_uses(held) * (self._micro_steps if execution.per_micro_step else 1))
             given = PlanInput(
-                np.stack([self.owners[unit] for unit in units]),
+                np.stack([one.owner_E for one in plans]),
                 None if predicted_LEW is None else self._loads_of_groups(predicted_LEW, common=common),
                 topology,
                 cost,
                 self.slots(family),
-                resident_LED=np.stack([self.residency[unit].held_ED for unit in units]) if knows_resident else None,
+                resident_LED=np.stack([one.held_ED for one in held]) if knows_resident else None,
                 max_imbalance=self.config.max_imbalance,
                 execution=execution,
-                present_LED=np.stack([self._last_planned[unit].where_ED for unit in units]) if knows_present else None,
+                present_LED=np.stack([one.where_ED for one in planned]) if knows_present else None,
             )
             inputs.append((units, given))
         return inputs
@@ -244,36 +283,40 @@ class StepPlans:
     def place(self, unit: Unit, plan: LayerPlan) -> TransferPlan:
         """A layer goes by this plan from now on; returns how it is carried out."""
         split_ED = plan.split(self.topology, self._rank) if plan.dispatches(self.topology) else None
-        self._plans[unit] = plan
-        self.transfers[unit] = plan_transfer(plan.placement, split_ED, self._chunks[unit], self.topology, self._rank)
-        return self.transfers[unit]
+        one = self.units[unit]
+        one.plan, one.transfer = plan, plan_transfer(plan.placement, split_ED, one.chunk, self.topology, self._rank)
+        return one.transfer
 
     def place_everywhere(self) -> None:
         """Every expert of every layer on every rank, as evaluation has it."""
         for unit in self._families:
-            self._place_for_any(unit, everything_everywhere(self.owners[unit], self.mesh.shard_size))
+            self._place_for_any(unit, everything_everywhere(self.units[unit].owner_E, self.mesh.shard_size))
         self._place_pools()
 
     def place_on_owners(self) -> None:
         """Every expert of every layer on its owner alone."""
         for unit in self._families:
-            self._place_for_any(unit, owners_only(self.owners[unit], self.mesh.shard_size))
+            self._place_for_any(unit, owners_only(self.units[unit].owner_E, self.mesh.shard_size))
         self._place_pools()
 
     def place_from_history(self, unit: Unit) -> None:
         """A layer goes by the step's first plan again."""
-        self.place(unit, self._from_history[unit])
+        plan = self.units[unit].from_history
+        assert plan is not None, f"{unit} has no plan of past loads"
+        self.place(unit, plan)
 
     def after_router(self, unit: Unit, loads_ED: np.ndarray) -> LayerPlan | None:
         """What a layer's micro-step should go by, now that its loads [experts, ranks] are known; None: by what it has."""
-        resident_ED = self.residency[unit].held_ED if unit in self.residency else None
-        given = one_layer(*self._given[unit], loads_ED, resident_ED)
+        one = self.units[unit]
+        assert one.given is not None
+        given = one_layer(*one.given, loads_ED, None if one.residency is None else one.residency.held_ED)
         planner = partial(self._planned, units=[unit])
         if self.mode(unit) == "exact":
             plan = planner(given).layer(given, 0)
-            self._last_planned[unit] = plan.placement
+            one.last_planned = plan.placement
             return plan
-        ((gain, plan),) = best_after_router(planner, given, [self._plans[unit]], splits=self.config.planner is plan_auto)
+        assert one.plan is not None
+        ((gain, plan),) = best_after_router(planner, given, [one.plan], splits=self.config.planner is plan_auto)
         self.calibrations += gain > 0
         return plan if gain > 0 else None
 
@@ -281,40 +324,43 @@ class StepPlans:
         """What has to move so that ranks hold the frozen parts that a layer's placement needs, which count as held from now on; what has no
         slot beside them is given up. None: they were fetched for this placement already.
         """
-        placement = self.transfers[unit].placement
-        if placement == self._frozen_for.get(unit):
+        one, placement = self.units[unit], self.transfer(unit).placement
+        if placement == one.frozen_for:
             return None
-        self._frozen_for[unit] = placement
-        return self._change_residency(unit, self.residency[unit].need(placement.where_ED))
+        one.frozen_for = placement
+        return self._change_residency(one, _held(one).need(placement.where_ED))
 
     def borrow_frozen(self, unit: Unit) -> FrozenMove:
         """As `fetch_frozen`, but nothing is given up before `return_frozen`."""
-        placement = self.transfers[unit].placement
-        self._frozen_for[unit] = placement
-        return self._change_residency(unit, self.residency[unit].hold_for_now(placement.where_ED))
+        one = self.units[unit]
+        one.frozen_for = self.transfer(unit).placement
+        return self._change_residency(one, _held(one).hold_for_now(one.frozen_for.where_ED))
 
     def return_frozen(self, unit: Unit) -> FrozenMove:
         """Give up what `borrow_frozen` has fetched and what has no slot."""
-        del self._frozen_for[unit]
-        return self._change_residency(unit, self.residency[unit].evict())
+        one = self.units[unit]
+        one.frozen_for = None
+        return self._change_residency(one, _held(one).evict())
 
     def note_served(self, unit: Unit, loads_ED: np.ndarray) -> None:
         """A micro-step with such loads goes by the plan that the layer has now."""
-        served_D = self._plans[unit].served(loads_ED, self.topology)
-        self._served[unit] = self._served.get(unit, 0.0) + served_D
+        one = self.units[unit]
+        assert one.plan is not None
+        served_D = one.plan.served(loads_ED, self.topology)
+        one.served_D = served_D if one.served_D is None else one.served_D + served_D
 
     def change_owners(self, unit: Unit, owner_E: np.ndarray) -> FrozenMove | None:
         """Between two steps: int64 [experts]. Returns what moves of the layer's frozen parts; None: it has none."""
-        self.owners[unit] = owner_E
-        self.transfers.pop(unit, None)  # made for the owners of before
-        self._last_planned.pop(unit, None)
-        self._frozen_for.pop(unit, None)
-        return self._change_residency(unit, self.residency[unit].change_owners(owner_E)) if unit in self.residency else None
+        one = self.units[unit]
+        one.owner_E = owner_E
+        one.transfer = one.last_planned = one.frozen_for = None  # made for the owners of before
+        return None if one.residency is None else self._change_residency(one, one.residency.change_owners(owner_E))
 
     def adopt_residency(self, unit: Unit, after: Residency) -> FrozenMove:
         """Between two steps: hold what another run of the same owners held. Returns what moves of the layer's frozen parts."""
-        self._frozen_for.pop(unit, None)
-        return self._change_residency(unit, after)
+        one = self.units[unit]
+        one.frozen_for = None
+        return self._change_residency(one, after)
 
     def most_served(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, float]:
         """Per layer the assignments that the busiest rank of this group has computed of a step's loads."""
@@ -322,7 +368,8 @@ class StepPlans:
 
     def note_most_served(self, most: dict[Unit, float]) -> None:
         """With several sharding groups: `most_served` of the busiest group in the last step."""
-        self._most_served = most
+        for unit, served in most.items():
+            self.units[unit].most_served = served
 
     def imbalance(self, loads: Mapping[Unit, np.ndarray]) -> float:
         """Largest over mean assignments computed per rank, averaged over the layers: what the last plans made of a step's loads.
@@ -335,17 +382,18 @@ class StepPlans:
                 skews.append(imbalance(self._served_here(unit, loads_EW)))
             else:
                 total = loads_EW.sum()
-                skews.append(self._most_served[unit] * loads_EW.shape[1] / total if total else 1.0)
+                skews.append(self.units[unit].most_served * loads_EW.shape[1] / total if total else 1.0)
         return float(np.mean(skews)) if skews else 1.0
 
-    def _change_residency(self, unit: Unit, after: Residency) -> FrozenMove:
-        before, self.residency[unit] = self.residency[unit], after
+    def _change_residency(self, one: UnitPlan, after: Residency) -> FrozenMove:
+        before, one.residency = _held(one), after
         return frozen_move(before, after, self._rank)
 
     def _place_pools(self) -> None:
         for unit in self._pools:
-            everywhere = everything_everywhere(self.owners[unit], self.mesh.shard_size)
-            self.transfers[unit] = plan_transfer(everywhere, None, self._chunks[unit], self.topology, self._rank)
+            one = self.units[unit]
+            everywhere = everything_everywhere(one.owner_E, self.mesh.shard_size)
+            one.transfer = plan_transfer(everywhere, None, one.chunk, self.topology, self._rank)
 
     def _place_for_any(self, unit: Unit, placement: Placement) -> None:
         # Some tokens of every rank for every expert: what must travel may.
@@ -354,9 +402,9 @@ class StepPlans:
     def _place_all(self, units: Sequence[Unit], given: PlanInput) -> None:
         plan = self._planned(given, units)
         for index, unit in enumerate(units):
-            one = plan.layer(given, index)
-            self._last_planned[unit] = one.placement
-            self.place(unit, one)
+            of_layer = plan.layer(given, index)
+            self.units[unit].last_planned = of_layer.placement
+            self.place(unit, of_layer)
 
     def _planned(self, given: PlanInput, units: Sequence[Unit]) -> Plan:
         """Raises PlannerError: the plan has other owners than were given."""
@@ -368,7 +416,8 @@ class StepPlans:
     def _choose_modes(self) -> None:
         """Choose the mode of each layer for the step that begins, by the steps in the history."""
         modes: dict[Unit, PlanMode] = {}
-        self._modes = {}  # so that all layers of one shape are given together
+        for one in self.units.values():
+            one.mode = None  # so that all layers of one shape are given together
         for units, given in self.inputs():
             recent_SLEW = self.history.recent(units)
             if recent_SLEW is None:
@@ -379,7 +428,8 @@ class StepPlans:
                 partial(self._planned, units=units), given, self.history.snapshot(), self._loads_of_groups(recent_SLEW)
             )
             modes.update(zip(units, chosen, strict=True))
-        self._modes = modes
+        for unit, mode in modes.items():
+            self.units[unit].mode = mode
 
     def _first_mode(self, unit: Unit) -> PlanMode:
         return self.config.modes[0]
@@ -398,8 +448,11 @@ class StepPlans:
 
     def _served_here(self, unit: Unit, loads_EW: np.ndarray) -> np.ndarray:
         """float64 [ranks]: assignments that each rank of this group has computed of a step's loads."""
-        served_D = self._served.get(unit)
-        return self._plans[unit].served(self._loads_of_groups(loads_EW), self.topology) if served_D is None else served_D
+        one = self.units[unit]
+        if one.served_D is not None:
+            return one.served_D
+        assert one.plan is not None
+        return one.plan.served(self._loads_of_groups(loads_EW), self.topology)
 
     def _loads_of_groups(self, loads_EW: np.ndarray, *, common: bool = False) -> np.ndarray:
         """[..., experts, ranks]: of the job's loads those of this sharding group; `common`: the mean of all groups'."""
@@ -422,3 +475,9 @@ def _moved_owners(planner: Planner, units: Sequence[Unit], before_LE: np.ndarray
 
 def _chunk_size(owned: OwnedChunks) -> ChunkSize:
     return ChunkSize(owned.layout().trainable_numel, owned.replica_dtype.itemsize)
+
+
+def _held(one: UnitPlan) -> Residency:
+    """Of a layer whose experts have frozen parts."""
+    assert one.residency is not None
+    return one.residency
