@@ -37,6 +37,7 @@ from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cost.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
+from hecate.parallel.simulate.simulated_step import Setting
 from hecate.parallel.simulate.simulator import HISTORY_STEPS, Simulated, simulate
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.values.placement import contiguous_owners
@@ -199,7 +200,7 @@ def foretell(workload: str, policy: str, shape: Shape, measured: Measured, cores
         """Return the plan that the engine made, whatever was measured later."""
         return POLICIES[policy](replace(given, topology=measured.topologies[0], cost=measured.planning))
 
-    (simulated,) = simulate(loads, topology, cost, {policy: planner}, slots_D=np.full(world, shape.experts))
+    (simulated,) = simulate(loads, {policy: planner}, Setting(topology=topology, cost=cost, slots_D=np.full(world, shape.experts)))
     sent, errors, compute, busy = [], [0.0], [], []
     for loads_LED, planned in zip(loads, planned_steps(loads, policy, shape, measured), strict=True):
         plan = planned.plan

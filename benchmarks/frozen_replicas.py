@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.report import arguments, finish
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.simulate.simulated_step import Lifetime
+from hecate.parallel.simulate.simulated_step import Lifetime, Setting
 from hecate.parallel.simulate.simulator import simulate
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.transfer.residency import expected_uses
@@ -40,7 +40,9 @@ def main() -> None:
                 slots_D = plan_input(topology, frozen.cost, loads[0, 0], slots).slots_D
                 seconds = {}
                 for name, lifetime in lifetimes.items():
-                    step = simulate(loads, topology, frozen.cost, {"auto": POLICIES["auto"]}, slots_D=slots_D, lifetime=lifetime)[0]
+                    step = simulate(
+                        loads, {"auto": POLICIES["auto"]}, Setting(topology=topology, cost=frozen.cost, slots_D=slots_D, lifetime=lifetime)
+                    )[0]
                     seconds[name] = step.step_seconds - step.seconds.attention
                 row = {"topology": place, "workload": workload, "slots": slots, "ms": 1e3 * seconds[USUAL]}
                 rows.append(row | {name: each / seconds[USUAL] for name, each in seconds.items()})

@@ -34,6 +34,7 @@ from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cluster.topology_file import load_topology
 from hecate.parallel.cost.model_shapes import load_model_shape
 from hecate.parallel.planners import POLICIES
+from hecate.parallel.simulate.simulated_step import Setting
 from hecate.parallel.simulate.simulator import simulate, slots_in_memory
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.values.sequence_shares import dense_seconds, sequences_by_speed
@@ -154,7 +155,9 @@ def simulated(steps: int) -> tuple[list[dict[str, Any]], dict[str, float]]:
         flops = cost.non_moe_flops * dense_seconds(sequences_D, topology.flops) * min(topology.flops)
         slots_D = slots_in_memory(topology, cost, num_layers=model.layers, num_experts=model.experts, other_bytes=model.replicated_bytes())
         found = simulate(
-            loads, topology, replace(cost, non_moe_flops=flops), {"auto": POLICIES["auto"]}, slots_D=slots_D, num_layers=model.layers
+            loads,
+            {"auto": POLICIES["auto"]},
+            Setting(topology=topology, cost=replace(cost, non_moe_flops=flops), slots_D=slots_D, num_layers=model.layers),
         )
         seconds[name] = found[0].step_seconds
     tokens = total * model.seq

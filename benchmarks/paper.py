@@ -32,6 +32,7 @@ from hecate.apps.foresee.sweep import load_sweep
 from hecate.config.files.presets import find_preset
 from hecate.parallel.cost.cost_model import ExecutionMode
 from hecate.parallel.planners import COLLECTIVES, ROWS, WITH_OURS
+from hecate.parallel.simulate.simulated_step import Setting
 from hecate.parallel.simulate.simulator import Simulated, fullest_owner_bytes, simulate, slots_in_memory
 from hecate.parallel.simulate.workloads import WORKLOADS
 
@@ -72,15 +73,16 @@ class Run:
         slots_D = slots_in_memory(case.topology, cost, **sizes, other_bytes=other_bytes, rematerialize=rematerialize)
         (found,) = simulate(
             self.loads if loads is None else loads,
-            case.topology,
-            cost,
-            # The simulator re-shards for the policy of this name, whichever planner chooses its replicas.
             {"hecate_paper" if reshard_interval else name: ROWS[name]},
-            slots_D=slots_D,
-            execution=ExecutionMode(rematerialize=rematerialize),
-            reshard_interval=reshard_interval,
-            num_layers=model.layers,
-            collectives=COLLECTIVES,
+            Setting(
+                topology=case.topology,
+                cost=cost,
+                slots_D=slots_D,
+                execution=ExecutionMode(rematerialize=rematerialize),
+                reshard_interval=reshard_interval,
+                num_layers=model.layers,
+            ),
+            COLLECTIVES,
         )
         return found
 

@@ -28,6 +28,7 @@ from hecate.apps.foresee.sharding_groups import grouped_ep_seconds
 from hecate.parallel.cost.cost_model import ExecutionMode, PlanMode
 from hecate.parallel.plan.measured_modes import modes_of
 from hecate.parallel.planners import POLICIES, ROWS, WITH_OURS, PlanInput, price_row
+from hecate.parallel.simulate.simulated_step import Setting
 from hecate.parallel.simulate.simulator import simulate
 from hecate.parallel.simulate.workloads import WORKLOADS
 from testing.bound.lower_bound import lower_bound
@@ -98,7 +99,7 @@ def simulated(given: PlanInput, loads: np.ndarray, execution: ExecutionMode) -> 
     """`auto` in the last of the steps."""
     only_auto = {"auto": POLICIES["auto"]}
     cost = replace(given.cost, frozen_bytes=0.0)  # frozen parts stay for many steps, and this is one
-    return simulate(loads[-2:], given.topology, cost, only_auto, slots_D=given.slots_D, execution=execution)[0]
+    return simulate(loads[-2:], only_auto, Setting(topology=given.topology, cost=cost, slots_D=given.slots_D, execution=execution))[0]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -30,6 +30,7 @@ from hecate.parallel.cost.cost_model import PlanChoice
 from hecate.parallel.plan.measured_modes import MODES, MeasuredModes, judge_step, modes_of
 from hecate.parallel.planners import Plan, PlanInput, Planner
 from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.simulate.simulated_step import Setting
 from hecate.parallel.simulate.simulator import HISTORY_STEPS, Predictor, simulate
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.values.placement import contiguous_owners
@@ -80,7 +81,9 @@ def compare(topology: Topology, kind: Kind, loads: np.ndarray) -> list[dict[str,
         "judged": (judged.plan, judged.predict),
     }
     seconds = {
-        name: simulate(loads, topology, kind.cost, {"auto": planner}, slots_D=slots_D, predict=predict)[0].step_seconds
+        name: simulate(loads, {"auto": planner}, Setting(topology=topology, cost=kind.cost, slots_D=slots_D, predict=predict))[
+            0
+        ].step_seconds
         for name, (planner, predict) in planned.items()
     }
     hindsight = seconds.pop("hindsight")

@@ -106,43 +106,34 @@ def simulate(
     plot_path: Annotated[Path | None, typer.Option("--plot", help="write a PNG of the step times to this file")] = None,
 ) -> None:
     """Compare placement policies on any cluster: predicted time, bytes and memory of a step. Needs no GPU."""
+    from hecate.apps.foresee.simulate import Shown, named_cases, run_cases, sweep_cases
+
+    shown = Shown(wide, json_path, plot_path)
     if sweep is not None:
         _refuse_beside(context, "--sweep", "its file says all the rest", allowed=("sweep", "wide", "json_path", "plot_path"))
-        from hecate.apps.foresee.simulate import run_sweep
-
-        run_sweep(sweep, wide, json_path, plot_path)
+        run_cases(*sweep_cases(sweep), shown)
         return
     if trace is not None:
         others = ("workload", "tokens", "steps", "seed")
         _refuse_beside(context, "--trace", "the trace says them", allowed=tuple(name for name in context.params if name not in others))
-    from hecate.apps.foresee.cases import known_plan, known_route
-    from hecate.apps.foresee.simulate import run_simulation
+    from hecate.apps.foresee.cases import Options, chosen_policies, known_plan, known_route
     from hecate.parallel.cost.cost_model import ExecutionMode
 
     mode, choose_modes = known_plan(plan, prefetch, "--plan")
-    run_simulation(
-        topology=topology,
-        price_per_hour=price_per_hour,
-        model=model,
-        workload=workload,
-        trace=trace,
-        tokens=tokens,
-        policy=policy,
-        steps=steps,
-        seed=seed,
-        execution=ExecutionMode(
-            plan=mode,
-            rematerialize=rematerialize,
-            prefetch=prefetch,
-            micro_steps=micro_steps,
-            route=known_route(route, "--route"),
+    execution = ExecutionMode(mode, rematerialize, prefetch, micro_steps, known_route(route, "--route"))
+    cases = named_cases(topology, model, trace or workload, tokens, price_per_hour)
+    run_cases(
+        cases,
+        Options(
+            policies=chosen_policies(policy, "--policy"),
+            steps=steps,
+            seed=seed,
+            execution=execution,
+            choose_modes=choose_modes,
+            max_imbalance=max_imbalance,
+            shard_size=shard_size,
         ),
-        choose_modes=choose_modes,
-        max_imbalance=max_imbalance,
-        shard_size=shard_size,
-        wide=wide,
-        json_path=json_path,
-        plot_path=plot_path,
+        shown,
     )
 
 

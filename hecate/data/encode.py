@@ -160,23 +160,32 @@ class Skipped:
             raise UserError(f"{path} has no usable sample: all {self.count} are bad\n{first}")
 
 
+@dataclass(frozen=True)
+class BadSamples:
+    """What is done with the samples of a source that cannot be trained on."""
+
+    rule: str = "error"
+    """one of `BAD_SAMPLE_POLICIES`: see `encode_samples`"""
+    quarantine: str | Path | None = None
+    """a JSONL file to which the samples that are left out are written, by one rank; None: they are not written"""
+    speaks: bool = True
+    """log how many samples were left out or shortened; False on all ranks but one"""
+
+
+STOP_AT_BAD_SAMPLES = BadSamples()
+
+
 def encode_source(
     source: DataSource,
     tokenizer: Any,
     *,
     seq_len: int,
     vocab_size: int,
-    on_bad_sample: str = "error",
-    quarantine: str | Path | None = None,
+    bad: BadSamples = STOP_AT_BAD_SAMPLES,
     users: UserFeatures | None = None,
     routing: RoutingShape | None = None,
-    speaks: bool = True,
 ) -> EncodedSource:
     """Read and encode one data source into memory, as `encode_samples` does.
-
-    Args:
-        quarantine: a JSONL file for the skipped samples, or None. Only one rank passes it.
-        speaks: log how many samples were left out or shortened. False on all ranks but one.
 
     Raises:
         UserError: as `encode_samples`; or no sample is left.
@@ -185,7 +194,7 @@ def encode_source(
     faults: list[Fault] = []
     kept = truncated = 0
     unread: Counter[str] = Counter()
-    rules: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size, "on_bad_sample": on_bad_sample}
+    rules: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size, "on_bad_sample": bad.rule}
     for item in encode_samples(source, tokenizer, users=users, routing=routing, **rules):
         if isinstance(item, Fault):
             faults.append(item)
@@ -194,10 +203,10 @@ def encode_source(
             kept, truncated = kept + 1, truncated + item.truncated
             unread.update(item.unread)
 
-    if faults and quarantine is not None:
-        write_quarantine(quarantine, faults)
+    if faults and bad.quarantine is not None:
+        write_quarantine(bad.quarantine, faults)
     counts = Counts(kept=kept, truncated=truncated, skipped=len(faults), unread=dict(unread))
-    report_counts(source.path, counts, Skipped.of(faults), seq_len, speaks=speaks)
+    report_counts(source.path, counts, Skipped.of(faults), seq_len, speaks=bad.speaks)
     return EncodedSource(
         name=source.name,
         path=str(source.path),

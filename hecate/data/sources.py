@@ -5,7 +5,7 @@ from typing import Any
 
 from hecate.config import DataSource
 from hecate.config.files.paths import indexed_prefix
-from hecate.data.encode import EncodedSource, encode_source
+from hecate.data.encode import STOP_AT_BAD_SAMPLES, BadSamples, EncodedSource, encode_source
 from hecate.data.files.indexed import IndexedSource, encode_indexed
 from hecate.data.files.user_features import UserFeatures
 from hecate.data.routed_experts import RoutingShape
@@ -20,11 +20,9 @@ def read_source(
     *,
     seq_len: int,
     vocab_size: int,
-    on_bad_sample: str = "error",
-    quarantine: str | Path | None = None,
+    bad: BadSamples = STOP_AT_BAD_SAMPLES,
     users: UserFeatures | None = None,
     routing: RoutingShape | None = None,
-    speaks: bool = True,
     cache: Path | None = None,
 ) -> TokenSource:
     """Read and encode one data source, by `encode_indexed` if its path names an indexed data set and by `encode_source` otherwise.
@@ -36,13 +34,7 @@ def read_source(
             indexed data set needs none.
     """
     prefix = indexed_prefix(source.path)
-    options: dict[str, Any] = {
-        "seq_len": seq_len,
-        "vocab_size": vocab_size,
-        "on_bad_sample": on_bad_sample,
-        "quarantine": quarantine,
-        "speaks": speaks,
-    }
+    options: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size, "bad": bad}
     if prefix is None:
         if cache is not None:
             return cached_source(source, tokenizer, cache, users=users, routing=routing, **options)

@@ -37,7 +37,18 @@ from numpy.typing import NDArray
 from hecate.config import DataSource
 from hecate.config.files.paths import data_files
 from hecate.data.content import digest_of_files, tokenizer_digest, unwritable
-from hecate.data.encode import Counts, Encoded, EncodedSample, EncodedSource, Skipped, encode_samples, logger, report_counts
+from hecate.data.encode import (
+    STOP_AT_BAD_SAMPLES,
+    BadSamples,
+    Counts,
+    Encoded,
+    EncodedSample,
+    EncodedSource,
+    Skipped,
+    encode_samples,
+    logger,
+    report_counts,
+)
 from hecate.data.files.formats import Fault
 from hecate.data.files.user_features import UserFeatures
 from hecate.data.quarantine import faults_of, quarantined, write_quarantine
@@ -91,11 +102,9 @@ def cached_source(
     *,
     seq_len: int,
     vocab_size: int,
-    on_bad_sample: str = "error",
-    quarantine: str | Path | None = None,
+    bad: BadSamples = STOP_AT_BAD_SAMPLES,
     users: UserFeatures | None = None,
     routing: RoutingShape | None = None,
-    speaks: bool = True,
 ) -> MappedSource:
     """Open a source that has been tokenized into `folder`, or tokenize it into that first. It holds what `encode_source` returns.
 
@@ -107,7 +116,7 @@ def cached_source(
     Raises:
         UserError: as `encode_source`; or the folder cannot be written, or the data have changed while they were tokenized.
     """
-    rules: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size, "on_bad_sample": on_bad_sample}
+    rules: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size, "on_bad_sample": bad.rule}
     files, features = data_files(source.path), "" if users is None else users.digest()
     contents = digest_of_files(source.path, folder)
     described = {"version": _VERSION, "files": contents, "format": source.format} | rules
@@ -134,10 +143,10 @@ def cached_source(
         raise UserError(f"{place}: the tokenized data of {source.path} are not on the disk as they were written\ncheck the disk")
     mapped, first = opened
     counts, faults = mapped.counts, None if first is None else replace(first, file=files[int(first.file)])
-    if counts.skipped and quarantine is not None:
+    if counts.skipped and bad.quarantine is not None:
         with open(place / "skipped.jsonl", "rb") as lines:
-            write_quarantine(quarantine, (replace(fault, file=files[int(fault.file)]) for fault in faults_of(lines)))
-    report_counts(source.path, counts, Skipped(counts.skipped, faults), seq_len, speaks=speaks)
+            write_quarantine(bad.quarantine, (replace(fault, file=files[int(fault.file)]) for fault in faults_of(lines)))
+    report_counts(source.path, counts, Skipped(counts.skipped, faults), seq_len, speaks=bad.speaks)
     return mapped
 
 

@@ -18,6 +18,7 @@ from hecate.checkpoint.train_state import TrainedParts
 from hecate.config import Config, DataSource
 from hecate.data.chat.templates import choose_template
 from hecate.data.content import cache_folder
+from hecate.data.encode import BadSamples
 from hecate.data.files.user_features import UserFeatures, users_of
 from hecate.data.routed_experts import RoutingShape
 from hecate.data.separate_streams import SeparateStreams, Stream
@@ -295,11 +296,13 @@ def encode_sources(
             tokenizer,
             seq_len=config.data.seq_len,
             vocab_size=base.vocab_size,
-            on_bad_sample=config.data.on_bad_sample,
-            quarantine=Path(config.output_dir) / f"{quarantine}-{source.name}.jsonl" if quarantine and ranks.is_first else None,
+            bad=BadSamples(
+                config.data.on_bad_sample,
+                Path(config.output_dir) / f"{quarantine}-{source.name}.jsonl" if quarantine and ranks.is_first else None,
+                speaks=ranks.is_first,
+            ),
             users=users,
             routing=routing,
-            speaks=ranks.is_first,
             cache=cache,
         )
         for source in sources

@@ -14,6 +14,7 @@ import numpy as np
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cost.cost_loops import SERVED, exposed_seconds
 from hecate.parallel.cost.cost_model import (
+    HISTORY,
     ExecutionMode,
     LayerCost,
     LayerSeconds,
@@ -31,8 +32,10 @@ from hecate.parallel.plan.sharding import reshard_seconds
 from hecate.parallel.planners import Collective, LayerPlan, Plan, PlanInput, Planner, plan_with
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.rivals.sharded_gather import with_sharded_gather
-from hecate.parallel.transfer.residency import Residency
+from hecate.parallel.transfer.residency import Residency, expected_uses
 
+HISTORY_STEPS = 5
+"""from which the next one's loads are predicted, as by `fssdp.load_window` (Hecate §3.2)"""
 Predictor = Callable[[np.ndarray], np.ndarray]
 """a function of the loads of all steps so far, int64 [steps, layers, experts, source ranks], that returns the next step's, float64"""
 Lifetime = Callable[[Sequence[Residency]], float]
@@ -79,27 +82,39 @@ class StepBytes:
     """through one node's uplink, in its busier direction"""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Setting:
-    """What all policies have in common: the arguments of `simulate`."""
+    """What all policies of a simulation have in common."""
 
     topology: Topology
     cost: LayerCost
     slots_D: np.ndarray
-    execution: ExecutionMode
-    predict: Predictor
-    lifetime: Lifetime
-    max_imbalance: float | None
-    reshard_interval: int | None
-    num_layers: int
-    choose_modes: tuple[PlanMode, ...]
-    window: int
+    """int64 [ranks]: see `PlanInput.slots_D`"""
+    execution: ExecutionMode = HISTORY
+    """how plans are executed"""
+    window: int = HISTORY_STEPS
+    """the most steps from which the next one's loads are predicted"""
+    predict: Predictor | None = None
+    """predicts in place of `predicted_loads`"""
+    lifetime: Lifetime = expected_uses
+    """over how many steps planners pay a replica's frozen part"""
+    max_imbalance: float | None = None
+    """see `PlanInput.max_imbalance`"""
+    reshard_interval: int | None = None
+    """every so many steps `hecate_paper` and `auto` move experts to better owners where that pays; None: never"""
+    num_layers: int | None = None
+    """of the model, of which the loads' layers are a sample; seconds, bytes and memory are scaled to them. None: no sample"""
+    choose_modes: tuple[PlanMode, ...] = ()
+    """in each step each layer goes by whichever of these modes would have been fastest over the last steps (`modes_of`);
+    `execution.plan` is history. Loads are those of all micro-steps, each of which gathers the layers of the modes calibrated and exact
+    for itself. Empty: all layers go by `execution.plan`"""
     sharded: bool = False
     """experts travel as parts (`sharded_gather`)"""
     owner_E: np.ndarray | None = None
-    """the first owners of each layer; None: as expert parallelism has them"""
+    """int64 [experts]: the owner of each layer's experts at the beginning; None: runs of equal length (`contiguous_owners`)"""
 
     def of_collective(self, collective: Collective | None) -> Setting:
+        """The same for a policy whose experts travel in this way."""
         if collective is None or self.execution.route != "fastest":  # a route that is given holds for all policies
             return self
         return replace(self, sharded=True) if collective == "sharded" else replace(self, execution=replace(self.execution, route="flat"))
@@ -213,7 +228,7 @@ def execute(
     held_LED = used_LED if kept_LED is None else used_LED | kept_LED[layer_M]
     return Executed(
         step_seconds,
-        _bytes(plan, before, priced, brought, owner_before_LE, topology, cost, times, execution.rematerialize),
+        _bytes(planned, (before, priced, brought), owner_before_LE, topology, cost),
         _imbalance(priced.rows, traffic_LXD[:, SERVED], topology, cost),
         (used_LED & others_LED).sum(1),
         (held_LED & others_LED).sum(1),
@@ -228,7 +243,7 @@ def all_layers(executed: list[Executed], setting: Setting) -> SimulatedStep:
     )
     near_out, near_in, far_out, far_in = (sum(getattr(part.ports, field.name) for part in executed) for field in fields(PortBytes))
     member_DN = node_membership(setting.topology)
-    cost, all_layers = setting.cost, setting.num_layers / len(replicas_LD)
+    cost, all_layers = setting.cost, (setting.num_layers or len(replicas_LD)) / len(replicas_LD)
     replicas_D = replicas_LD.max(0) if setting.execution.rematerialize else replicas_LD.sum(0) * all_layers
     frozen_D = frozen_LD.sum(0) * all_layers
     return SimulatedStep(
@@ -289,17 +304,16 @@ def _after_calibration(
 
 
 def _bytes(
-    plan: Plan,
-    before: Priced,
-    priced: Priced,
-    brought: Priced | None,
-    owner_before_LE: np.ndarray,
-    topology: Topology,
-    cost: LayerCost,
-    times: int,
-    rematerialize: bool,
+    planned: Planned, priced_as: tuple[Priced, Priced, Priced | None], owner_before_LE: np.ndarray, topology: Topology, cost: LayerCost
 ) -> PortBytes:
-    """Bytes of the gather `before` the router, what is `brought` after it, and all that follows with the plan that is priced."""
+    """Bytes of a step through each rank's ports, of these layers.
+
+    Args:
+        priced_as: the gather before the router; all that follows it, with the plan that the layers go by then; and the gather of what that
+            plan needs besides, None: nothing.
+    """
+    (before, priced, brought), plan, times = priced_as, planned.plan, planned.times
+    rematerialize = planned.given.execution.rematerialize
     gather, row_ports = priced.gathered, PortBytes(*priced.rows.near, *priced.rows.far)
     parts = [
         (before.gathered, times * cost.trainable_bytes),

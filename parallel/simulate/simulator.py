@@ -22,16 +22,14 @@ from typing import Any
 import numpy as np
 
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.cost.cost_model import HISTORY, ExecutionMode, LayerCost, PlanMode
+from hecate.parallel.cost.cost_model import LayerCost, PlanMode
 from hecate.parallel.plan.measured_modes import MODES, MeasuredModes
 from hecate.parallel.plan.sharding import better_owners, owned_bytes
 from hecate.parallel.planners import Collective, PlanInput, Planner, plan_with
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.plan import check_loads
 from hecate.parallel.simulate.simulated_step import (
-    Lifetime,
     Planned,
-    Predictor,
     Setting,
     SimulatedStep,
     StepBytes,
@@ -41,12 +39,9 @@ from hecate.parallel.simulate.simulated_step import (
     execute,
     plan_layers,
 )
-from hecate.parallel.transfer.residency import Residency, expected_uses
+from hecate.parallel.transfer.residency import Residency
 from hecate.parallel.values.placement import contiguous_owners
 from hecate.parallel.values.predictors import KEPT_WINDOWS, predicted_loads
-
-HISTORY_STEPS = 5
-"""from which the next one's loads are predicted, as by `fssdp.load_window` (Hecate §3.2)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,22 +94,7 @@ def mean_modes(shares: Sequence[dict[str, float] | None], weights: Sequence[floa
 
 
 def simulate(
-    loads: np.ndarray,
-    topology: Topology,
-    cost: LayerCost,
-    policies: Mapping[str, Planner],
-    *,
-    slots_D: np.ndarray,
-    execution: ExecutionMode = HISTORY,
-    history_steps: int = HISTORY_STEPS,
-    predict: Predictor | None = None,
-    lifetime: Lifetime = expected_uses,
-    max_imbalance: float | None = None,
-    reshard_interval: int | None = None,
-    num_layers: int | None = None,
-    collectives: Mapping[str, Collective] | None = None,
-    choose_modes: Sequence[PlanMode] = (),
-    owner_E: np.ndarray | None = None,
+    loads: np.ndarray, policies: Mapping[str, Planner], setting: Setting, collectives: Mapping[str, Collective] | None = None
 ) -> list[Simulated]:
     """Put loads through each policy, all layers alike.
 
@@ -122,52 +102,25 @@ def simulate(
 
     Args:
         loads: int64 [steps, layers, experts, source ranks]: assignments (see `hecate.parallel.values.loads`).
-        policies: name -> planner, such as `hecate.parallel.planners.POLICIES`.
-        slots_D: int64 [ranks]: see `PlanInput.slots_D`.
-        execution: how plans are executed; see `ExecutionMode`.
-        history_steps: the most steps from which the next one's loads are predicted.
-        predict: predicts in place of `predicted_loads`.
-        lifetime: over how many steps planners pay a replica's frozen part.
-        max_imbalance: see `PlanInput.max_imbalance`.
-        reshard_interval: every so many steps `hecate_paper` and `auto` move experts to better owners where that pays; None: never.
-        num_layers: of the model, of which the loads' layers are a sample; seconds, bytes and memory are scaled to them. None: no sample.
-        collectives: of policies by name, where they are not those of `execution`, such as `hecate.parallel.planners.COLLECTIVES`.
-        choose_modes: in each step each layer goes by whichever of these modes would have been fastest over the last steps (`modes_of`);
-            `execution.plan` is history. Loads are those of all micro-steps, each of which gathers the layers of the modes calibrated and
-            exact for itself. Empty: all layers go by `execution.plan`.
-        owner_E: int64 [experts]: the owner of each layer's experts at the beginning; None: runs of equal length (`contiguous_owners`).
+        policies: name -> planner, such as `hecate.parallel.planners.ROWS`.
+        collectives: of policies by name, where they are not those of `setting.execution`, such as `hecate.parallel.planners.COLLECTIVES`.
 
     Raises:
         UserError: a load is negative or not finite.
     """
     assert loads.ndim == 4, loads.shape
-    assert loads.shape[3] == topology.world_size, (loads.shape, topology.world_size)
+    assert loads.shape[3] == setting.topology.world_size, (loads.shape, setting.topology.world_size)
     check_loads(loads, loads.shape)
-    assert not choose_modes or execution.plan == "history", execution
-    if predict is None:
-        predict = partial(predicted_loads, window=history_steps, lasting=cost.frozen_bytes > 0)
-    setting = Setting(
-        topology,
-        cost,
-        slots_D,
-        execution,
-        predict,
-        lifetime,
-        max_imbalance,
-        reshard_interval,
-        num_layers or loads.shape[1],
-        tuple(choose_modes),
-        history_steps,
-        owner_E=owner_E,
-    )
-    return [
-        _simulate_policy(name, planner, loads, setting.of_collective((collectives or {}).get(name))) for name, planner in policies.items()
-    ]
+    assert not setting.choose_modes or setting.execution.plan == "history", setting.execution
+    runs = [_PolicyRun(name, planner, loads, setting.of_collective((collectives or {}).get(name))) for name, planner in policies.items()]
+    return [run.result() for run in runs]
 
 
 _RESHARDING = ("hecate_paper", "auto")
 _REPLANS = {"smartmoe": (10, 2)}
 """policy -> it plans every so many steps only, from the mean loads of the last so many"""
+_OF_FULLEST_STEP = ("replica_bytes_D", "replicas_D", "frozen_parts_D", "served_tokens_D", "most_tokens_D")
+"""the figures of `Simulated` that are those of the fullest step, rank by rank"""
 
 
 def slots_in_memory(
@@ -195,82 +148,104 @@ def fullest_owner_bytes(topology: Topology, cost: LayerCost, *, num_layers: int,
     return num_layers * each_layer * (cost.trainable_bytes + owned_bytes(cost))
 
 
-def _simulate_policy(name: str, planner: Planner, loads: np.ndarray, setting: Setting) -> Simulated:
-    num_steps, num_layers, num_experts, world_size = loads.shape
-    knows = setting.execution.knows_loads
-    first_known = 0 if knows else 1
-    interval, averaged = (1, None) if knows or setting.choose_modes else _REPLANS.get(name, (1, None))
-    reshard_interval = setting.reshard_interval if name in _RESHARDING else None
-    first_E = contiguous_owners(num_experts, world_size) if setting.owner_E is None else setting.owner_E
-    owner_LE = np.tile(first_E, (num_layers, 1))
-    placed_LED: np.ndarray | None = None
-    has_frozen = setting.cost.frozen_bytes > 0
-    residency = [Residency.of_owners(owner_E, setting.slots_D) for owner_E in owner_LE] if has_frozen else []
-    steps: list[SimulatedStep] = []
-    planner_seconds: list[float] = []
-    modes: list[list[PlanMode]] = []
-    measured = MeasuredModes(setting.window, splits=planner is plan_auto, modes=setting.choose_modes or MODES)
-    names = [object() for _ in range(num_steps)]
-    parts: list[Planned] = []
-    for step in range(num_steps):
-        owner_before_LE = owner_LE
-        held_LED = np.stack([layer.held_ED for layer in residency]) if has_frozen else None
-        modes.append([setting.execution.plan] * num_layers)
-        if not parts or (step - first_known) % interval == 0:
-            if knows:
-                known_LED = loads[step].astype(np.float64)
-            elif step == 0:
-                known_LED = None
-            else:
-                known_LED = setting.predict(loads[:step]) if averaged is None else loads[max(step - averaged, 0) : step].mean(0)
-            given = PlanInput(
-                owner_LE,
-                known_LED,
-                setting.topology,
-                replace(setting.cost, frozen_lifetime=setting.lifetime(residency)) if has_frozen else setting.cost,
-                setting.slots_D,
-                resident_LED=held_LED,
-                max_imbalance=setting.max_imbalance,
-                execution=setting.execution,
-                present_LED=placed_LED,
-            )
-            if reshard_interval and (step - first_known) % reshard_interval == 0:
-                found = better_owners(planner, [given], reshard_interval)
-                given = given if found is None else replace(given, owner_LE=found[0][0])
-            if setting.choose_modes:
-                recent = slice(max(step - KEPT_WINDOWS * setting.window, 0), step)
-                modes[-1] = measured.choose(partial(plan_with, planner), given, names[recent], loads[recent])
-            started = time.perf_counter()
-            parts = [plan_layers(planner, given, layer_M, loads[step], mode, setting) for mode, layer_M in _by_mode(modes[-1])]
-            planner_seconds.append(time.perf_counter() - started)
-        owner_LE, placed_LED = np.empty_like(owner_LE), np.empty(loads.shape[1:], dtype=bool)
-        for part in parts:
-            owner_LE[part.layer_M], placed_LED[part.layer_M] = part.plan.owner_LE, part.plan.where_LED
-        if has_frozen:
-            if (owner_LE != owner_before_LE).any():
-                residency = [layer.change_owners(owner_E) for layer, owner_E in zip(residency, owner_LE, strict=True)]
-            residency = [layer.need(where_ED).after_step() for layer, where_ED in zip(residency, placed_LED, strict=True)]
-        kept_LED = np.stack([layer.held_ED for layer in residency]) if has_frozen else None
+class _PolicyRun:
+    """A run under one policy: what is planned, where experts are and which frozen parts ranks hold, step after step."""
+
+    def __init__(self, name: str, planner: Planner, loads: np.ndarray, setting: Setting) -> None:
+        self._name, self._planner, self._loads, self._setting = name, planner, loads, setting
+        num_steps, num_layers, num_experts, world_size = loads.shape
+        knows = setting.execution.knows_loads
+        self._first_known = 0 if knows else 1
+        self._interval: int
+        self._averaged: int | None
+        self._interval, self._averaged = (1, None) if knows or setting.choose_modes else _REPLANS.get(name, (1, None))
+        self._reshard_interval = setting.reshard_interval if name in _RESHARDING else None
+        first_E = contiguous_owners(num_experts, world_size) if setting.owner_E is None else setting.owner_E
+        self._owner_LE = np.tile(first_E, (num_layers, 1))
+        self._placed_LED: np.ndarray | None = None
+        self._has_frozen = setting.cost.frozen_bytes > 0
+        self._residency = [Residency.of_owners(owner_E, setting.slots_D) for owner_E in self._owner_LE] if self._has_frozen else []
+        self._planner_seconds: list[float] = []
+        self._modes: list[list[PlanMode]] = []
+        self._measured = MeasuredModes(setting.window, splits=planner is plan_auto, modes=setting.choose_modes or MODES)
+        self._names = [object() for _ in range(num_steps)]
+        self._parts: list[Planned] = []
+
+    def result(self) -> Simulated:
+        """Run all steps."""
+        steps = [self._one_step(step) for step in range(len(self._loads))]
+        counted = steps[1:] or steps
+        num_layers = self._loads.shape[1]
+        scale = (self._setting.num_layers or num_layers) / num_layers
+        return Simulated(
+            policy=self._name,
+            seconds=StepSeconds(**_mean([one.seconds for one in counted], scale)),
+            bytes=StepBytes(**_mean([one.bytes for one in counted], scale)),
+            imbalance=float(np.mean([one.imbalance for one in counted])),
+            **{name: tuple(np.max([getattr(one, name) for one in counted], axis=0).tolist()) for name in _OF_FULLEST_STEP},
+            planner_ms_per_layer=1e3 * float(np.median(self._planner_seconds)) / num_layers,
+            plan_modes=_shares(self._modes[-len(counted) :]) if self._setting.choose_modes else None,
+        )
+
+    def _one_step(self, step: int) -> SimulatedStep:
+        owner_before_LE, held_LED = self._owner_LE, self._held()
+        self._modes.append([self._setting.execution.plan] * len(owner_before_LE))
+        if not self._parts or (step - self._first_known) % self._interval == 0:
+            self._plan(step, held_LED)
+        self._owner_LE, self._placed_LED = np.empty_like(owner_before_LE), np.empty(self._loads.shape[1:], dtype=bool)
+        for part in self._parts:
+            self._owner_LE[part.layer_M], self._placed_LED[part.layer_M] = part.plan.owner_LE, part.plan.where_LED
+        if self._has_frozen:
+            if (self._owner_LE != owner_before_LE).any():
+                self._residency = [layer.change_owners(owner_E) for layer, owner_E in zip(self._residency, self._owner_LE, strict=True)]
+            used = zip(self._residency, self._placed_LED, strict=True)
+            self._residency = [layer.need(where_ED).after_step() for layer, where_ED in used]
+        true_LED, kept_LED, setting = self._loads[step], self._held(), self._setting
         executed = [
-            execute(part, loads[step], owner_before_LE, held_LED, kept_LED, setting, better_after_router(planner, part, loads[step]))
-            for part in parts
+            execute(part, true_LED, owner_before_LE, held_LED, kept_LED, setting, better_after_router(self._planner, part, true_LED))
+            for part in self._parts
         ]
-        steps.append(all_layers(executed, setting))
-    counted = steps[1:] or steps
-    scale = setting.num_layers / num_layers
-    return Simulated(
-        policy=name,
-        seconds=StepSeconds(**_mean([one.seconds for one in counted], scale)),
-        bytes=StepBytes(**_mean([one.bytes for one in counted], scale)),
-        imbalance=float(np.mean([one.imbalance for one in counted])),
-        replica_bytes_D=tuple(np.max([one.replica_bytes_D for one in counted], axis=0).tolist()),
-        replicas_D=tuple(np.max([one.replicas_D for one in counted], axis=0).tolist()),
-        frozen_parts_D=tuple(np.max([one.frozen_parts_D for one in counted], axis=0).tolist()),
-        served_tokens_D=tuple(np.max([one.served_tokens_D for one in counted], axis=0).tolist()),
-        most_tokens_D=tuple(np.max([one.most_tokens_D for one in counted], axis=0).tolist()),
-        planner_ms_per_layer=1e3 * float(np.median(planner_seconds)) / num_layers,
-        plan_modes=_shares(modes[-len(counted) :]) if setting.choose_modes else None,
-    )
+        return all_layers(executed, setting)
+
+    def _plan(self, step: int, held_LED: np.ndarray | None) -> None:
+        """Plan all layers from what is known before a step."""
+        setting, loads = self._setting, self._loads
+        known_LED: np.ndarray | None = None
+        if setting.execution.knows_loads:
+            known_LED = loads[step].astype(np.float64)
+        elif step > 0:
+            known_LED = self._predicted(loads[:step]) if self._averaged is None else loads[max(step - self._averaged, 0) : step].mean(0)
+        given = PlanInput(
+            self._owner_LE,
+            known_LED,
+            setting.topology,
+            replace(setting.cost, frozen_lifetime=setting.lifetime(self._residency)) if self._has_frozen else setting.cost,
+            setting.slots_D,
+            resident_LED=held_LED,
+            max_imbalance=setting.max_imbalance,
+            execution=setting.execution,
+            present_LED=self._placed_LED,
+        )
+        if self._reshard_interval and (step - self._first_known) % self._reshard_interval == 0:
+            found = better_owners(self._planner, [given], self._reshard_interval)
+            given = given if found is None else replace(given, owner_LE=found[0][0])
+        if setting.choose_modes:
+            recent = slice(max(step - KEPT_WINDOWS * setting.window, 0), step)
+            self._modes[-1] = self._measured.choose(partial(plan_with, self._planner), given, self._names[recent], loads[recent])
+        started = time.perf_counter()
+        by_mode = _by_mode(self._modes[-1])
+        self._parts = [plan_layers(self._planner, given, layer_M, loads[step], mode, setting) for mode, layer_M in by_mode]
+        self._planner_seconds.append(time.perf_counter() - started)
+
+    def _predicted(self, past: np.ndarray) -> np.ndarray:
+        """float64 [layers, experts, source ranks]: the loads that follow these."""
+        if self._setting.predict is not None:
+            return self._setting.predict(past)
+        return predicted_loads(past, window=self._setting.window, lasting=self._has_frozen)
+
+    def _held(self) -> np.ndarray | None:
+        """bool [layers, experts, ranks]: frozen parts that are there; None: experts have none."""
+        return np.stack([layer.held_ED for layer in self._residency]) if self._has_frozen else None
 
 
 def _by_mode(modes: list[PlanMode]) -> list[tuple[PlanMode, np.ndarray]]:

@@ -16,6 +16,7 @@ from hecate.apps.federate.records import RoundRecord, add_record, read_rounds
 from hecate.apps.federate.server_optimizer import ServerState, load_server, save_server
 from hecate.checkpoint import good_checkpoints, prune, remove_stale_staging
 from hecate.config import DataSource, load_config
+from hecate.data.encode import BadSamples
 from hecate.data.token_cache import cached_source
 from hecate.io.durable import new_folder, put_in_place, successor_of, write_durable
 from hecate.launch.many_runs.ledger import STATE_FOLDER, RunState, SweepEntry, read_entries, write_entry
@@ -131,7 +132,7 @@ def test_a_cache_of_tokens(tmp_path: Path, every: int) -> None:
         (folder / "files").mkdir(parents=True)
 
     def open_in(folder: Path) -> list[list[int]]:
-        source = cached_source(data, tokenizer, folder, seq_len=64, vocab_size=258, speaks=False)
+        source = cached_source(data, tokenizer, folder, seq_len=64, vocab_size=258, bad=BadSamples(speaks=False))
         return [source[number].input_ids.tolist() for number in range(len(source))]
 
     wanted: list[list[int]] = []

@@ -20,6 +20,7 @@ from hecate.parallel.cost.cost_model import HISTORY, ExecutionMode, LayerCost, P
 from hecate.parallel.cost.model_shapes import ModelShape, load_model_shape
 from hecate.parallel.plan.measured_modes import execution_of
 from hecate.parallel.planners import COLLECTIVES, POLICIES, ROWS, WITH_OURS
+from hecate.parallel.simulate.simulated_step import Setting
 from hecate.parallel.simulate.simulator import Simulated, fullest_owner_bytes, simulate, slots_in_memory
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.values.megatron_traces import load_megatron_trace
@@ -129,15 +130,17 @@ class Case:
         def of_group(loads: np.ndarray, part: Topology, cost: LayerCost) -> list[Simulated]:
             return simulate(
                 loads,
-                part,
-                cost,
                 {name: ROWS[name]},
-                slots_D=slots_in_memory(part, cost, **sizes, other_bytes=other_bytes, rematerialize=options.execution.rematerialize),
-                execution=options.execution,
-                max_imbalance=options.max_imbalance,
-                num_layers=num_layers,
-                collectives=COLLECTIVES,
-                choose_modes=options.choose_modes,
+                Setting(
+                    topology=part,
+                    cost=cost,
+                    slots_D=slots_in_memory(part, cost, **sizes, other_bytes=other_bytes, rematerialize=options.execution.rematerialize),
+                    execution=options.execution,
+                    max_imbalance=options.max_imbalance,
+                    num_layers=num_layers,
+                    choose_modes=options.choose_modes,
+                ),
+                COLLECTIVES,
             )
 
         (one,) = simulate_groups(loads, topology, cost, mesh, of_group)

@@ -18,7 +18,7 @@ from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.cost.expert_cost import STATE_NUMBERS
 from hecate.parallel.plan.measured_modes import execution_of
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.simulate.simulated_step import StepBytes
+from hecate.parallel.simulate.simulated_step import Setting, StepBytes
 from hecate.parallel.simulate.simulator import Simulated, mean_modes, simulate
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.transfer.residency import Residency
@@ -129,22 +129,24 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
     def of_one_group(loads: np.ndarray, topology: Topology, cost: LayerCost) -> list[Simulated]:
         return simulate(
             loads,
-            topology,
-            cost,
             {name: POLICIES[name] for name in names},
-            slots_D=np.minimum(slots_D, group.experts),
-            execution=ExecutionMode(
-                plan=plan,
-                rematerialize=config.fssdp.rematerialize,
-                prefetch=config.fssdp.prefetch,
-                micro_steps=config.gradient_accumulation_steps,
+            Setting(
+                topology=topology,
+                cost=cost,
+                slots_D=np.minimum(slots_D, group.experts),
+                execution=ExecutionMode(
+                    plan=plan,
+                    rematerialize=config.fssdp.rematerialize,
+                    prefetch=config.fssdp.prefetch,
+                    micro_steps=config.gradient_accumulation_steps,
+                ),
+                max_imbalance=config.fssdp.max_imbalance,
+                window=config.fssdp.load_window,
+                lifetime=_of_long_runs,
+                num_layers=group.number,
+                choose_modes=choose_modes,
+                owner_E=owner_E,
             ),
-            max_imbalance=config.fssdp.max_imbalance,
-            history_steps=config.fssdp.load_window,
-            lifetime=_of_long_runs,
-            num_layers=group.number,
-            choose_modes=choose_modes,
-            owner_E=owner_E,
         )
 
     return simulate_groups(loads, run.topology, group.cost, run.mesh, of_one_group)
@@ -219,7 +221,7 @@ def _simulate_pool(run: RunShape, pool: PoolShape) -> Simulated:
 
     def of_one_group(loads: np.ndarray, topology: Topology, cost: LayerCost) -> list[Simulated]:
         slots_D = np.full(topology.world_size, pool.blocks)
-        return simulate(loads, topology, cost, {"full": POLICIES["full"]}, slots_D=slots_D, owner_E=owner_E)
+        return simulate(loads, {"full": POLICIES["full"]}, Setting(topology=topology, cost=cost, slots_D=slots_D, owner_E=owner_E))
 
     return simulate_groups(no_tokens, run.topology, cost, run.mesh, of_one_group)[0]
 

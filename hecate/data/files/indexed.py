@@ -4,7 +4,6 @@ They are cut and trained on in the same way as documents of the `text` format.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from hecate.config import DataSource
-from hecate.data.encode import Counts, Encoded, Samples, Skipped, end_of_sequence
+from hecate.data.encode import STOP_AT_BAD_SAMPLES, BadSamples, Counts, Encoded, Samples, Skipped, end_of_sequence
 from hecate.data.files.formats import Fault
 from hecate.data.files.indexed_files import IndexedFiles, open_indexed
 from hecate.data.files.syntax import bad_sample_error
@@ -60,9 +59,7 @@ def encode_indexed(
     *,
     seq_len: int,
     vocab_size: int,
-    on_bad_sample: str = "error",
-    quarantine: str | Path | None = None,
-    speaks: bool = True,
+    bad: BadSamples = STOP_AT_BAD_SAMPLES,
 ) -> IndexedSource:
     """Cut the documents of the indexed data set `prefix` into samples of at most seq_len tokens.
 
@@ -70,7 +67,7 @@ def encode_indexed(
     of `tokenizer`, which is only asked for its end-of-sequence id. A bad sample is a document without a token to learn.
 
     Raises:
-        UserError: a bad sample, as `on_bad_sample` says; an unusable file; an id outside the model's vocabulary.
+        UserError: a bad sample, as `bad.rule` says; an unusable file; an id outside the model's vocabulary.
     """
     files = open_indexed(prefix)
     content = _check_ids(prefix, files, vocab_size)
@@ -80,14 +77,14 @@ def encode_indexed(
     end = end_of_sequence(tokenizer)
     # A document with its end-of-sequence id has one target fewer than ids: nothing predicts the first id.
     learned = lengths - ((lengths > 0) & (last == end))
-    bad = np.flatnonzero(learned < 1)
-    faults = [_without_targets(prefix, files, int(document)) for document in bad]
-    if faults and on_bad_sample != "skip":
+    without = np.flatnonzero(learned < 1)
+    faults = [_without_targets(prefix, files, int(document)) for document in without]
+    if faults and bad.rule != "skip":
         raise bad_sample_error(faults[0])
     skipped = Skipped.of(faults)
-    skipped.report(source.path, len(lengths) - len(faults), speaks=speaks)
-    if faults and quarantine is not None:
-        write_quarantine(quarantine, faults)
+    skipped.report(source.path, len(lengths) - len(faults), speaks=bad.speaks)
+    if faults and bad.quarantine is not None:
+        write_quarantine(bad.quarantine, faults)
     pieces = -(-np.maximum(learned, 0) // seq_len)
     document = np.repeat(np.arange(len(lengths)), pieces)
     within = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)

@@ -159,7 +159,6 @@ def _as_transformers_calls_it(kernel: Kernel) -> Callable[..., tuple[Tensor, Non
         *,
         scaling: float | None = None,
         sliding_window: int | None = None,
-        softcap: float | None = None,
         attention_rows: AttentionRows | None = None,
         **others: Any,
     ) -> tuple[Tensor, None]:
@@ -170,6 +169,7 @@ def _as_transformers_calls_it(kernel: Kernel) -> Callable[..., tuple[Tensor, Non
             raise UserError(
                 f"{type(module).__name__} gives attention {unknown[0]}, which only transformers knows\n  set model.attention=sdpa"
             )
+        softcap = others.get("softcap")
         rows = attention_rows or AttentionRows(None, batch, length, query_BHSE.device)
         scores = Scores(width**-0.5 if scaling is None else scaling, sliding_window, softcap)
         out_BHSE = kernel(query_BHSE, key_BGSE, value_BGSE, rows, scores)

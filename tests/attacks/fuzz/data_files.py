@@ -16,6 +16,7 @@ import numpy as np
 from hecate.apps.check.drill.tiny_run import build_byte_tokenizer
 from hecate.config.schema import DataSource
 from hecate.data.chat.template_check import check_template
+from hecate.data.encode import BadSamples
 from hecate.data.files.syntax import check_syntax
 from hecate.data.files.user_features import read_user_features
 from hecate.data.routed_experts import RoutingShape, routing_text
@@ -77,9 +78,8 @@ def _reads(name: str, routing: RoutingShape | None = None, *, cached: bool = Fal
             _tokenizer(),
             seq_len=64,
             vocab_size=len(_tokenizer()),
-            on_bad_sample="skip",
+            bad=BadSamples("skip", speaks=False),
             routing=routing,
-            speaks=False,
             cache=folder / "cache" if cached else None,
         )
         for index in range(len(found)):

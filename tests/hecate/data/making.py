@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hecate.config.schema import FieldNames
-from hecate.data.encode import Counts, EncodedSource, encode_source
+from hecate.data.encode import BadSamples, Counts, EncodedSource, encode_source
 from hecate.data.files.synthetic_tasks import has_verifiers
 
 
@@ -36,9 +36,16 @@ def chat(*contents: str, system: str | None = None) -> dict[str, Any]:
     return {"messages": ([{"role": "system", "content": system}] if system else []) + turns}
 
 
+def with_bad_samples(options: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments of `encode_source`, in which what is done with bad samples is one value."""
+    of_bad = {"on_bad_sample": "rule", "quarantine": "quarantine", "speaks": "speaks"}
+    given = {name: options[key] for key, name in of_bad.items() if key in options}
+    return {key: value for key, value in options.items() if key not in of_bad} | ({"bad": BadSamples(**given)} if given else {})
+
+
 def encode_records(folder: Path, records: list[Any], tokenizer: Any, **options: Any) -> EncodedSource:
     path = write_jsonl(folder / "data.jsonl", records)
-    return encode_source(Source(str(path)), tokenizer, **{"seq_len": 256, "vocab_size": 258} | options)
+    return encode_source(Source(str(path)), tokenizer, **{"seq_len": 256, "vocab_size": 258} | with_bad_samples(options))
 
 
 def source_of_lengths(lengths: list[int], name: str = "source", weight: float = 1.0) -> EncodedSource:

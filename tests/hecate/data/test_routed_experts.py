@@ -21,7 +21,7 @@ from hecate.data.routed_experts import RoutingShape, routing_text
 from hecate.data.sequences import build_sequence, empty_sequence, piece_of
 from hecate.data.token_cache import cached_source
 from hecate.errors import UserError
-from tests.hecate.data.making import chat, write_jsonl
+from tests.hecate.data.making import chat, with_bad_samples, write_jsonl
 
 SHAPE = RoutingShape((4, 0, 300), 2)
 """of three layers, the second of which has no experts"""
@@ -46,7 +46,7 @@ def npy(array: NDArray[Any]) -> str:
 
 def encode(folder: Path, tokenizer: Any, records: list[Any], **options: Any) -> EncodedSource:
     source = DataSource(path=str(write_jsonl(folder / "data.jsonl", records)), name="data", fields=options.pop("fields", None))
-    return encode_source(source, tokenizer, **{"seq_len": 64, "vocab_size": 300, "routing": SHAPE, **options})
+    return encode_source(source, tokenizer, **{"seq_len": 64, "vocab_size": 300, "routing": SHAPE, **with_bad_samples(options)})
 
 
 @pytest.mark.parametrize("tokens", [READ, TOKENS - 1, TOKENS])

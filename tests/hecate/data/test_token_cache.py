@@ -17,7 +17,7 @@ import pytest
 from hecate.config.schema import DataSource, FieldNames
 from hecate.data import content, token_cache
 from hecate.data.content import cache_folder
-from hecate.data.encode import EncodedSource, encode_samples, encode_source
+from hecate.data.encode import BadSamples, EncodedSource, encode_samples, encode_source
 from hecate.data.files.syntax import check_syntax
 from hecate.data.files.user_features import UserFeatures
 from hecate.data.sources import read_source
@@ -27,7 +27,7 @@ from hecate.errors import UserError
 from testing.byte_tokenizer import build_byte_tokenizer
 from tests.hecate.data.making import chat, write_jsonl
 
-RULES: dict[str, Any] = {"seq_len": 64, "vocab_size": 258, "on_bad_sample": "skip"}
+RULES: dict[str, Any] = {"seq_len": 64, "vocab_size": 258, "bad": BadSamples("skip")}
 RECORDS: list[Any] = [chat("q" * (i % 7), "a" * (i % 90)) | {"user": f"u{i % 3}"} for i in range(1, 400)]
 USERS = UserFeatures("users.npz", np.eye(3), {"u0": 0, "u1": 1, "u2": 2})
 
@@ -85,11 +85,11 @@ def test_the_disk_holds_what_memory_would(
 def test_a_source_is_tokenized_once_wherever_its_file_lies(
     data: DataSource, folder: Path, tmp_path: Path, byte_tokenizer: Any, tokenizings: mock.Mock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = cached_source(data, byte_tokenizer, folder, quarantine=tmp_path / "first", **RULES)
+    first = cached_source(data, byte_tokenizer, folder, **RULES | {"bad": BadSamples("skip", tmp_path / "first")})
     moved = DataSource(path=str(tmp_path / "moved.jsonl"), name="other", weight=3.0)
     os.rename(data.path, moved.path)
     caplog.clear()
-    again = cached_source(moved, byte_tokenizer, folder, quarantine=tmp_path / "again", **RULES)
+    again = cached_source(moved, byte_tokenizer, folder, **RULES | {"bad": BadSamples("skip", tmp_path / "again")})
     assert tokenizings.call_count == 1
     assert same(first, again)
     assert (again.name, again.weight, again.path) == ("other", 3.0, moved.path)
@@ -110,13 +110,13 @@ def test_whatever_changes_the_tokens_makes_another_folder(
         (data, byte_tokenizer, {}),
         (data, byte_tokenizer, {"seq_len": 65}),
         (data, byte_tokenizer, {"vocab_size": 300}),
-        (data, byte_tokenizer, {"on_bad_sample": "skip", "users": USERS}),
+        (data, byte_tokenizer, {"bad": BadSamples("skip"), "users": USERS}),
         (DataSource(path=data.path, format="messages"), byte_tokenizer, {}),
         (data, build_byte_tokenizer(chat_template="{# another #}" + byte_tokenizer.chat_template), {}),
         (data, build_byte_tokenizer(additional_special_tokens=["aa"]), {}),
         (data, build_byte_tokenizer(split_special_tokens=True), {}),
         (DataSource(path=data.path, fields=FieldNames(messages="messages")), byte_tokenizer, {}),
-        *((long, byte_tokenizer, {"on_bad_sample": rule}) for rule in ("skip", "skip_long", "truncate")),
+        *((long, byte_tokenizer, {"bad": BadSamples(rule)}) for rule in ("skip", "skip_long", "truncate")),
         *((DataSource(path=path), byte_tokenizer, {}) for path in ("a.csv", "a.tsv")),
     ]
     for source, tokenizer, rules in others:

@@ -73,9 +73,7 @@ def held_out_loss(model: Any, workshop: Path) -> float:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(workshop / "model")
-    source = encode_source(
-        DataSource(path=str(workshop / "up.eval.jsonl"), name="up"), tokenizer, seq_len=64, vocab_size=len(tokenizer), on_bad_sample="error"
-    )
+    source = encode_source(DataSource(path=str(workshop / "up.eval.jsonl"), name="up"), tokenizer, seq_len=64, vocab_size=len(tokenizer))
     total = labels = 0.0
     with torch.no_grad():
         for index in range(len(source)):

@@ -12,6 +12,7 @@ from hecate.errors import UserError
 from hecate.parallel.cluster.topology import Link
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES, PlanInput
+from hecate.parallel.simulate.simulated_step import Setting
 from hecate.parallel.simulate.simulator import simulate, slots_in_memory
 from hecate.parallel.values.placement import contiguous_owners
 from testing.plain_flows import quotas_of
@@ -83,7 +84,7 @@ def test_links_that_carry_nothing_are_refused(bandwidth: float) -> None:
 def test_the_simulator_bears_steps_without_tokens(nodes: tuple[int, ...]) -> None:
     place = topology(nodes)
     slots = slots_in_memory(place, COST, num_layers=1, num_experts=3)
-    rows = simulate(np.zeros((3, 1, 3, len(nodes)), dtype=np.int64), place, COST, POLICIES, slots_D=slots)
+    rows = simulate(np.zeros((3, 1, 3, len(nodes)), dtype=np.int64), POLICIES, Setting(topology=place, cost=COST, slots_D=slots))
     for row in rows:
         assert (row.seconds.compute, row.seconds.dispatch, row.imbalance) == (0, 0, 1)
         assert np.isfinite(row.step_seconds)
@@ -92,4 +93,4 @@ def test_the_simulator_bears_steps_without_tokens(nodes: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("load", [-1.0, np.nan])
 def test_the_simulator_refuses_loads_that_are_none(load: float) -> None:
     with pytest.raises(UserError, match="loads must be finite and >= 0"):
-        simulate(np.full((3, 1, 3, 2), load), PAIR, COST, POLICIES, slots_D=np.ones(2, dtype=np.int64))
+        simulate(np.full((3, 1, 3, 2), load), POLICIES, Setting(topology=PAIR, cost=COST, slots_D=np.ones(2, dtype=np.int64)))

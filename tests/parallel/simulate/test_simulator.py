@@ -13,7 +13,7 @@ from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, PlanMode
 from hecate.parallel.cost.flows import token_split
 from hecate.parallel.plan.measured_modes import MODES, execution_of
 from hecate.parallel.planners import POLICIES, Plan, PlanInput, Planner
-from hecate.parallel.simulate.simulated_step import StepSeconds
+from hecate.parallel.simulate.simulated_step import Setting, StepSeconds
 from hecate.parallel.simulate.simulator import Simulated, simulate, slots_in_memory
 from hecate.parallel.simulate.workloads import WORKLOADS
 from testing.plan_cases import Kind, kinds, topologies
@@ -41,12 +41,14 @@ def run(
     slots_D = np.full(topology.world_size, loads.shape[2])
     (row,) = simulate(
         loads,
-        topology,
-        cost,
         {"tried": planner},
-        execution=ExecutionMode(plan=mode, rematerialize=rematerialize),
-        slots_D=slots_D,
-        num_layers=num_layers,
+        Setting(
+            topology=topology,
+            cost=cost,
+            execution=ExecutionMode(plan=mode, rematerialize=rematerialize),
+            slots_D=slots_D,
+            num_layers=num_layers,
+        ),
     )
     return row
 
@@ -172,7 +174,9 @@ def test_attention_hides_no_gather_of_a_plan_made_after_the_gate() -> None:
     assert (history.seconds.exposed, exact.seconds.exposed) == (0, 4)
     assert exact.step_seconds - history.step_seconds == 4
     loads = np.array(steps).swapaxes(1, 2)[:, None]
-    (full,) = simulate(loads, NODE, COST, {"full": POLICIES["full"]}, execution=ExecutionMode(plan="exact"), slots_D=np.full(2, 2))
+    (full,) = simulate(
+        loads, {"full": POLICIES["full"]}, Setting(topology=NODE, cost=COST, execution=ExecutionMode(plan="exact"), slots_D=np.full(2, 2))
+    )
     assert full.seconds.exposed == 4
 
 
@@ -183,7 +187,9 @@ def test_how_plans_are_executed_is_what_is_priced() -> None:
     def simulated(policy: str, topology: Topology, loads: np.ndarray, cost: LayerCost = COST, **execution: Any) -> StepSeconds:
         slots_D = np.full(topology.world_size, 2)
         mode = ExecutionMode(**execution)
-        return simulate(loads, topology, cost, {policy: POLICIES[policy]}, execution=mode, slots_D=slots_D)[0].seconds
+        return simulate(loads, {policy: POLICIES[policy]}, Setting(topology=topology, cost=cost, execution=mode, slots_D=slots_D))[
+            0
+        ].seconds
 
     assert simulated("full", NODE, loads, prefetch=0).exposed == 4
     late = replace(NODE, intra_node=Link(1.0, 3.0))
@@ -231,8 +237,8 @@ def test_resharding_happens_when_it_is_asked_for() -> None:
     loads = np.array([[[[50, 50], [50, 50], [0, 0], [0, 0]]]] * 6)
     cost = replace(COST, trainable_bytes=0.001, non_moe_flops=0.0)
     policies = {"hecate_paper": POLICIES["hecate_paper"], "static_ep": POLICIES["static_ep"]}
-    stay = simulate(loads, NODE, cost, policies, slots_D=np.zeros(2, dtype=int))
-    move = simulate(loads, NODE, cost, policies, slots_D=np.zeros(2, dtype=int), reshard_interval=2)
+    stay = simulate(loads, policies, Setting(topology=NODE, cost=cost, slots_D=np.zeros(2, dtype=int)))
+    move = simulate(loads, policies, Setting(topology=NODE, cost=cost, slots_D=np.zeros(2, dtype=int), reshard_interval=2))
     assert [row.imbalance for row in stay] == [2, 2]
     assert [row.imbalance for row in move] == [1, 2]
 
@@ -289,7 +295,7 @@ def test_smartmoe_plans_every_tenth_step_from_the_last_two() -> None:
 
     loads = np.zeros((24, 1, 2, 2), dtype=int)
     loads[:, 0, 0, 0] = np.arange(24)
-    simulate(loads, NODE, COST, {"smartmoe": planner}, slots_D=np.zeros(2, dtype=int))
+    simulate(loads, {"smartmoe": planner}, Setting(topology=NODE, cost=COST, slots_D=np.zeros(2, dtype=int)))
     assert seen == [0, 0, 9.5, 19.5]  # steps 0, 1, 11 and 21, the means of steps 9 and 10, 19 and 20
 
 
@@ -326,7 +332,9 @@ def test_each_layer_goes_by_the_mode_that_was_fastest(
     cost = LayerCost(trainable_bytes=4.0, assignment_flops=1.0, non_moe_flops=attention)
     execution = ExecutionMode(micro_steps=micro_steps)
     (row,) = simulate(
-        loads, NODE, cost, {"tried": hottest_everywhere}, slots_D=np.full(2, 2), execution=execution, history_steps=1, choose_modes=MODES
+        loads,
+        {"tried": hottest_everywhere},
+        Setting(topology=NODE, cost=cost, slots_D=np.full(2, 2), execution=execution, window=1, choose_modes=MODES),
     )
     assert row.plan_modes == {"history": 5 / 8, "calibrated": 0, "exact": 0} | {late: 3 / 8}
     assert row.seconds.compute == (4 * 24 + 48 + 3 * 24) / 4
@@ -345,7 +353,7 @@ def test_frozen_parts_that_are_kept_take_memory(slots: int, kept: int) -> None:
     loads = np.zeros((3, 1, 4, 2), dtype=np.int64)
     loads[0, 0, 0] = loads[1:, 0, 1] = 8
     cost = LayerCost(trainable_bytes=4.0, frozen_bytes=100.0, assignment_flops=1.0)
-    (row,) = simulate(loads, NODE, cost, {"tried": planner}, slots_D=np.full(2, slots), predict=last_loads)
+    (row,) = simulate(loads, {"tried": planner}, Setting(topology=NODE, cost=cost, slots_D=np.full(2, slots), predict=last_loads))
     assert row.replica_bytes_D == (0.0, 8.0 + 100.0 * kept)
 
 
@@ -363,7 +371,11 @@ def test_exact_plans_are_never_slower_than_those_from_history(workload: str, kin
     for choice in ("history", "exact"):
         plan, among = execution_of(choice, 1)
         both = [
-            simulate(part, topology, kind.cost, AUTO, slots_D=np.full(8, 2), execution=ExecutionMode(plan=plan), choose_modes=among)[0]
+            simulate(
+                part,
+                AUTO,
+                Setting(topology=topology, cost=kind.cost, slots_D=np.full(8, 2), execution=ExecutionMode(plan=plan), choose_modes=among),
+            )[0]
             for part in (loads[:2], loads[1:])
         ]
         seconds[choice] = np.array([one.step_seconds for one in both])

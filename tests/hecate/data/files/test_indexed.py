@@ -20,14 +20,14 @@ from hecate.data.files.syntax import check_syntax
 from hecate.data.sources import TokenSource, read_source
 from hecate.data.stream import TrainStream
 from hecate.errors import UserError
-from tests.hecate.data.making import Source, ids_of, write_index, write_jsonl
+from tests.hecate.data.making import Source, ids_of, with_bad_samples, write_index, write_jsonl
 
 EOS, VOCABULARY, SEQ_LEN = 257, 258, 24
 TEXTS = ["a", "The first.", "x" * 200, *(f"Document {number} is {'very ' * (number % 9)}long." for number in range(40))]
 
 
 def read(path: str, tokenizer: Any, **options: Any) -> TokenSource:
-    return read_source(Source(path), tokenizer, **{"seq_len": SEQ_LEN, "vocab_size": VOCABULARY} | options)
+    return read_source(Source(path), tokenizer, **{"seq_len": SEQ_LEN, "vocab_size": VOCABULARY} | with_bad_samples(options))
 
 
 @pytest.mark.parametrize(

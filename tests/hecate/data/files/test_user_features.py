@@ -11,7 +11,7 @@ import pytest
 
 from hecate.config import DataSource
 from hecate.data.batches import collate
-from hecate.data.encode import encode_source
+from hecate.data.encode import BadSamples, encode_source
 from hecate.data.evaluation import generation_items
 from hecate.data.files.syntax import check_syntax
 from hecate.data.files.user_features import read_user_features
@@ -74,7 +74,7 @@ def test_a_sample_without_features_is_refused_with_its_line(tmp_path: Path, byte
         check_syntax([source], "error", users)
     with pytest.raises(UserError, match=reason):
         encode_source(source, byte_tokenizer, seq_len=64, vocab_size=300, users=users)
-    kept = encode_source(source, byte_tokenizer, seq_len=64, vocab_size=300, on_bad_sample="skip", users=users)
+    kept = encode_source(source, byte_tokenizer, seq_len=64, vocab_size=300, bad=BadSamples("skip"), users=users)
     assert kept.users is not None
     assert kept.users.tolist() == [0, 1]
     assert kept.counts.skipped == 1

@@ -10,6 +10,7 @@ import pytest
 from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.planners import COLLECTIVES, ROWS, Plan, PlanInput, price_row
 from hecate.parallel.planners.rivals.sharded_gather import shard_ports
+from hecate.parallel.simulate.simulated_step import Setting
 from hecate.parallel.simulate.simulator import simulate
 from testing.unit_cases import layer_input, unit_topology
 
@@ -50,9 +51,9 @@ def test_rows_have_the_collectives_of_their_systems(name: str, gather: float) ->
     # Attention hides two seconds of the gather, and twice as many of the reduction.
     assert (float(seconds.gather[0]), float(seconds.reduce[0]), float(seconds.exposed[0])) == (gather, gather, 2 * gather - 2 - 4)
     loads = np.full((1, 1, 1, 4), 5)
-    (row,) = simulate(loads, given_.topology, COST, {name: everywhere}, slots_D=given_.slots_D, collectives=COLLECTIVES)
+    (row,) = simulate(loads, {name: everywhere}, Setting(topology=given_.topology, cost=COST, slots_D=given_.slots_D), COLLECTIVES)
     assert (row.seconds.gather, row.seconds.reduce, row.seconds.exposed) == (gather, gather, 2 * gather - 2 - 4)
-    (ours,) = simulate(loads, given_.topology, COST, {name: everywhere}, slots_D=given_.slots_D)
+    (ours,) = simulate(loads, {name: everywhere}, Setting(topology=given_.topology, cost=COST, slots_D=given_.slots_D))
     assert ours.seconds.gather == 10.0, "without a collective of its own"
 
 

@@ -18,7 +18,7 @@ from hecate.apps.check.drill.outcome import DrillCase, DrillOutcome, Scope, outc
 from hecate.apps.check.drill.tiny_run import build_byte_tokenizer
 from hecate.config import ConfigError, load_config
 from hecate.config.schema import LEAVES, RANGES, DataSource
-from hecate.data.encode import EncodedSource
+from hecate.data.encode import BadSamples, EncodedSource
 from hecate.data.sources import read_source
 from hecate.errors import UserError
 
@@ -110,9 +110,7 @@ def bad_data(scope: Scope) -> DrillOutcome:
             tokenizer,
             seq_len=_LENGTH,
             vocab_size=len(tokenizer),
-            on_bad_sample=policy,
-            quarantine=scope.path / "quarantine.jsonl",
-            speaks=False,
+            bad=BadSamples(policy, scope.path / "quarantine.jsonl", speaks=False),
         )
         assert isinstance(found, EncodedSource)
         return found
