@@ -31,7 +31,7 @@ from benchmarks.report import arguments, finish
 from hecate.apps.check.drill.armed import Injected
 from hecate.apps.check.drill.cases.losses import PHASES
 from hecate.apps.check.drill.outcome import Scope
-from hecate.apps.check.drill.ranks import Launched, begin_run, difference
+from hecate.apps.check.drill.ranks import Launched, Started, begin_run, difference
 from hecate.apps.check.drill.run import ground
 from hecate.checkpoint import good_checkpoints, read_manifest
 
@@ -135,7 +135,7 @@ def carried_out(scope: Scope, output: Path, leg: Leg, first: int) -> Launched:
     end = first + LEG_STEPS
     given = (*GIVEN, f"max_steps={end}", f"resume={str(first > 0).lower()}")
     injected = (*leg.injected, *poison(first, end))
-    run = begin_run(scope, "leg", leg.ranks, *given, injected=injected, joins=leg.joins, output=output)
+    run = begin_run(scope, "leg", leg.ranks, *given, injected=injected, started=Started(joins=leg.joins), output=output)
     if leg.kind == "launcher":
         with suppress(TimeoutError):  # it has ended before; the leg's status says how
             run.wait_for(f"step {leg.launcher_dies_at}/", _LIMIT)

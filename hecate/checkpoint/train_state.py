@@ -185,18 +185,8 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
             reasons = [f"  {reason}" for _, reason in passed_over[:4]]
             raise NoCheckpointError("\n".join([f"{root} has no checkpoint that can be read", *reasons]))
         folder = root / name
-        described: tuple[Manifest, TrainState, dict[Unit, np.ndarray]] | CheckpointError
+        described = _described(folder, found[1] if found else None, config, parts)
         read: tuple[dict[str, Tensor], dict[Unit, Residency]] | CheckpointError | None
-        try:
-            manifest = found[1] if found else read_manifest(folder)
-            if isinstance(manifest, CheckpointError):
-                raise manifest
-            state, owners = state_of(folder, manifest), _owners_of(folder, manifest, config, parts)
-            with reading_meta(folder):
-                parts.stream.check_state_dict(dict(state.stream))
-            described = manifest, state, owners
-        except CheckpointError as error:
-            described = error
         # A checkpoint that is damaged for any rank is passed over by all, who agree before they exchange what goes with the owners.
         reason = _first_reason(ranks, described)
         read = described if isinstance(described, CheckpointError) else None
@@ -221,6 +211,26 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
         state = _install(state, *read, ranks, parts)
         goes_on = f"training goes on from {name}"
         return LoadedState(state, tuple(f"{bad} is damaged and was passed over: {why}; {goes_on}" for bad, why in passed_over))
+
+
+def _described(
+    folder: Path, manifest: Manifest | CheckpointError | None, config: Config, parts: TrainedParts
+) -> tuple[Manifest, TrainState, dict[Unit, np.ndarray]] | CheckpointError:
+    """What a checkpoint says of its run, before any tensor is read.
+
+    Args:
+        manifest: of the folder, or why there is none; None: not read yet.
+    """
+    try:
+        manifest = read_manifest(folder) if manifest is None else manifest
+        if isinstance(manifest, CheckpointError):
+            raise manifest
+        state, owners = state_of(folder, manifest), _owners_of(folder, manifest, config, parts)
+        with reading_meta(folder):
+            parts.stream.check_state_dict(dict(state.stream))
+        return manifest, state, owners
+    except CheckpointError as error:
+        return error
 
 
 def _first_reason(ranks: Ranks, read: object) -> str | None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from hecate.config import Config
-from hecate.data.batches import collate
+from hecate.data.batches import Batch, collate
 from hecate.data.encode import IGNORED
 from hecate.data.evaluation import GenerationItem, eval_sequences, generation_items, share_of_rank
 from hecate.data.sequences import PackedSequence
@@ -57,9 +58,11 @@ def evaluate(
     losses, loads = {}, {}
     with moe.engine.evaluation(together=moe.engine.goes_together) as evaluation, torch.no_grad():
         for index, source in enumerate(sources):
-            losses[source.name], loads[source.name] = _loss_and_loads(
-                config, ranks, base, moe, evaluation, sources, index, features_UF, recorded
+            rows = eval_sequences(
+                sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples
             )
+            tokens_of = partial(_tokens_of, base, _expert_of(config, source.name, ranks.device), features_UF)
+            losses[source.name], loads[source.name] = _loss_and_loads(config, ranks, base, moe, evaluation, rows, tokens_of, recorded)
         exact = _exact(config, ranks, base, moe, evaluation, sources, features_UF, heard) if config.eval.generate else {}
     most = config.eval.max_samples
     scores = {
@@ -73,30 +76,36 @@ def evaluate(
     return Evaluation(scores, loads)
 
 
+def _tokens_of(base: BaseModel, expert: Tensor | None, features_UF: Tensor | None, batch: Batch) -> PassTokens:
+    """What layers see of a batch.
+
+    Args:
+        expert: int64 [1]: the one that serves all of its tokens; None: experts are chosen.
+    """
+    tokens = replace(pass_tokens(base.head, batch), source=expert)
+    return tokens if features_UF is None else with_users(tokens, base.head, batch, features_UF)
+
+
 def _loss_and_loads(
     config: Config,
     ranks: Ranks,
     base: BaseModel,
     moe: MoeModel,
     evaluation: EvaluationPasses,
-    sources: Sequence[TokenSource],
-    index: int,
-    features_UF: Tensor | None,
+    rows: Sequence[PackedSequence],
+    tokens_of: Callable[[Batch], PassTokens],
     recorded: Recorded | None,
 ) -> tuple[float, dict[Unit, list[int]]]:
-    rows = eval_sequences(sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples)
+    """The mean loss of a source's label tokens, and how many tokens each expert of each layer has had of them."""
     totals = torch.zeros(2, dtype=torch.float64)
     counts = {layer: torch.zeros(moe.engine.shards.families[layer].num_experts, dtype=torch.int64) for layer in moe.layers}
-    seq_len, expert = config.data.seq_len, _expert_of(config, sources[index].name, ranks.device)
+    seq_len = config.data.seq_len
     padding = {"parts": ranks.tp_size, "multiple": base.head.row_multiple(seq_len)}
     for share in share_of_rank(rows, ranks.dp_rank, ranks.dp_size, config.micro_batch_size):
         if not moe.engine.goes_together and all(len(row.input_ids) == 0 for row in share):
             continue  # nothing to share: no collective runs while every expert is everywhere
         batch = collate(share, pad_id=0, seq_len=seq_len, **padding).to(ranks.device)
-        tokens = replace(pass_tokens(base.head, batch), source=expert)
-        if features_UF is not None:
-            tokens = with_users(tokens, base.head, batch, features_UF)
-        with evaluation.forward(tokens) as routed:
+        with evaluation.forward(tokens_of(batch)) as routed:
             totals[0] += forward_loss(base.head, batch).cpu()
         totals[1] += (batch.targets != IGNORED).sum().cpu() * ranks.is_first_of_tensor_group
         if recorded is not None:

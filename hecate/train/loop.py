@@ -117,18 +117,7 @@ def train(
         config = training.parts.config
         reports = stack.enter_context(Reports(config, training.facts()))
         reports.begin()
-        for warning in training.warnings:
-            reports.event(training.standing.step, warning)
-        for note in training.notes:
-            reports.note(note)
-        say = partial(_say, training, reports)
-        link = ControllerLink(controller, say) if controller else None
-        watcher = stack.enter_context(ObserverThread(observer, say)) if observer else None
-        told = tuple(one for one in (link, watcher) if one is not None)
-        profile = StepProfile(Path(config.output_dir), training.ranks, wanted=config.profile and not joins)
-        outside = _Outside(reports, membership, link, told, stopping, profile, None if controller else SlowRanks(), MismatchWatch())
-        stack.callback(outside.mismatches.end)
-        _tell_beginning(training, outside)
+        outside = stack.enter_context(_outside(training, reports, membership, controller, observer, stopping, joins=joins))
         measured = Measured()
         if membership is not None and not joins:
             faults.at("loaded")
@@ -145,14 +134,49 @@ def train(
                 elif not _one_step(training, outside, measured):
                     return False
             except Exception as error:  # after an abort, what is left of the old group can fail in any way
-                if not _is_of_a_loss(error, training.ranks):
+                if not _went_on_after(error, training, outside):
                     raise
-                outside.mismatches.raise_found(error)
-                if membership is None or not _regroup(training, membership, outside):
-                    raise
-                reports.event(training.standing.step, f"went on after: {loss_in_words(error)}")
     if training.ranks.is_first:
         show_summary(Path(config.output_dir), training.standing, measured, time.monotonic() - started, facts)
+    return True
+
+
+@contextmanager
+def _outside(
+    training: Training,
+    reports: Reports,
+    membership: Membership | None,
+    controller: RunController | None,
+    observer: Observer | None,
+    stopping: _Stopping,
+    *,
+    joins: bool,
+) -> Iterator[_Outside]:
+    """What the run reports to and what may change it, until the end of the block."""
+    config, say = training.parts.config, partial(_say, training, reports)
+    for warning in training.warnings:
+        reports.event(training.standing.step, warning)
+    for note in training.notes:
+        reports.note(note)
+    with ExitStack() as stack:
+        link = ControllerLink(controller, say) if controller else None
+        watcher = stack.enter_context(ObserverThread(observer, say)) if observer else None
+        told = tuple(one for one in (link, watcher) if one is not None)
+        profile = StepProfile(Path(config.output_dir), training.ranks, wanted=config.profile and not joins)
+        outside = _Outside(reports, membership, link, told, stopping, profile, None if controller else SlowRanks(), MismatchWatch())
+        stack.callback(outside.mismatches.end)
+        _tell_beginning(training, outside)
+        yield outside
+
+
+def _went_on_after(error: Exception, training: Training, outside: _Outside) -> bool:
+    """Whether the ranks that are left go on after this error: it is of a lost rank, and the run can go on without it."""
+    if not _is_of_a_loss(error, training.ranks):
+        return False
+    outside.mismatches.raise_found(error)
+    if outside.membership is None or not _regroup(training, outside.membership, outside):
+        return False
+    outside.reports.event(training.standing.step, f"went on after: {loss_in_words(error)}")
     return True
 
 

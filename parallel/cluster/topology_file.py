@@ -43,21 +43,7 @@ def parse_topology(text: str, path: str) -> Topology:
     Raises:
         UserError: a key is missing, unknown or out of range.
     """
-    try:
-        raw = parse_yaml(text)
-    except YamlError as error:
-        raise UserError(f"{path}: cannot be read as a topology: {error}") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: a topology is a mapping with the keys nodes, intra_node and inter_node")
-    unknown = sorted(str(key) for key in raw if key not in _TOP)
-    nodes = raw.get("nodes")
-    if unknown or not isinstance(nodes, list) or not nodes or "intra_node" not in raw:
-        raise UserError(
-            f"{path}: needs `nodes` (a list) and `intra_node`, may have `inter_node` and `overlap_slowdown`; "
-            f"unknown: {', '.join(unknown)[:_LONGEST] or 'none'}"
-        )
-    for number, node in enumerate(nodes):
-        _check_node(node, f"{path}: nodes[{number}]")
+    raw, nodes = _checked(text, path)
     intra = _link(raw["intra_node"], f"{path}: intra_node")
     inter = _link(raw["inter_node"], f"{path}: inter_node") if "inter_node" in raw else intra
     if len(nodes) > 1 and "inter_node" not in raw:
@@ -85,10 +71,7 @@ def parse_topology(text: str, path: str) -> Topology:
     uplinks = tuple(
         _number(node["uplink"], f"{path}: nodes[{n}].uplink") if "uplink" in node else inter.bandwidth for n, node in enumerate(nodes)
     )
-    priced = [number for number, node in enumerate(nodes) if _PRICE in node]
-    if priced and len(priced) < len(nodes):
-        unpriced = next(number for number in range(len(nodes)) if number not in priced)
-        raise UserError(f"{path}: nodes[{unpriced}] has no {_PRICE}, but nodes[{priced[0]}] has; give it for all nodes, or for none")
+    priced = _are_priced(nodes, path)
     slowdown = _number(raw.get("overlap_slowdown", 1.0), f"{path}: overlap_slowdown")
     if not 1 <= slowdown <= 2:
         raise UserError(f"{path}: overlap_slowdown must be from 1 (overlapping is free) to 2 (it gains nothing), got {slowdown}")
@@ -101,6 +84,35 @@ def parse_topology(text: str, path: str) -> Topology:
         overlap_slowdown=slowdown,
         price_per_hour=by_rank(_PRICE) if priced else (),
     )
+
+
+def _checked(text: str, path: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """A topology's mapping and its nodes, whose keys are known. Raises UserError otherwise."""
+    try:
+        raw = parse_yaml(text)
+    except YamlError as error:
+        raise UserError(f"{path}: cannot be read as a topology: {error}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: a topology is a mapping with the keys nodes, intra_node and inter_node")
+    unknown = sorted(str(key) for key in raw if key not in _TOP)
+    nodes = raw.get("nodes")
+    if unknown or not isinstance(nodes, list) or not nodes or "intra_node" not in raw:
+        raise UserError(
+            f"{path}: needs `nodes` (a list) and `intra_node`, may have `inter_node` and `overlap_slowdown`; "
+            f"unknown: {', '.join(unknown)[:_LONGEST] or 'none'}"
+        )
+    for number, node in enumerate(nodes):
+        _check_node(node, f"{path}: nodes[{number}]")
+    return raw, nodes
+
+
+def _are_priced(nodes: list[dict[str, Any]], path: str) -> bool:
+    """Whether nodes have prices. Raises UserError: some have, and some have not."""
+    priced = [number for number, node in enumerate(nodes) if _PRICE in node]
+    if priced and len(priced) < len(nodes):
+        unpriced = next(number for number in range(len(nodes)) if number not in priced)
+        raise UserError(f"{path}: nodes[{unpriced}] has no {_PRICE}, but nodes[{priced[0]}] has; give it for all nodes, or for none")
+    return bool(priced)
 
 
 def save_topology(topology: Topology, path: Path, comment: str = "") -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from hecate.apps.check.drill.armed import Injected
 from hecate.apps.check.drill.cases.losses import problem_of
 from hecate.apps.check.drill.outcome import Scope
-from hecate.apps.check.drill.ranks import begin_run
+from hecate.apps.check.drill.ranks import Started, begin_run
 from hecate.apps.check.drill.run import ground
 from hecate.errors import UserError
 from hecate.io.strict_json import JsonError
@@ -415,7 +415,7 @@ def test_a_rank_of_the_second_node_dies_and_no_step_is_lost(tmp_path: Path) -> N
         scope = Scope(str(tmp_path), str(made.workshop), quick=True, start=made.start)
         whole = begin_run(scope, "whole", 4).end()
         dies = Injected(action="kill", place="backward", rank=3, step=2)
-        run = begin_run(scope, "two", 4, injected=[dies], launcher="two_nodes").end()
+        run = begin_run(scope, "two", 4, injected=[dies], started=Started("two_nodes")).end()
         assert problem_of(run, whole, lost=1) == ""
     assert "rank 3 was killed by SIGKILL; 3 ranks go on" in run.log
     assert "meeting point" not in run.log

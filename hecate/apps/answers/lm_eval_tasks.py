@@ -79,90 +79,103 @@ def _figures(result: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _model(opened: Opened, evaluation: EvaluationPasses, batch_size: int, *, chat: bool) -> Any:
-    """The model as lm-eval calls it. Its class needs lm-eval's, so that it is made only here."""
+    """The model as lm-eval calls it. Its class needs lm-eval's, so that it is made only when that is there."""
     from lm_eval.api.model import TemplateLM
-    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    base, tokenizer = opened.base, opened.base.tokenizer
-    longest = known_positions(base) or _LONGEST
-    cut: list[int] = []
+    return type("LmEvalModel", (_Answers, TemplateLM), {})(opened, evaluation, batch_size, chat)
 
-    def shortened(tokens: list[int], room: int) -> list[int]:
-        if len(tokens) > room and not cut:
-            cut.append(len(tokens))
-            tell(f"hecate: {opened.trained}: texts of more than {room} tokens lose their beginning")
-        return tokens[-room:]
 
-    class LmEvalModel(TemplateLM):
-        @property
-        def eot_token_id(self) -> int:
-            return int(tokenizer.eos_token_id)
+class _Answers:
+    """What lm-eval asks a model for (`lm_eval.api.model.TemplateLM`)."""
 
-        @property
-        def prefix_token_id(self) -> int:
-            return int(tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+    def __init__(self, opened: Opened, evaluation: EvaluationPasses, batch_size: int, chat: bool) -> None:
+        super().__init__()
+        self._opened, self._evaluation, self._batch_size, self._chat = opened, evaluation, batch_size, chat
+        self._base, self._tokenizer = opened.base, opened.base.tokenizer
+        self._longest = known_positions(opened.base) or _LONGEST
+        self._has_cut = False
 
-        @property
-        def tokenizer_name(self) -> str:
-            return str(tokenizer.name_or_path)
+    @property
+    def eot_token_id(self) -> int:
+        return int(self._tokenizer.eos_token_id)
 
-        def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            return str(
-                tokenizer.apply_chat_template(
-                    chat_history,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    continue_final_message=not add_generation_prompt,
-                )
+    @property
+    def prefix_token_id(self) -> int:
+        return int(self._tokenizer.eos_token_id if self._tokenizer.bos_token_id is None else self._tokenizer.bos_token_id)
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self._tokenizer.name_or_path)
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return str(
+            self._tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
             )
+        )
 
-        def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-            begun = tokenizer.bos_token is not None and string.startswith(tokenizer.bos_token)
-            special = not begun if add_special_tokens is None else add_special_tokens
-            ids: list[int] = tokenizer(string, add_special_tokens=special)["input_ids"]
-            return ids
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        begun = self._tokenizer.bos_token is not None and string.startswith(self._tokenizer.bos_token)
+        special = not begun if add_special_tokens is None else add_special_tokens
+        ids: list[int] = self._tokenizer(string, add_special_tokens=special)["input_ids"]
+        return ids
 
-        def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
-            pairs = []
-            for _texts, context, more in requests:
-                # The last token needs no position, since nothing follows it.
-                whole = shortened(context + more, longest + 1)
-                if len(whole) <= len(more):
-                    raise UserError(f"a task has an answer of {len(more)} tokens, but the model knows {longest} positions")
-                pairs.append((whole[: -len(more)], more))
-            found = log_likelihoods(base, evaluation, pairs, batch_size=batch_size)
-            return [(one.log, one.greedy) for one in found]
+    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **_: Any) -> list[tuple[float, bool]]:
+        pairs = []
+        for _texts, context, more in requests:
+            # The last token needs no position, since nothing follows it.
+            whole = self._shortened(context + more, self._longest + 1)
+            if len(whole) <= len(more):
+                raise UserError(f"a task has an answer of {len(more)} tokens, but the model knows {self._longest} positions")
+            pairs.append((whole[: -len(more)], more))
+        found = log_likelihoods(self._base, self._evaluation, pairs, batch_size=self._batch_size)
+        return [(one.log, one.greedy) for one in found]
 
-        def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-            sums = []
-            for request in requests:
-                ids = self.tok_encode(request.args[0])
-                # A window's context and what follows have a place more than is computed, since the last token predicts nothing.
-                windows = get_rolling_token_windows(ids, self.prefix_token_id, longest, 1)
-                pairs = [make_disjoint_window(window) for window in windows]
-                sums.append(sum(one.log for one in log_likelihoods(base, evaluation, pairs, batch_size=batch_size)))
-            return sums
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-        def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-            answers = [""] * len(requests)
-            alike: dict[str, list[int]] = {}
-            for number, request in enumerate(requests):
-                alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
-            for given, numbers in alike.items():
-                decoding = replace(_decoding(json.loads(given)), chat=chat)
-                room = longest - decoding.max_new_tokens
-                if room < 1:
-                    raise UserError(f"a task asks for {decoding.max_new_tokens} tokens, but the model knows {longest} positions")
-                prompts = [shortened(self.tok_encode(requests[number].args[0]), room) for number in numbers]
-                keys = [str(number) for number in numbers]
-                found = generate(
-                    base, prompts, decoding, batch_size=batch_size, begin=lambda _: evaluation.forward(opened.tokens([])), keys=keys
-                )
-                for number, answer in zip(numbers, found, strict=True):
-                    answers[number] = answer.raw
-            return answers
+        sums = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            # A window's context and what follows have a place more than is computed, since the last token predicts nothing.
+            windows = get_rolling_token_windows(ids, self.prefix_token_id, self._longest, 1)
+            pairs = [make_disjoint_window(window) for window in windows]
+            sums.append(sum(one.log for one in log_likelihoods(self._base, self._evaluation, pairs, batch_size=self._batch_size)))
+        return sums
 
-    return LmEvalModel()
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        answers = [""] * len(requests)
+        alike: dict[str, list[int]] = {}
+        for number, request in enumerate(requests):
+            alike.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(number)
+        for given, numbers in alike.items():
+            decoding = replace(_decoding(json.loads(given)), chat=self._chat)
+            room = self._longest - decoding.max_new_tokens
+            if room < 1:
+                raise UserError(f"a task asks for {decoding.max_new_tokens} tokens, but the model knows {self._longest} positions")
+            prompts = [self._shortened(self.tok_encode(requests[number].args[0]), room) for number in numbers]
+            keys = [str(number) for number in numbers]
+            found = generate(
+                self._base,
+                prompts,
+                decoding,
+                batch_size=self._batch_size,
+                begin=lambda _: self._evaluation.forward(self._opened.tokens([])),
+                keys=keys,
+            )
+            for number, answer in zip(numbers, found, strict=True):
+                answers[number] = answer.raw
+        return answers
+
+    def _shortened(self, tokens: list[int], room: int) -> list[int]:
+        """The last of these tokens, as many as there is room for."""
+        if len(tokens) > room and not self._has_cut:
+            self._has_cut = True
+            tell(f"hecate: {self._opened.trained}: texts of more than {room} tokens lose their beginning")
+        return tokens[-room:]
 
 
 def _decoding(given: Mapping[str, Any]) -> Decoding:

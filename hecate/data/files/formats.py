@@ -146,9 +146,8 @@ def read_samples(
     renamed = {name: theirs for name, theirs in asdict(names).items() if theirs is not None} if names else {}
     formats = _formats_with(renamed, format, str(path))
     parse = None if format == "auto" else _PARSERS[format]
-    unseen, read = set(renamed), 0
+    unseen, read, held_bytes = set(renamed), 0, 0
     held: list[Fault] = []
-    held_bytes = 0
     unknown: _UnknownFormat | None = None
     for record in read_records(str(path)):
         try:
@@ -181,11 +180,17 @@ def read_samples(
     if unknown is not None and parse is None:
         raise unknown
     if unseen and read:
-        raise UserError(
-            f"{path}: none of its records has the key {', '.join(repr(renamed[name]) for name in sorted(unseen))}, "
-            f"which fields gives for {', '.join(sorted(unseen))}\n"
-            "correct the name, or leave it out of fields"
-        )
+        raise _unseen_names(str(path), {name: renamed[name] for name in unseen})
+
+
+def _unseen_names(path: str, unseen: Mapping[str, str]) -> UserError:
+    """That no record has keys which the user has named."""
+    names = sorted(unseen)
+    return UserError(
+        f"{path}: none of its records has the key {', '.join(repr(unseen[name]) for name in names)}, "
+        f"which fields gives for {', '.join(names)}\n"
+        "correct the name, or leave it out of fields"
+    )
 
 
 def _renamed(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

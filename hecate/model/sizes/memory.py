@@ -56,6 +56,57 @@ def memory_parts(
     """
     config = run.config
     world, micro_steps = run.topology.world_size, config.gradient_accumulation_steps
+    owned, replicas, gradients, fullest = _expert_bytes(run, others_GD)
+    most_tokens_D = served_tokens_D if most_tokens_D is None else most_tokens_D
+    forward, backward_3D = _activation_bytes(run, served_tokens_D, most_tokens_D)
+    backward_3D = backward_3D + _chunk_bytes(run, others_GD, most_tokens_D * _assignments_per_token(run, served_tokens_D))
+    held, backward = replicas, backward_3D[0]
+    if micro_steps == 1:
+        one_layer = fullest if config.fssdp.rematerialize else gradients
+        gradients_3D = _gradient_bytes(run, one_layer, owned)
+        # A layer's replicas are freed as soon as its gradients are complete.
+        left = [1.0, 1.0, 1.0] if config.fssdp.rematerialize else _left(run)
+        held_3D = replicas * np.array(left)[:, None]
+        largest_D = (gradients_3D + held_3D + backward_3D).argmax(0)
+        held, gradients, backward = (each[largest_D, np.arange(world)] for each in (held_3D, gradients_3D, backward_3D))
+    elif config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
+        gradients = fullest + owned
+    blocks, each_pool = owned_blocks(run) * run.master_bytes, [one.blocks * one.numel * run.master_bytes for one in run.pools]
+    pools, nothing = sum(each_pool), np.zeros(world)
+    # Autograd adds up the gradient of a whole pool, of one layer after the other, and then adds it to that of earlier micro-steps.
+    gradients = gradients + (2 if micro_steps > 1 else 1) * pools + max(each_pool, default=0)
+    frozen = np.zeros(world)
+    for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
+        frozen += (owned_experts(group, run) + others_D) * group.cost.frozen_bytes
+    made = _made_bytes(run, others_GD)
+    replicated = np.full(world, float((run.replicated_parameters + run.parts_parameters) * run.master_bytes))
+    seeded = np.full(world, float(run.seeded_parameters * run.master_bytes))
+    sent, backups = _backup_bytes(run, owned + blocks)
+    return [
+        MemoryPart("base weights", _base_bytes(run)),
+        *([MemoryPart("frozen experts", np.stack([frozen] * 3))] if frozen.any() else []),
+        MemoryPart("owned experts, moments", np.stack([STATE_NUMBERS * owned] * 3)),
+        *([MemoryPart("owned blocks of pools, moments", np.stack([STATE_NUMBERS * blocks] * 3))] if pools else []),
+        *([MemoryPart("backups of other ranks' experts, moments", np.stack([STATE_NUMBERS * backups] * 3))] if backups.any() else []),
+        MemoryPart("routers, adapters, moments", np.stack([STATE_NUMBERS * replicated] * 3)),
+        *([MemoryPart("seeded parts of pairs", np.stack([seeded] * 3))] if seeded.any() else []),
+        MemoryPart("replicas", np.stack([replicas, held, nothing])),
+        *([MemoryPart("pools", np.stack([np.full(world, float(pools))] * 2 + [nothing]))] if pools else []),
+        *([MemoryPart("pairs made of replicas", np.stack([made, made, nothing]))] if made.any() else []),
+        MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + blocks + replicated + sent + backups])),
+        MemoryPart("activations (estimate)", np.stack([forward, backward, nothing])),
+        *_beside_tensors(run, others_GD if frozen_GD is None else frozen_GD),
+    ]
+
+
+def _expert_bytes(run: RunShape, others_GD: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return, float64 [ranks] each, the bytes of a rank's own experts, of its replicas, of their gradients, and of its fullest layer's.
+
+    Args:
+        others_GD: see `memory_parts`.
+    """
+    config = run.config
+    world, micro_steps = run.topology.world_size, config.gradient_accumulation_steps
     layers_at_once = max(1, config.fssdp.prefetch)
     owned, replicas, gradients, fullest = np.zeros(world), np.zeros(world), np.zeros(world), np.zeros(world)
     of_stack: dict[int, np.ndarray] = {}
@@ -75,48 +126,7 @@ def memory_parts(
         gradients += slots_D * group.cost.reduced_bytes / (1 if micro_steps > 1 else group.number)
     if of_stack:  # all units of a layer come together
         replicas = np.max(list(of_stack.values()), axis=0)
-    most_tokens_D = served_tokens_D if most_tokens_D is None else most_tokens_D
-    forward, backward_3D = _activation_bytes(run, served_tokens_D, most_tokens_D)
-    backward_3D = backward_3D + _chunk_bytes(run, others_GD, most_tokens_D * _assignments_per_token(run, served_tokens_D))
-    held, backward = replicas, backward_3D[0]
-    if micro_steps == 1:
-        one_layer = fullest if config.fssdp.rematerialize else gradients
-        gradients_3D = _gradient_bytes(run, one_layer, owned)
-        # A layer's replicas are freed as soon as its gradients are complete.
-        left = [1.0, 1.0, 1.0] if config.fssdp.rematerialize else _left(run)
-        held_3D = replicas * np.array(left)[:, None]
-        largest_D = (gradients_3D + held_3D + backward_3D).argmax(0)
-        held, gradients, backward = (each[largest_D, np.arange(world)] for each in (held_3D, gradients_3D, backward_3D))
-    elif config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
-        gradients = fullest + owned
-    blocks, each_pool = owned_blocks(run) * run.master_bytes, [one.blocks * one.numel * run.master_bytes for one in run.pools]
-    pools = sum(each_pool)
-    # Autograd adds up the gradient of a whole pool, of one layer after the other, and then adds it to that of earlier micro-steps.
-    gradients = gradients + (2 if micro_steps > 1 else 1) * pools + max(each_pool, default=0)
-    frozen = np.zeros(world)
-    for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
-        frozen += (owned_experts(group, run) + others_D) * group.cost.frozen_bytes
-    made = _made_bytes(run, others_GD)
-    replicated = np.full(world, float((run.replicated_parameters + run.parts_parameters) * run.master_bytes))
-    seeded = np.full(world, float(run.seeded_parameters * run.master_bytes))
-    base = _base_bytes(run)
-    nothing = np.zeros(world)
-    sent, backups = _backup_bytes(run, owned + blocks)
-    return [
-        MemoryPart("base weights", base),
-        *([MemoryPart("frozen experts", np.stack([frozen] * 3))] if frozen.any() else []),
-        MemoryPart("owned experts, moments", np.stack([STATE_NUMBERS * owned] * 3)),
-        *([MemoryPart("owned blocks of pools, moments", np.stack([STATE_NUMBERS * blocks] * 3))] if pools else []),
-        *([MemoryPart("backups of other ranks' experts, moments", np.stack([STATE_NUMBERS * backups] * 3))] if backups.any() else []),
-        MemoryPart("routers, adapters, moments", np.stack([STATE_NUMBERS * replicated] * 3)),
-        *([MemoryPart("seeded parts of pairs", np.stack([seeded] * 3))] if seeded.any() else []),
-        MemoryPart("replicas", np.stack([replicas, held, nothing])),
-        *([MemoryPart("pools", np.stack([np.full(world, float(pools))] * 2 + [nothing]))] if pools else []),
-        *([MemoryPart("pairs made of replicas", np.stack([made, made, nothing]))] if made.any() else []),
-        MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + blocks + replicated + sent + backups])),
-        MemoryPart("activations (estimate)", np.stack([forward, backward, nothing])),
-        *_beside_tensors(run, others_GD if frozen_GD is None else frozen_GD),
-    ]
+    return owned, replicas, gradients, fullest
 
 
 def _backup_bytes(run: RunShape, owned_D: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -157,6 +157,17 @@ class Running:
         return Launched(status, self.printed(), self.output, sorted(map(json.loads, lines), key=lambda one: one["time"]))
 
 
+@dataclass(frozen=True)
+class Started:
+    """How a launcher starts the ranks of a drill's run."""
+
+    launcher: Launcher = "local"
+    joins: bool = False
+    """ranks that the launcher starts in the place of lost ones join; else they wait for the end of the run"""
+    restarts: int = 0
+    """how often the launchers of nodes may start all ranks again, or one in the place of a lost one"""
+
+
 def begin_run(
     scope: Scope,
     name: str,
@@ -164,32 +175,28 @@ def begin_run(
     *overrides: str,
     injected: Sequence[Injected] = (),
     survives: bool = True,
-    joins: bool = False,
     output: Path | None = None,
-    launcher: Launcher = "local",
-    restarts: int = 0,
+    started: Started = Started(),
 ) -> Running:
     """Start the tiny run, with backups if it survives.
 
     Args:
         output: the run's folder; None: a new one.
-        launcher: what starts its ranks; on two nodes `ranks` must be even.
-        restarts: how often the launchers of nodes may start all ranks again, or one in the place of a lost one.
-        joins: ranks that a launcher starts in the place of lost ones join; else they wait for the end of the run.
+        started: how its ranks are started; on two nodes `ranks` must be even.
     """
     folder = _new_folder(scope, name)
     output = output or folder / "out"
     given = settings(f"output_dir={output}", *([] if not survives else ["fssdp.redundancy=1"]), *overrides)
     request = LaunchRequest(
-        launcher=launcher,
+        launcher=started.launcher,
         start=scope.start,
         injected=to_text(injected),
         trace=str(folder / "trace.jsonl"),
-        joins=joins,
+        joins=started.joins,
         arguments=(f"{scope.workshop}/config.yaml", *given),
         ranks=ranks,
         survives=survives,
-        restarts=restarts,
+        restarts=started.restarts,
     )
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen([*scope.start, "launch", json.dumps(vars(request))], env=environment(), stdout=log, stderr=log)

@@ -10,7 +10,7 @@ from statistics import median
 from hecate.apps.check.drill.armed import Injected
 from hecate.apps.check.drill.launchers import Launcher
 from hecate.apps.check.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of, worst
-from hecate.apps.check.drill.ranks import TOLERANCE, Launched, begin_run, difference, loss_difference
+from hecate.apps.check.drill.ranks import TOLERANCE, Launched, Started, begin_run, difference, loss_difference
 from hecate.apps.check.drill.tiny_run import STEPS, save_random_moe
 from hecate.faults import Place
 
@@ -113,7 +113,7 @@ def _of_hecate_launch(scope: Scope, whole: Launched) -> list[DrillCase]:
         ]
         # Backups are on the other node, so that they outlive a node.
         given = (f"topology={scope.path}/two.yaml",) if len(deaths) > 1 else ()
-        run = begin_run(scope, launcher, RANKS, *given, injected=deaths, launcher=launcher).end()
+        run = begin_run(scope, launcher, RANKS, *given, injected=deaths, started=Started(launcher)).end()
         names = " and ".join(f"rank {rank}, {phase}" for rank, phase in phases.items())
         cases.append(DrillCase(f"hecate launch, {launcher.replace('_', ' ')}: {names}", problem_of(run, whole, lost=len(deaths))))
     return cases
@@ -177,19 +177,21 @@ def stopped_rank(scope: Scope) -> DrillOutcome:
             evicted.append(1000 * (worst(run.when("lost")) - run.when("stop")[0]))
     if not scope.quick:
         fault = Injected(action="stop", place="backward", rank=2, step=2)
-        run = begin_run(scope, "again", RANKS, "save_steps=1", injected=[fault], survives=False, launcher="node_again", restarts=1).end()
+        run = begin_run(
+            scope, "again", RANKS, "save_steps=1", injected=[fault], survives=False, started=Started("node_again", restarts=1)
+        ).end()
         problem = "" if "rank 2 has been stopped" in run.log else f"the rank was not named: {run.last_line}"
         if not problem and (run.status or difference(run.tensors, whole.tensors) > TOLERANCE):
             problem = f"status {run.status}, or another result than the undisturbed run"
         cases.append(DrillCase("rank 2 under hecate launch, where all start again", problem))
-        run = begin_run(scope, "two-nodes", RANKS, injected=[fault], launcher="two_nodes").end()
+        run = begin_run(scope, "two-nodes", RANKS, injected=[fault], started=Started("two_nodes")).end()
         problem = problem_of(run, whole, lost=1) or ("" if "rank 2 has been stopped" in run.log else "the rank was not named")
         cases.append(DrillCase("rank 2, on the second of two nodes", problem))
         if not problem:
             evicted.append(1000 * (worst(run.when("lost")) - run.when("stop")[0]))
     if not scope.quick and importlib.util.find_spec("ray") is not None:
         fault = Injected(action="stop", place="backward", rank=2, step=2)
-        run = begin_run(scope, "ray", RANKS, injected=[fault], launcher="ray").end()
+        run = begin_run(scope, "ray", RANKS, injected=[fault], started=Started("ray")).end()
         problem = problem_of(run, whole, lost=1) or ("" if "(rank 2): the worker was stopped" in run.log else "the rank was not named")
         cases.append(DrillCase("rank 2 on Ray", problem))
         if not problem:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hecate.apps.check.drill.armed import Injected
 from hecate.apps.check.drill.cases.saves import load
 from hecate.apps.check.drill.outcome import DrillCase, DrillOutcome, Scope, outcome_of
-from hecate.apps.check.drill.ranks import TOLERANCE, begin_run, call_on_ranks, difference, loss_difference
+from hecate.apps.check.drill.ranks import TOLERANCE, Started, begin_run, call_on_ranks, difference, loss_difference
 from hecate.apps.check.drill.tiny_training import digests, tiny_config, tiny_training, train_until
 from hecate.checkpoint.save_run import save_state
 from hecate.checkpoint.train_state import load_state
@@ -128,7 +128,7 @@ def _replaced(scope: Scope, *also: str) -> str:
     given = ("learning_rate=1e-4", *also)  # with small steps the order of sums matters little, however many steps there are
     slowly = Injected(action="sleep", place="step", value=0.1)  # so that there are few while the new process loads
     death = Injected(action="kill", place="backward", rank=1, step=2)
-    run = begin_run(scope, "replaced", 4, "max_steps=100000", *given, injected=[slowly, death], joins=True)
+    run = begin_run(scope, "replaced", 4, "max_steps=100000", *given, injected=[slowly, death], started=Started(joins=True))
     run.wait_for("4 ranks go on", 120)
     run.process.send_signal(signal.SIGTERM)
     ended = run.end()
