@@ -191,8 +191,8 @@ def check(engine: Engine, rank: int, shape: Shape, expert: Tensor, weight: Tenso
 def _formula(family: ExpertFamily, shape: Shape, x: Tensor, expert: Tensor, weight: Tensor, chunks: Tensor) -> Tensor:
     routed = RoutedTokens(x, expert, weight)
     if isinstance(family, MixLoraExperts):
-        return mixlora_ffn_reference(routed, family.base, family.pairs(chunks, torch.arange(shape.experts)))
+        return mixlora_ffn_reference(routed, family.base, family.pair_source.stacked(chunks, torch.arange(shape.experts)))
     if isinstance(family, MoeLoraExperts):
         frozen = [weights(shape, e) for e in range(shape.experts)]
-        return moe_lora_ffn_reference(routed, frozen, family.pairs(chunks, torch.arange(shape.experts)), shape.expert)
+        return moe_lora_ffn_reference(routed, frozen, family.pair_source.stacked(chunks, torch.arange(shape.experts)), shape.expert)
     return full_ffn_reference(routed, chunks, shape.expert)

@@ -168,8 +168,6 @@ def test_class_names_are_unique() -> None:
 SAME_MEANING = {
     "main": "of a program, which `python -m` runs",
     "preload": "of a program that ranks are forked from",
-    "forward_passes": "of a kernel family",
-    "backward_passes": "of a kernel family",
 }
 """public functions that several modules may have, because they are the same of each"""
 

@@ -20,7 +20,6 @@ from hecate.kernels.backend import Backend, ExpertKernels, expert_kernels
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.ffn import FfnBase, FfnShape
-from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.cost.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
 from hecate.parallel.values.expert_kinds import NO_PAIRS, ExpertKind, FfnSizes, LinearSizes, LoraShape, UnitSizes
@@ -261,10 +260,6 @@ class UnitExperts(ABC):
             non_moe_flops=non_moe_flops,
             undivided=self.undivided,
         )
-
-    def pairs(self, chunks_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:
-        """The pairs of these experts' stacked chunks by projection, differentiable. `expert_S` is int64."""
-        return self.pair_source.stacked(chunks_SC, expert_S)
 
     def _dropout(self, step: int | None) -> Dropout | None:
         rate = self.pair_source.lora.dropout

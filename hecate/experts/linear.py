@@ -36,7 +36,7 @@ class LinearExperts(UnitExperts):
 
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
         """[T, outputs]; see `ExpertFamily.compute`."""
-        pairs = self.pairs(replicas.chunks_SC, routed.experts_in_slots)[ONLY_PROJECTION]
+        pairs = self.pair_source.stacked(replicas.chunks_SC, routed.experts_in_slots)[ONLY_PROJECTION]
         dropout = self._dropout(step)
         return self._mix(self._kernels(routed.x_TD))(self._numbered_for(dropout, routed), pairs, dropout=dropout)
 

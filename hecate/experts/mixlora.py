@@ -19,6 +19,6 @@ class MixLoraExperts(FfnExperts):
         self.base = base
 
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
-        pairs = self.pairs(replicas.chunks_SC, routed.experts_in_slots)
+        pairs = self.pair_source.stacked(replicas.chunks_SC, routed.experts_in_slots)
         dropout = self._dropout(step)
         return self._kernels(routed.x_TD).mixlora_ffn(self._numbered_for(dropout, routed), self.base, pairs, dropout=dropout)

@@ -31,5 +31,5 @@ class MoeLoraExperts(FfnExperts):
         return chunk
 
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
-        pairs = self.pairs(replicas.chunks_SC, routed.experts_in_slots)
+        pairs = self.pair_source.stacked(replicas.chunks_SC, routed.experts_in_slots)
         return self._kernels(routed.x_TD).moe_lora_ffn(routed, replicas.frozen_S, pairs, self.shape, dropout=self._dropout(step))

@@ -9,12 +9,13 @@ Shapes: T tokens, K assignments of a token, P places of the sorted assignments (
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hecate.kernels.common.operands import Operands
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class RoutedTokens:
 
 
 @dataclass(frozen=True)
-class AssignmentOrder:
+class AssignmentOrder(Operands):
     """The assignments sorted by slot. Within a slot the earlier token comes first, so sums over a slot have one order.
 
     There are P = T·K places, of which assignments that are computed elsewhere (slot -1) take the last, from `starts[-1]` on. Where the host
@@ -69,7 +70,7 @@ class AssignmentOrder:
     """int32 [T, K], the place of each assignment; -1 where it is computed elsewhere"""
     starts: Tensor
     """int32 [S + 1], the first place of each slot, and last the number of assignments that are computed on this rank"""
-    tile_maps: dict[int, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    tile_maps: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """the results of `tile_map` for this order, by the number of rows of a tile"""
 
     @property
@@ -86,16 +87,6 @@ class AssignmentOrder:
         """Return the number of assignments of each slot, int32 [S]."""
         return self.starts.diff()
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What an operator is given or returns; `of_tensors` puts it together again."""
-        return self.order_P, self.token_P, self.place_TK, self.starts
-
-    @staticmethod
-    def of_tensors(tensors: Sequence[Tensor]) -> AssignmentOrder:
-        """What `tensors` took apart."""
-        order_P, token_P, place_TK, starts = tensors
-        return AssignmentOrder(order_P, token_P, place_TK, starts)
-
 
 def assignment_order(slot_TK: Tensor, num_slots: int) -> AssignmentOrder:
     """Return the assignments of `slot_TK` (integers [T, K], each in -1 … num_slots - 1) sorted by slot."""
@@ -109,16 +100,6 @@ def assignment_order(slot_TK: Tensor, num_slots: int) -> AssignmentOrder:
     place.scatter_(0, order_P, torch.arange(slot.numel(), dtype=torch.int32, device=slot.device))
     token_P = (order_P // slot_TK.shape[1]).to(torch.int32)
     return AssignmentOrder(order_P, token_P, torch.where(slot < 0, -1, place).view(slot_TK.shape), starts)
-
-
-def fake_order(slot_TK: Tensor, num_slots: int, places: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return tensors of the shapes and types of an `AssignmentOrder`, for an operator's fake implementation."""
-    return (
-        slot_TK.new_empty(places, dtype=torch.int64),
-        slot_TK.new_empty(places, dtype=torch.int32),
-        slot_TK.new_empty(slot_TK.shape, dtype=torch.int32),
-        slot_TK.new_empty(num_slots + 1, dtype=torch.int32),
-    )
 
 
 def tile_map(order: AssignmentOrder, rows: int) -> Tensor:
@@ -169,16 +150,6 @@ class AssignmentBlocks:
     """int32 [chunks, 3]; a hot slot's gradients are summed by many programs, each over one chunk, and then over the chunks in turn"""
     first_chunk: Tensor
     """int32 [S + 1]: the chunks of slot s are first_chunk[s] … first_chunk[s + 1] - 1"""
-
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """What an operator is given; `of_tensors` puts it together again."""
-        return *self.order.tensors(), self.tiles, self.chunks, self.first_chunk
-
-    @staticmethod
-    def of_tensors(rows: int, tensors: Sequence[Tensor]) -> AssignmentBlocks:
-        """What `tensors` took apart."""
-        *order, tiles, chunks, first_chunk = tensors
-        return AssignmentBlocks(AssignmentOrder.of_tensors(order), rows, tiles, chunks, first_chunk)
 
 
 def assignment_blocks(order: AssignmentOrder, rows: int, chunk_rows: int) -> AssignmentBlocks:

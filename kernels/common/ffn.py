@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hecate.kernels.common.operands import Operands
+
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """SiLU; GELU by the error function; GELU by its tanh approximation (Gemma)."""
@@ -16,7 +18,7 @@ _APPROXIMATE = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 @dataclass(frozen=True)
-class FfnBase:
+class FfnBase(Operands):
     """The frozen FFN that all experts of a MixLoRA layer share."""
 
     gate_FD: Tensor
@@ -26,7 +28,7 @@ class FfnBase:
 
 
 @dataclass(frozen=True)
-class FfnShape:
+class FfnShape(Operands):
     """The sizes of an FFN whose weights are stored in one flat chunk: gate [F, D], up [F, D], down [D, F]."""
 
     hidden: int

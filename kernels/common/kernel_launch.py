@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,11 @@ class Launch:
 
     def run(self) -> None:
         """Launch the kernel on the tensors' device, unless the grid is empty. Inside `recorded` the launch is only added to its list."""
-        if math.prod(self.grid) == 0:
-            return
         record = _record.get()
         if record is not None:
             record.append(self)
+            return
+        if math.prod(self.grid) == 0:
             return
         # Triton keeps the allocator per thread, and the backward pass runs in a thread of its own.
         triton.set_allocator(_scratch)
@@ -60,10 +60,20 @@ _record: contextvars.ContextVar[list[Launch] | None] = contextvars.ContextVar("r
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """A context in which kernels are not launched but added to a list, for code on meta tensors whose results are not read."""
+    """A context in which kernels are not launched but added to a list, for code on meta or fake tensors whose results are not read."""
     launches: list[Launch] = []
     token = _record.set(launches)
     try:
         yield launches
     finally:
         _record.reset(token)
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> tuple[int, ...] | None:
+    """Return where tensors begin in memory; None inside `recorded`, where they may be torch's fake ones, which begin nowhere."""
+    return tuple(tensor.data_ptr() for tensor in tensors) if _record.get() is None else None
+
+
+def begins_aligned(tensor: Tensor) -> bool:
+    """Return whether a tensor begins at a multiple of 16 bytes, as descriptors of TMA need it; inside `recorded` it does."""
+    return _record.get() is not None or tensor.data_ptr() % 16 == 0

@@ -20,7 +20,7 @@ from hecate.kernels.common.device_functions import dropout_keep, dropout_word
 from hecate.kernels.common.dropout import TokenDropout
 from hecate.kernels.common.kernel_launch import Launch
 from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, num_blocks, padded_rank
-from hecate.kernels.common.low_rank import row_factors, scaled_rows
+from hecate.kernels.common.low_rank import LowRankPairs
 
 CHUNK_ROWS = 1024
 """the tokens whose part of the gradients of A and B one program sums"""
@@ -202,56 +202,41 @@ def lora_outer_kernel(
 
 
 def lora_linear_triton(
-    x_TI: Tensor,
-    weight_OI: Tensor,
-    bias_O: Tensor | None,
-    a_rI: Tensor,
-    b_Or: Tensor,
-    scale: float,
-    dropout: TokenDropout | None = None,
-    eta: float | None = None,
+    x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, pair: LowRankPairs, dropout: TokenDropout | None = None
 ) -> Tensor:
     """As `hecate.kernels.common.low_rank.lora_linear`, on CUDA tensors, or on the CPU under TRITON_INTERPRET=1; not in float64.
 
     Ranks are 1 to 256.
     """
-    return _TritonLoraLinear.apply(x_TI.contiguous(), weight_OI, bias_O, a_rI, b_Or, scale, dropout, eta)
+    return _TritonLoraLinear.apply(x_TI.contiguous(), weight_OI, bias_O, pair.scale, dropout, *pair.matrices)
 
 
 class _TritonLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        weight_OI: Tensor,
-        bias_O: Tensor | None,
-        a_rI: Tensor,
-        b_Or: Tensor,
-        scale: float,
-        dropout: TokenDropout | None,
-        eta: float | None,
+        ctx: Any, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, scale: float, dropout: TokenDropout | None, *pair: Any
     ) -> Tensor:
-        ctx.dropout, ctx.scale, ctx.eta = dropout, scale * (1.0 if dropout is None else dropout.dropout.scale), eta
+        a_rI, b_Or, _ = pair
+        ctx.dropout, ctx.scale = dropout, scale * (1.0 if dropout is None else dropout.dropout.scale)
         y_TO = F.linear(x_TI, weight_OI, bias_O)
         low_Tr = _shrink(x_TI, a_rI, ctx.scale, dropout)
         y_TO.addmm_(low_Tr, b_Or.to(x_TI.dtype).T)
-        ctx.save_for_backward(x_TI, weight_OI, a_rI, b_Or, low_Tr)
+        ctx.save_for_backward(x_TI, weight_OI, low_Tr, *pair)
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, weight_OI, a_rI, b_Or, low_Tr = ctx.saved_tensors
-        dy_TO = grads[0].contiguous()
-        factor_O = row_factors(a_rI, b_Or, ctx.eta)
+        x_TI, weight_OI, low_Tr, a_rI, b_Or, b_for_a_Or = ctx.saved_tensors
+        dy_TO, trains_a = grads[0].contiguous(), ctx.needs_input_grad[5]
         dlow_Tr = of_a_Tr = _shrink(dy_TO, b_Or.T, ctx.scale, None)
-        if factor_O is not None and ctx.needs_input_grad[3]:
-            of_a_Tr = _shrink(dy_TO, scaled_rows(b_Or, factor_O).T, ctx.scale, None)
-        da_rI, db_Or = _pair_gradients(of_a_Tr if ctx.needs_input_grad[3] else None, x_TI, low_Tr, dy_TO, ctx.dropout, a_rI.dtype)
-        db_Or, dx_TI = scaled_rows(db_Or, factor_O), None
+        if b_for_a_Or is not None and trains_a:
+            of_a_Tr = _shrink(dy_TO, b_for_a_Or.T, ctx.scale, None)
+        da_rI, db_Or = _pair_gradients(of_a_Tr if trains_a else None, x_TI, low_Tr, dy_TO, ctx.dropout, a_rI.dtype)
+        dx_TI = None
         if ctx.needs_input_grad[0]:
             dx_TI = dy_TO @ weight_OI
             _add(dx_TI, dlow_Tr, a_rI, ctx.dropout)
-        return dx_TI, None, None, da_rI, db_Or, None, None, None
+        return dx_TI, None, None, None, None, da_rI, db_Or, None
 
 
 def _shrink(x_TC: Tensor, matrix_rC: Tensor, scale: float, dropout: TokenDropout | None) -> Tensor:

@@ -1,154 +1,147 @@
-"""Convert records to the arguments of a `torch.library` operator and back.
+"""Make a differentiable operator for torch.compile of a kernel family's two passes, which are functions of records.
 
-An operator takes tensors, lists of tensors, numbers and strings, in one flat list. Both kinds of low-rank experts pack their pairs in
-the same way, and all operators keep tensors for their backward pass in the same way.
+The schemas of the operators are read off the records, and their fake versions are the passes themselves with all launches left out. So no
+signature is written anywhere, and a result that is declared cannot differ from one that is computed.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import GenericAlias
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 
-from hecate.kernels.common.dropout import Dropout
-from hecate.kernels.common.ffn import PROJECTIONS
-from hecate.kernels.common.low_rank import LowRankPairs
-
-
-def pack_pairs(pairs: dict[str, LowRankPairs], dropout: Dropout | None) -> tuple[list[Tensor], str, list[float], list[float], bool]:
-    """Return the A and B of each projection with a pair, in the order of `PROJECTIONS`, their names, scales times dropout's, and etas.
-
-    An eta of 0 stands for none. The last value is whether A trains: not where B alone requires a gradient.
-    """
-    grow = 1.0 if dropout is None else dropout.scale
-    names = [name for name in PROJECTIONS if name in pairs]
-    matrices = [matrix for name in names for matrix in (pairs[name].a_SrI, pairs[name].b_SOr)]
-    scales, etas = [pairs[name].scale * grow for name in names], [pairs[name].eta or 0.0 for name in names]
-    of_a, of_b = (any(matrix.requires_grad for matrix in matrices[first::2]) for first in (0, 1))
-    return matrices, " ".join(names), scales, etas, of_a or not of_b
-
-
-def unpack_pairs(matrices: Sequence[Tensor], projections: str, scales: Sequence[float], etas: Sequence[float]) -> dict[str, LowRankPairs]:
-    """Return the pairs that `pack_pairs` has packed, or gradients in the same order. The scales include dropout's."""
-    each = zip(projections.split(), matrices[0::2], matrices[1::2], scales, etas, strict=True)
-    return {name: LowRankPairs(a, b, scale, eta or None) for name, a, b, scale, eta in each}
-
-
-def gradients_of_pairs(gradients: Sequence[Tensor], *, of_a: bool) -> list[Tensor | None]:
-    """Return an operator's gradients of A and B in the order of `pack_pairs`. Without those of A, which is then fixed, they are None."""
-    return list(gradients) if of_a else [each for of_b in gradients for each in (None, of_b)]
-
-
-def split_like(all_NC: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
-    """Return views of the columns, which hold matrices side by side: [N, ...] with the sizes of each of `matrices` but its first."""
-    shapes = [matrix.shape[1:] for matrix in matrices]
-    columns = all_NC.split_with_sizes([math.prod(shape) for shape in shapes], dim=1)
-    return [each.view(all_NC.shape[0], *shape) for each, shape in zip(columns, shapes, strict=True)]
-
-
-Form = list[tuple[str, Any]]
-"""what `take_apart` has found in place of each value"""
-
-
-def take_apart(values: Sequence[Any]) -> tuple[list[Tensor], Form]:
-    """Return the tensors among the values and in their lists, and what `put_together` needs besides."""
-    tensors: list[Tensor] = []
-    form: Form = []
-    for value in values:
-        if isinstance(value, Tensor):
-            form.append(("tensor", None))
-            tensors.append(value)
-        elif _is_tensors(value):
-            form.append(("tensors", len(value)))
-            tensors += value
-        else:
-            form.append(("value", value))
-    return tensors, form
-
-
-def put_together(tensors: Iterable[Tensor], form: Form) -> list[Any]:
-    """Return the values that `take_apart` was given."""
-    rest = iter(tensors)
-    values: list[Any] = []
-    for kind, value in form:
-        if kind == "value":
-            values.append(value)
-        else:
-            values.append(next(rest) if kind == "tensor" else list(itertools.islice(rest, value)))
-    return values
-
-
-def keep_for_backward(ctx: Any, values: Sequence[Any]) -> None:
-    """Keep tensors, lists of tensors and other values for `kept_for_backward`."""
-    # Without this, autograd would fill in zeros for the gradients of outputs that are only kept.
-    ctx.set_materialize_grads(False)
-    tensors, ctx.kept = take_apart(values)
-    ctx.save_for_backward(*tensors)
-
-
-def kept_for_backward(ctx: Any) -> list[Any]:
-    """Return the values that were passed to `keep_for_backward`."""
-    return put_together(ctx.saved_tensors, ctx.kept)
-
-
-class Operator(NamedTuple):
-    library: Any
-    """what `torch.library.custom_op` has made of the function"""
-    function: Callable[..., Any]
+from hecate.kernels.common.kernel_launch import recorded
+from hecate.kernels.common.operands import Form, Operands, flattened, leaf_types, put_together, take_apart, unflattened
 
 
 class DifferentiableOperator:
     """An operator whose backward pass is another one. Calls go through torch.library under torch.compile only, which needs that.
 
     torch.library takes the host a third of a millisecond for both passes, as long as all else that a layer's experts do on the host.
-
-    Args:
-        setup_context: as `register_autograd` takes it.
-        gradients: (backward operator, ctx, *gradients of the results) -> gradients of the arguments.
     """
 
-    def __init__(self, forward: Operator, backward: Operator, setup_context: Callable[..., None], gradients: Callable[..., Any]) -> None:
-        forward.library.register_autograd(functools.partial(gradients, backward.library), setup_context=setup_context)
-        self._forward, self._setup_context = forward, setup_context
-        self._gradients = functools.partial(gradients, backward.function)
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[[Any, Any], tuple[Tensor, Any]],
+        backward: Callable[[Tensor, Any, Any], list[Tensor]],
+        gradients: Callable[[Any, list[Tensor]], Mapping[str, Any]],
+    ) -> None:
+        """Args:
+        forward: (call, once) -> (y, kept), annotated with three classes of records: what both passes take, what the forward pass alone
+            takes, and tensors for the backward pass. None of the results may share memory with another or with an argument.
+        backward: (gradient of y, call, kept) -> tensors of which gradients are made; the same holds of them.
+        gradients: (call, those tensors) -> the gradients of the call's leaves, by their names in `leaf_types`. What has none is left out.
+        """
+        hints = get_type_hints(forward)
+        kept = get_args(hints.pop("return"))[1]
+        call, once = hints.values()
+        self._call, self._kept, self._num_kept = call, kept, len(leaf_types(kept))
+        self._forward, self._backward, self._gradients = forward, backward, gradients
+        results = GenericAlias(tuple, (Tensor,) * (1 + self._num_kept))
+        self.library = _library_operator(name, {**leaf_types(call), **leaf_types(once)}, results, self._flat_forward(once))
+        backward_types = {"dy": Tensor, **leaf_types(kept), **leaf_types(call)}
+        self._library_backward = _library_operator(f"{name}_backward", backward_types, list[Tensor], self._flat_backward)
+        self.library.register_autograd(self._library_gradients, setup_context=self._library_keep)
 
-    def __call__(self, *arguments: Any) -> tuple[Tensor, ...]:
+    def __call__(self, call: Operands, once: Operands) -> Tensor:
+        leaves = flattened(call)
         if torch.compiler.is_compiling():
-            return self._forward.library(*arguments)
-        tensors, form = take_apart(arguments)
-        return _Direct.apply(self, form, *tensors)
+            return self.library(*leaves, *flattened(once))[0]
+        tensors, form = take_apart(leaves)
+        return _Direct.apply(self, call, once, form, *tensors)
 
-    def run(self, ctx: Any, form: Form, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The forward pass, without torch.library."""
-        arguments = put_together(tensors, form)
-        results = self._forward.function(*arguments)
-        self._setup_context(ctx, tuple(arguments), results)
-        return results
+    def run(self, ctx: Any, call: Operands, once: Operands, form: Form, tensors: Sequence[Tensor]) -> Tensor:
+        """The forward pass without torch.library, of a call whose leaves have been taken apart."""
+        y, kept = self._forward(call, once)
+        self._keep(ctx, flattened(kept), tensors, form)
+        return y
 
-    def gradients(self, ctx: Any, form: Form, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def gradients(self, ctx: Any, dy: Tensor | None) -> list[Tensor | None]:
         """The backward pass without torch.library: the gradients of the tensors that `run` was given."""
-        found: list[Tensor | None] = []
-        for (kind, _), gradient in zip(form, self._gradients(ctx, *grads), strict=True):
+        call, kept = self._of_context(ctx)
+        found = {} if dy is None else self._gradients(call, self._backward(dy, call, kept))
+        gradients: list[Tensor | None] = []
+        for (kind, size), name in zip(ctx.form, leaf_types(self._call), strict=True):
             if kind != "value":
-                found += [gradient] if kind == "tensor" else gradient
-        return found
+                gradients += [found.get(name)] if kind == "tensor" else found.get(name) or [None] * size
+        return gradients
+
+    def _keep(self, ctx: Any, kept: Sequence[Tensor], tensors: Sequence[Tensor], form: Form) -> None:
+        # Without this, autograd would fill in zeros for the gradients of outputs that are only kept.
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*kept, *tensors)
+        ctx.form = form
+
+    def _of_context(self, ctx: Any) -> tuple[Any, Any]:
+        """The call and what was kept of its forward pass."""
+        kept, tensors = ctx.saved_tensors[: self._num_kept], ctx.saved_tensors[self._num_kept :]
+        return unflattened(self._call, iter(put_together(tensors, ctx.form))), unflattened(self._kept, iter(kept))
+
+    def _flat_forward(self, once: type[Operands]) -> Callable[..., tuple[Tensor, ...]]:
+        def forward(*leaves: Any) -> tuple[Tensor, ...]:
+            rest = iter(leaves)
+            y, kept = self._forward(unflattened(self._call, rest), unflattened(once, rest))
+            return y, *flattened(kept)
+
+        return forward
+
+    def _flat_backward(self, dy: Tensor, *leaves: Any) -> list[Tensor]:
+        rest = iter(leaves)
+        kept = unflattened(self._kept, rest)
+        return self._backward(dy, unflattened(self._call, rest), kept)
+
+    def _library_keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, *kept = output
+        ctx.mark_non_differentiable(*kept)
+        count = len(leaf_types(self._call))
+        # The gradient of an argument that is a list is a list.
+        ctx.none_of_once = [[None] * len(leaf) if isinstance(leaf, list | tuple) else None for leaf in inputs[count:]]
+        self._keep(ctx, kept, *take_apart(inputs[:count]))
+
+    def _library_gradients(self, ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        call, kept = self._of_context(ctx)
+        found: Mapping[str, Any] = {}
+        if dy is not None:
+            found = self._gradients(call, self._library_backward(dy, *flattened(kept), *flattened(call)))
+        of_call = (
+            found.get(name) or [None] * size if kind == "tensors" else found.get(name)
+            for (kind, size), name in zip(ctx.form, leaf_types(self._call), strict=True)
+        )
+        return *of_call, *ctx.none_of_once
 
 
 class _Direct(torch.autograd.Function):
+    """Its tensors are those of the call, for autograd to see."""
+
     @staticmethod
-    def forward(ctx: Any, operator: DifferentiableOperator, form: Form, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.operator, ctx.form = operator, form
-        return operator.run(ctx, form, tensors)
+    def forward(ctx: Any, operator: DifferentiableOperator, call: Operands, once: Operands, form: Form, *tensors: Tensor) -> Tensor:
+        ctx.operator = operator
+        return operator.run(ctx, call, once, form, tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, None, *ctx.operator.gradients(ctx, ctx.form, grads)
+        return None, None, None, None, *ctx.operator.gradients(ctx, grads[0])
 
 
-def _is_tensors(value: Any) -> bool:
-    return isinstance(value, list | tuple) and all(isinstance(each, Tensor) for each in value)
+def _library_operator(name: str, types: Mapping[str, Any], result: Any, function: Callable[..., Any]) -> Any:
+    """Return what torch.library makes of a function of these arguments."""
+
+    def run(*leaves: Any) -> Any:
+        return function(*leaves)
+
+    def fake(*leaves: Any) -> Any:
+        with recorded():
+            return function(*leaves)
+
+    # torch infers an operator's schema from its function's signature.
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    arguments = [inspect.Parameter(leaf.replace(".", "_"), kind, annotation=type_) for leaf, type_ in types.items()]
+    run.__signature__ = inspect.Signature(arguments, return_annotation=result)  # type: ignore[attr-defined]
+    operator = torch.library.custom_op(f"hecate::{name}", run, mutates_args=())
+    operator.register_fake(fake)
+    return operator

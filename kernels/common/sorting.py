@@ -9,6 +9,7 @@ Shapes: T tokens, K assignments of a token, P = T·K places of the sorted assign
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from hecate.kernels.common.device_functions import dropout_word
 from hecate.kernels.common.dropout import Dropout, FfnDropout, RowDropout
 from hecate.kernels.common.kernel_launch import Launch
 from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, num_blocks
+from hecate.kernels.common.operands import Operands
 
 SORT_RULES = (Rule(LaunchConfig({"BP": 2048}, num_warps=8, num_stages=2), min_sm=80), Rule(LaunchConfig({"BP": 32}), min_sm=0))
 CUT_RULES = (
@@ -28,15 +30,26 @@ CUT_RULES = (
 )
 
 
-def dropout_numbers(dropout: Dropout | None, routed: RoutedTokens) -> tuple[list[Tensor], int]:
-    """Return what the dropout of assignments is hashed from, as an operator takes it: tokens' numbers, the experts in the slots, the key.
+@dataclass(frozen=True)
+class Unsorted(Operands):
+    """What assignments are sorted by, and what the words of their dropout are hashed from."""
 
-    Without dropout there are no tensors. With it, `routed` must have `token_T` and `expert_S`.
-    """
-    if dropout is None or dropout.dropped_levels == 0:
-        return [], 0
-    assert routed.token_T is not None, "dropout needs the tokens' numbers"
-    return [routed.token_T, routed.experts_in_slots], dropout.key
+    slot_TK: Tensor
+    """int64; -1: that assignment is computed elsewhere"""
+    places: int
+    """see `RoutedTokens.places`"""
+    numbers: Sequence[Tensor] = ()
+    """int64: those of the tokens [T], and of the experts in the slots [S]; nothing: there is no dropout"""
+    key: int = 0
+    """of the dropout"""
+
+    @staticmethod
+    def of(routed: RoutedTokens, dropout: Dropout | None = None) -> Unsorted:
+        """With dropout, `routed` must have `token_T` and `expert_S`."""
+        if dropout is None or dropout.dropped_levels == 0:
+            return Unsorted(routed.slot_TK, routed.places)
+        assert routed.token_T is not None, "dropout needs the tokens' numbers"
+        return Unsorted(routed.slot_TK, routed.places, [routed.token_T, routed.experts_in_slots], dropout.key)
 
 
 # How many assignments and slots there are changes from batch to batch and with placements, and must not compile anew.
@@ -152,31 +165,25 @@ def cut_kernel(
         _cut_block(p_starts, p_chunks, p_first_chunk, i - tile_blocks, num_slots, num_chunks, chunk_rows, True, BT, BS)
 
 
-def words_width(num_assignments: int) -> int:
+def _words_width(num_assignments: int) -> int:
     """Return how many words of dropout there is room for: kernels are compiled for rows that begin at multiples of 16 bytes."""
     return -(-num_assignments // 4) * 4
 
 
-def sorted_assignments(
-    slot_TK: Tensor, num_slots: int, numbers: Sequence[Tensor] = (), key: int = 0, places: int | None = None
-) -> tuple[AssignmentOrder, Tensor]:
-    """Return what `assignment_order` does, and dropout's words at each place, of x and of the gated hidden state: int32 [2, `words_width`].
+def sorted_assignments(unsorted: Unsorted, num_slots: int) -> tuple[AssignmentOrder, Tensor]:
+    """Return what `assignment_order` does, and dropout's words at each place, of x and of the gated hidden state, int32 [2, T·K or more].
 
-    Without dropout there are no words, [2, 0]. Those of assignments that are computed elsewhere mean nothing.
-
-    Args:
-        numbers, key: the results of `dropout_numbers`.
-        places: see `RoutedTokens.places`; None: T·K.
+    Without dropout, or without slots, there are no words, [2, 0]. Those of assignments that are computed elsewhere mean nothing.
     """
-    token_T, expert_S = numbers or (None, None)
-    num_assignments = slot_TK.numel()
+    slot_TK, num_assignments = unsorted.slot_TK, unsorted.slot_TK.numel()
+    token_T, expert_S = unsorted.numbers if unsorted.numbers and num_slots else (None, None)
     order = AssignmentOrder(
         slot_TK.new_empty(num_assignments, dtype=torch.int64),
         slot_TK.new_empty(num_assignments, dtype=torch.int32),
         slot_TK.new_empty(slot_TK.shape, dtype=torch.int32),
         slot_TK.new_empty(num_slots + 1, dtype=torch.int32),
     )
-    words = slot_TK.new_empty((2, words_width(num_assignments) if numbers else 0), dtype=torch.int32)
+    words = slot_TK.new_empty((2, 0 if token_T is None else _words_width(num_assignments)), dtype=torch.int32)
     config = choose("sort", SORT_RULES, rank=0, itemsize=4, device=slot_TK.device)
     Launch(
         kernel=sort_kernel,
@@ -189,21 +196,19 @@ def sorted_assignments(
             "p_token_P": order.token_P,
             "p_place": order.place_TK,
             "p_starts": order.starts,
-            "p_words": words if numbers else None,
+            "p_words": None if token_T is None else words,
             "num_assignments": num_assignments,
             "num_slots": num_slots,
             "s_token": slot_TK.stride(0),
             "s_choice": slot_TK.stride(1),
             "s_word": words.stride(0),
-            "key": key,
+            "key": unsorted.key,
         },
-        constants={"TOP_K": slot_TK.shape[1], "DROPOUT": bool(numbers), **config.blocks},
+        constants={"TOP_K": slot_TK.shape[1], "DROPOUT": token_T is not None, **config.blocks},
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     ).run()
-    if places is not None:
-        order = AssignmentOrder(order.order_P[:places], order.token_P[:places], order.place_TK, order.starts)
-    return order, words
+    return AssignmentOrder(order.order_P[: unsorted.places], order.token_P[: unsorted.places], order.place_TK, order.starts), words
 
 
 def words_dropout(words: Tensor, dropped_levels: int) -> FfnDropout | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from hecate.kernels.common.assignments import AssignmentOrder
 from hecate.kernels.common.device_functions import dropout_keep
 from hecate.kernels.common.dropout import RowDropout
-from hecate.kernels.common.kernel_launch import Launch
+from hecate.kernels.common.kernel_launch import Launch, begins_aligned
 from hecate.kernels.common.launch_config import NARROW, LaunchConfig, Rule, choose, num_blocks, sm_of
 from hecate.kernels.common.low_rank import MAX_RANK, LowRankTerm
 from hecate.kernels.common.sorting import kept_tile_map
@@ -273,7 +273,7 @@ def _low_rank_arguments(options: GemmOptions, rank: int, width: int) -> dict[str
 def _takes_descriptors(x: Tensor, inner: int, halves: int) -> bool:
     """Return whether TMA can address x's rows, and each half of them."""
     itemsize = x.element_size()
-    return x.data_ptr() % 16 == 0 and x.stride(0) * itemsize % 16 == 0 and (halves == 1 or inner * itemsize % 16 == 0)
+    return begins_aligned(x) and x.stride(0) * itemsize % 16 == 0 and (halves == 1 or inner * itemsize % 16 == 0)
 
 
 def gemm_launch(
@@ -294,7 +294,7 @@ def gemm_launch(
     drop = options.drop_x or options.drop_low
     return Launch(
         kernel=grouped_gemm_kernel,
-        grid=(len(tiles) * halves * num_blocks(width, config.blocks["BN"]),),
+        grid=(tiles.shape[0] * halves * num_blocks(width, config.blocks["BN"]),),
         args={
             "x": x,
             "token_P": order.token_P if options.gather else None,
@@ -303,7 +303,7 @@ def gemm_launch(
             "keep_P": None if drop is None else drop.word_R,
             "y": y,
             "tiles": tiles,
-            "num_tiles": len(tiles),
+            "num_tiles": tiles.shape[0],
             "num_assignments": order.num_assignments,
             "stride_x": x.stride(0),
             "stride_w_slot": weights.stride,

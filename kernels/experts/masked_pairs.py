@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hecate.kernels.common.assignments import RoutedTokens
-from hecate.kernels.common.low_rank import LowRankPairs, row_factors, scaled_rows, side_by_side
+from hecate.kernels.common.low_rank import LowRankPairs, side_by_side
 
 _MOST_RANKS, _MOST_RANKS_OF_AN_ASSIGNMENT = 64, 32
 """Up to these the dense products were found to take less processor time than plain torch on sorted assignments, for linears of 576 x 576
@@ -43,26 +43,24 @@ def masking_pays_beside_kernels(routed: RoutedTokens, pairs: LowRankPairs) -> bo
 
 def masked_pairs(routed: RoutedTokens, pairs: LowRankPairs) -> Tensor:
     """As `routed_pairs.routed_pairs` without dropout, whose masks differ by expert; on any device."""
-    return _MaskedPairs.apply(routed.x_TD, routed.weight_TK, pairs.a_SrI, pairs.b_SOr, pairs.scale, pairs.eta, routed.slot_TK)
+    return _MaskedPairs.apply(routed.x_TD, routed.weight_TK, routed.slot_TK, pairs.scale, *pairs.matrices)
 
 
 class _MaskedPairs(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x_TI: Tensor, weight_TK: Tensor, a_SrI: Tensor, b_SOr: Tensor, scale: float, eta: float | None, slot_TK: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x_TI: Tensor, weight_TK: Tensor, slot_TK: Tensor, scale: float, *pairs: Any) -> Tensor:
+        a_SrI, b_SOr, _ = pairs
         low_TR = x_TI @ side_by_side(a_SrI, x_TI.dtype).T
         weight_TR = _by_rank(weight_TK, slot_TK, a_SrI, x_TI.dtype)
-        ctx.scale, ctx.eta = scale, eta
-        ctx.save_for_backward(x_TI, weight_TK, a_SrI, b_SOr, low_TR, slot_TK)
+        ctx.scale = scale
+        ctx.save_for_backward(x_TI, weight_TK, slot_TK, low_TR, *pairs)
         return (low_TR * weight_TR.mul_(scale)) @ side_by_side(b_SOr.mT, x_TI.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TO,) = grads
-        x_TI, weight_TK, a_SrI, b_SOr, low_TR, slot_TK = ctx.saved_tensors
+        x_TI, weight_TK, slot_TK, low_TR, a_SrI, b_SOr, b_for_a_SOr = ctx.saved_tensors
         slots, rank, _ = a_SrI.shape
-        factor_SO = row_factors(a_SrI, b_SOr, ctx.eta)
         weight_TR = _by_rank(weight_TK, slot_TK, a_SrI, x_TI.dtype).mul_(ctx.scale)
         dlow_TR = dy_TO @ side_by_side(b_SOr.mT, x_TI.dtype).T
         sums = torch.promote_types(x_TI.dtype, torch.float32)
@@ -70,15 +68,15 @@ class _MaskedPairs(torch.autograd.Function):
         dweight_TK = torch.where(slot_TK < 0, 0.0, dot_TS.gather(1, slot_TK.clamp(min=0))).mul_(ctx.scale).to(weight_TK.dtype)
         dlow_TR.mul_(weight_TR)
         db_RO = (low_TR * weight_TR).T @ dy_TO
-        db_SOr = scaled_rows(db_RO.view(slots, rank, -1).mT.to(b_SOr.dtype), factor_SO)
+        db_SOr = db_RO.view(slots, rank, -1).mT.to(b_SOr.dtype)
         da_SrI = None
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[4]:
             of_a_TR = dlow_TR
-            if factor_SO is not None:
-                of_a_TR = (dy_TO @ side_by_side(scaled_rows(b_SOr, factor_SO).mT, x_TI.dtype).T).mul_(weight_TR)
+            if b_for_a_SOr is not None:
+                of_a_TR = (dy_TO @ side_by_side(b_for_a_SOr.mT, x_TI.dtype).T).mul_(weight_TR)
             da_SrI = (of_a_TR.T @ x_TI).view(a_SrI.shape).to(a_SrI.dtype)
         dx_TI = dlow_TR @ side_by_side(a_SrI, x_TI.dtype) if ctx.needs_input_grad[0] else None
-        return dx_TI, dweight_TK, da_SrI, db_SOr, None, None, None
+        return dx_TI, dweight_TK, None, None, da_SrI, db_SOr, None
 
 
 def _by_rank(weight_TK: Tensor, slot_TK: Tensor, a_SrI: Tensor, dtype: torch.dtype) -> Tensor:

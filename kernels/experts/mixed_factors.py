@@ -28,7 +28,7 @@ def mixed_factors(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout
         dropout: the dropout of x, one mask for a token whatever the pairs; `routed` must then have `token_T`.
     """
     assert routed.slot_TK.shape[1] == len(pairs.a_SrI), "every token needs all pairs of the unit on its rank"
-    assert pairs.eta is None, "rows of a sum of pairs have no gradient rule"
+    assert pairs.b_for_a_SOr is None, "the gradient of A in a sum of pairs comes from B itself"
     rows = None
     if dropout is not None:
         assert routed.token_T is not None, "dropout needs the tokens' numbers"

@@ -50,14 +50,14 @@ def moe_lora_ffn_reference(
 def routed_pairs_reference(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout | None = None) -> Tensor:
     """As `routed_pairs`: y = sum_k w_k s B A dropout(x), the pair being that of the assignment's expert."""
     y_TO = routed.x_TD.new_zeros((len(routed.x_TD), pairs.b_SOr.shape[1]))
-    for slot, (a, b) in enumerate(zip(pairs.a_SrI, pairs.b_SOr, strict=True)):
+    for slot in range(len(pairs.a_SrI)):
         tokens, k = (routed.slot_TK == slot).nonzero(as_tuple=True)
         x = routed.x_TD[tokens]
         if dropout is not None:
             assert routed.token_T is not None
             stream = dropout_stream(int(routed.experts_in_slots[slot]), "linear")
             x = x * dropout.mask(routed.token_T[tokens], stream, x.shape[1], x.dtype)
-        y = pairs.scale * low_rank_product(x, a.to(x.dtype), b.to(x.dtype), pairs.eta)
+        y = pairs.scale * low_rank_product(x, pairs.of_slot(slot, x.dtype))
         y_TO = y_TO.index_add(0, tokens, routed.weight_TK[tokens, k].to(y.dtype)[:, None] * y)
     return y_TO
 

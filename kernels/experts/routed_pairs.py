@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hecate.kernels.common.assignments import RoutedTokens, Tile, assignment_tiles
 from hecate.kernels.common.dropout import Dropout, RowDropout, ffn_dropout
-from hecate.kernels.common.low_rank import LowRankPairs, row_factors, scaled_rows
+from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.kernels.experts.masked_pairs import masked_pairs, masking_pays
 
 _TILE_ROWS = 512
@@ -42,22 +42,15 @@ def sorted_pairs(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout 
     of_rows = ffn_dropout(dropout, routed, order_P)
     rows = None if of_rows is None else of_rows.gate_up
     scale = pairs.scale * (1.0 if rows is None else rows.scale)
-    return _RoutedPairs.apply(routed.x_TD, routed.weight_TK, pairs.a_SrI, pairs.b_SOr, scale, tiles, rows, pairs.eta)
+    return _RoutedPairs.apply(routed.x_TD, routed.weight_TK, scale, tiles, rows, *pairs.matrices)
 
 
 class _RoutedPairs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        weight_TK: Tensor,
-        a_SrI: Tensor,
-        b_SOr: Tensor,
-        scale: float,
-        tiles: list[Tile],
-        dropout: RowDropout | None,
-        eta: float | None,
+        ctx: Any, x_TI: Tensor, weight_TK: Tensor, scale: float, tiles: list[Tile], dropout: RowDropout | None, *pairs: Any
     ) -> Tensor:
+        a_SrI, b_SOr, _ = pairs
         a, b = a_SrI.to(x_TI.dtype), b_SOr.to(x_TI.dtype)
         weight = weight_TK.detach().flatten().to(x_TI.dtype)
         low_Pr = x_TI.new_empty((tiles[-1].span.stop if tiles else 0, a.shape[1]))
@@ -65,23 +58,22 @@ class _RoutedPairs(torch.autograd.Function):
         for tile in tiles:
             low = torch.mm(_dropped(x_TI[tile.token], dropout, tile), a[tile.slot].T, out=low_Pr[tile.span])
             y_TO.index_add_(0, tile.token, (low * (weight[tile.assignment, None] * scale)) @ b[tile.slot].T)
-        ctx.scale, ctx.tiles, ctx.eta = scale, tiles, eta
+        ctx.scale, ctx.tiles = scale, tiles
         ctx.dropped_levels = None if dropout is None else dropout.dropped_levels
-        ctx.save_for_backward(x_TI, weight_TK, a_SrI, b_SOr, low_Pr, None if dropout is None else dropout.word_R)
+        ctx.save_for_backward(x_TI, weight_TK, low_Pr, None if dropout is None else dropout.word_R, *pairs)
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TO,) = grads
-        x_TI, weight_TK, a_SrI, b_SOr, low_Pr, word_P = ctx.saved_tensors
+        x_TI, weight_TK, low_Pr, word_P, a_SrI, b_SOr, b_for_a_SOr = ctx.saved_tensors
         dropout = None if word_P is None else RowDropout(word_P, ctx.dropped_levels)
         a, b = a_SrI.to(x_TI.dtype), b_SOr.to(x_TI.dtype)
         sums = torch.promote_types(x_TI.dtype, torch.float32)
         weight = weight_TK.flatten().to(x_TI.dtype)
         dweight = torch.zeros(weight.shape, dtype=sums, device=x_TI.device)
-        factor_SO = row_factors(a_SrI, b_SOr, ctx.eta)
-        of_a_SOr = b if factor_SO is None else scaled_rows(b_SOr, factor_SO).to(x_TI.dtype)
-        da_SrI, db_SOr = torch.zeros_like(a_SrI) if ctx.needs_input_grad[2] else None, torch.zeros_like(b_SOr)
+        b_for_a = None if b_for_a_SOr is None else b_for_a_SOr.to(x_TI.dtype)
+        da_SrI, db_SOr = torch.zeros_like(a_SrI) if ctx.needs_input_grad[5] else None, torch.zeros_like(b_SOr)
         dx_TI = torch.zeros_like(x_TI) if ctx.needs_input_grad[0] else None
         for tile in ctx.tiles:
             slot, low, w = tile.slot, low_Pr[tile.span], weight[tile.assignment, None]
@@ -91,12 +83,11 @@ class _RoutedPairs(torch.autograd.Function):
             dlow.mul_(w)
             db_SOr[slot] += dy.T @ (low * (w * ctx.scale))
             if da_SrI is not None:
-                of_a = dlow if factor_SO is None else (dy @ of_a_SOr[slot]).mul_(w * ctx.scale)
+                of_a = dlow if b_for_a is None else (dy @ b_for_a[slot]).mul_(w * ctx.scale)
                 da_SrI[slot] += of_a.T @ _dropped(x_TI[tile.token], dropout, tile)
             if dx_TI is not None:
                 dx_TI.index_add_(0, tile.token, _dropped(dlow @ a[slot], dropout, tile))
-        db_SOr = scaled_rows(db_SOr, factor_SO)
-        return dx_TI, dweight.view_as(weight_TK).to(weight_TK.dtype), da_SrI, db_SOr, None, None, None, None
+        return dx_TI, dweight.view_as(weight_TK).to(weight_TK.dtype), None, None, None, da_SrI, db_SOr, None
 
 
 def _dropped(row_mI: Tensor, dropout: RowDropout | None, tile: Tile) -> Tensor:

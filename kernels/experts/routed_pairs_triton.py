@@ -19,8 +19,9 @@ from hecate.kernels.common.assignments import AssignmentOrder, RoutedTokens
 from hecate.kernels.common.combine import combine_assignments
 from hecate.kernels.common.dropout import Dropout, RowDropout
 from hecate.kernels.common.launch_config import padded_rank
-from hecate.kernels.common.low_rank import LowRankPairs, row_factors, scaled_rows
-from hecate.kernels.common.sorting import dropout_numbers, sorted_assignments, words_dropout
+from hecate.kernels.common.low_rank import LowRankPairs
+from hecate.kernels.common.operands import flattened, unflattened
+from hecate.kernels.common.sorting import Unsorted, sorted_assignments, words_dropout
 from hecate.kernels.experts.grouped_gemm import GemmOptions, grouped_gemm
 from hecate.kernels.experts.grouped_wgrad import grouped_wgrad
 from hecate.kernels.experts.masked_pairs import masked_pairs, masking_pays_beside_kernels
@@ -37,27 +38,19 @@ def routed_pairs_triton(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: D
 
 def sorted_pairs_triton(routed: RoutedTokens, pairs: LowRankPairs, *, dropout: Dropout | None = None) -> Tensor:
     """As `routed_pairs_triton`, on sorted assignments whatever the sizes."""
-    return _TritonRoutedPairs.apply(routed.x_TD, routed.weight_TK, pairs.a_SrI, pairs.b_SOr, pairs.scale, pairs.eta, routed, dropout)
+    return _TritonRoutedPairs.apply(routed.x_TD, routed.weight_TK, pairs.scale, routed, dropout, *pairs.matrices)
 
 
 class _TritonRoutedPairs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_TI: Tensor,
-        weight_TK: Tensor,
-        a_SrI: Tensor,
-        b_SOr: Tensor,
-        scale: float,
-        eta: float | None,
-        routed: RoutedTokens,
-        dropout: Dropout | None,
+        ctx: Any, x_TI: Tensor, weight_TK: Tensor, scale: float, routed: RoutedTokens, dropout: Dropout | None, *pairs: Any
     ) -> Tensor:
+        a_SrI, b_SOr, _ = pairs
         num_slots = len(a_SrI)
-        numbers, key = dropout_numbers(dropout, routed) if num_slots else ([], 0)
-        order, words = sorted_assignments(routed.slot_TK, num_slots, numbers, key, routed.places)
+        order, words = sorted_assignments(Unsorted.of(routed, dropout if num_slots else None), num_slots)
         ctx.dropped_levels = 0 if dropout is None else dropout.dropped_levels
-        ctx.scale, ctx.eta = scale * (1.0 if dropout is None else dropout.scale), eta
+        ctx.scale = scale * (1.0 if dropout is None else dropout.scale)
         if num_slots == 0:
             low_PR, y_TO = x_TI.new_empty((order.num_assignments, 0)), x_TI.new_zeros((len(x_TI), b_SOr.shape[1]))
         else:
@@ -66,16 +59,16 @@ class _TritonRoutedPairs(torch.autograd.Function):
             low_PR = grouped_gemm(x_TI.contiguous(), stacked_weights(a), order, options)
             y_PO = grouped_gemm(low_PR, stacked_weights(b), order, GemmOptions(scales=(ctx.scale, ctx.scale)))
             y_TO = combine_assignments(y_PO, weight_TK.contiguous(), order)
-        ctx.save_for_backward(x_TI, weight_TK, a_SrI, b_SOr, low_PR, words, *order.tensors())
+        ctx.save_for_backward(x_TI, weight_TK, low_PR, words, *pairs, *flattened(order))
         return y_TO
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TI, weight_TK, a_SrI, b_SOr, low_PR, words, *order_tensors = ctx.saved_tensors
+        x_TI, weight_TK, low_PR, words, a_SrI, b_SOr, b_for_a_SOr, *of_order = ctx.saved_tensors
         if len(a_SrI) == 0:
-            nothing = (torch.zeros_like(tensor) for tensor in (x_TI, weight_TK, a_SrI, b_SOr))
-            return *nothing, None, None, None, None
-        order = AssignmentOrder.of_tensors(order_tensors)
+            nothing = [torch.zeros_like(tensor) for tensor in (x_TI, weight_TK, a_SrI, b_SOr)]
+            return *nothing[:2], None, None, None, *nothing[2:], None
+        order = unflattened(AssignmentOrder, iter(of_order))
         x_TI, dy_TO = x_TI.contiguous(), grads[0].contiguous()
         a, b = _padded(a_SrI, b_SOr, x_TI.dtype)
         rank, drop = a_SrI.shape[1], _of_x(words, ctx.dropped_levels)
@@ -86,13 +79,12 @@ class _TritonRoutedPairs(torch.autograd.Function):
         dot_P = F.pad((dlow_PR.float() * low_PR.float()).sum(1), (0, 1))
         dweight_TK = dot_P[order.place_TK.long()].to(weight_TK.dtype)
         dlow_PR = dlow_PR * weight_P
-        factor_SO = row_factors(a_SrI, b_SOr, ctx.eta)
         da_SrI, db_SOr = None, b_SOr.new_empty(b_SOr.shape)
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[5]:
             of_a_PR = dlow_PR
-            if factor_SO is not None:
-                _, of_a_SOR = _padded(a_SrI, scaled_rows(b_SOr, factor_SO), x_TI.dtype)
-                of_a_PR = grouped_gemm(dy_TO, stacked_weights(of_a_SOR), order, options) * weight_P
+            if b_for_a_SOr is not None:
+                _, b_for_a = _padded(a_SrI, b_for_a_SOr, x_TI.dtype)
+                of_a_PR = grouped_gemm(dy_TO, stacked_weights(b_for_a), order, options) * weight_P
             da_SrI = a_SrI.new_empty(a_SrI.shape)
             grouped_wgrad(of_a_PR[:, :rank], x_TI, order, da_SrI, gather="right", drop_right=drop)
         grouped_wgrad(dy_TO, (low_PR * weight_P)[:, :rank], order, db_SOr, gather="left", scale=ctx.scale)
@@ -102,7 +94,7 @@ class _TritonRoutedPairs(torch.autograd.Function):
             if drop is not None:
                 dx_PI *= drop.of(slice(0, len(dx_PI))).keep(dx_PI.shape[1], dx_PI.dtype)
             dx_TI = combine_assignments(dx_PI, None, order)
-        return dx_TI, dweight_TK, da_SrI, scaled_rows(db_SOr, factor_SO), None, None, None, None
+        return dx_TI, dweight_TK, None, None, None, da_SrI, db_SOr, None
 
 
 def _of_x(words: Tensor, dropped_levels: int) -> RowDropout | None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hecate.kernels.common.kernel_launch import addresses_of, begins_aligned
+
 
 @dataclass(frozen=True)
 class SlotWeights:
@@ -34,7 +36,7 @@ class SlotWeights:
         """Whether TMA can address every slot's matrix."""
         itemsize = self.base.element_size()
         strides = (self.row_stride, self.stride) if self.offset_S is None else (self.row_stride,)
-        return self.aligned and self.base.data_ptr() % 16 == 0 and all(stride * itemsize % 16 == 0 for stride in strides)
+        return self.aligned and begins_aligned(self.base) and all(stride * itemsize % 16 == 0 for stride in strides)
 
 
 def stacked_weights(matrices_SNK: Tensor) -> SlotWeights:
@@ -55,7 +57,10 @@ def separate_weights(matrix_S: Sequence[Tensor]) -> SlotWeights:
     for matrix in matrix_S:
         assert (matrix.shape, matrix.dtype, matrix.device) == (base.shape, base.dtype, base.device)
         assert matrix.is_contiguous()
-    places = tuple((matrix.data_ptr() - base.data_ptr()) // base.element_size() for matrix in matrix_S)
+    addresses = addresses_of(matrix_S)
+    if addresses is None:
+        return SlotWeights(base, rows, columns, columns, 0, base.new_empty(len(matrix_S), dtype=torch.int64), others=tuple(matrix_S))
+    places = tuple((address - addresses[0]) // base.element_size() for address in addresses)
     aligned = all(place * base.element_size() % 16 == 0 for place in places)
     return SlotWeights(base, rows, columns, columns, 0, _table(places, base.device), aligned, tuple(matrix_S))
 

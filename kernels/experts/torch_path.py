@@ -10,7 +10,8 @@ m assignments of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from hecate.kernels.common.assignments import RoutedTokens, Tile, assignment_tiles
 from hecate.kernels.common.dropout import Dropout, DropoutMasks, FfnDropout, ffn_dropout, masked
 from hecate.kernels.common.ffn import FfnShape, activation_backward_into, activation_into, gradient_dtype
-from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, row_factors, scaled_rows, shrunk_inputs
+from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, shrunk_inputs
 
 _TILE_ROWS = 512
 """the assignments of a tile: enough rows to make reading an expert's weights, and adding to their gradients, cheap"""
@@ -69,14 +70,13 @@ def moe_lora_ffn(
     grow = 1.0 if of_rows is None else of_rows.scale
     inputs, down = shrunk_inputs(pairs, shape.ffn, grow), pairs.get("down_proj")
     down_scale = 0.0 if down is None else down.scale * grow
-    down_eta = None if down is None else down.eta
-    context = _MoeLoraContext(shape, tuple(frozen_S), tiles, tuple(inputs.values()), down_scale, down_eta, of_rows)
+    context = _MoeLoraContext(shape, tuple(frozen_S), tiles, tuple(inputs.values()), down_scale, of_rows)
     # Gate and up share their input, so one GEMM shrinks it for both.
     a_each = [pairs[name].a_SrI for name in inputs]
     a_in = None if not a_each else a_each[0] if len(a_each) == 1 else torch.cat(a_each, dim=1)
-    a_down, b_down = (None, None) if down is None else (down.a_SrI, down.b_SOr)
-    b_in = [pairs[name].b_SOr for name in inputs]
-    return _MoeLoraFfn.apply(routed.x_TD, routed.weight_TK, context, a_in, a_down, b_down, *b_in)
+    of_down = (None, None, None) if down is None else down.matrices
+    of_inputs = itertools.chain(*(pairs[name].matrices[1:] for name in inputs))
+    return _MoeLoraFfn.apply(routed.x_TD, routed.weight_TK, context, a_in, *of_down, *of_inputs)
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ class _MoeLoraContext:
     tiles: list[Tile]
     inputs: tuple[ShrunkInput, ...]
     down_scale: float
-    down_eta: float | None
     dropout: FfnDropout | None
     """the dropout of each assignment, in the order of the tiles"""
 
@@ -154,10 +153,12 @@ class _FullFfn(torch.autograd.Function):
 
 
 class _MoeLoraFfn(torch.autograd.Function):
+    """Its last arguments are those of `_AdapterMatrices.of`."""
+
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, context: _MoeLoraContext, *pairs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, context: _MoeLoraContext, *matrices: Tensor | None) -> Tensor:
         shape, tiles = context.shape, context.tiles
-        a_in, a_down, b_down, *b_in = _converted(pairs, x_TD.dtype)
+        pairs = _AdapterMatrices.of(matrices, x_TD.dtype)
         weight = weight_TK.detach().flatten().to(x_TD.dtype)
         gate_up_P = x_TD.new_empty((_num_assignments(tiles), 2 * shape.ffn))
         y_TD = torch.zeros_like(x_TD)
@@ -167,94 +168,131 @@ class _MoeLoraFfn(torch.autograd.Function):
             gate_up_weight, down_weight = shape.matrices(context.frozen_S[s])
             h, h_dropped, x, x_dropped, y = buffers.take(len(tile.token))
             gate_up = torch.mm(torch.index_select(x_TD, 0, tile.token, out=x), gate_up_weight.T, out=gate_up_P[tile.span])
-            if a_in is not None:
-                low = masked(x, masks.gate_up(tile.span), out=x_dropped) @ a_in[s].T
-                for part, b in zip(context.inputs, b_in, strict=True):
+            if pairs.a_in is not None:
+                low = masked(x, masks.gate_up(tile.span), out=x_dropped) @ pairs.a_in[s].T
+                for part, b in zip(context.inputs, pairs.b_in, strict=True):
                     gate_up[:, part.output].addmm_(low[:, part.low], b[s].T, alpha=part.scale)
             _gate(shape, gate_up, act=h, out=h)
             torch.mm(h, down_weight.T, out=y)
-            if a_down is not None:
-                low = masked(h, masks.down(tile.span), out=h_dropped) @ a_down[s].T
-                y.addmm_(low, b_down[s].T, alpha=context.down_scale)
+            if pairs.a_down is not None:
+                low = masked(h, masks.down(tile.span), out=h_dropped) @ pairs.a_down[s].T
+                y.addmm_(low, pairs.b_down[s].T, alpha=context.down_scale)
             y_TD.index_add_(0, tile.token, y.mul_(weight[tile.assignment, None]))
         ctx.context = context
-        ctx.save_for_backward(x_TD, weight_TK, gate_up_P, *pairs)
+        ctx.save_for_backward(x_TD, weight_TK, gate_up_P, *matrices)
         return y_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         context: _MoeLoraContext = ctx.context
         shape, tiles = context.shape, context.tiles
-        x_TD, weight_TK, gate_up_P, *pairs = ctx.saved_tensors
-        a_in, a_down, b_down, *b_in = _converted(pairs, x_TD.dtype)
-        # A that does not train has no gradient.
-        d_pairs: list[Any] = [torch.zeros_like(p) if needed else None for p, needed in zip(pairs, ctx.needs_input_grad[3:], strict=True)]
-        da_in, da_down, db_down, *db_in = d_pairs
-        factor_down, *factor_in = _factors(context, pairs)
-        of_a_down = b_down if factor_down is None else scaled_rows(pairs[2], factor_down).to(x_TD.dtype)
-        of_a_in = [
-            b if factor is None else scaled_rows(pair, factor).to(x_TD.dtype)
-            for b, pair, factor in zip(b_in, pairs[3:], factor_in, strict=True)
-        ]
+        x_TD, weight_TK, gate_up_P, *matrices = ctx.saved_tensors
+        pairs = _AdapterMatrices.of(matrices, x_TD.dtype)
+        # What has no gradient: A that does not train, and what stands for B in A's gradient.
+        found = [torch.zeros_like(matrix) if needed else None for matrix, needed in zip(matrices, ctx.needs_input_grad[3:], strict=True)]
+        gradients = _AdapterMatrices.of(found)
         dy_TD = grads[0].contiguous()
         weight, dweight = weight_TK.flatten().to(x_TD.dtype), _weight_gradient(weight_TK, x_TD)
         dx_TD = torch.zeros_like(x_TD)
         buffers, masks = _ExpertBuffers(shape, tiles, x_TD, double=1, wide=3, narrow=3), context.masks(x_TD)
         for tile in tiles:
-            s = tile.slot
-            gate_up_weight, down_weight = shape.matrices(context.frozen_S[s])
+            gate_up_weight, down_weight = shape.matrices(context.frozen_S[tile.slot])
             dgate_up, act, h, dh, x, dy, dx = buffers.take(len(tile.token))
             gate_up, w = gate_up_P[tile.span], weight[tile.assignment, None]
-            scratch = dgate_up[:, : shape.ffn]
             _gate(shape, gate_up, act=act, out=h)
             torch.mm(torch.index_select(dy_TD, 0, tile.token, out=dy), down_weight, out=dh)
-            if a_down is None:
+            if pairs.a_down is None:
                 dweight[tile.assignment] = _row_products(dh, h, scratch=dgate_up)
             else:
                 keep = masks.down(tile.span)
-                low_dy = (dy @ b_down[s]).mul_(context.down_scale)
+                low_dy = (dy @ pairs.b_down[tile.slot]).mul_(context.down_scale)
                 if keep is None:
-                    dh.addmm_(low_dy, a_down[s])
+                    dh.addmm_(low_dy, pairs.a_down[tile.slot])
                 else:
-                    dh.addcmul_(torch.mm(low_dy, a_down[s], out=scratch), keep)
+                    dh.addcmul_(torch.mm(low_dy, pairs.a_down[tile.slot], out=dgate_up[:, : shape.ffn]), keep)
                 dweight[tile.assignment] = _row_products(dh, h, scratch=dgate_up)
-                h_dropped = masked(h, keep, out=h)
-                low_h = (h_dropped @ a_down[s].T).mul_(w).mul_(context.down_scale)
-                if da_down is not None:
-                    of_a = low_dy if factor_down is None else (dy @ of_a_down[s]).mul_(context.down_scale)
-                    _product_into(da_down[s], of_a.mul_(w).T, h_dropped, add=True)
-                _product_into(db_down[s], dy.T, low_h, add=True)
+                _add_down_gradients(context, tile.slot, pairs, gradients, _DownRows(masked(h, keep, out=h), dy, low_dy, w))
             _ungate(shape, gate_up, act, dh.mul_(w), out=dgate_up)
             torch.mm(dgate_up, gate_up_weight, out=dx)
-            if a_in is not None:
+            if pairs.a_in is not None:
                 keep = masks.gate_up(tile.span)
                 x_dropped = masked(torch.index_select(x_TD, 0, tile.token, out=x), keep, out=x)
-                low_x = x_dropped @ a_in[s].T
-                dlow = of_a = torch.empty_like(low_x)
-                for part, b, db in zip(context.inputs, b_in, db_in, strict=True):
-                    dout = dgate_up[:, part.output]
-                    dlow[:, part.low] = torch.mm(dout, b[s]).mul_(part.scale)
-                    _product_into(db[s], dout.T, low_x[:, part.low] * part.scale, add=True)
-                if da_in is not None:
-                    if any(part.eta for part in context.inputs):
-                        of_a = torch.empty_like(dlow)
-                        for part, b in zip(context.inputs, of_a_in, strict=True):
-                            of_a[:, part.low] = torch.mm(dgate_up[:, part.output], b[s]).mul_(part.scale)
-                    _product_into(da_in[s], of_a.T, x_dropped, add=True)
+                dlow = _add_input_gradients(context, tile.slot, pairs, gradients, x_dropped, dgate_up)
                 if keep is None:
-                    dx.addmm_(dlow, a_in[s])
+                    dx.addmm_(dlow, pairs.a_in[tile.slot])
                 else:
-                    dx.addcmul_(torch.mm(dlow, a_in[s], out=dy), keep)
+                    dx.addcmul_(torch.mm(dlow, pairs.a_in[tile.slot], out=dy), keep)
             dx_TD.index_add_(0, tile.token, dx)
-        db = [scaled_rows(each, factor) for each, factor in zip([db_down, *db_in], [factor_down, *factor_in], strict=True)]
-        return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, da_in, da_down, *db
+        return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, *found
 
 
-def _factors(context: _MoeLoraContext, pairs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the factors of the gradient rule for the pair of down, then for those of gate and up."""
-    a_in, a_down, b_down, *b_in = pairs
-    of_inputs = (row_factors(a_in[:, part.low], b, part.eta) for part, b in zip(context.inputs, b_in, strict=True))
-    return [row_factors(a_down, b_down, context.down_eta), *of_inputs]
+@dataclass(frozen=True)
+class _AdapterMatrices:
+    """The matrices of a layer's pairs, or their gradients; None for what is not there."""
+
+    a_in: Any
+    """of gate and up side by side"""
+    a_down: Any
+    b_down: Any
+    b_for_a_down: Any
+    """what stands for B in A's gradient; None: B"""
+    b_in: Sequence[Any]
+    """of gate and up, or of both as one projection"""
+    b_for_a_in: Sequence[Any]
+
+    @staticmethod
+    def of(matrices: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> _AdapterMatrices:
+        """Of A of gate and up, then A, B and `b_for_a_down`, then B and what stands for it of each pair of gate and up; in this type."""
+        converted = (matrix if matrix is None or dtype is None else matrix.detach().to(dtype) for matrix in matrices)
+        a_in, a_down, b_down, b_for_a_down, *of_inputs = converted
+        return _AdapterMatrices(a_in, a_down, b_down, b_for_a_down, of_inputs[0::2], of_inputs[1::2])
+
+
+@dataclass(frozen=True)
+class _DownRows:
+    """The rows of a tile that the gradients of down's pair come from."""
+
+    h: Tensor
+    """[m, F], after dropout"""
+    dy: Tensor
+    low_dy: Tensor
+    """scale · dy B; overwritten"""
+    weight: Tensor
+    """[m, 1]"""
+
+
+def _add_down_gradients(context: _MoeLoraContext, slot: int, pairs: _AdapterMatrices, gradients: _AdapterMatrices, rows: _DownRows) -> None:
+    """Add a tile's part of the gradients of A and B of down."""
+    low_h = (rows.h @ pairs.a_down[slot].T).mul_(rows.weight).mul_(context.down_scale)
+    if gradients.a_down is not None:
+        of_a = rows.low_dy if pairs.b_for_a_down is None else (rows.dy @ pairs.b_for_a_down[slot]).mul_(context.down_scale)
+        _product_into(gradients.a_down[slot], of_a.mul_(rows.weight).T, rows.h, add=True)
+    _product_into(gradients.b_down[slot], rows.dy.T, low_h, add=True)
+
+
+def _add_input_gradients(
+    context: _MoeLoraContext, slot: int, pairs: _AdapterMatrices, gradients: _AdapterMatrices, x: Tensor, dgate_up: Tensor
+) -> Tensor:
+    """Add a tile's part of the gradients of A and B of gate and up, and return that of A x, [m, r].
+
+    Args:
+        x: after dropout.
+    """
+    low_x = x @ pairs.a_in[slot].T
+    dlow = torch.empty_like(low_x)
+    for part, b, db in zip(context.inputs, pairs.b_in, gradients.b_in, strict=True):
+        dout = dgate_up[:, part.output]
+        dlow[:, part.low] = torch.mm(dout, b[slot]).mul_(part.scale)
+        _product_into(db[slot], dout.T, low_x[:, part.low] * part.scale, add=True)
+    if gradients.a_in is not None:
+        of_a = dlow
+        if any(b is not None for b in pairs.b_for_a_in):
+            of_a = dlow.clone()
+            for part, b in zip(context.inputs, pairs.b_for_a_in, strict=True):
+                if b is not None:
+                    of_a[:, part.low] = torch.mm(dgate_up[:, part.output], b[slot]).mul_(part.scale)
+        _product_into(gradients.a_in[slot], of_a.T, x, add=True)
+    return dlow
 
 
 def _num_assignments(tiles: list[Tile]) -> int:
@@ -290,10 +328,6 @@ def _row_products(left: Tensor, right: Tensor, *, scratch: Tensor) -> Tensor:
     """Return the dot products of rows, [m], summed in float32 or wider."""
     dtype = torch.float32 if left.dtype.itemsize < 4 else left.dtype
     return torch.mul(left, right, out=scratch[:, : left.shape[1]]).sum(dim=1, dtype=dtype)
-
-
-def _converted(pairs: Iterable[Tensor | None], dtype: torch.dtype) -> list[Any]:
-    return [None if p is None else p.detach().to(dtype) for p in pairs]
 
 
 def _product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:

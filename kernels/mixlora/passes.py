@@ -21,8 +21,7 @@ from hecate.kernels.common.assignments import AssignmentBlocks
 from hecate.kernels.common.dropout import RowDropout
 from hecate.kernels.common.kernel_launch import Launch
 from hecate.kernels.common.launch_config import LaunchConfig, Rule, choose, num_blocks, padded_rank
-from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm
-from hecate.kernels.common.operators import split_like
+from hecate.kernels.common.low_rank import MAX_RANK, LowRankPairs, LowRankTerm, split_like
 from hecate.kernels.mixlora.triton_kernels import (
     expand_kernel,
     gated_backward_kernel,

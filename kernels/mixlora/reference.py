@@ -8,7 +8,7 @@ from torch import Tensor
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_stream
 from hecate.kernels.common.ffn import FfnBase, activation
-from hecate.kernels.common.low_rank import LowRankPairs, row_factors
+from hecate.kernels.common.low_rank import LowRankPairs
 
 
 def mixlora_ffn_reference(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs], *, dropout: Dropout | None = None) -> Tensor:
@@ -23,7 +23,7 @@ def mixlora_ffn_reference(routed: RoutedTokens, base: FfnBase, pairs: dict[str, 
                 assert routed.expert_S is not None
                 stream = dropout_stream(int(routed.expert_S[slot]), name)
                 inputs = inputs * dropout.mask(routed.token_T[tokens], stream, inputs.shape[1], inputs.dtype)
-            out = out + of.scale * low_rank_product(inputs, of.a_SrI[slot].to(inputs.dtype), of.b_SOr[slot].to(inputs.dtype), of.eta)
+            out = out + of.scale * low_rank_product(inputs, of.of_slot(slot, inputs.dtype))
         return out
 
     num_slots = next(iter(pairs.values())).a_SrI.shape[0]
@@ -38,13 +38,10 @@ def mixlora_ffn_reference(routed: RoutedTokens, base: FfnBase, pairs: dict[str, 
     return y_TD
 
 
-def low_rank_product(x: Tensor, a_rI: Tensor, b_Or: Tensor, eta: float | None) -> Tensor:
-    """Return B A x. With `eta`, what reaches A and B of an output row's gradient is multiplied by its factor, and what reaches x is not."""
-    if eta is None:
+def low_rank_product(x: Tensor, pair: LowRankPairs) -> Tensor:
+    """Return B A x of a single pair, without its scale. A's gradient comes of what stands for B in it, if there is such a matrix."""
+    a_rI, b_Or, b_for_a_Or = pair.matrices
+    if b_for_a_Or is None:
         return F.linear(F.linear(x, a_rI), b_Or)
-    for_x = F.linear(F.linear(x, a_rI.detach()), b_Or.detach())
-    for_pair = F.linear(F.linear(x.detach(), a_rI), b_Or)
-    factor_O = row_factors(a_rI.detach(), b_Or.detach(), eta)
-    if for_pair.requires_grad:
-        for_pair.register_hook(lambda gradient: gradient * factor_O)
-    return for_x + (for_pair - for_pair.detach())
+    for_a = F.linear(F.linear(x.detach(), a_rI), b_for_a_Or)
+    return F.linear(F.linear(x, a_rI.detach()), b_Or) + (for_a - for_a.detach())

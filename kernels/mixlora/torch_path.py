@@ -13,6 +13,7 @@ tile.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from torch import Tensor
 from hecate.kernels.common.assignments import RoutedTokens, Tile, assignment_tiles
 from hecate.kernels.common.dropout import Dropout, DropoutMasks, FfnDropout, ffn_dropout, masked
 from hecate.kernels.common.ffn import FfnBase, activation_backward_into, activation_into
-from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, row_factors, scaled_rows, shrunk_inputs
+from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, shrunk_inputs
 
 _TILE_BYTES = 1 << 20
 """the bytes of one [m, F] buffer of a tile, of which three to six are in use at a time"""
@@ -51,12 +52,10 @@ def mixlora_ffn(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPai
     grow = 1.0 if of_rows is None else of_rows.scale
     inputs = shrunk_inputs(pairs, base.gate_FD.shape[0], grow)
     down = pairs.get("down_proj")
-    a_down, b_down = (down.a_SrI, down.b_SOr) if down is not None else (None, None)
     down_scale, place_TK = 0.0 if down is None else down.scale * grow, _places(order_P, routed.slot_TK)
-    down_eta = None if down is None else down.eta
-    context = _MixloraContext(base, tuple(inputs.values()), down_scale, down_eta, tiles, order_P, place_TK, of_rows)
-    a_in, b_in = [pairs[name].a_SrI for name in inputs], [pairs[name].b_SOr for name in inputs]
-    return _MixloraFfn.apply(routed.x_TD, routed.weight_TK, context, a_down, b_down, *a_in, *b_in)
+    context = _MixloraContext(base, tuple(inputs.values()), down_scale, tiles, order_P, place_TK, of_rows)
+    matrices = [(None, None, None) if down is None else down.matrices, *(pairs[name].matrices for name in inputs)]
+    return _MixloraFfn.apply(routed.x_TD, routed.weight_TK, context, *itertools.chain(*matrices))
 
 
 def _places(order_P: Tensor, slot_TK: Tensor) -> Tensor:
@@ -72,7 +71,6 @@ class _MixloraContext:
     base: FfnBase
     inputs: tuple[ShrunkInput, ...]
     down_scale: float
-    down_eta: float | None
     tiles: list[Tile]
     order_P: Tensor
     """int64: the assignments that are computed on this rank, as indices into the flattened [T, K], in the order of the tiles"""
@@ -112,10 +110,13 @@ class _MixloraBuffers:
 
 
 class _MixloraFfn(torch.autograd.Function):
+    """Its last arguments are A, B and what stands for B in A's gradient (None: B), of down, and then of each pair of gate and up. Those of
+    down are None if it has no pair."""
+
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, context: _MixloraContext, *pairs: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, weight_TK: Tensor, context: _MixloraContext, *matrices: Tensor | None) -> Tensor:
         base, dtype = context.base, x_TD.dtype
-        a_in, a_down, b_down, b_in = _converted(context, pairs, dtype)
+        a_in, (a_down, b_down, _), inputs = _converted(context, matrices, dtype)
         ffn, hidden = base.gate_FD.shape
         num_assignments = len(context.order_P)
         gate_up_TF = x_TD.new_empty((len(x_TD), 2 * ffn))
@@ -133,7 +134,7 @@ class _MixloraFfn(torch.autograd.Function):
             if low_in_Pr is not None:
                 torch.index_select(x_TD, 0, rows, out=x)
                 torch.mm(masked(x, work.masks.gate_up(span), out=x), a_in[s].T, out=low_in_Pr[span])
-                _expand(context, gate_up, low_in_Pr[span], b_in, s)
+                _expand(context, gate_up, low_in_Pr[span], inputs, s)
             h = activation_into(base.activation, gate_up[:, :ffn], h_PF[span]).mul_(gate_up[:, ffn:])
             if y_PD is not None and low_down_Pr is not None:
                 torch.mm(masked(h, work.masks.down(span), out=h_in), a_down[s].T, out=low_down_Pr[span])
@@ -142,29 +143,20 @@ class _MixloraFfn(torch.autograd.Function):
         hidden_TF = context.combine(h_PF, weight)
         y_TD = hidden_TF @ base.down_DF.T if y_PD is None else context.combine(y_PD, weight).addmm_(hidden_TF, base.down_DF.T)
         ctx.context = context
-        ctx.save_for_backward(x_TD, weight_TK, gate_up_TF, low_in_Pr, low_down_Pr, *pairs)
+        ctx.save_for_backward(x_TD, weight_TK, gate_up_TF, low_in_Pr, low_down_Pr, *matrices)
         return y_TD
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         context: _MixloraContext = ctx.context
-        x_TD, weight_TK, gate_up_TF, low_in_Pr, low_down_Pr, *pairs = ctx.saved_tensors
+        x_TD, weight_TK, gate_up_TF, low_in_Pr, low_down_Pr, *matrices = ctx.saved_tensors
         base, dtype = context.base, x_TD.dtype
-        a_in, a_down, b_down, b_in = _converted(context, pairs, dtype)
-        db_down, *db_in = _zeros_like([pairs[1], *pairs[2 + len(b_in) :]])
-        # A that does not train has no gradient.
-        da_down = torch.zeros_like(pairs[0]) if ctx.needs_input_grad[3] else None
-        da_in: Any = torch.zeros_like(a_in, dtype=pairs[2].dtype) if any(ctx.needs_input_grad[5 : 5 + len(b_in)]) else None
-        factor_down, *factor_in = _factors(context, pairs)
-        of_a_down, *of_a_in = (
-            b if factor is None else scaled_rows(pair, factor).to(dtype)
-            for b, pair, factor in zip([b_down, *b_in], [pairs[1], *pairs[2 + len(b_in) :]], [factor_down, *factor_in], strict=True)
-        )
+        of_pairs = _PairGradients.of(context, matrices, dtype, ctx.needs_input_grad[3:])
         ffn, hidden = base.gate_FD.shape
         dy_TD = grads[0].contiguous()
         dhidden_TF = dy_TD @ base.down_DF
         dgate_up_PF = context.per_assignment(x_TD, 2 * ffn)
-        dx_PD = context.per_assignment(x_TD, hidden) if a_in is not None else None
+        dx_PD = context.per_assignment(x_TD, hidden) if low_in_Pr is not None else None
         dweight_P = torch.empty(len(context.order_P), dtype=torch.float32 if dtype.itemsize < 4 else dtype, device=dy_TD.device)
         weight = weight_TK.detach().to(dtype)
         weight_P1 = weight.flatten()[context.order_P, None]
@@ -172,91 +164,129 @@ class _MixloraFfn(torch.autograd.Function):
         weighted_in_Pr, weighted_down_Pr = (None if low is None else low * weight_P1 for low in (low_in_Pr, low_down_Pr))
         work = _MixloraBuffers(context, x_TD, wide=4, narrow=2)
         for tile in context.tiles:
-            s, rows, span = tile.slot, tile.token, tile.span
+            rows, span = tile.token, tile.span
             gate_up, act, h, h_in, dh, x, dy = work.take(len(rows))
             gate, up = gate_up[:, :ffn], gate_up[:, ffn:]
             torch.index_select(gate_up_TF, 0, rows, out=gate_up)
             if low_in_Pr is not None:
-                _expand(context, gate_up, low_in_Pr[span], b_in, s)
+                _expand(context, gate_up, low_in_Pr[span], of_pairs.inputs, tile.slot)
             activation_into(base.activation, gate, act)
             torch.mul(act, up, out=h)
 
             torch.index_select(dhidden_TF, 0, rows, out=dh)
             if weighted_down_Pr is not None:
                 torch.index_select(dy_TD, 0, rows, out=dy)
-                keep = work.masks.down(span)
-                low_dy = dy @ b_down[s]
-                if keep is None:
-                    dh.addmm_(low_dy, a_down[s])
-                else:
-                    dh.addcmul_(torch.mm(low_dy, a_down[s], out=h_in), keep)
-                if da_down is not None:
-                    of_a = low_dy if factor_down is None else dy @ of_a_down[s]
-                    _add_product(da_down[s], of_a.mul_(weight_P1[span]).T, masked(h, keep, out=h_in))
-                _add_product(db_down[s], dy.T, weighted_down_Pr[span])
+                low = _Low(tile.slot, weighted_down_Pr[span], weight_P1[span], work.masks.down(span))
+                of_pairs.add_down(low, dy, h, dh=dh, scratch=h_in)
             torch.sum(h.mul_(dh), dim=1, dtype=dweight_P.dtype, out=dweight_P[span])
 
             dgate, dup = dgate_up_PF[span, :ffn], dgate_up_PF[span, ffn:]
             torch.mul(act, dh, out=dup)
             activation_backward_into(base.activation, dh.mul_(up), gate, dgate)
             if weighted_in_Pr is not None and dx_PD is not None:
-                dlow = torch.empty_like(weighted_in_Pr[span])
-                for part, b, db in zip(context.inputs, b_in, db_in, strict=True):
-                    _shrink_gradient(part, dgate_up_PF[span], b[s], weighted_in_Pr[span], dlow, db[s])
-                of_a = dlow if da_in is None or not any(part.eta for part in context.inputs) else torch.empty_like(dlow)
                 torch.index_select(x_TD, 0, rows, out=x)
-                keep = work.masks.gate_up(span)
-                masked(torch.mm(dlow, a_in[s], out=dx_PD[span]), keep, out=dx_PD[span])
-                if da_in is not None:
-                    if of_a is not dlow:
-                        for part, b in zip(context.inputs, of_a_in, strict=True):
-                            torch.mm(dgate_up_PF[span][:, part.output], b[s], out=of_a[:, part.low])
-                    _add_product(da_in[s], of_a.mul_(weight_P1[span]).T, masked(x, keep, out=x))
+                low = _Low(tile.slot, weighted_in_Pr[span], weight_P1[span], work.masks.gate_up(span))
+                of_pairs.add_inputs(low, dgate_up_PF[span], x, dx=dx_PD[span])
         dgate_TF, dup_TF = context.combine(dgate_up_PF, weight).split(ffn, dim=1)
         dx_TD = torch.zeros_like(x_TD) if dx_PD is None else context.combine(dx_PD, weight)
         dx_TD.addmm_(dgate_TF, base.gate_FD).addmm_(dup_TF, base.up_FD)
         dweight = torch.zeros(weight_TK.numel(), dtype=dweight_P.dtype, device=dy_TD.device).index_copy_(0, context.order_P, dweight_P)
-        # So far these are the gradients of the scaled A.
-        da_down = None if da_down is None else da_down.mul_(context.down_scale)
-        da_each = [None if da_in is None else da_in[:, part.low].mul_(part.scale) for part in context.inputs]
-        db_down, *db_in = [scaled_rows(db, factor) for db, factor in zip([db_down, *db_in], [factor_down, *factor_in], strict=True)]
-        return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, da_down, db_down, *da_each, *db_in
+        return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), None, *of_pairs.results()
 
 
-def _converted(context: _MixloraContext, pairs: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Any, Any, Any, list[Any]]:
-    """Return A of gate and up side by side, A and B of down, and the B of gate and up, in `dtype`.
+@dataclass(frozen=True)
+class _Low:
+    """What the backward pass of a pair takes of a tile besides its inputs and outputs."""
+
+    slot: int
+    weighted_mr: Tensor
+    """the pair's input multiplied by A, times the assignments' weights"""
+    weight_m1: Tensor
+    keep: Tensor | None
+    """1 where dropout keeps an element of the pair's input; None: everywhere"""
+
+
+@dataclass(frozen=True)
+class _PairGradients:
+    """The matrices of all pairs in the type of the computation, and their gradients, to which each tile adds its part."""
+
+    context: _MixloraContext
+    a_in: Any
+    """of gate and up side by side, scaled"""
+    down: _Matrices
+    inputs: list[_Matrices]
+    da_in: Tensor | None
+    """None: A does not train. So far this and `da_down` are the gradients of the scaled A"""
+    da_down: Tensor | None
+    db_down: Any
+    db_in: list[Tensor]
+
+    @staticmethod
+    def of(context: _MixloraContext, matrices: Sequence[Tensor | None], dtype: torch.dtype, needed: Sequence[bool]) -> _PairGradients:
+        a_in, down, inputs = _converted(context, matrices, dtype)
+        da_down = torch.zeros_like(matrices[0]) if matrices[0] is not None and needed[0] else None
+        da_in = torch.zeros_like(a_in, dtype=matrices[3].dtype) if any(needed[3::3]) and matrices[3] is not None else None
+        db_down, *db_in = (None if matrix is None else torch.zeros_like(matrix) for matrix in matrices[1::3])
+        return _PairGradients(context, a_in, down, inputs, da_in, da_down, db_down, db_in)  # type: ignore[arg-type]
+
+    def add_down(self, low: _Low, dy: Tensor, h: Tensor, *, dh: Tensor, scratch: Tensor) -> None:
+        """Add a tile's part of the gradients of down's pair, and to `dh` the gradient that goes through it."""
+        (a, b, b_for_a), s = self.down, low.slot
+        low_dy = dy @ b[s]
+        if low.keep is None:
+            dh.addmm_(low_dy, a[s])
+        else:
+            dh.addcmul_(torch.mm(low_dy, a[s], out=scratch), low.keep)
+        if self.da_down is not None:
+            of_a = low_dy if b_for_a is None else dy @ b_for_a[s]
+            _add_product(self.da_down[s], of_a.mul_(low.weight_m1).T, masked(h, low.keep, out=scratch))
+        _add_product(self.db_down[s], dy.T, low.weighted_mr)
+
+    def add_inputs(self, low: _Low, dgate_up: Tensor, x: Tensor, *, dx: Tensor) -> None:
+        """Add a tile's part of the gradients of the pairs of gate and up, and write the gradient that goes through them to x. `x` is
+        overwritten."""
+        s, parts = low.slot, self.context.inputs
+        dlow = torch.empty_like(low.weighted_mr)
+        for part, (_, b, _), db in zip(parts, self.inputs, self.db_in, strict=True):
+            dout = dgate_up[:, part.output]
+            torch.mm(dout, b[s], out=dlow[:, part.low])
+            _add_product(db[s], dout.T, low.weighted_mr[:, part.low])
+        masked(torch.mm(dlow, self.a_in[s], out=dx), low.keep, out=dx)
+        if self.da_in is None:
+            return
+        for part, (_, _, b_for_a) in zip(parts, self.inputs, strict=True):
+            if b_for_a is not None:
+                torch.mm(dgate_up[:, part.output], b_for_a[s], out=dlow[:, part.low])
+        _add_product(self.da_in[s], dlow.mul_(low.weight_m1).T, masked(x, low.keep, out=x))
+
+    def results(self) -> list[Tensor | None]:
+        """The gradients in the order of `_MixloraFfn`'s arguments."""
+        da_down = None if self.da_down is None else self.da_down.mul_(self.context.down_scale)
+        found = [da_down, self.db_down, None]
+        for part, db in zip(self.context.inputs, self.db_in, strict=True):
+            found += [None if self.da_in is None else self.da_in[:, part.low].mul_(part.scale), db, None]
+        return found
+
+
+_Matrices = tuple[Any, Any, Any]
+"""A, B, and what stands for B in A's gradient (None: B)"""
+
+
+def _converted(context: _MixloraContext, matrices: Sequence[Tensor | None], dtype: torch.dtype) -> tuple[Any, _Matrices, list[_Matrices]]:
+    """Return A of gate and up side by side, then the matrices of down, and those of gate and up, in `dtype`.
 
     Gate and up share their input, so one GEMM computes A x for both. A is multiplied by the scale, because it is the smallest operand. The
     backward pass makes these copies again: only views of the replicas are saved for it, so the engine can free replicas between passes.
     """
-    converted: list[Any] = [None if p is None else p.detach().to(dtype) for p in pairs]
-    a_down, b_down, *rest = converted
-    a_each, b_in = rest[: len(context.inputs)], rest[len(context.inputs) :]
-    a_in = torch.cat([a * part.scale for a, part in zip(a_each, context.inputs, strict=True)], dim=1) if a_each else None
-    return a_in, None if a_down is None else a_down * context.down_scale, b_down, b_in
+    converted: list[Any] = [None if matrix is None else matrix.detach().to(dtype) for matrix in matrices]
+    (a_down, *of_down), *inputs = (tuple(converted[first : first + 3]) for first in range(0, len(converted), 3))
+    a_in = torch.cat([a * part.scale for (a, *_), part in zip(inputs, context.inputs, strict=True)], dim=1) if inputs else None
+    return a_in, (None if a_down is None else a_down * context.down_scale, *of_down), inputs
 
 
-def _factors(context: _MixloraContext, pairs: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the factors of the gradient rule for the pair of down, then for those of gate and up."""
-    count = len(context.inputs)
-    of_inputs = zip(pairs[2 : 2 + count], pairs[2 + count :], context.inputs, strict=True)
-    return [row_factors(pairs[0], pairs[1], context.down_eta), *(row_factors(a, b, part.eta) for a, b, part in of_inputs)]
-
-
-def _expand(context: _MixloraContext, gate_up: Tensor, low: Tensor, b_in: list[Tensor], slot: int) -> None:
-    for part, b in zip(context.inputs, b_in, strict=True):
+def _expand(context: _MixloraContext, gate_up: Tensor, low: Tensor, inputs: list[_Matrices], slot: int) -> None:
+    for part, (_, b, _) in zip(context.inputs, inputs, strict=True):
         gate_up[:, part.output].addmm_(low[:, part.low], b[slot].T)
-
-
-def _zeros_like(pairs: Sequence[Tensor | None]) -> list[Any]:
-    return [None if matrix is None else torch.zeros_like(matrix) for matrix in pairs]
-
-
-def _shrink_gradient(part: ShrunkInput, dgate_up: Tensor, b: Tensor, weighted_low: Tensor, dlow: Tensor, db: Tensor) -> None:
-    """Write a pair's columns of the gradient of A x, and add a tile's part to the gradient of B."""
-    dout = dgate_up[:, part.output]
-    torch.mm(dout, b, out=dlow[:, part.low])
-    _add_product(db, dout.T, weighted_low[:, part.low])
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:

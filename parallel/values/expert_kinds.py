@@ -103,7 +103,7 @@ class LoraShape:
     source: str = "plain"
     """one of `PAIR_SIZES`"""
     eta: float | None = None
-    """of the gradient rule row_norm (`hecate.kernels.common.low_rank.row_factors`); None: there is no rule"""
+    """of the gradient rule row_norm (`hecate.experts.pairs.gradient_rules.row_norm`); None: there is no rule"""
     bases: int = DEFAULT_BASES
     """of the source nola: drawn matrices whose sum is A, and as many whose sum is B"""
     shards: ShardShape = ShardShape()
@@ -113,7 +113,7 @@ class LoraShape:
 
     @property
     def widest(self) -> int:
-        """The rank that kernels must be able to take: the rule row_norm multiplies with two matrices B side by side."""
+        """The rank that kernels must be able to take: under a gradient rule they multiply with two matrices B side by side."""
         return self.rank if self.eta is None else 2 * self.rank
 
     @property
@@ -169,8 +169,9 @@ def plain_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -
     for name in sorted(projections, key=_ORDER.index):
         inputs, outputs = sizes.of_projection(name)
         specs += [TensorSpec(f"{name}.A", (lora.rank, inputs)), TensorSpec(f"{name}.B", (outputs, lora.rank))]
-    scaled = sum(spec.numel for spec in specs[1::2]) if lora.of_experts else 0  # copies of B, as each expert has a scale of its own
-    return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs), made=scaled)
+    # Copies of B: one if each expert has a scale of its own, and one by which a gradient rule makes A's gradient.
+    copies = bool(lora.of_experts) + (lora.eta is not None)
+    return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs), made=copies * sum(spec.numel for spec in specs[1::2]))
 
 
 def fixed_a_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:

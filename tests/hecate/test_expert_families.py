@@ -124,7 +124,7 @@ class Plain:
         rate = made.pair_source.lora.dropout
         dropout = None if step is None or rate == 0 else Dropout(rate, dropout_key(SEED, step, layer))
         frozen_E = [frozen(layer, e) for e in range(EXPERTS)]
-        return moe_lora_ffn_reference(routed, frozen_E, made.pairs(chunks, torch.arange(EXPERTS)), SHAPE, dropout=dropout)
+        return moe_lora_ffn_reference(routed, frozen_E, made.pair_source.stacked(chunks, torch.arange(EXPERTS)), SHAPE, dropout=dropout)
 
     def step(self, step: int) -> None:
         self.optimizer.zero_grad()

@@ -5,23 +5,24 @@ Which kernels a layer launches, and how, is not written here: its own passes are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
+from hecate.experts.pairs.gradient_rules import ruled_pairs
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, TokenDropout
 from hecate.kernels.common.ffn import PROJECTIONS, FfnBase, FfnShape
 from hecate.kernels.common.kernel_launch import Launch, recorded
 from hecate.kernels.common.lora_linear import lora_linear_triton
 from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.kernels.experts import full_operators, moe_lora_operators
+from hecate.kernels.experts.full_operators import full_ffn_triton
+from hecate.kernels.experts.moe_lora_operators import moe_lora_ffn_triton
 from hecate.kernels.experts.routed_pairs_triton import routed_pairs_triton
-from hecate.kernels.mixlora import operators as mixlora_operators
+from hecate.kernels.mixlora.operators import mixlora_ffn_triton
+from hecate.parallel.values.expert_kinds import LoraShape
 
 META = torch.device("meta")
 
@@ -59,7 +60,7 @@ class LayerCase:
         slots = self.tensor(self.tokens, self.k, dtype=torch.int64)
         tokens, experts = self.tensor(self.tokens, dtype=torch.int64), self.tensor(self.experts, dtype=torch.int64)
         weights = self.tensor(self.tokens, self.k, dtype=torch.float32)
-        return RoutedTokens(self.tensor(self.tokens, self.hidden), slots, weights, tokens, experts)
+        return RoutedTokens(self.tensor(self.tokens, self.hidden).requires_grad_(), slots, weights.requires_grad_(), tokens, experts)
 
     def shape(self) -> FfnShape:
         return FfnShape(self.hidden, self.ffn, self.activation)
@@ -69,8 +70,11 @@ class LayerCase:
         for name in self.projections:
             wide, narrow = (self.ffn, self.hidden) if name == "down_proj" else (self.hidden, self.ffn)
             a, b = self.pair((self.experts, self.rank, wide), (self.experts, narrow, self.rank))
-            pairs[name] = LowRankPairs(a, b, 2.0, self.eta)
+            pairs[name] = self.ruled(a, b)
         return pairs
+
+    def ruled(self, a: Tensor, b: Tensor) -> LowRankPairs:
+        return ruled_pairs(LoraShape(self.rank, 2.0, self.dropout, eta=self.eta), a, b)
 
     def pair(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """A and B of these shapes; what trains requires a gradient, which is how the layers tell that A does not."""
@@ -160,9 +164,9 @@ def _mixlora(case: LayerCase) -> list[Launch]:
     )
 
     def layer() -> Tensor:
-        return mixlora_operators.mixlora_ffn_triton(case.routed(), base, case.low_rank_pairs(), dropout=case.dropout_or_none())
+        return mixlora_ffn_triton(case.routed(), base, case.low_rank_pairs(), dropout=case.dropout_or_none())
 
-    return _both_passes(mixlora_operators, "mixlora", layer)
+    return _both_passes(layer)
 
 
 def _moe_lora(case: LayerCase) -> list[Launch]:
@@ -170,14 +174,14 @@ def _moe_lora(case: LayerCase) -> list[Launch]:
 
     def layer() -> Tensor:
         pairs, dropout = case.low_rank_pairs(), case.dropout_or_none()
-        return moe_lora_operators.moe_lora_ffn_triton(case.routed(), frozen, pairs, case.shape(), dropout=dropout)
+        return moe_lora_ffn_triton(case.routed(), frozen, pairs, case.shape(), dropout=dropout)
 
-    return _both_passes(moe_lora_operators, "moe_lora", layer)
+    return _both_passes(layer)
 
 
 def _full(case: LayerCase) -> list[Launch]:
-    experts = case.tensor(case.experts, case.shape().numel, dtype=case.pair_dtype)
-    return _both_passes(full_operators, "full", lambda: full_operators.full_ffn_triton(case.routed(), experts, case.shape()))
+    experts = case.tensor(case.experts, case.shape().numel, dtype=case.pair_dtype).requires_grad_()
+    return _both_passes(lambda: full_ffn_triton(case.routed(), experts, case.shape()))
 
 
 def _linear(case: LayerCase) -> list[Launch]:
@@ -186,48 +190,24 @@ def _linear(case: LayerCase) -> list[Launch]:
     how = case.dropout_or_none()
     dropout = None if how is None else TokenDropout(how, case.tensor(case.tokens, dtype=torch.int64), stream=5)
     with recorded() as launches:
-        lora_linear_triton(x, weight, None, a, b, 2.0, dropout, case.eta).sum().backward()
+        lora_linear_triton(x, weight, None, case.ruled(a, b), dropout).sum().backward()
     return launches
 
 
 def _linears(case: LayerCase) -> list[Launch]:
     routed, (pairs,) = case.routed(), replace(case, projections=("up_proj",)).low_rank_pairs().values()
-    leaves = [routed.x_TD.requires_grad_(), routed.weight_TK.requires_grad_(), pairs.b_SOr, *([pairs.a_SrI] if case.trains_a else [])]
+    leaves = [routed.x_TD, routed.weight_TK, pairs.b_SOr, *([pairs.a_SrI] if case.trains_a else [])]
     with recorded() as launches:
         torch.autograd.grad(routed_pairs_triton(routed, pairs, dropout=case.dropout_or_none()).sum(), leaves)
     return launches
 
 
-def _both_passes(module: Any, kind: str, layer: Callable[[], Tensor]) -> list[Launch]:
-    """What a layer launches whose forward pass is one operator, `KIND_forward` of its module, and the backward pass another.
-
-    The functions under them are called, the backward one with the arguments that autograd's registration gives it.
-    """
-    forward, backward = (_plain(getattr(module, f"{kind}_{which}")) for which in ("forward", "backward"))
-    calls: list[tuple[Sequence[Any], tuple[Tensor, ...]]] = []
-
-    def noted(*given: Any) -> tuple[Tensor, ...]:
-        calls.append((given, forward(*given)))
-        return calls[-1][1]
-
-    with recorded() as launches, mock.patch.object(module, f"{kind}_operator", noted), torch.no_grad():
-        layer()
-        for given, (y, *kept) in calls:
-            backward(torch.empty_like(y), kept, *_OF_BACKWARD[kind](given))
+def _both_passes(layer: Callable[[], Tensor]) -> list[Launch]:
+    with recorded() as launches:
+        layer().sum().backward()
     return launches
 
 
-def _plain(operator: Any) -> Callable[..., Any]:
-    """The function that `torch.library.custom_op` made an operator of."""
-    return operator._init_fn
-
-
-_OF_BACKWARD: Mapping[str, Callable[[Sequence[Any]], Sequence[Any]]] = {
-    "mixlora": lambda given: given[:10],
-    "moe_lora": lambda given: (given[0], *given[2:13]),
-    "full": lambda given: (given[0], *given[2:7]),
-}
-"""the arguments of the forward operator that autograd gives the backward one"""
 _OF_KIND: Mapping[str, Callable[[LayerCase], list[Launch]]] = {
     "mixlora": _mixlora,
     "moe_lora": _moe_lora,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hecate.experts.family import Site
+from hecate.experts.pairs.gradient_rules import ruled_pairs
 from hecate.experts.seeding import digest_of_drawn, generator, linear_weight, require_drawn
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.values.expert_kinds import LoraShape, fixed_a_pairs
@@ -51,7 +52,7 @@ class FixedA:
         parts = replicas_SC.split([spec.numel for spec in self.sizes.trained], dim=1)
         for name, spec, part in zip(self.projections, self.sizes.trained, parts, strict=True):
             a_SrI = self._a_rI[name].to(replicas_SC.dtype).expand(len(replicas_SC), -1, -1)
-            pairs[name] = LowRankPairs(a_SrI, part.view(-1, *spec.shape), self.lora.scale, self.lora.eta)
+            pairs[name] = ruled_pairs(self.lora, a_SrI, part.view(-1, *spec.shape))
         return pairs
 
     def chunk_of(self, expert: int, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:

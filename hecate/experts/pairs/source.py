@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hecate.errors import UserError
+from hecate.experts.pairs.gradient_rules import ruled_pairs
 from hecate.experts.seeding import generator, linear_weight
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.parallel.values.expert_kinds import LoraShape, PairSizes, UnitSizes, plain_pairs
@@ -81,7 +82,7 @@ class PlainPairs:
         return torch.cat(parts)
 
     def stacked(self, replicas_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:
-        """Views of the chunks; where experts differ in rank, B is a copy."""
+        """Views of the chunks; where experts differ in rank, B is a copy, and a gradient rule adds what it needs."""
         # One split, whose backward is one concatenation, and not a slice each, whose backward zero-fills the whole chunk.
         parts = replicas_SC.split_with_sizes([spec.numel for spec in self.sizes.trained], dim=1)
         views = [part.view(-1, *spec.shape) for part, spec in zip(parts, self.sizes.trained, strict=True)]
@@ -90,7 +91,7 @@ class PlainPairs:
             factor_S = self._factor_E[expert_S].to(replicas_SC.dtype)
             views[1::2] = [b_SOr * factor_S[:, None, None] for b_SOr in views[1::2]]
         pairs = zip(self.projections, views[::2], views[1::2], strict=True)
-        return {projection: LowRankPairs(a_SrI, b_SOr, self.lora.scale, self.lora.eta) for projection, a_SrI, b_SOr in pairs}
+        return {projection: ruled_pairs(self.lora, a_SrI, b_SOr) for projection, a_SrI, b_SOr in pairs}
 
     def chunk_of(self, expert: int, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """Raises UserError: the expert has a smaller rank than these pairs."""

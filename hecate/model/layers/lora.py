@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from hecate.experts.forward_pass import CurrentPass
+from hecate.experts.pairs.gradient_rules import ruled_pairs
 from hecate.experts.seeding import generator, linear_weight, require_drawn
 from hecate.kernels.backend import Backend, expert_kernels
 from hecate.kernels.common.dropout import Dropout, TokenDropout, dropout_key
@@ -68,5 +69,5 @@ class LoraLinear(nn.Module):
             dropout = Dropout(self.shape.dropout, dropout_key(self._seed, forward.step))
             of_tokens = TokenDropout(dropout, forward.tokens.number, self._stream)
         base, shape, lora_linear = self.base, self.shape, expert_kernels(self._kernels, x, self.shape.widest).lora_linear
-        y = lora_linear(x.flatten(0, -2), base.weight, base.bias, self.lora_A, self.lora_B, shape.scale, of_tokens, shape.eta)
+        y = lora_linear(x.flatten(0, -2), base.weight, base.bias, ruled_pairs(shape, self.lora_A, self.lora_B), of_tokens)
         return y.view(*x.shape[:-1], y.shape[-1])

@@ -377,7 +377,7 @@ def _chunk_bytes(run: RunShape, others_GD: list[np.ndarray], assignments_D: np.n
     for group, others_D in zip(run.groups, others_GD, strict=True):
         slots_D = owned_experts(group, run) / group.number + others_D / (1 if run.config.fssdp.rematerialize else group.number)
         chunks_D = assignments_D // _CHUNK_ROWS + np.minimum(slots_D, assignments_D)
-        most = np.maximum(most, 4.0 * (group.made or group.cost.chunk_numel) * chunks_D)
+        most = np.maximum(most, 4.0 * max(group.made, group.cost.chunk_numel) * chunks_D)
     return most
 
 

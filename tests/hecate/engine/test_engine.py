@@ -32,7 +32,7 @@ def wanted(layer: int, x: torch.Tensor, expert: torch.Tensor, weight: torch.Tens
     family = experts(LAYERS[layer], layer=layer)
     numel = family.layout().trainable_numel
     chunks = torch.stack([chunk(layer, e, numel) for e in range(LAYERS[layer])])
-    pairs = family.pairs(chunks, torch.arange(LAYERS[layer]))
+    pairs = family.pair_source.stacked(chunks, torch.arange(LAYERS[layer]))
     return mixlora_ffn_reference(RoutedTokens(x, expert, weight), base(), pairs)
 
 
@@ -188,7 +188,7 @@ def _step(rank: int, made: Engine, step: int) -> dict[int, np.ndarray]:
         y = micro.experts(layer, x, expert, weight, torch.arange(4) + 4 * rank)
         family = experts(count, layer=layer)
         chunks = torch.stack([chunk(layer, e, family.layout().trainable_numel) for e in range(count)])
-        pairs = family.pairs(chunks, torch.arange(count))
+        pairs = family.pair_source.stacked(chunks, torch.arange(count))
         torch.testing.assert_close(y, mixlora_ffn_reference(RoutedTokens(x, expert, weight), base(), pairs), rtol=1e-12, atol=1e-12)
         total = total + y.sum()
     micro.backward(total)

@@ -72,7 +72,7 @@ def test_initial_chunks_depend_on_seed_layer_and_expert() -> None:
 
 def test_an_adapted_expert_starts_as_the_bases() -> None:
     family = moe_lora()
-    assert not any(lora.b_SOr.any() for lora in family.pairs(family.init_chunk(2)[None], torch.tensor([2])).values())
+    assert not any(lora.b_SOr.any() for lora in family.pair_source.stacked(family.init_chunk(2)[None], torch.tensor([2])).values())
     assert torch.equal(family.frozen_chunk(2), torch.full((180,), 2, dtype=torch.bfloat16))
 
 

@@ -32,7 +32,7 @@ def test_the_layout_of_a_chunk() -> None:
 def test_chunks_are_cut_as_the_layout_says() -> None:
     family = experts(2)
     replicas = torch.arange(2 * family.layout().trainable_numel, dtype=torch.float64).view(2, -1)
-    pairs = family.pairs(replicas, torch.arange(2))
+    pairs = family.pair_source.stacked(replicas, torch.arange(2))
     for spec in family.layout().trainable:
         name, matrix = spec.name.split(".")
         start, end = offsets(family.layout())[spec.name]
@@ -43,7 +43,7 @@ def test_chunks_are_cut_as_the_layout_says() -> None:
 def test_an_expert_starts_as_the_base() -> None:
     family = experts(4)
     for expert in range(4):
-        pairs = family.pairs(family.init_chunk(expert)[None], torch.tensor([expert]))
+        pairs = family.pair_source.stacked(family.init_chunk(expert)[None], torch.tensor([expert]))
         for name, lora in pairs.items():
             assert not lora.b_SOr.any(), name
             assert lora.a_SrI.any(), name
@@ -105,7 +105,7 @@ def test_dropout_is_keyed_by_seed_step_and_layer_and_only_for_training(training:
     slot, token, here = torch.tensor([[0], [1], [1], [0], [-1]]), torch.arange(5) + 50, torch.tensor([3, 8])
     got = family.compute(RoutedTokens(x, slot, weight, token, here), ExpertReplicas(replicas), 6 if training else None)
     dropout = Dropout(0.5, dropout_key(SEED, 6, 4)) if training else None
-    pairs = family.pairs(replicas, here)
+    pairs = family.pair_source.stacked(replicas, here)
     wanted = mixlora_ffn_reference(RoutedTokens(x, slot, weight, token, here), base(), pairs, dropout=dropout)
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 

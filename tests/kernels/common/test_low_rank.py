@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 
 from hecate.kernels.common.dropout import Dropout, TokenDropout
 from hecate.kernels.common.lora_linear import lora_linear_triton
-from hecate.kernels.common.low_rank import lora_linear
+from hecate.kernels.common.low_rank import LowRankPairs, PackedPairs, lora_linear
 
 TOKENS, INPUTS, OUTPUTS, RANK, STREAM, SCALE = 11, 7, 5, 3, 4, 1.5
 
@@ -37,7 +38,9 @@ def test_against_autograd(
     number = torch.randperm(tokens, generator=random) + 50
     dropout = Dropout(p, key=9) if p else None
     leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-    y = function(leaves[0], weight, bias, leaves[1], leaves[2], SCALE, TokenDropout(dropout, number, STREAM) if dropout else None)
+    y = function(
+        leaves[0], weight, bias, LowRankPairs(leaves[1], leaves[2], SCALE), TokenDropout(dropout, number, STREAM) if dropout else None
+    )
     got = [y, *torch.autograd.grad(y, leaves, dy)]
 
     wide = [t.double().requires_grad_() for t in (x, a, b)]
@@ -52,7 +55,7 @@ def test_against_autograd(
 
 def test_an_input_that_needs_no_gradient() -> None:
     a, b = torch.ones(RANK, INPUTS).requires_grad_(), torch.ones(OUTPUTS, RANK).requires_grad_()
-    lora_linear(torch.ones(2, INPUTS), torch.ones(OUTPUTS, INPUTS), None, a, b, SCALE).sum().backward()
+    lora_linear(torch.ones(2, INPUTS), torch.ones(OUTPUTS, INPUTS), None, LowRankPairs(a, b, SCALE)).sum().backward()
     assert a.grad is not None
     assert b.grad is not None
 
@@ -66,7 +69,41 @@ def test_triton_over_several_blocks_and_chunks_against_torch(monkeypatch: pytest
     results = []
     for function in (lora_linear, lora_linear_triton):
         leaves = [t.clone().requires_grad_() for t in (x, a, b)]
-        y = function(leaves[0], weight, None, leaves[1], leaves[2], SCALE, dropout)
+        y = function(leaves[0], weight, None, LowRankPairs(leaves[1], leaves[2], SCALE), dropout)
         results.append([y, *torch.autograd.grad(y, leaves, dy)])
     for plain, mine in zip(*results, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-3)
+
+
+def pairs_of(seed: int, scale: float) -> LowRankPairs:
+    random = torch.Generator().manual_seed(seed)
+    return LowRankPairs(torch.randn(2, 3, 5, generator=random), torch.randn(2, 7, 3, generator=random), scale)
+
+
+def test_pairs_come_back_in_the_order_of_projections_with_dropout_in_their_scales() -> None:
+    pairs = {"down_proj": pairs_of(0, 2.0), "gate_proj": pairs_of(1, 0.5)}
+    packed = PackedPairs.of(pairs, Dropout(0.5, key=1))
+    assert (packed.projections, packed.scales, packed.trains_a, packed.dropped_levels) == ("gate_proj down_proj", [1.0, 4.0], True, 1 << 15)
+    again = packed.unpacked()
+    assert list(again) == ["gate_proj", "down_proj"]
+    assert all(again[name].a_SrI is pairs[name].a_SrI and again[name].b_SOr is pairs[name].b_SOr for name in pairs)
+    assert [of.b_for_a_SOr for of in again.values()] == [None, None]
+
+
+def test_what_stands_for_b_comes_back_beside_it_and_for_all_pairs_or_none() -> None:
+    plain = pairs_of(0, 2.0)
+    changed = replace(plain, b_for_a_SOr=2 * plain.b_SOr)
+    (again,) = PackedPairs.of({"up_proj": changed}, None).unpacked().values()
+    assert again == changed
+    with pytest.raises(AssertionError, match="beside one without"):
+        PackedPairs.of({"up_proj": changed, "gate_proj": plain}, None)
+
+
+def test_gradients_of_b_alone_stand_where_those_of_a_and_b_do() -> None:
+    plain, one = pairs_of(0, 2.0), torch.ones(1)
+    both = PackedPairs.of({"up_proj": plain}, None)
+    fixed = PackedPairs.of({"up_proj": LowRankPairs(plain.a_SrI, plain.b_SOr.clone().requires_grad_(), 1.0)}, None)
+    assert (both.trains_a, fixed.trains_a) == (True, False)
+    assert [len(both.trained), len(fixed.trained)] == [2, 1]
+    assert both.gradients([one, one + 1]) == [one, one + 1]
+    assert fixed.gradients([one]) == [None, one]

@@ -1,60 +1,101 @@
-"""Records are packed for operators and unpacked without loss."""
+"""An operator is made of two passes over records, and says torch what they take and return."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 
-from hecate.kernels.common.dropout import Dropout
-from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.kernels.common.operators import gradients_of_pairs, keep_for_backward, kept_for_backward, pack_pairs, unpack_pairs
-
-
-def pair(seed: int, scale: float) -> LowRankPairs:
-    random = torch.Generator().manual_seed(seed)
-    return LowRankPairs(torch.randn(2, 3, 5, generator=random), torch.randn(2, 7, 3, generator=random), scale)
+from hecate.kernels.common.operands import Operands
+from hecate.kernels.common.operators import DifferentiableOperator
 
 
-def test_pairs_come_back_in_the_order_of_projections_with_dropout_in_their_scales() -> None:
-    pairs = {"down_proj": pair(0, 2.0), "gate_proj": replace(pair(1, 0.5), eta=3.0)}
-    matrices, projections, scales, etas, trains_a = pack_pairs(pairs, Dropout(0.5, key=1))
-    assert (projections, scales, etas) == ("gate_proj down_proj", [1.0, 4.0], [3.0, 0.0])
-    again = unpack_pairs(matrices, projections, scales, etas)
-    assert trains_a
-    assert not pack_pairs({"up_proj": LowRankPairs(matrices[0], matrices[1].clone().requires_grad_(), 1.0)}, None)[-1]
-    assert {name: of.eta for name, of in again.items()} == {"gate_proj": 3.0, "down_proj": None}
-    assert list(again) == ["gate_proj", "down_proj"]
-    assert all(again[name].a_SrI is pairs[name].a_SrI and again[name].b_SOr is pairs[name].b_SOr for name in pairs)
+@dataclass(frozen=True)
+class Factors(Operands):
+    matrices: Sequence[Tensor]
+    scales: Sequence[float]
 
 
-def test_gradients_of_b_alone_stand_where_those_of_a_and_b_do() -> None:
-    one, two = torch.ones(1), torch.ones(2)
-    assert gradients_of_pairs([one, two], of_a=True) == [one, two]
-    assert gradients_of_pairs([one, two], of_a=False) == [None, one, None, two]
+@dataclass(frozen=True)
+class Call(Operands):
+    x: Tensor
+    factors: Factors
+    name: str
 
 
-def test_what_is_kept_for_the_backward_pass_comes_back_in_its_form() -> None:
-    x = torch.ones(2)
-    values: list[Any] = [[x, x + 1], x + 2, [], "silu", [0.5, 2.0], 7, (x,)]
+@dataclass(frozen=True)
+class Once(Operands):
+    added: Sequence[Tensor]
+    times: int
 
-    class Context:
-        """As autograd's, as far as it is used."""
 
-        saved_tensors: tuple[torch.Tensor, ...] = ()
+@dataclass(frozen=True)
+class Kept(Operands):
+    sum: Tensor
 
-        def set_materialize_grads(self, value: bool) -> None:
-            assert not value
 
-        def save_for_backward(self, *tensors: torch.Tensor) -> None:
-            self.saved_tensors = tensors
+def forward(call: Call, once: Once) -> tuple[Tensor, Kept]:
+    total = sum((scale * matrix for matrix, scale in zip(call.factors.matrices, call.factors.scales, strict=True)), torch.zeros(()))
+    return call.x @ total * once.times + sum(once.added, torch.zeros(())), Kept(total * once.times)
 
-    context = Context()
-    keep_for_backward(context, values)
-    back = kept_for_backward(context)
-    assert all(isinstance(tensor, torch.Tensor) for tensor in context.saved_tensors)
-    assert torch.equal(torch.stack(back[0]), torch.stack(values[0]))
-    assert torch.equal(back[1], values[1])
-    assert back[2:6] == [[], "silu", [0.5, 2.0], 7]
-    assert torch.equal(back[6][0], x)
+
+def backward(dy: Tensor, call: Call, kept: Kept) -> list[Tensor]:
+    assert call.name == "silu"
+    return [dy @ kept.sum.T, call.x.T @ dy]
+
+
+def gradients(call: Call, found: list[Tensor]) -> dict[str, Any]:
+    return {"x": found[0], "factors.matrices": [3 * scale * found[1] for scale in call.factors.scales]}
+
+
+OPERATOR = DifferentiableOperator("of_a_test", forward, backward, gradients)
+
+
+def results(x: Tensor, first: Tensor, second: Tensor, function: Any = OPERATOR) -> Tensor:
+    return function(Call(x, Factors([first, second], [0.5, 2.0]), "silu"), Once([torch.ones(4)], 3))
+
+
+def leaves() -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    return [torch.randn(*shape, generator=random).requires_grad_() for shape in ((2, 3), (3, 4), (3, 4))]
+
+
+def test_gradients_are_those_of_autograd() -> None:
+    given = leaves()
+    plain = given[0] @ (0.5 * given[1] + 2.0 * given[2]) * 3 + 1
+    y = results(*given)
+    torch.testing.assert_close(y, plain)
+    for mine, wanted in zip(torch.autograd.grad(y.sum(), given), torch.autograd.grad(plain.sum(), given), strict=True):
+        torch.testing.assert_close(mine, wanted)
+
+
+def test_under_torch_compile_it_is_one_operator_with_the_same_results() -> None:
+    given = leaves()
+    got = torch.compile(lambda *each: results(*each) * 1.0, fullgraph=True, backend="aot_eager")(*given)
+    want = results(*given)
+    assert torch.equal(got, want)
+    for mine, wanted in zip(torch.autograd.grad(got.sum(), given), torch.autograd.grad(want.sum(), given), strict=True):
+        assert torch.equal(mine, wanted)
+
+
+def test_the_schema_has_the_fields_of_the_records() -> None:
+    schema = str(torch.ops.hecate.of_a_test.default._schema)
+    taken = "Tensor x, Tensor[] factors_matrices, float[] factors_scales, str name, Tensor[] once_added, SymInt once_times"
+    assert schema == f"hecate::of_a_test({taken.replace('once_', '')}) -> (Tensor, Tensor)"
+    schema = str(torch.ops.hecate.of_a_test_backward.default._schema)
+    assert schema.startswith("hecate::of_a_test_backward(Tensor dy, Tensor sum, Tensor x, ")
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_torch_agrees_with_the_registration(count: int) -> None:
+    x, first, second = leaves()
+    torch.library.opcheck(OPERATOR.library, (x, [first, second], [0.5, 2.0], "silu", [torch.ones(4)] * count, 3))
+
+
+def test_nothing_is_kept_of_what_the_forward_pass_alone_takes() -> None:
+    y = results(*leaves())
+    assert [tuple(tensor.shape) for tensor in y.grad_fn.saved_tensors] == [(3, 4), (2, 3), (3, 4), (3, 4)]  # type: ignore[union-attr]

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hecate.experts.pairs.gradient_rules import row_factors, row_norm, ruled_pairs
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.kernels.common.lora_linear import lora_linear_triton
-from hecate.kernels.common.low_rank import LowRankPairs, lora_linear, row_factors
+from hecate.kernels.common.low_rank import LowRankPairs, lora_linear
 from hecate.kernels.experts.masked_pairs import masked_pairs
 from hecate.kernels.experts.moe_lora_operators import moe_lora_ffn_triton
 from hecate.kernels.experts.reference import moe_lora_ffn_reference, routed_pairs_reference
@@ -24,6 +25,7 @@ from hecate.kernels.experts.torch_path import moe_lora_ffn
 from hecate.kernels.mixlora.operators import mixlora_ffn_triton
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from hecate.kernels.mixlora.torch_path import mixlora_ffn
+from hecate.parallel.values.expert_kinds import LoraShape
 from tests.plain_allora import row_norm_product
 
 HIDDEN, FFN, SLOTS, TOKENS, RANK = 5, 7, 2, 9, 3
@@ -73,7 +75,7 @@ def of_linear(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     def layer(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs]) -> Tensor:
         down, x = pairs["down_proj"], F.pad(routed.x_TD, (0, FFN - HIDDEN), value=0.5)
-        return function(x, base.down_DF, None, down.a_SrI[0], down.b_SOr[0], down.scale, None, down.eta)
+        return function(x, base.down_DF, None, down.of_slot(0, x.dtype))
 
     return layer
 
@@ -108,7 +110,7 @@ interpreted_are_slow = pytest.mark.parametrize(
 )
 
 
-def plain(name: str) -> Callable[..., Tensor]:
+def plain(name: str, eta: float | None) -> Callable[..., Tensor]:
     """The same layer in formulas, in float64."""
 
     def experts(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs]) -> Tensor:
@@ -117,9 +119,9 @@ def plain(name: str) -> Callable[..., Tensor]:
 
             def linear(name: str, weight: Tensor, x: Tensor, slot: int = slot) -> Tensor:
                 of = pairs[name]
-                if of.eta is None:
+                if eta is None:
                     return x @ weight.T + of.scale * x @ (of.b_SOr[slot] @ of.a_SrI[slot]).T
-                return x @ weight.T + of.scale * row_norm_product(x, of.a_SrI[slot], of.b_SOr[slot], of.eta)
+                return x @ weight.T + of.scale * row_norm_product(x, of.a_SrI[slot], of.b_SOr[slot], eta)
 
             h = F.silu(linear("gate_proj", base.gate_FD, routed.x_TD)) * linear("up_proj", base.up_FD, routed.x_TD)
             share = (routed.weight_TK * (routed.slot_TK == slot)).sum(1, keepdim=True)
@@ -128,14 +130,14 @@ def plain(name: str) -> Callable[..., Tensor]:
 
     def one_linear(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs]) -> Tensor:
         down, x = pairs["down_proj"], F.pad(routed.x_TD, (0, FFN - HIDDEN), value=0.5)
-        assert down.eta is not None
-        return x @ base.down_DF.T + down.scale * row_norm_product(x, down.a_SrI[0], down.b_SOr[0], down.eta)
+        assert eta is not None
+        return x @ base.down_DF.T + down.scale * row_norm_product(x, down.a_SrI[0], down.b_SOr[0], eta)
 
     def routed_pair(routed: RoutedTokens, base: FfnBase, pairs: dict[str, LowRankPairs]) -> Tensor:
         down, x = pairs["down_proj"], F.pad(routed.x_TD, (0, FFN - HIDDEN), value=0.5)
-        assert down.eta is not None
+        assert eta is not None
         shares = [(routed.weight_TK * (routed.slot_TK == slot)).sum(1, keepdim=True) for slot in range(SLOTS)]
-        parts = [row_norm_product(x, a, b, down.eta) for a, b in zip(down.a_SrI, down.b_SOr, strict=True)]
+        parts = [row_norm_product(x, a, b, eta) for a, b in zip(down.a_SrI, down.b_SOr, strict=True)]
         return sum((down.scale * share * part for share, part in zip(shares, parts, strict=True)), torch.zeros(()))
 
     if name.startswith("routed"):
@@ -150,7 +152,9 @@ def results(function: Callable[..., Tensor], layer: Layer, dtype: torch.dtype) -
     for name, (a, b) in layer.pairs.items():
         leaves[f"{name}.A"] = leaf(a, dtype).requires_grad_(layer.trains_a)
         leaves[f"{name}.B"] = leaf(b, dtype)
-        pairs[name] = LowRankPairs(leaves[f"{name}.A"], leaves[f"{name}.B"], 1.0, layer.eta)
+        pairs[name] = LowRankPairs(leaves[f"{name}.A"], leaves[f"{name}.B"], 1.0)
+    if layer.eta is not None:
+        pairs = {name: row_norm(of, layer.eta) for name, of in pairs.items()}
     gate, up, down = (normal(seed, *shape).to(dtype) for seed, shape in ((1, (FFN, HIDDEN)), (2, (FFN, HIDDEN)), (3, (HIDDEN, FFN))))
     slot_TK = torch.arange(2 * TOKENS).view(-1, 2) * 7 % 3 % SLOTS
     y = function(RoutedTokens(leaves["x"], slot_TK, leaves["weight"]), FfnBase(gate, up, down, "silu"), pairs)
@@ -174,8 +178,9 @@ def close(got: dict[str, Tensor | None], wanted: dict[str, Tensor | None], toler
 @every
 def test_gradients_are_those_of_the_written_out_formula(name: str) -> None:
     function, dtype = FAST[name]
-    layer = Layer(pairs_of(0.3), eta=1.5)
-    close(results(function, layer, dtype), results(plain(name), layer, torch.float64), 1e-12 if dtype == torch.float64 else 2e-6)
+    pairs = pairs_of(0.3)
+    wanted = results(plain(name, 1.5), Layer(pairs), torch.float64)
+    close(results(function, Layer(pairs, eta=1.5), dtype), wanted, 1e-12 if dtype == torch.float64 else 2e-6)
 
 
 @every
@@ -227,7 +232,7 @@ def test_a_pair_of_gate_and_up_together(name: str) -> None:
     pairs = pairs_of(0.3)
     (a, b_gate), (_, b_up) = pairs["gate_proj"], pairs["up_proj"]
     got = results(function, Layer({"gate_up_proj": (a, torch.cat([b_gate, b_up], dim=1)), "down_proj": pairs["down_proj"]}, 1.5), dtype)
-    wanted: dict[str, Any] = results(plain(name), Layer({**pairs, "up_proj": (a, b_up)}, 1.5), torch.float64)
+    wanted: dict[str, Any] = results(plain(name, 1.5), Layer({**pairs, "up_proj": (a, b_up)}), torch.float64)
     tolerance = 1e-12 if dtype == torch.float64 else 2e-6
     together = {
         "d gate_up_proj.A": wanted["d gate_proj.A"] + wanted["d up_proj.A"],
@@ -242,7 +247,16 @@ def test_row_norms_by_the_gram_matrix_are_those_of_the_product(dtype: torch.dtyp
     b[0, 3] = 0
     norms = (b.double() @ a.double()).norm(dim=-1)
     got = row_factors(a, b, 0.5)
-    assert got is not None
     torch.testing.assert_close(got.double(), (norms + 4).rsqrt(), rtol=tolerance, atol=0)
     assert got[0, 3] == 0.5
-    assert row_factors(a, b, None) is None
+
+
+def test_without_a_rule_or_gradients_nothing_is_computed() -> None:
+    a, b = normal(1, SLOTS, 4, 30).requires_grad_(), normal(2, SLOTS, 11, 4).requires_grad_()
+    plain, ruled = (LoraShape(4, 0.5, 0.0, eta=eta) for eta in (None, 2.0))
+    with torch.no_grad():
+        unseen = ruled_pairs(ruled, a, b)
+    for pairs in (ruled_pairs(plain, a, b), unseen):
+        assert (pairs.a_SrI, pairs.b_SOr, pairs.scale, pairs.b_for_a_SOr) == (a, b, 0.5, None)
+    assert ruled_pairs(ruled, a, b).b_for_a_SOr is not None
+    assert ruled_pairs(ruled, a.detach(), b).b_for_a_SOr is None, "an A that does not train has no gradient to change"

@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hecate.kernels.common.assignments import RoutedTokens, assignment_blocks, assignment_order, tile_map
+from hecate.kernels.common.assignments import AssignmentBlocks, RoutedTokens, assignment_blocks, assignment_order, tile_map
 from hecate.kernels.common.dropout import Dropout, ffn_dropout
-from hecate.kernels.common.sorting import blocks_of, dropout_numbers, sorted_assignments, words_dropout
+from hecate.kernels.common.operands import flattened
+from hecate.kernels.common.sorting import Unsorted, blocks_of, sorted_assignments, words_dropout
 from hecate.kernels.common.sorting import kept_tile_map as tile_map_triton
 from tests.kernels.common.order_cases import CASES, random_slots
 from tests.kernels.grouping import poisoned
@@ -26,13 +27,17 @@ def routed(name: str) -> RoutedTokens:
     return RoutedTokens(torch.ones(len(slot_TK), 1), slot_TK, torch.ones(slot_TK.shape), token_T, torch.arange(slots) * 3 + 1)
 
 
+def tensors_of(blocks: AssignmentBlocks) -> list[torch.Tensor]:
+    return [*flattened(blocks.order), blocks.tiles, blocks.chunks, blocks.first_chunk]
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_order_and_blocks_are_torch_s(name: str) -> None:
     slot_TK, slots = routed(name).slot_TK, CASES[name][2]
-    order, words = sorted_assignments(slot_TK, slots)
+    order, words = sorted_assignments(Unsorted(slot_TK, slot_TK.numel()), slots)
     wanted = assignment_blocks(assignment_order(slot_TK, slots), 4, 16)
     assert words.numel() == 0
-    for mine, torch_s in zip(blocks_of(order, 4, 16).tensors(), wanted.tensors(), strict=True):
+    for mine, torch_s in zip(tensors_of(blocks_of(order, 4, 16)), tensors_of(wanted), strict=True):
         assert mine.dtype == torch_s.dtype
         assert torch.equal(mine, torch_s)
     assert torch.equal(tile_map_triton(order, 3), tile_map(wanted.order, 3))
@@ -42,14 +47,15 @@ def test_order_and_blocks_are_torch_s(name: str) -> None:
 def test_slots_may_be_a_view_of_columns() -> None:
     """As dispatch returns them, beside the tokens' numbers."""
     slot_TK = routed("plain").slot_TK
-    order, _ = sorted_assignments(torch.cat([slot_TK, slot_TK[:, :1] + 9], dim=1)[:, :-1], 4)
-    assert all(map(torch.equal, order.tensors(), assignment_order(slot_TK, 4).tensors()))
+    view_TK = torch.cat([slot_TK, slot_TK[:, :1] + 9], dim=1)[:, :-1]
+    order, _ = sorted_assignments(Unsorted(view_TK, view_TK.numel()), 4)
+    assert all(map(torch.equal, flattened(order), flattened(assignment_order(slot_TK, 4))))
 
 
 @pytest.mark.parametrize("name", [name for name in FEW if CASES[name][2]])
 def test_words_of_dropout_are_torch_s(name: str) -> None:
     tokens, dropout = routed(name), Dropout(0.3, key=-77)
-    order, words = sorted_assignments(tokens.slot_TK, CASES[name][2], *dropout_numbers(dropout, tokens))
+    order, words = sorted_assignments(Unsorted.of(tokens, dropout), CASES[name][2])
     mine, torch_s, here = words_dropout(words, dropout.dropped_levels), ffn_dropout(dropout, tokens, order.order_P), order.starts[-1]
     assert mine is not None
     assert torch_s is not None
@@ -61,4 +67,5 @@ def test_words_of_dropout_are_torch_s(name: str) -> None:
 def test_what_is_not_dropped_is_not_hashed() -> None:
     """A probability that rounds to nothing of 65536, and none at all."""
     tokens = replace(routed("plain"), token_T=None)
-    assert dropout_numbers(None, tokens) == dropout_numbers(Dropout(1e-9, key=1), tokens) == ([], 0)
+    for unsorted in (Unsorted.of(tokens), Unsorted.of(tokens, Dropout(1e-9, key=1))):
+        assert (unsorted.numbers, unsorted.key) == ((), 0)

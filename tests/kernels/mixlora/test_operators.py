@@ -14,7 +14,7 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout
 from hecate.kernels.common.ffn import FfnBase
 from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.kernels.mixlora.operators import forward_arguments, mixlora_ffn_triton, mixlora_forward
+from hecate.kernels.mixlora.operators import mixlora_ffn_triton, mixlora_operator
 from hecate.kernels.mixlora.reference import mixlora_ffn_reference
 from tests.kernels.grouping import poisoned
 from tests.kernels.mixlora.cases import CASES, Case, compare, results
@@ -132,7 +132,21 @@ def test_ranks_that_differ_by_slot() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_torch_library_agrees(dropout: float) -> None:
     """Schema, fake results against real ones, autograd's registration; results there and then under tracing."""
-    torch.library.opcheck(mixlora_forward, forward_arguments(*layer((3, 3), dropout=dropout)))
+    calls: list[tuple[Any, ...]] = []
+    with mock.patch("torch.compiler.is_compiling", return_value=True), mock.patch.object(mixlora_operator, "library", noting(calls)):
+        routed, base, pairs, how = layer((3, 3), dropout=dropout)
+        mixlora_ffn_triton(routed, base, pairs, dropout=how)
+    torch.library.opcheck(mixlora_operator.library, calls[0])
+
+
+def noting(calls: list[tuple[Any, ...]]) -> Any:
+    """An operator's stand-in, which notes its arguments."""
+
+    def note(*arguments: Any) -> tuple[torch.Tensor]:
+        calls.append(arguments)
+        return (arguments[0],)
+
+    return note
 
 
 def test_compiles_without_a_break() -> None:

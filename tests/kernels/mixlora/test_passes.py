@@ -185,13 +185,6 @@ def test_a_hot_slot_has_several_chunks(device: torch.device) -> None:
     assert blocks.chunks[:5].tolist() == [[0, 0, 32], [0, 32, 32], [0, 64, 6], [2, 70, 32], [2, 102, 1]]
 
 
-def test_chunks_survive_being_taken_apart(device: torch.device) -> None:
-    blocks = Inputs(dataclasses.replace(CASES["k 4"]), device).blocks
-    again = AssignmentBlocks.of_tensors(blocks.rows, blocks.tensors())
-    assert all(a is b for a, b in zip(again.tensors(), blocks.tensors(), strict=True))
-    assert again.rows == blocks.rows
-
-
 def test_a_layer_launches_every_kernel() -> None:
     launched = [launch.kernel for launch in LAYERS["7B"].launches()]
     for name in ("shrink", "expand", "gated", "gated_backward", "outer", "sum_chunks"):

@@ -50,7 +50,7 @@ def test_it_is_plain_pairs_whose_a_has_no_gradient() -> None:
     fixed = MixLoraExperts(site(), base(), FixedA(site(), LORA, PROJECTIONS))
     plain = MixLoraExperts(site(), base(), PlainPairs(PLAIN, PROJECTIONS, FfnSizes(HIDDEN, FFN)))
     _, chunks_SC, _ = chunks_and_pairs()
-    pairs = fixed.pairs(chunks_SC, torch.arange(EXPERTS))
+    pairs = fixed.pair_source.stacked(chunks_SC, torch.arange(EXPERTS))
     whole_SC = torch.stack(
         [plain.pair_source.chunk_of(e, {name: (of.a_SrI[e], of.b_SOr[e]) for name, of in pairs.items()}) for e in range(EXPERTS)]
     )

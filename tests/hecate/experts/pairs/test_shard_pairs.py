@@ -64,8 +64,8 @@ def test_with_private_shards_alone_it_is_plain_lora_exactly(layer: int) -> None:
     blocks = torch.stack([pool.init_chunk(block) for block in range(5)])
     chunks = torch.stack([theirs.init_chunk(expert) for expert in range(theirs.num_experts)])
     assert ours.init_chunk(0).shape == (0,)
-    pairs = {name: theirs.pairs(chunks, torch.arange(len(chunks)))[name] for name in PROJECTIONS}
-    for name, pair in ours.pairs(blocks, torch.arange(len(chunks))).items():
+    pairs = {name: theirs.pair_source.stacked(chunks, torch.arange(len(chunks)))[name] for name in PROJECTIONS}
+    for name, pair in ours.pair_source.stacked(blocks, torch.arange(len(chunks))).items():
         assert pair.a_SrI.equal(pairs[name].a_SrI)
         assert pair.b_SOr.equal(pairs[name].b_SOr)
     first, found = (0 if layer == 0 else 3), []

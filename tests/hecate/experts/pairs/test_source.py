@@ -84,7 +84,7 @@ def tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_slots_hold_any_experts() -> None:
     family, plain = seeded(), PlainPairs(LORA, ("gate_proj", "down_proj"), SIZES)
     in_slots = torch.tensor([3, 1, 4])
-    pairs = family.pairs(chunks()[in_slots], in_slots)
+    pairs = family.pair_source.stacked(chunks()[in_slots], in_slots)
     for slot, expert in enumerate(in_slots.tolist()):
         one = {name: (of.a_SrI[slot], of.b_SOr[slot]) for name, of in pairs.items()}
         assert torch.equal(family.pair_source.chunk_of(expert, one), chunks()[expert])
@@ -93,7 +93,9 @@ def test_slots_hold_any_experts() -> None:
     x, _, weight = tokens()
     slot_TK = torch.arange(TOKENS * 2).view(-1, 2) % 3
     got = family.compute(RoutedTokens(x, slot_TK, weight, None, in_slots), ExpertReplicas(chunks()[in_slots]), None)
-    wanted = mixlora_ffn_reference(RoutedTokens(x, in_slots[slot_TK], weight), base(), family.pairs(chunks(), torch.arange(EXPERTS)))
+    wanted = mixlora_ffn_reference(
+        RoutedTokens(x, in_slots[slot_TK], weight), base(), family.pair_source.stacked(chunks(), torch.arange(EXPERTS))
+    )
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -167,7 +169,7 @@ def _train(rank: int, world: int, policy: str) -> None:
     micro.backward(y.square().sum())
     step.finish()
     all_chunks = chunks().requires_grad_()
-    wanted = mixlora_ffn_reference(RoutedTokens(x, chosen, weight), base(), seeded().pairs(all_chunks, torch.arange(EXPERTS)))
+    wanted = mixlora_ffn_reference(RoutedTokens(x, chosen, weight), base(), seeded().pair_source.stacked(all_chunks, torch.arange(EXPERTS)))
     wanted.square().sum().backward()
     torch.testing.assert_close(y.detach(), wanted[mine].detach(), rtol=1e-12, atol=1e-12)
     assert all_chunks.grad is not None
