@@ -37,7 +37,7 @@ class AdapterFormat:
     """
 
     name: ClassVar[str]
-    """by which `moe.output` and `hecate export --to` know it"""
+    """by which `MoeConfig.output` and `hecate export --to` know it"""
     what: ClassVar[str]
     """what a folder in it holds, for messages"""
     instead: ClassVar[str] = "give the folder of an adapter"
@@ -120,9 +120,20 @@ class AdapterFormat:
             refuse_different(theirs.folder, key, of_file, configured)
         self.load(theirs, base, moe)
 
-    def compared(self, theirs: Adapter, ours: Description, _base: BaseModel, _moe: MoeModel) -> list[tuple[str, Any, Any]]:
+    def compared(self, theirs: Adapter, ours: Description, _base: BaseModel, moe: MoeModel) -> list[tuple[str, Any, Any]]:
         """Return what an adapter must have as a run has it, to begin it: of each key the adapter's value and the configuration's."""
-        return [("lora.r", theirs.description.r, ours.r), ("lora.alpha, scaled", theirs.description.scale, ours.scale)]
+        found = theirs.description
+        alike = [("lora.r", found.ranks, ours.ranks), ("lora.alpha, scaled", found.scale, ours.scale)]
+        if not isinstance(found, MixtureDescription) or not isinstance(ours, MixtureDescription):
+            return alike
+        return [
+            *alike,
+            ("lora.target_modules", sorted(found.target_modules), sorted(ours.target_modules)),
+            ("moe.num_experts", list(found.experts_per_layer), list(ours.experts_per_layer)),
+            ("moe.top_k", found.top_k, ours.top_k),
+            ("moe.router", *_different_choices(found.router, ours.router)),
+            ("data.features, whose width is", found.user_width(theirs.tensors), moe.user_width),
+        ]
 
     def load(self, adapter: Adapter, base: BaseModel, moe: MoeModel) -> None:
         """Give a model an adapter's values. Raises UserError: as `put_into`."""
@@ -210,8 +221,8 @@ def refuse_different(folder: Path, key: str, of_file: object, configured: object
         raise UserError(f"lora.init_from: {folder} has {key} {of_file}, but the configuration has {configured}\n  {hint}")
 
 
-def different_routers(theirs: RouterConfig, ours: RouterConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
-    """Return the choices that differ between two kinds of routers, as `compared` has them; how a router is trained, a run may change."""
+def _different_choices(theirs: RouterConfig, ours: RouterConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The choices that differ between two kinds of routers; how a router is trained, a run may change."""
     of_file, configured = asdict(theirs), asdict(ours)
     keys = [key for key in configured if of_file[key] != configured[key] and key not in ("bias_rate", "balance")]
-    return "moe.router", {key: of_file[key] for key in keys}, {key: configured[key] for key in keys}
+    return {key: of_file[key] for key in keys}, {key: configured[key] for key in keys}

@@ -43,6 +43,12 @@ class Description(ABC):
         return lora_scale(self.alpha, self.r, rslora=self.use_rslora)
 
     @property
+    def ranks(self) -> int | list[int]:
+        """As `lora.r` has it: one rank, to which all pairs are padded, or that of each expert."""
+        found: int | list[int] = self.extra.get("ranks", self.r)
+        return found
+
+    @property
     def why_no_form(self) -> str:
         """Why `hecate export` writes it in no form, and what to do, where no format holds it."""
         return "hecate generate and hecate eval compute it"

@@ -15,9 +15,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from hecate.adapters.adapter_format import AdapterFormat, different_routers
+from hecate.adapters.adapter_format import AdapterFormat
 from hecate.adapters.card import GENERATE, Loading, how_trained
-from hecate.adapters.description import LARGEST, Adapter, Description, MixtureDescription, router_choices
+from hecate.adapters.description import LARGEST, Adapter, MixtureDescription, router_choices
 from hecate.adapters.folder import CONFIG, described_template, read_adapter_config, read_weights
 from hecate.adapters.model_tensors import TensorNames, linear_path, put_into
 from hecate.adapters.places import Place
@@ -50,12 +50,6 @@ class LinearsDescription(MixtureDescription):
     router_aux_loss_coef: float
     router: RouterConfig = field(default_factory=RouterConfig)
     """how the routers choose"""
-
-    @property
-    def ranks(self) -> int | list[int]:
-        """As `lora.r` has it: one rank, to which all pairs are padded, or that of each expert."""
-        found: int | list[int] = self.extra.get("ranks", self.r)
-        return found
 
     @property
     def why_no_form(self) -> str:
@@ -163,20 +157,6 @@ class Linears(AdapterFormat):
             lambda layer, module: pair_names(path(layer, module), None),
             lambda unit, part: router_name(path(unit.layer, unit.place), part),
         )
-
-    def compared(self, theirs: Adapter, ours: Description, _base: BaseModel, moe: MoeModel) -> list[tuple[str, Any, Any]]:
-        found = theirs.description
-        assert isinstance(found, LinearsDescription)
-        assert isinstance(ours, LinearsDescription)
-        return [
-            ("lora.r", found.ranks, ours.ranks),
-            ("lora.alpha, scaled", found.scale, ours.scale),
-            ("lora.target_modules", sorted(found.target_modules), sorted(ours.target_modules)),
-            ("moe.num_experts", list(found.experts_per_layer), list(ours.experts_per_layer)),
-            ("moe.top_k", found.top_k, ours.top_k),
-            different_routers(found.router, ours.router),
-            ("data.features, whose width is", found.user_width(theirs.tensors), moe.user_width),
-        ]
 
     def load(self, adapter: Adapter, base: BaseModel, moe: MoeModel) -> None:
         names = self.names(base, moe)

@@ -10,11 +10,10 @@ from __future__ import annotations
 import io
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from hecate.adapters.adapter_format import AdapterFormat, different_routers
+from hecate.adapters.adapter_format import AdapterFormat
 from hecate.adapters.card import Loading, adapter_card, how_trained
 from hecate.adapters.description import Adapter, Description
 from hecate.adapters.folder import OLD_WEIGHTS, described_template, write_adapter_folder
@@ -97,19 +96,6 @@ class MixLora(AdapterFormat):
             if vectors:
                 return replace(description, extra={**description.extra, "router_buffers": vectors})
         return description
-
-    def compared(self, theirs: Adapter, ours: Description, _base: BaseModel, _moe: MoeModel) -> list[tuple[str, Any, Any]]:
-        found = theirs.description
-        assert isinstance(found, MixLoraDescription)
-        assert isinstance(ours, MixLoraDescription)
-        return [
-            ("lora.r", found.r, ours.r),
-            ("lora.alpha, scaled", found.scale, ours.scale),
-            ("lora.target_modules", sorted(found.target_modules), sorted(ours.target_modules)),
-            ("moe.num_experts", list(found.experts_per_layer), list(ours.experts_per_layer)),
-            ("moe.top_k", found.top_k, ours.top_k),
-            different_routers(found.router, ours.router),
-        ]
 
     def export(self, adapter: Adapter, out: Path) -> list[str]:
         config = adapter.description

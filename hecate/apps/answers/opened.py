@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from hecate.adapters.bake_user import require_width
 from hecate.adapters.format_table import format_of
 from hecate.adapters.formats.whole_model import is_model_folder, load_plain_model
+from hecate.apps.answers.bake_user import require_width
 from hecate.apps.answers.checkpointed import is_checkpoint, model_of_checkpoint
 from hecate.apps.answers.trained import find_trained
 from hecate.config.files.paths import is_gguf_name

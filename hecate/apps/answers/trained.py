@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from hecate.adapters.bake_user import bake_user
 from hecate.adapters.export import form_named, what_to_give, write_form
 from hecate.adapters.folder import read_adapter_config, refuse_existing
 from hecate.adapters.format_table import format_of, read_adapter
 from hecate.adapters.formats.whole_model import is_model_folder
 from hecate.adapters.sets.merging import merge_adapters
+from hecate.apps.answers.bake_user import bake_user
 from hecate.apps.answers.checkpointed import is_checkpoint, newest_checkpoint, write_checkpointed
 from hecate.checkpoint.history import OUTPUTS
 from hecate.config import Config
