@@ -27,8 +27,8 @@ from typing import Any
 
 from benchmarks import whole_run
 from benchmarks.report import arguments, commit, machine
-from hecate.adapters.mixlora.config import CONFIG
-from hecate.adapters.sets.forms import read_set
+from hecate.adapters.folder import CONFIG
+from hecate.adapters.sets.set_files import read_set
 from hecate.adapters.sets.terms import joined, relative_error
 from hecate.checkpoint import latest_good
 from hecate.data.files.synthetic_tasks import write_tasks

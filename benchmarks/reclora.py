@@ -23,9 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.report import arguments, finish
-from hecate.adapters.linear_experts import with_linear_adapter
-from hecate.adapters.peft.by_source import with_lora_adapters
-from hecate.adapters.peft.lora_folder import is_lora_adapter
+from hecate.adapters.format_table import format_of
 from hecate.config import load_config
 from hecate.data.batches import collate
 from hecate.data.encode import IGNORED
@@ -79,7 +77,7 @@ def scores(system: str, adapter: Path, data: Path, ranks: Ranks, most: int | Non
     given = settings(system, data, [f"output_dir={adapter.parent}", f"data.eval={data}/test.jsonl"])
     config = load_config(RECIPE, given, claim_output=False)
     choice = BaseChoice(config.model.name_or_path)
-    base, moe = with_lora_adapters([adapter], ranks, choice) if is_lora_adapter(adapter) else with_linear_adapter(adapter, ranks, choice)
+    base, moe = format_of(adapter).open_for_answers(adapter, ranks, choice)
     users = users_of(config)
     sources = encode_sources(config.data.eval, config, base, ranks, users)
     features_UF, head = None if users is None else on_device(users, ranks), base.head

@@ -303,7 +303,7 @@ READS_PLAINLY = {
     "hecate/io/npz.py": "members of an archive that is open",
     "hecate/checkpoint/files.py": "no link is followed within a checkpoint",
     "hecate/adapters/folder.py": "by libraries that take names, after `require_plain`",
-    "hecate/adapters/peft/lora_folder.py": "as hecate/adapters/folder.py",
+    "hecate/adapters/peft/reading.py": "as hecate/adapters/folder.py",
     "hecate/adapters/model_files.py": "what transformers has just written into a staging folder",
     "hecate/apps/federate/server_optimizer.py": "as hecate/adapters/folder.py",
     "hecate/model/files/stored_model.py": "as hecate/adapters/folder.py",

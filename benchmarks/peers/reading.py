@@ -25,7 +25,8 @@ from torch import Tensor
 from benchmarks.peers.reading_cases import DENSE_KINDS, MOE_KINDS, RANK, expected_changes, hecate_logits, save_mixture, save_moe_lora
 from benchmarks.peers.venv import peer_python
 from benchmarks.peers.wheels import WHEELS
-from hecate.adapters.forms import read_any, write_form
+from hecate.adapters.export import write_form
+from hecate.adapters.format_table import read_adapter
 from hecate.errors import UserError
 
 _HERE = Path(__file__).parent
@@ -76,7 +77,7 @@ def main() -> None:
 def _per_expert(kind: str, folder: Path) -> tuple[Path, Path, dict[str, Tensor]]:
     """The base model, the exported adapter, and what it should change."""
     adapted = save_moe_lora(kind, folder, alpha=3 * RANK // 2)
-    write_form("per-expert", read_any(folder / "adapter"), folder / "exported")
+    write_form("per-expert", read_adapter(folder / "adapter"), folder / "exported")
     return folder / "model", folder / "exported", expected_changes(adapted, folder / "model")
 
 
@@ -121,7 +122,7 @@ def read_llama_cpp(kind: str, folder: Path) -> tuple[str, bool]:
 def read_moe_peft(kind: str, folder: Path) -> tuple[str, bool]:
     """Both ways: it loads our adapter, and hecate loads what it saves."""
     save_mixture(kind, folder)
-    write_form("mixlora", read_any(folder / "adapter"), folder / "exported")
+    write_form("mixlora", read_adapter(folder / "adapter"), folder / "exported")
     python, out = peer_python(*MOE_PEFT, beside_ours=True), folder / "out.safetensors"
     _run([str(python), "-I", str(_HERE / "read_moe_peft.py"), str(folder / "model"), str(folder / "exported"), str(out)])
     ids = torch.arange(40, 70)[None]

@@ -10,8 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hecate.adapters.folder import save_adapter
-from hecate.adapters.mixlora.config import AdapterConfig
-from hecate.adapters.mixlora.tensors import expected_shapes
+from hecate.adapters.mixlora.description import MixLoraDescription, expected_shapes
 from hecate.apps.answers.opened import load_trained
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
@@ -80,7 +79,7 @@ def expected_changes(adapted: Any, model: Path) -> dict[str, Tensor]:
 def save_mixture(kind: str, folder: Path) -> None:
     """Save a dense model and hecate's mixture of experts over its FFNs in `folder`/model and `folder`/adapter."""
     model = _save_model(kind, folder / "model", {})
-    config = AdapterConfig(
+    config = MixLoraDescription(
         base_model_name_or_path=str(folder / "model"),
         r=RANK,
         alpha=6,

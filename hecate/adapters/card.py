@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hecate.adapters.peft.peft_targets import listed
+from hecate.adapters.peft.targets import listed
 from hecate.config import Config
 
 CARD = "README.md"
@@ -26,32 +26,10 @@ class Loading:
     """Markdown"""
 
 
-_GENERATE = "    hecate generate FOLDER 'What is FSSDP?'"
-_PEFT = """With PEFT:
-
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)
-
-PEFT warns of the key `hecate`, which it does not know and does not need.
-
-With hecate:
-
-"""
+GENERATE = "    hecate generate FOLDER 'What is FSSDP?'"
 _TRANSFORMERS = """    from transformers import AutoModelForCausalLM, AutoTokenizer
     model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
 """
-LOADING = {
-    "LORA": Loading("peft", ("lora",), _PEFT + _GENERATE),
-    "MIXLORA": Loading(
-        "hecate",
-        ("lora", "mixlora", "mixture-of-experts"),
-        f"With hecate:\n\n{_GENERATE}\n\nFor the `mixlora` and `moe-peft` libraries: `hecate export FOLDER --to mixlora -o OUT`. "
-        "For servers, over Llama and Mistral: `--to mixtral`.",
-    ),
-    "MOLA": Loading("hecate", ("lora", "mola", "mixture-of-experts"), f"With hecate, and no other program:\n\n{_GENERATE}"),
-}
-"""by the `peft_type` of adapters as a run leaves them"""
 
 
 def how_trained(config: Config) -> dict[str, Any]:
@@ -68,14 +46,8 @@ def how_trained(config: Config) -> dict[str, Any]:
     }
 
 
-def adapter_card(config: Mapping[str, Any], loading: Loading | None = None) -> bytes:
-    """Return the card of an adapter.
-
-    Args:
-        config: its adapter_config.json.
-        loading: None: as adapters of its `peft_type` are that a run leaves.
-    """
-    loading = loading or LOADING[str(config["peft_type"])]
+def adapter_card(config: Mapping[str, Any], loading: Loading) -> bytes:
+    """Return the card of an adapter. `config` is its adapter_config.json."""
     facts = {
         "base model": config["base_model_name_or_path"],
         "rank": config["r"],
@@ -106,7 +78,7 @@ def full_model_card(config: Config, base: str | None, experts: int) -> bytes:
         "trained beside experts and routers": "all other weights" if base is None or config.model.train_non_experts else "nothing",
     }
     trained = {name.replace("_", " "): value for name, value in how_trained(config).items()}
-    how = f"With transformers, as any Mixtral:\n\n{_TRANSFORMERS}\nWith hecate:\n\n{_GENERATE}"
+    how = f"With transformers, as any Mixtral:\n\n{_TRANSFORMERS}\nWith hecate:\n\n{GENERATE}"
     return model_card(base, how, {**facts, **trained}, ("mixtral", "mixture-of-experts"))
 
 

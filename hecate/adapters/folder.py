@@ -3,18 +3,17 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from hecate.adapters.card import CARD, LOADING, adapter_card
-from hecate.adapters.mixlora.config import CONFIG, AdapterConfig, config_from_json, config_to_json
-from hecate.adapters.mixlora.names import layer_in, modern_name
-from hecate.adapters.mixlora.tensors import checked_tensors
+from hecate.adapters.card import CARD, adapter_card
+from hecate.adapters.description import Description
 from hecate.checkpoint.shard import write_safetensors
+from hecate.config.files.paths import ADAPTER_CONFIG as CONFIG
 from hecate.config.files.paths import TRAINED_HINT, require_trained
 from hecate.data.chat.templates import FILE
 from hecate.errors import UserError
@@ -27,39 +26,49 @@ OLD_WEIGHTS = "adapter_model.bin"
 CHAT_TEMPLATE = "chat_template"
 _MAX_CONFIG_BYTES = 2**24
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-Description = TypeVar("Description")
 
 
-def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: AdapterConfig) -> None:
-    """Write a `mixlora` adapter in fp32 to the new folder `folder`.
-
-    `tensors` are all of the adapter's, named as in `hecate.adapters.mixlora.names`. A and B are written unscaled: readers of the format
-    multiply by alpha / r, or with `use_rslora` by alpha / sqrt(r). Raises UserError if the folder exists, a tensor is missing,
-    unknown, of the wrong shape or not finite (see `checked_tensors`), or the disk fails; the folder is then removed.
-    """
-    try:
-        checked = checked_tensors(tensors, config)
-    except UserError as error:
-        raise UserError(f"the adapter cannot be saved to {folder}: {error}") from error
-    write_adapter_folder(folder, checked, config_to_json(config))
-
-
-def write_adapter_folder(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], card: bytes | None = None) -> None:
-    """Write the files of an adapter to the new folder `folder`, all or none.
+def save_adapter(folder: Path, tensors: Mapping[str, Tensor], description: Description, card: bytes | None = None) -> None:
+    """Write an adapter to the new folder `folder`.
 
     Args:
+        tensors: all of the adapter's, under the names of its format, A and B unscaled: readers multiply by alpha / r, or with `use_rslora`
+            by alpha / sqrt(r).
         card: the model card; None: that of adapters as a run leaves them.
 
     Raises:
-        UserError: the folder exists, or the disk fails.
+        UserError: the folder exists, a tensor is not as the format has it (`Description.checked`), or the disk fails.
+    """
+    try:
+        checked = description.checked(tensors)
+    except UserError as error:
+        raise UserError(f"the adapter cannot be saved to {folder}: {error}") from error
+
+    def write_weights(staging: Path) -> Description:
+        write_safetensors(staging / WEIGHTS, checked)
+        return description
+
+    write_adapter_folder(folder, write_weights, card)
+
+
+def write_adapter_folder(folder: Path, write_weights: Callable[[Path], Description], card: bytes | None = None) -> None:
+    """Write the files of an adapter to the new folder `folder`, all or none.
+
+    Args:
+        write_weights: writes the file with the weights into a folder, and returns the description.
+        card: see `save_adapter`.
+
+    Raises:
+        UserError: the folder exists, `write_weights` raises it, or the disk fails.
     """
     refuse_existing(folder)
     try:
         with new_folder(folder) as staging:
-            write_safetensors(staging / WEIGHTS, tensors)
+            description = write_weights(staging)
+            config = description.to_json()
             for name, content in description_files(config).items():
                 write_durable(staging / name, [content])
-            write_durable(staging / CARD, [adapter_card(config) if card is None else card])
+            write_durable(staging / CARD, [adapter_card(config, description.loading) if card is None else card])
     except OSError as error:
         raise UserError(f"{folder}: the adapter cannot be written: {error.strerror}") from error
 
@@ -81,68 +90,10 @@ def described_template(template: str | None) -> dict[str, Any]:
     return {CHAT_TEMPLATE: template} if template else {}
 
 
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write files to the new folder `folder`, all or none.
-
-    Raises:
-        UserError: the folder exists, or the disk fails.
-    """
-    refuse_existing(folder)
-    try:
-        with new_folder(folder) as staging:
-            for name, content in files.items():
-                write_durable(staging / name, [content])
-    except OSError as error:
-        raise UserError(f"{folder}: the adapter cannot be written: {error.strerror}") from error
-
-
 def refuse_existing(folder: Path) -> None:
     """Raises UserError: something has the name of the folder that is to be written."""
     if os.path.lexists(folder):
         raise UserError(f"{folder}: exists already, and nothing is written over; remove it or name another folder")
-
-
-def load_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterConfig]:
-    """Read an adapter folder that hecate, `mixlora` or `moe-peft` has written, with current tensor names or the older `mixtral` ones.
-
-    Returns fp32 tensors on the CPU under current names, and the configuration. The file adapter_model.safetensors is read if it
-    exists, otherwise adapter_model.bin. Raises UserError, naming the file and the tensor or key, for anything missing, unknown or of
-    the wrong shape.
-    """
-    config_path, value = folder / CONFIG, read_adapter_config(folder)
-    weights_path = _weights_path(folder)
-    found = read_weights(folder)
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in found.items():
-        if modern_name(name) in tensors:
-            raise UserError(f"{weights_path}: tensor {modern_name(name)} is there twice, under its older name too")
-        tensors[modern_name(name)] = tensor
-    num_layers = 1 + max((layer for name in tensors if (layer := layer_in(name)) is not None), default=0)
-    try:
-        config = config_from_json(value, num_layers)
-    except UserError as error:
-        raise UserError(f"{config_path}: {error}") from error
-    try:
-        return checked_tensors(tensors, config), config
-    except UserError as error:
-        raise UserError(f"{weights_path}: {error}") from error
-
-
-def read_adapter(folder: Path, describe: Callable[[Any], Description]) -> tuple[dict[str, Tensor], Description]:
-    """Read an adapter folder. Tensors are on the CPU; whether they are those that a model needs is not checked.
-
-    Args:
-        describe: makes the description of what adapter_config.json says; raises UserError if a key is missing or wrong.
-
-    Raises:
-        UserError: naming the file: a file cannot be read, or `describe` raises it.
-    """
-    value = read_adapter_config(folder)
-    try:
-        description = describe(value)
-    except UserError as error:
-        raise UserError(f"{folder / CONFIG}: {error}") from error
-    return read_weights(folder), description
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -151,8 +102,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: there is neither, it cannot be read, or a tensor is not of finite numbers of floating point.
     """
-    path = _weights_path(folder)
-    tensors = read_safetensors(path) if path.name == WEIGHTS else _read_bin(path)
+    path = weights_path(folder)
+    tensors = _read_safetensors(path) if path.name == WEIGHTS else _read_bin(path)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.dtype not in _FLOATS:
             raise UserError(f"{path}: tensor {name[:200]} is {tensor.dtype}, not a dense tensor of floating point of 16 bits or more")
@@ -161,7 +112,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _weights_path(folder: Path) -> Path:
+def weights_path(folder: Path) -> Path:
+    """Return the file with an adapter folder's weights. Raises UserError: there is none."""
     path = folder / WEIGHTS if (folder / WEIGHTS).exists() else folder / OLD_WEIGHTS
     if not path.exists():
         raise UserError(f"{folder}: holds neither {WEIGHTS} nor {OLD_WEIGHTS}")
@@ -184,20 +136,19 @@ def read_adapter_config(folder: Path) -> Any:
         raise UserError(f"{config_path}: {error}") from error
 
 
-def peft_type_of(folder: Path) -> str:
-    """Return which kind of adapter the folder's adapter_config.json says that it is.
+def peft_type_of(folder: Path) -> str | None:
+    """Return which kind of adapter the folder's adapter_config.json says that it is; None: there is no such file.
 
     Raises:
-        UserError: the file cannot be read, or says another kind than those that hecate reads.
+        UserError: the file cannot be read.
     """
+    if not os.path.lexists(folder / CONFIG):
+        return None
     value = read_adapter_config(folder)
-    found = str(value.get("peft_type") if isinstance(value, dict) else None)
-    if found not in LOADING:
-        raise UserError(f"{folder / CONFIG}: peft_type is {found[:100]!r}; supported: {', '.join(LOADING)}")
-    return found
+    return str(value.get("peft_type") if isinstance(value, dict) else None)
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         require_plain(path)
         return load_file(path)

@@ -109,7 +109,8 @@ def export(
     folder: Annotated[Path | None, typer.Argument(metavar="OUT", help="new folder to write")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="new folder to write, in place of OUT")] = None,
     to: Annotated[
-        str | None, typer.Option(help="mixlora, mixtral, peft, per-expert or merged; default: a checkpoint becomes what its run leaves")
+        str | None,
+        typer.Option(help="the form; left out, a checkpoint becomes what its run leaves, and of an adapter it is said which forms hold it"),
     ] = None,
     model: Annotated[str | None, typer.Option(help="base model; default: the one that was trained on")] = None,
     user: Annotated[str | None, typer.Option(help="the user whose LoRA is written, of an adapter whose experts are mixed by users")] = None,

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hecate.adapters.peft.peft_moe import PeftMoeConfig, save_peft_adapter
+from hecate.adapters.folder import save_adapter
+from hecate.adapters.peft.description import LoraDescription
 from hecate.apps.answers.opened import load_trained
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import Ranks
@@ -80,10 +81,10 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     workshop = make_workshop(tmp_path_factory.mktemp("workshop"))
     at = "base_model.model.model.layers.{}.self_attn.q_proj.lora_{}.weight"
     pairs = {at.format(layer, matrix): torch.ones(shape) for layer in (0, 1) for matrix, shape in (("A", (2, 32)), ("B", (32, 2)))}
-    config = PeftMoeConfig(
+    config = LoraDescription(
         base_model_name_or_path=str(workshop / "model"), r=2, alpha=4, use_rslora=False, target_modules=("q_proj",), target_parameters=()
     )
-    save_peft_adapter(workshop / "adapter", pairs, config)
+    save_adapter(workshop / "adapter", pairs, config)
     return workshop / "adapter"
 
 

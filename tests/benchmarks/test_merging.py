@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from benchmarks.merging import METHODS, PEFT, TASKS, Measured, error_of, goals, multiply, table, wanted
-from hecate.adapters.sets.forms import read_set, write_set
+from hecate.adapters.sets.set_files import read_set, write_set
 from hecate.adapters.sets.sums import stack
 from tests.hecate.adapters.exporting import save_dense, save_peft
 from tests.hecate.adapters.making_sets import sums

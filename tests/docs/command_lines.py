@@ -17,7 +17,7 @@ from unittest import mock
 import typer
 from typer.main import get_command
 
-from hecate.adapters.forms import form_named
+from hecate.adapters.export import form_named
 from hecate.adapters.sets.merging import METHODS
 from hecate.apps.sweep.sweep_file import load_run_sweep
 from hecate.cli import app

@@ -13,16 +13,17 @@ _OLD_EXPERT = re.compile(r"mixlora\.layers\.([0-9]+)\.experts\.([0-9]+)\.([a-z0-
 _LAYER = re.compile(r"mixlora\.layers\.([0-9]{1,6})\.")
 
 Matrix = Literal["A", "B"]
+MATRICES: tuple[Matrix, Matrix] = ("A", "B")
 
 
 def router_tensor_name(layer: int) -> str:
     """Return the name of a layer's router weight, [experts, hidden]."""
-    return f"mixlora.layers.{layer}.mlp.moe_gate.weight"
+    return router_part_name(layer, "weight")
 
 
-def router_buffer_name(layer: int, buffer: str) -> str:
-    """Return the name of a buffer of a layer's router, [experts], such as a bias."""
-    return f"mixlora.layers.{layer}.mlp.moe_gate.{buffer}"
+def router_part_name(layer: int, part: str) -> str:
+    """Return the name of a parameter or a buffer of a layer's router; all but its weight are [experts], such as a bias."""
+    return f"mixlora.layers.{layer}.mlp.moe_gate.{part}"
 
 
 def expert_tensor_name(layer: int, projection: str, expert: int, matrix: Matrix) -> str:

@@ -3,7 +3,7 @@
     ...layers.3.mlp.experts.7.gate_proj.lora_A.weight [r, D]   .lora_B.weight [F, r]     up_proj alike; down_proj [r, F] and [D, r]
     ...layers.3.block_sparse_moe.experts.7.w1.lora_A.weight                              Mixtral in vLLM: w1 gate, w3 up, w2 down
 
-PEFT's own form has one pair for gate and up together (`hecate.adapters.peft.peft_moe`). Split, both have copies of its A. Joined, two
+PEFT's own form has one pair for gate and up together (`hecate.adapters.peft.description`). Split, both have copies of its A. Joined, two
 different A are stacked, and the rank is doubled.
 
 Shapes: E experts, r rank, D hidden, F ffn, I inputs, O outputs.
@@ -19,14 +19,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hecate.adapters.peft.peft_moe import PREFIX, PeftMoeConfig, expert_a, expert_b, expert_names, join_a, join_b
-from hecate.adapters.peft.peft_targets import without_experts
+from hecate.adapters.peft.description import PREFIX, LoraDescription, expert_names, experts_paths
+from hecate.adapters.peft.targets import without_experts
+from hecate.adapters.places import expert_a, expert_b, join_a, join_b
 from hecate.errors import UserError
 
 _PARTS = ("gate_proj", "up_proj", "down_proj")
 _MIXTRAL = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 _NAME = re.compile(rf"{re.escape(PREFIX)}\.(.+\.experts)\.(\d+)\.({'|'.join((*_PARTS, *_MIXTRAL))})\.lora_([AB])\.weight")
-_FLAT = re.compile(rf"{re.escape(PREFIX)}\.(.+\.experts)(?:\.base_layer)?\.lora_[AB]\.weight")
 _OLD_BLOCK, _BLOCK = ".block_sparse_moe.", ".mlp."
 """what Mixtral's files and vLLM call the block of router and experts, and what transformers 5 and PEFT call it"""
 
@@ -51,18 +51,13 @@ def is_per_expert(names: Iterable[str]) -> bool:
     return any(_NAME.fullmatch(name) for name in names)
 
 
-def experts_paths(names: Iterable[str]) -> list[str]:
-    """Return the dotted names of the experts modules that an adapter in PEFT's own form has pairs for, each once."""
-    return list(dict.fromkeys(match[1] for name in names if (match := _FLAT.fullmatch(name))))
-
-
 def _linears(names: Iterable[str]) -> list[str]:
     """The dotted names of the modules with a pair that are not all experts of a layer."""
-    ours = [name for name in names if name.endswith(".lora_A.weight") and not _FLAT.fullmatch(name)]
+    ours = [name for name in names if name.endswith(".lora_A.weight") and not experts_paths([name])]
     return [name.removeprefix(f"{PREFIX}.").removesuffix(".lora_A.weight") for name in ours]
 
 
-def split_experts(tensors: Mapping[str, Tensor], config: PeftMoeConfig, spelling: Spelling) -> tuple[dict[str, Tensor], PeftMoeConfig]:
+def split_experts(tensors: Mapping[str, Tensor], config: LoraDescription, spelling: Spelling) -> tuple[dict[str, Tensor], LoraDescription]:
     """Return an adapter of PEFT's own form in this one. Its scale is folded into B, so that alpha is r: not all servers read other scales.
 
     A projection without a pair gets one of zeros, because servers want all three. Routers must not be among the tensors.
@@ -104,7 +99,7 @@ def _parts_of(pairs: Mapping[str, tuple[Tensor, Tensor]], expert: int, experts: 
     return {"gate_proj": (a_rD, gate_Fr), "up_proj": (a_rD, up_Fr), "down_proj": down}
 
 
-def join_experts(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> tuple[dict[str, Tensor], PeftMoeConfig]:
+def join_experts(tensors: Mapping[str, Tensor], config: LoraDescription) -> tuple[dict[str, Tensor], LoraDescription]:
     """Return an adapter of this form in PEFT's own, which computes the same. All pairs must have the rank and the scale of `config`.
 
     Raises:
@@ -165,8 +160,8 @@ def _stacked(path: str, of_layer: Mapping[tuple[int, str, str], Tensor], parts: 
 
 
 def _with_both_a(
-    linears: Mapping[str, Tensor], stacks: Mapping[str, Stack], config: PeftMoeConfig
-) -> tuple[dict[str, Tensor], dict[str, Stack], PeftMoeConfig]:
+    linears: Mapping[str, Tensor], stacks: Mapping[str, Stack], config: LoraDescription
+) -> tuple[dict[str, Tensor], dict[str, Stack], LoraDescription]:
     """The same adapter with twice the rank: gate and up have one A, their own two stacked, and what else there is is padded with zeros."""
     rank = config.r
     padded = {name: pad_rank(tensor, 2 * rank, a=".lora_A." in name) if ".lora_" in name else tensor for name, tensor in linears.items()}

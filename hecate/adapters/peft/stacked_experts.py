@@ -17,8 +17,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from hecate.adapters.peft.peft_moe import PREFIX, PeftMoeConfig
-from hecate.adapters.peft.peft_targets import without_experts
+from hecate.adapters.peft.description import PREFIX, LoraDescription
+from hecate.adapters.peft.targets import without_experts
 from hecate.errors import UserError
 
 _HALVES = {"gate_up_proj": ("gate_proj", "up_proj")}
@@ -30,7 +30,7 @@ def is_stacked(names: Iterable[str]) -> bool:
     return any(_NAME.fullmatch(name) for name in names)
 
 
-def unstack_experts(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> tuple[dict[str, Tensor], PeftMoeConfig]:
+def unstack_experts(tensors: Mapping[str, Tensor], config: LoraDescription) -> tuple[dict[str, Tensor], LoraDescription]:
     """Return an adapter of this form with one pair for each expert. Whether experts are the first or the last axis of B, its shape says.
 
     Raises:

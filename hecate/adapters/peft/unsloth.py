@@ -1,6 +1,6 @@
 """The order in which adapters of unsloth have the columns of the experts' B.
 
-PEFT's B [outputs, r·E] is rank-major, B.view(outputs, r, E) (`hecate.adapters.peft.peft_moe`). Before unsloth_zoo 2026.9.6 unsloth trained
+PEFT's B [outputs, r·E] is rank-major, B.view(outputs, r, E) (`hecate.adapters.places`). Before unsloth_zoo 2026.9.6 unsloth trained
 it grouped by experts, B.view(outputs, E, r), for some families of models. Later versions say in adapter_config.json which it is, and take
 one that does not for a file of before (`saved_lora_b_layouts` of unsloth_zoo 2026.10.9, `temporary_patches/moe_utils.py`):
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from hecate.adapters.description import Description
 from hecate.adapters.folder import CHAT_TEMPLATE
-from hecate.adapters.forms import WHAT, Description
 from hecate.adapters.sets.terms import Terms, joined, relative_error
 from hecate.data.chat.templates import FILE
 from hecate.errors import UserError
 
+AnyDescription = TypeVar("AnyDescription", bound=Description)
 EXACT = 1e-12
 """the largest relative error of what is called exact: rounding in float64"""
 
@@ -79,7 +80,7 @@ def require_alike(sets: Sequence[AdapterSet]) -> None:
     for other in sets[1:]:
         if type(other.description) is not type(first.description):
             raise UserError(
-                f"{other.name} is {WHAT[type(other.description)]}, but {first.name} is {WHAT[type(first.description)]}\n"
+                f"{other.name} is {other.description.what}, but {first.name} is {first.description.what}\n"
                 "  adapters of different forms have no modules in common"
             )
         _require_one_base(first, other)
@@ -176,7 +177,7 @@ def combined(
     return Merged(result, targets)
 
 
-def described(description: Description, rank: int, scale: float | None) -> Description:
+def described(description: AnyDescription, rank: int, scale: float | None) -> AnyDescription:
     """Return an adapter's description with another rank, without what is said of its training.
 
     Args:

@@ -15,10 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hecate.adapters.forms import WHAT
-from hecate.adapters.linear_format import LinearAdapterConfig
-from hecate.adapters.mixlora.config import AdapterConfig
-from hecate.adapters.peft.peft_moe import PREFIX
+from hecate.adapters.description import MixtureDescription
 from hecate.adapters.sets.adapter_set import AdapterSet, Merged, described
 from hecate.adapters.sets.lego import cluster_labels, clustered, require_scikit_learn
 from hecate.adapters.sets.terms import Terms, inner, joined
@@ -41,9 +38,9 @@ def fewer_experts(one: AdapterSet, experts: int, *, rank: int | None = None) -> 
             the set's, or scikit-learn is missing.
     """
     description = one.description
-    if not isinstance(description, AdapterConfig | LinearAdapterConfig):
+    if not isinstance(description, MixtureDescription):
         raise UserError(
-            f"{one.name} is {WHAT[type(description)]}: its experts are those of its base model\n  its ranks can be fewer: give a rank alone"
+            f"{one.name} is {description.what}: its experts are those of its base model\n  its ranks can be fewer: give a rank alone"
         )
     require_scikit_learn()
     least, most = max(2, 1 if description.router.takes_all else description.top_k), max(description.experts_per_layer) - 1
@@ -77,21 +74,16 @@ def fewer_experts(one: AdapterSet, experts: int, *, rank: int | None = None) -> 
         return parts[0] if len(parts) == 1 and new_rank == one.rank else clustered(joined(parts), new_rank, mean_norms=True)
 
     counts = tuple(min(experts, count) for count in description.experts_per_layer)
-    counted: dict[str, object] = {"top_k": min(description.top_k, *(count for count in counts if count))}
-    if isinstance(description, AdapterConfig):
-        counted["num_experts"] = counts if isinstance(description.num_experts, tuple) else experts
-    else:
-        counted["experts_per_layer"] = counts
     kept = [module for module in one.sizes if module not in unit_of or int(module.rpartition(".")[2]) < experts]
     result = replace(
         one,
         name=f"{experts} experts of {one.name}",
-        description=replace(described(description, new_rank, None if new_rank == one.rank else 1.0), **counted),  # type: ignore[arg-type]
+        description=described(description, new_rank, None if new_rank == one.rank else 1.0).with_experts(counts),
         rank=new_rank,
         scale=one.scale if new_rank == one.rank else 1.0,
         sizes={module: one.sizes[module] for module in kept},
         read=read,
-        others=_routers(one.others, {unit: members(unit) for unit in modules_of}),
+        others=_routers(one.others, {description.router_prefix(unit): members(unit) for unit in modules_of}),
         made={"method": "lego", "of": [one.name], "experts": experts, "rank": new_rank},
     )
     return Merged(result, lambda module: [one.read(part) for part in replaced(module)])
@@ -119,12 +111,8 @@ def _clusters(one: AdapterSet, projections: Mapping[str, list[str]], experts: in
     return tuple(found)
 
 
-def _routers(others: Mapping[str, Tensor], members_of: Mapping[str, tuple[tuple[int, ...], ...]]) -> dict[str, Tensor]:
-    begins = {
-        prefix: members
-        for unit, members in members_of.items()
-        for prefix in (f"mixlora.{unit}.mlp.moe_gate.", f"{PREFIX}.{unit}.router.router.")
-    }
+def _routers(others: Mapping[str, Tensor], begins: Mapping[str, tuple[tuple[int, ...], ...]]) -> dict[str, Tensor]:
+    """What routers consist of, with fewer rows. `begins`: how the names of each router begin, and the members of its new experts."""
     routers = {}
     for name, tensor in others.items():
         members = next((found for prefix, found in begins.items() if name.startswith(prefix)), None)

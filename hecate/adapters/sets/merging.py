@@ -11,9 +11,9 @@ from hecate.adapters.folder import OLD_WEIGHTS, WEIGHTS, refuse_existing
 from hecate.adapters.sets.adapter_set import EXACT, AdapterSet, Merged
 from hecate.adapters.sets.by_peft import linear, ties
 from hecate.adapters.sets.fewer_experts import fewer_experts
-from hecate.adapters.sets.forms import Written, read_set, write_set
 from hecate.adapters.sets.lego import lego
 from hecate.adapters.sets.refine import refine
+from hecate.adapters.sets.set_files import Written, read_set, write_set
 from hecate.adapters.sets.sums import average, stack
 from hecate.errors import UserError
 

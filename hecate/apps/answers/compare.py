@@ -12,9 +12,11 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from hecate.adapters.model_folder import is_model_folder, load_plain_model
-from hecate.adapters.peft.by_source import exchange_lora, sources_in, with_lora_adapters
-from hecate.adapters.peft.lora_folder import is_lora_adapter
+from hecate.adapters.adapter_format import AdapterFormat
+from hecate.adapters.format_table import format_of, read_adapter
+from hecate.adapters.formats.lora import with_loras
+from hecate.adapters.formats.peft_by_source import sources_in
+from hecate.adapters.formats.whole_model import is_model_folder, load_plain_model
 from hecate.apps.answers.checkpointed import is_checkpoint
 from hecate.apps.answers.likelihood import accuracies
 from hecate.apps.answers.lm_eval_tasks import LmEvalTasks, lm_eval_figures
@@ -101,13 +103,9 @@ def compare(config: Config | None, names: Sequence[str], questions: Questions, r
         )
     found: list[ModelFigures] = []
     loaded: tuple[Path, BaseModel, MoeModel] | None = None
-    lora: Path | None = None
-    """the folder of the LoRA that is loaded"""
     for name in names:
         folder = None if name == BASE else _folder_of(name, ranks)
-        is_lora = folder is not None and _is_one_lora(config, folder)
-        alike = lora is not None and folder is not None and is_lora and template_beside(lora) == template_beside(folder)
-        if loaded and folder and lora and alike and exchange_lora(*loaded[1:], lora, folder):
+        if loaded is not None and folder is not None and _exchanged(config, loaded, folder):
             loaded = folder, *loaded[1:]  # which takes no time, unlike loading the base model again
         else:
             loaded = None
@@ -115,7 +113,6 @@ def compare(config: Config | None, names: Sequence[str], questions: Questions, r
             if ranks.device.type == "cuda":
                 torch.cuda.empty_cache()
             loaded = _load(config, folder, ranks)
-        lora = folder if is_lora else None
         found.append(_figures(config, name, loaded, questions, ranks))
     return found
 
@@ -197,10 +194,20 @@ def _folder_of(name: str, ranks: Ranks) -> Path:
     return found
 
 
-def _is_one_lora(config: Config | None, folder: Path) -> bool:
-    """Return whether the folder is one of which `exchange_lora` may put another in the place."""
+def _exchanged(config: Config | None, loaded: tuple[Path, BaseModel, MoeModel], folder: Path) -> bool:
+    """Whether the adapter in the folder was put in the place of the one that is loaded."""
+    before, base, moe = loaded
+    formats = [_format_of_adapter(config, one) for one in (before, folder)]
+    if formats[0] is None or formats[0] is not formats[1] or template_beside(before) != template_beside(folder):
+        return False
+    return formats[0].exchange(base, moe, before, folder)
+
+
+def _format_of_adapter(config: Config | None, folder: Path) -> AdapterFormat | None:
+    """The format of a folder with one adapter; None: it holds several that are taken together, or none."""
     several = config is not None and config.moe.by_source and sources_in(folder)
-    return not (several or is_checkpoint(folder) or is_model_folder(folder) or is_gguf_name(str(folder))) and is_lora_adapter(folder)
+    no_adapter = several or is_checkpoint(folder) or is_model_folder(folder) or is_gguf_name(str(folder))
+    return None if no_adapter else format_of(folder)
 
 
 def _load(config: Config | None, folder: Path | None, ranks: Ranks) -> tuple[Path, BaseModel, MoeModel]:
@@ -236,9 +243,9 @@ def _loaded(config: Config | None, folder: Path | None, ranks: Ranks) -> tuple[P
         dtype = str(pick_dtype(choice.dtype, ranks.device)).removeprefix("torch.")
         return source.folder, *load_plain_model(source, ranks, dtype, choice.attention, choice.num_hidden_layers)
     if config is not None and config.moe.by_source and sources_in(folder):
-        folders = [folder / source.name for source in config.data.train]
-        base, moe = with_lora_adapters(folders, ranks, choice)
-        return folder, in_template_beside(folders[0], base), moe
+        read = [read_adapter(folder / source.name) for source in config.data.train]
+        base, moe = with_loras(read, ranks, choice)
+        return folder, in_template_beside(read[0].folder, base), moe
     return folder, *load_trained(folder, ranks, choice)
 
 

@@ -8,35 +8,20 @@ from pathlib import Path
 
 import torch
 
-from hecate.adapters import AdapterConfig, load_adapter
-from hecate.adapters.bake_user import require_width
-from hecate.adapters.linear_experts import with_linear_adapter
-from hecate.adapters.linear_format import is_linear_adapter
-from hecate.adapters.mixlora.export import load_into, require_fit
-from hecate.adapters.model_folder import is_model_folder, load_model_folder, load_plain_model
-from hecate.adapters.peft.by_source import refuse_several, with_lora_adapters
-from hecate.adapters.peft.lora_folder import is_lora_adapter
-from hecate.adapters.peft.peft_experts import with_peft_adapter
-from hecate.adapters.peft.peft_moe import is_peft_adapter
+from hecate.adapters.format_table import format_of
+from hecate.adapters.formats.whole_model import is_model_folder, load_plain_model
+from hecate.apps.answers.bake_user import require_width
 from hecate.apps.answers.checkpointed import is_checkpoint, model_of_checkpoint
 from hecate.apps.answers.trained import find_trained
-from hecate.config import RouterConfig
 from hecate.config.files.paths import is_gguf_name
 from hecate.data.chat.templates import template_beside
 from hecate.data.files.user_features import UserFeatures
-from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.forward_pass import PassTokens
 from hecate.experts.pass_users import users_of_rows
-from hecate.kernels.backend import Backend
-from hecate.model.base import BaseChoice, BaseModel, build_base
+from hecate.model.base import BaseChoice, BaseModel
 from hecate.model.files.load import resolve_model
-from hecate.model.gated_ffn import decoder_layers
-from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.cluster.topology import local_topology
-from hecate.parallel.planners import POLICIES
-from hecate.parallel.values.expert_kinds import LoraShape, kind_written_as
 from hecate.ranks.ranks import Ranks
 from hecate.train.build import on_device
 
@@ -106,10 +91,8 @@ def load_trained(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseMo
         return load_plain_model(resolve_model(str(folder)), ranks, choice.dtype, choice.attention)
     if is_checkpoint(folder):
         return model_of_checkpoint(folder, ranks, choice)[1:]
-    if is_model_folder(folder):
-        return load_model_folder(folder, ranks, choice.dtype, choice.attention)
     base, moe = with_adapter(folder, ranks, choice)
-    return in_template_beside(folder, base), moe
+    return base if is_model_folder(folder) else in_template_beside(folder, base), moe
 
 
 def in_template_beside(folder: Path, base: BaseModel) -> BaseModel:
@@ -123,29 +106,8 @@ def in_template_beside(folder: Path, base: BaseModel) -> BaseModel:
 
 
 def with_adapter(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
-    """Load an adapter of any form into its base model. Raises UserError: as `load_trained`."""
-    refuse_several(folder)
-    if is_lora_adapter(folder):
-        return with_lora_adapters([folder], ranks, choice)
-    if is_peft_adapter(folder):
-        return with_peft_adapter(folder, ranks, choice)
-    if is_linear_adapter(folder):
-        return with_linear_adapter(folder, ranks, choice)
-    tensors, description = load_adapter(folder)
-    try:
-        router = description.router
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from error
-    name, kind = choice.name_for(folder, description.base_model_name_or_path), kind_written_as("mixlora")
-    base = build_base(name, choice.dtype, choice.num_hidden_layers, ranks.device, kind, choice.attention)
-    num_layers = len(decoder_layers(base.model)[1])
-    if num_layers != description.num_layers:
-        raise UserError(f"{folder}: made for {description.num_layers} layers, but the base model has {num_layers}")
-    planner = EngineConfig(POLICIES["full"], local_topology(ranks.world_size, cuda=ranks.device.type == "cuda"))
-    moe = insert_experts(base.model, base.found, _plan(description, router, choice.kernels), planner, ranks.groups)
-    require_fit(moe, base, tensors, folder)
-    load_into(moe, tensors)
-    return base, moe
+    """Load an adapter of any format into its base model, or a whole model. Raises UserError: as `load_trained`."""
+    return format_of(folder).open_for_answers(folder, ranks, choice)
 
 
 def require_users(trained: Path, moe: MoeModel, users: UserFeatures | None) -> None:
@@ -159,17 +121,3 @@ def require_users(trained: Path, moe: MoeModel, users: UserFeatures | None) -> N
         raise UserError(f"{trained}: nothing in it depends on the user\n  leave the features out, and moe.router.input=user")
     if users is not None and moe.user_width is not None:
         require_width(f"{trained}", moe.user_width, users.width)
-
-
-def _plan(description: AdapterConfig, router: RouterConfig, kernels: Backend) -> InsertionPlan:
-    lora = LoraShape(description.r, description.scale, 0.0)
-    return InsertionPlan(
-        kind=kind_written_as("mixlora"),
-        experts_per_layer=description.experts_per_layer,
-        top_k=max(description.experts_per_layer) if router.takes_all else description.top_k,
-        router=router,
-        lora=lora,
-        target_modules=description.target_modules,
-        seed=0,
-        kernels=kernels,
-    )

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from hecate.adapters.bake_user import bake_user
+from hecate.adapters.export import form_named, what_to_give, write_form
 from hecate.adapters.folder import read_adapter_config, refuse_existing
-from hecate.adapters.forms import form_named, read_any, what_to_give, write_form
-from hecate.adapters.model_folder import is_model_folder
-from hecate.adapters.peft.by_source import refuse_several, sources_in
+from hecate.adapters.format_table import format_of, read_adapter
+from hecate.adapters.formats.whole_model import is_model_folder
 from hecate.adapters.sets.merging import merge_adapters
+from hecate.apps.answers.bake_user import bake_user
 from hecate.apps.answers.checkpointed import is_checkpoint, newest_checkpoint, write_checkpointed
 from hecate.checkpoint.history import OUTPUTS
 from hecate.config import Config
@@ -84,7 +84,7 @@ def export(
     """Write what a run has trained to the new folder `out`; what the user should know, line by line.
 
     Args:
-        to: one of `hecate.adapters.forms.FORMS`; None: a checkpoint becomes what its run would have left.
+        to: one of `hecate.adapters.export.FORMS`; None: a checkpoint becomes what its run would have left.
         user, features: write the LoRA of one user.
         model: the base model, in place of the one that was trained on.
 
@@ -108,8 +108,7 @@ def export(
                 raise UserError(f"{found}: was trained with whole experts, which are no adapter\n  give --to mixtral, or no --to")
             left.rename(out)
             return []
-        refuse_several(left)
-        return write_form(to, read_any(left).on(model), out)
+        return write_form(to, read_adapter(left).on(model), out)
 
 
 def merge(
@@ -135,9 +134,9 @@ def merge(
         found = find_trained(path)
         if is_checkpoint(found):
             raise UserError(f"{found}: is a checkpoint, and adapters are merged\n  hecate export {found} -o FOLDER makes one of it")
-        if is_model_folder(found):
-            raise UserError(f"{found}: is a whole model, and adapters are merged")
-        folders += [found / source for source in sources_in(found)] or [found]
+        if not found.exists():
+            raise UserError(f"{found}: no such folder\n  give the folder of a run, or of an adapter")
+        folders += format_of(found).adapters_in(found)
     return merge_adapters(folders, out, method, weights, model, progress, **options)
 
 
@@ -150,8 +149,7 @@ def bake(trained: Path, out: Path, user: str | None, features: Path | None) -> N
     if user is None or features is None:
         if user is not None or features is not None:
             raise UserError("--user and --features: the one needs the other\n  give both")
-        refuse_several(trained)
-        raise UserError(f"{trained}: say in which form it is to be written\n  {what_to_give(read_any(trained))}")
+        raise UserError(f"{trained}: say in which form it is to be written\n  {what_to_give(read_adapter(trained))}")
     found = read_user_features(features)
     row = found.row(user)
     bake_user(trained, out, user, torch.from_numpy(found.values_UF[row].astype("float64")))

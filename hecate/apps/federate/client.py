@@ -17,8 +17,9 @@ from types import FrameType
 
 import torch
 
-from hecate.adapters.merge import write_merged
-from hecate.adapters.peft.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
+from hecate.adapters.folder import save_adapter
+from hecate.adapters.formats.merged import write_merged
+from hecate.adapters.peft.description import LoraDescription, linear_names
 from hecate.apps.federate.codec import decode, encode
 from hecate.apps.federate.vectors import Pairs, VectorShape, flat, new_pairs, pairs_of, read_pairs
 from hecate.errors import USER_ERROR_EXIT, UserError
@@ -46,8 +47,8 @@ class Described:
     use_rslora: bool
     target_modules: tuple[str, ...]
 
-    def of_rank(self, rank: int, alpha: int | None = None) -> PeftMoeConfig:
-        return PeftMoeConfig(
+    def of_rank(self, rank: int, alpha: int | None = None) -> LoraDescription:
+        return LoraDescription(
             base_model_name_or_path=self.base,
             r=rank,
             alpha=self.alpha if alpha is None else alpha,
@@ -119,7 +120,7 @@ def receive(plan: ClientPlan) -> None:
     if not Path(plan.begin).exists():
         pairs = new_pairs(shape) if plan.down is None else pairs_of(decode(read_message(plan.down), shape.numel), shape)
         Path(plan.begin).parent.mkdir(parents=True, exist_ok=True)
-        save_peft_adapter(Path(plan.begin), peft_tensors(pairs), plan.described.of_rank(shape.rank))
+        save_adapter(Path(plan.begin), peft_tensors(pairs), plan.described.of_rank(shape.rank))
 
 
 def send(plan: ClientPlan, trained: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hecate.adapters.sets.forms import write_set
+from hecate.adapters.sets.set_files import write_set
 from hecate.adapters.sets.sums import average
 from hecate.apps.federate.base import vector_shape
 from hecate.apps.federate.checks import client_weights, count_samples, keep_recipe

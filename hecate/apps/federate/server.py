@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from hecate.adapters.peft.peft_moe import save_peft_adapter
+from hecate.adapters.folder import save_adapter
 from hecate.adapters.sets.adapter_set import AdapterSet, Merged, described
 from hecate.adapters.sets.lego import lego
 from hecate.adapters.sets.refine import refine
@@ -100,7 +100,7 @@ def write_pairs(folder: Path, pairs: Pairs, shape: VectorShape, described_as: De
     """Write pairs as an ordinary adapter, unless the folder is there. Raises UserError: they are not finite, or the disk fails."""
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        save_peft_adapter(folder, peft_tensors(pairs), described_as.of_rank(shape.rank))
+        save_adapter(folder, peft_tensors(pairs), described_as.of_rank(shape.rank))
 
 
 def sum_of_rounds(folders: Sequence[Path], shape: VectorShape, ranks: Sequence[int], described_as: Described) -> Merged:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hecate.adapters.peft.lora_folder import load_lora
-from hecate.adapters.peft.peft_moe import linear_names
+from hecate.adapters.peft.description import linear_names
+from hecate.adapters.peft.reading import load_lora
 from hecate.adapters.sets.terms import Terms
 from hecate.errors import UserError
 from hecate.experts.pairs.fixed_a import drawn_a

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from hecate.adapters.card import full_model_card
-from hecate.adapters.export_mixtral import MixtralFolder, export_mixtral
+from hecate.adapters.formats.mixtral import MixtralFolder, export_mixtral
 from hecate.adapters.trained_output import TrainedOutput
 from hecate.apps.megatron.front_end import MegatronModel
 from hecate.apps.megatron.gpt import INIT_STD, NORM_EPS, ROTARY_BASE

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hecate.adapters.folder import OLD_WEIGHTS, WEIGHTS
-from hecate.adapters.mixlora.config import CONFIG
-from hecate.adapters.sets.forms import read_set
+from hecate.adapters.folder import CONFIG, OLD_WEIGHTS, WEIGHTS
+from hecate.adapters.sets.set_files import read_set
 from hecate.apps.check.drill.outcome import DrillCase
 from hecate.apps.federate.codec import decode
 from hecate.config import load_config

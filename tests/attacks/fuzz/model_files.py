@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hecate.adapters.folder import OLD_WEIGHTS, WEIGHTS, load_adapter, save_adapter
-from hecate.adapters.linear_format import LinearAdapterConfig, save_linear_adapter
-from hecate.adapters.mixlora.config import CONFIG, AdapterConfig
-from hecate.adapters.mixlora.tensors import expected_shapes
-from hecate.adapters.peft.peft_moe import PeftMoeConfig, save_peft_adapter
+from hecate.adapters.folder import CONFIG, OLD_WEIGHTS, WEIGHTS, save_adapter
+from hecate.adapters.formats.linears import LinearsDescription
+from hecate.adapters.mixlora.description import MixLoraDescription, expected_shapes, load_mixlora
+from hecate.adapters.peft.description import LoraDescription
 from hecate.adapters.peft.per_expert import PLAIN, split_experts
-from hecate.adapters.sets.forms import read_set
+from hecate.adapters.sets.set_files import read_set
 from hecate.apps.check.drill.cases.saves import load, save
 from hecate.checkpoint.manifest import COMMIT, MANIFEST, Manifest, commit_line
 from hecate.checkpoint.meta import config_values, owners_of
@@ -57,7 +56,7 @@ def _drawn(*shape: int) -> Tensor:
 
 
 def write_mixture(folder: Path) -> None:
-    config = AdapterConfig(
+    config = MixLoraDescription(
         base_model_name_or_path=_BASE,
         r=2,
         alpha=4,
@@ -78,14 +77,14 @@ def write_mixture(folder: Path) -> None:
 
 def _mixlora_bin(folder: Path) -> None:
     write_mixture(folder)
-    tensors, _ = load_adapter(folder / "adapter")
+    tensors, _ = load_mixlora(folder / "adapter")
     (folder / "adapter" / WEIGHTS).unlink()
     torch.save(tensors, folder / "adapter" / OLD_WEIGHTS)
 
 
-def _peft(**more: Any) -> PeftMoeConfig:
+def _peft(**more: Any) -> LoraDescription:
     given: dict[str, Any] = {"base_model_name_or_path": _BASE, "r": 2, "alpha": 4, "use_rslora": False, "target_modules": ("q_proj",)}
-    return PeftMoeConfig(**(given | {"target_parameters": ()} | more))
+    return LoraDescription(**(given | {"target_parameters": ()} | more))
 
 
 def _linear_pairs() -> dict[str, Tensor]:
@@ -94,7 +93,7 @@ def _linear_pairs() -> dict[str, Tensor]:
 
 
 def write_lora(folder: Path) -> None:
-    save_peft_adapter(folder / "adapter", _linear_pairs(), _peft())
+    save_adapter(folder / "adapter", _linear_pairs(), _peft())
 
 
 def _lora_of_ranks(folder: Path) -> None:
@@ -116,18 +115,18 @@ _PARAMETERS = ("mlp.experts.down_proj", "mlp.experts.gate_up_proj")
 
 
 def _moe_lora(folder: Path) -> None:
-    save_peft_adapter(folder / "adapter", _expert_pairs(), _peft(target_parameters=_PARAMETERS))
+    save_adapter(folder / "adapter", _expert_pairs(), _peft(target_parameters=_PARAMETERS))
 
 
 def _per_expert(folder: Path) -> None:
     tensors, config = split_experts(_expert_pairs(), _peft(target_parameters=_PARAMETERS), PLAIN)
-    save_peft_adapter(folder / "adapter", tensors, config)
+    save_adapter(folder / "adapter", tensors, config)
 
 
 def _experts_of_linears(folder: Path) -> None:
     at = "base_model.model.model.layers.0.self_attn.q_proj"
     pairs = {f"{at}.lora_{matrix}_{number}.weight": _drawn(*shape) for number in (0, 1) for matrix, shape in (("A", (2, 4)), ("B", (6, 2)))}
-    config = LinearAdapterConfig(
+    config = LinearsDescription(
         base_model_name_or_path=_BASE,
         r=2,
         alpha=4,
@@ -138,7 +137,7 @@ def _experts_of_linears(folder: Path) -> None:
         dropout=0.0,
         router_aux_loss_coef=0.01,
     )
-    save_linear_adapter(folder / "adapter", pairs | {f"{at}.router.router.weight": _drawn(2, 4)}, config)
+    save_adapter(folder / "adapter", pairs | {f"{at}.router.router.weight": _drawn(2, 4)}, config)
 
 
 def _read_adapter(folder: Path) -> None:

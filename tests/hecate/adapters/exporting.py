@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from hecate.adapters.export import write_form
 from hecate.adapters.folder import save_adapter
-from hecate.adapters.forms import read_any, write_form
-from hecate.adapters.mixlora.config import AdapterConfig
-from hecate.adapters.mixlora.tensors import expected_shapes
+from hecate.adapters.format_table import read_adapter
+from hecate.adapters.mixlora.description import MixLoraDescription, expected_shapes
 from hecate.apps.answers.opened import load_trained
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
@@ -46,7 +46,7 @@ def save_moe(kind: str, folder: Path) -> Path:
     return folder
 
 
-def mixlora_description(model: Path, **changes: Any) -> AdapterConfig:
+def mixlora_description(model: Path, **changes: Any) -> MixLoraDescription:
     values: dict[str, Any] = {
         "base_model_name_or_path": str(model),
         "r": RANK,
@@ -58,10 +58,10 @@ def mixlora_description(model: Path, **changes: Any) -> AdapterConfig:
         "top_k": 2,
         "act_fn": "silu",
     }
-    return AdapterConfig(**(values | changes))
+    return MixLoraDescription(**(values | changes))
 
 
-def mixlora_tensors(config: AdapterConfig) -> dict[str, Tensor]:
+def mixlora_tensors(config: MixLoraDescription) -> dict[str, Tensor]:
     hidden, width = SIZES["hidden_size"], SIZES["head_dim"]
     random = torch.Generator().manual_seed(3)
     inner = {"q_proj": SIZES["num_attention_heads"] * width, "o_proj": SIZES["num_attention_heads"] * width}
@@ -144,7 +144,7 @@ def transformers_logits(folder: Path) -> Tensor:
 
 
 def export(source: Path, form: str, out: Path) -> Path:
-    write_form(form, read_any(source), out)
+    write_form(form, read_adapter(source), out)
     return out
 
 

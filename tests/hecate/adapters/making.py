@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from hecate.adapters import AdapterConfig
-from hecate.adapters.linear_format import LinearAdapterConfig
+from hecate.adapters.formats.linears import LinearsDescription
+from hecate.adapters.mixlora.description import MixLoraDescription
 
 
-def config_of(**changes: object) -> AdapterConfig:
+def config_of(**changes: object) -> MixLoraDescription:
     values: dict = {
         "base_model_name_or_path": "models/tiny",
         "r": 2,
@@ -19,10 +19,10 @@ def config_of(**changes: object) -> AdapterConfig:
         "top_k": 2,
         "act_fn": "silu",
     }
-    return AdapterConfig(**(values | changes))
+    return MixLoraDescription(**(values | changes))
 
 
-def linear_config_of(**changes: object) -> LinearAdapterConfig:
+def linear_config_of(**changes: object) -> LinearsDescription:
     """The description of an adapter of experts over linears."""
     values: dict = {
         "base_model_name_or_path": "models/tiny",
@@ -35,7 +35,7 @@ def linear_config_of(**changes: object) -> LinearAdapterConfig:
         "dropout": 0.1,
         "router_aux_loss_coef": 0.001,
     }
-    return LinearAdapterConfig(**(values | changes))
+    return LinearsDescription(**(values | changes))
 
 
 def tensors_of(experts_per_layer: tuple[int, ...] = (3, 3), dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hecate.adapters.peft.peft_moe import PeftMoeConfig
+from hecate.adapters.peft.description import LoraDescription
 from hecate.adapters.sets.adapter_set import AdapterSet
 from hecate.adapters.sets.terms import Terms
 from tests.plain_sets import Pair
@@ -19,7 +19,7 @@ SIZES = {"layers.0.q_proj": (7, 9), "layers.1.down_proj": (11, 6)}
 def set_from(pairs: Mapping[str, Pair], name: str = "one", scale: float = 1.0) -> AdapterSet:
     """A set of given terms, whose B have the scale already."""
     rank = len(next(iter(pairs.values()))[0])
-    description = PeftMoeConfig(
+    description = LoraDescription(
         base_model_name_or_path="models/tiny",
         r=rank,
         alpha=round(scale * rank),

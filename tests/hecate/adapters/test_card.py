@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from hecate.adapters.card import adapter_card, full_model_card, how_trained
+from hecate.adapters.peft.description import LoraDescription
 from hecate.config import Config, DataConfig, DataSource, ModelConfig, MoeConfig
 from tests.hecate.adapters.exporting import (
     save_mixlora,
@@ -50,7 +51,7 @@ def test_the_card_says_what_was_trained(tmp_path: Path) -> None:
         max_steps=7,
     )
     value = {"peft_type": "LORA", "base_model_name_or_path": "b", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
-    card = adapter_card({**value, "hecate": {"extra": {"training": how_trained(made)}}}).decode()
+    card = adapter_card({**value, "hecate": {"extra": {"training": how_trained(made)}}}, LoraDescription.loading).decode()
     for text in ("| steps | 7 |", "| data | a\\|b |", "| family | mixlora |", "library_name: peft", "PeftModel.from_pretrained"):
         assert text in card
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hecate.adapters.folder import load_adapter, save_adapter
+from hecate.adapters.folder import save_adapter
+from hecate.adapters.mixlora.description import load_mixlora
 from hecate.errors import UserError
 from tests.hecate.adapters.making import config_of, tensors_of
 from tests.hecate.checkpoint.disk import Killed, watched_disk
@@ -18,15 +19,15 @@ from tests.hecate.checkpoint.disk import Killed, watched_disk
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nope: no such folder\n  give the folder of a run, a checkpoint, an adapter or a whole model"):
-        load_adapter(tmp_path / "nope")
+        load_mixlora(tmp_path / "nope")
     with pytest.raises(UserError, match=r"adapter_config\.json: cannot be read: .*; is this an adapter folder\?"):
-        load_adapter(tmp_path)
+        load_mixlora(tmp_path)
 
 
 def test_round_trip(tmp_path: Path) -> None:
     config, tensors = config_of(use_rslora=True, extra={"family": "mixlora"}), tensors_of()
     save_adapter(tmp_path / "adapter", tensors, config)
-    found, found_config = load_adapter(tmp_path / "adapter")
+    found, found_config = load_mixlora(tmp_path / "adapter")
     assert found_config == config
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
@@ -48,7 +49,7 @@ def test_the_files_as_other_programs_see_them(tmp_path: Path) -> None:
 def test_experts_per_layer(tmp_path: Path) -> None:
     config = config_of(num_experts=(2, 4))
     save_adapter(tmp_path / "adapter", tensors_of((2, 4)), config)
-    found, found_config = load_adapter(tmp_path / "adapter")
+    found, found_config = load_mixlora(tmp_path / "adapter")
     assert found_config == config
     assert found["mixlora.layers.1.mlp.moe_gate.weight"].shape == (4, 6)
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.gate_proj\.experts\.2\.lora_A\.weight is missing"):
@@ -65,7 +66,7 @@ def test_each_missing_tensor_is_named_on_saving_and_on_loading(tmp_path: Path, n
     assert os.listdir(tmp_path) == ["adapter"]
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
     with pytest.raises(UserError, match=rf"adapter_model\.safetensors: tensor {name} is missing"):
-        load_adapter(tmp_path / "adapter")
+        load_mixlora(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +136,7 @@ def test_a_kill_or_a_failure_at_any_operation_leaves_no_half_adapter(tmp_path: P
                 assert fatal > 10
                 return
             if (root / "adapter").exists():
-                load_adapter(root / "adapter")
+                load_mixlora(root / "adapter")
 
 
 def old_name(name: str) -> str:
@@ -173,7 +174,7 @@ def write_foreign(folder: Path, weights: object, **changes: object) -> None:
 def test_a_bin_file_of_another_program(tmp_path: Path) -> None:
     tensors = tensors_of(dtype=torch.float16)
     write_foreign(tmp_path / "a", tensors)
-    found, config = load_adapter(tmp_path / "a")
+    found, config = load_mixlora(tmp_path / "a")
     assert (config.dropout, config.num_layers, config.base_model_name_or_path) == (0.1, 2, "some/llama")
     assert all(torch.equal(found[name], tensors[name].float()) for name in tensors)
 
@@ -184,7 +185,7 @@ def test_the_older_dialect(tmp_path: Path, modules: object) -> None:
     old = {old_name(name): tensor for name, tensor in tensors.items()}
     assert "mixlora.layers.1.experts.2.w2_proj.lora_B.weight" in old
     write_foreign(tmp_path / "a", old, routing_strategy="mixtral", target_modules=modules)
-    found, config = load_adapter(tmp_path / "a")
+    found, config = load_mixlora(tmp_path / "a")
     assert config.target_modules == ("q_proj", "gate_proj", "down_proj")
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], tensors[name]) for name in tensors)
@@ -194,20 +195,20 @@ def test_a_tensor_under_both_names_is_refused(tmp_path: Path) -> None:
     both = tensors_of() | {"mixlora.layers.0.gate.weight": torch.zeros(3, 6)}
     write_foreign(tmp_path / "a", both)
     with pytest.raises(UserError, match=r"mixlora\.layers\.0\.mlp\.moe_gate\.weight is there twice"):
-        load_adapter(tmp_path / "a")
+        load_mixlora(tmp_path / "a")
 
 
 def test_a_layer_left_out_in_the_middle_is_named(tmp_path: Path) -> None:
     tensors = {name: tensor for name, tensor in tensors_of((3, 3, 3)).items() if ".layers.1." not in name}
     write_foreign(tmp_path / "a", tensors)
     with pytest.raises(UserError, match=r"adapter_model\.bin: tensor mixlora\.layers\.1\..* is missing"):
-        load_adapter(tmp_path / "a")
+        load_mixlora(tmp_path / "a")
 
 
 def test_a_promise_of_any_number_of_experts_is_refused_at_once(tmp_path: Path) -> None:
     write_foreign(tmp_path / "a", tensors_of() | {"mixlora.layers.900000.x": torch.zeros(1)}, num_experts=1_000_000)
     with pytest.raises(UserError, match="is missing"):
-        load_adapter(tmp_path / "a")
+        load_mixlora(tmp_path / "a")
 
 
 class Hostile:
@@ -222,10 +223,10 @@ def test_a_bin_file_that_would_run_code_runs_none(tmp_path: Path) -> None:
     trace = tmp_path / "code has run"
     write_foreign(tmp_path / "a", tensors_of() | {"x": Hostile(trace)})
     with pytest.raises(UserError, match=r"adapter_model\.bin: refused"):
-        load_adapter(tmp_path / "a")
+        load_mixlora(tmp_path / "a")
     (tmp_path / "a" / "adapter_model.bin").write_bytes(pickle.dumps(Hostile(trace), protocol=2))
     with pytest.raises(UserError, match=r"adapter_model\.bin: refused"):
-        load_adapter(tmp_path / "a")
+        load_mixlora(tmp_path / "a")
     assert not trace.exists()
     pickle.loads(pickle.dumps(Hostile(trace)))  # noqa: S301  the bait does bite where pickles are trusted
     assert trace.exists()
@@ -235,7 +236,7 @@ def test_a_bin_file_that_would_run_code_runs_none(tmp_path: Path) -> None:
 def test_a_bin_file_of_another_kind_is_refused(tmp_path: Path, weights: object) -> None:
     write_foreign(tmp_path / "a", weights)
     with pytest.raises(UserError, match="not a flat table of tensors"):
-        load_adapter(tmp_path / "a")
+        load_mixlora(tmp_path / "a")
 
 
 @pytest.mark.parametrize("data", [b"", b"\x80", b"PK\x03\x04 torn", b"{}"])
@@ -244,7 +245,7 @@ def test_torn_weights_are_refused(tmp_path: Path, data: bytes, file: str) -> Non
     write_foreign(tmp_path / "a", tensors_of())
     (tmp_path / "a" / file).write_bytes(data)
     with pytest.raises(UserError, match=file.replace(".", r"\.")):
-        load_adapter(tmp_path / "a")
+        load_mixlora(tmp_path / "a")
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{", b'{"r": 1, "r": 2}', b"\xff", b"[" * 100_000])
@@ -252,13 +253,13 @@ def test_a_broken_config_is_named(tmp_path: Path, data: bytes) -> None:
     save_adapter(tmp_path / "a", tensors_of(), config_of())
     (tmp_path / "a" / "adapter_config.json").write_bytes(data)
     with pytest.raises(UserError, match=r"adapter_config\.json"):
-        load_adapter(tmp_path / "a")
+        load_mixlora(tmp_path / "a")
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"adapter_config\.json: cannot be read"):
-        load_adapter(tmp_path)
+        load_mixlora(tmp_path)
     save_adapter(tmp_path / "a", tensors_of(), config_of())
     (tmp_path / "a" / "adapter_model.safetensors").unlink()
     with pytest.raises(UserError, match=r"neither adapter_model\.safetensors nor adapter_model\.bin"):
-        load_adapter(tmp_path / "a")
+        load_mixlora(tmp_path / "a")

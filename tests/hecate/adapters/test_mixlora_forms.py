@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hecate.adapters.forms import read_any
-from hecate.adapters.mixlora.mixlora_as_mixtral import other_than_mixtrals
-from hecate.adapters.mixlora.mixlora_library import BASES, not_for_libraries
+from hecate.adapters.format_table import read_adapter
+from hecate.adapters.formats.mixlora import BASES, not_for_libraries
+from hecate.adapters.mixlora.description import other_than_mixtrals
 from hecate.errors import UserError
 from tests.hecate.adapters.exporting import (
     EXPERTS,
@@ -74,7 +74,7 @@ def test_the_libraries_folder(tmp_path: Path, kind: str) -> None:
     wanted = hecate_logits(adapter)
     torch.testing.assert_close(of_libraries(out, model), wanted, **LIMIT)
     assert torch.equal(hecate_logits(out), wanted)
-    again = read_any(export(out, "mixlora", tmp_path / "again"))
+    again = read_adapter(export(out, "mixlora", tmp_path / "again"))
     assert all(torch.equal(again.tensors[name], tensor) for name, tensor in mixlora_tensors(mixlora_description(model)).items())
 
 
@@ -125,7 +125,7 @@ def test_readers_of_version_4_find_the_rotary_base(tmp_path: Path) -> None:
 DENSE_REFUSALS: list[tuple[dict[str, Any], str, str, str]] = [
     ({}, "llama", "merged", r"mixture of experts over a dense model's FFNs.*the form merged cannot hold\n  give --to mixlora or mixtral"),
     ({}, "llama", "peft", "the form peft cannot hold"),
-    ({}, "llama", "gguf", "--to gguf: there is no such form\n  forms: mixlora, mixtral, peft, per-expert, merged"),
+    ({}, "llama", "gguf", "--to gguf: there is no such form\n  forms: merged, mixlora, mixtral, peft, per-expert"),
     ({"num_experts": (3, 2, 3)}, "llama", "mixlora", "its layers differ in their number of experts"),
     ({"num_experts": (3, 2, 3)}, "llama", "mixtral", "moe.num_experts differs between layers, which a Mixtral cannot"),
     ({"extra": {"router": {"score": "sigmoid"}}}, "llama", "mixlora", r"its routers choose otherwise .*moe.router.score: sigmoid"),

@@ -16,13 +16,13 @@ from sklearn.cluster import KMeans
 from torch import Tensor
 
 from hecate.adapters.folder import save_adapter
-from hecate.adapters.linear_format import LinearAdapterConfig, pair_names, router_name, save_linear_adapter
-from hecate.adapters.mixlora.config import AdapterConfig
-from hecate.adapters.peft.peft_moe import expert_a, expert_b
+from hecate.adapters.formats.linears import LinearsDescription, pair_names, router_name
+from hecate.adapters.mixlora.description import MixLoraDescription
+from hecate.adapters.places import expert_a, expert_b
 from hecate.adapters.sets.adapter_set import EXACT, AdapterSet, Merged
 from hecate.adapters.sets.fewer_experts import fewer_experts
-from hecate.adapters.sets.forms import read_set, write_set
 from hecate.adapters.sets.lego import lego
+from hecate.adapters.sets.set_files import read_set, write_set
 from hecate.adapters.sets.sums import stack
 from hecate.config import RouterConfig
 from hecate.errors import UserError
@@ -57,7 +57,7 @@ def save_experts_over_linears(folder: Path, model: Path, experts: int = 3, seed:
             name_a, name_b = pair_names(path, expert)
             tensors[name_a] = 0.3 * torch.randn(values["r"], HIDDEN, generator=random)
             tensors[name_b] = 0.3 * torch.randn(outputs, values["r"], generator=random)
-    config = LinearAdapterConfig(
+    config = LinearsDescription(
         base_model_name_or_path=str(model),
         use_rslora=False,
         target_modules=("q_proj",),
@@ -66,7 +66,7 @@ def save_experts_over_linears(folder: Path, model: Path, experts: int = 3, seed:
         router_aux_loss_coef=0.0,
         **values,
     )
-    save_linear_adapter(folder, tensors, config)
+    save_adapter(folder, tensors, config)
     return folder
 
 
@@ -140,7 +140,7 @@ def test_a_shrunk_adapter_is_smaller_and_is_read(tmp_path: Path) -> None:
     assert value["hecate"]["extra"]["merged"]["rank"] == value["r"] == value["lora_alpha"] == 1
 
 
-def save_doubled(folder: Path, model: Path) -> tuple[Path, AdapterConfig, dict[str, Tensor]]:
+def save_doubled(folder: Path, model: Path) -> tuple[Path, MixLoraDescription, dict[str, Tensor]]:
     """A mixture of six experts, of which 3, 4 and 5 are 1, 2 and 0 once more, with routers' rows of their own; and the one of three."""
     config, three = mixlora_description(model), mixlora_tensors(mixlora_description(model))
     of = [0, 1, 2, 1, 2, 0]
@@ -164,7 +164,7 @@ def test_equal_experts_of_a_mixture_become_one(tmp_path: Path) -> None:
     assert max(merged.errors().values()) < 1e-7  # the file has float32
     write_set(merged, tmp_path / "three")
     found = read_set(tmp_path / "three")
-    assert isinstance(found.description, AdapterConfig)
+    assert isinstance(found.description, MixLoraDescription)
     assert (found.description.num_experts, found.description.top_k, found.rank) == (3, config.top_k, RANK)
     save_adapter(tmp_path / "expected", three, config)
     expected = read_set(tmp_path / "expected")
@@ -185,7 +185,7 @@ def test_experts_are_clustered_by_what_they_add(tmp_path: Path) -> None:
     write_set(merged, tmp_path / "two")
     found = read_set(tmp_path / "two")
     description = found.description
-    assert isinstance(description, LinearAdapterConfig)
+    assert isinstance(description, LinearsDescription)
     assert (description.experts_per_layer, description.r, description.alpha) == ((2,) * LAYERS, 1, 1)
     for layer in range(LAYERS):
         path = f"model.layers.{layer}.self_attn.q_proj"

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from hecate.adapters.sets.adapter_set import EXACT, AdapterOp, AdapterSet
 from hecate.adapters.sets.by_peft import linear, ties
-from hecate.adapters.sets.forms import read_set, write_set
 from hecate.adapters.sets.lego import REWEIGHTS, cluster_labels, in_fewer_coordinates, lego
 from hecate.adapters.sets.refine import refine
+from hecate.adapters.sets.set_files import read_set, write_set
 from hecate.adapters.sets.sums import average, recompress, stack, top_density
 from hecate.adapters.sets.terms import Terms, inner, norm
 from hecate.errors import UserError

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.adapters import load_adapter
-from hecate.adapters.mixlora.export import load_into
+from hecate.adapters.formats.mixlora import FORMAT
+from hecate.adapters.mixlora.description import MixLoraDescription
 from hecate.ranks.ranks import connect
 from hecate.train.steps import step as step_module
 from hecate.train.steps.step_totals import Totals, exchange_totals
@@ -158,11 +158,12 @@ def exported(rank: int, world: int, workshop: str) -> None:
     trained = biases(run)
     folder = run.parts.output.replace(Path(run.parts.config.output_dir), run.parts.moe, run.ranks)
     run.ranks.barrier()
-    tensors, description = load_adapter(folder)
-    assert description.router_buffers == ("bias",)
+    read = FORMAT.read(folder)
+    assert isinstance(read.description, MixLoraDescription)
+    assert read.description.router_buffers == ("bias",)
     for buffer in run.parts.optimizer.buffers.values():
         buffer.zero_()
-    load_into(run.parts.moe, tensors)
+    FORMAT.load(read, run.parts.base, run.parts.moe)
     for name, values in trained.items():
         assert biases(run)[name] == pytest.approx(values, abs=1e-8)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from hecate.adapters.forms import read_any
+from hecate.adapters.format_table import read_adapter
 from hecate.adapters.sets.adapter_set import require_alike
-from hecate.adapters.sets.forms import read_set
+from hecate.adapters.sets.set_files import read_set
 from hecate.apps.answers.compare import Questions, compare
 from hecate.apps.answers.inference import answering
 from hecate.apps.answers.trained import export
@@ -152,7 +152,7 @@ def test_adapters_of_different_templates_do_not_become_one(workshop: Path, tmp_p
     shutil.copytree(folder, tmp_path / "other")
     require_alike([read_set(folder), read_set(tmp_path / "other")])
     (tmp_path / "other" / "chat_template.jinja").write_text(MINE, encoding="utf-8")
-    assert read_any(tmp_path / "other").description.extra["chat_template"] == MINE
+    assert read_adapter(tmp_path / "other").description.extra["chat_template"] == MINE
     with pytest.raises(UserError, match=r"were trained with different chat templates.*\n  put a chat_template\.jinja with the same text"):
         require_alike([read_set(folder), read_set(tmp_path / "other")])
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from hecate.adapters.sets.by_peft import require_peft
-from hecate.adapters.sets.forms import read_set
 from hecate.adapters.sets.lego import require_scikit_learn
 from hecate.adapters.sets.merging import METHODS
+from hecate.adapters.sets.set_files import read_set
 from hecate.cli import app
 from hecate.errors import UserError
 from tests.hecate.adapters.exporting import LIMIT, hecate_logits, save_dense, save_mixlora, save_peft
@@ -131,7 +131,7 @@ def test_another_base_model_is_refused_by_its_files(workshop: Path, tmp_path: Pa
         ("a b --method average", "the A of 2 adapters are not the same"),
         ("a c --method refine", "rank 2, but .* rank 4: refine .*\n  use stack"),
         ("a d --method stack", "adapters of different forms have no modules in common"),
-        ("a model --method stack", "is a whole model, and adapters are merged"),
+        ("a model --method stack", "is a whole model, which cannot be read as an adapter\n  give the folder of an adapter"),
         ("a nothing --method stack", "nothing: no such folder"),
     ],
 )

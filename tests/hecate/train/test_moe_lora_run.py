@@ -13,8 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import hecate.model.files.memory_check
-from hecate.adapters.peft.lora_folder import load_peft_adapter
-from hecate.adapters.peft.peft_experts import export_peft_adapter
+from hecate.adapters.formats.peft import FORMAT
 from hecate.apps.answers.compare import Questions, compare
 from hecate.apps.answers.inference import answer, evaluate_trained
 from hecate.apps.answers.opened import with_adapter
@@ -189,7 +188,7 @@ def test_every_architecture_goes_to_peft_and_comes_back(tmp_path: Path, kind: st
         base, moe = with_adapter(tmp_path / "theirs", ranks, BaseChoice(dtype="float32"))
         for parameter in (*moe.engine.shards.named_parameters().values(), *moe.replicated_parameters().values()):
             parameter.data.mul_(1.5)
-        export_peft_adapter(tmp_path / "ours", load_peft_adapter(tmp_path / "theirs")[1], base, moe, ranks)
+        FORMAT.write(tmp_path / "ours", FORMAT.read(tmp_path / "theirs").description, base, moe, ranks)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     loaded = logits_of_peft(peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval())
     assert float((loaded - wanted).abs().max()) > 1e-2, "the change was lost"

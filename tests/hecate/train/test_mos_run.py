@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from hecate.adapters.peft.linear_lora import begin_with_lora
+from hecate.adapters.trained_output import begin_with_adapter
 from hecate.apps.answers.inference import answer
 from hecate.apps.answers.opened import with_adapter
 from hecate.apps.foresee.dry_run import forecast
@@ -128,7 +128,7 @@ def test_plain_pairs_begin_with_such_an_adapter(workshop: Path, one_rank: dist.P
     begun, _ = training(workshop, one_rank, "begun", *some, f"lora.init_from={folder}")
     assert logits(begun.parts.base.model, begun.parts.moe.engine).equal(logits(run.parts.base.model, run.parts.moe.engine))
     begun.train_one()
-    begin_with_lora(begun.parts.config, begun.parts.base, begun.parts.moe)
+    begin_with_adapter(begun.parts.config, begun.parts.base, begun.parts.moe)
     assert logits(begun.parts.base.model, begun.parts.moe.engine).equal(logits(run.parts.base.model, run.parts.moe.engine))
     with pytest.raises(UserError, match=r"lora\.init_from: .*/adapter has lora\.r 2, but the configuration has 4"):
         training(workshop, one_rank, "other", "lora.r=4", "lora.alpha=16", f"lora.init_from={folder}")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from hecate.adapters.bake_user import bake_user
+from hecate.apps.answers.bake_user import bake_user
 from hecate.apps.answers.checkpointed import write_checkpointed
 from hecate.apps.answers.inference import answer, evaluate_trained
 from hecate.apps.answers.opened import with_adapter

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from hecate.adapters import load_adapter
-from hecate.adapters.linear_format import load_linear_adapter
-from hecate.adapters.peft.by_source import with_lora_adapters
+from hecate.adapters.format_table import read_adapter
+from hecate.adapters.formats.linears import FORMAT, LinearsDescription
+from hecate.adapters.formats.lora import with_loras
+from hecate.adapters.mixlora.description import load_mixlora
 from hecate.apps.answers.inference import answer, evaluate_trained
 from hecate.config import Config, load_config
 from hecate.errors import UserError
@@ -122,7 +123,7 @@ def many_linears(workshop: str) -> Evaluation:
 
 def logits_of_ours(folders: list[Path]) -> torch.Tensor:
     with join_ranks() as ranks:
-        base, moe = with_lora_adapters(folders, ranks, BaseChoice(dtype="float64"))
+        base, moe = with_loras([read_adapter(folder) for folder in folders], ranks, BaseChoice(dtype="float64"))
         with moe.engine.evaluation(), torch.no_grad():
             ids = torch.arange(40, 70)[None]
             return base.head.logits(base.head.hidden(ids, None, torch.arange(30)[None]))
@@ -198,7 +199,7 @@ def test_an_adapter_of_a_learned_bias_comes_back(workshop: str) -> None:
     (_, losses, trained), *_ = run_ranks(1, whole, workshop, "llava_mole", 1)
     assert losses
     folder = Path(workshop) / "runs" / "llava_mole-1" / "adapter"
-    held, description = load_adapter(folder)
+    held, description = load_mixlora(folder)
     assert (description.router.weights, description.router.bias, description.router_buffers) == ("one", "learned", ("bias",))
     for layer in (0, 1):
         bias = trained[f"replicated/layers.{layer}.router.bias"]
@@ -214,7 +215,9 @@ def test_smora_leaves_its_bias_and_says_how_it_is_used(workshop: str) -> None:
     assert losses
     assert all(sum(counts) % 4 == 0 and len(counts) == 16 for counts in evaluation.loads["up"].values())
     folder = Path(workshop) / "runs" / "smora-2" / "adapter"
-    held, description = load_linear_adapter(folder)
+    read = FORMAT.read(folder)
+    held, description = read.tensors, read.description
+    assert isinstance(description, LinearsDescription)
     assert description.router == config_of(workshop, "smora", "smora-2").moe.router
     assert (description.r, description.alpha, description.top_k) == (1, 8, 4)
     biases = {name: tensor for name, tensor in held.items() if name.endswith("router.router.bias")}

@@ -2,8 +2,7 @@
 
 import pytest
 
-from hecate.adapters import attention_tensor_name, expert_tensor_name, router_tensor_name
-from hecate.adapters.mixlora.names import layer_in, modern_name
+from hecate.adapters.mixlora.names import attention_tensor_name, expert_tensor_name, layer_in, modern_name, router_tensor_name
 
 
 def test_names_typed_by_hand() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hecate.adapters.mixlora.tensors import checked_tensors, expected_shapes
+from hecate.adapters.mixlora.description import checked_tensors, expected_shapes
 from hecate.errors import UserError
 from tests.hecate.adapters.making import config_of, tensors_of
 

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hecate.adapters.forms import read_any, servers_for
-from hecate.adapters.peft.peft_moe import expert_names
-from hecate.adapters.peft.per_expert import experts_paths, scaled
+from hecate.adapters.format_table import read_adapter
+from hecate.adapters.formats.per_expert import servers_for
+from hecate.adapters.peft.description import expert_names, experts_paths
+from hecate.adapters.peft.per_expert import scaled
 from hecate.errors import UserError
 from tests.hecate.adapters.exporting import (
     LIMIT,
@@ -80,7 +81,7 @@ def test_one_pair_for_each_expert_and_back(tmp_path: Path, kind: str) -> None:
     assert ("SGLang 0.5.23" in card) == (kind != "mixtral")
     assert ("--lora-paths" in card) == (kind != "mixtral")
     torch.testing.assert_close(hecate_logits(out), wanted, **LIMIT)
-    back = read_any(export(out, "peft", tmp_path / "back"))
+    back = read_adapter(export(out, "peft", tmp_path / "back"))
     for name, tensor in flat.items():
         assert torch.equal(back.tensors[name], 2 * tensor if ".lora_B." in name else tensor), name
     path = "model.layers.1.mlp.experts"
@@ -123,7 +124,7 @@ def test_gate_and_up_with_another_a_each_are_read(tmp_path: Path, rslora: bool) 
                 prefix = f"model.layers.{number}.mlp.experts.{expert}"
                 layer.mlp.experts.gate_up_proj[expert] += torch.cat([product(f"{prefix}.gate_proj"), product(f"{prefix}.up_proj")])
                 layer.mlp.experts.down_proj[expert] += product(f"{prefix}.down_proj")
-    assert read_any(out).description.r == 2 * RANK  # type: ignore[union-attr]
+    assert read_adapter(out).description.r == 2 * RANK  # type: ignore[union-attr]
     torch.testing.assert_close(hecate_logits(out), logits_of(plain), **LIMIT)
 
 
@@ -132,7 +133,7 @@ def test_an_expert_whose_pair_is_missing_is_named(tmp_path: Path) -> None:
     out = export(adapter, "per-expert", tmp_path / "out")
     damaged(out, "base_model.model.model.layers.1.block_sparse_moe.experts.3.w3.lora_B.weight", None)
     with pytest.raises(UserError, match=r"has no tensor base_model.model.model.layers.1.block_sparse_moe.experts.3.w3.lora_B.weight"):
-        read_any(out)
+        read_adapter(out)
 
 
 def test_projections_without_a_pair_are_zeros(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hecate.adapters.forms import read_any
+from hecate.adapters.format_table import read_adapter
 from hecate.adapters.peft.unsloth import rank_major
 from hecate.errors import UserError
 from tests.hecate.adapters.exporting import LIMIT, RANK, export, hecate_logits, logits_of, save_moe, save_peft, transformers_logits
@@ -119,7 +119,7 @@ def test_experts_of_other_ranks_are_read_in_the_order_of_the_file(tmp_path: Path
 def test_an_order_that_the_file_does_not_say_is_refused(tmp_path: Path, said: dict[str, Any], reason: str) -> None:
     adapter = save_unsloth(tmp_path / "adapter", save_moe("qwen3_moe", tmp_path / "model"), **said)
     with pytest.raises(UserError, match=f"adapter_config.json: .*{reason}"):
-        read_any(adapter)
+        read_adapter(adapter)
 
 
 def test_a_lora_of_linears_has_no_such_order(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

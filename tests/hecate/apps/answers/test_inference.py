@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hecate.adapters import save_adapter
+from hecate.adapters.folder import save_adapter
 from hecate.apps.answers.inference import answer
 from hecate.errors import UserError
 from tests.hecate.adapters.making import config_of, tensors_of

@@ -190,7 +190,7 @@ def test_what_cannot_be_exported_is_refused(workshop: Path, tmp_path: Path) -> N
     adapter, model = workshop / "left" / "refusals" / "adapter", workshop / "left" / "whole" / "model"
     out = tmp_path / "out"
     for source, given, reason in (
-        (run, {"to": "onnx"}, "--to onnx: there is no such form\n  forms: mixlora, mixtral"),
+        (run, {"to": "onnx"}, "--to onnx: there is no such form\n  forms: merged, mixlora, mixtral, peft, per-expert"),
         (adapter, {}, "say in which form it is to be written\n  give --to mixlora or mixtral"),
         (adapter, {"user": "u1"}, "--user and --features: the one needs the other"),
         (run, {"to": "peft", "user": "u1"}, "--to and --user were given"),

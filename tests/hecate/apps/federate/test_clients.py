@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hecate.adapters.peft.lora_folder import load_lora
+from hecate.adapters.peft.reading import load_lora
 from hecate.apps.federate.base import vector_shape
 from hecate.apps.federate.client import ClientPlan, receive, send, write_message
 from hecate.apps.federate.codec import decode, encode

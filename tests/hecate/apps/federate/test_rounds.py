@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hecate.adapters.sets.forms import read_set
+from hecate.adapters.sets.set_files import read_set
 from hecate.apps.answers.inference import answer
 from hecate.apps.federate.base import vector_shape
 from hecate.apps.federate.checks import RECIPE, check_federated, keep_recipe

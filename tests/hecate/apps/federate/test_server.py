@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hecate.adapters.sets.adapter_set import AdapterSet, Merged
-from hecate.adapters.sets.forms import read_set, write_set
+from hecate.adapters.sets.set_files import read_set, write_set
 from hecate.adapters.sets.sums import average
 from hecate.apps.federate.checks import client_weights, count_samples
 from hecate.apps.federate.client import ClientPlan, Described, write_message

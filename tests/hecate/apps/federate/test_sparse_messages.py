@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hecate.adapters.peft.peft_moe import save_peft_adapter
+from hecate.adapters.folder import save_adapter
 from hecate.adapters.sets.sums import kept_numbers
 from hecate.apps.federate.client import ClientPlan, Described, peft_tensors, receive, send, write_message
 from hecate.apps.federate.codec import HEADER_BYTES, decode, encode
@@ -62,7 +62,7 @@ def round_of(plan: ClientPlan, server: Tensor, down: float, change: Tensor) -> t
     receive(plan)
     begun = flat(read_pairs(Path(plan.begin), plan.shape), plan.shape)
     trained = Path(plan.begin).with_name("trained")
-    save_peft_adapter(trained, peft_tensors(pairs_of(begun + change, plan.shape)), DESCRIBED.of_rank(4))
+    save_adapter(trained, peft_tensors(pairs_of(begun + change, plan.shape)), DESCRIBED.of_rank(4))
     send(plan, trained)
     return begun, flat(received(plan, server), plan.shape)
 

@@ -12,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hecate.adapters.forms import FORMS, ReadAdapter, read_any, write_form
-from hecate.adapters.linear_format import save_linear_adapter
+from hecate.adapters.description import Adapter
+from hecate.adapters.export import FORMS, write_form
+from hecate.adapters.folder import save_adapter
+from hecate.adapters.format_table import read_adapter
 from hecate.config import RouterConfig
 from hecate.errors import UserError
 from tests.hecate.adapters.exporting import (
@@ -45,7 +47,7 @@ def test_what_a_form_cannot_hold_of_a_lora_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
     refused(
-        "mixlora", "is a LoRA, without routers of its own, which the form mixlora cannot hold\n  give --to peft or per-expert or merged"
+        "mixlora", "is a LoRA, without routers of its own, which the form mixlora cannot hold\n  give --to merged or peft or per-expert"
     )
     refused("per-expert", "adapts linears and no experts", experts=False)
     refused("per-expert", r"has trained routers \(mlp.gate\).*give --to merged", with_router)
@@ -76,9 +78,7 @@ def every_form(folder: Path) -> dict[str, Path]:
     mixture = save_mixlora(folder / "mixture", dense)
     experts, _ = save_peft(folder / "experts", moe, ["q_proj"])
     names = [f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_{one}.weight" for layer in range(3) for one in ("A_0", "B_0")]
-    save_linear_adapter(
-        folder / "linears", {name: torch.ones(2, 2) for name in names}, linear_config_of(base_model_name_or_path=str(dense))
-    )
+    save_adapter(folder / "linears", {name: torch.ones(2, 2) for name in names}, linear_config_of(base_model_name_or_path=str(dense)))
     return {
         "peft": save_peft(folder / "lora", dense, ["q_proj"], experts=False)[0],
         "peft's experts": experts,
@@ -92,7 +92,7 @@ def every_form(folder: Path) -> dict[str, Path]:
 
 def test_numbers_that_are_not_finite_or_whole_are_refused_in_every_form(tmp_path: Path) -> None:
     for form, adapter in every_form(tmp_path).items():
-        read_any(adapter)
+        read_adapter(adapter)
         file = adapter / ("adapter_model.bin" if form == "adapter_model.bin" else "adapter_model.safetensors")
         sound = torch.load(file, weights_only=True) if file.suffix == ".bin" else load_file(file)
         name = next(name for name in sound if ".lora_B" in name)
@@ -105,7 +105,7 @@ def test_numbers_that_are_not_finite_or_whole_are_refused_in_every_form(tmp_path
             save: Callable[..., None] = torch.save if file.suffix == ".bin" else save_file
             save({**sound, name: tensor}, file)
             with pytest.raises(UserError, match=f"{file}: tensor {reason}"):
-                read_any(adapter)
+                read_adapter(adapter)
 
 
 @pytest.mark.parametrize("kind", ["IA3", None, ["LORA"]])
@@ -113,7 +113,7 @@ def test_another_kind_of_adapter_is_refused_with_those_that_are_read(tmp_path: P
     adapter = save_mixlora(tmp_path / "adapter", save_dense("llama", tmp_path / "dense"))
     config = adapter / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "peft_type": kind}))
-    for read in (read_any, hecate_logits):
+    for read in (read_adapter, hecate_logits):
         with pytest.raises(UserError, match=f"peft_type is {re.escape(repr(str(kind)))}; supported: LORA, MIXLORA, MOLA"):
             read(adapter)
 
@@ -136,5 +136,5 @@ def test_mixtures_over_linears_have_no_form_and_it_is_said_why(tmp_path: Path, s
     with pytest.raises(
         UserError, match=f"(?s)/left: is a mixture of experts over single linears.*the form {form} cannot hold\n  .*{reason}"
     ):
-        write_form(form, ReadAdapter(tmp_path / "left", {}, description), tmp_path / "out")
+        write_form(form, Adapter(tmp_path / "left", {}, description), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hecate.adapters.peft.peft_targets import adapted_linears, adapts, require_sound, without_experts
+from hecate.adapters.peft.targets import adapted_linears, adapts, require_sound, without_experts
 from hecate.errors import UserError
 
 PATHS = [

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hecate.adapters.mixlora.config import config_from_json, config_to_json
+from hecate.adapters.mixlora.description import mixlora_from_json
 from hecate.errors import UserError
 from tests.hecate.adapters.making import config_of
 
@@ -29,7 +29,7 @@ FOREIGN: dict[str, Any] = {
 
 def test_the_file_word_for_word() -> None:
     config = config_of(use_rslora=True, extra={"router_aux_loss_coef": 0.01})
-    assert config_to_json(config) == {
+    assert config.to_json() == {
         "bias": "none",
         "peft_type": "MIXLORA",
         "task_type": "CAUSAL_LM",
@@ -65,17 +65,17 @@ def test_the_file_word_for_word() -> None:
 )
 def test_back_without_loss(changes: dict) -> None:
     config = config_of(**changes)
-    assert config_from_json(config_to_json(config), num_layers_seen=7) == config
+    assert mixlora_from_json(config.to_json(), num_layers_seen=7) == config
 
 
 def test_experts_per_layer_stand_under_hecate_and_the_maximum_above() -> None:
-    value = config_to_json(config_of(num_experts=(2, 4)))
+    value = config_of(num_experts=(2, 4)).to_json()
     assert value["num_experts"] == 4
     assert value["hecate"]["num_experts"] == [2, 4]
 
 
 def test_a_file_of_another_program() -> None:
-    config = config_from_json(FOREIGN, num_layers_seen=22)
+    config = mixlora_from_json(FOREIGN, num_layers_seen=22)
     assert (config.r, config.alpha, config.dropout, config.num_layers, config.num_experts) == (16, 32, 0.05, 22, 8)
     assert config.target_modules == ("q_proj", "v_proj", "gate_proj", "up_proj", "down_proj")
     assert (config.top_k, config.act_fn, config.use_rslora, config.scale) == (2, "silu", False, 2.0)
@@ -83,7 +83,7 @@ def test_a_file_of_another_program() -> None:
 
 def test_the_older_dialect() -> None:
     chosen = {"q_proj": True, "k_proj": False, "w1_proj": True, "w2_proj": True, "w3_proj": False, "dense": False}
-    config = config_from_json(FOREIGN | {"routing_strategy": "mixtral", "target_modules": chosen}, num_layers_seen=1)
+    config = mixlora_from_json(FOREIGN | {"routing_strategy": "mixtral", "target_modules": chosen}, num_layers_seen=1)
     assert config.target_modules == ("q_proj", "gate_proj", "down_proj")
 
 
@@ -95,14 +95,14 @@ def test_scale() -> None:
 
 def test_unused_keys_are_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        config_from_json(FOREIGN | {"jitter_noise": 0.1, "use_dora": False, "zeta": 1}, num_layers_seen=1)
+        mixlora_from_json(FOREIGN | {"jitter_noise": 0.1, "use_dora": False, "zeta": 1}, num_layers_seen=1)
     assert caplog.messages == ["adapter_config.json: keys not used: jitter_noise, zeta"]
 
 
 @pytest.mark.parametrize("key", sorted(set(FOREIGN) - {"bias"}))
 def test_a_missing_key_is_named(key: str) -> None:
     with pytest.raises(UserError, match=f"'{key}' is missing"):
-        config_from_json({k: v for k, v in FOREIGN.items() if k != key}, num_layers_seen=1)
+        mixlora_from_json({k: v for k, v in FOREIGN.items() if k != key}, num_layers_seen=1)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_missing_key_is_named(key: str) -> None:
 )
 def test_what_no_adapter_can_be_is_refused(change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        config_from_json(FOREIGN | change, num_layers_seen=1)
+        mixlora_from_json(FOREIGN | change, num_layers_seen=1)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +160,6 @@ def test_what_no_adapter_can_be_is_refused(change: dict, message: str) -> None:
 )
 def test_a_wrong_part_of_ours_is_refused(ours: dict) -> None:
     sound = {"format_version": 1, "lora_dropout": 0.1, "num_layers": 2, "extra": {}}
-    assert config_from_json(FOREIGN | {"hecate": sound}, num_layers_seen=1).num_layers == 2
+    assert mixlora_from_json(FOREIGN | {"hecate": sound}, num_layers_seen=1).num_layers == 2
     with pytest.raises(UserError):
-        config_from_json(FOREIGN | {"hecate": sound | ours}, num_layers_seen=1)
+        mixlora_from_json(FOREIGN | {"hecate": sound | ours}, num_layers_seen=1)

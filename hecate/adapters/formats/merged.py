@@ -15,20 +15,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hecate.adapters.adapter_format import AdapterFormat
 from hecate.adapters.card import CARD, model_card
+from hecate.adapters.description import Adapter
 from hecate.adapters.folder import CHAT_TEMPLATE
 from hecate.adapters.model_files import DTYPE_NAMES, save_config, write_model
-from hecate.adapters.peft.peft_moe import PeftMoeConfig, expert_a, expert_b, expert_names, linear_names
-from hecate.adapters.peft.peft_targets import adapts
-from hecate.adapters.peft.per_expert import experts_paths
+from hecate.adapters.peft.description import LoraDescription, expert_names, experts_paths, linear_names
+from hecate.adapters.peft.targets import adapts
+from hecate.adapters.places import expert_a, expert_b
 from hecate.checkpoint.layout import TensorEntry
 from hecate.data.chat.templates import FILE
 from hecate.errors import UserError
 from hecate.io.durable import write_durable
 from hecate.io.plain_files import read_plain
-from hecate.model.files.load import save_tokenizer
+from hecate.model.files.load import base_of, save_tokenizer
 from hecate.model.files.stored_experts import EXPERTS, ROLES, usual_name
-from hecate.model.files.stored_model import StoredModel
+from hecate.model.files.stored_model import StoredModel, open_stored
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _COPIED = re.compile(
@@ -63,7 +65,23 @@ class _ExpertPairs:
     experts: int
 
 
-def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[str, WeightChange]:
+class MergedModel(AdapterFormat):
+    """The base model with a LoRA merged into it."""
+
+    name = "merged"
+    what = "a whole model"
+    holds = (LoraDescription,)
+
+    def export(self, adapter: Adapter, out: Path) -> list[str]:
+        assert isinstance(adapter.description, LoraDescription)
+        base = open_stored(base_of(adapter.folder, adapter.description.base_model_name_or_path))
+        return write_merged(out, base, adapter.tensors, adapter.description)
+
+
+FORMAT = MergedModel()
+
+
+def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: LoraDescription) -> dict[str, WeightChange]:
     """Return what the adapter makes of each weight that it changes, by the weight's name in the base.
 
     Raises:
@@ -115,7 +133,7 @@ def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoe
     return changes
 
 
-def write_merged(folder: Path, base: StoredModel, tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> list[str]:
+def write_merged(folder: Path, base: StoredModel, tensors: Mapping[str, Tensor], config: LoraDescription) -> list[str]:
     """Write the base model with the adapter merged into it to the new folder `folder`; what the user should know, line by line.
 
     Raises:
@@ -206,7 +224,7 @@ def _replaced_by(router: Tensor) -> WeightChange:
     return WeightChange(tuple(router.shape), lambda weight: router.to(weight.dtype))
 
 
-def _expert_pairs(tensors: Mapping[str, Tensor], config: PeftMoeConfig) -> dict[int, dict[str, _ExpertPairs]]:
+def _expert_pairs(tensors: Mapping[str, Tensor], config: LoraDescription) -> dict[int, dict[str, _ExpertPairs]]:
     """By layer and projection."""
     found: dict[int, dict[str, _ExpertPairs]] = {}
     for path in experts_paths(tensors):

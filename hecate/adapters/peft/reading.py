@@ -18,12 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hecate.adapters.folder import WEIGHTS, read_adapter_config, read_weights
-from hecate.adapters.mixlora.config import CONFIG
-from hecate.adapters.peft.peft_moe import PREFIX, PeftMoeConfig, expert_names, is_peft_adapter, peft_config_from_json
-from hecate.adapters.peft.peft_targets import require_sound
-from hecate.adapters.peft.per_expert import experts_paths, is_per_expert, join_experts, pad_rank, scaled
+from hecate.adapters.folder import CONFIG, WEIGHTS, peft_type_of, read_adapter_config, read_weights
+from hecate.adapters.peft.description import PEFT_TYPE, PREFIX, LoraDescription, expert_names, experts_paths, lora_from_json
+from hecate.adapters.peft.per_expert import is_per_expert, join_experts, pad_rank, scaled
 from hecate.adapters.peft.stacked_experts import is_stacked, unstack_experts
+from hecate.adapters.peft.targets import require_sound
 from hecate.adapters.peft.unsloth import grouped_projections, rank_major
 from hecate.errors import UserError
 from hecate.io.plain_files import require_plain
@@ -32,7 +31,7 @@ from hecate.parallel.values.expert_kinds import lora_scale
 _log = logging.getLogger(__name__)
 
 
-def load_lora(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
+def load_lora(folder: Path) -> tuple[dict[str, Tensor], LoraDescription]:
     """Read an adapter folder. Tensors are on the CPU; whether they are those that a model needs is not checked.
 
     Raises:
@@ -41,7 +40,7 @@ def load_lora(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
     value = read_adapter_config(folder)
     tensors = read_weights(folder)
     try:
-        config = peft_config_from_json(_with_listed_modules(value, tensors))
+        config = lora_from_json(_with_listed_modules(value, tensors))
         ranks, alphas = (_pattern(value, name) for name in ("rank_pattern", "alpha_pattern"))
         grouped = grouped_projections(value, config.projections, folder) if config.target_parameters else set()
     except UserError as error:
@@ -62,32 +61,16 @@ def load_lora(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
     return tensors, config
 
 
-def load_peft_adapter(folder: Path) -> tuple[dict[str, Tensor], PeftMoeConfig]:
-    """Read a folder with an adapter of an MoE model's experts (`load_lora`).
-
-    Whether any tensor is missing is checked against the model, in `hecate.adapters.peft.peft_experts`.
+def is_lora(folder: Path, *, of_experts: bool) -> bool:
+    """Return whether the folder holds a LoRA in PEFT's format: one of an MoE model's experts, or one of linear layers alone.
 
     Raises:
-        UserError: as `load_lora`; or the adapter is not one of an MoE model's experts.
+        UserError: its adapter_config.json cannot be read.
     """
-    tensors, config = load_lora(folder)
-    parameters = config.target_parameters
-    if not parameters or not all(name.rpartition(".")[2] in ("gate_up_proj", "down_proj") for name in parameters):
-        raise UserError(
-            f"{folder / CONFIG}: target_parameters are {list(parameters)}: this is not an adapter of an MoE model's experts\n"
-            "  they must be an experts module's gate_up_proj, down_proj, or both"
-        )
-    return tensors, config
-
-
-def is_lora_adapter(folder: Path) -> bool:
-    """Return whether the folder holds a LoRA of linear layers in PEFT's format, and not one of an MoE model's experts."""
-    return is_peft_adapter(folder) and not read_adapter_config(folder).get("target_parameters") and not _adapts_experts(folder)
-
-
-def _adapts_experts(folder: Path) -> bool:
+    if peft_type_of(folder) != PEFT_TYPE:
+        return False
     names = _names(folder)
-    return is_per_expert(names) or is_stacked(names)
+    return of_experts == (bool(read_adapter_config(folder).get("target_parameters")) or is_per_expert(names) or is_stacked(names))
 
 
 @dataclass(frozen=True)
@@ -102,7 +85,7 @@ class _Pair:
     """of experts; None: the pair is that of one module"""
 
 
-def _pairs(tensors: Mapping[str, Tensor], config: PeftMoeConfig, ranks: Mapping[str, int], alphas: Mapping[str, int]) -> list[_Pair]:
+def _pairs(tensors: Mapping[str, Tensor], config: LoraDescription, ranks: Mapping[str, int], alphas: Mapping[str, int]) -> list[_Pair]:
     """All pairs, each with the rank and the alpha that the description says.
 
     Args:
@@ -152,7 +135,9 @@ def _checked(tensors: Mapping[str, Tensor], pairs: Iterable[_Pair], grouped: Col
     return result
 
 
-def _with_one_rank(tensors: Mapping[str, Tensor], config: PeftMoeConfig, pairs: Sequence[_Pair]) -> tuple[dict[str, Tensor], PeftMoeConfig]:
+def _with_one_rank(
+    tensors: Mapping[str, Tensor], config: LoraDescription, pairs: Sequence[_Pair]
+) -> tuple[dict[str, Tensor], LoraDescription]:
     """An adapter whose modules differ in rank and scale as one with the largest rank: pairs are padded with zeros, and where scales differ
     they are folded into B.
     """

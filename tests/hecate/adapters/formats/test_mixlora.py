@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from hecate.adapters.folder import load_adapter
-from hecate.adapters.mixlora.export import adapter_config, export_adapter, load_into
-from hecate.adapters.model_folder import is_model_folder, load_model_folder
+from hecate.adapters.formats.mixlora import FORMAT
+from hecate.adapters.formats.whole_model import is_model_folder, load_model_folder
+from hecate.adapters.mixlora.description import MixLoraDescription
 from hecate.adapters.trained_output import TrainedOutput, output_of
 from hecate.config import Config, DataSource
 from hecate.config.schema import DataConfig, LoraConfig, ModelConfig, MoeConfig
@@ -74,7 +74,7 @@ def _write(rank: int, world: int, folder: str) -> None:
     assert group is not None
     groups = ExpertGroups(group, group)
     base = base_of()
-    description = adapter_config(config(), base)
+    description = FORMAT.describe(config(), base)
     moe = inserted(base, groups, world)
     with torch.no_grad():
         for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
@@ -82,7 +82,7 @@ def _write(rank: int, world: int, folder: str) -> None:
         for name, parameter in moe.replicated_parameters().items():
             parameter.fill_(int(name.split(".")[1]) + {"r": 0.125, "A": 0.25, "B": 0.5}[name.split(".")[-1][0]])
     assert len(moe.engine.shards.named_parameters()) < sum(EXPERTS), "this rank owns all experts"
-    export_adapter(Path(folder) / "adapter", description, moe, Ranks(rank, world, torch.device("cpu"), groups))
+    FORMAT.write(Path(folder) / "adapter", description, base, moe, Ranks(rank, world, torch.device("cpu"), groups))
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +112,13 @@ def test_each_expert_is_in_the_file_under_its_own_name(adapter: Path) -> None:
 
 
 def test_an_adapter_goes_back_where_it_came_from(adapter: Path, one_rank: dist.ProcessGroup) -> None:
-    tensors, description = load_adapter(adapter)
+    read = FORMAT.read(adapter)
+    description = read.description
+    assert isinstance(description, MixLoraDescription)
     assert (description.num_experts, description.top_k, description.alpha, description.act_fn) == (EXPERTS, 2, 4, "silu")
-    moe = inserted(base_of(), ExpertGroups(one_rank, one_rank), 1)
-    load_into(moe, tensors)
+    base = base_of()
+    moe = inserted(base, ExpertGroups(one_rank, one_rank), 1)
+    FORMAT.load(read, base, moe)
     owned = moe.engine.shards.named_parameters()
     assert len(owned) == sum(EXPERTS)
     for (unit, expert), chunk in owned.items():

@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hecate.adapters.merge import add_files_of, changes_of, write_merged
+from hecate.adapters.formats.merged import add_files_of, changes_of, write_merged
 from hecate.adapters.model_files import save_config, write_model
-from hecate.adapters.peft.lora_folder import load_lora
-from hecate.adapters.peft.peft_moe import PeftMoeConfig, linear_names
+from hecate.adapters.peft.description import LoraDescription, linear_names
+from hecate.adapters.peft.reading import load_lora
 from hecate.checkpoint.layout import TensorEntry
 from hecate.errors import UserError
 from hecate.model.files.load import ModelSource, resolve_model
@@ -95,7 +95,7 @@ def test_what_bfloat16_cannot_hold_is_said(tmp_path: Path) -> None:
         name_a, name_b = linear_names(f"model.layers.{layer}.self_attn.q_proj")
         tensors[name_a], tensors[name_b] = torch.ones(1, 16), torch.full((16, 1), 1e-9 if layer else 1.0)
     values: dict[str, Any] = {"base_model_name_or_path": str(model), "r": 1, "alpha": 1, "use_rslora": False}
-    config = PeftMoeConfig(**values, target_modules=("q_proj",), target_parameters=())
+    config = LoraDescription(**values, target_modules=("q_proj",), target_parameters=())
     notes = write_merged(tmp_path / "out", open_stored(resolve_model(str(model))), tensors, config)
     assert notes[0] == "1 of 3 adapted weights differ from the base model's"
     assert "less than their type can hold" in notes[1]

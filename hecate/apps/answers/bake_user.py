@@ -5,25 +5,17 @@ Shapes: E experts, r rank, I inputs and O outputs of a linear, F numbers of a us
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hecate.adapters.folder import described_template
-from hecate.adapters.linear_format import (
-    gated_paths,
-    is_linear_adapter,
-    load_linear_adapter,
-    pair_names,
-    plain_paths,
-    router_name,
-    user_width,
-)
-from hecate.adapters.peft.peft_moe import PeftMoeConfig, linear_names, save_peft_adapter
+from hecate.adapters.folder import CHAT_TEMPLATE, save_adapter
+from hecate.adapters.format_table import format_of, read_adapter
+from hecate.adapters.formats.linears import FORMAT, LinearsDescription, gated_paths, pair_names, plain_paths, router_name
+from hecate.adapters.peft.description import LoraDescription, linear_names
 from hecate.config import RouterConfig
-from hecate.data.chat.templates import template_beside
 from hecate.errors import UserError
 from hecate.experts.pass_users import users_of_rows
 from hecate.experts.routers.router import RouterSite
@@ -43,10 +35,12 @@ def bake_user(folder: Path, out: Path, user: str, vector_F: Tensor) -> None:
         f"{folder}: its experts are not mixed by users, so that a user does not make one LoRA of them\n"
         "  a router that decides by tokens has no plain LoRA as its equal"
     )
-    if not is_linear_adapter(folder):
+    if format_of(folder) is not FORMAT:
         raise not_mixed
-    tensors, description = load_linear_adapter(folder)
-    router, width = description.router, user_width(tensors)
+    adapter = read_adapter(folder)
+    tensors, description = adapter.tensors, adapter.description
+    assert isinstance(description, LinearsDescription)
+    router, width = description.router, description.user_width(tensors)
     if not router.by_user or width is None:
         raise not_mixed
     require_width(f"{folder}", width, len(vector_F))
@@ -61,18 +55,17 @@ def bake_user(folder: Path, out: Path, user: str, vector_F: Tensor) -> None:
         missing = rank - len(a_rI)  # rows of A and columns of B that add nothing, since PEFT has one rank for all
         written[name_a] = torch.nn.functional.pad(a_rI, (0, 0, 0, missing)).contiguous()
         written[name_b] = torch.nn.functional.pad(description.scale * b_Or, (0, missing)).contiguous()
-    save_peft_adapter(
+    kept = {name: value for name, value in description.extra.items() if name == CHAT_TEMPLATE}
+    save_adapter(
         out,
         written,
-        PeftMoeConfig(
+        LoraDescription(
             base_model_name_or_path=description.base_model_name_or_path,
             r=rank,
             alpha=rank,
-            use_rslora=False,
             target_modules=description.target_modules,
-            target_parameters=(),
             dropout=description.dropout,
-            extra={"user": user, **described_template(template_beside(folder))},
+            extra={"user": user, **kept},
         ),
     )
 
@@ -86,7 +79,7 @@ def require_width(what: str, trained: int, given: int) -> None:
         )
 
 
-def _mixed(tensors: dict[str, Tensor], path: str, choices: RouterConfig, vector_F: Tensor) -> tuple[Tensor, Tensor]:
+def _mixed(tensors: Mapping[str, Tensor], path: str, choices: RouterConfig, vector_F: Tensor) -> tuple[Tensor, Tensor]:
     """A and B of one linear for one user."""
     like = tensors[router_name(path, "out.weight")]
     experts = len(like)

@@ -1,4 +1,4 @@
-"""Load the model folder that `hecate.adapters.export_mixtral` has written with transformers, for evaluation and generation."""
+"""Whole models in transformers' layout: what a run with `moe.family: full` and `hecate export` leave, and any other, opened as they are."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 
-from hecate.adapters.mixlora.config import CONFIG
+from hecate.adapters.adapter_format import AdapterFormat
+from hecate.adapters.folder import CONFIG
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.model.base import BaseModel
+from hecate.model.base import BaseChoice, BaseModel
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.files.gguf_files import one_gguf_reader
 from hecate.model.files.load import ModelSource, load_model, load_tokenizer, pick_dtype, read_config
@@ -20,6 +21,27 @@ from hecate.model.moe_model import MoeModel
 from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
 from hecate.ranks.ranks import Ranks
+
+
+class WholeModel(AdapterFormat):
+    """A model that needs no base."""
+
+    name = "model"
+    what = "a whole model"
+    instead = "give the folder of an adapter, or of a run that has left one"
+
+    def recognises(self, folder: Path) -> bool:
+        return is_model_folder(folder)
+
+    def adapters_in(self, folder: Path) -> list[Path]:
+        raise self.refusal(folder, "be read as an adapter")
+
+    def open_for_answers(self, folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
+        """See `load_model_folder`."""
+        return load_model_folder(folder, ranks, choice.dtype, choice.attention)
+
+
+FORMAT = WholeModel()
 
 
 def is_model_folder(folder: Path) -> bool:

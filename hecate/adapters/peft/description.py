@@ -1,34 +1,46 @@
-"""Read and write adapters of an MoE model's experts in the format of PEFT 0.21 (LoRA with `target_parameters`).
+"""What a LoRA in the format of PEFT 0.21 says of itself, and its tensors' names, also for an MoE model's experts (`target_parameters`).
 
 PEFT wraps each parameter of an experts module, gate_up_proj first, so that its tensors lie under `base_layer` where both are adapted:
 
     base_model.model.model.layers.3.mlp.experts.base_layer.lora_A.weight [E·r, D]   .lora_B.weight [2F, r·E]     gate_up_proj
     base_model.model.model.layers.3.mlp.experts.lora_A.weight            [E·r, F]   .lora_B.weight [D, r·E]      down_proj
 
-A is expert-major, A.view(E, r, in); B is rank-major, B.view(out, r, E). Attention adapters and trained routers have PEFT's usual names.
+How experts are joined, `hecate.adapters.places` says. Attention adapters and trained routers have PEFT's usual names.
 
 Shapes: E experts, r rank, D hidden, F ffn, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from hecate.adapters.folder import peft_type_of, write_adapter_folder
-from hecate.adapters.peft.peft_targets import Targets, require_sound
+from hecate.adapters.card import GENERATE, Loading
+from hecate.adapters.description import LARGEST, Description
+from hecate.adapters.peft.targets import Targets, require_sound
+from hecate.adapters.places import Place
 from hecate.errors import UserError
-from hecate.parallel.values.expert_kinds import lora_scale
 
 PEFT_TYPE = "LORA"
 PREFIX = "base_model.model"
 """what PEFT puts before every dotted name"""
-_LARGEST = 10**6
-"""of numbers in a description"""
+_LINEAR_A = re.compile(rf"{re.escape(PREFIX)}\.(.+)\.lora_A\.weight")
+_EXPERTS = re.compile(rf"{re.escape(PREFIX)}\.(.+\.experts)(?:\.base_layer)?\.lora_[AB]\.weight")
+_WITH_PEFT = """With PEFT:
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), FOLDER)
+
+PEFT warns of the key `hecate`, which it does not know and does not need.
+
+With hecate:
+
+"""
 _NOT_READ = (
     *("use_dora", "lora_bias", "fan_in_fan_out", "layers_to_transform", "exclude_modules", "layer_replication"),
     *("alora_invocation_tokens", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "trainable_token_indices"),
@@ -39,27 +51,19 @@ _BASE_KEPT = (None, True, False, "gaussian", "orthogonal", "eva", "mica")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeftMoeConfig:
-    """The description of an adapter in PEFT's format."""
+class LoraDescription(Description):
+    """The description of a LoRA in PEFT's format, of linears, of an MoE model's experts, or of both."""
 
-    base_model_name_or_path: str
-    r: int
-    alpha: int
-    use_rslora: bool
+    what = "a LoRA, without routers of its own"
+    loading = Loading("peft", ("lora",), _WITH_PEFT + GENERATE)
     target_modules: Targets
     """the adapted linear layers"""
-    target_parameters: tuple[str, ...]
+    target_parameters: tuple[str, ...] = ()
     """the ends of the dotted names of the adapted parameters, such as mlp.experts.gate_up_proj"""
     modules_to_save: tuple[str, ...] = ()
     """the ends of the dotted names of the trained routers"""
     dropout: float = 0.0
     """the dropout that training used; PEFT has no dropout for such adapters"""
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def scale(self) -> float:
-        """The factor of B A x."""
-        return lora_scale(self.alpha, self.r, rslora=self.use_rslora)
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -67,19 +71,61 @@ class PeftMoeConfig:
         last = {name.rpartition(".")[2] for name in self.target_parameters}
         return tuple(name for name in ("gate_up_proj", "down_proj") if name in last)
 
+    def to_json(self) -> dict[str, Any]:
+        """Return adapter_config.json as PEFT reads it, with further values under the key "hecate"."""
+        return {
+            "peft_type": PEFT_TYPE,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base_model_name_or_path,
+            "bias": "none",
+            "inference_mode": True,
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": 0.0,
+            "use_rslora": self.use_rslora,
+            # An empty list is written as one: for null, PEFT would adapt the attention projections of model types that it supports.
+            "target_modules": self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules),
+            "target_parameters": list(self.target_parameters),
+            "modules_to_save": list(self.modules_to_save) or None,
+            "hecate": {"format_version": 1, "lora_dropout": self.dropout, "extra": dict(self.extra)},
+        }
+
+    def places(self, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
+        """Modules have their dotted names in the model; of experts, such as model.layers.3.mlp.experts.gate_up_proj.7."""
+        places: dict[str, Place] = {}
+        for path in experts_paths(tensors):
+            for projection, (name_a, name_b) in expert_names(path, self.projections).items():
+                for expert in range(tensors[name_a].shape[0] // self.r if name_a in tensors else 1):
+                    places[f"{path}.{projection}.{expert}"] = Place(name_a, name_b, expert)
+        of_experts = {place.name_a for place in places.values()}
+        linears = (match[1] for name in tensors if name not in of_experts and (match := _LINEAR_A.fullmatch(name)))
+        return places | {path: Place(*linear_names(path)) for path in linears}
+
+    def place(self, module: str) -> Place:
+        path, _, number = module.rpartition(".")
+        experts_path, _, projection = path.rpartition(".")
+        if not number.isdigit() or projection not in self.projections:  # a linear's own name may be a number
+            return Place(*linear_names(module))
+        return Place(*expert_names(experts_path, self.projections)[projection], expert=int(number))
+
 
 def expert_names(experts_path: str, projections: tuple[str, ...]) -> dict[str, tuple[str, str]]:
     """Return the names of A and B of each projection.
 
     Args:
         experts_path: the dotted name of the experts module in the model.
-        projections: the value of `PeftMoeConfig.projections`.
+        projections: the value of `LoraDescription.projections`.
     """
     names = {}
     for depth, projection in enumerate(reversed(projections)):
         module = f"{PREFIX}.{experts_path}" + ".base_layer" * depth
         names[projection] = f"{module}.lora_A.weight", f"{module}.lora_B.weight"
     return names
+
+
+def experts_paths(names: Iterable[str]) -> list[str]:
+    """Return the dotted names of the experts modules that an adapter in PEFT's own form has pairs for, each once."""
+    return list(dict.fromkeys(match[1] for name in names if (match := _EXPERTS.fullmatch(name))))
 
 
 def linear_names(path: str) -> tuple[str, str]:
@@ -92,68 +138,8 @@ def saved_name(path: str) -> str:
     return f"{PREFIX}.{path}.weight"
 
 
-def join_a(a_ErI: Tensor) -> Tensor:
-    """Join the A of all experts into PEFT's [E·r, I]."""
-    return a_ErI.flatten(0, 1)
-
-
-def join_b(b_EOr: Tensor) -> Tensor:
-    """Join the B of all experts into PEFT's [O, r·E]."""
-    return b_EOr.permute(1, 2, 0).flatten(1)
-
-
-def expert_a(joined: Tensor, expert: int, experts: int) -> Tensor:
-    """Return the A of one expert, [r, I], from PEFT's [E·r, I]."""
-    return joined.view(experts, -1, joined.shape[1])[expert]
-
-
-def expert_b(joined: Tensor, expert: int, experts: int) -> Tensor:
-    """Return the B of one expert, [O, r], from PEFT's [O, r·E]."""
-    return joined.view(joined.shape[0], -1, experts)[:, :, expert]
-
-
-def save_peft_adapter(folder: Path, tensors: Mapping[str, Tensor], config: PeftMoeConfig, card: bytes | None = None) -> None:
-    """Write the adapter to the new folder `folder`, as PEFT's `save_pretrained` does.
-
-    Args:
-        card: the model card; None: that of adapters as a run leaves them.
-
-    Raises:
-        UserError: the folder exists, a tensor is not finite, or the disk fails.
-    """
-    for name, tensor in tensors.items():
-        if not bool(tensor.isfinite().all()):
-            raise UserError(f"the adapter cannot be saved to {folder}: {name} is not finite")
-    write_adapter_folder(folder, tensors, peft_config_to_json(config), card)
-
-
-def peft_config_to_json(config: PeftMoeConfig) -> dict[str, Any]:
-    """Return adapter_config.json as PEFT reads it, with further values under the key "hecate"."""
-    return {
-        "peft_type": PEFT_TYPE,
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": config.base_model_name_or_path,
-        "bias": "none",
-        "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": config.alpha,
-        "lora_dropout": 0.0,
-        "use_rslora": config.use_rslora,
-        # An empty list is written as one: for null, PEFT would adapt the attention projections of model types that it supports.
-        "target_modules": config.target_modules if isinstance(config.target_modules, str) else list(config.target_modules),
-        "target_parameters": list(config.target_parameters),
-        "modules_to_save": list(config.modules_to_save) or None,
-        "hecate": {"format_version": 1, "lora_dropout": config.dropout, "extra": dict(config.extra)},
-    }
-
-
-def is_peft_adapter(folder: Path) -> bool:
-    """Return whether the folder's configuration is of PEFT's format. Raises UserError as `peft_type_of`."""
-    return peft_type_of(folder) == PEFT_TYPE
-
-
-def peft_config_from_json(value: Any) -> PeftMoeConfig:
-    """Return the description of a LoRA that PEFT or `save_peft_adapter` has written, of an MoE model's experts or of linear layers alone.
+def lora_from_json(value: Any) -> LoraDescription:
+    """Return the description of a LoRA that PEFT or hecate has written, of an MoE model's experts or of linear layers alone.
 
     Raises:
         UserError: a key is missing or wrong, or the adapter is of another kind.
@@ -166,8 +152,8 @@ def peft_config_from_json(value: Any) -> PeftMoeConfig:
         if type(value.get(name)) is not kind:
             raise UserError(f"{name} must be {'text' if kind is str else 'a whole number'}, not {str(value.get(name))[:100]}")
     for name in ("r", "lora_alpha"):
-        if not 1 <= value[name] <= _LARGEST:
-            raise UserError(f"{name} must be from 1 to {_LARGEST}, not {str(value[name])[:100]}")
+        if not 1 <= value[name] <= LARGEST:
+            raise UserError(f"{name} must be from 1 to {LARGEST}, not {str(value[name])[:100]}")
     for name in _NOT_READ:
         if value.get(name):
             raise UserError(f"{name}: {str(value[name])[:100]}: adapters with it are not supported")
@@ -195,7 +181,7 @@ def peft_config_from_json(value: Any) -> PeftMoeConfig:
     dropout = ours.get("lora_dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
         raise UserError(f"hecate.lora_dropout must be a number from 0 to below 1, not {str(dropout)[:100]}")
-    return PeftMoeConfig(
+    return LoraDescription(
         base_model_name_or_path=value["base_model_name_or_path"],
         r=value["r"],
         alpha=value["lora_alpha"],

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hecate.adapters.peft.lora_folder import load_lora
+from hecate.adapters.peft.reading import load_lora
 from hecate.errors import UserError
 from tests.hecate.adapters.exporting import (
     LIMIT,

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hecate.adapters.export_mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
+from hecate.adapters.formats.mixtral import MixtralFolder, dense_weights, export_mixtral, mixtral_config
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.model.gated_ffn import find_gated_ffns
