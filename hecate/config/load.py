@@ -1,5 +1,6 @@
 """Load a configuration from a YAML file and command-line overrides, or raise one error with every problem."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -23,8 +24,9 @@ from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
 from hecate.errors import UserError
 from hecate.io.plain_files import open_plain
 from hecate.io.strict_yaml import parse_yaml
-from hecate.io.terminal import tell
 from hecate.parallel.values.policy_names import FORMER_NAMES, current_name, renamed
+
+_log = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 256 * 1024
@@ -89,7 +91,7 @@ def load_config(
     policy = given[_POLICY][0] if _POLICY in given else None
     # Every rank loads the configuration; the one that claims the output, and a dry run, speak for all.
     if isinstance(policy, Scalar) and policy.text in FORMER_NAMES and (claim_output or not inputs):
-        tell(f"hecate: {renamed(_POLICY, policy.text)}")
+        _log.warning(f"hecate: {renamed(_POLICY, policy.text)}")
 
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)

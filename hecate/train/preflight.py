@@ -5,6 +5,7 @@ Every command that starts ranks makes these checks first, so that a mistake cost
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from hecate.config import Config
 from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
 from hecate.io.plain_files import refuse_links
-from hecate.io.terminal import tell
 from hecate.ranks.cores import usable_cores
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 from hecate.report.tracking.trackers import check_trackers
+
+_log = logging.getLogger(__name__)
 
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """files of the drivers of NVIDIA's and AMD's GPUs, and of GPUs under WSL"""
@@ -207,7 +209,7 @@ def warn_of_cores(ranks: int, key: str) -> None:
     """
     cores = usable_cores()
     if ranks > 2 * cores and not any(map(os.path.exists, _GPU_FILES)):
-        tell(f"hecate: warning: {key}: {ranks} ranks on {cores} cores wait for each other; {key}={cores} is faster")
+        _log.warning(f"hecate: warning: {key}: {ranks} ranks on {cores} cores wait for each other; {key}={cores} is faster")
 
 
 def default_ranks() -> int:

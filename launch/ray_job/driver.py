@@ -16,7 +16,7 @@ from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
 from hecate.io.one_writer import one_writer
 from hecate.io.signals import on_signals
-from hecate.io.terminal import show_text
+from hecate.io.terminal import PROGRESS
 from hecate.launch.local_launcher import STOPPING
 from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.ray_job.cluster import connected, private_cluster
@@ -134,7 +134,7 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
         write_status(folder, status)
 
     def say(text: str) -> None:
-        show_text(f"hecate: {text}")
+        PROGRESS.info(f"hecate: {text}")
 
     controller = Controller(group, config, topology, say, show)
     with ExitStack() as stack:
