@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from hecate.config.sections import APPS
+
 _SAME: dict[str, str] = {
     # model
     "base_model": "model.name_or_path",
@@ -150,7 +152,7 @@ def key_hint(key: str) -> str:
     Args:
         key: as it was given, such as lora_r or training.bf16; only its last part counts.
     """
-    if key.startswith("rounds."):  # no other trainer has these, and the same words mean other keys of the run
+    if key.partition(".")[0] in APPS:  # no other trainer has these, and the same words mean other keys of the run
         return ""
     name = key.rpartition(".")[2].replace("-", "_").lower()
     if name in _SAME:

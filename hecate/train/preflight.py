@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from hecate.config import Config
+from hecate.config.rules.of_apps import refuse_training
 from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
 from hecate.io.plain_files import refuse_links
@@ -31,7 +32,7 @@ def check_machine(config: Config) -> None:
     Raises:
         UserError: it cannot.
     """
-    refuse_rounds(config)
+    refuse_training(config)
     check_kernels(config.kernels)
     check_attention(config.model)
     check_trackers(config.report_to)
@@ -39,12 +40,6 @@ def check_machine(config: Config) -> None:
         from hecate.train.steps.privacy_accountant import require_accountant
 
         require_accountant()
-
-
-def refuse_rounds(config: Config) -> None:
-    """Raises UserError: the configuration is one of federated rounds, which are more than one training."""
-    if config.rounds.clients:
-        raise UserError("rounds.clients: are trained by hecate federate, in rounds\n  give it this configuration, or leave rounds out")
 
 
 def check_kernels(kernels: str) -> None:

@@ -17,10 +17,10 @@ from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.rules.deterministic import check_deterministic
 from hecate.config.rules.megatron import check_megatron, check_megatron_ep
+from hecate.config.rules.of_apps import section_rules
 from hecate.config.rules.pairs import check_pairs, largest_rank
 from hecate.config.rules.privacy import check_privacy
 from hecate.config.rules.replay import check_replay
-from hecate.config.rules.rounds import check_rounds
 from hecate.config.rules.routers import check_router
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, MEGATRON_EP, RANGES
 from hecate.errors import UserError
@@ -46,6 +46,8 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
             # The default of max_steps is outside its range: it says that num_train_epochs is given.
             if one is not None and one not in allowed and value != LEAVES[key].default:
                 add(at, f"must be {allowed}, got {one}", "")
+    for rules in section_rules():
+        values = rules.checked(values, add)
     _check_length(values, add)
     _check_experts(values, add)
     _check_kind(values, add, trains=trains)
@@ -54,7 +56,6 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     check_privacy(values, add)
     check_replay(values, add)
     check_deterministic(values, add)
-    check_rounds(values, add)
     _check_separate(values, add)
     _check_evaluation(values, add)
     _check_prefetch(values, add)
@@ -197,8 +198,8 @@ def _has_adapter(folder: str, values: Mapping[str, Any]) -> bool:
 
 def _check_separate(values: Mapping[str, Any], add: Add) -> None:
     sources = len(values.get("data.train", ()))
-    if values.get("rounds.clients") or not values.get("data.separate") or not sources:
-        return  # `hecate federate` gives the run of all clients as many micro-steps as that takes
+    if not values.get("data.separate") or not sources:
+        return
     sequences = values.get("micro_batch_size", sources) * values.get("gradient_accumulation_steps", sources)
     if sequences % sources:
         what = f"takes equally many sequences of each of {sources} items, but a step has {sequences} for each rank"
