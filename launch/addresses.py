@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 from hecate.errors import UserError
-from hecate.io.terminal import show_text
+from hecate.io.terminal import PROGRESS
 
 DEFAULT_PORT = 29400
 _SIOCGIFADDR = 0x8915
@@ -115,7 +115,7 @@ def wait_for(endpoint: Endpoint, limit_seconds: float = _START_SECONDS) -> None:
                 "  start the same command on the node that has this address; if it runs, a firewall may be between the two nodes"
             )
         if not printed:
-            show_text(f"hecate: waiting for {endpoint.host}:{endpoint.port}")
+            PROGRESS.info(f"hecate: waiting for {endpoint.host}:{endpoint.port}")
             printed = True
         time.sleep(0.5)
 

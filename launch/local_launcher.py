@@ -5,6 +5,7 @@ Nothing listens beyond loopback: the ranks meet through a file, and gloo is set 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -15,7 +16,6 @@ from types import FrameType
 
 from hecate.errors import USER_ERROR_EXIT
 from hecate.io.signals import on_signals
-from hecate.io.terminal import tell
 from hecate.launch.fork_server import forking
 from hecate.launch.rank_command import Beginning, RankCommand, RankProcess, cause_of
 from hecate.launch.run_folder import run_folder
@@ -25,6 +25,8 @@ from hecate.ranks.cores import usable_cores
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import LAUNCHED_VARIABLE, LOST_PEER_EXIT, error_file, failure_of, pid_files
 from hecate.ranks.processor import ONEDNN_SETTINGS
+
+_log = logging.getLogger(__name__)
 
 STOPPING = "hecate: stopping: the ranks finish their step and save; a second signal ends them at once\n"
 """the answer to a first Ctrl-C or SIGTERM"""
@@ -203,13 +205,13 @@ def _wait(ranks: Mapping[int, RankProcess], store: Path, surviving: SurvivingRan
         if codes.get(surviving.printing if surviving else 0) != USER_ERROR_EXIT:
             left = error_file(store.parent, number)
             text = left.read_text(encoding="utf-8") if left.exists() else "hecate: a rank has met an error and has not said which"
-            tell(text)
+            _log.error(text)
         return USER_ERROR_EXIT
     if signals and {codes[number] for number in failed} <= _ENDED_BY_SIGNAL:
         text = "hecate: the ranks ended before they could save; resume=true goes on from the run's last checkpoint, if any"
-        tell(text)
+        _log.error(text)
         return 128 + signals[0]
-    tell(
+    _log.error(
         f"hecate: rank {list(codes).index(number)} of {len(codes)} {cause_of(codes[number], said[number])}; the run is stopped; "
         "resume=true goes on from its last checkpoint, if any"
     )

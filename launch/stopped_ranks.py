@@ -6,13 +6,15 @@ end would be the run's, it is named.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hecate.io.terminal import tell
 from hecate.launch.rank_command import RankProcess
 from hecate.ranks.launcher_files import pid_files
+
+_log = logging.getLogger(__name__)
 
 STOPPED_SECONDS = 1.5
 """how long a rank may be stopped before the others go on without it"""
@@ -50,7 +52,7 @@ class StoppedRanks:
         running = {one: pid_of[one] for one in members if one in pid_of and one in processes and processes[one].poll() is None}
         for member, seconds in self.look(running).items():
             rank = members.index(member)
-            tell(f"hecate: rank {rank} has been stopped for {seconds:.1f} s, as by SIGSTOP, and is ended")
+            _log.warning(f"hecate: rank {rank} has been stopped for {seconds:.1f} s, as by SIGSTOP, and is ended")
             processes[member].kill()
             processes[member].wait()
 
@@ -59,7 +61,7 @@ class StoppedRanks:
         stopped = self.look(pid_of)
         for rank in stopped.keys() - self._said:
             text = f"hecate: rank {rank} is stopped, as by SIGSTOP, and the others wait for it; kill -CONT {pid_of[rank]} lets it go on"
-            tell(text)
+            _log.warning(text)
         self._said = set(stopped)
 
 

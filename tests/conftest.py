@@ -4,13 +4,15 @@ Triton kernels are interpreted, on CPU tensors, unless `TRITON_INTERPRET=0` is s
 mode is fixed where `@triton.jit` first runs, and modules of several test folders share a process, so it is chosen here, before any.
 A test that compiles kernels does so in a process of its own, without the variable.
 
-Tokenized data are kept in a folder of the tests' own.
+Tokenized data are kept in a folder of the tests' own. What hecate says is shown as its command shows it, and may be read by `caplog`, too.
 
 Files that take a minute or more come first, so that at the end several workers have short ones to share.
 """
 
+import logging
 import os
 import tempfile
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
@@ -34,6 +36,19 @@ LONGEST = (
     *("tests/hecate/train/test_moe_lora_run.py", "tests/hecate/train/test_full_run.py", "tests/hecate/elastic/test_rebuild.py"),
     *("tests/hecate/train/test_resume_elsewhere.py", "tests/hecate/apps/megatron/", "tests/hecate/train/", "tests/hecate/test_"),
 )
+
+
+@pytest.fixture(autouse=True)
+def _messages() -> Iterator[None]:
+    from hecate.io.terminal import show_messages
+
+    logger = logging.getLogger("hecate")
+    before = logger.handlers[:], logger.level, logger.propagate
+    show_messages()
+    logger.propagate = True
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 def pytest_configure() -> None:

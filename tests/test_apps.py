@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from hecate.config.sections import APPS as APPS_OF_SECTIONS
+from hecate.config.sections import SETTINGS
 from testing.tiny_run import make_workshop
 from tests.rooms import ROOT, imports_of_modules, under
 
@@ -27,6 +29,13 @@ def test_nothing_but_the_command_line_imports_an_app(app: str) -> None:
     assert not needing
 
 
+def test_sections_of_the_configuration_are_those_of_their_apps() -> None:
+    assert list(SETTINGS) == list(APPS_OF_SECTIONS)
+    for section, app in APPS_OF_SECTIONS.items():
+        assert under(SETTINGS[section].__name__, app)
+        assert {f"{app}.section.settings", f"{app}.section.rules"} <= imports_of_modules().keys()
+
+
 WITHOUT = """
 import importlib.util, runpy, sys
 # That of an editable installation would find the apps in the checkout.
@@ -36,7 +45,7 @@ assert importlib.util.find_spec("hecate").origin.startswith(sys.argv[1]) and imp
 
 
 def test_a_run_without_any_app(tmp_path: Path) -> None:
-    """A copy of hecate without them trains, and refuses a front end that is not there."""
+    """A copy of hecate without them trains, and refuses a front end and keys that are not there."""
     where = tmp_path / "whole"
     shutil.copytree(ROOT / "hecate", where / "hecate", ignore=shutil.ignore_patterns("apps", "__pycache__"))
     workshop = make_workshop(tmp_path)
@@ -52,3 +61,6 @@ def test_a_run_without_any_app(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "adapter").is_dir()
     refused = python("from hecate.model.front_ends import other_front_end; other_front_end('megatron')", str(where))
     assert "model.front_end=megatron: this installation of hecate is without it" in refused.stderr
+    refused = python(train, str(where), str(workshop / "config.yaml"), "rounds.count=2")
+    assert refused.returncode == 2
+    assert "rounds.count: unknown key\n    hint: this installation of hecate is without hecate.apps.federate" in refused.stderr

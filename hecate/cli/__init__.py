@@ -7,6 +7,7 @@ trained, `answers` asks it.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from inspect import signature
@@ -18,7 +19,9 @@ import hecate
 from hecate.cli import answers, checkpoints, drills, forecasts, jobs, machine, models, sweeps
 from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.io.process_end import run_and_end
-from hecate.io.terminal import show_text, tell
+from hecate.io.terminal import show_messages, show_text
+
+_log = logging.getLogger(__name__)
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,10 +71,11 @@ def main() -> NoReturn:
 
 
 def _command() -> None:
+    show_messages()
     try:
         app()
     except UserError as error:
-        tell(f"hecate: {error}")
+        _log.error(f"hecate: {error}")
         sys.exit(USER_ERROR_EXIT)
 
 

@@ -5,6 +5,7 @@ Those that start one check the configuration and the data before they start any 
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,12 @@ import typer
 
 from hecate.cli.arguments import ConfigFile, Overrides
 from hecate.errors import UserError
-from hecate.io.terminal import show_text, tell
+from hecate.io.terminal import show_text
 
 if TYPE_CHECKING:
     from hecate.config import Config
+
+_log = logging.getLogger(__name__)
 
 RANK_PROGRAM = "hecate.train.rank_main"
 """the module that a rank's process runs"""
@@ -39,7 +42,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     count = check_local(loaded, check_data)
     warn_of_cores(count, "nproc")
     # The ranks load torch, transformers and the model before they can say anything themselves.
-    tell(f"hecate: starting {count} rank{'s' if count > 1 else ''}")
+    _log.info(f"hecate: starting {count} rank{'s' if count > 1 else ''}")
     survives, together = loaded.fssdp.redundancy > 0, loaded.model.tensor_parallel
     arguments = [str(config), *(overrides or ())]
     with one_writer(loaded.output_dir):

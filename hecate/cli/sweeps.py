@@ -12,7 +12,7 @@ import typer
 
 from hecate.cli.arguments import ConfigFile, Overrides, check_json, write_json
 from hecate.errors import UserError
-from hecate.io.terminal import show_text
+from hecate.io.terminal import PROGRESS, show_text
 
 if TYPE_CHECKING:
     from hecate.config import Config
@@ -80,7 +80,7 @@ def federate(
     from hecate.apps.federate.rounds import federate as train_rounds
 
     verb = ["train"] if address is None else ["ray", f"--address={address}"]
-    raise typer.Exit(train_rounds(loaded, verb, lambda text: show_text(f"hecate: {text}")))
+    raise typer.Exit(train_rounds(loaded, verb, lambda text: PROGRESS.info(f"hecate: {text}")))
 
 
 def _train(loaded: Sweep, address: str | None) -> int:
@@ -99,7 +99,7 @@ def _train(loaded: Sweep, address: str | None) -> int:
         return {} if address is not None else places_environment(place, loaded.jobs, gpus, config.nproc or default_ranks())
 
     verb = ["train"] if address is None else ["ray", f"--address={address}"]
-    return train_runs(loaded, configs, verb, environment, lambda text: show_text(f"hecate: {text}"))
+    return train_runs(loaded, configs, verb, environment, lambda text: PROGRESS.info(f"hecate: {text}"))
 
 
 def _local_check(loaded: Sweep, gpus: list[str]) -> Callable[[Config], None]:

@@ -1,9 +1,10 @@
 """Load a configuration from a YAML file and command-line overrides, or raise one error with every problem."""
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import is_dataclass, replace
+from typing import Any, get_args
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,16 +16,18 @@ from hecate.config.files.paths import name_of_source
 from hecate.config.files.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
 from hecate.config.rules.keys import check_values
-from hecate.config.rules.rounds import with_clients, with_local_clients
+from hecate.config.rules.of_apps import section_rules
 from hecate.config.scalars import NULLS
-from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, ClientConfig, Config, DataSource, MoeConfig
+from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource, MoeConfig
+from hecate.config.sections import missing_app
 from hecate.config.typed import INVALID, REFERENCE, Report, none_of, read_sources, read_value, unique_pairs
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse
 from hecate.errors import UserError
 from hecate.io.plain_files import open_plain
 from hecate.io.strict_yaml import parse_yaml
-from hecate.io.terminal import tell
 from hecate.parallel.values.policy_names import FORMER_NAMES, current_name, renamed
+
+_log = logging.getLogger(__name__)
 
 COMMAND_LINE = "command line"
 MAX_BYTES = 256 * 1024
@@ -32,7 +35,7 @@ _LONGEST_TEXT = 16 * 1024
 """characters of a value with references written out"""
 _LENGTHS = ("max_steps", "num_train_epochs")
 _SOURCES = ("data.train", "data.eval")
-_RECORDS: dict[str, Any] = {"data.train": DataSource, "data.eval": DataSource, "rounds.clients": ClientConfig}
+_RECORDS: dict[str, Any] = {key: record for key, hint in LEAF_TYPES.items() for record in get_args(hint) if is_dataclass(record)}
 """keys that are lists of mappings"""
 _POLICY = "fssdp.policy"
 _UNREAD: dict[str, Any] = {"data.train": ({"path": "data.jsonl"},), "output_dir": "runs/planned"}
@@ -74,11 +77,15 @@ def load_config(
             values[key] = read_sources(node, key, source, report)
         else:
             values[key] = read_value(_current(key, node), LEAF_TYPES[key], key, source, report)
-    values = with_clients(values, report)
+    brought = section_rules()
+    for rules in brought:
+        values = rules.derived(values, report)
     if not inputs:
         values = {**_UNREAD, **values}
     if values.get("hub") is True:
-        values = with_local_clients(with_local_paths(values, report.add, may_fetch=claim_output, trains=trains, inputs=inputs))
+        values = with_local_paths(values, report.add, may_fetch=claim_output, trains=trains, inputs=inputs)
+        for rules in brought:
+            values = rules.localised(values)
     for key in REQUIRED:
         if key not in values:
             report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")
@@ -89,7 +96,7 @@ def load_config(
     policy = given[_POLICY][0] if _POLICY in given else None
     # Every rank loads the configuration; the one that claims the output, and a dry run, speak for all.
     if isinstance(policy, Scalar) and policy.text in FORMER_NAMES and (claim_output or not inputs):
-        tell(f"hecate: {renamed(_POLICY, policy.text)}")
+        _log.warning(f"hecate: {renamed(_POLICY, policy.text)}")
 
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
@@ -225,7 +232,7 @@ def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple
         if key not in LEAF_TYPES and key not in SECTIONS:
             bare = key.lstrip("-+~").replace("-", "_")
             hint = f"write {bare}=... without signs before it" if bare in LEAF_TYPES else other_names.key_hint(bare)
-            hint = hint or did_you_mean(key, LEAF_TYPES) or ("--help lists the options" if key.startswith("-") else "")
+            hint = missing_app(key) or hint or did_you_mean(key, LEAF_TYPES) or ("--help lists the options" if key.startswith("-") else "")
             refuse(key, "unknown key", hint)
             continue
         try:

@@ -1,7 +1,10 @@
-"""The ranges of numbers that configuration keys allow."""
+"""What a configuration key has beside its type, default and meaning: the range of its number, and what it is about."""
 
 import math
 from dataclasses import dataclass
+from typing import Any
+
+from hecate.parallel.values.expert_kinds import Family
 
 MAX_INT = 2**31 - 1
 
@@ -32,3 +35,15 @@ WHOLE = Range(0, MAX_INT)
 POSITIVE = Range(0, low_open=True)
 AT_LEAST_ZERO = Range(0)
 SHARE = Range(0, 1)
+
+
+def key(allowed: Range | None = None, *, computes: bool = True, family: Family | None = None) -> dict[str, Any]:
+    """Return the metadata of a key's field: what a key has beside its type and default.
+
+    Args:
+        allowed: the range of a number, or None if the value is not a number.
+        computes: whether another value changes what is computed. False: the key may differ when a run is resumed; of a section: all
+            its keys may.
+        family: the value of moe.family without which the key means nothing; None: it has a meaning with several.
+    """
+    return {"range": allowed, "computes": computes, "family": family}

@@ -6,12 +6,13 @@ import ast
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
-from types import NoneType, UnionType
+from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hecate.config import schema
 from hecate.config.ranges import MAX_INT
 from hecate.config.schema import LEAVES, SECTIONS, Config, DataSource, Leaf
+from hecate.config.sections import SETTINGS
 from hecate.config.typed import REFERENCE, describe
 
 _SOURCES = ("data.train", "data.eval")
@@ -21,9 +22,22 @@ _PRIMITIVES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 def meanings() -> dict[str, str]:
     """What every key means, by its dotted name, and every section that has a text; from the docstrings after the schema's fields."""
-    tree = ast.parse(Path(schema.__file__).read_text(encoding="utf-8"))
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    return dict(_meanings(Config, "", classes))
+    found = dict(_meanings(Config, "", _classes(schema)))
+    for section, module in SETTINGS.items():
+        found |= dict(_of_section(module.SETTINGS, section, _classes(module)))
+    return found
+
+
+def _classes(module: ModuleType) -> dict[str, ast.ClassDef]:
+    assert module.__file__ is not None
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _of_section(cls: type, name: str, classes: dict[str, ast.ClassDef]) -> Iterator[tuple[str, str]]:
+    if text := ast.get_docstring(classes[cls.__name__]):
+        yield name, " ".join(text.split())
+    yield from _meanings(cls, name + ".", classes)
 
 
 def _meanings(cls: type, prefix: str, classes: dict[str, ast.ClassDef]) -> Iterator[tuple[str, str]]:
@@ -37,9 +51,7 @@ def _meanings(cls: type, prefix: str, classes: dict[str, ast.ClassDef]) -> Itera
             yield name, " ".join(str(after.value.value).split())
         hint = hints[field.target.id]
         if isinstance(hint, type) and is_dataclass(hint):
-            if text := ast.get_docstring(classes[hint.__name__]):
-                yield name, " ".join(text.split())
-            yield from _meanings(hint, name + ".", classes)
+            yield from _of_section(hint, name, classes)
 
 
 def json_schema() -> dict[str, Any]:

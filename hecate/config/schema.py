@@ -3,28 +3,17 @@
 A field without a default must be given, and `X | None` means that `null` is allowed. `key(RANGE)` gives the range of a number.
 `key(computes=False)` says that the key does not change what is computed, so that it may differ when a run is resumed.
 `key(family=NAME)` says that the key belongs to one family of experts and is refused with the others.
-A new key needs a change in this file only; rules that concern several keys are in `rules.py`.
+A new key needs a change in this file only; rules that concern several keys are in `rules/`.
 """
 
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
-from typing import Any, Literal, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
-from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range
+from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range, key
+from hecate.config.sections import with_sections
 from hecate.errors import UserError
 from hecate.parallel.values.expert_kinds import DEFAULT_BASES, ExpertKind, Family, LoraShape, ShardShape, kind_of, lora_scale
-
-
-def key(allowed: Range | None = None, *, computes: bool = True, family: Family | None = None) -> dict[str, Any]:
-    """Return the metadata of a key's field: what a key has beside its type and default.
-
-    Args:
-        allowed: the range of a number, or None if the value is not a number.
-        computes: whether another value changes what is computed. False: the key may differ when a run is resumed; of a section: all
-            its keys may.
-        family: the value of moe.family without which the key means nothing; None: it has a meaning with several.
-    """
-    return {"range": allowed, "computes": computes, "family": family}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -342,11 +331,11 @@ class MoeConfig:
         """Return this section with the numbers of a model that already has experts. Raises UserError if the section gives other numbers."""
         alike = len(set(experts_per_layer)) == 1
         experts = experts_per_layer[0] if alike else experts_per_layer
-        for key, given, own in (("num_experts", self.num_experts, experts), ("top_k", self.top_k, top_k)):
+        for name, given, own in (("num_experts", self.num_experts, experts), ("top_k", self.top_k, top_k)):
             if given is not None and given != own and given != experts_per_layer:
                 shown = list(given) if isinstance(given, tuple) else given
                 raise UserError(
-                    f"moe.{key}: {shown}, but the model has {own}, which moe.family {self.family} cannot change\n  leave moe.{key} out"
+                    f"moe.{name}: {shown}, but the model has {own}, which moe.family {self.family} cannot change\n  leave moe.{name} out"
                 )
         return replace(self, num_experts=experts, top_k=top_k)
 
@@ -517,90 +506,8 @@ class RayConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClientConfig:
-    """One item of rounds.clients."""
-
-    data: str
-    """The client's training data, as data.train's `path`."""
-    name: str = ""
-    """The client's name in logs, files and results: [A-Za-z0-9._-], 1 to 64 characters. Left out: that of the data's file without its last
-    suffix."""
-    eval: str | None = None
-    """Its held-out data, on which the result of each round and all clients are evaluated."""
-    r: int | None = None
-    """The rank of its adapter. null: lora.r."""
-    weight: float | None = None
-    """Its part in the aggregate; those of all clients have the sum 1. null, then for all clients: its share of all clients' records."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RefineConfig:
-    """With rounds.aggregate refine: how B is corrected."""
-
-    ridge: float = field(default=0.01, metadata=key(AT_LEAST_ZERO))
-    """How much a change of B counts beside the distance."""
-    distance: Literal["frobenius", "cosine"] = "frobenius"
-    """What is made small. frobenius: the norm of the difference to the exact sum, in closed form. cosine: 1 - their cosine, by descent, as
-    in the paper."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CodecConfig:
-    """What of a vector is sent: the numbers that are largest in magnitude, one ranking over the whole adapter, and zeros for the others."""
-
-    down: float = field(default=1.0, metadata=key(Range(0, 1, low_open=True)))
-    """The share of the server's numbers that clients get. They train all of them on. 1: all."""
-    up: float = field(default=1.0, metadata=key(Range(0, 1, low_open=True)))
-    """The share of a client's changes that it sends. 1: all."""
-    error_feedback: bool = False
-    """Each client keeps what it did not send, and adds it to its changes of the next round before they are ranked. This is no part of
-    CELLM."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ServerConfig:
-    """With rounds.aggregate average: how the server changes its adapter by the mean of the clients' changes."""
-
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """sgd: add it, times learning_rate. adamw: take it, with the other sign, for a gradient (FedAdam)."""
-    learning_rate: float = field(default=1.0, metadata=key(POSITIVE))
-    """Of the server's optimizer. With sgd and 1 the result is the mean of the clients' adapters."""
-    weight_decay: float = field(default=0.0, metadata=key(AT_LEAST_ZERO))
-    """Of adamw."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundsConfig:
-    """Federated rounds (`hecate federate`): clients train adapters of their own for some steps, which become one, with which they go on."""
-
-    count: int = field(default=1, metadata=key(COUNT))
-    """The number of rounds."""
-    local_steps: int | None = field(default=None, metadata=key(COUNT))
-    """The number of optimizer steps of each client in a round, in place of max_steps. Each round has a learning-rate curve of its own, and
-    begins with new optimizer state. micro_batch_size and gradient_accumulation_steps are those of one client."""
-    clients: tuple[ClientConfig, ...] = ()
-    """The clients, as mappings {data, name, eval, r, weight}, in place of data.train and data.eval."""
-    aggregate: Literal["average", "stack", "refine", "lego"] = "average"
-    """What becomes of the clients' adapters (docs/adapters.md). average: the means of A and of B, weighted by the clients' parts; exact
-    where all have the same A (lora.pairs fixed_a). A client of a smaller rank has the first r terms. stack: all terms beside each other,
-    exact, of any ranks (FLoRA). refine: the means, and B corrected (LoRA-FAIR). lego: clusters of terms (LoRA-LEGO)."""
-    refine: RefineConfig = field(default_factory=RefineConfig)
-    server: ServerConfig = field(default_factory=ServerConfig)
-    codec: CodecConfig = field(default_factory=CodecConfig)
-    merge_into_base: bool = False
-    """With aggregate stack: merge each round's result into a copy of the base model, over which all clients begin with new adapters. What
-    the run leaves are the terms of all rounds, as one adapter for the base model that it began with."""
-    isolation: Literal["none", "process"] = "none"
-    """How clients are trained. none: all at once, as experts over one base model, on the ranks that there are. process: one after another,
-    each by a `hecate train` of its own that reads its data alone; nothing but the encoded update leaves it. The results are the same
-    within rounding."""
-    drop: tuple[str, ...] = ()
-    """Drills: ROUND:CLIENT for each client that drops out of a round, whose update is then missing."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
-    """The whole configuration of a run, as `load_config` returns it."""
+    """The whole configuration of a run, as `load_config` returns it. Each section that an app brings is a further field."""
 
     model: ModelConfig
     data: DataConfig
@@ -698,7 +605,10 @@ class Config:
     """The number of local ranks to start. null: one per GPU, or 2 without a GPU. Unused under torchrun, which starts the ranks itself."""
     eval: EvalConfig = field(default_factory=EvalConfig, metadata=key(computes=False))
     ray: RayConfig = field(default_factory=RayConfig, metadata=key(computes=False))
-    rounds: RoundsConfig = field(default_factory=RoundsConfig)
+
+
+if not TYPE_CHECKING:  # checkers know the core's keys alone
+    Config = with_sections(Config)
 
 
 @dataclass(frozen=True)

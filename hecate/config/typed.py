@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hi
 from hecate.config import other_names, scalars
 from hecate.config.problems import Problem, Refused, did_you_mean, shorten
 from hecate.config.schema import LEAF_TYPES, SECTIONS, DataSource
+from hecate.config.sections import missing_app
 from hecate.config.yaml_text import Mapping, Node, Scalar, Sequence
 
 REFERENCE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_.]*)\}")
@@ -46,7 +47,7 @@ class Report:
 
     def add_unknown(self, key: str, known: list[str]) -> None:
         """Add the problem that `key` is not a key, with a hint at the nearest of the `known` ones."""
-        hint = other_names.key_hint(key) or (did_you_mean(key, known) if len(self.problems) < _MAX_HINTED else "")
+        hint = missing_app(key) or other_names.key_hint(key) or (did_you_mean(key, known) if len(self.problems) < _MAX_HINTED else "")
         if key in LEAF_TYPES or key in SECTIONS:
             hint = f"in a file, nest it: {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
         self.add(key, "unknown key", hint or ("the keys are: " + ", ".join(known) if len(known) < 10 else ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -13,7 +14,6 @@ from hecate.config.files.topology import AUTO, whole_topology
 from hecate.elastic.peer_watch import PeerWatch
 from hecate.elastic.rebuild import Group
 from hecate.errors import UserError
-from hecate.io.terminal import tell
 from hecate.parallel.cluster.mesh import shard_size_for
 from hecate.parallel.cluster.topology import Topology
 from hecate.ranks.backend import forget_groups
@@ -29,6 +29,8 @@ from hecate.ranks.launcher_files import (
 )
 from hecate.ranks.meeting import CONNECT_LIMIT, meeting_store, watched
 from hecate.ranks.ranks import Ranks, connect, first_generation, loss_in_words
+
+_log = logging.getLogger(__name__)
 
 _GRACE = 10.0
 """Seconds within which a launcher that has lost a rank writes the next generation. It waits for a silent node for some of them
@@ -117,7 +119,7 @@ class LocalMembership:
             raise  # the next try would need as much memory
         except RuntimeError as error:
             reason = loss_in_words(error)
-            tell(f"hecate: member {self._member} could not join group {generation.number}: {reason}")
+            _log.warning(f"hecate: member {self._member} could not join group {generation.number}: {reason}")
             forget_groups()
             return None
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hecate.errors import UserError
-from hecate.io.terminal import tell
+
+_log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def one_writer(folder: str) -> Iterator[None]:
                 f"output_dir: {folder}: another run is writing to it\n  wait for its end or stop it, or choose another output_dir"
             ) from None
         except OSError as error:
-            tell(f"hecate: output_dir: {folder}: cannot be locked ({error.strerror}), so nothing keeps another run out of it")
+            _log.warning(f"hecate: output_dir: {folder}: cannot be locked ({error.strerror}), so nothing keeps another run out of it")
         yield
     finally:
         os.close(held)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+_log = logging.getLogger("hecate")
+PROGRESS = logging.getLogger("hecate.progress")
+"""says how far a run has come: its steps, evaluations, checkpoints and summary"""
 
 _CONTROLS = [
     *(code for code in range(0x20) if chr(code) not in "\n\t"),
@@ -35,8 +40,33 @@ def show_text(text: object = "", *, end: str = "\n") -> None:
 
 
 def tell(text: object) -> None:
-    """Print to standard error, at once, what a user should know beside it."""
-    print(safe(str(text)), file=sys.stderr, flush=True)
+    """Say what a user should know, by the logger of the whole package."""
+    _log.info(str(text))
+
+
+class _Messages(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        # What a message meets here, such as a closed pipe, reaches whoever logs it, as with `print`.
+        text = self.format(record)
+        show = sys.stdout if record.name == PROGRESS.name else sys.stderr
+        print(text if getattr(record, "styled", False) else safe(text), file=show, flush=True)
+
+
+def show_messages() -> None:
+    """Have what hecate's loggers say, from INFO up, printed as it is: by `PROGRESS` to standard output, by all others to standard error.
+
+    Every program of hecate calls it as it begins. A program that uses hecate as a library does not, and treats the logger "hecate" as it
+    does any other.
+    """
+    if not shows_messages():
+        _log.addHandler(_Messages())
+    _log.setLevel(logging.INFO)
+    _log.propagate = False  # a handler that a library gives to the root logger would print them again
+
+
+def shows_messages() -> bool:
+    """Whether `show_messages` has been called in this process."""
+    return any(isinstance(handler, _Messages) for handler in _log.handlers)
 
 
 def show_progress(*texts: str) -> None:

@@ -8,6 +8,7 @@ is its position among the members.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from contextlib import suppress
@@ -19,7 +20,8 @@ from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.io.durable import replace_file
 from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.strict_json import dump_json, parse_json
-from hecate.io.terminal import tell
+
+_log = logging.getLogger(__name__)
 
 STORE_VARIABLE = "HECATE_STORE"
 """Path of the file store where the ranks meet. The launcher sets this variable, never a user."""
@@ -74,7 +76,7 @@ def exit_with_user_error(error: UserError) -> NoReturn:
     if folder:
         error_file(Path(folder), own_number()).write_text(f"hecate: {error}", encoding="utf-8")
     if not folder or (rank == "0" and JOIN_VARIABLE not in os.environ):
-        tell(f"hecate: {error}")
+        _log.error(f"hecate: {error}")
     sys.exit(USER_ERROR_EXIT)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hecate.io.terminal import new_console, show_text
+from hecate.io.terminal import PROGRESS, new_console, shows_messages
 from hecate.report.events import EvalScore
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def _measures(scores: Mapping[str, EvalScore]) -> str:
 class Progress:
     """Shows each step as it ends. One rank, 0, makes one; a context manager.
 
-    Logging meanwhile belongs to `sys.stderr` as it stands when a line is logged, which the panel diverts above itself.
+    Other messages meanwhile belong to `sys.stderr` as it stands when they are logged, which the panel diverts above itself.
     """
 
     def __init__(self, max_steps: int, start_step: int) -> None:
@@ -100,7 +100,7 @@ class Progress:
         if self._live is not None:
             self._live.console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
         else:
-            show_text(text)
+            PROGRESS.info(text)
 
     def close(self) -> None:
         """Leave the last panel on the screen and give the terminal back; closing twice is fine."""
@@ -121,7 +121,7 @@ class Progress:
         if self._live is not None:
             self._live.update(self._panel(), refresh=True)
         else:
-            show_text(plain)
+            PROGRESS.info(plain)
 
     def _start_live(self) -> Live:
         from rich.live import Live
@@ -159,7 +159,7 @@ class Progress:
 
 
 def _on_terminal() -> bool:
-    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    return shows_messages() and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def _figures(values: StepLine) -> list[tuple[str, str]]:

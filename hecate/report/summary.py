@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hecate.io.terminal import new_console
+from hecate.io.terminal import PROGRESS, new_console, shows_messages
 from hecate.report.events import EvalScore
 
 EVERY_RANK = "every rank"
@@ -36,7 +36,7 @@ _LAYER_PART = re.compile(r"layers\.([0-9]+)\.(.+)")
 
 
 def print_summary(before: dict[str, EvalScore] | None, after: dict[str, EvalScore], facts: list[tuple[str, str]]) -> None:
-    """Print a table of held-out loss and exact accuracy per task, and the facts, (label, value), below it.
+    """Log a table of held-out loss and exact accuracy per task, and the facts, (label, value), below it, as the run's progress.
 
     What was measured of no task, before training or at all, has no column; of one task alone, it stands as "-". No number is wrapped or
     cut, whatever the width.
@@ -56,13 +56,17 @@ def print_summary(before: dict[str, EvalScore] | None, after: dict[str, EvalScor
         for task in tasks:
             cells = _cells([before.get(task), after.get(task)] if before else [after.get(task)], arrow)
             table.add_row(Text(task), *(cell for cell, shown in zip(cells, columns.values(), strict=True) if shown))
-        console.print(table)
-    print_facts(console, facts)
+    with console.capture() as captured:
+        if tasks:
+            console.print(table)
+        print_facts(console, facts)
+    if text := captured.get():
+        PROGRESS.info(text.removesuffix("\n"), extra={"styled": True})
 
 
 def summary_console() -> Console:
-    """Standard output, of a width that cuts no number."""
-    console = new_console()
+    """Standard output, of a width that cuts no number. It is as of a file where messages go elsewhere."""
+    console = new_console() if shows_messages() else new_console(force_terminal=False)
     console.width = max(console.width, NARROWEST) if console.is_terminal else PLAIN_WIDTH
     return console
 

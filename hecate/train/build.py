@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass, replace
@@ -28,7 +29,6 @@ from hecate.elastic.move_experts import check_room
 from hecate.engine.from_config import engine_config, job_topology
 from hecate.errors import UserError
 from hecate.io.durable import make_folder
-from hecate.io.terminal import tell
 from hecate.model.base import BaseModel, build_base
 from hecate.model.files.load import resolve_model
 from hecate.model.files.load_moe import load_moe_model
@@ -46,6 +46,8 @@ from hecate.optim.optimizer import ExpertOptimizer, Trainables
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import Topology
 from hecate.ranks.ranks import Ranks
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -141,7 +143,7 @@ def _seen_topology(config: Config, ranks: Ranks) -> Topology:
 def _say(ranks: Ranks, text: str) -> None:
     """Rank 0 prints a line before the run's own reports begin."""
     if ranks.is_first:
-        tell(f"hecate: {text}")
+        _log.info(f"hecate: {text}")
 
 
 def config_of_model(config: Config, base: BaseModel) -> Config:

@@ -7,6 +7,7 @@ Each phase happens on all ranks alike. When a rank is lost, the others regroup a
 
 from __future__ import annotations
 
+import logging
 import shlex
 import threading
 import time
@@ -30,7 +31,6 @@ from hecate.elastic.observer_thread import ObserverThread
 from hecate.elastic.rebuild import Membership
 from hecate.elastic.stragglers import SlowRanks
 from hecate.io.signals import on_signals
-from hecate.io.terminal import tell
 from hecate.parallel.cluster.topology import Topology, local_topology
 from hecate.ranks.peak_memory import peak_memory
 from hecate.ranks.ranks import Ranks, loss_in_words, lost_a_peer
@@ -40,6 +40,8 @@ from hecate.report.run_report import Reports
 from hecate.train.run_summary import Measured, show_summary
 from hecate.train.steps.step_profile import StepProfile
 from hecate.train.training import Training
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -410,7 +412,7 @@ def _say(training: Training, reports: Reports, text: str) -> None:
     if training.ranks.is_first:
         reports.event(training.standing.step, text)
     else:
-        tell(f"hecate: rank {training.ranks.rank}: {text}")
+        _log.info(f"hecate: rank {training.ranks.rank}: {text}")
 
 
 class _Stopping:

@@ -5,17 +5,20 @@ Every command that starts ranks makes these checks first, so that a mistake cost
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
 from hecate.config import Config
+from hecate.config.rules.of_apps import refuse_training
 from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
 from hecate.io.plain_files import refuse_links
-from hecate.io.terminal import tell
 from hecate.ranks.cores import usable_cores
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 from hecate.report.tracking.trackers import check_trackers
+
+_log = logging.getLogger(__name__)
 
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 """files of the drivers of NVIDIA's and AMD's GPUs, and of GPUs under WSL"""
@@ -29,7 +32,7 @@ def check_machine(config: Config) -> None:
     Raises:
         UserError: it cannot.
     """
-    refuse_rounds(config)
+    refuse_training(config)
     check_kernels(config.kernels)
     check_attention(config.model)
     check_trackers(config.report_to)
@@ -37,12 +40,6 @@ def check_machine(config: Config) -> None:
         from hecate.train.extensions.privacy_accountant import require_accountant
 
         require_accountant()
-
-
-def refuse_rounds(config: Config) -> None:
-    """Raises UserError: the configuration is one of federated rounds, which are more than one training."""
-    if config.rounds.clients:
-        raise UserError("rounds.clients: are trained by hecate federate, in rounds\n  give it this configuration, or leave rounds out")
 
 
 def check_kernels(kernels: str) -> None:
@@ -207,7 +204,7 @@ def warn_of_cores(ranks: int, key: str) -> None:
     """
     cores = usable_cores()
     if ranks > 2 * cores and not any(map(os.path.exists, _GPU_FILES)):
-        tell(f"hecate: warning: {key}: {ranks} ranks on {cores} cores wait for each other; {key}={cores} is faster")
+        _log.warning(f"hecate: warning: {key}: {ranks} ranks on {cores} cores wait for each other; {key}={cores} is faster")
 
 
 def default_ranks() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import gc
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from pathlib import Path
 
 from hecate.errors import UserError
 from hecate.io.process_end import run_and_end
-from hecate.io.terminal import tell
+from hecate.io.terminal import show_messages
 from hecate.parallel.loops import jit
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import (
@@ -30,6 +31,8 @@ from hecate.ranks.launcher_files import (
     own_number,
 )
 from hecate.ranks.processor import ONEDNN_SETTINGS
+
+_log = logging.getLogger("hecate.train.rank_main")  # also where this module is the program
 
 
 def preload() -> None:
@@ -62,6 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: with status 2 after a user's mistake, whose text is printed; with LOST_PEER_EXIT if another rank was lost.
     """
+    show_messages()
     try:
         if not arguments:
             raise UserError("a rank needs a configuration: python -m hecate.train.rank_main CONFIG [KEY=VALUE ...]")
@@ -104,7 +108,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
         model = config.model
         with join_ranks(config.fssdp.shard_size, model.tensor_parallel, sharded_layers=model.shard_non_experts) as ranks:
             if ranks.is_first:
-                jit.say_with(lambda text: tell(text))
+                jit.say_with(_log.info)
             membership = local_membership(config, ranks)
             # Only one process may check that output_dir is free: a launcher of one machine has done it; else rank 0 of those that begin.
             checked = STORE_VARIABLE in os.environ and MEETING_VARIABLE not in os.environ
@@ -115,7 +119,7 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
         if not lost_a_peer(error):
             raise
         rank = os.environ.get("RANK", "0")
-        tell(f"hecate: rank {rank} stops because it lost another rank: {loss_in_words(error)}")
+        _log.warning(f"hecate: rank {rank} stops because it lost another rank: {loss_in_words(error)}")
         sys.exit(LOST_PEER_EXIT)
 
 

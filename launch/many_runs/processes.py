@@ -5,6 +5,7 @@ Ctrl-C is passed on to the runs under way, which save and stop; the runs that ar
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import subprocess
@@ -22,10 +23,11 @@ from hecate.errors import UserError
 from hecate.io.plain_files import open_plain
 from hecate.io.python_module import RUN_MODULE
 from hecate.io.signals import on_signals
-from hecate.io.terminal import tell
 from hecate.launch.many_runs.ledger import RunState, SweepEntry, log_file, read_entries, working_alone, write_entry
 from hecate.launch.many_runs.sweep import STATE_FOLDER, Sweep, SweepRun
 from hecate.report.progress import duration_text
+
+_log = logging.getLogger(__name__)
 
 PROGRAM = (*RUN_MODULE, "hecate")
 _POLL_SECONDS = 0.1
@@ -189,7 +191,7 @@ def _signals() -> Iterator[list[int]]:
     def note(number: int, _frame: FrameType | None) -> None:
         come.append(number)
         if len(come) == 1:
-            tell("hecate: the runs under way save and stop; a second signal ends them at once")
+            _log.info("hecate: the runs under way save and stop; a second signal ends them at once")
 
     with on_signals(note):
         yield come

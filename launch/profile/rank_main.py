@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hecate.errors import UserError
-from hecate.io.terminal import show_text
+from hecate.io.terminal import show_messages, show_text
 from hecate.ranks.launcher_files import exit_with_user_error
 
 
@@ -29,6 +29,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: with status 2 after a user's mistake, whose text is printed.
     """
+    show_messages()
     try:
         if len(arguments) != 1:
             raise UserError("a rank needs the file to write: python -m hecate.launch.profile.rank_main FILE")

@@ -12,11 +12,12 @@ from types import FrameType
 from typing import Any
 
 from hecate.config import Config, load_config, to_yaml
+from hecate.config.rules.of_apps import refuse_training
 from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
 from hecate.io.one_writer import one_writer
 from hecate.io.signals import on_signals
-from hecate.io.terminal import show_text
+from hecate.io.terminal import PROGRESS
 from hecate.launch.local_launcher import STOPPING
 from hecate.launch.policy.devices import Device, choose_devices, devices_of, one_machine, parse_labels
 from hecate.launch.ray_job.cluster import connected, private_cluster
@@ -24,7 +25,7 @@ from hecate.launch.ray_job.worker import Worker
 from hecate.launch.run_folder import run_folder
 from hecate.model.sizes.model_check import check_model
 from hecate.report.tracking.trackers import check_trackers
-from hecate.train.preflight import check_architecture, check_data, check_resume, refuse_rounds
+from hecate.train.preflight import check_architecture, check_data, check_resume
 
 LOCAL = "local"
 _FOLDER_SECONDS = 10.0
@@ -76,7 +77,7 @@ def check_for_ray(config: Config) -> None:
     Raises:
         UserError: it does.
     """
-    refuse_rounds(config)
+    refuse_training(config)
     if config.model.tensor_parallel > 1:
         raise UserError(
             "model.tensor_parallel: is not supported on Ray, where each rank computes its own sequences\n"
@@ -134,7 +135,7 @@ def _drive(ray: Any, config: Config, devices: list[Device], topology: Any, metri
         write_status(folder, status)
 
     def say(text: str) -> None:
-        show_text(f"hecate: {text}")
+        PROGRESS.info(f"hecate: {text}")
 
     controller = Controller(group, config, topology, say, show)
     with ExitStack() as stack:

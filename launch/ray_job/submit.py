@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import tempfile
@@ -18,11 +19,13 @@ from hecate.config import Config, load_config
 from hecate.config.effective import leaves_of
 from hecate.errors import UserError
 from hecate.io.signals import on_signals
-from hecate.io.terminal import show_text, tell
+from hecate.io.terminal import PROGRESS, show_text
 from hecate.launch.ray_job.cluster import WRONG_TOKEN, check_token, import_ray, refuse_if_nobody_listens
 from hecate.launch.ray_job.driver import check_for_ray
 from hecate.launch.ray_job.upload import SUFFIXES, stage
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
+
+_log = logging.getLogger(__name__)
 
 _STOP_SECONDS = "120"
 """seconds from the request that a job stop to its being killed, in which its ranks save"""
@@ -48,12 +51,12 @@ def submit(config: Path, overrides: Sequence[str], address: str, *, working_dir:
     with tempfile.TemporaryDirectory(prefix="hecate-upload-") as folder:
         staged = Path(folder, "job")
         staged.mkdir()
-        tell(f"hecate: {stage(working_dir, staged, {inside, *_named_files(loaded, working_dir)})}")
+        _log.info(f"hecate: {stage(working_dir, staged, {inside, *_named_files(loaded, working_dir)})}")
         command = shlex.join(["python", "-m", "hecate", "ray", str(inside), *overrides])
         variables = {name: os.environ[name] for name in (COLLECTIVES_VARIABLE,) if name in os.environ}
         variables["RAY_JOB_STOP_WAIT_TIME_S"] = _STOP_SECONDS
         job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(staged), "env_vars": variables})
-    show_text(f"hecate: job {job} on {address}")
+    PROGRESS.info(f"hecate: job {job} on {address}")
     return _follow(client, job)
 
 
@@ -61,7 +64,7 @@ def _follow(client: Any, job: str) -> int:
     """Show a job's output until it has ended; SIGINT and SIGTERM stop it."""
 
     def stop(_number: int, _frame: Any) -> None:
-        tell(f"hecate: asking job {job} to save and stop")
+        _log.info(f"hecate: asking job {job} to save and stop")
         client.stop_job(job)
 
     printed: list[str] = []
@@ -78,7 +81,7 @@ def _follow(client: Any, job: str) -> int:
     if status.value == "SUCCEEDED":
         return 0
     if info.driver_exit_code is None:
-        tell(f"hecate: job {job} {status.value.lower()}: {info.message}")
+        _log.error(f"hecate: job {job} {status.value.lower()}: {info.message}")
     return info.driver_exit_code or 1
 
 

@@ -5,6 +5,7 @@ This module does not import Ray. Events leave the process as JSON values.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import queue
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, assert_never
 
-from hecate.io.terminal import tell
+from hecate.io.terminal import show_messages
 from hecate.launch.addresses import interface_of
 from hecate.launch.ray_job.messages import (
     Assignment,
@@ -53,6 +54,8 @@ if TYPE_CHECKING:  # a worker imports training in its own thread, after it has s
     from hecate.parallel.cluster.topology import Topology
     from hecate.ranks.ranks import Ranks
 
+_log = logging.getLogger(__name__)
+
 _TRACEBACK_FRAMES = 4
 _THERE = "ranks-there"
 """key of the number of ranks that are about to connect"""
@@ -77,6 +80,7 @@ class Worker:
             report_steps: number of steps between two reports.
             address: the ranks exchange messages on the interface with this address.
         """
+        show_messages()
         self._rendezvous = host, port, secret
         self._number = number
         self._config, self._report_steps = config, report_steps
@@ -317,7 +321,7 @@ class TrainingLink:
                 raise
             except RuntimeError as error:  # another rank was lost while the ranks connected
                 where = f"rank {assignment.rank} could not connect in generation {assignment.generation}"
-                tell(f"hecate: {where}: {loss_in_words(error)}")
+                _log.warning(f"hecate: {where}: {loss_in_words(error)}")
                 forget_groups()
             else:
                 return Group(self.connected(ranks), parse_topology(assignment.topology, "the controller's topology"))

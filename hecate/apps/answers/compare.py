@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +32,6 @@ from hecate.data.files.choices import ChoiceItem
 from hecate.data.files.synthetic_tasks import has_verifiers, verdict
 from hecate.data.files.user_features import users_of
 from hecate.errors import UserError, install_hint
-from hecate.io.terminal import tell
 from hecate.model.base import BaseChoice, BaseModel
 from hecate.model.files.load import pick_dtype, resolve_model
 from hecate.model.layers.attention import AttentionChoice
@@ -40,6 +40,8 @@ from hecate.ranks.ranks import Ranks
 from hecate.report.summary import print_facts, summary_console
 from hecate.train.build import encode_sources, in_chosen_template, on_device
 from hecate.train.evaluate import evaluate
+
+_log = logging.getLogger(__name__)
 
 BASE = "base"
 """the name of the configuration's base model, with nothing added, among the models to compare"""
@@ -270,7 +272,7 @@ def _held_out(
     scores = evaluate(config, ranks, base, moe, sources, features_UF, heard, None if record is None else record.note).scores
     if record is not None and record_routing is not None:
         written = record.write(record_routing, sources[0], config.data.eval[0])
-        tell(f"hecate: {written} records with their routing are in {record_routing}")
+        _log.info(f"hecate: {written} records with their routing are in {record_routing}")
     found = {}
     for source, score in scores.items():
         figures = {"loss": score.loss}
@@ -291,7 +293,7 @@ def _verified(source: str, items: Sequence[GenerationItem], answers: Sequence[st
     if not has_verifiers():
         if ranks.is_first:
             hint = install_hint("quickstart")
-            tell(f"hecate: {source}: answers are not verified, since reasoning-gym is not installed: {hint}")
+            _log.warning(f"hecate: {source}: answers are not verified, since reasoning-gym is not installed: {hint}")
         return None
     total = sum(verdict(item.entry or {}, answer, task=item.task, place=f"{item.file}:{item.line}") for item, answer in judged)
     return float(ranks.all_sum(torch.tensor([total], dtype=torch.float64)).item() / count)

@@ -14,6 +14,7 @@ from typing import Any
 
 from hecate.errors import UserError
 from hecate.io.process_end import run_and_end
+from hecate.io.terminal import show_messages
 from hecate.ranks.launcher_files import exit_with_user_error
 
 
@@ -57,6 +58,7 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         SystemExit: with status 2 after a user's mistake, whose text is printed.
     """
+    show_messages()
     try:
         given: dict[str, Any] = {name: tuple(one) if isinstance(one, list) else one for name, one in json.loads(arguments[0]).items()}
         evaluate_as_rank(EvaluationRequest(**given))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from hecate.apps.answers.likelihood import known_positions, log_likelihoods
 from hecate.apps.answers.opened import Opened
 from hecate.engine.protocol import EvaluationPasses
 from hecate.errors import UserError, install_hint
-from hecate.io.terminal import tell
 from hecate.train.generation import Decoding, generate
+
+_log = logging.getLogger(__name__)
 
 _LONGEST = 2048
 """tokens of a text of a model that does not say how many it knows, as in lm-eval"""
@@ -174,7 +176,7 @@ class _Answers:
         """The last of these tokens, as many as there is room for."""
         if len(tokens) > room and not self._has_cut:
             self._has_cut = True
-            tell(f"hecate: {self._opened.trained}: texts of more than {room} tokens lose their beginning")
+            _log.warning(f"hecate: {self._opened.trained}: texts of more than {room} tokens lose their beginning")
         return tokens[-room:]
 
 

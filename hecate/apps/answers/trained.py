@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,8 +24,9 @@ from hecate.config.files.paths import ADAPTER_CONFIG
 from hecate.data.files.user_features import read_user_features
 from hecate.errors import UserError
 from hecate.io.plain_files import refuse_links
-from hecate.io.terminal import tell
 from hecate.ranks.ranks import join_ranks
+
+_log = logging.getLogger(__name__)
 
 RUN_CONFIG = "config.yaml"
 
@@ -58,7 +60,7 @@ def find_trained(path: Path, *, says: bool = True) -> Path:
         assert newest is not None
         taken = newest[0]
     if says:
-        tell(f"hecate: {path}: takes {taken.name}")
+        _log.info(f"hecate: {path}: takes {taken.name}")
     return taken
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from hecate.apps.federate.plans import TOGETHER, configs_of, round_folder
 from hecate.apps.federate.records import read_rounds, rounds_file
+from hecate.apps.federate.section.settings import ClientConfig, rounds_of
 from hecate.config import Change, Config, to_yaml
 from hecate.config.files.paths import indexed_prefix
-from hecate.config.schema import ClientConfig
 from hecate.data.files.formats import Sample, read_samples
 from hecate.data.files.indexed_files import open_indexed
 from hecate.errors import UserError
@@ -34,12 +34,12 @@ def check_federated(config: Config, check: Callable[[Config], None]) -> None:
     Raises:
         UserError: there are no clients, a training cannot be, or the folder is that of another run.
     """
-    if not config.rounds.clients:
+    if not rounds_of(config).clients:
         raise UserError(
             "rounds.clients: must be given: hecate federate trains clients\n"
             "  for example rounds={local_steps: 20, clients: [{data: a.jsonl}, {data: b.jsonl}]}; hecate train trains without them"
         )
-    if config.rounds.aggregate == "lego":
+    if rounds_of(config).aggregate == "lego":
         from hecate.adapters.sets.lego import require_scikit_learn
 
         require_scikit_learn()

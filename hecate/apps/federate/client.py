@@ -7,6 +7,7 @@ process has one client; otherwise one process has all. The server gets nothing o
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -29,9 +30,11 @@ from hecate.io.plain_files import read_plain
 from hecate.io.python_module import RUN_MODULE
 from hecate.io.signals import on_signals
 from hecate.io.strict_json import JsonError, parse_json
-from hecate.io.terminal import tell
+from hecate.io.terminal import show_messages
 from hecate.model.files.load import resolve_model
 from hecate.model.files.stored_model import open_stored
+
+_log = logging.getLogger("hecate.apps.federate.client")  # also where this module is the program
 
 _MOST_MESSAGE = 1 << 36
 """bytes of a message: those of the longest vector in float64, and of its places"""
@@ -207,12 +210,13 @@ def read_message(path: str) -> bytes:
 
 def main(arguments: Sequence[str]) -> int:
     """Raises SystemExit with status 2 after a user's mistake, whose text is printed."""
+    show_messages()
     plans, output, *rest = arguments
     folder = Path(output.removeprefix("output_dir=").strip('"'))
     try:
         return run_process(read_plan(Path(plans) / f"{folder.name}.json"), [output, *rest])
     except UserError as error:
-        tell(f"hecate: {error}")
+        _log.error(f"hecate: {error}")
         return USER_ERROR_EXIT
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hecate.apps.federate.plans import base_of_round, round_folder
+from hecate.apps.federate.section.settings import without_rounds
 from hecate.config import Config, to_yaml
-from hecate.config.schema import RoundsConfig
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
 from hecate.io.plain_files import read_plain
@@ -35,7 +35,7 @@ def held_out_figures(config: Config, number: int, adapters: Mapping[str, Path]) 
     if list(read_figures(found)) != list(map(str, adapters.values())):
         model = replace(config.model, name_or_path=base_of_round(config, number))
         data = replace(config.data, separate=False)
-        evaluated = replace(config, rounds=RoundsConfig(), model=model, data=data, output_dir=str(folder), resume=False)
+        evaluated = replace(without_rounds(config), model=model, data=data, output_dir=str(folder), resume=False)
         replace_file(settings, [to_yaml(evaluated).encode()])
         command = [*RUN_MODULE, "hecate", "eval", str(settings), "--models", ",".join(map(str, adapters.values()))]
         done = subprocess.run([*command, "--json", str(found)], capture_output=True, text=True, check=False)

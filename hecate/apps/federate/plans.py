@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hecate.apps.federate.client import ClientPlan, Described, Merging, ProcessPlan
+from hecate.apps.federate.section.settings import ClientConfig, rounds_of, without_rounds
 from hecate.apps.federate.vectors import VectorShape
 from hecate.config import Config, DataSource, EvalConfig, named_model
-from hecate.config.schema import ClientConfig, RoundsConfig
 from hecate.io.python_module import RUN_MODULE
 from hecate.launch.many_runs.sweep import Sweep, SweepRun
 from hecate.parallel.values.expert_kinds import lora_scale
@@ -76,18 +76,18 @@ def round_folder(config: Config, number: int) -> RoundFolder:
 def result_of(config: Config, number: int) -> Path:
     """Return the folder of a round's result: what of the aggregate goes down, which clients go on with, as FLASC (2406.05233) has it."""
     folder = round_folder(config, number)
-    return folder.shown if config.rounds.codec.down < 1 else folder.union
+    return folder.shown if rounds_of(config).codec.down < 1 else folder.union
 
 
 def begins_anew(config: Config) -> bool:
     """Whether clients begin each round with new adapters, and not with the result of the last."""
-    return config.rounds.aggregate == "stack"
+    return rounds_of(config).aggregate == "stack"
 
 
 def taking_part(config: Config, number: int) -> tuple[ClientConfig, ...]:
     """Return the clients whose updates are not to be missing in a round, in the configured order."""
-    gone = {item.partition(":")[2] for item in config.rounds.drop if item.partition(":")[0] == str(number)}
-    return tuple(client for client in config.rounds.clients if client.name not in gone)
+    gone = {item.partition(":")[2] for item in rounds_of(config).drop if item.partition(":")[0] == str(number)}
+    return tuple(client for client in rounds_of(config).clients if client.name not in gone)
 
 
 def rank_of(config: Config, client: ClientConfig) -> int:
@@ -125,8 +125,7 @@ def trained_together(config: Config, number: int, clients: Sequence[ClientConfig
     anew = begins_anew(config)
     ranks = tuple(rank_of(config, client) for client in clients)
     return replace(
-        config,
-        rounds=RoundsConfig(),
+        without_rounds(config),
         model=replace(config.model, name_or_path=base_of_round(config, number)),
         data=replace(
             config.data,
@@ -149,7 +148,7 @@ def trained_together(config: Config, number: int, clients: Sequence[ClientConfig
 def processes_of(config: Config, number: int) -> dict[str, tuple[ClientConfig, ...]]:
     """Return the clients of each process of a round, by the process's name."""
     clients = taking_part(config, number)
-    return {client.name: (client,) for client in clients} if config.rounds.isolation == "process" else {TOGETHER: clients}
+    return {client.name: (client,) for client in clients} if rounds_of(config).isolation == "process" else {TOGETHER: clients}
 
 
 def configs_of(config: Config, number: int) -> dict[str, Config]:
@@ -178,9 +177,9 @@ def client_plan(config: Config, shape: VectorShape, client: ClientConfig, number
         down=None if anew else down,
         merging=merging,
         up=str(folder.messages / f"{client.name}.up"),
-        density=config.rounds.codec.up,
+        density=rounds_of(config).codec.up,
         kept_before=_kept_before(config, client.name, number),
-        keeps=str(folder.kept / client.name) if config.rounds.codec.error_feedback else None,
+        keeps=str(folder.kept / client.name) if rounds_of(config).codec.error_feedback else None,
     )
 
 

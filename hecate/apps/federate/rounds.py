@@ -39,6 +39,7 @@ from hecate.apps.federate.plans import (
 )
 from hecate.apps.federate.privacy import check_rates, privacy_of_clients
 from hecate.apps.federate.records import UNION, RoundRecord, add_record, line_of, read_rounds
+from hecate.apps.federate.section.settings import rounds_of
 from hecate.apps.federate.server import adapter_set, aggregated, received, stepped, sum_of_rounds, whole_error, write_pairs
 from hecate.apps.federate.server_optimizer import save_server
 from hecate.apps.federate.standing import SERVER_STATE, ServerStanding, send_down, size_of, stacked_rank, standing_before
@@ -72,13 +73,13 @@ def federate(config: Config, verb: Sequence[str], say: Say) -> int:
     Raises:
         UserError: a client has no samples, or with privacy fewer than a step takes; a training has failed; files cannot be written.
     """
-    samples = {client.name: count_samples(client) for client in config.rounds.clients}
+    samples = {client.name: count_samples(client) for client in rounds_of(config).clients}
     check_rates(config, samples)
     shape = vector_shape(config)
     with working_alone(config.output_dir):
         keep_recipe(config)
         done = read_rounds(Path(config.output_dir))
-        for number in range(len(done) + 1, config.rounds.count + 1):
+        for number in range(len(done) + 1, rounds_of(config).count + 1):
             started = time.monotonic()
             standing = standing_before(config, shape, number, done)
             plans = {one.name: client_plan(config, shape, one, number, standing.stacked) for one in taking_part(config, number)}
@@ -87,12 +88,12 @@ def federate(config: Config, verb: Sequence[str], say: Say) -> int:
             if status:
                 say(f"stopped in round {number}; the same command with resume=true goes on")
                 return status
-            weights = client_weights([one for one in config.rounds.clients if one.name in names], samples)
+            weights = client_weights([one for one in rounds_of(config).clients if one.name in names], samples)
             made = _aggregate(config, number, standing, {name: plans[name] for name in names}, begun, weights)
             record = RoundRecord(
                 round=number,
                 weights=weights,
-                dropped=tuple(client.name for client in config.rounds.clients if client.name not in names),
+                dropped=tuple(client.name for client in rounds_of(config).clients if client.name not in names),
                 bytes_down={name: size_of(round_folder(config, number).messages / f"{name}.down") for name in plans},
                 bytes_up={name: size_of(Path(plans[name].up)) for name in names},
                 aggregation_error=made.error,
@@ -103,7 +104,7 @@ def federate(config: Config, verb: Sequence[str], say: Say) -> int:
             )
             add_record(Path(config.output_dir), record)
             done.append(record)
-            say(line_of(record, config.rounds.count))
+            say(line_of(record, rounds_of(config).count))
         for name, spent in privacy_of_clients(config, samples, len(done)).items():
             say(f"privacy of {name}: {spent}")
         say(f"wrote {_write_result(config, shape, done)}")
@@ -128,7 +129,7 @@ def _train(config: Config, number: int, plans: Mapping[str, ClientPlan], verb: S
         replace_file(Path(plan.config), [to_yaml(configs[name]).encode()])
         replace_file(folder.plans / f"{name}.json", [dump_json(to_json_values(plan))])
     sweep = sweep_of(config, number)
-    what = f"round {number} of {config.rounds.count}"
+    what = f"round {number} of {rounds_of(config).count}"
     status = train_runs(sweep, configs, (), lambda place, one: {}, say, program=PROGRAM, what=what)
     if status > 128:
         return status, []
@@ -170,7 +171,7 @@ def _aggregate(
     weights: Mapping[str, float],
 ) -> _Aggregate:
     """Read the messages of the clients, and write their adapters and the round's result."""
-    folder, described, rounds = round_folder(config, number), described_of(config, number), config.rounds
+    folder, described, rounds = round_folder(config, number), described_of(config, number), rounds_of(config)
     adapters: dict[str, Pairs] = {name: received(plan, begun[name]) for name, plan in plans.items()}
     for name, pairs in adapters.items():
         write_pairs(folder.received / name, pairs, plans[name].shape, described)

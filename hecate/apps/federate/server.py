@@ -17,9 +17,9 @@ from hecate.adapters.sets.sums import average, stack
 from hecate.adapters.sets.terms import Terms, joined, norm
 from hecate.apps.federate.client import ClientPlan, Described, peft_tensors, read_message
 from hecate.apps.federate.codec import decode
+from hecate.apps.federate.section.settings import RoundsConfig
 from hecate.apps.federate.server_optimizer import ServerState, server_step
 from hecate.apps.federate.vectors import Pairs, VectorShape, flat, pairs_of, read_pairs, reader
-from hecate.config.schema import RoundsConfig
 
 
 def begun_with(server: Pairs, shape: VectorShape, of_client: VectorShape) -> torch.Tensor:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from hecate.config.schema import ServerConfig
+from hecate.apps.federate.section.settings import ServerConfig
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
 from hecate.io.plain_files import require_plain

@@ -12,6 +12,7 @@ from hecate.apps.federate.client import ClientPlan, write_message
 from hecate.apps.federate.codec import encode
 from hecate.apps.federate.plans import begins_anew, rank_of, round_folder
 from hecate.apps.federate.records import RoundRecord
+from hecate.apps.federate.section.settings import rounds_of
 from hecate.apps.federate.server import begun_with
 from hecate.apps.federate.server_optimizer import ServerState, load_server
 from hecate.apps.federate.vectors import Pairs, VectorShape, flat, new_pairs, pairs_of, read_pairs
@@ -47,7 +48,7 @@ def standing_before(config: Config, shape: VectorShape, number: int, done: Seque
     before = round_folder(config, number - 1)
     if begins_anew(config):
         return ServerStanding(shape, None, None, stacked_rank(config, done[-1]) if done else 0)
-    settings = config.rounds.server
+    settings = rounds_of(config).server
     steps = (settings.optimizer, settings.learning_rate) != ("sgd", 1.0)
     if steps:
         state = ServerState(flat(new_pairs(shape), shape)) if number == 1 else load_server(before.path / SERVER_STATE)
@@ -57,7 +58,7 @@ def standing_before(config: Config, shape: VectorShape, number: int, done: Seque
 
 def stacked_rank(config: Config, record: RoundRecord) -> int:
     """Return the number of terms that the clients of a round have together."""
-    return sum(rank_of(config, client) for client in config.rounds.clients if client.name in record.weights)
+    return sum(rank_of(config, client) for client in rounds_of(config).clients if client.name in record.weights)
 
 
 def send_down(config: Config, number: int, standing: ServerStanding, plans: Mapping[str, ClientPlan]) -> dict[str, Tensor | None]:
@@ -72,7 +73,7 @@ def send_down(config: Config, number: int, standing: ServerStanding, plans: Mapp
         vector = begun[name]
         if vector is not None:
             assert plan.down is not None
-            write_message(plan.down, encode(vector, config.rounds.codec.down))
+            write_message(plan.down, encode(vector, rounds_of(config).codec.down))
         elif plan.merging is not None:
             write_message(plan.merging.down, _stacked_message(config, number, standing))
     return begun

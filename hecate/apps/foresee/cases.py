@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,6 @@ import numpy as np
 from hecate.apps.foresee.sharding_groups import ep_group_sizes, simulate_groups, sum_over_groups, with_sum
 from hecate.config.files.presets import find_preset
 from hecate.errors import UserError
-from hecate.io.terminal import tell
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cluster.topology_file import load_topology
@@ -27,6 +27,8 @@ from hecate.parallel.values.megatron_traces import load_megatron_trace
 from hecate.parallel.values.placement import contiguous_owners
 from hecate.parallel.values.policy_names import FORMER_NAMES, current_name, renamed
 from hecate.parallel.values.traces import Trace, load_trace
+
+_log = logging.getLogger(__name__)
 
 BASELINE = "static_ep"
 """the policy that speed-ups compare with, in groups of the size that suits it best (`ep_group_sizes`)"""
@@ -287,7 +289,7 @@ def chosen_policies(names: str | Sequence[str], what: str) -> tuple[str, ...]:
     listed = _listed(names)
     for name in dict.fromkeys(listed):
         if name in FORMER_NAMES:
-            tell(f"hecate: {renamed(what, name)}")
+            _log.warning(f"hecate: {renamed(what, name)}")
     return chosen_names([current_name(name) for name in listed], tuple(POLICIES), what, more=tuple(WITH_OURS))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from dataclasses import asdict, dataclass
@@ -15,8 +16,10 @@ from hecate.apps.foresee.report import print_rows, write_rows
 from hecate.apps.foresee.sweep import load_sweep
 from hecate.config.files.presets import find_preset, preset_names
 from hecate.errors import UserError
-from hecate.io.terminal import show_progress, tell
+from hecate.io.terminal import show_progress
 from hecate.parallel.simulate.workloads import WORKLOADS
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def run_cases(cases: list[Case], options: Options, shown: Shown) -> None:
     for number, case in enumerate(cases, start=1):
         what = f"{number}/{len(cases)} {case.model.name} on {case.topology_name}, {case.workload}"
         if not live:
-            tell(what)
+            _log.info(what)
         rows += case.run(options, partial(show_progress, f"{what}: ") if live else None)
     if live:
         show_progress()

@@ -13,7 +13,6 @@ _REFUSED: tuple[tuple[str, str, str], ...] = (
         "clips the gradient of each sample before it is added, for which there is no such order yet",
         "leave one of the two out",
     ),
-    ("rounds.clients", "is of runs that follow each other, which nothing has held to the same bits yet", "leave deterministic out"),
     (
         "fssdp.plan",
         "has nothing to decide, because every rank has all experts",

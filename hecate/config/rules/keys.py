@@ -17,10 +17,10 @@ from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.rules.deterministic import check_deterministic
 from hecate.config.rules.megatron import check_megatron, check_megatron_ep
+from hecate.config.rules.of_apps import section_rules
 from hecate.config.rules.pairs import check_pairs, largest_rank
 from hecate.config.rules.privacy import check_privacy
 from hecate.config.rules.replay import check_replay
-from hecate.config.rules.rounds import check_rounds
 from hecate.config.rules.routers import check_router
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, MEGATRON_EP, RANGES
 from hecate.errors import UserError
@@ -46,6 +46,8 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
             # The default of max_steps is outside its range: it says that num_train_epochs is given.
             if one is not None and one not in allowed and value != LEAVES[key].default:
                 add(at, f"must be {allowed}, got {one}", "")
+    for rules in section_rules():
+        values = rules.checked(values, add)
     _check_length(values, add)
     _check_experts(values, add)
     _check_kind(values, add, trains=trains)
@@ -54,15 +56,10 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     check_privacy(values, add)
     check_replay(values, add)
     check_deterministic(values, add)
-    check_rounds(values, add)
     _check_separate(values, add)
     _check_evaluation(values, add)
-    _check_prefetch(values, add)
-    _check_copies(values, add)
-    _check_bound(values, add)
-    _check_slots(values, add)
+    _check_fssdp(values, add)
     _check_retained(values, add)
-    _check_shard_size(values, add)
     _check_sources("data.train", values, add, exist=inputs and trains)
     _check_sources("data.eval", values, add, exist=inputs)
     _check_template(values, add, exists=inputs)
@@ -197,8 +194,8 @@ def _has_adapter(folder: str, values: Mapping[str, Any]) -> bool:
 
 def _check_separate(values: Mapping[str, Any], add: Add) -> None:
     sources = len(values.get("data.train", ()))
-    if values.get("rounds.clients") or not values.get("data.separate") or not sources:
-        return  # `hecate federate` gives the run of all clients as many micro-steps as that takes
+    if not values.get("data.separate") or not sources:
+        return
     sequences = values.get("micro_batch_size", sources) * values.get("gradient_accumulation_steps", sources)
     if sequences % sources:
         what = f"takes equally many sequences of each of {sources} items, but a step has {sequences} for each rank"
@@ -214,46 +211,32 @@ def _check_evaluation(values: Mapping[str, Any], add: Add) -> None:
         add("eval_steps", "needs data.eval, which is empty", "name evaluation data, or set it to null")
 
 
-def _check_prefetch(values: Mapping[str, Any], add: Add) -> None:
-    if values.get("fssdp.plan") == "calibrated" and values.get("fssdp.prefetch", 1) == 0:
+def _check_fssdp(values: Mapping[str, Any], add: Add) -> None:
+    policy, slots, redundancy = (values.get(f"fssdp.{name}") for name in ("policy", "memory_slots", "redundancy"))
+    if values.get("fssdp.plan") == "calibrated" and values.get("fssdp.prefetch") == 0:
         add("fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated, got 0", "use exact if nothing is to be gathered before the router")
-
-
-def _check_copies(values: Mapping[str, Any], add: Add) -> None:
-    if values.get("fssdp.verify_copies_steps") and values.get("fssdp.redundancy") == 0:
+    if values.get("fssdp.verify_copies_steps") and redundancy == 0:
         add("fssdp.verify_copies_steps", "compares experts with their backups, but there are none", "set fssdp.redundancy=1, or 2")
-
-
-def _check_bound(values: Mapping[str, Any], add: Add) -> None:
-    policy = values.get("fssdp.policy")
     if values.get("fssdp.max_imbalance") is not None and policy not in (None, *_KEEP_A_BOUND, MEGATRON_EP):
         what = f"is read by the policies {' and '.join(_KEEP_A_BOUND)} only, but fssdp.policy is {policy}"
         add("fssdp.max_imbalance", what, "leave it out")
-
-
-def _check_slots(values: Mapping[str, Any], add: Add) -> None:
-    slots, policy = values.get("fssdp.memory_slots"), values.get("fssdp.policy")
     if slots is not None and policy == "full" and not values.get("deterministic"):
         what = f"limits the replicas on a rank, but fssdp.policy=full has all experts on every rank, got {slots}"
         add("fssdp.memory_slots", what, "set it to null, or take another policy")
+    size, ranks = values.get("fssdp.shard_size"), values.get("nproc")
+    if size is None or ranks is None or size < 1:
+        return
+    if ranks % size:
+        add("fssdp.shard_size", f"must divide the number of ranks, which is {ranks} (nproc), got {size}", "null: all ranks")
+    if 1 < ranks // size <= (redundancy or 0):
+        what = f"{redundancy} needs more sharding groups than that, which hold each other's experts, got {ranks // size}"
+        add("fssdp.redundancy", what, "set it to 1, or fssdp.shard_size to less, or to null")
 
 
 def _check_retained(values: Mapping[str, Any], add: Add) -> None:
     for key in ("save_retain_steps", "save_retain_hours"):
         if values.get(key) is not None and values.get("save_total_limit", 1) is None:
             add(key, "needs save_total_limit, without which all checkpoints are kept", "set save_total_limit, or leave it out")
-
-
-def _check_shard_size(values: Mapping[str, Any], add: Add) -> None:
-    size, ranks = values.get("fssdp.shard_size"), values.get("nproc")
-    if size is None:
-        return
-    if ranks is not None and size > 0 and ranks % size:
-        add("fssdp.shard_size", f"must divide the number of ranks, which is {ranks} (nproc), got {size}", "null: all ranks")
-    redundancy = values.get("fssdp.redundancy", 0)
-    if ranks is not None and size > 0 and 1 < ranks // size <= redundancy:
-        what = f"{redundancy} needs more sharding groups than that, which hold each other's experts, got {ranks // size}"
-        add("fssdp.redundancy", what, "set it to 1, or fssdp.shard_size to less, or to null")
 
 
 def _check_sources(key: str, values: Mapping[str, Any], add: Add, *, exist: bool) -> None:

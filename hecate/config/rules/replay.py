@@ -23,9 +23,6 @@ def check_replay(values: Mapping[str, Any], add: Add) -> None:
         return
     key = "fssdp.plan" if planned else "moe.replay"
     chosen = f"{key}={'replay' if planned else replay}"
-    if values.get("rounds.clients"):
-        add(key, "does not go together with rounds.clients, whose adapters the sample's source decides", "leave it out")
-        return
     for other, value, why, hint in _REFUSED:
         if values.get(other) == value:
             shown = "true" if value is True else value

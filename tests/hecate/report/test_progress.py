@@ -148,7 +148,7 @@ def test_a_dumb_terminal_gets_plain_lines() -> None:
 
 def test_rich_is_not_imported_without_a_terminal() -> None:
     code = (
-        "import sys; from hecate.report.progress import Progress\n"
+        "import sys; from hecate.report.progress import Progress; from hecate.io.terminal import show_messages; show_messages()\n"
         "with Progress(2, 0) as progress: progress.note('x')\n"
         "print([name for name in sys.modules if name.partition('.')[0] in ('rich', 'torch')])"
     )

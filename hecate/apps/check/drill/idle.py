@@ -24,8 +24,10 @@ def main(arguments: Sequence[str]) -> None:
 
 def launch_idle(ranks: int, folder: str) -> int:
     """The exit status of the local launcher with ranks of this program."""
+    from hecate.io.terminal import show_messages
     from hecate.launch.local_launcher import launch_local
 
+    show_messages()
     return launch_local("hecate.apps.check.drill.idle", [folder], ranks)
 
 

@@ -36,6 +36,9 @@ def main(arguments: Sequence[str]) -> None:
     """
     import torch
 
+    from hecate.io.terminal import show_messages
+
+    show_messages()
     torch.set_num_threads(1)
     if arguments[0] == "without":
         from hecate.apps.check.drill.prove import switch_off

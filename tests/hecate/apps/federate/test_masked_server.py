@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hecate.apps.federate.codec import decode, encode
+from hecate.apps.federate.section.settings import ServerConfig
 from hecate.apps.federate.server_optimizer import ServerState, server_step
-from hecate.config.schema import ServerConfig
 
 CLIENTS, HIDDEN, RANK, LAYERS, ROUNDS = 5, 128, 8, 4, 6
 NUMEL = LAYERS * HIDDEN * RANK

@@ -22,10 +22,10 @@ from hecate.apps.federate.codec import HEADER_BYTES, encode
 from hecate.apps.federate.held_out import held_out_figures
 from hecate.apps.federate.records import RoundRecord, read_rounds
 from hecate.apps.federate.rounds import federate
+from hecate.apps.federate.section.settings import RoundsConfig
 from hecate.apps.federate.standing import stacked_rank
-from hecate.config.schema import RoundsConfig
+from hecate.config.rules.of_apps import refuse_training
 from hecate.errors import UserError
-from hecate.train.preflight import refuse_rounds
 from testing.byte_tokenizer import TEMPLATE
 from tests.hecate.apps.federate.making import UNEQUAL, recipe, write_recipe
 from tests.hecate.train.command_line import hecate, run, workshop
@@ -187,7 +187,7 @@ def test_a_client_that_fails_drops_out_and_a_mistake_stops(workshop: Path, monke
 def test_what_cannot_be_is_said_before_anything_starts(workshop: Path) -> None:
     config = recipe(workshop, "refused")
     with pytest.raises(UserError, match=r"rounds.clients: are trained by hecate federate"):
-        refuse_rounds(config)
+        refuse_training(config)
     with pytest.raises(UserError, match=r"(?s)rounds.clients: must be given: hecate federate trains clients.*hecate train trains without"):
         check_federated(replace(config, rounds=RoundsConfig()), lambda one: None)
     folder = workshop / "runs/refused"

@@ -15,10 +15,10 @@ from hecate.apps.federate.checks import client_weights, count_samples
 from hecate.apps.federate.client import ClientPlan, Described, write_message
 from hecate.apps.federate.codec import encode
 from hecate.apps.federate.records import RoundRecord, add_record, line_of, read_rounds, rounds_file
+from hecate.apps.federate.section.settings import ClientConfig, RefineConfig, RoundsConfig, ServerConfig
 from hecate.apps.federate.server import adapter_set, aggregated, begun_with, received, stepped, sum_of_rounds, whole_error, write_pairs
 from hecate.apps.federate.server_optimizer import ServerState
 from hecate.apps.federate.vectors import Pairs, PairSite, VectorShape, flat, new_pairs, pairs_of, read_pairs
-from hecate.config.schema import ClientConfig, RefineConfig, RoundsConfig, ServerConfig
 from hecate.errors import UserError
 from tests.plain_sets import Pair, dense, weighted_sum
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hecate.apps.federate.section.settings import ServerConfig
 from hecate.apps.federate.server_optimizer import ServerState, load_server, save_server, server_step
-from hecate.config.schema import ServerConfig
 from hecate.errors import UserError
 
 

@@ -13,10 +13,10 @@ from hecate.adapters.folder import save_adapter
 from hecate.adapters.sets.sums import kept_numbers
 from hecate.apps.federate.client import ClientPlan, Described, peft_tensors, receive, send, write_message
 from hecate.apps.federate.codec import HEADER_BYTES, decode, encode
+from hecate.apps.federate.section.settings import RoundsConfig, ServerConfig
 from hecate.apps.federate.server import received, stepped
 from hecate.apps.federate.server_optimizer import ServerState
 from hecate.apps.federate.vectors import PairSite, VectorShape, flat, pairs_of, read_pairs
-from hecate.config.schema import RoundsConfig, ServerConfig
 
 SITES = (
     PairSite("model.layers.0.mlp.up_proj", 0, "mlp.up_proj", 6, 10),

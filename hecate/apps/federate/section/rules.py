@@ -9,9 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hecate.apps.federate.section.settings import ClientConfig, rounds_of
 from hecate.config.files.paths import find_model, name_of_source
 from hecate.config.problems import Add, shorten
-from hecate.config.schema import LEAVES, ClientConfig
+from hecate.config.schema import LEAVES, Config
 from hecate.config.typed import INVALID, Report
 from hecate.errors import UserError
 from hecate.io.plain_files import read_plain
@@ -36,8 +37,8 @@ _REPLACED = {
 """keys that the clients decide, and what to do in their place"""
 
 
-def with_local_clients(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with the paths of `data.train` and `data.eval`, which `with_clients` has made of the clients', in the clients."""
+def localised(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with the paths of `data.train` and `data.eval`, which `derived` has made of the clients', in the clients."""
     clients = values.get(_CLIENTS)
     if clients is INVALID or not clients:
         return values
@@ -50,7 +51,7 @@ def with_local_clients(values: dict[str, Any]) -> dict[str, Any]:
     return values | {_CLIENTS: tuple(local)}
 
 
-def with_clients(values: dict[str, Any], report: Report) -> dict[str, Any]:
+def derived(values: dict[str, Any], report: Report) -> dict[str, Any]:
     """Return the typed values of a configuration with those that its clients decide: the data, the experts and their ranks, the length.
 
     Values without clients stay as they are.
@@ -71,7 +72,7 @@ def with_clients(values: dict[str, Any], report: Report) -> dict[str, Any]:
         report.renamed[f"data.train[{number}].name"] = f"{_CLIENTS}[{number}].name"
     for at, (number, _) in enumerate(held_out):
         report.renamed[f"data.eval[{at}].path"] = f"{_CLIENTS}[{number}].eval"
-    derived: dict[str, Any] = {
+    own: dict[str, Any] = {
         **_EXPERTS,
         _CLIENTS: tuple(named),
         "data.train": tuple({"path": client["data"], "name": client["name"]} for client in named),
@@ -82,34 +83,51 @@ def with_clients(values: dict[str, Any], report: Report) -> dict[str, Any]:
     }
     steps, rank = values.get("rounds.local_steps"), values.get("lora.r", LEAVES["lora.r"].default)
     if isinstance(steps, int):
-        derived["max_steps"] = steps
+        own["max_steps"] = steps
     elif steps is not INVALID:
         report.add("rounds.local_steps", f"must be given with {_CLIENTS}", "the optimizer steps of each client in a round")
     ranks = [rank if client.get("r") is None else client["r"] for client in named]
     if all(isinstance(one, int) for one in ranks) and any(client.get("r") is not None for client in named):
-        derived["lora.r"] = ranks[0] if len(set(ranks)) == 1 else tuple(ranks)
+        own["lora.r"] = ranks[0] if len(set(ranks)) == 1 else tuple(ranks)
     elif isinstance(rank, tuple):
         report.add("lora.r", f"must be one number with {_CLIENTS}", "give a client whose rank is another r")
     kept = {key: value for key, value in values.items() if key not in _REPLACED}
-    return kept | derived | ({} if "max_steps" in derived else {"max_steps": 1})
+    return kept | own | ({} if "max_steps" in own else {"max_steps": 1})
 
 
-def check_rounds(values: Mapping[str, Any], add: Add) -> None:
-    """Add every problem of the keys of `rounds`, given the typed values of all dotted keys. Absent keys have a problem already."""
+def require_one_training(config: Config) -> None:
+    """Raises UserError: the configuration is one of federated rounds, which are more than one training."""
+    if rounds_of(config).clients:
+        raise UserError("rounds.clients: are trained by hecate federate, in rounds\n  give it this configuration, or leave rounds out")
+
+
+def checked(values: Mapping[str, Any], add: Add) -> Mapping[str, Any]:
+    """Add every problem of the keys of `rounds`, given the typed values of all dotted keys. Absent keys have a problem already.
+
+    Return the values that other rules are to look at: without what was judged here, and without `data.separate`, since `hecate federate`
+    gives the run of all clients as many micro-steps as that takes.
+    """
     clients: tuple[ClientConfig, ...] | None = values.get(_CLIENTS)
     if clients is None:
-        return
+        return values
     changed = [key for key, leaf in LEAVES.items() if key.startswith(_PREFIX) and key in values and values[key] != leaf.default]
     if not clients:
         for key in changed:
             add(key, f"is read with {_CLIENTS} only", "name the clients, or leave it out")
-        return
+        return values
     _check_clients(clients, add)
     _check_aggregate(values, clients, changed, add)
     _check_base(values, add)
     _check_pairs(values, add)
     _check_drop(values, clients, add)
     _check_privacy(values, add)
+    if values.get("deterministic"):
+        what = "does not go together with deterministic: it is of runs that follow each other, which nothing has held to the same bits yet"
+        add(_CLIENTS, what, "leave deterministic out")
+    replays = [key for key, replayed in (("fssdp.plan", ("replay",)), ("moe.replay", ("force", "check"))) if values.get(key) in replayed]
+    for key in replays[:1]:
+        add(key, "does not go together with rounds.clients, whose adapters the sample's source decides", "leave it out")
+    return {key: value for key, value in values.items() if key not in (*replays, "data.separate")}
 
 
 def _check_clients(clients: tuple[ClientConfig, ...], add: Add) -> None:

@@ -1,8 +1,10 @@
-"""Which federated rounds are refused, and what clients are as keys of an ordinary run (`hecate.config.rules.rounds`)."""
+"""Which federated rounds are refused, and what clients are as keys of an ordinary run (`hecate.apps.federate.section.rules`)."""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,9 @@ REFUSED = [
     (("rounds.drop=['1:a','1:other']",), "rounds.drop: leaves no client in round 1"),
     (("rounds.clients=[]", "data.train=a.jsonl", "max_steps=2"), "rounds.count: is read with rounds.clients only"),
     (("data.separate=true",), "data.separate: cannot be given with rounds.clients"),
+    (("deterministic=true",), "rounds.clients: does not go together with deterministic: it is of runs that follow each other"),
+    (("moe.replay=check",), "moe.replay: does not go together with rounds.clients, whose adapters"),
+    (("fssdp.plan=replay", "moe.replay=force"), "fssdp.plan: does not go together with rounds.clients, whose adapters"),
 ]  # fmt: skip
 
 
@@ -76,6 +81,19 @@ REFUSED = [
 def test_what_does_not_go_together_is_refused(folder: Path, overrides: tuple[str, ...], reason: str) -> None:
     with pytest.raises(ConfigError, match=f"(?s){reason}"):
         load(ROUNDS, *overrides)
+
+
+@pytest.mark.parametrize("overrides", [("deterministic=true",), ("moe.replay=check",), ("fssdp.plan=replay", "moe.replay=force")])
+def test_what_clients_decide_is_not_refused_beside_it(folder: Path, overrides: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(ROUNDS, *overrides)
+    assert len(error.value.problems) == 1
+
+
+@pytest.mark.parametrize("first", ["hecate.config", "hecate.config.ranges", "hecate.apps.federate.section.settings"])
+def test_the_section_is_there_whatever_is_imported_first(first: str) -> None:
+    program = f"import {first}; from hecate.config.schema import LEAVES; assert 'rounds.count' in LEAVES"
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_a_quantised_base_model_is_not_merged_into(folder: Path) -> None:

@@ -1,0 +1,41 @@
+"""The sections of the configuration that apps bring: their keys. What goes together with them is in `hecate.config.rules.of_apps`.
+
+An app is found by its name, as a front end is (`hecate.model.front_ends`), so where hecate is installed without it, its section is unknown.
+The module `section.settings` of an app has the section's dataclass, `SETTINGS`, and imports nothing of `hecate.config` but `ranges`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field, make_dataclass
+from importlib import import_module
+from types import ModuleType
+
+APPS = {"rounds": "hecate.apps.federate"}
+"""section -> the app that brings it"""
+
+
+def _installed() -> dict[str, ModuleType]:
+    found = {}
+    for section, app in APPS.items():
+        try:
+            found[section] = import_module(f"{app}.section.settings")
+        except ModuleNotFoundError as error:
+            if error.name is None or not app.startswith(error.name):
+                raise
+    return found
+
+
+SETTINGS = _installed()
+"""section -> the module with its dataclass, of the apps that are installed"""
+
+
+def with_sections(core: type) -> type:
+    """Return the dataclass of a configuration with a field for each section that an app brings, after those of `core`."""
+    brought = [(name, module.SETTINGS, field(default_factory=module.SETTINGS)) for name, module in SETTINGS.items()]
+    return make_dataclass(core.__name__, brought, bases=(core,), frozen=True, kw_only=True, namespace={"__module__": core.__module__})
+
+
+def missing_app(key: str) -> str:
+    """Why a key is not known, where it is of an app that is not installed; "": it is not."""
+    section = key.partition(".")[0]
+    return f"this installation of hecate is without {APPS[section]}" if section in APPS and section not in SETTINGS else ""
