@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -21,7 +22,7 @@ from hecate.launch.membership.job_policy import JobPolicy
 from hecate.launch.membership.job_states import State
 from hecate.launch.rank_command import RankCommand
 from hecate.launch.run_folder import run_folder
-from hecate.launch.surviving_ranks import MOST_REPLACED, SurvivingRanks, ThisMachine, end_processes
+from hecate.launch.surviving_ranks import SurvivingRanks, ThisMachine, end_processes
 from hecate.ranks.cores import usable_cores
 from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import LAUNCHED_VARIABLE
@@ -29,6 +30,8 @@ from hecate.ranks.processor import ONEDNN_SETTINGS
 
 STOPPING = "hecate: stopping: the ranks finish their step and save; a second signal ends them at once\n"
 """the answer to a first Ctrl-C or SIGTERM"""
+ENDS_TOGETHER = JobPolicy(most=0)
+"""of a run that ends when one of its ranks does"""
 _LOOK_SECONDS = 0.02
 _ENDED_BY_SIGNAL = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL}
 """how ranks end that get a signal while they begin, and do not know yet what to do with it, or that get a second one"""
@@ -39,15 +42,7 @@ gets them back page by page, which takes a tenth of a step on a CPU."""
 
 
 def launch_local(
-    program: str,
-    arguments: Sequence[str],
-    num_ranks: int,
-    *,
-    survives: bool = False,
-    begins_again: bool = False,
-    together: int = 1,
-    most_replaced: int = MOST_REPLACED,
-    first: Sequence[str] = (),
+    program: str, arguments: Sequence[str], num_ranks: int, policy: JobPolicy = ENDS_TOGETHER, *, first: Sequence[str] = ()
 ) -> int:
     """Run `python -m PROGRAM ARGUMENTS` as `num_ranks` ranks on this machine, and return the exit status of the run.
 
@@ -56,26 +51,11 @@ def launch_local(
     unless they go on or begin again.
 
     Args:
-        survives: whether the ranks can go on without one that dies. If so they go on, and a new rank is started, which joins them when it
-            has loaded.
-        begins_again: whether all ranks start again from the last checkpoint when one dies, if they cannot go on.
-        together: so many neighbouring ranks can only go on together (`model.tensor_parallel`). If one of them dies, the others are ended,
-            and with more than one none of them is replaced.
-        most_replaced: how many ranks may be started in place of lost ones, or how often all may start again.
+        policy: what follows when a rank dies. The run begins with all of its ranks, whatever the policy says of their number.
         first: if given, the program runs once with these arguments before the ranks; if that fails, its status is the run's.
     """
     with run_folder() as folder, forking(folder, _environment(num_ranks), program) as start:
-        if status := run_first(start, first, folder):
-            return status
-        return start_and_watch(
-            [*start, *arguments],
-            num_ranks,
-            folder / "store",
-            survives=survives,
-            begins_again=begins_again,
-            together=together,
-            most_replaced=most_replaced,
-        )
+        return run_first(start, first, folder) or start_and_watch([*start, *arguments], num_ranks, folder / "store", policy)
 
 
 def run_first(start: Sequence[str], arguments: Sequence[str], folder: Path) -> int:
@@ -85,31 +65,17 @@ def run_first(start: Sequence[str], arguments: Sequence[str], folder: Path) -> i
         start: the command that starts a rank.
         folder: of this run's own.
     """
-    return start_and_watch([*start, *arguments], 1, folder / "first", survives=False) if arguments else 0
+    return start_and_watch([*start, *arguments], 1, folder / "first") if arguments else 0
 
 
-def start_and_watch(
-    command: Sequence[str],
-    num_ranks: int,
-    store: Path,
-    *,
-    survives: bool,
-    begins_again: bool = False,
-    together: int = 1,
-    most_replaced: int = MOST_REPLACED,
-) -> int:
+def start_and_watch(command: Sequence[str], num_ranks: int, store: Path, policy: JobPolicy = ENDS_TOGETHER) -> int:
     """`launch_local` with a command that starts a rank.
 
     Args:
         store: the path that the files between launcher and ranks are named after; in a folder of this run's own.
     """
-    policy = JobPolicy(
-        copied=survives,
-        most=most_replaced if survives or begins_again else 0,
-        fewest_to_begin=num_ranks,
-        together=together,
-    )
-    return watch(SurvivingRanks(ThisMachine(RankCommand(command, _environment(num_ranks), store, survives), num_ranks), store, policy))
+    own = RankCommand(command, _environment(num_ranks), store, policy.copied)
+    return watch(SurvivingRanks(ThisMachine(own, num_ranks), store, replace(policy, fewest_to_begin=num_ranks)))
 
 
 def watch(ranks: SurvivingRanks) -> int:

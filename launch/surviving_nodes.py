@@ -55,13 +55,13 @@ _LEAVING_SECONDS = 10.0
 _STOPPED_ELSEWHERE = "hecate: a signal to another node has stopped the job, whose ranks have saved"
 
 
-def lead(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes, together: int, most_replaced: int) -> int:
+def lead(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes, policy: JobPolicy) -> int:
     """Run this node's ranks and decide for all nodes; return the exit status of the run.
 
     Args:
         own: what starts this node's ranks.
         secret: of the job (`hecate.ranks.job_store`).
-        together, most_replaced: see `launch_local`.
+        policy: what follows when ranks are lost. The run begins with those of `job.fewest` nodes at least.
 
     Raises:
         UserError: too few nodes have come in ten minutes.
@@ -70,7 +70,7 @@ def lead(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes, toge
     status = 1
     try:
         nodes.wait_for_all()
-        policy = JobPolicy(copied=job.survives, most=most_replaced, fewest_to_begin=job.fewest * job.ranks_per_node, together=together)
+        policy = replace(policy, fewest_to_begin=job.fewest * job.ranks_per_node)
         nodes.surviving = SurvivingRanks(nodes, own.store, policy)
         status = watch(nodes.surviving)
         if status == 0 and nodes.stopped:

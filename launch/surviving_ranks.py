@@ -33,9 +33,6 @@ from hecate.ranks.launcher_files import (
     write_generation,
 )
 
-MOST_REPLACED = 3
-"""largest number of ranks that a run starts in place of lost ones, if nothing else is said"""
-
 
 class Machines(Protocol):
     """Where the processes of a run are started."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from hecate.launch.membership.facts import Cause, Event, Fact
@@ -86,43 +86,45 @@ class JobMembers:
 
 def told(state: JobMembers, event: Event) -> JobMembers:
     """The state when one more fact is known."""
-    return _CHANGES[event.fact](state, event)
-
-
-def _up(state: JobMembers, event: Event) -> JobMembers:
-    names = {**state.names, event.device: event.said} if event.said else state.names
-    return replace(state, up=state.up | {event.device}, left_out=state.left_out - {event.device}, names=names)
-
-
-def _down(state: JobMembers, event: Event) -> JobMembers:
-    gone = {event.device}
-    return replace(state, up=state.up - gone, loading=state.loading - gone, loaded=state.loaded - gone)
-
-
-def _loaded(state: JobMembers, event: Event) -> JobMembers:
-    at_work = event.device in state.generation.at_work
-    if at_work and not state.policy.in_memory:
-        return _begun(state, event)
-    generation = state.generation.with_end(event.device, RankEnd.FAILED) if at_work else state.generation  # it could not connect
-    return replace(state, generation=generation, loading=state.loading - {event.device}, loaded=state.loaded | {event.device})
-
-
-def _begun(state: JobMembers, event: Event) -> JobMembers:
-    return replace(state, begun=state.begun | {event.device})
-
-
-def _arrived(state: JobMembers, event: Event) -> JobMembers:
-    return replace(state, arrived=state.arrived | {event.device})
-
-
-def _left(state: JobMembers, event: Event) -> JobMembers:
-    return replace(state, generation=state.generation.with_end(event.device, RankEnd.WAITING))
+    device, at_work = event.device, event.device in state.generation.at_work
+    gone = {device}
+    match event.fact:
+        case Fact.UP:
+            names = {**state.names, device: event.said} if event.said else state.names
+            return replace(state, up=state.up | gone, left_out=state.left_out - gone, names=names)
+        case Fact.DOWN:
+            return replace(state, up=state.up - gone, loading=state.loading - gone, loaded=state.loaded - gone)
+        case Fact.LOADED if not at_work:
+            return replace(state, loading=state.loading - gone, loaded=state.loaded | gone)
+        case Fact.LOADED if state.policy.in_memory:  # it was let in, and could not connect
+            return replace(state, generation=state.generation.with_end(device, RankEnd.FAILED), loaded=state.loaded | gone)
+        case Fact.BEGUN | Fact.LOADED:
+            return replace(state, begun=state.begun | gone)
+        case Fact.ARRIVED:
+            return replace(state, arrived=state.arrived | gone)
+        case Fact.LEFT:
+            return replace(state, generation=state.generation.with_end(device, RankEnd.WAITING))
+        case Fact.ENDED:
+            return _ended(state, event)
+        case Fact.LOST:
+            return _lost(state, event)
+        case Fact.HALTED if state.policy.in_memory and state.generation.ends.get(device) is not RankEnd.FINISHED:
+            return _lost(state, replace(event, cause=Cause.STOPPED))
+        case Fact.UNFIT:
+            return replace(state, losses=(*state.losses, event))
+        case Fact.STEPPED:
+            return replace(state, failures={})
+        case Fact.SAVED:
+            return replace(state, checkpoint=True)
+        case Fact.STOP:
+            return replace(state, stopping=True)
+    return state
 
 
 def _ended(state: JobMembers, event: Event) -> JobMembers:
+    end = event.end
     if event.device not in state.generation.members:
         return state
-    end = event.end
     if end is RankEnd.FINISHED and state.phase is State.RESIZING and not state.policy.in_memory:
         end = RankEnd.WAITING  # a process has saved and ended, to begin again
     if end is RankEnd.MISTAKE and state.policy.in_memory and state.generation.number > 0 and not state.checkpoint:
@@ -132,52 +134,18 @@ def _ended(state: JobMembers, event: Event) -> JobMembers:
 
 def _lost(state: JobMembers, event: Event) -> JobMembers:
     device, end = event.device, state.generation.ends.get(event.device)
-    is_member = device in state.generation.members and end not in (RankEnd.LOST, RankEnd.KILLED)
     loads = device in state.loading | state.loaded
     state = replace(state, loading=state.loading - {device}, loaded=state.loaded - {device})
     if state.policy.in_memory:
         state = replace(state, up=state.up - {device})
-    if is_member and end in (RankEnd.FINISHED, RankEnd.STOPPED):
+    if device in state.generation.members and end in (RankEnd.FINISHED, RankEnd.STOPPED):
         return state
-    if is_member:
+    if device in state.generation.members and end not in (RankEnd.LOST, RankEnd.KILLED):
         killed = device in state.killed and event.end is not RankEnd.MISTAKE
         generation = state.generation.with_end(device, RankEnd.KILLED if killed else event.end, event.more or event.said)
         return replace(state, generation=generation, losses=state.losses if killed else (*state.losses, event))
-    if loads or state.policy.in_memory:
+    if loads or state.policy.in_memory:  # one outside the generation could not start
         lives = event.cause in (Cause.STOPPED, Cause.HUNG)
         said = f"{event.cause.value} {event.said}" if lives else event.said
         return replace(state, losses=(*state.losses, replace(event, cause=Cause.START, said=said)))
     return state
-
-
-def _halted(state: JobMembers, event: Event) -> JobMembers:
-    if not state.policy.in_memory:
-        return state  # the automaton answers it: nothing has changed by itself
-    ended = state.generation.ends.get(event.device) is RankEnd.FINISHED
-    return state if ended else _lost(state, replace(event, cause=Cause.STOPPED))
-
-
-def _unfit(state: JobMembers, event: Event) -> JobMembers:
-    return replace(state, losses=(*state.losses, event))
-
-
-def _stepped(state: JobMembers, _: Event) -> JobMembers:
-    return replace(state, failures={}) if state.failures else state
-
-
-_CHANGES: dict[Fact, Callable[[JobMembers, Event], JobMembers]] = {
-    Fact.PLACED: lambda state, _: state,
-    Fact.UP: _up,
-    Fact.DOWN: _down,
-    Fact.LOADED: _loaded,
-    Fact.BEGUN: _begun,
-    Fact.ARRIVED: _arrived,
-    Fact.LEFT: _left,
-    Fact.ENDED: _ended,
-    Fact.LOST: _lost,
-    Fact.HALTED: _halted,
-    Fact.UNFIT: _unfit,
-    Fact.STEPPED: _stepped,
-    Fact.SAVED: lambda state, _: replace(state, checkpoint=True),
-    Fact.STOP: lambda state, _: replace(state, stopping=True),
-}

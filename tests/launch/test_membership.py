@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from hecate.launch.membership.losses import causes_of
 from hecate.launch.membership.turn import Turn
 
 BEGINNING = "up 0 1 2, placed > begin 0 1 2; begun 0 1 2"
-FACTS = {
+FACTS: dict[str, dict[str, Any]] = {
     "died": {"fact": Fact.LOST},
     "node": {"fact": Fact.LOST, "cause": Cause.NODE_DIED},
     "hung": {"fact": Fact.LOST, "cause": Cause.HUNG},
