@@ -224,7 +224,7 @@ class _Nodes:
             replace_file(error_file(self._files.parent, int(member)), [said.encode()], durable=False)
         self._ended |= {int(member): status for member, status in report.ended.items() if int(member) not in self._ended}
         if report.stopping and self.surviving is not None and node.members & set(self.surviving.members):
-            self.surviving.stopping = self.stopped = True
+            self.surviving.stopping = self.surviving.stops_by_itself = self.stopped = True
         if report.leaves:
             self._lose(number, None if self._status is not None else "has left")
 

@@ -79,6 +79,8 @@ class SurvivingRanks:
         """the member that began as rank 0, which prints its own errors"""
         self.stopping = False
         """True: the ranks are to save and to end"""
+        self.stops_by_itself = False
+        """whether one of the ranks has that signal already, and tells the others: a second one might reach a rank that ends"""
         self.state = JobMembers(policy)
         self.look([Event(Fact.PLACED)])
 
@@ -150,6 +152,8 @@ class SurvivingRanks:
             case Do.PREPARE:
                 for device in order.devices:
                     self._start(device, None)
+            case Do.STOP if self.stops_by_itself:
+                pass
             case Do.MAKE_WAY | Do.STOP:  # a rank saves, and ends, at this signal
                 for process in processes:
                     if process.poll() is None:

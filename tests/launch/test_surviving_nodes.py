@@ -265,6 +265,8 @@ def test_a_signal_and_a_mistake_reach_the_other_side(tmp_path: Path, monkeypatch
     assert surviving.processes[3].poll() == 2
     assert error_file(tmp_path, 3).read_text(encoding="utf-8") == "hecate: a mistake"
     assert surviving.stopping
+    surviving.look()
+    assert surviving.processes[0].poll() is None, "the training tells it"
 
 
 def test_a_signal_to_a_node_that_does_not_train_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
