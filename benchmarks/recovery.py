@@ -26,7 +26,7 @@ from pathlib import Path
 from benchmarks.following import Job, job
 from benchmarks.ratios import Budget, Ratio, speedup, until_narrow
 from benchmarks.report import arguments, finish
-from hecate.launch.policy.job_states import State
+from hecate.launch.membership.job_states import State
 from hecate.launch.ray_job.status import DeviceState, JobStatus
 from testing.processes import OVERRIDES, kill_rank
 from testing.tiny_run import make_workshop

@@ -18,6 +18,7 @@ from hecate.launch.addresses import Endpoint, check_free, find_endpoint
 from hecate.launch.fork_server import forking
 from hecate.launch.job_secret import job_secret
 from hecate.launch.local_launcher import RANK_SETTINGS, launch_local, run_first
+from hecate.launch.membership.job_policy import JobPolicy
 from hecate.launch.node_messages import JobShape
 from hecate.launch.rank_command import RankCommand
 from hecate.launch.run_folder import run_folder
@@ -86,14 +87,10 @@ class NodesJob:
     """HOST:PORT where the nodes meet; None: there is one node"""
     token_file: Path | None = None
     """the file with the job's secret; None: the variable HECATE_TOKEN has it, or there is one node"""
-    max_restarts: int
-    """How often all ranks may be started again after a loss. Where they survive: how many may be started in place of lost ones."""
-    survives: bool = False
-    """whether the ranks can go on without one that dies (`fssdp.redundancy`)"""
-    together: int = 1
-    """see `hecate.launch.local_launcher.launch_local`"""
+    policy: JobPolicy
+    """what follows when ranks are lost. The numbers of nodes say with how many ranks the job begins."""
     first: Sequence[str] = ()
-    """likewise, on each node"""
+    """see `hecate.launch.local_launcher.launch_local`; on each node"""
 
 
 def launch(program: str, arguments: Sequence[str], job: NodesJob) -> int:
@@ -116,16 +113,7 @@ def launch_at(program: str, arguments: Sequence[str], job: NodesJob, meeting: En
     """`launch` with the meeting point as this node sees it, and the job's secret; None: there is one node."""
     if meeting is None:
         with one_writer(job.output_dir):
-            return launch_local(
-                program,
-                arguments,
-                job.ranks_per_node,
-                survives=job.survives,
-                begins_again=True,
-                together=job.together,
-                most_replaced=job.max_restarts,
-                first=job.first,
-            )
+            return launch_local(program, arguments, job.ranks_per_node, job.policy, first=job.first)
     if meeting.on_this_node:
         check_free(meeting)
         with one_writer(job.output_dir):
@@ -134,15 +122,15 @@ def launch_at(program: str, arguments: Sequence[str], job: NodesJob, meeting: En
 
 
 def _launch_of_several(program: str, arguments: Sequence[str], job: NodesJob, meeting: Endpoint, secret: bytes) -> int:
-    shape = JobShape(job.name, *job.nodes, job.ranks_per_node, job.survives)
+    shape = JobShape(job.name, *job.nodes, job.ranks_per_node, job.policy.copied)
     with run_folder() as folder:
         environment = _environment(meeting, secret, job.ranks_per_node)
         with forking(folder, environment, program) as start:
             if status := run_first(start, job.first, folder):
                 return status
-            own = RankCommand([*start, *arguments], environment, folder / "store", job.survives)
+            own = RankCommand([*start, *arguments], environment, folder / "store", job.policy.copied)
             if meeting.on_this_node:
-                return lead(own, shape, meeting, secret, job.together, job.max_restarts)
+                return lead(own, shape, meeting, secret, job.policy)
             return follow(own, shape, meeting, secret)
 
 

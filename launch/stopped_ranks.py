@@ -27,7 +27,6 @@ class StoppedRanks:
     def __init__(self) -> None:
         self._since: dict[int, tuple[float, int]] = {}
         """when the process was first seen so, and its processor time then"""
-        self._said: set[int] = set()
 
     def look(self, pid_of: Mapping[int, int]) -> dict[int, float]:
         """The processes that have been stopped for `STOPPED_SECONDS`, and for how long; named by the keys of `pid_of`. Linux only."""
@@ -55,14 +54,6 @@ class StoppedRanks:
             _log.warning(f"hecate: rank {rank} has been stopped for {seconds:.1f} s, as by SIGSTOP, and is ended")
             processes[member].kill()
             processes[member].wait()
-
-    def say_new(self, pid_of: Mapping[int, int]) -> None:
-        """Say of each rank that has been stopped for a while, once each time, that the others wait for it."""
-        stopped = self.look(pid_of)
-        for rank in stopped.keys() - self._said:
-            text = f"hecate: rank {rank} is stopped, as by SIGSTOP, and the others wait for it; kill -CONT {pid_of[rank]} lets it go on"
-            _log.warning(text)
-        self._said = set(stopped)
 
 
 def _status(pid: int) -> tuple[str, int, int]:

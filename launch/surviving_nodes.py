@@ -25,6 +25,7 @@ from hecate.io.strict_json import JsonError
 from hecate.io.terminal import tell
 from hecate.launch.addresses import Endpoint, wait_for
 from hecate.launch.local_launcher import STOPPING, watch
+from hecate.launch.membership.job_policy import JobPolicy
 from hecate.launch.node_messages import (
     JobOrders,
     JobShape,
@@ -54,13 +55,13 @@ _LEAVING_SECONDS = 10.0
 _STOPPED_ELSEWHERE = "hecate: a signal to another node has stopped the job, whose ranks have saved"
 
 
-def lead(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes, together: int, most_replaced: int) -> int:
+def lead(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes, policy: JobPolicy) -> int:
     """Run this node's ranks and decide for all nodes; return the exit status of the run.
 
     Args:
         own: what starts this node's ranks.
         secret: of the job (`hecate.ranks.job_store`).
-        together, most_replaced: see `launch_local`.
+        policy: what follows when ranks are lost. The run begins with those of `job.fewest` nodes at least.
 
     Raises:
         UserError: too few nodes have come in ten minutes.
@@ -69,8 +70,9 @@ def lead(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes, toge
     status = 1
     try:
         nodes.wait_for_all()
-        nodes.surviving = SurvivingRanks(nodes, own.store, together, most_replaced, goes_on=job.survives)
-        status = watch(nodes.surviving.processes, own.store, nodes.surviving)
+        policy = replace(policy, fewest_to_begin=job.fewest * job.ranks_per_node)
+        nodes.surviving = SurvivingRanks(nodes, own.store, policy)
+        status = watch(nodes.surviving)
         if status == 0 and nodes.stopped:
             tell(_STOPPED_ELSEWHERE)
             status = 128 + signal.SIGTERM
@@ -101,7 +103,6 @@ class _Nodes:
         self._nodes: dict[int, _Node] = {}
         self._orders: dict[str, MemberOrder] = {}
         self._ended: dict[int, int] = {}
-        self._new: list[int] = []
         self._last = 0.0
         """when messages were exchanged last"""
         self._status: int | None = None
@@ -138,34 +139,27 @@ class _Nodes:
             node.slot = slot
         self._complete = True
 
-    def start(self, member: int, device: int, begins: Beginning | None) -> RankProcess | None:
-        """Start a member, or have the node in whose place the device is start it; None: no node is there."""
+    def start(self, member: int, device: int, begins: Beginning | None) -> RankProcess:
+        """Start a member, or have the node in whose place the device is start it. If no node is there, the member has ended at once."""
         slot, local = divmod(device, self._job.ranks_per_node)
         if slot == 0:
             return self._own.start(member, local, begins)
         number = self._in_place(slot)
         if number is None:
-            return None
-        self._nodes[number].members.add(member)
-        self._orders[str(member)] = MemberOrder(number, local, begins, ())
+            self._ended[member] = -int(signal.SIGKILL)
+        else:
+            self._nodes[number].members.add(member)
+            self._orders[str(member)] = MemberOrder(number, local, begins, ())
         return RemoteRank(self, member)
 
-    def devices_to_begin(self) -> list[int] | None:
+    def present(self) -> list[int]:
         self.exchange()
         slots = [slot for slot in range(self._job.most) if slot == 0 or self._in_place(slot) is not None]
-        if len(slots) < self._job.fewest:
-            return None
         return [device for slot in slots for device in range(slot * self._job.ranks_per_node, (slot + 1) * self._job.ranks_per_node)]
 
     def _in_place(self, slot: int) -> int | None:
         """The number of the node in a place, if one is there."""
         return next((number for number, node in self._nodes.items() if node.slot == slot and not node.lost), None)
-
-    def new_devices(self) -> list[int]:
-        """The devices of nodes that have come since the last call."""
-        self.exchange()
-        new, self._new = self._new, []
-        return new
 
     def status_of(self, member: int) -> int | None:
         self.exchange()
@@ -211,7 +205,6 @@ class _Nodes:
         waiting = [node for node in self._nodes.values() if node.slot is None and not node.lost]
         for slot, node in zip(free, waiting, strict=False):
             node.slot = slot
-            self._new += range(slot * self._job.ranks_per_node, (slot + 1) * self._job.ranks_per_node)
 
     def _read(self, number: int, text: bytes) -> None:
         node, now = self._nodes[number], time.monotonic()
@@ -231,7 +224,7 @@ class _Nodes:
             replace_file(error_file(self._files.parent, int(member)), [said.encode()], durable=False)
         self._ended |= {int(member): status for member, status in report.ended.items() if int(member) not in self._ended}
         if report.stopping and self.surviving is not None and node.members & set(self.surviving.members):
-            self.surviving.stopping = self.stopped = True
+            self.surviving.stopping = self.surviving.stops_by_itself = self.stopped = True
         if report.leaves:
             self._lose(number, None if self._status is not None else "has left")
 

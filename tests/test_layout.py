@@ -323,7 +323,6 @@ READS_PLAINLY = {
     "hecate/ranks/devices.py": "/proc",
     "hecate/ranks/processor.py": "/proc",
     "hecate/ranks/launcher_files.py": "in the launcher's own folder for temporary files",
-    "launch/local_launcher.py": "as hecate/ranks/launcher_files.py",
     "launch/surviving_nodes.py": "as hecate/ranks/launcher_files.py",
     "launch/surviving_ranks.py": "as hecate/ranks/launcher_files.py",
     "launch/job_secret.py": "a token file that it makes",

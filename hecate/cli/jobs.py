@@ -36,6 +36,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     from hecate.config import load_config
     from hecate.io.one_writer import one_writer
     from hecate.launch.local_launcher import launch_local
+    from hecate.launch.membership.job_policy import JobPolicy
     from hecate.train.preflight import check_data, warn_of_cores
 
     loaded = load_config(config, overrides or ())
@@ -43,10 +44,11 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     warn_of_cores(count, "nproc")
     # The ranks load torch, transformers and the model before they can say anything themselves.
     _log.info(f"hecate: starting {count} rank{'s' if count > 1 else ''}")
-    survives, together = loaded.fssdp.redundancy > 0, loaded.model.tensor_parallel
+    survives = loaded.fssdp.redundancy > 0
+    policy = JobPolicy(copied=survives, most=3 if survives else 0, together=loaded.model.tensor_parallel)
     arguments = [str(config), *(overrides or ())]
     with one_writer(loaded.output_dir):
-        status = launch_local(RANK_PROGRAM, arguments, count, survives=survives, together=together, first=["--check", *arguments])
+        status = launch_local(RANK_PROGRAM, arguments, count, policy, first=["--check", *arguments])
     raise typer.Exit(status)
 
 
@@ -110,6 +112,7 @@ def launch(
     again from the last checkpoint.
     """
     from hecate.config import load_config
+    from hecate.launch.membership.job_policy import JobPolicy
     from hecate.launch.node_launcher import NodesJob, check_job_fits, node_range
     from hecate.launch.node_launcher import launch as launch_nodes
     from hecate.model.sizes.model_check import check_model
@@ -133,9 +136,7 @@ def launch(
         ranks_per_node=ranks,
         endpoint=rdzv_endpoint,
         token_file=token_file,
-        max_restarts=max_restarts,
-        survives=loaded.fssdp.redundancy > 0,
-        together=loaded.model.tensor_parallel,
+        policy=JobPolicy(copied=loaded.fssdp.redundancy > 0, most=max_restarts, together=loaded.model.tensor_parallel),
         first=["--check", *arguments],
     )
     raise typer.Exit(launch_nodes(RANK_PROGRAM, arguments, job))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from hecate.launch.policy.job_generation import JobGeneration
-from hecate.launch.policy.job_states import State
+from hecate.launch.membership.job_members import JobMembers
 from hecate.launch.policy.work_shares import WorkShares
 from hecate.launch.ray_job.messages import Begun, StepTotals
 from hecate.launch.ray_job.status import DeviceState, DeviceStatus, JobStatus, StatusNote, finite
@@ -23,13 +21,10 @@ _NOTES = 50
 class JobView:
     """What the controller holds at one moment, as far as the status tells it."""
 
-    state: State
-    generation: JobGeneration
+    state: JobMembers
     devices: Sequence[JobDevice]
     begun: Mapping[int, Begun]
     """device -> its event of this generation"""
-    prepared: AbstractSet[int]
-    """devices outside the generation whose workers have loaded"""
     shares: WorkShares
     spares: int
 
@@ -63,9 +58,9 @@ class JobReport:
         """The job's status now."""
         topology, totals = view.shares.topology, self.totals
         return JobStatus(
-            state=view.state,
+            state=view.state.phase,
             detail=self.detail,
-            generation=max(view.generation.number, 0),
+            generation=max(view.state.generation.number, 0),
             max_steps=self.max_steps,
             step=self.step,
             loss=finite(totals.loss if totals else None),
@@ -81,7 +76,7 @@ class JobReport:
 
 
 def _device_status(device: JobDevice, view: JobView) -> DeviceStatus:
-    rank, begun, sequences = view.generation.rank_of(device.index), view.begun.get(device.index), view.shares.sequences
+    rank, begun, sequences = view.state.generation.rank_of(device.index), view.begun.get(device.index), view.shares.sequences
     return DeviceStatus(
         device=device.index,
         rank=rank,
@@ -97,10 +92,10 @@ def _device_status(device: JobDevice, view: JobView) -> DeviceStatus:
 
 def _device_state(device: JobDevice, view: JobView) -> DeviceState:
     number = device.index
-    if number in view.generation.members and device.alive:
-        if number in view.generation.ends:
+    if number in view.state.generation.members and device.alive:
+        if number in view.state.generation.ends:
             return DeviceState.IDLE
         return DeviceState.TRAINING if number in view.begun else DeviceState.STARTING
-    if number in view.prepared:
+    if number in view.state.loaded:
         return DeviceState.READY
     return DeviceState.LOADING if device.alive else DeviceState.COMING

@@ -19,7 +19,7 @@ from hecate.io.durable import replace_file
 from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import JsonError, parse_json
-from hecate.launch.policy.job_states import ENDED, State
+from hecate.launch.membership.job_states import ENDED, State
 
 FILE = "status.json"
 STALE_SECONDS = 30.0

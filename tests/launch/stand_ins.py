@@ -34,23 +34,21 @@ class StandInMachines:
 
     Args:
         devices: number of devices that the run begins with.
-        fewest: number of devices without which it does not.
     """
 
-    def __init__(self, devices: int, fewest: int) -> None:
-        self.devices, self.fewest = devices, fewest
+    def __init__(self, devices: int) -> None:
+        self.devices = devices
         self.started: list[tuple[int, int, Beginning | None]] = []
         self.gone: set[int] = set()
-        self.new: list[int] = []
+        self.new: set[int] = set()
+        """further devices, which have come since"""
 
-    def start(self, member: int, device: int, begins: Beginning | None) -> StandIn | None:
+    def start(self, member: int, device: int, begins: Beginning | None) -> StandIn:
         self.started.append((member, device, begins))
-        return None if device in self.gone else StandIn()
+        process = StandIn()
+        if device in self.gone:
+            process.kill()
+        return process
 
-    def devices_to_begin(self) -> list[int] | None:
-        left = [device for device in range(self.devices) if device not in self.gone]
-        return left if len(left) >= self.fewest else None
-
-    def new_devices(self) -> list[int]:
-        new, self.new = self.new, []
-        return new
+    def present(self) -> set[int]:
+        return (set(range(self.devices)) | self.new) - self.gone

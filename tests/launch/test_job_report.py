@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from hecate.launch.membership.job_generation import JobGeneration, RankEnd
+from hecate.launch.membership.job_members import JobMembers
+from hecate.launch.membership.job_policy import JobPolicy
+from hecate.launch.membership.job_states import State
 from hecate.launch.policy.devices import Device
-from hecate.launch.policy.job_generation import JobGeneration, RankEnd
-from hecate.launch.policy.job_states import State
 from hecate.launch.policy.work_shares import WorkShares
 from hecate.launch.ray_job.job_report import JobReport, JobView
 from hecate.launch.ray_job.messages import Begun, WorkerUp
@@ -22,11 +24,14 @@ def test_the_state_of_each_device_and_the_newest_notes() -> None:
     shares.begin_generation([0, 1, 2])
     shares.generation_begun(begun.sequences, begun.topology)
     view = JobView(
-        state=State.RUNNING,
-        generation=JobGeneration(1, (0, 1, 2), {1: RankEnd.WAITING}),
+        state=JobMembers(
+            JobPolicy(),
+            phase=State.RUNNING,
+            generation=JobGeneration(1, (0, 1, 2), {1: RankEnd.WAITING}),
+            loaded=frozenset({3}),
+        ),
         devices=devices,
         begun={0: begun, 1: begun},
-        prepared={3},
         shares=shares,
         spares=2,
     )

@@ -135,13 +135,14 @@ CYCLES = """
 import contextlib, os, sys
 from pathlib import Path
 from hecate.launch import local_launcher
+from hecate.launch.membership.job_policy import JobPolicy
 def held():
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     return len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task")), len(children), os.listdir(os.environ["TMPDIR"])
 local_launcher.forking = lambda *_: contextlib.nullcontext(("/bin/true",))
 before = held()
 for cycle in range(int(sys.argv[1])):
-    assert local_launcher.launch_local("stand-in", [], 2, survives=cycle % 2 == 1) == 0
+    assert local_launcher.launch_local("stand-in", [], 2, JobPolicy(copied=cycle % 2 == 1)) == 0
 assert held() == before, (before, held())
 """
 

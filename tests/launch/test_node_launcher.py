@@ -15,6 +15,7 @@ import pytest
 from hecate.errors import UserError
 from hecate.launch import local_launcher, node_launcher
 from hecate.launch.addresses import check_free, find_endpoint, interface_of, wait_for
+from hecate.launch.membership.job_policy import JobPolicy
 from hecate.launch.node_launcher import node_range
 from hecate.launch.node_messages import JobShape, MessageStore
 from hecate.ranks.launcher_files import TOKEN_VARIABLE
@@ -128,8 +129,7 @@ def test_no_rank_is_started_where_what_runs_first_fails(
         nodes=(1, 2 if meeting else 1),
         ranks_per_node=1,
         endpoint=meeting,
-        max_restarts=0,
-        survives=survives,
+        policy=JobPolicy(copied=survives, most=0),
         first=["--check"],
     )
     with mock.patch.dict(os.environ, {TOKEN_VARIABLE: "x" * 32}):

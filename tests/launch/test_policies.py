@@ -1,8 +1,7 @@
-"""The decisions of the Ray controller, without processes: which devices to use, what follows a failure, when to grow, what is slow."""
+"""The decisions of the Ray controller beside who goes on: which devices to use, and what is slow."""
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -10,9 +9,6 @@ import pytest
 from hecate.elastic.stragglers import changed_ranks, relative_speeds, with_speeds
 from hecate.errors import UserError
 from hecate.launch.policy.devices import ACCELERATOR_LABEL, choose_devices, devices_of, one_machine, parse_labels
-from hecate.launch.policy.failures import Cause, Decision, FailurePolicy
-from hecate.launch.policy.job_states import ENDED, NEXT, State
-from hecate.launch.policy.scaling import Scaling, ScalingPolicy
 from hecate.launch.policy.work_shares import NewShares, WorkShares
 from hecate.parallel.cluster.topology import Link, Topology
 from hecate.parallel.cluster.topology_file import topology_text
@@ -61,45 +57,6 @@ def test_one_machine_by_addresses() -> None:
     assert not one_machine(devices_of([node("a"), node("b", address="10.0.0.2")], {}, 4))
     assert one_machine(devices_of([node("a")], {}, 4), [node("a"), node("driver")])
     assert not one_machine(devices_of([node("a")], {}, 4), [node("a"), node("driver", address="10.0.0.2")])
-
-
-@pytest.mark.parametrize(
-    ("cause", "left", "copied", "decision"),
-    [
-        (Cause.ACTOR_DIED, 3, False, Decision.REPLACE),
-        (Cause.ACTOR_DIED, 3, True, Decision.SHRINK),
-        (Cause.ACTOR_DIED, 1, True, Decision.REPLACE),
-        (Cause.ACTOR_DIED, 0, False, Decision.REPLACE),
-        (Cause.NODE_DIED, 3, False, Decision.SHRINK),
-        (Cause.NODE_DIED, 1, True, Decision.WAIT),
-        (Cause.HUNG, 2, False, Decision.SHRINK),
-        (Cause.STOPPED, 2, False, Decision.REPLACE),
-        (Cause.ERROR, 4, True, Decision.REPLACE),
-        (Cause.START, 4, True, Decision.REPLACE),
-    ],
-)
-def test_what_follows_a_failure(cause: Cause, left: int, copied: bool, decision: Decision) -> None:
-    assert FailurePolicy(max_failures=3, fewest=2).decide(cause, left, copied=copied)[0] is decision
-
-
-@pytest.mark.parametrize("cause", Cause)
-def test_every_cause_is_bounded_for_itself_and_a_step_forgives(cause: Cause) -> None:
-    policy = FailurePolicy(max_failures=2, fewest=1)
-    for other in Cause:
-        if other is not cause:
-            _, policy = policy.decide(other, 4)
-    for _ in range(2):
-        decision, policy = policy.decide(cause, 4)
-        assert decision is not Decision.RAISE
-    assert policy.decide(cause, 4)[0] is Decision.RAISE
-    assert policy.after_progress().decide(cause, 4)[0] is not Decision.RAISE
-
-
-def test_a_job_grows_when_one_is_ready_but_not_at_once() -> None:
-    policy = ScalingPolicy(pause_seconds=5)
-    assert policy.decide(working=3, ready=1, seconds_since_growth=6) is Scaling.GROW
-    assert policy.decide(working=3, ready=1, seconds_since_growth=4) is Scaling.KEEP
-    assert policy.decide(working=3, ready=0, seconds_since_growth=60) is Scaling.KEEP
 
 
 MACHINES = Topology(
@@ -175,27 +132,3 @@ def test_a_generation_with_fewer_devices_has_their_part_of_the_topology() -> Non
     shares.generation_begun((1, 1), topology_text(TWO_ALIKE))
     assert shares.describes([1, 4])
     assert shares.topology == TWO_ALIKE
-
-
-def follows(*states: State) -> bool:
-    return all(after in (*NEXT[before], State.FAILED, State.STOPPED) for before, after in pairwise(states))
-
-
-def test_the_states_of_jobs_that_go_well_and_badly() -> None:
-    begin = (State.INITIALIZING, State.PLACING, State.STARTING, State.RUNNING)
-    assert follows(*begin, State.FINISHED)
-    assert follows(*begin, State.RECOVERING, State.WAITING, State.STARTING, State.RUNNING, State.RESIZING, State.STARTING)
-    assert follows(*begin, State.STOPPING, State.STOPPED)
-    assert follows(State.INITIALIZING, State.FAILED)
-    assert not follows(State.RUNNING, State.STARTING), "a generation ends before the next one starts"
-    assert not follows(State.WAITING, State.RUNNING)
-    assert not follows(State.STOPPING, State.RUNNING)
-
-
-def test_every_state_can_be_reached_and_only_ended_jobs_stay() -> None:
-    reached, found = {State.INITIALIZING}, set(NEXT[State.INITIALIZING])
-    while found - reached:
-        reached |= found
-        found = {after for state in reached for after in NEXT.get(state, ())}
-    assert reached == set(State) - {State.FAILED, State.STOPPED}
-    assert set(NEXT) == set(State) - set(ENDED)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from hecate.launch.policy.job_states import State
+from hecate.launch.membership.job_states import State
 from hecate.launch.ray_job.status import DeviceState, JobStatus, read_status
 from hecate.launch.run_folder import processes_below
 from testing.processes import OVERRIDES, command_line, hecate, listening, read_until, wait_until_gone

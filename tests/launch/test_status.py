@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from hecate.errors import UserError
-from hecate.launch.policy.job_states import State
+from hecate.launch.membership.job_states import State
 from hecate.launch.ray_job.prometheus import exposition, serving
 from hecate.launch.ray_job.status import DeviceState, DeviceStatus, JobStatus, StatusNote, read_status, status_text, write_status
 

@@ -59,18 +59,6 @@ def test_a_process_counts_once_it_has_been_stopped_long_enough(sleeper: subproce
         assert found.look({3: sleeper.pid}) == {}, "what it was stopped before does not count"
 
 
-def test_a_stopped_rank_is_named_once_with_what_lets_it_go_on(
-    sleeper: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(stopped_ranks, "STOPPED_SECONDS", -1.0)
-    found = StoppedRanks()
-    stop(sleeper)
-    for _ in range(3):
-        found.say_new({1: sleeper.pid})
-    said = capsys.readouterr().err
-    assert said == f"hecate: rank 1 is stopped, as by SIGSTOP, and the others wait for it; kill -CONT {sleeper.pid} lets it go on\n"
-
-
 def test_ranks_leave_their_numbers_for_their_launcher(tmp_path: Path) -> None:
     leave_pid(tmp_path, 2)
     (tmp_path / "pid-3").touch()

@@ -26,9 +26,10 @@ from hecate.errors import UserError
 from hecate.io.strict_json import JsonError
 from hecate.launch import surviving_nodes
 from hecate.launch.addresses import Endpoint
+from hecate.launch.membership.job_policy import JobPolicy
 from hecate.launch.node_messages import JobOrders, JobShape, MemberOrder, MessageStore, NodeReport, read_orders, read_report
 from hecate.launch.rank_command import Beginning, RankCommand
-from hecate.launch.surviving_nodes import RemoteRank, _Nodes, _OwnRanks
+from hecate.launch.surviving_nodes import _Nodes, _OwnRanks
 from hecate.launch.surviving_ranks import SurvivingRanks
 from hecate.ranks.launcher_files import Generation, error_file, here_file, read_generation, ready_file
 from tests.launch.stand_ins import StandIn
@@ -134,9 +135,10 @@ class Leading:
         """Begin the run, all of whose ranks have loaded."""
         assert self.words.store.arrive(QUIET) == 1
         self.nodes.wait_for_all()
-        surviving = self.nodes.surviving = SurvivingRanks(self.nodes, self.files)
+        surviving = self.nodes.surviving = SurvivingRanks(self.nodes, self.files, JobPolicy(copied=True, fewest_to_begin=4))
         for member in range(4):
             ready_file(self.files, member).touch()
+        surviving.look()
         return surviving
 
     def orders(self) -> JobOrders:
@@ -213,14 +215,13 @@ def test_nodes_that_leave_before_the_run_begins_are_not_counted(tmp_path: Path, 
     for leaves in (True, False):
         leading.words.store.arrive(replace(QUIET, leaves=leaves))
     leading.nodes.wait_for_all()
-    assert leading.nodes.new_devices() == []
-    assert leading.nodes.devices_to_begin() == [0, 1, 2, 3]
-    assert isinstance(leading.nodes.start(2, 2, None), RemoteRank)
-    assert leading.nodes.start(4, 4, None) is None
+    assert leading.nodes.present() == [0, 1, 2, 3]
+    assert leading.nodes.start(2, 2, None).poll() is None
+    assert leading.nodes.start(4, 4, None).poll() == -signal.SIGKILL
     assert leading.orders().members == {"2": MemberOrder(3, 0, None, ())}
     leading.words.store.report(3, replace(QUIET, leaves=True))
     leading.nodes.exchange()
-    assert leading.nodes.devices_to_begin() is None, "of two nodes at least"
+    assert leading.nodes.present() == [0, 1]
 
 
 def test_too_few_nodes_are_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,10 +236,10 @@ def test_more_nodes_than_the_job_takes_wait_for_a_place(tmp_path: Path, monkeypa
     leading.begin()
     for _ in range(2):
         leading.words.store.arrive(QUIET)
-    assert leading.nodes.new_devices() == [4, 5], "of three nodes at most"
+    assert leading.nodes.present() == [0, 1, 2, 3, 4, 5], "of three nodes at most"
     leading.words.store.report(1, replace(QUIET, beat=1, leaves=True))
-    leading.nodes.exchange()
-    assert leading.nodes.new_devices() == [2, 3], "the third has the place of the first"
+    assert leading.nodes.present() == [0, 1, 4, 5]
+    assert leading.nodes.present() == [0, 1, 2, 3, 4, 5], "the third has the place of the first"
 
 
 def test_what_is_no_report_loses_its_node_alone(
@@ -264,6 +265,8 @@ def test_a_signal_and_a_mistake_reach_the_other_side(tmp_path: Path, monkeypatch
     assert surviving.processes[3].poll() == 2
     assert error_file(tmp_path, 3).read_text(encoding="utf-8") == "hecate: a mistake"
     assert surviving.stopping
+    surviving.look()
+    assert surviving.processes[0].poll() is None, "the training tells it"
 
 
 def test_a_signal_to_a_node_that_does_not_train_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,36 +4,33 @@ from __future__ import annotations
 
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hecate.launch import surviving_ranks
+from hecate.launch.membership.job_policy import JobPolicy, Limits
+from hecate.launch.membership.job_states import State
 from hecate.launch.rank_command import Beginning, cause_of
 from hecate.launch.surviving_ranks import SurvivingRanks
 from hecate.ranks.launcher_files import LOST_PEER_EXIT, Generation, error_file, here_file, read_generation, ready_file
 from tests.launch.stand_ins import StandIn, StandInMachines
 
+AT_ONCE = Limits(end=0.0, cause=0.0)
+"""wait for nobody to end by himself"""
+
 
 class Run:
     """A run of stand-ins."""
 
-    def __init__(
-        self,
-        folder: Path,
-        ranks: int,
-        *,
-        loaded: bool = True,
-        together: int = 1,
-        most_replaced: int = 3,
-        fewest: int | None = None,
-        goes_on: bool = True,
-    ) -> None:
-        self.machines, self.store = StandInMachines(ranks, fewest or ranks), folder / "store"
-        self.ranks = SurvivingRanks(self.machines, self.store, together, most_replaced, goes_on=goes_on)
+    def __init__(self, folder: Path, ranks: int, *, loaded: bool = True, **rules: Any) -> None:
+        self.machines, self.store = StandInMachines(ranks), folder / "store"
+        policy = JobPolicy(**{"copied": True, "fewest_to_begin": ranks, **rules})
+        self.ranks = SurvivingRanks(self.machines, self.store, policy)
         if loaded:
             self.load(*range(ranks))
+            self.ranks.look()
 
     def load(self, *members: int) -> None:
         for member in members:
@@ -46,6 +43,16 @@ class Run:
 
     def end(self, member: int, status: int = -signal.SIGKILL) -> None:
         self.process(member).returncode = status
+
+    @property
+    def failed(self) -> int | None:
+        """The member whose end has failed the run."""
+        device = self.ranks.state.failed
+        return None if device is None else self.ranks.member_on[device]
+
+    @property
+    def waits(self) -> bool:
+        return self.ranks.state.phase is State.WAITING
 
     def members(self) -> tuple[int, ...]:
         """Those that the ranks read of."""
@@ -89,16 +96,9 @@ def test_a_rank_that_would_join_when_all_steps_are_done_is_not_waited_for(
     assert run.process(2).returncode == status
 
 
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Wait for nobody to end by himself."""
-    monkeypatch.setattr(surviving_ranks, "_END_SECONDS", 0.0)
-
-
-@pytest.mark.usefixtures("at_once")
 def test_a_loss_before_all_have_loaded_starts_all_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ranks that load wait for each other, and none of them could go on."""
-    run = Run(tmp_path, 3, loaded=False)
+    run = Run(tmp_path, 3, limits=AT_ONCE, loaded=False)
     run.load(0, 1)
     run.end(2, 137)
     assert run.members() == (3, 4, 5)
@@ -112,18 +112,19 @@ def test_a_loss_before_all_have_loaded_starts_all_again(tmp_path: Path, capsys: 
     run.end(3, 0)
     run.end(5, 0)
     run.ranks.look()
-    assert run.ranks.failed is None
+    assert run.failed is None
 
 
-@pytest.mark.usefixtures("at_once")
 def test_a_member_that_was_to_join_is_ended_when_all_start_again(tmp_path: Path) -> None:
-    """As of a node that has come while the others load: its device may be used by the run that begins again."""
-    run = Run(tmp_path, 2, loaded=False)
-    assert run.ranks._begin(2)
+    """As of a node that has come while the others load: its device is used by the run that begins again."""
+    run = Run(tmp_path, 2, limits=AT_ONCE, loaded=False)
+    run.machines.new = {2}
+    assert run.members() == (0, 1)
+    assert run.machines.started[2:] == [(2, 2, None)]
     run.end(1)
-    assert run.members() == (3, 4)
+    assert run.members() == (3, 4, 5)
     assert run.process(2).returncode == -signal.SIGKILL
-    assert run.ranks._begin(2), "its device is free"
+    assert run.machines.started[3:] == [(3 + rank, rank, Beginning(rank, 3, 1)) for rank in range(3)]
 
 
 def test_all_that_are_lost_at_once_start_again_as_well(tmp_path: Path) -> None:
@@ -133,13 +134,12 @@ def test_all_that_are_lost_at_once_start_again_as_well(tmp_path: Path) -> None:
     assert run.members() == (2, 3)
 
 
-@pytest.mark.usefixtures("at_once")
 def test_a_run_begins_again_when_enough_machines_are_there(tmp_path: Path) -> None:
-    run = Run(tmp_path, 6, loaded=False, fewest=4)
+    run = Run(tmp_path, 6, limits=AT_ONCE, loaded=False, fewest_to_begin=4)
     run.machines.gone = {2, 3, 4}
     run.end(2)
     run.ranks.look()
-    assert run.ranks.waits
+    assert run.waits
     assert len(run.machines.started) == 6
     run.ranks.look()
     run.machines.gone = {2, 3}
@@ -147,30 +147,30 @@ def test_a_run_begins_again_when_enough_machines_are_there(tmp_path: Path) -> No
     devices = (0, 1, 4, 5)
     assert run.machines.started[6:] == [(6 + rank, device, Beginning(rank, 4, 1)) for rank, device in enumerate(devices)]
     assert read_generation(run.store).devices == devices
-    assert not run.ranks.waits
+    assert not run.waits
 
 
 @pytest.mark.parametrize("why", ["nobody comes", "a signal"])
-@pytest.mark.usefixtures("at_once")
-def test_a_run_waits_for_machines_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str) -> None:
-    monkeypatch.setattr(surviving_ranks, "_WAIT_SECONDS", 0.01 if why == "nobody comes" else 60.0)
-    run = Run(tmp_path, 2, loaded=False)
+def test_a_run_waits_for_machines_for_a_while(tmp_path: Path, why: str) -> None:
+    limits = replace(AT_ONCE, wait=0.01 if why == "nobody comes" else 60.0)
+    run = Run(tmp_path, 2, limits=limits, loaded=False)
     run.machines.gone = {1}
     run.end(1)
     run.ranks.look()
     run.ranks.stopping = why == "a signal"
     time.sleep(0.02)
     run.ranks.look()
-    assert not run.ranks.waits
-    assert run.ranks.failed == 0
+    assert run.ranks.over
+    assert run.ranks.state.phase is (State.STOPPED if why == "a signal" else State.FAILED)
+    ending = run.ranks.state.ending
+    assert ending is None or ending.text == "1 devices are left, 2 are needed, and none returned in time"
 
 
-@pytest.mark.usefixtures("at_once")
 def test_a_signal_that_comes_while_ranks_are_started_reaches_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path, 2, loaded=False)
+    run = Run(tmp_path, 2, limits=AT_ONCE, loaded=False)
     start = run.machines.start
 
-    def signalled(*given: Any) -> StandIn | None:
+    def signalled(*given: Any) -> StandIn:
         run.ranks.stopping = True
         return start(*given)
 
@@ -180,32 +180,33 @@ def test_a_signal_that_comes_while_ranks_are_started_reaches_them(tmp_path: Path
     assert [run.process(member).returncode for member in (2, 3)] == [-signal.SIGTERM] * 2
 
 
-@pytest.mark.usefixtures("at_once")
 def test_a_machine_that_goes_while_ranks_are_started_is_done_without(tmp_path: Path) -> None:
-    machines = StandInMachines(2, 1)
-    start = machines.start
-    machines.start = lambda member, device, begins: None if device == 1 else start(member, device, begins)  # type: ignore[method-assign]
-    ranks = SurvivingRanks(machines, tmp_path / "store")
-    machines.gone = {1}
-    ranks.look()
-    assert machines.started == [(0, 0, Beginning(0, 2, 0)), (1, 0, Beginning(0, 1, 1))]
+    run = Run(tmp_path, 2, limits=AT_ONCE, loaded=False, fewest_to_begin=1)
+    start = run.machines.start
+
+    def start_and_go(member: int, device: int, begins: Beginning | None) -> StandIn:
+        run.machines.gone = {1}  # meanwhile
+        return start(member, device, begins)
+
+    run.machines.start = start_and_go  # type: ignore[method-assign]
+    run.end(0)
+    assert run.members() == (4,)
+    assert run.machines.started[2:] == [(2, 0, Beginning(0, 2, 1)), (3, 1, Beginning(1, 2, 1)), (4, 0, Beginning(0, 1, 2))]
 
 
-@pytest.mark.usefixtures("at_once")
 def test_a_run_that_does_not_begin_ends_after_some_attempts(tmp_path: Path) -> None:
-    run = Run(tmp_path, 2, loaded=False, most_replaced=1)
+    run = Run(tmp_path, 2, limits=AT_ONCE, loaded=False, most=1)
     run.end(1)
     assert run.members() == (2, 3)
     run.end(3)
     run.ranks.look()
-    assert run.ranks.failed == 3
+    assert run.failed == 3
     assert run.process(2).returncode == -signal.SIGKILL
     assert len(run.machines.started) == 4
 
 
-@pytest.mark.usefixtures("at_once")
 def test_ranks_that_cannot_go_on_all_start_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run(tmp_path, 3, goes_on=False, most_replaced=1)
+    run = Run(tmp_path, 3, limits=AT_ONCE, copied=False, most=1)
     run.end(0, LOST_PEER_EXIT)
     run.end(1)
     assert run.members() == (3, 4, 5)
@@ -215,40 +216,38 @@ def test_ranks_that_cannot_go_on_all_start_again(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().err == said, "rank 0 has only lost it"
     run.end(5, 1)
     run.ranks.look()
-    assert run.ranks.failed == 5
+    assert run.failed == 5
     assert len(run.machines.started) == 6
 
 
-@pytest.mark.usefixtures("at_once")
 def test_ranks_that_cannot_go_on_start_again_without_a_lost_machine_and_with_one_that_comes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = Run(tmp_path, 2, goes_on=False, fewest=1)
+    run = Run(tmp_path, 2, limits=AT_ONCE, copied=False, fewest_to_begin=1)
     run.machines.gone = {1}
     run.end(1)
     assert run.members() == (2,)
     assert run.machines.started[2:] == [(2, 0, Beginning(0, 1, 1))]
-    run.machines.gone, run.machines.new = set(), [1]
+    run.machines.gone, run.machines.new = set(), {1}
     run.process(2).saves = True
-    assert run.members() == (2,), "it saves"
     assert run.members() == (3, 4)
+    assert run.process(2).returncode == 0, "it has saved"
     assert capsys.readouterr().err.splitlines()[1] == "hecate: a node has joined; all ranks save, and start again with it"
     for member in (3, 4):
         run.end(member, 0)
     assert run.members() == (3, 4), "the run has ended"
-    assert not run.ranks.waits
+    assert not run.waits
 
 
-@pytest.mark.usefixtures("at_once")
 def test_ranks_that_cannot_go_on_wait_for_a_machine_without_which_there_are_too_few(tmp_path: Path) -> None:
-    run = Run(tmp_path, 2, goes_on=False)
+    run = Run(tmp_path, 2, limits=AT_ONCE, copied=False)
     run.machines.gone = {1}
     run.end(1)
     run.ranks.look()
-    assert run.ranks.waits
+    assert run.waits
     run.machines.gone = set()
     assert run.members() == (2, 3)
-    assert not run.ranks.waits
+    assert not run.waits
 
 
 def test_a_mistake_that_is_said_a_moment_later_is_not_tried_again(tmp_path: Path) -> None:
@@ -264,13 +263,12 @@ def test_a_mistake_that_is_said_a_moment_later_is_not_tried_again(tmp_path: Path
     assert len(run.machines.started) == 3
 
 
-@pytest.mark.usefixtures("at_once")
 def test_a_mistake_that_is_said_while_the_others_are_ended_is_not_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path, 2, loaded=False)
+    run = Run(tmp_path, 2, limits=AT_ONCE, loaded=False)
     monkeypatch.setattr(run.process(1), "kill", lambda: run.end(1, 2))
     run.end(0, 1)
     run.ranks.look()
-    assert run.ranks.failed == 1
+    assert run.failed == 1
     assert len(run.machines.started) == 2
 
 
@@ -305,9 +303,9 @@ def test_when_a_rank_has_ended_the_run_is_done(tmp_path: Path) -> None:
 def test_a_device_has_one_member(tmp_path: Path) -> None:
     """A node that has come in the place of a lost one may be offered before the loss is seen."""
     run = Run(tmp_path, 3)
-    run.machines.new = [2, 5]
+    run.machines.new = {2, 5}
     run.ranks.look()
-    run.machines.new = [5]
+    run.machines.new = {5}
     run.ranks.look()
     assert [(member, device) for member, device, _ in run.machines.started[3:]] == [(3, 5)]
 

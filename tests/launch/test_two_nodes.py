@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from hecate.launch.policy.job_states import State
+from hecate.launch.membership.job_states import State
 from hecate.launch.profile.fit import topology_from
 from hecate.launch.profile.probe import ProbeSizes
 from hecate.launch.profile.run import measure

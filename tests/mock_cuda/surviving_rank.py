@@ -44,6 +44,7 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     else:
         from hecate.launch.local_launcher import launch_local
+        from hecate.launch.membership.job_policy import JobPolicy
 
         config, ranks, *overrides = sys.argv[1:]
-        sys.exit(launch_local("tests.mock_cuda.surviving_rank", [config, *overrides], int(ranks), survives=True))
+        sys.exit(launch_local("tests.mock_cuda.surviving_rank", [config, *overrides], int(ranks), JobPolicy(copied=True)))

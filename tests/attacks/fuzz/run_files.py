@@ -25,7 +25,7 @@ from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import parse_json
 from hecate.launch.many_runs.ledger import RunState, SweepEntry, changed_values, read_entries, write_entry
 from hecate.launch.many_runs.sweep import Sweep, SweepRun
-from hecate.launch.policy.job_states import State
+from hecate.launch.membership.job_states import State
 from hecate.launch.ray_job.messages import Begun, event_from_json, message_json
 from hecate.launch.ray_job.status import JobStatus, StatusNote, read_status, status_text, write_status
 from hecate.parallel.cluster.topology_file import load_topology

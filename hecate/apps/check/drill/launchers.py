@@ -17,6 +17,7 @@ from typing import Any, Literal
 from hecate.launch import node_launcher
 from hecate.launch.addresses import Endpoint, find_endpoint
 from hecate.launch.job_secret import job_secret
+from hecate.launch.membership.job_policy import JobPolicy
 from hecate.launch.ray_job.worker import Worker
 from hecate.ranks.launcher_files import TOKEN_VARIABLE
 
@@ -72,7 +73,8 @@ def launch_drill(asked: LaunchRequest) -> int:
     from hecate.launch.run_folder import run_folder
 
     with run_folder() as folder:
-        return start_and_watch([*asked.start, *asked.rank_arguments], asked.ranks, folder / "store", survives=asked.survives)
+        policy = JobPolicy(copied=asked.survives, most=3 if asked.survives else 0)
+        return start_and_watch([*asked.start, *asked.rank_arguments], asked.ranks, folder / "store", policy)
 
 
 def node(asked: LaunchRequest, number: int, endpoint: str) -> int:
@@ -91,8 +93,7 @@ def _hecate_launch(asked: LaunchRequest, nodes: int, meeting: Endpoint | None, s
         nodes=(nodes, nodes),
         ranks_per_node=asked.ranks // nodes,
         endpoint=None,
-        max_restarts=asked.restarts,
-        survives=asked.survives,
+        policy=JobPolicy(copied=asked.survives, most=asked.restarts),
     )
     return node_launcher.launch_at(PROGRAM, asked.rank_arguments, job, meeting, secret)
 

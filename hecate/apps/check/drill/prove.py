@@ -102,7 +102,7 @@ _BACKUPS = Proof("a second copy of each expert", {"hecate.apps.check.drill.cases
 PROOFS: dict[str, Proof] = {
     "R1": _BACKUPS,
     "R2": _BACKUPS,
-    "R3": Proof("that stopped ranks are looked for", {"hecate.launch.stopped_ranks:StoppedRanks.end_members": _returning(None)}),
+    "R3": Proof("that stopped ranks are looked for", {"hecate.launch.stopped_ranks:StoppedRanks.look": _returning({})}),
     "R4": Proof(
         "that moments go with their experts",
         {
