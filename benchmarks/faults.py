@@ -30,7 +30,7 @@ from benchmarks.save_costs import STEPS, digest_shares, kept_copies, saves_among
 from benchmarks.small_run import make_folder
 from hecate.apps.check.drill.catalogue import DRILLS
 from hecate.apps.check.drill.outcome import DrillOutcome
-from hecate.apps.check.drill.run import ground
+from hecate.apps.check.drill.run import drill_folder
 from hecate.launch.local_launcher import RANK_SETTINGS
 from testing.ranks import run_ranks
 
@@ -130,7 +130,7 @@ def measured(folder: str, *, quick: bool) -> tuple[list[Cost], dict[str, float]]
     kept = run_ranks(REDUNDANT_RANKS, kept_copies, folder, SETTINGS, timeout=600)
     deterministic.require_same_bits(folder)
     ordered = deterministic.measured("small", folder, budget)
-    with ground() as made:
+    with drill_folder() as made:
         killed = made.run(DRILLS["R1"], quick=quick).outcome
     if others := [text for text in killed.failures if ": took " not in text]:  # a time that is missed is said below
         raise SystemExit(f"drill R1 has failed, so there are no figures: {others[0]}")

@@ -34,7 +34,7 @@ from benchmarks.report import arguments, machine
 from hecate.apps.check.drill.cases.losses import Times, problem_of
 from hecate.apps.check.drill.outcome import Scope
 from hecate.apps.check.drill.ranks import Launched, begin_run
-from hecate.apps.check.drill.run import Ground, ground
+from hecate.apps.check.drill.run import DrillFolder, drill_folder
 from hecate.checkpoint import good_checkpoints
 
 RESULTS = Path(__file__).parent / "results" / "kill_points.json"
@@ -183,7 +183,7 @@ def write_runs(path: Path, runs: Sequence[KilledRun], environment: dict[str, Any
     staged.replace(path)
 
 
-def go_through(made: Ground, runs: list[KilledRun], until: int, path: Path) -> None:
+def go_through(made: DrillFolder, runs: list[KilledRun], until: int, path: Path) -> None:
     """Add runs until there are so many points, and write the file after each."""
     environment = machine()
     with tempfile.TemporaryDirectory(dir=made.folder) as own:
@@ -211,7 +211,7 @@ def main() -> None:
     runs = read_runs(path) if given.resume else []
     wanted = QUICK if given.quick else WANTED
     until = wanted if given.most is None else min(wanted, _points(runs) + given.most)
-    with ground() as made:
+    with drill_folder() as made:
         go_through(made, runs, until, path)
     found = totals(runs)
     print(json.dumps(found, indent=1))

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 AT, MARKER = "LOST_RANK_AT", "LOST_RANK_MARKER"
-VICTIM = "1"
+DYING = "1"
 
 
 def install(at: int, marker: Path) -> None:
@@ -30,7 +30,7 @@ def install(at: int, marker: Path) -> None:
     def counted(*arguments: Any, **named: Any) -> Any:
         nonlocal passes
         passes += 1
-        if passes == at and os.environ.get("RANK") == VICTIM and not marker.exists():
+        if passes == at and os.environ.get("RANK") == DYING and not marker.exists():
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return backward(*arguments, **named)

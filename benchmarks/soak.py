@@ -32,7 +32,7 @@ from hecate.apps.check.drill.armed import Injected
 from hecate.apps.check.drill.cases.losses import PHASES
 from hecate.apps.check.drill.outcome import Scope
 from hecate.apps.check.drill.ranks import Launched, Started, begin_run, difference
-from hecate.apps.check.drill.run import ground
+from hecate.apps.check.drill.run import drill_folder
 from hecate.checkpoint import good_checkpoints, read_manifest
 
 SEED, RANKS = 20, 4
@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="how long faults come; the comparison takes some minutes more")
     options = parser.parse_args()
     minutes = min(1.0, options.minutes) if options.quick else options.minutes
-    with ground() as made, tempfile.TemporaryDirectory(dir=made.folder) as own:
+    with drill_folder() as made, tempfile.TemporaryDirectory(dir=made.folder) as own:
         scope = Scope(own, str(made.workshop), quick=False, start=made.start)
         output = Path(own) / "soaked"
         found = go_through(scope, output, minutes)

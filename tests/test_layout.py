@@ -185,6 +185,29 @@ def test_function_names_are_unique() -> None:
     assert not twice, f"a function name with two meanings: {twice}"
 
 
+VERBS = ("hecate.cli.answers", "hecate.cli.models", "hecate.cli.forecasts")
+"""files whose functions are verbs: typer makes an option of each parameter, and some verbs have many"""
+
+
+def test_functions_are_short_and_have_few_parameters() -> None:
+    """At most 60 lines and 8 parameters. Compiled functions have no values that stand for several."""
+    long, many = [], []
+    for name, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            decorators = " ".join(ast.unparse(one) for one in node.decorator_list)
+            if any(compiled in decorators for compiled in ("triton.", "loop", "entry")) or name in VERBS:
+                continue
+            parameters = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            if len(parameters) - (parameters[:1] in (["self"], ["cls"])) > 8:
+                many.append(f"{name}.{node.name}")
+            if (node.end_lineno or 0) - node.lineno + 1 > 60:
+                long.append(f"{name}.{node.name}")
+    assert not long, f"more than 60 lines: {long}"
+    assert not many, f"more than 8 parameters: {many}"
+
+
 def test_every_module_is_named_by_a_test() -> None:
     """In an import, or in a text that a test runs, such as `python -m hecate.launch.ray_job.worker`."""
     tests = [path for path in sources("tests") if path.name not in (Path(__file__).name, "rooms.py")]

@@ -29,11 +29,11 @@ def drill(
     if listed:
         show_text(list_text(DRILLS.values()))
         return
-    from hecate.apps.check.drill.run import chosen_drills, ground
+    from hecate.apps.check.drill.run import chosen_drills, drill_folder
 
     check_json(json_path)
     wanted, reports = chosen_drills(names or ()), []
-    with ground() as made:
+    with drill_folder() as made:
         for one in wanted:
             reports.append(made.run(one, quick=prove or not (names or everything), without=prove))
             show_text(proof_text(reports[-1]) if prove else report_text(reports[-1]))

@@ -86,9 +86,8 @@ def load_config(
         values = with_local_paths(values, report.add, may_fetch=claim_output, trains=trains, inputs=inputs)
         for rules in brought:
             values = rules.localised(values)
-    for key in REQUIRED:
-        if key not in values:
-            report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")
+    for key in (key for key in REQUIRED if key not in values):
+        report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")
     tree = _as_omegaconf(values)
     check_values(_resolve(tree, values, report), report.add, claim_output=claim_output, inputs=inputs, trains=trains)
     if report.problems:

@@ -3,7 +3,7 @@
 A rank whose collective has failed aborts its groups, so that no other rank waits for it, and gets the next group from its `Membership`.
 Then all ranks of that group go through the same phases (`hecate.train.training` calls them in this order):
 
-1. `exchange_standings`: the ranks exchange how far each of them is.
+1. `exchange_rank_states`: the ranks exchange how far each of them is.
 2. `catch_up`: if some rank has taken the step under way, the others have all gradients of that step, and take it now with the same norm.
    Otherwise no rank has changed anything, and the step is done again from its beginning.
 3. `redeal`: each expert is taken from its owner, or else from its backup, and dealt anew. A new rank receives the replicated parameters
@@ -80,7 +80,7 @@ class Membership(Protocol):
 
 
 @dataclass(frozen=True)
-class Standing:
+class RankState:
     """How far one rank of a new group is."""
 
     has_state: bool
@@ -96,30 +96,30 @@ class Standing:
     """those of the separate experts in its last step"""
 
 
-def exchange_standings(ranks: Ranks, state: TrainState | None, optimizer: ExpertOptimizer) -> list[Standing]:
+def exchange_rank_states(ranks: Ranks, state: TrainState | None, optimizer: ExpertOptimizer) -> list[RankState]:
     """Exchange how far each rank is, and return this by rank. Every rank must call it; `state` is None on a rank that has none."""
     own = [0.0] * 4 if state is None else [1.0, float(state.step), float(state.completed), float(state.tokens)]
     own += [float(optimizer.gradients_complete), optimizer.last_norm, *optimizer.last_norms]
     table = ranks.all_gather(torch.tensor(own, dtype=torch.float64)).tolist()
     return [
-        Standing(bool(has_state), int(step), int(completed), int(tokens), bool(complete), norm, tuple(norms))
+        RankState(bool(has_state), int(step), int(completed), int(tokens), bool(complete), norm, tuple(norms))
         for has_state, step, completed, tokens, complete, norm, *norms in table
     ]
 
 
-def can_catch_up(standings: Sequence[Standing]) -> bool:
+def can_catch_up(rank_states: Sequence[RankState]) -> bool:
     """Whether the ranks with a state are at most one step apart, and the ranks that are behind can take that step.
 
     This is false, for example, if only one of the ranks has gone back to a checkpoint.
     """
-    with_state = [standing for standing in standings if standing.has_state]
-    last = max((standing.step for standing in with_state), default=0)
+    with_state = [one for one in rank_states if one.has_state]
+    last = max((one.step for one in with_state), default=0)
     return len(with_state) > 0 and all(s.step == last or (s.step == last - 1 and s.gradients_complete) for s in with_state)
 
 
-def catch_up(parts: TrainedParts, state: TrainState, standings: Sequence[Standing], config: Config) -> TrainState:
+def catch_up(parts: TrainedParts, state: TrainState, rank_states: Sequence[RankState], config: Config) -> TrainState:
     """Take this rank to the beginning of the step that the most advanced rank is at (`can_catch_up`), and return its state there."""
-    ahead = max((standing for standing in standings if standing.has_state), key=lambda standing: standing.step)
+    ahead = max((one for one in rank_states if one.has_state), key=lambda one: one.step)
     if state.step < ahead.step:
         # The step's forward and backward passes have already advanced the stream and the history, whose last loads are the step's.
         loads, limit = parts.engine.shards.history.snapshot()[-1], norm_limit(state.grad_norms, config.skip_step_sigma_factor)
@@ -138,7 +138,7 @@ class NoCopyLeft:
 
 
 def redeal(
-    parts: TrainedParts, state: TrainState | None, standings: Sequence[Standing], group: Group, redundancy: int
+    parts: TrainedParts, state: TrainState | None, rank_states: Sequence[RankState], group: Group, redundancy: int
 ) -> tuple[TrainState, int] | NoCopyLeft:
     """Deal all experts anew over the group, and send everything else to ranks without a state. Every rank must call it.
 
@@ -156,8 +156,8 @@ def redeal(
     size = dist.get_world_size(ranks.groups.experts)
     owners = dict(zip(holders, redealt_owners([holder_E % size for holder_E in holders.values()], size), strict=True))
     dealt, moved = _deal(parts, ranks, held, owners, size)
-    source = next(rank for rank, standing in enumerate(standings) if standing.has_state)
-    everyone_has_state = all(standing.has_state for standing in standings)
+    source = next(rank for rank, one in enumerate(rank_states) if one.has_state)
+    everyone_has_state = all(one.has_state for one in rank_states)
     received = None if everyone_has_state else _send_replicated(parts, ranks, source, state)
     ranks.barrier()  # every rank has received everything, so no rank needs what the next lines free
     _install(parts, group, owners, dealt, keep_leaving=redundancy > 0)
@@ -165,7 +165,7 @@ def redeal(
         assert received is not None
         state = _take_over(parts, *received)
         parts.engine.shards.history.redeal(ranks.world_size)
-    completed = min(standing.completed for standing in standings if standing.has_state)
+    completed = min(one.completed for one in rank_states if one.has_state)
     return replace(state.with_positions_of(parts), completed=completed), moved
 
 

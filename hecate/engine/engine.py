@@ -33,7 +33,7 @@ class Engine:
         """ledger of the step that began last; None: no step has begun"""
 
     @property
-    def goes_together(self) -> bool:
+    def runs_in_lockstep(self) -> bool:
         return bool(self.shards.frozen) and self.shards.world_size > 1
 
     def begin_step(self, number: int, micro_steps: int = 1) -> Step:

@@ -81,7 +81,7 @@ class ExpertEngine(Protocol):
         ...
 
     @property
-    def goes_together(self) -> bool:
+    def runs_in_lockstep(self) -> bool:
         """Whether ranks must run the same forward passes at the same time outside training, too."""
         ...
 

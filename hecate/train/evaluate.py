@@ -48,7 +48,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate all sources. Every rank must call it; rows and prompts are shared out.
 
-    Experts are everywhere meanwhile, unless they stay with their owners (`Engine.goes_together`): ranks then go forward together.
+    Experts are everywhere meanwhile, unless they stay with their owners (`Engine.runs_in_lockstep`): ranks then go forward together.
 
     Args:
         features_UF: the vectors of all users, [users, width], on the model's device; None: no router decides by users.
@@ -56,7 +56,7 @@ def evaluate(
         recorded: is told what this rank's routers have done.
     """
     losses, loads = {}, {}
-    with moe.engine.evaluation(together=moe.engine.goes_together) as evaluation, torch.no_grad():
+    with moe.engine.evaluation(together=moe.engine.runs_in_lockstep) as evaluation, torch.no_grad():
         for index, source in enumerate(sources):
             rows = eval_sequences(
                 sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples
@@ -102,7 +102,7 @@ def _loss_and_loads(
     seq_len = config.data.seq_len
     padding = {"parts": ranks.tp_size, "multiple": base.head.row_multiple(seq_len)}
     for share in share_of_rank(rows, ranks.dp_rank, ranks.dp_size, config.micro_batch_size):
-        if not moe.engine.goes_together and all(len(row.input_ids) == 0 for row in share):
+        if not moe.engine.runs_in_lockstep and all(len(row.input_ids) == 0 for row in share):
             continue  # nothing to share: no collective runs while every expert is everywhere
         batch = collate(share, pad_id=0, seq_len=seq_len, **padding).to(ranks.device)
         with evaluation.forward(tokens_of(batch)) as routed:
@@ -151,7 +151,7 @@ def _exact(
 
         asked = [(name, item) for name in names for item in questions[name]]
         mine = asked[ranks.rank :: ranks.world_size]
-        answers = _answers(config, ranks, base, [item for _, item in asked], moe.engine.goes_together, begin)
+        answers = _answers(config, ranks, base, [item for _, item in asked], moe.engine.runs_in_lockstep, begin)
         for name in names:
             said = [(item, answer) for (of, item), answer in zip(mine, answers, strict=True) if of == name]
             exact = sum(answer == item.answer_text for item, answer in said)

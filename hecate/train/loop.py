@@ -131,7 +131,7 @@ def train(
                     measured.before = _evaluate(training, outside)
                 if _evaluates_late(training, outside.reports):
                     measured.last = _evaluate(training, outside)
-                if training.standing.completed >= config.max_steps:
+                if training.run_state.completed >= config.max_steps:
                     facts = _finish(training, outside)
                 elif not _one_step(training, outside, measured):
                     return False
@@ -139,7 +139,7 @@ def train(
                 if not _went_on_after(error, training, outside):
                     raise
     if training.ranks.is_first:
-        show_summary(Path(config.output_dir), training.standing, measured, time.monotonic() - started, facts)
+        show_summary(Path(config.output_dir), training.run_state, measured, time.monotonic() - started, facts)
     return True
 
 
@@ -157,7 +157,7 @@ def _outside(
     """What the run reports to and what may change it, until the end of the block."""
     config, say = training.parts.config, partial(_say, training, reports)
     for warning in training.warnings:
-        reports.event(training.standing.step, warning)
+        reports.event(training.run_state.step, warning)
     for note in training.notes:
         reports.note(note)
     with ExitStack() as stack:
@@ -178,7 +178,7 @@ def _went_on_after(error: Exception, training: Training, outside: _Outside) -> b
     outside.mismatches.raise_found(error)
     if outside.membership is None or not _regroup(training, outside.membership, outside):
         return False
-    outside.reports.event(training.standing.step, f"went on after: {loss_in_words(error)}")
+    outside.reports.event(training.run_state.step, f"went on after: {loss_in_words(error)}")
     return True
 
 
@@ -190,22 +190,22 @@ def _evaluates_first(training: Training, *, lacks: bool) -> bool:
     Args:
         lacks: this rank has not done it, and has begun the run.
     """
-    if training.standing.step > 0 or not training.parts.config.eval.on_start or not training.parts.eval_sources:
+    if training.run_state.step > 0 or not training.parts.config.eval.on_start or not training.parts.eval_sources:
         return False
     return training.ranks.all_max(float(lacks)) > 0
 
 
 def _evaluates_late(training: Training, reports: Reports) -> bool:
     """Whether the evaluation that was due after the last step comes now, because a stop came before it. Every rank must call it."""
-    standing = training.standing
-    if standing.completed < standing.step or not _evaluation_is_due(training):
+    state = training.run_state
+    if state.completed < state.step or not _evaluation_is_due(training):
         return False
-    return training.ranks.all_max(float(training.ranks.is_first and reports.lacks_evaluation(standing.step))) > 0
+    return training.ranks.all_max(float(training.ranks.is_first and reports.lacks_evaluation(state.step))) > 0
 
 
 def _evaluation_is_due(training: Training) -> bool:
     """Whether an evaluation follows the step that was done last."""
-    config, step = training.parts.config, training.standing.step
+    config, step = training.parts.config, training.run_state.step
     if step == 0 or not training.parts.eval_sources:
         return False
     return step == config.max_steps or (config.eval_steps is not None and step % config.eval_steps == 0)
@@ -229,7 +229,7 @@ def _finish(training: Training, outside: _Outside) -> list[tuple[str, str]]:
 def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool:
     """One step and everything that comes after it; False: the run was asked to stop, and has saved."""
     config = training.parts.config
-    if training.standing.completed == training.standing.step:
+    if training.run_state.completed == training.run_state.step:
         asked: Sequence[bool] = _train_one(training, outside, measured)
     else:  # ranks were lost in what follows the step
         asked = [value > 0 for value in training.ranks.all_most([float(value) for value in _requests(training, outside)])]
@@ -238,7 +238,7 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
         _end_save(training, outside, failed=agreement.save_failed)
     if agreement.replan:
         _replan(training, outside)
-    step = training.standing.step
+    step = training.run_state.step
     done = step == config.max_steps
     if config.fssdp.reshard_interval and step % config.fssdp.reshard_interval == 0:
         _reshard(training, config.fssdp.reshard_interval, outside)
@@ -302,7 +302,7 @@ def _replan(training: Training, outside: _Outside) -> None:
     now = training.parts.moe.engine.shards.config.topology
     shares = order.sequences or (training.shares if order.flops is None else None)
     training.plan_for(now if order.flops is None else replace(now, flops=order.flops), shares)
-    step = training.standing.step
+    step = training.run_state.step
     outside.reports.event(step, f"{REPLANNED} after step {step}: sequences {':'.join(map(str, training.shares))}")
     if order.reshard:
         _reshard(training, training.parts.config.max_steps, outside)
@@ -311,13 +311,13 @@ def _replan(training: Training, outside: _Outside) -> None:
 def _reshard(training: Training, steps: int, outside: _Outside) -> None:
     _end_save(training, outside)  # its copies of tensors and the experts that move would both be in the host's memory
     if done := training.reshard(steps):
-        outside.reports.resharded(training.standing.step, done)
+        outside.reports.resharded(training.run_state.step, done)
 
 
 def _evaluate(training: Training, outside: _Outside) -> Evaluation:
     faults.at("evaluate")
     found = training.evaluate()
-    outside.reports.evaluated(training.standing.step, found)
+    outside.reports.evaluated(training.run_state.step, found)
     return found
 
 
@@ -339,7 +339,7 @@ def _end_save(training: Training, outside: _Outside, *, failed: bool = False) ->
 
 def _tell_saved(training: Training, outside: _Outside, saved: Saved) -> None:
     for warning in saved.warnings:
-        outside.reports.event(training.standing.step, warning)
+        outside.reports.event(training.run_state.step, warning)
     if saved.folder is None:
         return
     step = step_of(saved.folder.name)
@@ -402,7 +402,7 @@ def _tell_beginning(training: Training, outside: _Outside) -> None:
     if not outside.told:
         return
     engine, config = training.parts.moe.engine, training.parts.config
-    facts = begin_facts(step=training.standing.step, max_steps=config.max_steps, shares=training.shares, engine=engine)
+    facts = begin_facts(step=training.run_state.step, max_steps=config.max_steps, shares=training.shares, engine=engine)
     for one in outside.told:
         one.begins(facts)
 
@@ -410,7 +410,7 @@ def _tell_beginning(training: Training, outside: _Outside) -> None:
 def _say(training: Training, reports: Reports, text: str) -> None:
     """Record and show an event of this rank alone."""
     if training.ranks.is_first:
-        reports.event(training.standing.step, text)
+        reports.event(training.run_state.step, text)
     else:
         _log.info(f"hecate: rank {training.ranks.rank}: {text}")
 

@@ -23,7 +23,7 @@ from hecate.elastic.backups import copy_to_backup_ranks
 from hecate.elastic.damaged_copies import CopiesRestoredError, CopyChecks
 from hecate.elastic.layer_timer import LayerTimer
 from hecate.elastic.move_experts import reshard_if_it_pays
-from hecate.elastic.rebuild import Group, NoCopyLeft, can_catch_up, catch_up, exchange_standings, go_back, named, redeal
+from hecate.elastic.rebuild import Group, NoCopyLeft, can_catch_up, catch_up, exchange_rank_states, go_back, named, redeal
 from hecate.errors import UserError
 from hecate.optim.from_config import learning_rate
 from hecate.optim.norm_limit import norm_limit
@@ -108,14 +108,14 @@ class Training:
             for source, taken in _taken_by_step(parts.stream, config):
                 sampling_rate(source.name, len(source), taken)
                 require_whole_records(source, config.data.seq_len)
-        if config.resume and not joins and self.standing.step:
-            self.notes += _notes_of_resume(self.parts.config, self.standing)
+        if config.resume and not joins and self.run_state.step:
+            self.notes += _notes_of_resume(self.parts.config, self.run_state)
         self.notes += _notes_of_routers(self.parts.config.moe)
         self.plan_for(self.parts.moe.engine.shards.config.topology)
         self._copy_backups()
 
     @property
-    def standing(self) -> TrainState:
+    def run_state(self) -> TrainState:
         """The state, on a rank that has one."""
         assert self.state is not None, "this rank has not joined the run yet"
         return self.state
@@ -165,17 +165,17 @@ class Training:
         result, tries = None, 0
         while result is None:
             sequences, tries = parts.stream.next_step(), tries + 1
-            self._last = StepInputs(self.standing, sequences)
+            self._last = StepInputs(self.run_state, sequences)
             try:
                 result = self._try_step(sequences, requests)
             except CopiesRestoredError as error:
                 error.refuse_after(tries)
-                self.standing.put_back(parts.trained)
+                self.run_state.put_back(parts.trained)
         tokens = sum(len(sequence.input_ids) for sequence in sequences)
         parts_seconds = self._clock.seconds()  # the host has just waited for the device
         self._work = self._timer.take()
-        self.copies.after_step(self.standing.step)
-        self.state = self.standing.after_step(parts.trained, tokens=tokens, skipped=result.skipped, grad_norm=result.grad_norm)
+        self.copies.after_step(self.run_state.step)
+        self.state = self.run_state.after_step(parts.trained, tokens=tokens, skipped=result.skipped, grad_norm=result.grad_norm)
         faults.at("trained", sequences)
         # Waiting for the planner's machine code happens once a machine and is none of the training's speed.
         seconds = time.monotonic() - started - (jit.waited_seconds() - waited)
@@ -202,7 +202,7 @@ class Training:
         Raises:
             CopiesRestoredError: see there.
         """
-        parts, config, step = self.parts, self.parts.config, self.standing.step
+        parts, config, step = self.parts, self.parts.config, self.run_state.step
         compare = self.copies.of_step(step)
         return train_step(
             parts.moe,
@@ -217,7 +217,7 @@ class Training:
             StepRules(
                 aux_coef=config.moe.router_aux_loss_coef,
                 max_grad_norm=config.max_grad_norm,
-                norm_limit=norm_limit(self.standing.grad_norms, config.skip_step_sigma_factor),
+                norm_limit=norm_limit(self.run_state.grad_norms, config.skip_step_sigma_factor),
                 sums=step_sums(config, self.shares),
             ),
             [
@@ -231,7 +231,7 @@ class Training:
     @property
     def skipped_too_often(self) -> bool:
         """Whether the last `max_skipped_steps` steps were all skipped; the same on every rank."""
-        return self.standing.skipped_in_a_row >= self.parts.config.max_skipped_steps
+        return self.run_state.skipped_in_a_row >= self.parts.config.max_skipped_steps
 
     def too_many_skipped(self, result: StepResult) -> UserError:
         """See `hecate.train.steps.skipped_steps`; of the step that was done last, with its result.
@@ -241,7 +241,7 @@ class Training:
         """
         assert self._last is not None
         self.copies.check_and_restore()
-        return too_many_skipped(self.parts.config, self.ranks, self.parts.trained, self._last, self.standing, result)
+        return too_many_skipped(self.parts.config, self.ranks, self.parts.trained, self._last, self.run_state, result)
 
     def _count_copies(self, units: Collection[Unit]) -> tuple[int, int]:
         """How many replicas of these units' experts are on other ranks than their owners', and how many of them the step before lacked."""
@@ -252,7 +252,7 @@ class Training:
 
     def privacy_spent(self) -> dict[str, PrivacySpent]:
         """What the steps so far have told of each source's samples, by its name; nothing without `privacy.noise`."""
-        config, steps = self.parts.config, self.parts.config.data.skip_steps + self.standing.step
+        config, steps = self.parts.config, self.parts.config.data.skip_steps + self.run_state.step
         if not config.privacy.noise:
             return {}
         noise, delta = config.privacy.noise, config.privacy.delta
@@ -263,13 +263,13 @@ class Training:
 
     def complete_step(self) -> None:
         """Note that everything that comes between this step and the next is done."""
-        self.state = replace(self.standing, completed=self.standing.step)
+        self.state = replace(self.run_state, completed=self.run_state.step)
 
     def evaluate(self) -> Evaluation:
         """Evaluate on all held-out sources; before the first step on `eval.max_samples_on_start` samples of each at most."""
         parts, config = self.parts, self.parts.config
         most = [count for count in (config.eval.max_samples, config.eval.max_samples_on_start) if count is not None]
-        if self.standing.step == 0 and most:
+        if self.run_state.step == 0 and most:
             config = replace(config, eval=replace(config.eval, max_samples=min(most)))
         return evaluate(config, self.ranks, parts.base, parts.moe, parts.eval_sources, parts.features_UF)
 
@@ -281,10 +281,10 @@ class Training:
         """
         self.copies.check_and_restore()
         parts = self.parts
-        rest = min(steps, parts.config.max_steps - self.standing.step)
+        rest = min(steps, parts.config.max_steps - self.run_state.step)
         done = reshard_if_it_pays(parts.moe.engine, parts.optimizer, rest, parts.config.fssdp.redundancy)
         if done:
-            self.copies.made_anew(self.standing.step)
+            self.copies.made_anew(self.run_state.step)
         return done
 
     def save(self) -> Saved:
@@ -296,7 +296,7 @@ class Training:
         assert self.saving is None
         faults.at("save")
         self.copies.check_and_restore()
-        return save_state(self.parts.config, self.ranks, self.parts.trained, self.standing)
+        return save_state(self.parts.config, self.ranks, self.parts.trained, self.run_state)
 
     def begin_save(self) -> None:
         """Begin to write a checkpoint beside the steps that follow. No other save may be under way.
@@ -307,7 +307,7 @@ class Training:
         assert self.saving is None
         faults.at("save")
         self.copies.check_and_restore()
-        self.saving = begin_save(self.parts.config, self.ranks, self.parts.trained, self.standing, background=True)
+        self.saving = begin_save(self.parts.config, self.ranks, self.parts.trained, self.run_state, background=True)
 
     def end_save(self, *, failed: bool = False) -> Saved:
         """Wait until the save under way is written, and commit it; `failed`: see `hecate.checkpoint.save_run.end_save`."""
@@ -336,14 +336,14 @@ class Training:
         self.parts.base.rejoin(group.ranks)
         self._timer.take()  # of a step that was broken off
         self._work = DenseWork()
-        standings = exchange_standings(group.ranks, self.state, parts.optimizer)
+        rank_states = exchange_rank_states(group.ranks, self.state, parts.optimizer)
         if group.ranks.is_first:
             remove_stale_staging(Path(config.output_dir))
         dealt: tuple[TrainState, int] | NoCopyLeft = NoCopyLeft(())
-        if can_catch_up(standings):
+        if can_catch_up(rank_states):
             if self.state is not None:
-                self.state = catch_up(parts, self.state, standings, config)
-            dealt = redeal(parts, self.state, standings, group, config.fssdp.redundancy)
+                self.state = catch_up(parts, self.state, rank_states, config)
+            dealt = redeal(parts, self.state, rank_states, group, config.fssdp.redundancy)
         if isinstance(dealt, NoCopyLeft):
             self.state = None  # until the checkpoint is loaded, nothing that this rank holds counts
             loaded = go_back(parts, config, group, dealt.experts)
@@ -364,7 +364,7 @@ class Training:
         size = self.parts.stream.sequences_per_step // config.gradient_accumulation_steps
         most_sequences = max(len(own) for own in sequence_ranges(size, self.shares)) * config.gradient_accumulation_steps
         return RunFacts(
-            step=self.standing.step,
+            step=self.run_state.step,
             is_first=self.ranks.is_first,
             mesh=self.parts.moe.engine.shards.mesh,
             trainable=tuple(trainable_rows(self.parts.moe)),

@@ -33,7 +33,7 @@ from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.plan_changes import LEAST
 from hecate.parallel.planners.rebalancing import rebalance
-from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, Wishes, replicate, wishes
+from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, ExpertOrders, expert_orders, replicate
 from hecate.parallel.planners.search_starts import ALONE, BEST, ONE_NODE, SEVERAL_NODES, goes_slot_by_slot, start_with
 
 _ALL_BUDGETS = 400
@@ -178,7 +178,7 @@ def _plan_layers(
     for layer in range(len(owner_LE)):
         owner, resident = owner_LE[layer], resident_LED[layer]
         loads = layer_loads(tokens_LSE[layer], topology)
-        wish = wishes(owner, slots, loads, topology)
+        orders = expert_orders(owner, slots, loads, topology)
         best_seconds, best_uneven = np.inf, np.inf
         for budget in range(int(largest(slots)), least_slots - 1, -1):
             for d in range(ranks):
@@ -188,7 +188,7 @@ def _plan_layers(
                 if rule == NODES and single:
                     continue
                 only_owners(base, owner)
-                replicate(rule, share, factor, owner, room, hidden, worth, wish, loads, topology, base)
+                replicate(rule, share, factor, owner, room, hidden, worth, orders, loads, topology, base)
                 fixed = replica_seconds(owner, base, resident, topology, cost)
                 if fixed > best_seconds * (1 + TIE) and not bounded:  # rebalancing only adds replicas
                     continue
@@ -232,7 +232,7 @@ def _plan_layers(
                         copy_into(tried, best)
         if not bounded and not everywhere(best):
             allowance = max(search_share * best_seconds, LEAST_SEARCH / (len(owner) * ranks))
-            best_seconds = _search(owner, slots, resident, wish, loads, topology, cost, allowance, best_seconds, trial, best)
+            best_seconds = _search(owner, slots, resident, orders, loads, topology, cost, allowance, best_seconds, trial, best)
         if not everywhere(best):
             copy_into(best, trial)
             if _without_idle(owner, trial):
@@ -251,7 +251,7 @@ def _search(
     owner: np.ndarray,
     room: np.ndarray,
     resident: np.ndarray,
-    wish: Wishes,
+    orders: ExpertOrders,
     loads: LayerLoads,
     topology: TopologyNumbers,
     cost: CostNumbers,
@@ -279,7 +279,7 @@ def _search(
         begins = _EXPERT_SECONDS * len(owner) + _RANK_SECONDS * ranks + given
         if begins <= left:
             left -= begins
-            start_with(start, owner, room, wish, loads, topology, trial)
+            start_with(start, owner, room, orders, loads, topology, trial)
             begins_X[x] = _plan_seconds(owner, resident, loads, topology, cost, 2 * seconds, trial)
             if _preferred(begins_X[x], seconds, owner, resident, loads, topology, cost, trial, best):
                 seconds = min(begins_X[x], seconds)
@@ -292,7 +292,7 @@ def _search(
         if starts_X[x] == BEST:
             copy_into(best, trial)
         else:
-            start_with(starts_X[x], owner, room, wish, loads, topology, trial)
+            start_with(starts_X[x], owner, room, orders, loads, topology, trial)
         left -= improve(owner, room, resident, loads, topology, cost, trial, left, False)
         found = _plan_seconds(owner, resident, loads, topology, cost, seconds * (1 + 2 * TIE), trial)
         if _preferred(found, seconds, owner, resident, loads, topology, cost, trial, best):
@@ -338,9 +338,9 @@ def _without_idle(owner: np.ndarray, plan: Replicas) -> bool:
         while c < plan.count_E[e]:
             d = plan.rank_EC[e, c]
             if d != owner[e] and plan.quota_ED[e, d] <= LEAST:
-                heir = plan.quota_ED[e, d]
+                freed = plan.quota_ED[e, d]
                 remove(plan, e, d)
-                plan.quota_ED[e, owner[e]] += heir
+                plan.quota_ED[e, owner[e]] += freed
                 found = True
             else:
                 c += 1

@@ -30,12 +30,12 @@ from hecate.parallel.loops.replica_lists import Replicas, add, foreign, remove
 from hecate.parallel.planners.plan_changes import (
     AMOUNT,
     CLOSED,
+    DROPPED,
     EXPERT,
     LEAST,
     OTHERS,
     SOURCE,
     TARGET,
-    VICTIM,
     Room,
     Sums,
     give_up,
@@ -225,12 +225,12 @@ def _change(
     room: Room,
 ) -> bool:
     """Carry out a change; returns whether a replica came or went."""
-    e, source, target, victim = int(changes[x, EXPERT]), int(changes[x, SOURCE]), int(changes[x, TARGET]), int(changes[x, VICTIM])
+    e, source, target, dropped = int(changes[x, EXPERT]), int(changes[x, SOURCE]), int(changes[x, TARGET]), int(changes[x, DROPPED])
     placed = False
-    if victim >= 0:
-        heir = least_busy_other(victim, target, owner, room.busy_before_D, replicas)
-        replicas.quota_ED[victim, heir] += replicas.quota_ED[victim, target]
-        remove(replicas, victim, target)
+    if dropped >= 0:
+        successor = least_busy_other(dropped, target, owner, room.busy_before_D, replicas)
+        replicas.quota_ED[dropped, successor] += replicas.quota_ED[dropped, target]
+        remove(replicas, dropped, target)
         placed = True
     if not replicas.has_ED[e, target]:
         add(replicas, e, target)
@@ -251,12 +251,12 @@ def _change(
 @loop
 def _possible(changes: np.ndarray, x: int, replicas: Replicas, room: Room) -> bool:
     """Whether a change can still be carried out after others were."""
-    e, source, target, victim = int(changes[x, EXPERT]), int(changes[x, SOURCE]), int(changes[x, TARGET]), int(changes[x, VICTIM])
-    if victim >= 0 and not replicas.has_ED[victim, target]:
+    e, source, target, dropped = int(changes[x, EXPERT]), int(changes[x, SOURCE]), int(changes[x, TARGET]), int(changes[x, DROPPED])
+    if dropped >= 0 and not replicas.has_ED[dropped, target]:
         return False
     if source >= 0 and not replicas.has_ED[e, source]:
         return False
-    return victim >= 0 or replicas.has_ED[e, target] or room.free_D[target] > 0
+    return dropped >= 0 or replicas.has_ED[e, target] or room.free_D[target] > 0
 
 
 @loop
@@ -264,25 +264,25 @@ def _try(
     changes: np.ndarray, x: int, owner: np.ndarray, replicas: Replicas, loads: LayerLoads, topology: TopologyNumbers, sums: Sums, room: Room
 ) -> bool:
     """Carry out a change, in the sums too; returns whether replicas came or went. `_undo` takes it back."""
-    e, victim = int(changes[x, EXPERT]), int(changes[x, VICTIM])
+    e, dropped = int(changes[x, EXPERT]), int(changes[x, DROPPED])
     room.kept_X[0] = _keep(e, 0, replicas, room)
     _count(e, -1.0, replicas, loads, topology, sums, room)
-    if victim >= 0:
-        room.kept_X[1] = _keep(victim, 1, replicas, room)
-        _count(victim, -1.0, replicas, loads, topology, sums, room)
+    if dropped >= 0:
+        room.kept_X[1] = _keep(dropped, 1, replicas, room)
+        _count(dropped, -1.0, replicas, loads, topology, sums, room)
     placed = _change(changes, x, owner, replicas, loads, topology, room)
     _count(e, 1.0, replicas, loads, topology, sums, room)
-    if victim >= 0:
-        _count(victim, 1.0, replicas, loads, topology, sums, room)
+    if dropped >= 0:
+        _count(dropped, 1.0, replicas, loads, topology, sums, room)
     return placed
 
 
 @loop
 def _undo(changes: np.ndarray, x: int, replicas: Replicas, sums: Sums, before: Sums, room: Room) -> None:
-    e, victim = int(changes[x, EXPERT]), int(changes[x, VICTIM])
+    e, dropped = int(changes[x, EXPERT]), int(changes[x, DROPPED])
     _put_back(e, 0, room.kept_X[0], replicas, room)
-    if victim >= 0:
-        _put_back(victim, 1, room.kept_X[1], replicas, room)
+    if dropped >= 0:
+        _put_back(dropped, 1, room.kept_X[1], replicas, room)
     _copy_sums(before, sums)
 
 

@@ -18,7 +18,7 @@ from hecate.parallel.loops.array_loops import where_largest
 from hecate.parallel.loops.jit import loop
 from hecate.parallel.loops.replica_lists import Replicas
 
-EXPERT, SOURCE, TARGET, VICTIM, AMOUNT = range(5)
+EXPERT, SOURCE, TARGET, DROPPED, AMOUNT = range(5)
 """columns of a change"""
 NOBODY = -1
 OTHERS, OTHER_NODES = -1, -2
@@ -102,15 +102,15 @@ def _note(
     """Add a change to the list, unless nothing is to be had; returns how many there are."""
     if target < 0 or amount <= LEAST or count == len(changes):
         return count
-    victim = NOBODY
+    dropped = NOBODY
     if not replicas.has_ED[e, target] and room.free_D[target] <= 0:
         if room.free_D[target] == CLOSED:
             return count
-        victim = _victim(target, e, owner, replicas)
-        if victim < 0:
+        dropped = _victim(target, e, owner, replicas)
+        if dropped < 0:
             return count
     changes[count, EXPERT], changes[count, SOURCE], changes[count, TARGET] = e, source, target
-    changes[count, VICTIM], changes[count, AMOUNT] = victim, amount
+    changes[count, DROPPED], changes[count, AMOUNT] = dropped, amount
     return count + 1
 
 
@@ -317,5 +317,5 @@ def give_up(place: int, count: int, owner: np.ndarray, replicas: Replicas, room:
         d = replicas.rank_EC[e, c]
         if d != owner[e] and (rank < 0 or replicas.quota_ED[e, d] < replicas.quota_ED[e, rank]):
             rank = d
-    heir = least_busy_other(e, rank, owner, room.busy_D, replicas)
-    return _note(e, rank, heir, max(replicas.quota_ED[e, rank], 2 * LEAST), count, owner, replicas, room, changes)
+    successor = least_busy_other(e, rank, owner, room.busy_D, replicas)
+    return _note(e, rank, successor, max(replicas.quota_ED[e, rank], 2 * LEAST), count, owner, replicas, room, changes)

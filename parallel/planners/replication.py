@@ -18,7 +18,7 @@ _WINDOW = 8
 """experts that a node weighs against each other at a time"""
 
 
-class Wishes(NamedTuple):
+class ExpertOrders(NamedTuple):
     """Experts in the order in which they are wanted; ties differ from place to place, or all would ask the same owner."""
 
     by_load_E: np.ndarray
@@ -30,7 +30,7 @@ class Wishes(NamedTuple):
 
 
 @loop
-def wishes(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers) -> Wishes:
+def expert_orders(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers) -> ExpertOrders:
     ranks, experts = loads.tokens_SE.shape
     nodes = len(topology.uplink_N)
     widest = 0
@@ -60,27 +60,27 @@ def wishes(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: To
         order = descending_order(wanted)
         for i in range(experts):
             node_NE[n, i] = (order[i] + first) % experts
-    return Wishes(descending_order(loads.load_E), rank_DE, node_NE)
+    return ExpertOrders(descending_order(loads.load_E), rank_DE, node_NE)
 
 
 @loop
-def bring_wanted(room: np.ndarray, least: float, wish: Wishes, loads: LayerLoads, replicas: Replicas) -> None:
+def bring_wanted(room: np.ndarray, least: float, orders: ExpertOrders, loads: LayerLoads, replicas: Replicas) -> None:
     """To each rank the experts of which it has the most assignments, more than `least`, as many as it has room for."""
     for d in range(len(room)):
-        for i in range(min(room[d], wish.rank_DE.shape[1])):
-            e = wish.rank_DE[d, i]
+        for i in range(min(room[d], orders.rank_DE.shape[1])):
+            e = orders.rank_DE[d, i]
             if e < 0 or loads.tokens_SE[d, e] <= least:
                 break
             add(replicas, e, d)
 
 
 @loop
-def bring_hot(room: np.ndarray, wish: Wishes, loads: LayerLoads, replicas: Replicas) -> None:
+def bring_hot(room: np.ndarray, orders: ExpertOrders, loads: LayerLoads, replicas: Replicas) -> None:
     """To all ranks the experts that are hotter than an average rank can bear, as far as there is room."""
     ranks = len(room)
     left, fair = room.copy(), total(loads.load_E) / ranks
-    for i in range(len(wish.by_load_E)):
-        e = wish.by_load_E[i]
+    for i in range(len(orders.by_load_E)):
+        e = orders.by_load_E[i]
         if loads.load_E[e] <= fair:
             break
         for d in range(ranks):
@@ -91,7 +91,13 @@ def bring_hot(room: np.ndarray, wish: Wishes, loads: LayerLoads, replicas: Repli
 
 @loop
 def bring_to_nodes(
-    owner: np.ndarray, room: np.ndarray, least: float, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas
+    owner: np.ndarray,
+    room: np.ndarray,
+    least: float,
+    orders: ExpertOrders,
+    loads: LayerLoads,
+    topology: TopologyNumbers,
+    replicas: Replicas,
 ) -> None:
     """Into each node the experts it lacks that its tokens want most, more than `least`, one copy each.
 
@@ -123,7 +129,7 @@ def bring_to_nodes(
                 continue
             best, most, seen, i = -1, 0.0, 0, start[n]
             while i < experts and seen < _WINDOW:
-                e = wish.node_NE[n, i]
+                e = orders.node_NE[n, i]
                 if loads.tokens_NE[n, e] <= least:
                     break
                 if open_[n, e]:
@@ -141,7 +147,7 @@ def bring_to_nodes(
                 arriving[topology.node_D[owner[best]]] -= loads.tokens_NE[n, best]
                 left[n] -= 1
                 more = True
-    _place(owner, brought, open_, free, wish, loads, topology, replicas)
+    _place(owner, brought, open_, free, orders, loads, topology, replicas)
 
 
 @loop
@@ -150,7 +156,7 @@ def _place(
     brought: np.ndarray,
     open_: np.ndarray,
     free: np.ndarray,
-    wish: Wishes,
+    orders: ExpertOrders,
     loads: LayerLoads,
     topology: TopologyNumbers,
     replicas: Replicas,
@@ -169,7 +175,7 @@ def _place(
             busy[owner[e]] += loads.tokens_NE[topology.node_D[owner[e]], e] + extra[e]
     for n in range(nodes):
         for w in range(experts):
-            e = wish.node_NE[n, w]
+            e = orders.node_NE[n, w]
             if brought[n, e]:
                 best = -1
                 for i in range(topology.first_N[n], topology.first_N[n + 1]):
@@ -182,7 +188,9 @@ def _place(
 
 
 @loop
-def deal(owner: np.ndarray, room: np.ndarray, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas) -> None:
+def deal(
+    owner: np.ndarray, room: np.ndarray, orders: ExpertOrders, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas
+) -> None:
     """Slot by slot, the expert with the highest load per replica that still finds room gets one more replica (Hecate, Algorithm 1).
 
     It goes to the node with the fewest of them, of these to the one with the most slots left, there to the rank with the most.
@@ -194,13 +202,13 @@ def deal(owner: np.ndarray, room: np.ndarray, wish: Wishes, loads: LayerLoads, t
         left += free_D[d]
     share_X, held_XN = np.empty(experts), np.zeros((experts, nodes), np.int64)
     for x in range(experts):  # hottest first
-        share_X[x] = loads.load_E[wish.by_load_E[x]]
-        held_XN[x, topology.node_D[owner[wish.by_load_E[x]]]] = 1
+        share_X[x] = loads.load_E[orders.by_load_E[x]]
+        held_XN[x, topology.node_D[owner[orders.by_load_E[x]]]] = 1
     while left > 0:
         x = where_largest(share_X)
         if share_X[x] <= 0:
             return
-        e, best = wish.by_load_E[x], -1
+        e, best = orders.by_load_E[x], -1
         for d in range(ranks):
             if free_D[d] <= 0 or replicas.has_ED[e, d]:
                 continue
@@ -231,7 +239,7 @@ def replicate(
     slots: np.ndarray,
     hidden: int,
     worth: float,
-    wish: Wishes,
+    orders: ExpertOrders,
     loads: LayerLoads,
     topology: TopologyNumbers,
     replicas: Replicas,
@@ -262,15 +270,15 @@ def replicate(
                     if d != owner[e]:
                         add(replicas, e, d)
         else:
-            bring_wanted(room, worth * factor if factor > 0 else 0.0, wish, loads, replicas)
+            bring_wanted(room, worth * factor if factor > 0 else 0.0, orders, loads, replicas)
     elif rule in (HOT, NODES):
         room = slots.copy()
         if share > 0:
             for d in range(ranks):
                 room[d] = math.ceil(slots[d] * share)
-            bring_hot(room, wish, loads, replicas)
+            bring_hot(room, orders, loads, replicas)
         if rule == NODES:
             held = foreign(replicas, owner)
             for d in range(ranks):
                 room[d] = slots[d] - held[d] - (min(slots[d], 1) if share < 0 else 0)
-            bring_to_nodes(owner, room, worth * factor, wish, loads, topology, replicas)
+            bring_to_nodes(owner, room, worth * factor, orders, loads, topology, replicas)

@@ -12,7 +12,7 @@ from hecate.parallel.cost.cost_numbers import TopologyNumbers
 from hecate.parallel.loops.array_loops import descending_order, total, where_largest
 from hecate.parallel.loops.jit import loop
 from hecate.parallel.loops.replica_lists import Replicas, add, only_owners
-from hecate.parallel.planners.replication import Wishes, bring_to_nodes, deal
+from hecate.parallel.planners.replication import ExpertOrders, bring_to_nodes, deal
 
 BEST, FILLED, UNDER, SPREAD, MOVED, NEAR, DEALT, PACKED, COVERED, ALONE = range(10)
 """the best plan so far; `fill_up`; `keep_under`; `spread` with copies in all slots, and in half of them; `copy_in_nodes`; `deal`; `pack`;
@@ -35,7 +35,7 @@ def goes_slot_by_slot(start: int) -> bool:
 
 @loop
 def start_with(
-    start: int, owner: np.ndarray, slots: np.ndarray, wish: Wishes, loads: LayerLoads, topology: TopologyNumbers, plan: Replicas
+    start: int, owner: np.ndarray, slots: np.ndarray, orders: ExpertOrders, loads: LayerLoads, topology: TopologyNumbers, plan: Replicas
 ) -> None:
     """Fill `plan` with one of the plans from which the search begins, of those after BEST."""
     only_owners(plan, owner)
@@ -52,9 +52,9 @@ def start_with(
         pack_owners(owner, slots, loads, topology, plan)
     else:
         if start == COVERED:
-            bring_to_nodes(owner, slots, 0.0, wish, loads, topology, plan)
+            bring_to_nodes(owner, slots, 0.0, orders, loads, topology, plan)
         elif start == DEALT:
-            deal(owner, slots, wish, loads, topology, plan)
+            deal(owner, slots, orders, loads, topology, plan)
         elif start == NEAR:
             copy_in_nodes(owner, slots, loads, topology, plan)
         even_quota_into(plan, loads, topology)

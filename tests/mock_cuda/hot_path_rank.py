@@ -73,7 +73,7 @@ def watch(parts: Parts) -> list[dict[str, Any]]:
     def watched_step(self: Training, *given: Any) -> Any:
         parts.restart()
         event = train_one(self, *given)
-        if self.standing.step > WARM_UP:
+        if self.run_state.step > WARM_UP:
             steps.append(parts.of_step())
         return event
 

@@ -88,7 +88,7 @@ def _watched_steps(watch: Watch, unwatched: int) -> Iterator[list[dict[str, Any]
     def train_one(self: Training, *arguments: Any) -> StepEvent:
         with watch() as found:
             event = plain(self, *arguments)
-        if self.standing.step > unwatched:
+        if self.run_state.step > unwatched:
             transfers = self.parts.moe.engine.shards.plans.transfers.values()
             steps.append(found | {"routes": sorted({transfer.chunks.route for transfer in transfers})})
         return event

@@ -49,9 +49,7 @@ def fewer_experts(one: AdapterSet, experts: int, *, rank: int | None = None) -> 
             f"experts {experts}: {one.name} has up to {most + 1} in a layer, of which a token goes to {description.top_k}\n"
             + (f"  give from {least} to {most}" if least <= most else "  they cannot be made fewer")
         )
-    new_rank = one.rank if rank is None else rank
-    if not 1 <= new_rank <= one.rank:
-        raise UserError(f"rank {new_rank}: {one.name} has rank {one.rank}\n  give a rank from 1 to {one.rank}")
+    new_rank = _new_rank(one, rank)
     unit_of = {module: _unit(module, match[1]) for module in one.sizes if (match := _EXPERT.fullmatch(module))}
     modules_of: dict[str, dict[str, list[str]]] = {}
     """unit -> projection -> the modules of its experts, by their numbers"""
@@ -87,6 +85,15 @@ def fewer_experts(one: AdapterSet, experts: int, *, rank: int | None = None) -> 
         made={"method": "lego", "of": [one.name], "experts": experts, "rank": new_rank},
     )
     return Merged(result, lambda module: [one.read(part) for part in replaced(module)])
+
+
+def _new_rank(one: AdapterSet, rank: int | None) -> int:
+    """Of a set's pairs when they are made fewer; None: as they have. Raises UserError: it is above theirs."""
+    if rank is None:
+        return one.rank
+    if not 1 <= rank <= one.rank:
+        raise UserError(f"rank {rank}: {one.name} has rank {one.rank}\n  give a rank from 1 to {one.rank}")
+    return rank
 
 
 def _unit(module: str, projection: str) -> str:

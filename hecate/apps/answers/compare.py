@@ -170,7 +170,7 @@ def _figures(
         tasks |= _held_out(config, base, moe, ranks, name, questions.record_routing)
     if opened is not None:
         batch_size, most = (_BATCH, None) if config is None else (config.eval.batch_size, config.eval.max_samples)
-        together = moe.engine.goes_together and questions.lm_eval is None  # one process alone asks lm-eval's tasks
+        together = moe.engine.runs_in_lockstep and questions.lm_eval is None  # one process alone asks lm-eval's tasks
 
         def passes(mine: int) -> int:
             return int(ranks.all_max(float(mine))) if together else mine

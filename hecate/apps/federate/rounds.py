@@ -20,6 +20,7 @@ from torch import Tensor
 from hecate.adapters.sets.set_files import write_set
 from hecate.adapters.sets.sums import average
 from hecate.apps.federate.base import vector_shape
+from hecate.apps.federate.before_round import SERVER_STATE, ServerBefore, send_down, server_before, size_of, stacked_rank
 from hecate.apps.federate.checks import client_weights, count_samples, keep_recipe
 from hecate.apps.federate.client import ClientPlan
 from hecate.apps.federate.codec import decode, encode
@@ -42,7 +43,6 @@ from hecate.apps.federate.records import UNION, RoundRecord, add_record, line_of
 from hecate.apps.federate.section.settings import rounds_of
 from hecate.apps.federate.server import adapter_set, aggregated, received, stepped, sum_of_rounds, whole_error, write_pairs
 from hecate.apps.federate.server_optimizer import save_server
-from hecate.apps.federate.standing import SERVER_STATE, ServerStanding, send_down, size_of, stacked_rank, standing_before
 from hecate.apps.federate.vectors import Pairs, VectorShape, flat, pairs_of, read_pairs
 from hecate.config import Config, to_yaml
 from hecate.data.chat.templates import FILE, choose_template
@@ -81,15 +81,15 @@ def federate(config: Config, verb: Sequence[str], say: Say) -> int:
         done = read_rounds(Path(config.output_dir))
         for number in range(len(done) + 1, rounds_of(config).count + 1):
             started = time.monotonic()
-            standing = standing_before(config, shape, number, done)
-            plans = {one.name: client_plan(config, shape, one, number, standing.stacked) for one in taking_part(config, number)}
-            begun = send_down(config, number, standing, plans)
+            server = server_before(config, shape, number, done)
+            plans = {one.name: client_plan(config, shape, one, number, server.stacked) for one in taking_part(config, number)}
+            begun = send_down(config, number, server, plans)
             status, names = _train(config, number, plans, verb, say)
             if status:
                 say(f"stopped in round {number}; the same command with resume=true goes on")
                 return status
             weights = client_weights([one for one in rounds_of(config).clients if one.name in names], samples)
-            made = _aggregate(config, number, standing, {name: plans[name] for name in names}, begun, weights)
+            made = _aggregate(config, number, server, {name: plans[name] for name in names}, begun, weights)
             record = RoundRecord(
                 round=number,
                 weights=weights,
@@ -165,7 +165,7 @@ class _Aggregate:
 def _aggregate(
     config: Config,
     number: int,
-    standing: ServerStanding,
+    server: ServerBefore,
     plans: Mapping[str, ClientPlan],
     begun: Mapping[str, Tensor | None],
     weights: Mapping[str, float],
@@ -180,17 +180,17 @@ def _aggregate(
     merged = aggregated(sets, parts, rounds)
     error = whole_error(merged)
     shutil.rmtree(folder.union, ignore_errors=True)
-    if standing.state is None:
+    if server.state is None:
         write_set(merged, folder.union)
     else:
-        state = stepped(standing.state, adapters, standing.shape, parts, rounds)
+        state = stepped(server.state, adapters, server.shape, parts, rounds)
         save_server(folder.path / SERVER_STATE, state)
-        write_pairs(folder.union, pairs_of(state.vector, standing.shape), standing.shape, described)
+        write_pairs(folder.union, pairs_of(state.vector, server.shape), server.shape, described)
     if rounds.codec.down < 1:
         shutil.rmtree(folder.shown, ignore_errors=True)
-        whole = flat(read_pairs(folder.union, standing.shape), standing.shape)
-        shown = decode(encode(whole, rounds.codec.down), standing.shape.numel)
-        write_pairs(folder.shown, pairs_of(shown, standing.shape), standing.shape, described)
+        whole = flat(read_pairs(folder.union, server.shape), server.shape)
+        shown = decode(encode(whole, rounds.codec.down), server.shape.numel)
+        write_pairs(folder.shown, pairs_of(shown, server.shape), server.shape, described)
     return _Aggregate(error, error if rounds.aggregate == "average" else whole_error(average(sets, parts, inexact=True)))
 
 

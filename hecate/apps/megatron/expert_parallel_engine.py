@@ -58,7 +58,7 @@ class ExpertParallelEngine:
             layer.register_forward_hook(self._count_bytes)
 
     @property
-    def goes_together(self) -> bool:
+    def runs_in_lockstep(self) -> bool:
         return self.shards.world_size > 1
 
     def begin_step(self, number: int, micro_steps: int = 1) -> ExpertParallelStep:

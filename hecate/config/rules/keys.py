@@ -363,17 +363,17 @@ def _check_output_dir(values: Mapping[str, Any], add: Add, *, claim: bool) -> No
         what = f"its last component must be 1 to 64 of A-Z a-z 0-9 . _ -, got {shorten(path.name) or 'none'}"
         add("output_dir", what, "for example runs/first")
         return
-    standing = path
-    while not os.path.lexists(standing) and standing != standing.parent:
-        standing = standing.parent
-    if not os.path.isdir(standing):
-        add("output_dir", f"{shorten(str(standing))} is not a folder", "choose another")
-    elif claim and standing != path:
+    nearest = path
+    while not os.path.lexists(nearest) and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not os.path.isdir(nearest):
+        add("output_dir", f"{shorten(str(nearest))} is not a folder", "choose another")
+    elif claim and nearest != path:
         try:  # permissions alone do not say it: /proc, a disk that is full or read-only
-            os.rmdir(tempfile.mkdtemp(prefix=".hecate-", dir=standing))
+            os.rmdir(tempfile.mkdtemp(prefix=".hecate-", dir=nearest))
         except OSError as error:
-            add("output_dir", f"no folder can be made in {shorten(str(standing))}: {error.strerror}", "choose another")
-    elif claim and standing == path and values.get("resume") is False:
+            add("output_dir", f"no folder can be made in {shorten(str(nearest))}: {error.strerror}", "choose another")
+    elif claim and nearest == path and values.get("resume") is False:
         try:
             empty = not any(path.iterdir())
         except OSError as error:

@@ -167,8 +167,7 @@ def read_samples(
             if routed and (problem := why_no_routing(sample["extra"])):
                 raise BadRecord(problem)
         except _UnknownFormat as error:  # is bad if a later record is of a known one
-            unknown = unknown or error
-            held_bytes += len(record.raw)
+            unknown, held_bytes = unknown or error, held_bytes + len(record.raw)
             if len(held) == _MOST_HELD or held_bytes > _MOST_HELD_BYTES:
                 raise unknown from None
             held.append(Fault(record.file, record.line, error.reason[:_LONGEST], record.number, record.raw))

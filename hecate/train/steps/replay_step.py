@@ -74,7 +74,7 @@ def replay_step(folder: Path, ranks: Ranks) -> Replayed:
     stream = run.parts.stream
     if sequences_as_json(stream.next_step()) != then["sequences"]:
         raise UserError(f"{folder}: the data yield other tokens for step {then['step']} than they did\n  give the data as they were")
-    stream.load_state_dict(dict(run.standing.stream))
+    stream.load_state_dict(dict(run.run_state.stream))
     found: list[str] = []
 
     def look() -> tuple[()]:

@@ -58,9 +58,9 @@ def regroup(run: Training, store: str, rank: int, world: int) -> None:
 
 
 def steps_until(run: Training, until: int, losses: dict[int, tuple[float, float, float]]) -> None:
-    while run.standing.step < until:
+    while run.run_state.step < until:
         result = run.train_one().result
-        losses[run.standing.step] = (result.loss, result.aux_loss, result.grad_norm)
+        losses[run.run_state.step] = (result.loss, result.aux_loss, result.grad_norm)
 
 
 def die_in(phase: str) -> None:

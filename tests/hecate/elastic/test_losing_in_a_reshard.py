@@ -114,7 +114,7 @@ def losing(rank: int, world: int, workshop: str, points: Sequence[Point], shard_
             except RuntimeError:
                 faults.arm(None)
                 regroup(run, f"{workshop}/{name}-{number}-left", rank - (rank > VICTIM), world - 1)
-                assert run.standing.step == DEATH_STEP
+                assert run.run_state.step == DEATH_STEP
             with moving_on(1):
                 assert run.reshard(1)
         steps_until(run, UNTIL, losses)

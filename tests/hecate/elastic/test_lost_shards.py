@@ -75,7 +75,7 @@ def leaving_and_coming(rank: int, world: int, workshop: str, phase: str) -> tupl
         run = Training(config, alone, local_topology(1, cuda=False), joins=True)
     except RuntimeError:
         regroup(run, f"{workshop}/{phase}-two", rank - (rank > VICTIM), world - 1)
-        assert run.standing.step == DEATH_STEP
+        assert run.run_state.step == DEATH_STEP
         held.append(frozen_of_layers(run))
         steps_until(run, DEATH_STEP + 1, losses)
     regroup(run, f"{workshop}/{phase}-three", rank, world)

@@ -56,12 +56,12 @@ def shrinking(rank: int, world: int, workshop: str, name: str, phases: list[str]
                 die_in(phase)
             steps_until(run, STEPS, losses)
         except (Dead, RuntimeError):
-            done = run.standing.step
+            done = run.run_state.step
             if rank != VICTIM:
                 regroup(run, f"{workshop}/{name}-{number}", rank - (rank > VICTIM), world - 1)
                 chunks = sum(chunked.num_experts for chunked in run.parts.moe.engine.shards.chunked.values())
                 assert len(run.parts.optimizer.owned) in (chunks // 3, chunks // 3 + 1)
-                found.append((done, run.standing.step, losses))
+                found.append((done, run.run_state.step, losses))
                 steps_until(run, STEPS, losses)
         run.ranks.leave()
         # The next phase's run begins with all four again.
@@ -95,7 +95,7 @@ def leaving_groups(rank: int, world: int, workshop: str, phase: str) -> tuple[in
         run.ranks.leave()
         return 0, 0, []
     except RuntimeError:
-        lost = DEATH_STEP - run.standing.step
+        lost = DEATH_STEP - run.run_state.step
         regroup(run, f"{workshop}/groups-{phase}-three", rank - (rank > VICTIM), world - 1)
     assert run.parts.moe.engine.shards.mesh.shard_size == 3
     kept = len(run.parts.optimizer.backups)
@@ -195,12 +195,12 @@ def half_stepped(rank: int, world: int, workshop: str) -> tuple[int, Losses]:
         steps_until(run, STEPS, losses)
     except (Dead, RuntimeError):
         faults.arm(None)
-        done = run.standing.step
+        done = run.run_state.step
         if rank == VICTIM:
             run.ranks.leave()
             return done, []
         regroup(run, f"{workshop}/half-store", rank - (rank > VICTIM), world - 1)
-        assert run.standing.step == DEATH_STEP + 1
+        assert run.run_state.step == DEATH_STEP + 1
         steps_until(run, STEPS, losses)
     return done, [losses[step] for step in sorted(losses)]
 
@@ -228,7 +228,7 @@ def growing(rank: int, world: int, workshop: str, redundancy: int) -> Losses:
         run.parts.stream.sequences_per_step = 8
         steps_until(run, 2, losses)
     regroup(run, f"{workshop}/{name}-three", (rank + 1) % 3, 3)
-    assert run.standing.step == 2
+    assert run.run_state.step == 2
     assert len(run.parts.optimizer.owned) in (3, 4)
     steps_until(run, STEPS, losses)
     return [losses[step] for step in sorted(losses)]

@@ -39,7 +39,7 @@ def train_until(rank: int, world: int, workshop: str, name: str, until: int, ove
     config = load_config(f"{workshop}/config.yaml", settings_of(workshop, name, overrides), claim_output=False)
     run = Training(config, ranks_of_default_group(rank, world, config.fssdp.shard_size))
     steps = []
-    while run.standing.step < until:
+    while run.run_state.step < until:
         result = run.train_one().result
         steps.append((result.loss, result.aux_loss, result.grad_norm))
     run.save()

@@ -23,7 +23,7 @@ SOURCES = {"up": "up.train.jsonl", "echo": "echo.train.jsonl", "few": "up.eval.j
 def train(rank: int, world: int, settings: tuple[str, ...]) -> None:
     config = load_config(RECIPE, settings, claim_output=False)
     run = Training(config, ranks_of_default_group(rank, world))
-    while run.standing.step < config.max_steps:
+    while run.run_state.step < config.max_steps:
         run.train_one()
     run.parts.output.replace(Path(config.output_dir), run.parts.moe, run.ranks)
 

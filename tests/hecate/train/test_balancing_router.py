@@ -36,7 +36,7 @@ def biases(run: Training) -> dict[str, list[float]]:
 def steps_until(run: Training, until: int) -> list[list[float]]:
     """Loss and norm of each step; the biases follow the loads."""
     seen = []
-    while run.standing.step < until:
+    while run.run_state.step < until:
         before = biases(run)
         result = run.train_one().result
         for unit, load_ED in result.loads.items():

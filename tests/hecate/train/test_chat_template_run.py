@@ -112,7 +112,7 @@ def test_the_other_template_is_another_data_set(workshop: Path) -> None:
     shutil.copy(workshop / "mine.jinja", workshop / "copy.jinja")
     more = ("resume=true", "max_steps=2")
     with join_ranks() as ranks:
-        assert Training(config_of(workshop, "resumed", f"data.chat_template={workshop}/copy.jinja", *more), ranks).standing.step == 1
+        assert Training(config_of(workshop, "resumed", f"data.chat_template={workshop}/copy.jinja", *more), ranks).run_state.step == 1
         (workshop / "copy.jinja").write_text(MINE.replace(": ", "! "), encoding="utf-8")
         for other in ("data.chat_template=null", f"data.chat_template={workshop}/copy.jinja"):
             with pytest.raises(UserError, match=r"-1: its run wrote conversations in another chat template.*\n.*mine\.jinja"):

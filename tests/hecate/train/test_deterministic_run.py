@@ -178,7 +178,7 @@ def moving(rank: int, world: int, workshop: str, settings: tuple[str, ...]) -> N
     config = load_config(f"{workshop}/config.yaml", settings, claim_output=False)
     run = Training(config, ranks_of_default_group(rank, world))
     random = np.random.default_rng(5)
-    while run.standing.step < STEPS:
+    while run.run_state.step < STEPS:
         run.train_one()
         owners = {unit: random.integers(0, world, size=len(owner_E)) for unit, owner_E in run.parts.moe.engine.shards.owners.items()}
         move_experts(run.parts.moe.engine, run.parts.optimizer, owners)

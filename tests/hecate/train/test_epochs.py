@@ -33,7 +33,7 @@ def build(
     given = [*UNPACKED, *overrides, f"output_dir={workshop}/runs/{name}"]
     run = Training(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks_of_default_group(rank, world))
     found = run.parts.config.max_steps, run.parts.optimizer.learning_rate, run.notes
-    while run.standing.step < until:
+    while run.run_state.step < until:
         run.train_one()
     run.save()
     return found

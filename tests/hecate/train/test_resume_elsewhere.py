@@ -129,10 +129,10 @@ def resumed_over_frozen_experts(rank: int, world: int, workshop: str) -> tuple[l
         config = load_config(f"{workshop}/config.yaml", settings_of(workshop, "frozen", (*own, f"resume={resumes}")), claim_output=False)
         run = Training(config, ranks)
         steps: Losses = []
-        while run.standing.step < 4:
+        while run.run_state.step < 4:
             result = run.train_one().result
             steps.append((result.loss, result.aux_loss, result.grad_norm))
-            if run.standing.step == 2 and not resumes:
+            if run.run_state.step == 2 and not resumes:
                 run.save()
         losses.append(steps[-2:])
         layers = run.parts.moe.engine.shards.residency_to_json()

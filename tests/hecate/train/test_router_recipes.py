@@ -87,9 +87,9 @@ def whole(rank: int, world: int, workshop: str, recipe: str, steps: int) -> tupl
     """Trains to the end, with a checkpoint after two steps."""
     run = training(rank, world, workshop, recipe, f"{recipe}-{world}")
     losses = []
-    while run.standing.step < steps:
+    while run.run_state.step < steps:
         losses.append(run.train_one().result.loss)
-        if run.standing.step == 2:
+        if run.run_state.step == 2:
             run.save()
     evaluation = run.evaluate()
     run.parts.output.replace(Path(run.parts.config.output_dir), run.parts.moe, run.ranks)
@@ -98,8 +98,8 @@ def whole(rank: int, world: int, workshop: str, recipe: str, steps: int) -> tupl
 
 def resumed(rank: int, world: int, workshop: str, recipe: str, of_world: int, steps: int) -> dict[str, torch.Tensor]:
     run = training(rank, world, workshop, recipe, f"{recipe}-{of_world}", "resume=true")
-    assert run.standing.step == 2
-    while run.standing.step < steps:
+    assert run.run_state.step == 2
+    while run.run_state.step < steps:
         run.train_one()
     return tensors(run)
 
@@ -233,7 +233,7 @@ def test_smora_leaves_its_bias_and_says_how_it_is_used(workshop: str) -> None:
 def half_stepped(rank: int, world: int, workshop: str, steps: int) -> dict[str, torch.Tensor]:
     """Rank 1 dies with the norms of a step, which rank 0 has taken and the others have not: they take it after it, by the same norms."""
     run = training(rank, world, workshop, "many_adapters", "half", "fssdp.redundancy=1", "max_grad_norm=0.01")
-    while run.standing.step < DEATH_STEP:
+    while run.run_state.step < DEATH_STEP:
         run.train_one()
 
     def fail(*shares: Any) -> Totals:
@@ -244,14 +244,14 @@ def half_stepped(rank: int, world: int, workshop: str, steps: int) -> dict[str, 
 
     try:
         with mock.patch.object(step_module, "exchange_totals", fail):
-            while run.standing.step < steps:
+            while run.run_state.step < steps:
                 run.train_one()
     except (Dead, RuntimeError):
         if rank == 1:
             run.ranks.leave()
             return {}
         regroup(run, f"{workshop}/half-store", rank - (rank > 1), world - 1)
-    while run.standing.step < steps:
+    while run.run_state.step < steps:
         run.train_one()
     return tensors(run)
 
@@ -266,17 +266,17 @@ def grown(rank: int, world: int, workshop: str, steps: int) -> dict[str, torch.T
     else:
         connect(dist.FileStore(f"{workshop}/grown-two", 2), rank, 2)
         run = training(rank, 2, workshop, "many_adapters", "grown", "max_grad_norm=0.01")
-        while run.standing.step < 2:
+        while run.run_state.step < 2:
             run.train_one()
     regroup(run, f"{workshop}/grown-three", (rank + 1) % 3, 3)
-    while run.standing.step < steps:
+    while run.run_state.step < steps:
         run.train_one()
     return tensors(run)
 
 
 def undisturbed(rank: int, world: int, workshop: str, steps: int) -> dict[str, torch.Tensor]:
     run = training(rank, world, workshop, "many_adapters", "undisturbed", "max_grad_norm=0.01")
-    while run.standing.step < steps:
+    while run.run_state.step < steps:
         run.train_one()
     return tensors(run)
 

@@ -16,8 +16,8 @@ from hecate.parallel.loops.replica_lists import Replicas, add, no_replicas, only
 from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput, price_row
 from hecate.parallel.planners import local_search as search
 from hecate.parallel.planners.auto import plan_auto
-from hecate.parallel.planners.plan_changes import AMOUNT, EXPERT, OTHERS, SOURCE, TARGET, VICTIM
-from hecate.parallel.planners.replication import deal, wishes
+from hecate.parallel.planners.plan_changes import AMOUNT, DROPPED, EXPERT, OTHERS, SOURCE, TARGET
+from hecate.parallel.planners.replication import deal, expert_orders
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.values.placement import contiguous_owners
 from testing.plain_flows import quotas_of
@@ -86,7 +86,13 @@ def test_trying_and_taking_back_leaves_nothing_behind(given_: PlanInput, seed: i
     expert, target = int(random.integers(experts)), int(random.integers(ranks))
     guests = np.flatnonzero(where[:, target] & ~given_.owned_LED[0][:, target] & (np.arange(experts) != expert))
     change = np.zeros((1, 5))
-    change[0, [EXPERT, SOURCE, TARGET, VICTIM, AMOUNT]] = expert, OTHERS, target, guests[0] if len(guests) else -1, tokens[expert].sum() / 3
+    change[0, [EXPERT, SOURCE, TARGET, DROPPED, AMOUNT]] = (
+        expert,
+        OTHERS,
+        target,
+        guests[0] if len(guests) else -1,
+        tokens[expert].sum() / 3,
+    )
     search._try(change, 0, owner, replicas, loads, numbers, sums, room)
     for e in range(experts):
         search._count(e, 1.0, replicas, loads, numbers, again, room)
@@ -155,7 +161,7 @@ def test_slots_are_dealt_to_the_hottest_and_to_nodes_that_lack_them() -> None:
     loads = loops.layer_loads(np.tile([15.0, 10.0], (4, 1)), numbers)
     only_owners(replicas, owner)
     slots = np.array([0, 1, 1, 1])
-    deal(owner, slots, wishes(owner, slots, loads, numbers), loads, numbers, replicas)
+    deal(owner, slots, expert_orders(owner, slots, loads, numbers), loads, numbers, replicas)
     # Expert 0 (60) to rank 2; expert 1 (40) to rank 3; then expert 0 (30 a copy) to rank 1.
     assert replicas.has_ED.tolist() == [[True, True, True, False], [False, True, False, True]]
 

@@ -8,7 +8,7 @@ import pytest
 from hecate.parallel.cost.cost_loops import layer_loads
 from hecate.parallel.cost.cost_model import topology_numbers
 from hecate.parallel.loops.replica_lists import no_replicas, only_owners
-from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, replicate, wishes
+from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, expert_orders, replicate
 from testing.unit_cases import unit_topology
 
 OWNER = np.array([0, 0, 1, 1])
@@ -31,25 +31,25 @@ def brought(
     loads = layer_loads(np.array(tokens), numbers)
     replicas = no_replicas(len(owner), len(nodes))
     only_owners(replicas, owner)
-    wish = wishes(owner, np.array(slots), loads, numbers)
-    replicate(rule, share, factor, owner, np.array(slots), 2, 3.0, wish, loads, numbers, replicas)
+    orders = expert_orders(owner, np.array(slots), loads, numbers)
+    replicate(rule, share, factor, owner, np.array(slots), 2, 3.0, orders, loads, numbers, replicas)
     return [np.flatnonzero(row).tolist() for row in replicas.has_ED]
 
 
 def test_what_each_rank_and_node_wants() -> None:
     numbers = topology_numbers(unit_topology((0, 0)))
-    wish = wishes(OWNER, np.array([1, 2]), layer_loads(np.array(TOKENS), numbers), numbers)
-    assert wish.by_load_E.tolist() == [0, 1, 2, 3]
-    assert wish.rank_DE.tolist() == [[2, -1], [1, 0]], "of other owners, those with tokens here"
-    assert wish.node_NE.tolist() == [[0, 1, 2, 3]]
+    orders = expert_orders(OWNER, np.array([1, 2]), layer_loads(np.array(TOKENS), numbers), numbers)
+    assert orders.by_load_E.tolist() == [0, 1, 2, 3]
+    assert orders.rank_DE.tolist() == [[2, -1], [1, 0]], "of other owners, those with tokens here"
+    assert orders.node_NE.tolist() == [[0, 1, 2, 3]]
 
 
 def test_ties_differ_from_rank_to_rank() -> None:
     """Or all ranks would ask the same owner at once: rank d begins at its own share of the experts."""
     numbers = topology_numbers(unit_topology((0, 0, 0)))
     owner = np.array([0, 0, 0])
-    wish = wishes(owner, np.array([0, 1, 1]), layer_loads(np.ones((3, 3)), numbers), numbers)
-    assert wish.rank_DE.tolist() == [[-1], [1], [2]]
+    orders = expert_orders(owner, np.array([0, 1, 1]), layer_loads(np.ones((3, 3)), numbers), numbers)
+    assert orders.rank_DE.tolist() == [[-1], [1], [2]]
 
 
 def test_the_owners_alone() -> None:

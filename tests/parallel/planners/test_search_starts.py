@@ -14,7 +14,7 @@ from hecate.parallel.cost import cost_loops as loops
 from hecate.parallel.cost.cost_model import topology_numbers
 from hecate.parallel.loops.replica_lists import Replicas, no_replicas, only_owners
 from hecate.parallel.planners import POLICIES, PlanInput
-from hecate.parallel.planners.replication import wishes
+from hecate.parallel.planners.replication import expert_orders
 from hecate.parallel.planners.search_starts import (
     ALONE,
     BEST,
@@ -48,7 +48,7 @@ def started(start: int, given_: PlanInput) -> Replicas:
     slots = np.minimum(given_.slots_D, given_.num_experts)
     loads = loops.layer_loads(np.ascontiguousarray(given_.expected_LED[0].T, dtype=np.float64), numbers)
     plan = no_replicas(given_.num_experts, given_.world_size)
-    start_with(start, owner, slots, wishes(owner, slots, loads, numbers), loads, numbers, plan)
+    start_with(start, owner, slots, expert_orders(owner, slots, loads, numbers), loads, numbers, plan)
     return plan
 
 

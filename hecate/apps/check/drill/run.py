@@ -46,7 +46,7 @@ def chosen_drills(names: Sequence[str]) -> list[Drill]:
 
 
 @dataclass(frozen=True)
-class Ground:
+class DrillFolder:
     """Where drills are run: a fork server, and the tiny run."""
 
     folder: Path
@@ -69,14 +69,14 @@ class Ground:
 
 
 @contextmanager
-def ground() -> Iterator[Ground]:
-    """Make the ground for drills; all of it is gone after the block.
+def drill_folder() -> Iterator[DrillFolder]:
+    """Make the folder in which drills are run; all of it is gone after the block.
 
     Raises:
         UserError: the tiny run cannot be made on this machine.
     """
     with run_folder() as folder, forking(folder, {**os.environ, "OMP_NUM_THREADS": "1"}, PROGRAM) as start:
-        made = Ground(folder, start)
+        made = DrillFolder(folder, start)
         done = subprocess.run([*start, "workshop", str(made.workshop)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise UserError(f"the tiny run of the drills cannot be made here:\n  {(done.stderr.strip().splitlines() or ['?'])[-1]}")

@@ -28,9 +28,9 @@ def tiny_training(ranks: Ranks, workshop: str, output: Path | str, *overrides: s
 def train_until(run: Training, step: int, *, save_each: bool = False) -> list[int]:
     """Train up to a step, and save there, or after each step. Returns the bytes that each step has sent, which tell where experts were."""
     sent = []
-    while run.standing.step < step:
+    while run.run_state.step < step:
         sent.append(run.train_one().result.bytes_sent)
-        if save_each and run.standing.step < step:
+        if save_each and run.run_state.step < step:
             run.save()
     run.save()
     return sent

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 
 from hecate.adapters.peft.reading import load_lora
 from hecate.apps.federate.base import vector_shape
+from hecate.apps.federate.before_round import send_down, server_before
 from hecate.apps.federate.client import ClientPlan, receive, send, write_message
 from hecate.apps.federate.codec import decode, encode
 from hecate.apps.federate.plans import client_plan, configs_of, processes_of, round_folder, trained_together
-from hecate.apps.federate.standing import send_down, standing_before
 from hecate.apps.federate.vectors import flat, pairs_of, read_pairs
 from hecate.config import Config
 from hecate.errors import UserError
@@ -37,20 +37,20 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plans_of(config: Config, number: int = 1) -> dict[str, ClientPlan]:
     """The plans of a round's clients, whose messages down are written: of an adapter whose B is not zero."""
     shape = vector_shape(config)
-    standing = standing_before(config, shape, number, [])
-    assert standing.pairs is not None
+    server = server_before(config, shape, number, [])
+    assert server.pairs is not None
     random = torch.Generator().manual_seed(0)
-    trained = {path: (a, 0.1 * torch.randn(b.shape, generator=random, dtype=b.dtype)) for path, (a, b) in standing.pairs.items()}
-    standing = replace(standing, pairs=trained)
-    plans = {one.name: client_plan(config, shape, one, number, standing.stacked) for one in config.rounds.clients}
-    send_down(config, number, standing, plans)
+    trained = {path: (a, 0.1 * torch.randn(b.shape, generator=random, dtype=b.dtype)) for path, (a, b) in server.pairs.items()}
+    server = replace(server, pairs=trained)
+    plans = {one.name: client_plan(config, shape, one, number, server.stacked) for one in config.rounds.clients}
+    send_down(config, number, server, plans)
     return plans
 
 
 def train(rank: int, world: int, config: Config) -> None:
     """A training from its beginning to what it leaves; the ranks of a process group that is there."""
     run = Training(config, ranks_of_default_group(rank, world))
-    while run.standing.step < config.max_steps:
+    while run.server.step < config.max_steps:
         run.train_one()
     run.parts.output.replace(Path(config.output_dir), run.parts.moe, run.ranks)
 

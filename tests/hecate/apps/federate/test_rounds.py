@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from hecate.adapters.sets.set_files import read_set
 from hecate.apps.answers.inference import answer
 from hecate.apps.federate.base import vector_shape
+from hecate.apps.federate.before_round import stacked_rank
 from hecate.apps.federate.checks import RECIPE, check_federated, keep_recipe
 from hecate.apps.federate.codec import HEADER_BYTES, encode
 from hecate.apps.federate.held_out import held_out_figures
 from hecate.apps.federate.records import RoundRecord, read_rounds
 from hecate.apps.federate.rounds import federate
 from hecate.apps.federate.section.settings import RoundsConfig
-from hecate.apps.federate.standing import stacked_rank
 from hecate.config.rules.of_apps import refuse_training
 from hecate.errors import UserError
 from testing.byte_tokenizer import TEMPLATE

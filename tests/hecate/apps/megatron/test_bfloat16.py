@@ -41,10 +41,10 @@ class Found:
 
 def _go_on(run: Training, save_at: int | None = None) -> Steps:
     steps = []
-    while run.standing.step < STEPS:
+    while run.run_state.step < STEPS:
         result = run.train_one().result
         steps.append((result.loss, result.aux_loss, result.grad_norm))
-        if run.standing.step == save_at:
+        if run.run_state.step == save_at:
             run.save()
     return steps
 

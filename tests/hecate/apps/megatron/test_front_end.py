@@ -35,7 +35,7 @@ def training(folder: Path, name: str, *overrides: str) -> Training:
 def go_on(run: Training) -> list[tuple[float, float, float]]:
     """Loss, aux loss and gradient norm of each step up to the last."""
     found = []
-    while run.standing.step < STEPS:
+    while run.run_state.step < STEPS:
         result = run.train_one().result
         found.append((result.loss, result.aux_loss, result.grad_norm))
     return found

@@ -50,7 +50,7 @@ def losing_a_group(rank: int, world: int, folder: str, phase: str) -> tuple[list
         if rank < 2:
             return [], []
         run.join(Group(connect(dist.FileStore(f"{folder}/{phase}-two", 2), rank - 2, 2, None, 2), local_topology(2, cuda=False)))
-        assert run.standing.step == DEATH_STEP
+        assert run.run_state.step == DEATH_STEP
         steps_until(run, STEPS, losses)
         run.save()
     return sorted(int(name.replace(".", "")) for name in run.parts.optimizer.owned), [losses[step] for step in sorted(losses)]

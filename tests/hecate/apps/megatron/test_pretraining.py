@@ -59,10 +59,10 @@ class Found:
 def _train(config: Config, ranks: Ranks, save_at: int | None = None) -> Losses:
     run = Training(config, ranks)
     losses: Losses = []
-    while run.standing.step < run.parts.config.max_steps:
+    while run.run_state.step < run.parts.config.max_steps:
         result = run.train_one().result
         losses.append((result.loss, result.aux_loss, result.grad_norm))
-        if run.standing.step == save_at:
+        if run.run_state.step == save_at:
             run.save()
     return [*losses, (_held_out(run),)]
 

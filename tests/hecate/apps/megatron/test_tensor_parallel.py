@@ -74,11 +74,11 @@ def _watch_gradients(run: Training) -> dict[str, np.ndarray]:
 def _go_on(run: Training, save_at: int | None = None) -> tuple[Steps, list[list[int]]]:
     steps: Steps = []
     loads: list[list[int]] = []
-    while run.standing.step < run.parts.config.max_steps:
+    while run.run_state.step < run.parts.config.max_steps:
         result = run.train_one().result
         steps.append((result.loss, result.aux_loss, result.grad_norm))
         loads = loads or [result.loads[layer].sum(1).tolist() for layer in sorted(result.loads)]
-        if run.standing.step == save_at:
+        if run.run_state.step == save_at:
             run.save()
     (held_out,) = evaluate(run.parts.config, run.ranks, run.parts.base, run.parts.moe, run.parts.eval_sources).scores.values()
     return [*steps, (held_out.loss,)], loads

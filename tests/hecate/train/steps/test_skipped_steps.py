@@ -83,7 +83,7 @@ def not_finite(rank: int, world: int, workshop: str) -> None:
         assert result.skipped
         assert math.isnan(result.grad_norm) or math.isinf(result.grad_norm)
         assert_unchanged(run, before)
-    assert (run.standing.skipped_in_a_row, len(run.standing.grad_norms)) == (3, 1)
+    assert (run.run_state.skipped_in_a_row, len(run.run_state.grad_norms)) == (3, 1)
     assert not run.train_one().result.skipped
 
 
@@ -95,18 +95,18 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all(workshop: str, world: 
 def spike(rank: int, world: int, workshop: str) -> tuple[float, ...]:
     run = make_run(workshop, f"spike-{world}", rank, world, SIGMAS)
     run.train_one()
-    run.state = replace(run.standing, grad_norms=CALM)
+    run.state = replace(run.run_state, grad_norms=CALM)
     before = held(run)
     result = run.train_one().result
     assert result.why_skipped.startswith(f"gradient norm {result.grad_norm:.4g} is a spike, above 1.1")
     assert_unchanged(run, before)
     run.save()
     resumed = make_run(workshop, f"spike-{world}", rank, world, SIGMAS, "resume=true")
-    assert resumed.standing.grad_norms == (*CALM, result.grad_norm)
+    assert resumed.run_state.grad_norms == (*CALM, result.grad_norm)
     assert resumed.train_one().result.skipped, "a resumed run decides as the run that was saved"
-    resumed.state = replace(resumed.standing, grad_norms=resumed.standing.grad_norms[-2:] * 20)
+    resumed.state = replace(resumed.run_state, grad_norms=resumed.run_state.grad_norms[-2:] * 20)
     assert not resumed.train_one().result.skipped
-    return resumed.standing.grad_norms
+    return resumed.run_state.grad_norms
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -140,7 +140,7 @@ def behind(rank: int, world: int, workshop: str) -> tuple[dict[str, Tensor], dic
     """Rank 0 has skipped a step when the other fails with the norm in its hands: what the rank held before it, and after both have."""
     run = make_run(workshop, "behind", rank, world, SIGMAS)
     run.train_one()
-    run.state = replace(run.standing, grad_norms=CALM)
+    run.state = replace(run.run_state, grad_norms=CALM)
     before = held(run)
 
     def fail(*shares: Any) -> Totals:
@@ -156,9 +156,9 @@ def behind(rank: int, world: int, workshop: str) -> tuple[dict[str, Tensor], dic
         else:
             assert run.train_one().result.skipped
     regroup(run, f"{workshop}/behind-store", rank, world)
-    assert run.standing.step == 2
-    assert run.standing.skipped == 1
-    return before, held(run), run.standing.grad_norms
+    assert run.run_state.step == 2
+    assert run.run_state.skipped == 1
+    return before, held(run), run.run_state.grad_norms
 
 
 def test_a_rank_that_is_a_step_behind_skips_what_the_others_have_skipped(workshop: str) -> None:
@@ -174,7 +174,7 @@ def used_up(rank: int, world: int, workshop: str, name: str) -> tuple[StepResult
     """A run stops at a spike, and then at parameters that are not finite: the result of the first, and the second error."""
     run = make_run(workshop, name, rank, world, SIGMAS, "max_skipped_steps=2")
     run.train_one()
-    run.state = replace(run.standing, grad_norms=CALM)
+    run.state = replace(run.run_state, grad_norms=CALM)
     run.train_one()
     assert not run.skipped_too_often
     spike = run.train_one().result
@@ -234,7 +234,7 @@ def stopped(rank: int, world: int, workshop: str) -> tuple[str, int]:
     advice = shlex.split(str(caught.value).splitlines()[-1])
     assert advice[:2] == ["hecate", "train"]
     resumed = load_config(advice[2], advice[3:], claim_output=False)
-    return str(caught.value), Training(resumed, ranks_of_default_group(rank, world)).standing.step
+    return str(caught.value), Training(resumed, ranks_of_default_group(rank, world)).run_state.step
 
 
 def test_a_run_stops_when_its_skipped_steps_are_used_up(workshop: str) -> None:

@@ -44,14 +44,14 @@ def poison(ranks: Ranks, workshop: str, output: str, wanted: list[list[Any]]) ->
     run.train_one()
     problems = []
     for place, value, rank in wanted:
-        before, skipped = Held.by(run.parts.optimizer), run.standing.skipped
+        before, skipped = Held.by(run.parts.optimizer), run.run_state.skipped
         fault = Injected(action="fill", place=place, rank=rank, value=_BROKEN[value])
         result = armed_step(run, ranks, fault)
         changed = before.changed(Held.by(run.parts.optimizer))
         problem = ""
         if changed:
             problem = f"{len(changed)} tensors have changed, such as {changed[0]}"
-        if not result.skipped or run.standing.skipped != skipped + 1:
+        if not result.skipped or run.run_state.skipped != skipped + 1:
             problem = f"the step was not skipped (norm {result.grad_norm}, loss {result.loss})"
         sound = run.train_one().result
         if not problem and (sound.skipped or not math.isfinite(sound.loss) or not before.changed(Held.by(run.parts.optimizer))):

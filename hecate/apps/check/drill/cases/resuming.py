@@ -86,7 +86,7 @@ def resume_each(ranks: Ranks, workshop: str, folder: str, steps: int, after: lis
             shutil.copytree(whole / f"checkpoint-{step}", output / f"checkpoint-{step}")
         ranks.barrier()
         run = tiny_training(ranks, workshop, output, f"max_steps={steps}", "resume=true", *also)
-        begun = run.standing.step
+        begun = run.run_state.step
         sent_again = train_until(run, steps)
         same = digests(output / f"checkpoint-{steps}") == wanted and sent_again == sent[step:]
         text = f"resumed at step {begun}; the end is {'' if same else 'not '}the same; bytes sent {sent_again}, not {sent[step:]}"

@@ -17,7 +17,7 @@ from hecate.apps.check.drill.catalogue import DRILLS
 from hecate.apps.check.drill.outcome import DrillCase, DrillOutcome, outcome_of
 from hecate.apps.check.drill.program import found, name_of
 from hecate.apps.check.drill.prove import PROOFS
-from hecate.apps.check.drill.run import DrillReport, Ground, chosen_drills, ground
+from hecate.apps.check.drill.run import DrillFolder, DrillReport, chosen_drills, drill_folder
 from hecate.apps.check.drill.table import drills_json, proof_text, proofs_json, proofs_text, report_text, summary_text
 from hecate.cli import app
 from hecate.errors import UserError
@@ -29,13 +29,13 @@ MODULES = (damage, followers, inputs, launching, losses, memory, naming, numbers
 
 
 @pytest.fixture(scope="module")
-def made() -> Iterator[Ground]:
-    with ground() as it:
+def made() -> Iterator[DrillFolder]:
+    with drill_folder() as it:
         yield it
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in IN_EVERY_TEST else pytest.mark.slow) for name in DRILLS])
-def test_a_drill_passes(made: Ground, name: str) -> None:
+def test_a_drill_passes(made: DrillFolder, name: str) -> None:
     report = made.run(DRILLS[name], quick=True)
     assert report.outcome.ok, report_text(report)
     assert report.outcome.total > 0
@@ -45,7 +45,7 @@ PROVED_IN_EVERY_TEST = ("R6", "R7", "R8", "R16")
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in PROVED_IN_EVERY_TEST else pytest.mark.slow) for name in DRILLS])
-def test_a_drill_fails_without_what_it_is_about(made: Ground, name: str) -> None:
+def test_a_drill_fails_without_what_it_is_about(made: DrillFolder, name: str) -> None:
     report = made.run(DRILLS[name], quick=True, without=True)
     assert not report.outcome.ok
     assert "the drill itself" not in report.outcome.seen, report.outcome
@@ -58,7 +58,7 @@ def test_every_drill_has_a_proof() -> None:
     assert list(PROOFS) == list(DRILLS)
 
 
-def test_a_drill_that_breaks_down_has_failed_with_its_last_words(made: Ground) -> None:
+def test_a_drill_that_breaks_down_has_failed_with_its_last_words(made: DrillFolder) -> None:
     broken = made.run(replace(DRILLS["R5"], function="saves:no_such_function"), quick=True)
     assert not broken.outcome.ok
     assert "no_such_function" in broken.outcome.failures[-1]

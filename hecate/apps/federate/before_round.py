@@ -23,7 +23,7 @@ SERVER_STATE = "server.safetensors"
 
 
 @dataclass(frozen=True)
-class ServerStanding:
+class ServerBefore:
     """What the server has before a round."""
 
     shape: VectorShape
@@ -36,7 +36,7 @@ class ServerStanding:
     """where clients begin anew: the number of terms of the last round's result"""
 
 
-def standing_before(config: Config, shape: VectorShape, number: int, done: Sequence[RoundRecord]) -> ServerStanding:
+def server_before(config: Config, shape: VectorShape, number: int, done: Sequence[RoundRecord]) -> ServerBefore:
     """Return where the server stands before a round.
 
     Args:
@@ -47,13 +47,13 @@ def standing_before(config: Config, shape: VectorShape, number: int, done: Seque
     """
     before = round_folder(config, number - 1)
     if begins_anew(config):
-        return ServerStanding(shape, None, None, stacked_rank(config, done[-1]) if done else 0)
+        return ServerBefore(shape, None, None, stacked_rank(config, done[-1]) if done else 0)
     settings = rounds_of(config).server
     steps = (settings.optimizer, settings.learning_rate) != ("sgd", 1.0)
     if steps:
         state = ServerState(flat(new_pairs(shape), shape)) if number == 1 else load_server(before.path / SERVER_STATE)
-        return ServerStanding(shape, pairs_of(state.vector, shape), state, 0)
-    return ServerStanding(shape, new_pairs(shape) if number == 1 else read_pairs(before.union, shape), None, 0)
+        return ServerBefore(shape, pairs_of(state.vector, shape), state, 0)
+    return ServerBefore(shape, new_pairs(shape) if number == 1 else read_pairs(before.union, shape), None, 0)
 
 
 def stacked_rank(config: Config, record: RoundRecord) -> int:
@@ -61,7 +61,7 @@ def stacked_rank(config: Config, record: RoundRecord) -> int:
     return sum(rank_of(config, client) for client in rounds_of(config).clients if client.name in record.weights)
 
 
-def send_down(config: Config, number: int, standing: ServerStanding, plans: Mapping[str, ClientPlan]) -> dict[str, Tensor | None]:
+def send_down(config: Config, number: int, server: ServerBefore, plans: Mapping[str, ClientPlan]) -> dict[str, Tensor | None]:
     """Write the messages to the clients, by their plans. Return each one's vector, from which the server counts its changes, by name.
 
     Raises:
@@ -69,18 +69,18 @@ def send_down(config: Config, number: int, standing: ServerStanding, plans: Mapp
     """
     begun: dict[str, Tensor | None] = {}
     for name, plan in plans.items():
-        begun[name] = None if standing.pairs is None else begun_with(standing.pairs, standing.shape, plan.shape)
+        begun[name] = None if server.pairs is None else begun_with(server.pairs, server.shape, plan.shape)
         vector = begun[name]
         if vector is not None:
             assert plan.down is not None
             write_message(plan.down, encode(vector, rounds_of(config).codec.down))
         elif plan.merging is not None:
-            write_message(plan.merging.down, _stacked_message(config, number, standing))
+            write_message(plan.merging.down, _stacked_message(config, number, server))
     return begun
 
 
-def _stacked_message(config: Config, number: int, standing: ServerStanding) -> bytes:
-    stacked = standing.shape.of_rank(standing.stacked, 1.0)
+def _stacked_message(config: Config, number: int, server: ServerBefore) -> bytes:
+    stacked = server.shape.of_rank(server.stacked, 1.0)
     return encode(flat(read_pairs(round_folder(config, number - 1).union, stacked), stacked), 1.0)
 
 
