@@ -37,8 +37,8 @@ from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cost.cost_loops import DISPATCH_COLLECTIVES, LEAST_TRAFFIC
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
-from hecate.parallel.simulate.simulated_step import Setting
-from hecate.parallel.simulate.simulator import HISTORY_STEPS, Simulated, simulate
+from hecate.parallel.simulate.simulated_step import HISTORY_STEPS, Setting
+from hecate.parallel.simulate.simulator import Simulated, simulate
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.values.placement import contiguous_owners
 from hecate.parallel.values.predictors import predicted_loads

@@ -13,7 +13,7 @@ import pytest
 from benchmarks.kill_plans import CALLS, DEATHS, RANKS, goes_on, in_a_row, plan_of
 from benchmarks.kill_points import KilledRun, go_through, lost, read_runs, repeated, totals, write_runs
 from hecate.apps.check.drill.ranks import Launched
-from hecate.apps.check.drill.run import ground
+from hecate.apps.check.drill.run import drill_folder
 
 
 def run_of(*trained: tuple[int, int, list[int]]) -> Launched:
@@ -88,7 +88,7 @@ def test_a_run_whose_plan_is_another_one_now_is_done_again(tmp_path: Path) -> No
 def test_runs_that_lose_three_ranks_end_with_the_same_bits(tmp_path: Path) -> None:
     """The plans 27 to 29: under `hecate launch` on two nodes, on Ray, and without backups on two nodes."""
     runs = [KilledRun(number, "local", False, (), "", 0, 0, 0, 0, 0.0, 0.0) for number in range(27)]
-    with ground() as made:
+    with drill_folder() as made:
         go_through(made, runs, 7, tmp_path / "found.json")
     assert [run.launcher for run in runs[27:30]] == ["two_nodes", "ray", "two_nodes_again"]
     assert all(run.held for run in runs), runs

@@ -11,7 +11,7 @@ import pytest
 from benchmarks.soak import KINDS, LEG_STEPS, RANKS, Soaked, carried_out, compare, leg_of, poison, problem_of_leg
 from hecate.apps.check.drill.outcome import Scope
 from hecate.apps.check.drill.ranks import Launched
-from hecate.apps.check.drill.run import ground
+from hecate.apps.check.drill.run import drill_folder
 
 LEGS = [leg_of(number, 0) for number in range(50)]
 
@@ -45,7 +45,7 @@ def test_a_leg_that_lost_some_ranks_must_not_end_early(tmp_path: Path) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
 def test_a_few_legs_end_as_a_run_without_faults(tmp_path: Path) -> None:
     """One leg of each kind; another learning rate in the run without faults is seen."""
-    with ground() as made:
+    with drill_folder() as made:
         scope, output, found = Scope(str(tmp_path), str(made.workshop), quick=False, start=made.start), tmp_path / "soaked", Soaked()
         first = 0
         for kind in ("none", "kill", "disk", "stop", "launcher"):

@@ -21,7 +21,7 @@ from hecate.apps.check.drill.armed import Injected
 from hecate.apps.check.drill.cases.losses import problem_of
 from hecate.apps.check.drill.outcome import Scope
 from hecate.apps.check.drill.ranks import Started, begin_run
-from hecate.apps.check.drill.run import ground
+from hecate.apps.check.drill.run import drill_folder
 from hecate.errors import UserError
 from hecate.io.strict_json import JsonError
 from hecate.launch import surviving_nodes
@@ -414,7 +414,7 @@ def test_a_node_that_is_told_to_stop_leaves_when_its_ranks_have_ended(tmp_path: 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux: /proc and fork")
 def test_a_rank_of_the_second_node_dies_and_no_step_is_lost(tmp_path: Path) -> None:
     """Two launchers on this machine, with two ranks each. The bits are those of the run that loses nobody."""
-    with ground() as made:
+    with drill_folder() as made:
         scope = Scope(str(tmp_path), str(made.workshop), quick=True, start=made.start)
         whole = begin_run(scope, "whole", 4).end()
         dies = Injected(action="kill", place="backward", rank=3, step=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ import torch
 from hecate.config import load_config
 from hecate.elastic.move_experts import move_experts
 from hecate.errors import UserError
-from hecate.train.training import Training, require_cpu
+from hecate.train.steps.passes_in_order import prepare_for_order
+from hecate.train.training import Training
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
@@ -213,6 +215,7 @@ def test_it_is_the_training_without_it_within_rounding(workshop: str) -> None:
 
 
 def test_a_gpu_is_refused() -> None:
-    require_cpu(torch.device("cpu"))
+    config = SimpleNamespace(deterministic=True)
+    prepare_for_order(config, torch.device("cpu"))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="deterministic: holds on CPUs only"):
-        require_cpu(torch.device("cuda:0"))
+        prepare_for_order(config, torch.device("cuda:0"))  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ from hecate import faults
 from hecate.apps.check.drill.armed import Injected
 from hecate.apps.check.drill.outcome import Scope
 from hecate.apps.check.drill.ranks import begin_run
-from hecate.apps.check.drill.run import Ground, ground
+from hecate.apps.check.drill.run import DrillFolder, drill_folder
 from hecate.config import load_config
 from hecate.ranks.launcher_files import ERRORS_VARIABLE, STORE_VARIABLE, failure_of
 from hecate.ranks.ranks import join_ranks, loss_in_words, lost_a_peer
@@ -123,14 +123,14 @@ def test_a_rank_that_fails_at_any_place_ends_the_run_and_leaves_its_reason(tmp_p
 
 
 @pytest.fixture(scope="module")
-def made() -> Iterator[Ground]:
-    with ground() as it:
+def made() -> Iterator[DrillFolder]:
+    with drill_folder() as it:
         yield it
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("survives", [False, True])
-def test_the_user_reads_which_rank_has_failed_and_why(made: Ground, tmp_path: Path, survives: bool) -> None:
+def test_the_user_reads_which_rank_has_failed_and_why(made: DrillFolder, tmp_path: Path, survives: bool) -> None:
     """Under the local launcher. With a copy of each expert the other rank goes on, though the failing process has not been killed."""
     scope = Scope(str(tmp_path), str(made.workshop), quick=True, start=made.start)
     run = begin_run(scope, "failing", 2, injected=[Injected(action="fail", place="experts", rank=1, step=1, value=5)], survives=survives)

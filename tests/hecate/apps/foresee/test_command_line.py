@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hecate.apps.foresee.cases import Options, synthetic_cases
-from hecate.apps.foresee.simulate import _run
+from hecate.apps.foresee.simulate import Shown, run_cases
 from hecate.cli import app
 from hecate.errors import UserError
 from tests.hecate.apps.foresee.making import CONFIG, write_model
@@ -85,7 +85,7 @@ def test_simulate_shows_that_it_lives(model: str, live: bool, monkeypatch: pytes
     shown = Terminal() if live else io.StringIO()
     monkeypatch.setattr("sys.stderr", shown)
     options = Options(policies=("static_ep", "full"), steps=2)
-    _run(synthetic_cases("two-cpu-ranks", model, ["zipf", "burst"], 8), options, wide=False, json_path=None, plot_path=None)
+    run_cases(synthetic_cases("two-cpu-ranks", model, ["zipf", "burst"], 8), options, Shown(wide=False))
     cases = ["1/2 small on two-cpu-ranks, zipf", "2/2 small on two-cpu-ranks, burst"]
     if live:
         assert [line.removeprefix("\x1b[K") for line in shown.getvalue().split("\r")] == [
