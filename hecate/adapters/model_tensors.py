@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -106,10 +107,9 @@ def pair_shapes(moe: MoeModel, names: TensorNames) -> dict[str, tuple[int, ...]]
     """Return the shapes of the tensors with the experts' pairs, by name, the fixed ones among them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for unit, family in moe.engine.shards.families.items():
-        assert isinstance(family, UnitExperts)
-        source = family.pair_source
+        source, sizes = family.pair_source, cast(UnitExperts, family).site.sizes
         for projection in source.projections:
-            inputs, outputs = family.site.sizes.of_projection(projection)
+            inputs, outputs = sizes.of_projection(projection)
             for expert in range(family.num_experts):
                 place = names.pair(unit, projection, expert)
                 rows = source.lora.rank * (1 if place.expert is None else family.num_experts)

@@ -37,9 +37,11 @@ def main(runs: dict[str, Any], rank: int) -> None:
     import torch.distributed as dist
 
     from hecate.config import load_config
+    from hecate.io.terminal import show_messages
     from hecate.ranks.ranks import connect
     from hecate.train.loop import train
 
+    show_messages()
     for name, overrides in runs["overrides"].items():
         print(f"run {name}", flush=True)
         folder = Path(runs["folder"], name)

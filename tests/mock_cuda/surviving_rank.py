@@ -43,8 +43,10 @@ if __name__ == "__main__":
         preload()
         main(sys.argv[1:])
     else:
+        from hecate.io.terminal import show_messages
         from hecate.launch.local_launcher import launch_local
         from hecate.launch.membership.job_policy import JobPolicy
 
+        show_messages()
         config, ranks, *overrides = sys.argv[1:]
         sys.exit(launch_local("tests.mock_cuda.surviving_rank", [config, *overrides], int(ranks), JobPolicy(copied=True)))

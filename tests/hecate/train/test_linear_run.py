@@ -120,7 +120,7 @@ def test_an_ordinary_lora_does_not_replace_a_fixed_a(workshop: Path, one_rank: d
     run, ranks = training(workshop, one_rank, "fixed", *given, plain=True)
     folder = run.parts.output.replace(workshop / "runs" / "fixed", run.parts.moe, ranks)
     training(workshop, one_rank, "fixed-again", *given, f"lora.init_from={folder}", plain=True)
-    with pytest.raises(UserError, match=r"the adapter's A of layer .* is not the one that the configured seed draws"):
+    with pytest.raises(UserError, match=r"the adapter's A of expert .* is not the one that the configured seed draws"):
         training(workshop, one_rank, "fixed-other", *given, "seed=9", f"lora.init_from={folder}", plain=True)
 
 

@@ -50,7 +50,7 @@ def plans_of(config: Config, number: int = 1) -> dict[str, ClientPlan]:
 def train(rank: int, world: int, config: Config) -> None:
     """A training from its beginning to what it leaves; the ranks of a process group that is there."""
     run = Training(config, ranks_of_default_group(rank, world))
-    while run.server.step < config.max_steps:
+    while run.run_state.step < config.max_steps:
         run.train_one()
     run.parts.output.replace(Path(config.output_dir), run.parts.moe, run.ranks)
 

@@ -36,7 +36,7 @@ Samples = list[tuple[list[int], list[int]]]
 
 def train(rank: int, world: int, config: Config) -> None:
     run = Training(config, ranks_of_default_group(rank, world))
-    while run.server.step < config.max_steps:
+    while run.run_state.step < config.max_steps:
         run.train_one()
     run.parts.output.replace(Path(config.output_dir), run.parts.moe, run.ranks)
 
