@@ -32,7 +32,8 @@ class PairSource(Protocol):
 
     @property
     def drawn_digest(self) -> str:
-        """Of what is drawn from names (`digest_of`), by which a run notices that it would go on with other numbers; empty: nothing is."""
+        """Of what is drawn from names (`digest_of_drawn`), by which a run notices that it would go on with other numbers; empty if nothing
+        is."""
         ...
 
     def initial(self, expert: int, *key: int | str) -> Tensor:
