@@ -73,11 +73,11 @@ class StepExtension:
         """To which the norm of a batch's gradient is clipped (`TrainingPass.backward`); None: no limit."""
         return None
 
-    def forwarded(self, stats: Mapping[Unit, RouterStats]) -> None:
-        """A pass's layers have run; with what their routers have done, by unit."""
+    def routed(self, stats: Mapping[Unit, RouterStats]) -> None:
+        """The layers of a pass have run, and this is what their routers have done, by unit."""
 
     def sums(self) -> Tensor | None:
-        """float64 [n] of this rank, on the device, to be added up over the ranks; None: nothing."""
+        """float64 [n] of this rank, on its device, to be added up over the ranks; None: nothing. It is called once in a step."""
         return None
 
     def figures(self) -> Sequence[float]:

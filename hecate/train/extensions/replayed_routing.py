@@ -47,7 +47,7 @@ class ReplayedRouting(StepExtension):
     def tokens(self, tokens: PassTokens, moe: MoeModel, head: CausalHead, batch: Batch) -> PassTokens:
         return with_routing(tokens, moe, batch, forced=self._forced)
 
-    def forwarded(self, stats: Mapping[Unit, RouterStats]) -> None:
+    def routed(self, stats: Mapping[Unit, RouterStats]) -> None:
         if not self._forced:
             self._differing += torch.stack([one.differing for one in stats.values() if one.differing is not None]).sum()
 

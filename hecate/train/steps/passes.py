@@ -100,7 +100,7 @@ class StepWork:
             share = share + aux * (self.aux_coef / self.micro_steps)
         losses[0] += loss_sum.detach() / self.mean.reported
         for extension in self.extensions:
-            extension.forwarded(stats)
+            extension.routed(stats)
         self.at("forwarded")
         return share
 

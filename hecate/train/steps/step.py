@@ -96,8 +96,9 @@ def train_step(
     work.at("norm")
     own = (shards.bytes_sent - sent, shards.bytes_between_nodes - sent_far, peak_bytes(device))
     figures = [own, *(extension.figures() for extension in extensions)]
-    more = [sums for extension in extensions if (sums := extension.sums()) is not None]
-    totals = exchange_totals(work.losses, squares, shards.groups.world, figures, more, partial(optimizer.together, names=names))
+    sums = [extension.sums() for extension in extensions]
+    added_up = [one for one in sums if one is not None]
+    totals = exchange_totals(work.losses, squares, shards.groups.world, figures, added_up, partial(optimizer.together, names=names))
     work.at("optimizer")
     grad_norm = _usable_norm(totals, separate=bool(moe.separate_experts))
     taken = optimizer.step(grad_norm, rules.max_grad_norm, loads, totals.grad_norms, rules.norm_limit)
@@ -115,8 +116,8 @@ def train_step(
         unlike=totals.unlike,
     )
     added = iter(totals.more)
-    for extension, of_ranks in zip(extensions, totals.figures[1:], strict=True):
-        result = extension.completed(result, of_ranks, next(added) if extension.sums() is not None else ())
+    for extension, of_ranks, own_sums in zip(extensions, totals.figures[1:], sums, strict=True):
+        result = extension.completed(result, of_ranks, () if own_sums is None else next(added))
     return result
 
 
