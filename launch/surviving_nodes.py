@@ -8,6 +8,7 @@ launchers copy to each other what the others' ranks need (`hecate.launch.node_me
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import time
@@ -22,7 +23,6 @@ from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.io.durable import replace_file
 from hecate.io.signals import on_signals
 from hecate.io.strict_json import JsonError
-from hecate.io.terminal import tell
 from hecate.launch.addresses import Endpoint, wait_for
 from hecate.launch.local_launcher import STOPPING, watch
 from hecate.launch.membership.job_policy import JobPolicy
@@ -39,6 +39,8 @@ from hecate.launch.rank_command import Beginning, RankCommand, RankProcess
 from hecate.launch.stopped_ranks import StoppedRanks
 from hecate.launch.surviving_ranks import SurvivingRanks
 from hecate.ranks.launcher_files import error_file, mistakes, read_generation, write_generation
+
+_log = logging.getLogger(__name__)
 
 LOST_SECONDS = 3.0
 """how long a node may be silent before its ranks count as lost"""
@@ -74,7 +76,7 @@ def lead(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes, poli
         nodes.surviving = SurvivingRanks(nodes, own.store, policy)
         status = watch(nodes.surviving)
         if status == 0 and nodes.stopped:
-            tell(_STOPPED_ELSEWHERE)
+            _log.info(_STOPPED_ELSEWHERE)
             status = 128 + signal.SIGTERM
         return status
     finally:
@@ -235,7 +237,7 @@ class _Nodes:
         self._ended |= dict.fromkeys(left, -int(signal.SIGKILL))
         if why is not None and (left or not node.members):
             address = "" if node.report is None else f" {node.report.address}"
-            tell(f"hecate: node{address} {why}; its {len(left)} ranks count as killed")
+            _log.info(f"hecate: node{address} {why}; its {len(left)} ranks count as killed")
 
     def _write(self) -> None:
         generation = read_generation(self._files) if self.surviving is not None else None
@@ -295,9 +297,9 @@ def follow(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes) ->
         with on_signals(stop):
             store = MessageStore.join(meeting, job, secret)
             while (status := ranks.run(store)) is None:
-                tell("hecate: the job has gone on without this node, which comes again")
+                _log.info("hecate: the job has gone on without this node, which comes again")
     except dist.DistError:
-        tell(
+        _log.info(
             f"hecate: the meeting point of the nodes, {meeting.host}:{meeting.port}, is lost, and no node goes on without it\n"
             "  when the node that hosts it is back, start all nodes again with resume=true"
         )
@@ -307,11 +309,11 @@ def follow(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes) ->
     if ranks.signals and (status == 0 or status > 128):
         return 128 + ranks.signals[0]
     if status == USER_ERROR_EXIT and (found := mistakes(own.store.parent)):
-        tell(found[0].read_text(encoding="utf-8"))
+        _log.info(found[0].read_text(encoding="utf-8"))
     elif status > 128:
-        tell(_STOPPED_ELSEWHERE)
+        _log.info(_STOPPED_ELSEWHERE)
     elif status:
-        tell(f"hecate: the job is over; what the node at {meeting.host} has printed says why")
+        _log.info(f"hecate: the job is over; what the node at {meeting.host} has printed says why")
     return status
 
 

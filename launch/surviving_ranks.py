@@ -6,6 +6,7 @@ file, with other `Machines`. What a rank reads is in `hecate.ranks.launcher_file
 
 from __future__ import annotations
 
+import logging
 import signal
 import time
 from collections.abc import Collection, Iterable
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import Protocol
 
 from hecate.errors import USER_ERROR_EXIT
-from hecate.io.terminal import tell
 from hecate.launch.membership.automaton import step
 from hecate.launch.membership.facts import Cause, Do, Event, Fact, Order
 from hecate.launch.membership.job_generation import RankEnd
@@ -32,6 +32,8 @@ from hecate.ranks.launcher_files import (
     ready_file,
     write_generation,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class Machines(Protocol):
@@ -161,7 +163,7 @@ class SurvivingRanks:
             case Do.END:
                 end_processes(processes)
             case Do.SAY:
-                tell(order.text if order.text.startswith("hecate: ") else f"hecate: {order.text}")
+                _log.info(order.text if order.text.startswith("hecate: ") else f"hecate: {order.text}")
             case Do.BREAK_OFF | Do.REQUEST:
                 pass  # the ranks notice a loss by themselves, and a device is free when its process has ended
 

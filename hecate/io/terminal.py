@@ -39,11 +39,6 @@ def show_text(text: object = "", *, end: str = "\n") -> None:
     print(safe(str(text)), end=end, flush=True)
 
 
-def tell(text: object) -> None:
-    """Say what a user should know, by the logger of the whole package."""
-    _log.info(str(text))
-
-
 class _Messages(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # What a message meets here, such as a closed pipe, reaches whoever logs it, as with `print`.

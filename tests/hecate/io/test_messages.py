@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hecate.io.terminal import PROGRESS, show_messages, shows_messages, tell
+from hecate.io.terminal import PROGRESS, show_messages, shows_messages
 from hecate.report.events import EvalScore
 from hecate.report.progress import Progress, StepLine
 from hecate.report.summary import print_summary
@@ -43,7 +43,7 @@ def _say_all() -> None:
         progress.step(STEP)
         progress.note("saved")
     print_summary(None, {"dates": EvalScore(samples=2, loss=1.0, accuracy=None)}, [("adapter", "runs/first/adapter")])
-    tell("hecate: a node has joined")
+    logging.getLogger("hecate.launch").info("hecate: a node has joined")
     logging.getLogger("hecate.data.encode").warning("%d samples skipped", 3)
 
 

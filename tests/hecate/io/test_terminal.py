@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rich.text import Text
 from typer.testing import CliRunner
 
 from hecate.cli import _command, app
-from hecate.io.terminal import new_console, safe, safe_line, show_progress, show_text, tell
+from hecate.io.terminal import new_console, safe, safe_line, show_progress, show_text
 from tests.terminal_orders import orders
 
 TITLE, CLEAR, UP, RING, BACK, TURNED, EIGHT_BITS = "\x1b]0;owned\x07", "\x1b[2J", "\x1b[1A", "\x07", "\x08\r", "\u202egnp.exe", "\x9b2J"
@@ -24,7 +25,7 @@ HOSTILE = (TITLE, CLEAR, UP, RING, BACK, TURNED, EIGHT_BITS, "\x7f", "\x00")
 def test_controls_are_shown_as_escapes(hostile: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert orders(hostile)
     show_text(f"a\n\tb {hostile} \u00fc\u6587")
-    tell(hostile)
+    logging.getLogger("hecate").info(hostile)
     read = capsys.readouterr()
     assert orders(read.out + read.err) == []
     assert read.out.startswith("a\n\tb \\")
