@@ -73,9 +73,9 @@ class DataSource:
     """One item of data.train or data.eval."""
 
     path: str
-    """A local data file (JSONL, JSON, CSV, Parquet, Arrow; see docs/use/data.md), a folder of them, a pattern such as data/*.jsonl, or PREFIX
-    for one of Megatron's indexed data sets, PREFIX.idx and PREFIX.bin, whose documents are ids of the model's tokenizer. A relative path
-    starts from the working directory, not from the config file."""
+    """A local data file (JSONL, JSON, CSV, Parquet, Arrow; see docs/use/data.md), a folder of them, a pattern such as data/*.jsonl, or
+    PREFIX for one of Megatron's indexed data sets, PREFIX.idx and PREFIX.bin, whose documents are ids of the model's tokenizer. A relative
+    path starts from the working directory, not from the config file."""
     name: str = ""
     """The source's name in logs, metrics and results: [A-Za-z0-9._-], 1 to 64 characters, unique in its list.
     Left out: the file's name without its last suffix."""
@@ -109,8 +109,8 @@ class DataConfig:
     """With moe.router.input user: an .npz file with the arrays `ids` [users] and `features` [users, width]. The key `user` of each JSONL
     line names one of the ids."""
     cache: str | None = field(default="auto", metadata=key(computes=False))
-    """The folder in which tokenized data are kept, to be tokenized once and shared by all ranks and runs (docs/use/data.md). auto: `tokens` in
-    the folder that the environment variable HECATE_CACHE names, or in ~/.cache/hecate. null: none; each rank tokenizes all data at each
+    """The folder in which tokenized data are kept, to be tokenized once and shared by all ranks and runs (docs/use/data.md). auto: `tokens`
+    in the folder that the environment variable HECATE_CACHE names, or in ~/.cache/hecate. null: none; each rank tokenizes all data at each
     start and has them in its own memory."""
     separate: bool = False
     """With several items of data.train: take as many sequences of each step from every item, each packed and in the order in which a run on
@@ -155,10 +155,11 @@ class LoraConfig:
     dropout: float = field(default=0.05, metadata=key(Range(0, 1, high_open=True)))
     """Probability of dropping an element of an adapter's input, in training only."""
     pairs: Literal["plain", "fixed_a", "nola", "shards"] = "plain"
-    """What of a pair is trained; see docs/results/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the same for
-    all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same for all
-    experts of the model, whose sums are A and B; the attention's adapters stay plain. shards: pools of shards that all layers share, from
-    which each expert's A and B are put together by an index that is drawn from the seed (MoS); adapters outside experts stay plain."""
+    """What of a pair is trained; see docs/results/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the
+    same for all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same
+    for all experts of the model, whose sums are A and B; the attention's adapters stay plain. shards: pools of shards that all layers
+    share, from which each expert's A and B are put together by an index that is drawn from the seed (MoS); adapters outside experts stay
+    plain."""
     nola: NolaConfig = field(default_factory=NolaConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     use_rslora: bool = False
@@ -471,7 +472,8 @@ class EvalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
-    """Differential privacy of the training samples, with moe.router.input given: of each item of data.train by itself (docs/results/systems.md)."""
+    """Differential privacy of the training samples, with moe.router.input given: of each item of data.train by itself
+    (docs/results/systems.md)."""
 
     clip: float | None = field(default=None, metadata=key(POSITIVE))
     """The most that one sample's gradient may have as its norm, over all numbers of its item's adapter: longer ones are clipped before the
@@ -524,9 +526,9 @@ class Config:
     """The number of optimizer steps to train. Either this or num_train_epochs must be given, which 0 stands for; the configuration in a
     run's folder has the number of steps."""
     num_train_epochs: float | None = field(default=None, metadata=key(POSITIVE, computes=False))
-    """How many times to train on the data: as many steps as pack that many samples (docs/use/data.md). With several sources an epoch is as many
-    samples as all of them have together, drawn by their weights; with data.separate it is once through the source of the most sequences,
-    with as many of each other source."""
+    """How many times to train on the data: as many steps as pack that many samples (docs/use/data.md). With several sources an epoch is as
+    many samples as all of them have together, drawn by their weights; with data.separate it is once through the source of the most
+    sequences, with as many of each other source."""
     micro_batch_size: int = field(default=1, metadata=key(COUNT))
     """The number of sequences per rank in one forward and backward pass."""
     gradient_accumulation_steps: int = field(default=1, metadata=key(COUNT))
@@ -599,8 +601,8 @@ class Config:
     they cannot run. torch: the fast path in plain torch. reference: the formula in plain torch, slow, for comparison. The results are
     the same within rounding."""
     topology: str = field(default="auto", metadata=key(computes=False))
-    """The devices and links that the planner assumes: auto (what the ranks' machines and GPUs are called, see docs/use/topology.md), a preset's
-    name, or a YAML file (anything with a / or ending in .yaml or .yml)."""
+    """The devices and links that the planner assumes: auto (what the ranks' machines and GPUs are called, see docs/use/topology.md), a
+    preset's name, or a YAML file (anything with a / or ending in .yaml or .yml)."""
     nproc: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """The number of local ranks to start. null: one per GPU, or 2 without a GPU. Unused under torchrun, which starts the ranks itself."""
     eval: EvalConfig = field(default_factory=EvalConfig, metadata=key(computes=False))

@@ -13,7 +13,7 @@ def _tokens(text: str) -> list[int]:
 
 
 def test_each_row_leaves_room_for_the_end_alone() -> None:
-    words = [f"{number**3:x}" for number in range(4000)]
+    words = [f"{number}" * (1 + number % 7) for number in range(100, 999)]
     rows = rows_of(" ".join(words), _tokens)
     assert [len(_tokens(row)) for row in rows] == [LENGTH - 1] * (RANKS * ROWS)
     assert len({*rows}) == len(rows)
