@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range, key
 from hecate.config.sections import with_sections
 from hecate.errors import UserError
+from hecate.io.choices import choice_names
 from hecate.parallel.values.expert_kinds import DEFAULT_BASES, ExpertKind, Family, LoraShape, ShardShape, kind_of, lora_scale
+from hecate.parallel.values.policy_names import POLICY_ORDER
+
+MEGATRON_EP = "megatron_ep"
+"""the policy that uses Megatron's own MoE layers instead of hecate's"""
+
+if TYPE_CHECKING:
+    PolicyName = str
+else:  # each is a file, so that checkers do not know the names
+    PolicyName = Literal[*choice_names("hecate.parallel.planners.policies", POLICY_ORDER), MEGATRON_EP]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -374,28 +384,9 @@ def allocated(allocation: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     return tuple(allocation[layer * groups // num_layers] for layer in range(num_layers))
 
 
-MEGATRON_EP = "megatron_ep"
-"""the policy that uses Megatron's own MoE layers instead of hecate's"""
-
-
 @dataclass(frozen=True, kw_only=True)
 class FssdpConfig:
-    policy: Literal[
-        "static_ep",
-        "full",
-        "fastermoe",
-        "smartmoe",
-        "flexmoe",
-        "eplb",
-        "llep",
-        "echo",
-        "laer",
-        "ultraep",
-        "moonep",
-        "hecate_paper",
-        "auto",
-        "megatron_ep",
-    ] = field(default="auto", metadata=key(computes=False))
+    policy: PolicyName = field(default="auto", metadata=key(computes=False))
     """Which ranks hold each expert in a step, and which of them serve which tokens. auto: the plan that is predicted to be fastest on the
     topology. static_ep: owners only. full: every rank. hecate_paper: sparse materialization, Algorithm 1 of the Hecate paper; its
     former name, hecate, is still read. megatron_ep, with front_end megatron: Megatron's own MoELayer with expert parallelism, for

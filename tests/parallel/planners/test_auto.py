@@ -17,7 +17,7 @@ from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, cost_numbe
 from hecate.parallel.loops import jit
 from hecate.parallel.loops.replica_lists import Replicas, add, copy_into, everywhere, fill_lists, foreign, no_replicas, only_owners
 from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput, auto, price_row
-from hecate.parallel.planners.auto import _plan_layers, plan_auto
+from hecate.parallel.planners.policies.auto import _plan_layers, plan_auto
 from hecate.parallel.planners.rebalancing import rebalance
 from hecate.parallel.values.placement import contiguous_owners
 from testing.plain_flows import even_quota, layer_seconds
