@@ -21,9 +21,11 @@ MEGATRON_EP = "megatron_ep"
 """the policy that uses Megatron's own MoE layers instead of hecate's"""
 
 if TYPE_CHECKING:
-    PolicyName = str
+    PolicyName = RouterInput = RouterScore = str
 else:  # each is a file, so that checkers do not know the names
     PolicyName = Literal[*choice_names("hecate.parallel.planners.policies", POLICY_ORDER), MEGATRON_EP]
+    RouterInput = Literal[choice_names("hecate.experts.routers.by_input", ("token",))]
+    RouterScore = Literal[choice_names("hecate.experts.routers.scores", ("softmax",))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +222,7 @@ class RouterConfig:
     """How new routers choose experts. Where the model's own routers stay, or other programs' readers have the softmax router only, all
     keys keep their defaults."""
 
-    input: Literal["token", "given", "user"] = "token"
+    input: RouterInput = "token"
     """What an expert is chosen by. token: the token's hidden state, by one linear map. given: the sample's source, so that each item of
     data.train trains an adapter of its own, and an item of data.eval uses the one of the training source of its name. Each adapter then has
     its own mean loss, and its own gradient norm, to which max_grad_norm applies. moe.num_experts is the number of sources, and top_k 1.
@@ -231,7 +233,7 @@ class RouterConfig:
     mix: Literal["factors", "products"] = "factors"
     """With input user: how an expert's share counts. factors: the A of all experts are added up by the shares, and so are the B, to one
     pair for each sample; every rank then holds all experts in every step. products: the results B A x of the experts are added up."""
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: RouterScore = "softmax"
     """What an expert's logit becomes. softmax: a share among all experts. sigmoid: a score of its own."""
     bias: Literal["none", "learned", "balancing"] = "none"
     """A number per expert. learned: added to its logit, and trained. balancing: added to its score in the choice; no gradient trains it,

@@ -13,9 +13,8 @@ from hecate.experts.pairs.fixed_a import FixedA
 from hecate.experts.pairs.nola import Nola
 from hecate.experts.pairs.shard_pairs import ShardPairs
 from hecate.experts.pairs.source import PairSource, PlainPairs
-from hecate.experts.routers.given_router import GivenRouter
-from hecate.experts.routers.router import MakeRouter, TopKRouter
-from hecate.experts.routers.user_router import UserRouter
+from hecate.experts.routers.router import MakeRouter
+from hecate.io.choices import choices
 from hecate.parallel.values.expert_kinds import ExpertKind, KindName, LoraShape
 
 
@@ -68,5 +67,5 @@ _MAKERS: dict[KindName, Callable[[Site, FfnSource, ExpertChoices], UnitExperts]]
     "linears": _linear,
 }
 
-ROUTERS: dict[str, MakeRouter] = {"token": TopKRouter, "given": GivenRouter, "user": UserRouter}
+ROUTERS: dict[str, MakeRouter] = choices("hecate.experts.routers.by_input", "ROUTER")
 """new routers, by what they decide by, as `moe.router.input` gives it"""

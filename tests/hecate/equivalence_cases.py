@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hecate.config import RouterConfig
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.routers.router import TopKRouter
+from hecate.experts.routers.by_input.token import TopKRouter
 from hecate.kernels.backend import Backend
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns

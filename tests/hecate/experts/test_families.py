@@ -15,7 +15,8 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.families import PAIR_SOURCES, ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnSource, Site
-from hecate.experts.routers.router import LOSSES, SCORES, WEIGHTS
+from hecate.experts.routers.by_input.token import SCORES
+from hecate.experts.routers.router import LOSSES, WEIGHTS
 from hecate.kernels.common.ffn import FfnShape
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import local_topology

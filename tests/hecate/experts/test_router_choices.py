@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hecate.config import RouterConfig
 from hecate.experts.pass_samples import PassSamples
-from hecate.experts.routers.router import Routing, TokenFeatures, TopKRouter, sample_balance_loss
+from hecate.experts.routers.by_input.token import TopKRouter
+from hecate.experts.routers.router import Routing, TokenFeatures, sample_balance_loss
 from hecate.parallel.values.units import Unit
 from tests.hecate.experts.making import router_site
 
