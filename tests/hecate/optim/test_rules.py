@@ -129,5 +129,5 @@ def test_the_section_of_a_rule_chooses_it(tmp_path: Path, monkeypatch: pytest.Mo
     assert gradient_rule(config) is other
     assert found == [(config.lora, AdamW(weight_decay=0.1))]
     monkeypatch.setattr(from_config, "RULES", {"lora": lambda *_: other, "eval": lambda *_: other})
-    with pytest.raises(UserError, match="^lora, eval: parameters are stepped by one rule"):
+    with pytest.raises(UserError, match=r"^lora, eval: parameters are stepped by one rule"):
         gradient_rule(config)
