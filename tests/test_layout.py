@@ -114,6 +114,18 @@ def test_the_planners_need_no_torch() -> None:
     assert not loaded & {"torch", "transformers", "ray"}
 
 
+def test_a_dry_run_and_the_sizes_of_pair_sources_need_no_torch() -> None:
+    loaded = modules_after("import hecate.model.sizes.run_shape, hecate.apps.foresee.dry_run")
+    assert {"hecate.experts.pairs.sources.plain", "hecate.experts.pairs.sources.nola"} <= loaded
+    assert not loaded & {"torch", "transformers", "ray"}
+
+
+def test_the_configuration_needs_neither_torch_nor_numpy() -> None:
+    loaded = modules_after("import hecate.config")
+    assert "hecate.config.schema" in loaded
+    assert not loaded & {"torch", "transformers", "ray", "numpy"}
+
+
 @pytest.mark.parametrize(("folder", "other"), [("parallel", "kernels"), ("kernels", "parallel")])
 def test_the_lower_folders_know_nothing_above_nor_beside_them(folder: str, other: str) -> None:
     allowed = ("hecate.errors", "hecate.io", f"hecate.{folder}")

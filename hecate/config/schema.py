@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range, key
 from hecate.config.sections import with_sections
 from hecate.errors import UserError
-from hecate.io.choices import choice_names
+from hecate.io.registry import registered_names
 from hecate.parallel.values.expert_kinds import DEFAULT_BASES, ExpertKind, Family, LoraShape, ShardShape, kind_of, lora_scale
 from hecate.parallel.values.policy_names import POLICY_ORDER
 
@@ -21,11 +21,17 @@ MEGATRON_EP = "megatron_ep"
 """the policy that uses Megatron's own MoE layers instead of hecate's"""
 
 if TYPE_CHECKING:
-    PolicyName = RouterInput = RouterScore = str
-else:  # each is a file, so that checkers do not know the names
-    PolicyName = Literal[*choice_names("hecate.parallel.planners.policies", POLICY_ORDER), MEGATRON_EP]
-    RouterInput = Literal[choice_names("hecate.experts.routers.by_input", ("token",))]
-    RouterScore = Literal[choice_names("hecate.experts.routers.scores", ("softmax",))]
+    PairSourceName = str
+    PairRuleName = str
+    PolicyName = str
+    RouterInput = str
+    RouterScore = str
+else:  # each is a file of a folder, of which checkers do not know
+    PairSourceName = Literal[registered_names("hecate.experts.pairs.sources", ("plain",))]
+    PairRuleName = Literal["none", *registered_names("hecate.experts.pairs.rules")]
+    PolicyName = Literal[*registered_names("hecate.parallel.planners.policies", POLICY_ORDER), MEGATRON_EP]
+    RouterInput = Literal[registered_names("hecate.experts.routers.by_input", ("token",))]
+    RouterScore = Literal[registered_names("hecate.experts.routers.scores", ("softmax",))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +172,7 @@ class LoraConfig:
     """The adapter's output is scaled by alpha / r. null: 32, or with gradient_rule row_norm, which allows no other, no scaling."""
     dropout: float = field(default=0.05, metadata=key(Range(0, 1, high_open=True)))
     """Probability of dropping an element of an adapter's input, in training only."""
-    pairs: Literal["plain", "fixed_a", "nola", "shards"] = "plain"
+    pairs: PairSourceName = "plain"
     """What of a pair is trained; see docs/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the same for
     all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same for all
     experts of the model, whose sums are A and B; the attention's adapters stay plain. shards: pools of shards that all layers share, from
@@ -175,7 +181,7 @@ class LoraConfig:
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
-    gradient_rule: Literal["none", "row_norm"] = "none"
+    gradient_rule: PairRuleName = "none"
     """What happens to gradients on their way to A and B; see docs/systems.md. row_norm: that of each output row is multiplied by
     1 / sqrt(norm of the row of B A + 1 / eta^2), as in ALLoRA; it needs eta, dropout 0 and no alpha."""
     eta: float | None = field(default=None, metadata=key(POSITIVE))
@@ -197,7 +203,7 @@ class LoraConfig:
         ranks = self.r if isinstance(self.r, tuple) else ()
         of_experts = tuple((rank, lora_scale(self.stored_alpha, rank, rslora=self.use_rslora)) for rank in ranks)
         shards = ShardShape(self.shards.equivalent_rank, self.shards.per_vector, self.shards.private_rank)
-        return LoraShape(self.rank, scale, self.dropout, self.pairs, self.eta, self.nola.bases, shards, of_experts)
+        return LoraShape(self.rank, scale, self.dropout, self.pairs, self.gradient_rule, self.eta, self.nola.bases, shards, of_experts)
 
     @property
     def rank(self) -> int:
@@ -209,7 +215,7 @@ class LoraConfig:
         """alpha as adapter files hold it: by it and r their readers scale. Where there is no alpha, it is r."""
         if self.alpha is not None:
             return int(self.alpha)
-        return DEFAULT_ALPHA if self.gradient_rule == "none" else self.rank
+        return self.rank if self.gradient_rule == "row_norm" else DEFAULT_ALPHA
 
 
 DEFAULT_ALPHA = 32

@@ -12,7 +12,7 @@ from dataclasses import field, make_dataclass
 from importlib import import_module
 from types import ModuleType
 
-from hecate.io.choices import choice_names
+from hecate.io.registry import registered_names
 
 APPS = {"rounds": "hecate.apps.federate"}
 """section -> the app that brings it"""
@@ -27,7 +27,7 @@ def _installed() -> dict[str, ModuleType]:
         except ModuleNotFoundError as error:
             if error.name is None or not app.startswith(error.name):
                 raise
-    return found | {name: import_module(f"{_RULES}.{name}") for name in choice_names(_RULES)}
+    return found | {name: import_module(f"{_RULES}.{name}") for name in registered_names(_RULES)}
 
 
 SETTINGS = _installed()

@@ -7,12 +7,12 @@ from typing import Any
 
 from hecate.config import Config
 from hecate.errors import UserError
-from hecate.io.choices import choices
+from hecate.io.registry import registered
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import LearningRate, schedule
 from hecate.optim.rule import GradientRule
 
-RULES: dict[str, Callable[[Any, AdamW], GradientRule | None]] = choices("hecate.optim.rules", "RULE")
+RULES: dict[str, Callable[[Any, AdamW], GradientRule | None]] = registered("hecate.optim.rules", "RULE")
 """the rules beside AdamW, by the sections of their settings"""
 
 

@@ -6,7 +6,7 @@ divides tokens among replicas, and moves experts, as that system does; there `NA
 
 from dataclasses import replace
 
-from hecate.io.choices import choices
+from hecate.io.registry import registered
 from hecate.parallel.cost.cost_model import Priced
 from hecate.parallel.planners.plan import Collective, LayerPlan, Plan, PlanInput, Planner, Policy
 from hecate.parallel.planners.policies.full import plan_with
@@ -14,7 +14,7 @@ from hecate.parallel.planners.rivals.sharded_gather import with_sharded_gather
 from hecate.parallel.planners.rivals.source_split import with_our_split
 from hecate.parallel.values.policy_names import POLICY_ORDER
 
-_FOUND: dict[str, Policy] = choices("hecate.parallel.planners.policies", "POLICY", POLICY_ORDER)
+_FOUND: dict[str, Policy] = registered("hecate.parallel.planners.policies", "POLICY", POLICY_ORDER)
 POLICIES: dict[str, Planner] = {name: with_our_split(one.plan) if one.own_split else one.plan for name, one in _FOUND.items()}
 COLLECTIVES: dict[str, Collective] = {name: one.collective for name, one in _FOUND.items() if one.collective}
 """how experts travel in the systems whose collectives differ from this project's"""

@@ -13,7 +13,7 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
 from hecate.experts.linear import LinearExperts, MoeLinear
-from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.pairs.sources.plain import PlainPairs
 from hecate.experts.routers.by_input.token import TopKRouter
 from hecate.experts.routers.router import RouterSite
 from hecate.kernels.backend import Backend

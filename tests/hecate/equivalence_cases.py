@@ -75,7 +75,8 @@ class Case:
     def lora(self) -> LoraShape:
         """The gradient rule allows no scale."""
         scale = 0.7 if self.eta is None else 1.0
-        return LoraShape(rank=3, scale=scale, dropout=0.0, source=self.pairs, eta=self.eta, bases=5, shards=ShardShape(2, 4, 1))
+        rule, shards = "none" if self.eta is None else "row_norm", ShardShape(2, 4, 1)
+        return LoraShape(3, scale, dropout=0.0, source=self.pairs, gradient_rule=rule, eta=self.eta, bases=5, shards=shards)
 
 
 def router_bias(case: Case) -> torch.Tensor:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from hecate import faults
 from hecate.experts.routers.router import LOSSES, WEIGHTS, Router, RouterSite, Routing, TokenFeatures, sample_balance_loss
 from hecate.experts.seeding import generator
-from hecate.io.choices import choices
+from hecate.io.registry import registered
 from hecate.parallel.comm.device_tables import copy_to
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = choices("hecate.experts.routers.scores", "SCORE")
+SCORES: dict[str, Callable[[Tensor], Tensor]] = registered("hecate.experts.routers.scores", "SCORE")
 """what an expert's logit becomes, [T, E] -> [T, E], by the name that `moe.router.score` gives"""
 
 
