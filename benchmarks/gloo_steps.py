@@ -24,7 +24,7 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
-from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.pairs.sources.plain import PlainPairs
 from hecate.kernels.common.ffn import PROJECTIONS, FfnBase, FfnShape
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cost.cost_model import LayerCost

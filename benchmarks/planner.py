@@ -25,7 +25,7 @@ from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.loops import jit
 from hecate.parallel.plan.after_router import best_after_router, one_layer
 from hecate.parallel.planners import POLICIES, PlanInput
-from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners.policies.auto import plan_auto
 from hecate.parallel.transfer.transfer_plan import fastest_route
 from hecate.parallel.values.layout import ChunkSize
 from hecate.parallel.values.placement import Placement, contiguous_owners

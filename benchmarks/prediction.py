@@ -29,7 +29,7 @@ from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cost.cost_model import PlanChoice
 from hecate.parallel.plan.measured_modes import MODES, MeasuredModes, judge_step, modes_of
 from hecate.parallel.planners import Plan, PlanInput, Planner
-from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners.policies.auto import plan_auto
 from hecate.parallel.simulate.simulated_step import HISTORY_STEPS, Predictor, Setting
 from hecate.parallel.simulate.simulator import simulate
 from hecate.parallel.simulate.workloads import WORKLOADS

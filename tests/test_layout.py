@@ -58,7 +58,12 @@ def importing(paths: list[Path], *packages: str) -> dict[str, str]:
 def test_the_sources_are_seen() -> None:
     """Otherwise everything below would pass on an empty list."""
     names = {str(path.relative_to(ROOT)) for path in ALL_SOURCES}
-    assert {"hecate/__init__.py", "parallel/planners/hecate_paper.py", "kernels/mixlora/torch_path.py", "hecate/engine/engine.py"} <= names
+    assert {
+        "hecate/__init__.py",
+        "parallel/planners/plan.py",
+        "kernels/mixlora/torch_path.py",
+        "hecate/engine/engine.py",
+    } <= names
     assert not any(name.startswith(("hecate/parallel", "hecate/kernels")) for name in names)
 
 
@@ -107,6 +112,18 @@ def test_the_planners_need_no_torch() -> None:
     loaded = modules_after("import hecate.parallel.planners, hecate.parallel.values.loads, hecate.parallel.values.layout")
     assert {"hecate.parallel.planners", "numpy"} <= loaded
     assert not loaded & {"torch", "transformers", "ray"}
+
+
+def test_a_dry_run_and_the_sizes_of_pair_sources_need_no_torch() -> None:
+    loaded = modules_after("import hecate.model.sizes.run_shape, hecate.apps.foresee.dry_run")
+    assert {"hecate.experts.pairs.sources.plain", "hecate.experts.pairs.sources.nola"} <= loaded
+    assert not loaded & {"torch", "transformers", "ray"}
+
+
+def test_the_configuration_needs_neither_torch_nor_numpy() -> None:
+    loaded = modules_after("import hecate.config")
+    assert "hecate.config.schema" in loaded
+    assert not loaded & {"torch", "transformers", "ray", "numpy"}
 
 
 @pytest.mark.parametrize(("folder", "other"), [("parallel", "kernels"), ("kernels", "parallel")])

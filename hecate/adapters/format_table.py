@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
-from pkgutil import iter_modules
 
-from hecate.adapters import formats
 from hecate.adapters.adapter_format import AdapterFormat
 from hecate.adapters.description import Adapter
 from hecate.adapters.folder import CONFIG, described_template, peft_type_of, read_adapter_config
 from hecate.data.chat.templates import template_beside
 from hecate.errors import UserError
+from hecate.io.registry import registered
 
-
-def _found() -> dict[str, AdapterFormat]:
-    modules = [import_module(f"{formats.__name__}.{found.name}") for found in iter_modules(formats.__path__)]
-    return {module.FORMAT.name: module.FORMAT for module in modules}
-
-
-FORMATS = _found()
+FORMATS: dict[str, AdapterFormat] = {one.name: one for one in registered("hecate.adapters.formats", "FORMAT").values()}
 
 
 def format_of(folder: Path) -> AdapterFormat:

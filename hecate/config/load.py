@@ -100,7 +100,7 @@ def load_config(
     config = OmegaConf.to_object(tree)
     assert isinstance(config, Config)
     data = replace(config.data, train=_named(config.data.train), eval=_named(config.data.eval))
-    lora = replace(config.lora, alpha=float(config.lora.stored_alpha)) if config.lora.gradient_rule == "none" else config.lora
+    lora = replace(config.lora, alpha=float(config.lora.stored_alpha)) if config.lora.gradient_rule != "row_norm" else config.lora
     return replace(config, data=data, lora=lora, moe=_with_defaults(config))
 
 

@@ -13,7 +13,25 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range, key
 from hecate.config.sections import with_sections
 from hecate.errors import UserError
+from hecate.io.registry import registered_names
 from hecate.parallel.values.expert_kinds import DEFAULT_BASES, ExpertKind, Family, LoraShape, ShardShape, kind_of, lora_scale
+from hecate.parallel.values.policy_names import POLICY_ORDER
+
+MEGATRON_EP = "megatron_ep"
+"""the policy that uses Megatron's own MoE layers instead of hecate's"""
+
+if TYPE_CHECKING:
+    PairSourceName = str
+    PairRuleName = str
+    PolicyName = str
+    RouterInput = str
+    RouterScore = str
+else:  # each is a file of a folder, of which checkers do not know
+    PairSourceName = Literal[registered_names("hecate.experts.pairs.sources", ("plain",))]
+    PairRuleName = Literal["none", *registered_names("hecate.experts.pairs.rules")]
+    PolicyName = Literal[*registered_names("hecate.parallel.planners.policies", POLICY_ORDER), MEGATRON_EP]
+    RouterInput = Literal[registered_names("hecate.experts.routers.by_input", ("token",))]
+    RouterScore = Literal[registered_names("hecate.experts.routers.scores", ("softmax",))]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,18 +172,17 @@ class LoraConfig:
     """The adapter's output is scaled by alpha / r. null: 32, or with gradient_rule row_norm, which allows no other, no scaling."""
     dropout: float = field(default=0.05, metadata=key(Range(0, 1, high_open=True)))
     """Probability of dropping an element of an adapter's input, in training only."""
-    pairs: Literal["plain", "fixed_a", "nola", "shards"] = "plain"
-    """What of a pair is trained; see docs/results/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the
-    same for all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same
-    for all experts of the model, whose sums are A and B; the attention's adapters stay plain. shards: pools of shards that all layers
-    share, from which each expert's A and B are put together by an index that is drawn from the seed (MoS); adapters outside experts stay
-    plain."""
+    pairs: PairSourceName = "plain"
+    """What of a pair is trained; see docs/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the same for
+    all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same for all
+    experts of the model, whose sums are A and B; the attention's adapters stay plain. shards: pools of shards that all layers share, from
+    which each expert's A and B are put together by an index that is drawn from the seed (MoS); adapters outside experts stay plain."""
     nola: NolaConfig = field(default_factory=NolaConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
-    gradient_rule: Literal["none", "row_norm"] = "none"
-    """What happens to gradients on their way to A and B; see docs/results/systems.md. row_norm: that of each output row is multiplied by
+    gradient_rule: PairRuleName = "none"
+    """What happens to gradients on their way to A and B; see docs/systems.md. row_norm: that of each output row is multiplied by
     1 / sqrt(norm of the row of B A + 1 / eta^2), as in ALLoRA; it needs eta, dropout 0 and no alpha."""
     eta: float | None = field(default=None, metadata=key(POSITIVE))
     """With gradient_rule row_norm: the factor of rows where B is zero. ALLoRA's values are 1, sqrt(2) and 2."""
@@ -186,7 +203,7 @@ class LoraConfig:
         ranks = self.r if isinstance(self.r, tuple) else ()
         of_experts = tuple((rank, lora_scale(self.stored_alpha, rank, rslora=self.use_rslora)) for rank in ranks)
         shards = ShardShape(self.shards.equivalent_rank, self.shards.per_vector, self.shards.private_rank)
-        return LoraShape(self.rank, scale, self.dropout, self.pairs, self.eta, self.nola.bases, shards, of_experts)
+        return LoraShape(self.rank, scale, self.dropout, self.pairs, self.gradient_rule, self.eta, self.nola.bases, shards, of_experts)
 
     @property
     def rank(self) -> int:
@@ -198,7 +215,7 @@ class LoraConfig:
         """alpha as adapter files hold it: by it and r their readers scale. Where there is no alpha, it is r."""
         if self.alpha is not None:
             return int(self.alpha)
-        return DEFAULT_ALPHA if self.gradient_rule == "none" else self.rank
+        return self.rank if self.gradient_rule == "row_norm" else DEFAULT_ALPHA
 
 
 DEFAULT_ALPHA = 32
@@ -211,7 +228,7 @@ class RouterConfig:
     """How new routers choose experts. Where the model's own routers stay, or other programs' readers have the softmax router only, all
     keys keep their defaults."""
 
-    input: Literal["token", "given", "user"] = "token"
+    input: RouterInput = "token"
     """What an expert is chosen by. token: the token's hidden state, by one linear map. given: the sample's source, so that each item of
     data.train trains an adapter of its own, and an item of data.eval uses the one of the training source of its name. Each adapter then has
     its own mean loss, and its own gradient norm, to which max_grad_norm applies. moe.num_experts is the number of sources, and top_k 1.
@@ -222,7 +239,7 @@ class RouterConfig:
     mix: Literal["factors", "products"] = "factors"
     """With input user: how an expert's share counts. factors: the A of all experts are added up by the shares, and so are the B, to one
     pair for each sample; every rank then holds all experts in every step. products: the results B A x of the experts are added up."""
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    score: RouterScore = "softmax"
     """What an expert's logit becomes. softmax: a share among all experts. sigmoid: a score of its own."""
     bias: Literal["none", "learned", "balancing"] = "none"
     """A number per expert. learned: added to its logit, and trained. balancing: added to its score in the choice; no gradient trains it,
@@ -375,28 +392,9 @@ def allocated(allocation: tuple[int, ...], num_layers: int) -> tuple[int, ...]:
     return tuple(allocation[layer * groups // num_layers] for layer in range(num_layers))
 
 
-MEGATRON_EP = "megatron_ep"
-"""the policy that uses Megatron's own MoE layers instead of hecate's"""
-
-
 @dataclass(frozen=True, kw_only=True)
 class FssdpConfig:
-    policy: Literal[
-        "static_ep",
-        "full",
-        "fastermoe",
-        "smartmoe",
-        "flexmoe",
-        "eplb",
-        "llep",
-        "echo",
-        "laer",
-        "ultraep",
-        "moonep",
-        "hecate_paper",
-        "auto",
-        "megatron_ep",
-    ] = field(default="auto", metadata=key(computes=False))
+    policy: PolicyName = field(default="auto", metadata=key(computes=False))
     """Which ranks hold each expert in a step, and which of them serve which tokens. auto: the plan that is predicted to be fastest on the
     topology. static_ep: owners only. full: every rank. hecate_paper: sparse materialization, Algorithm 1 of the Hecate paper; its
     former name, hecate, is still read. megatron_ep, with front_end megatron: Megatron's own MoELayer with expert parallelism, for

@@ -1,7 +1,9 @@
-"""The sections of the configuration that apps bring: their keys. What goes together with them is in `hecate.config.rules.of_apps`.
+"""The sections of the configuration that apps bring, and gradient rules: their keys. What goes together with those of apps is in
+`hecate.config.rules.of_apps`.
 
 An app is found by its name, as a front end is (`hecate.model.front_ends`), so where hecate is installed without it, its section is unknown.
-The module `section.settings` of an app has the section's dataclass, `SETTINGS`, and imports nothing of `hecate.config` but `ranges`.
+The module `section.settings` of an app has the section's dataclass, `SETTINGS`, and imports nothing of `hecate.config` but `ranges`. The
+same holds for the file of a gradient rule (`hecate.optim.rules`), whose section has its name.
 """
 
 from __future__ import annotations
@@ -10,8 +12,11 @@ from dataclasses import field, make_dataclass
 from importlib import import_module
 from types import ModuleType
 
+from hecate.io.registry import registered_names
+
 APPS = {"rounds": "hecate.apps.federate"}
 """section -> the app that brings it"""
+_RULES = "hecate.optim.rules"
 
 
 def _installed() -> dict[str, ModuleType]:
@@ -22,15 +27,15 @@ def _installed() -> dict[str, ModuleType]:
         except ModuleNotFoundError as error:
             if error.name is None or not app.startswith(error.name):
                 raise
-    return found
+    return found | {name: import_module(f"{_RULES}.{name}") for name in registered_names(_RULES)}
 
 
 SETTINGS = _installed()
-"""section -> the module with its dataclass, of the apps that are installed"""
+"""section -> the module with its dataclass, of the apps that are installed and of gradient rules"""
 
 
 def with_sections(core: type) -> type:
-    """Return the dataclass of a configuration with a field for each section that an app brings, after those of `core`."""
+    """Return the dataclass of a configuration with a field for each such section, after those of `core`."""
     brought = [(name, module.SETTINGS, field(default_factory=module.SETTINGS)) for name, module in SETTINGS.items()]
     return make_dataclass(core.__name__, brought, bases=(core,), frozen=True, kw_only=True, namespace={"__module__": core.__module__})
 

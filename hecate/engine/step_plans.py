@@ -18,7 +18,7 @@ from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, PlanChoice
 from hecate.parallel.plan.after_router import best_after_router, one_layer
 from hecate.parallel.plan.measured_modes import MeasuredModes, modes_of
 from hecate.parallel.planners import POLICIES, LayerPlan, Plan, PlanInput, Planner, plan_with
-from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners.policies.auto import plan_auto
 from hecate.parallel.transfer.residency import FrozenMove, Residency, expected_uses, frozen_move
 from hecate.parallel.transfer.transfer_plan import TransferPlan, plan_transfer
 from hecate.parallel.values.layout import ChunkSize

@@ -9,14 +9,11 @@ from hecate.experts.full import FullExperts, noisy_copies
 from hecate.experts.linear import LinearExperts
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs.fixed_a import FixedA
-from hecate.experts.pairs.nola import Nola
-from hecate.experts.pairs.shard_pairs import ShardPairs
-from hecate.experts.pairs.source import PairSource, PlainPairs
-from hecate.experts.routers.given_router import GivenRouter
-from hecate.experts.routers.router import MakeRouter, TopKRouter
-from hecate.experts.routers.user_router import UserRouter
-from hecate.parallel.values.expert_kinds import ExpertKind, KindName, LoraShape
+from hecate.experts.pairs.source import PairSource
+from hecate.experts.pairs.source_table import PAIR_SOURCES
+from hecate.experts.routers.router import MakeRouter
+from hecate.io.registry import registered
+from hecate.parallel.values.expert_kinds import ExpertKind, KindName
 
 
 def make_experts(kind: ExpertKind, site: Site, source: FfnSource, choices: ExpertChoices) -> UnitExperts:
@@ -45,20 +42,7 @@ def _linear(site: Site, source: FfnSource, choices: ExpertChoices) -> UnitExpert
 
 def _pairs(site: Site, choices: ExpertChoices) -> PairSource:
     assert choices.lora is not None
-    return PAIR_SOURCES[choices.lora.source](site, choices.lora, choices.projections)
-
-
-def _plain(site: Site, lora: LoraShape, projections: tuple[str, ...]) -> PairSource:
-    return PlainPairs(lora, projections, site.sizes)
-
-
-PAIR_SOURCES: dict[str, Callable[[Site, LoraShape, tuple[str, ...]], PairSource]] = {
-    "plain": _plain,
-    "fixed_a": FixedA,
-    "nola": Nola,
-    "shards": ShardPairs,
-}
-"""by the name that `lora.pairs` gives; what each trains is in `hecate.parallel.values.expert_kinds.PAIR_SIZES`"""
+    return PAIR_SOURCES[choices.lora.source].make(site, choices.lora, choices.projections)
 
 
 _MAKERS: dict[KindName, Callable[[Site, FfnSource, ExpertChoices], UnitExperts]] = {
@@ -68,5 +52,5 @@ _MAKERS: dict[KindName, Callable[[Site, FfnSource, ExpertChoices], UnitExperts]]
     "linears": _linear,
 }
 
-ROUTERS: dict[str, MakeRouter] = {"token": TopKRouter, "given": GivenRouter, "user": UserRouter}
+ROUTERS: dict[str, MakeRouter] = registered("hecate.experts.routers.by_input", "ROUTER")
 """new routers, by what they decide by, as `moe.router.input` gives it"""

@@ -5,16 +5,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hecate.errors import UserError
 from hecate.parallel.values.units import FFN, Unit
 
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 
 def generator(*name: int | str) -> torch.Generator:
     """A CPU generator for one purpose, such as (seed, "expert", layer, expert, "gate_proj")."""
+    import torch
+
     return torch.Generator().manual_seed(_number(*name))
 
 
@@ -30,6 +34,8 @@ def name_number(name: str) -> int:
 
 def linear_weight(outputs: int, inputs: int, source: torch.Generator) -> Tensor:
     """float64 [outputs, inputs]: Kaiming uniform with a = sqrt(5), that is U(-1/sqrt(inputs), 1/sqrt(inputs)), as torch's nn.Linear."""
+    import torch
+
     bound = 1 / math.sqrt(inputs)
     return torch.empty(outputs, inputs, dtype=torch.float64).uniform_(-bound, bound, generator=source)
 
@@ -40,7 +46,7 @@ def require_drawn(given_rI: Tensor, drawn_rI: Tensor, what: str) -> None:
     Raises:
         UserError: they differ. `what` names the pair in the message.
     """
-    if not torch.equal(given_rI.to(torch.float32).cpu(), drawn_rI.to(torch.float32).cpu()):
+    if not given_rI.float().cpu().equal(drawn_rI.float().cpu()):
         raise UserError(
             f"lora.pairs: fixed_a: the adapter's A of {what} is not the one that the configured seed draws, and only B would be trained\n"
             "  give the seed of the run that trained the adapter, or lora.pairs=plain, which trains the adapter's own A on"
@@ -51,7 +57,7 @@ def digest_of_drawn(drawn: Iterable[Tensor]) -> str:
     """32 hexadecimal digits of tensors' values in float32 and of their order, wherever they are: the same on every rank that drew them."""
     hashed = hashlib.blake2b(digest_size=16)
     for tensor in drawn:
-        hashed.update(tensor.detach().to(device="cpu", dtype=torch.float32).contiguous().numpy().data)
+        hashed.update(tensor.detach().cpu().float().contiguous().numpy().data)
     return hashed.hexdigest()
 
 

@@ -23,7 +23,7 @@ from hecate.experts.family import ExpertChoices, FfnSource, Site, UnitExperts
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.layer import MoeLayer
 from hecate.experts.linear import MoeLinear
-from hecate.experts.routers.given_router import OnlyExpert
+from hecate.experts.routers.by_input.given import OnlyExpert
 from hecate.experts.routers.router import ModelRouter, Router, RouterSite
 from hecate.kernels.backend import Backend
 from hecate.kernels.common.ffn import FfnShape

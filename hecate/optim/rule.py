@@ -1,4 +1,5 @@
-"""Gradient rules: what a step does to a parameter, from its gradient and from what earlier steps have left. AdamW is the only one.
+"""Gradient rules: what a step does to a parameter, from its gradient and from what earlier steps have left. AdamW is one; others are in
+`hecate.optim.rules`.
 
 A rule is a value. What it keeps of each parameter is held, saved, sent to backups and moved with the experts by `ExpertOptimizer`, which
 reads no more of it than names, shapes and types. An expert is stepped as one flat chunk, on its owner and on its backup alike.

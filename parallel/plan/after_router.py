@@ -15,8 +15,8 @@ from dataclasses import replace
 import numpy as np
 
 from hecate.parallel.planners import LayerPlan, Plan, PlanInput
-from hecate.parallel.planners.auto import TIE
 from hecate.parallel.planners.new_split import split_anew
+from hecate.parallel.planners.policies.auto import TIE
 
 
 def one_layer(given: PlanInput, index: int, loads_ED: np.ndarray, resident_ED: np.ndarray | None = None) -> PlanInput:

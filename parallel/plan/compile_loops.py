@@ -16,7 +16,7 @@ from hecate.parallel.cost.gather_bytes import PortBytes
 from hecate.parallel.loops import jit
 from hecate.parallel.plan.after_router import best_after_router
 from hecate.parallel.planners import PlanInput
-from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners.policies.auto import plan_auto
 from hecate.parallel.transfer.transfer_plan import fastest_route
 from hecate.parallel.values.layout import ChunkSize
 

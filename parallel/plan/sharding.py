@@ -18,8 +18,8 @@ from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cost.cost_model import LayerCost, busiest_port_seconds, overlap_degree
 from hecate.parallel.cost.flows import node_index, node_membership
 from hecate.parallel.cost.gather_bytes import PortBytes
-from hecate.parallel.planners.full import plan_with
 from hecate.parallel.planners.plan import PlanInput, Planner
+from hecate.parallel.planners.policies.full import plan_with
 
 RESHARD_COLLECTIVES = 2
 """the number of collectives per layer that is re-sharded: one says which moments exist, one sends the experts"""

@@ -10,9 +10,9 @@ from hecate.parallel.cost.cost_numbers import CostNumbers, TopologyNumbers
 from hecate.parallel.loops import jit
 from hecate.parallel.loops.array_loops import largest, total
 from hecate.parallel.loops.replica_lists import Replicas, add, copy_into, foreign, no_replicas, only_owners
-from hecate.parallel.planners.auto import LEAST_SEARCH, SEARCH_SHARE_AFTER_ROUTER
 from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.policies.auto import LEAST_SEARCH, SEARCH_SHARE_AFTER_ROUTER
 from hecate.parallel.planners.rebalancing import rebalance
 
 _SLACKS = np.array([1.0, 1.05, 1.1, 1.25, 1.5, 2.0])

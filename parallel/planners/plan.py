@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
@@ -200,6 +201,19 @@ class LayerPlan:
 
 Planner = Callable[[PlanInput], Plan]
 """A pure function: the same input gives the same plan, and ties are broken by index."""
+Collective = Literal["flat", "sharded"]
+"""how experts travel in other systems: each owner sends to each replica, or every rank a part of each (`sharded_gather`)"""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A placement policy, as its file in `hecate.parallel.planners.policies` says it."""
+
+    plan: Planner
+    own_split: bool = False
+    """whether its system divides tokens among replicas in a way of its own, which plans then have and only a simulation carries out"""
+    collective: Collective | None = None
+    """how experts travel in its system; None: as in this project, by the fastest of its routes"""
 
 
 def _quota_traffic(

@@ -30,7 +30,7 @@ from hecate.parallel.cost.gather_bytes import PortBytes, gather_ports
 from hecate.parallel.plan.after_router import best_after_router
 from hecate.parallel.plan.sharding import reshard_seconds
 from hecate.parallel.planners import Collective, LayerPlan, Plan, PlanInput, Planner, plan_with
-from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners.policies.auto import plan_auto
 from hecate.parallel.planners.rivals.sharded_gather import with_sharded_gather
 from hecate.parallel.transfer.residency import Residency, expected_uses
 

@@ -26,8 +26,8 @@ from hecate.parallel.cost.cost_model import LayerCost, PlanMode
 from hecate.parallel.plan.measured_modes import MODES, MeasuredModes
 from hecate.parallel.plan.sharding import better_owners, owned_bytes
 from hecate.parallel.planners import Collective, PlanInput, Planner, plan_with
-from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.plan import check_loads
+from hecate.parallel.planners.policies.auto import plan_auto
 from hecate.parallel.simulate.simulated_step import (
     Planned,
     Setting,

@@ -7,11 +7,10 @@ of a layer share, or none) and of whether low-rank pairs train beside it. What c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Literal
 
-from hecate.errors import UserError
 from hecate.parallel.values.layout import ExpertLayout, TensorSpec
 
 Family = Literal["mixlora", "full", "moe_lora"]
@@ -23,7 +22,7 @@ GATE_UP = "gate_up_proj"
 """gate and up as one projection [2F, D], whose pair has one A"""
 ONLY_PROJECTION = "linear"
 """the one projection of experts over a linear layer, whatever the layer is called"""
-_ORDER = ("gate_proj", "up_proj", GATE_UP, "down_proj", ONLY_PROJECTION)
+PROJECTION_ORDER = ("gate_proj", "up_proj", GATE_UP, "down_proj", ONLY_PROJECTION)
 
 
 @dataclass(frozen=True)
@@ -101,9 +100,11 @@ class LoraShape:
     """of `lora_scale`"""
     dropout: float
     source: str = "plain"
-    """one of `PAIR_SIZES`"""
+    """a file of `hecate.experts.pairs.sources`"""
+    gradient_rule: str = "none"
+    """a file of `hecate.experts.pairs.rules`, or none"""
     eta: float | None = None
-    """of the gradient rule row_norm (`hecate.experts.pairs.gradient_rules.row_norm`); None: there is no rule"""
+    """of the gradient rule row_norm"""
     bases: int = DEFAULT_BASES
     """of the source nola: drawn matrices whose sum is A, and as many whose sum is B"""
     shards: ShardShape = ShardShape()
@@ -114,20 +115,7 @@ class LoraShape:
     @property
     def widest(self) -> int:
         """The rank that kernels must be able to take: under a gradient rule they multiply with two matrices B side by side."""
-        return self.rank if self.eta is None else 2 * self.rank
-
-    @property
-    def trains_a(self) -> bool:
-        """Whether A of an adapter on a linear layer trains; otherwise it is drawn from the layer's name and stays fixed."""
-        return self.source not in FIXED_A_SOURCES
-
-
-SEEDED_SOURCES = frozenset({"fixed_a", "nola"})
-"""the sources by which ranks draw matrices, each all of them for itself"""
-POOLED_SOURCES = frozenset({"shards"})
-"""the sources whose experts train in pools (`PairSizes.pooled`)"""
-FIXED_A_SOURCES = frozenset({"fixed_a"})
-"""the sources by which A is fixed not only in experts, but in the attention's adapters, too"""
+        return self.rank if self.gradient_rule == "none" else 2 * self.rank
 
 
 @dataclass(frozen=True)
@@ -161,87 +149,6 @@ class PairSizes:
 
 
 NO_PAIRS = PairSizes((), 0.0)
-
-
-def plain_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
-    """Of pairs that are trained as they are: A [rank, inputs] and B [outputs, rank] of each projection."""
-    specs = []
-    for name in sorted(projections, key=_ORDER.index):
-        inputs, outputs = sizes.of_projection(name)
-        specs += [TensorSpec(f"{name}.A", (lora.rank, inputs)), TensorSpec(f"{name}.B", (outputs, lora.rank))]
-    # Copies of B: one if each expert has a scale of its own, and one by which a gradient rule makes A's gradient.
-    copies = bool(lora.of_experts) + (lora.eta is not None)
-    return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs), made=copies * sum(spec.numel for spec in specs[1::2]))
-
-
-def fixed_a_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
-    """Of pairs whose B alone is trained (FFA-LoRA, arXiv 2403.12313). The products with A are computed, but not its gradient."""
-    whole = plain_pairs(sizes, projections, lora)
-    seeded = tuple(spec for spec in whole.trained if spec.name.endswith(".A"))
-    trained = tuple(spec for spec in whole.trained if spec.name.endswith(".B"))
-    return PairSizes(trained, whole.flops, seeded, 2.0 * sum(spec.numel for spec in seeded))
-
-
-def nola_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
-    """Of pairs that are sums of drawn matrices (NOLA, arXiv 2310.02556): the coefficients of A and those of B are trained."""
-    whole, trained, seeded = plain_pairs(sizes, projections, lora), [], []
-    for a, b in zip(whole.trained[::2], whole.trained[1::2], strict=True):
-        name = a.name.removesuffix(".A")
-        trained += [TensorSpec(f"{name}.a", (lora.bases,)), TensorSpec(f"{name}.b", (lora.bases,))]
-        seeded += [
-            TensorSpec(f"{name}.A0", a.shape),
-            TensorSpec(f"{name}.U", (lora.bases, *a.shape)),
-            TensorSpec(f"{name}.V", (lora.bases, *b.shape)),
-        ]
-    return PairSizes(tuple(trained), whole.flops, tuple(seeded), seeded_of_model=True, made=whole.trained_numel)
-
-
-def shard_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
-    """Of pairs that are put together from shards of a pool (MoS, arXiv 2410.00938): a block has equivalent_rank rows of A, and as many
-    columns of B, which lie as rows, too.
-
-    Raises:
-        UserError: per_vector does not divide a projection's inputs or outputs.
-    """
-    projections, shards = tuple(projections), lora.shards
-    for name in projections:
-        inputs, outputs = sizes.of_projection(name)
-        if inputs % shards.per_vector or outputs % shards.per_vector:
-            raise UserError(
-                f"lora.shards.per_vector: {shards.per_vector} does not divide the {inputs} inputs and the {outputs} outputs of "
-                f"{'one of lora.target_modules' if name == ONLY_PROJECTION else name}\n"
-                "  vectors are cut into shards of equal length: give a number that divides the sizes of all target modules"
-            )
-    whole = plain_pairs(sizes, projections, lora)
-    block = plain_pairs(sizes, projections, replace(lora, rank=shards.equivalent_rank)).trained
-    pooled = tuple(spec if spec.name.endswith(".A") else TensorSpec(spec.name, spec.shape[::-1]) for spec in block)
-    return PairSizes((), whole.flops, made=whole.trained_numel, pooled=pooled)
-
-
-def require_public_shards(lora: LoraShape, consumers: int) -> None:
-    """Check that a pool of so many experts has the shards that one of them takes.
-
-    Raises:
-        UserError: an expert takes more public shards than there are.
-    """
-    shards = lora.shards
-    taken, each = lora.rank - shards.private_rank, shards.equivalent_rank - shards.private_rank
-    if taken > each * consumers:
-        raise UserError(
-            f"lora.shards: a pair takes the shards of {taken} public vectors (lora.r {lora.rank} - private_rank {shards.private_rank}), "
-            f"but its pool has {each * consumers}\n"
-            f"  of each of the {consumers} pairs that share it {each} are public: equivalent_rank {shards.equivalent_rank} - private_rank\n"
-            "  raise lora.shards.equivalent_rank, or lower lora.r"
-        )
-
-
-PAIR_SIZES: dict[str, Callable[[UnitSizes, Iterable[str], LoraShape], PairSizes]] = {
-    "plain": plain_pairs,
-    "fixed_a": fixed_a_pairs,
-    "nola": nola_pairs,
-    "shards": shard_pairs,
-}
-"""by the name of the pair source; what computes with it is in `hecate.experts.families.PAIR_SOURCES`"""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,14 @@
-"""Names that placement policies had in earlier versions. Configurations, commands, sweeps, metrics and checkpoints may still have them."""
+"""The order in which placement policies are listed, and names that they had in earlier versions. Configurations, commands, sweeps, metrics
+and checkpoints may still have these."""
 
 from __future__ import annotations
 
+POLICY_ORDER = (
+    *("static_ep", "full"),
+    *("fastermoe", "smartmoe", "flexmoe", "eplb", "llep", "echo", "laer", "ultraep", "moonep"),
+    *("hecate_paper", "auto"),
+)
+"""Those without a planner, other systems', this project's; a policy that is not named here comes after them."""
 FORMER_NAMES = {"hecate": "hecate_paper"}
 """The policy of the Hecate paper was called `hecate`, so that people took it for what this product does by default, which is `auto`."""
 

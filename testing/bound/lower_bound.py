@@ -26,8 +26,8 @@ from typing import get_args
 
 import numpy as np
 
-from hecate.parallel.planners.hecate_paper import plan_hecate_paper
 from hecate.parallel.planners.plan import PlanInput
+from hecate.parallel.planners.policies.hecate_paper import plan_hecate_paper
 from testing.bound.bound_relaxation import Copies, LayerProblem, Reach, Relaxation
 
 ROUNDS = 4

@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from hecate.config import RouterConfig
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.routers.router import TopKRouter
+from hecate.experts.routers.by_input.token import TopKRouter
 from hecate.kernels.backend import Backend
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
@@ -75,7 +75,8 @@ class Case:
     def lora(self) -> LoraShape:
         """The gradient rule allows no scale."""
         scale = 0.7 if self.eta is None else 1.0
-        return LoraShape(rank=3, scale=scale, dropout=0.0, source=self.pairs, eta=self.eta, bases=5, shards=ShardShape(2, 4, 1))
+        rule, shards = "none" if self.eta is None else "row_norm", ShardShape(2, 4, 1)
+        return LoraShape(3, scale, dropout=0.0, source=self.pairs, gradient_rule=rule, eta=self.eta, bases=5, shards=shards)
 
 
 def router_bias(case: Case) -> torch.Tensor:

@@ -13,10 +13,11 @@ from hecate.config import RouterConfig
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.linear import MoeLinear
-from hecate.experts.pairs.fixed_a import FixedA
-from hecate.experts.pairs.nola import Nola
 from hecate.experts.pairs.pool import Pool
-from hecate.experts.pairs.shard_pairs import ShardPairs
+from hecate.experts.pairs.source_table import trains_a
+from hecate.experts.pairs.sources.fixed_a import FixedA
+from hecate.experts.pairs.sources.nola import Nola
+from hecate.experts.pairs.sources.shards import ShardPairs
 from hecate.kernels.backend import Backend
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.insert import InsertionPlan, insert_experts
@@ -81,7 +82,8 @@ class LinearCase:
         scale = SCALE if self.eta is None else 1.0
         of_experts = tuple((rank, scale * self.rank / rank) for rank in self.ranks)
         shards = ShardShape(equivalent_rank=2, per_vector=4, private_rank=1)
-        return LoraShape(self.rank, scale, 0.0, self.pairs, self.eta, bases=5, shards=shards, of_experts=of_experts)
+        rule = "none" if self.eta is None else "row_norm"
+        return LoraShape(self.rank, scale, 0.0, self.pairs, rule, self.eta, bases=5, shards=shards, of_experts=of_experts)
 
     @property
     def one_pair_each(self) -> bool:
@@ -234,8 +236,8 @@ class PlainModel:
             key = f"layers.{unit}"
             if case.experts[unit.layer] == 0:
                 a, b = moe.attention[unit.layer, unit.place].lora_A.detach(), values[f"{key}.B"].detach()
-                adapter = plain_mixlora.PlainLora(base, a, b, lora.scale, of=of, trains_a=lora.trains_a)
-                self.trained |= {f"{key}.A": [adapter.a], f"{key}.B": [adapter.b]} if lora.trains_a else {f"{key}.B": [adapter.b]}
+                adapter = plain_mixlora.PlainLora(base, a, b, lora.scale, of=of, trains_a=trains_a(lora))
+                self.trained |= {f"{key}.A": [adapter.a], f"{key}.B": [adapter.b]} if trains_a(lora) else {f"{key}.B": [adapter.b]}
                 self.model.set_submodule(found.path, adapter)
                 continue
             experts = case.experts[unit.layer]

@@ -19,8 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hecate.data.batches import Batch
-from hecate.experts.pairs.nola import Nola
-from hecate.experts.pairs.shard_pairs import ShardPairs
+from hecate.experts.pairs.source_table import trains_a
+from hecate.experts.pairs.sources.nola import Nola
+from hecate.experts.pairs.sources.shards import ShardPairs
 from hecate.model.moe_model import MoeModel
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
@@ -107,9 +108,9 @@ class Reference:
             for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
                 key = f"layers.{index}.self_attn.{name}"
                 a, b = moe.attention[index, f"self_attn.{name}"].lora_A.detach(), values[f"{key}.B"].detach()
-                plain = plain_mixlora.PlainLora(getattr(layer.self_attn, name), a, b, lora.scale, of=of, trains_a=lora.trains_a)
+                plain = plain_mixlora.PlainLora(getattr(layer.self_attn, name), a, b, lora.scale, of=of, trains_a=trains_a(lora))
                 setattr(layer.self_attn, name, plain)
-                self.replicated |= {f"{key}.A": plain.a, f"{key}.B": plain.b} if lora.trains_a else {f"{key}.B": plain.b}
+                self.replicated |= {f"{key}.A": plain.a, f"{key}.B": plain.b} if trains_a(lora) else {f"{key}.B": plain.b}
         parameters = [p for each in self.chunks.values() for p in each] + list(self.replicated.values()) + trained_in_pool
         self.parameters = parameters
         self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -168,7 +169,7 @@ def fixed_of(moe: MoeModel, unit: Unit, case: Case) -> dict[str, torch.Tensor]:
     source = moe.engine.shards.families[unit].pair_source
     if isinstance(source, Nola):
         return source.drawn
-    if case.lora.trains_a:
+    if trains_a(case.lora):
         return {}
     pairs = source.stacked(torch.zeros(1, source.sizes.trained_numel, dtype=case.dtype), torch.arange(1))
     return {f"{name}.A": of.a_SrI[0] for name, of in pairs.items()}

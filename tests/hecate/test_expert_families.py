@@ -21,7 +21,7 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertFamily, Site
 from hecate.experts.full import FullExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.pairs.sources.plain import PlainPairs
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.kernels.common.ffn import FfnShape
@@ -59,7 +59,9 @@ def family(kind: str, layer: int) -> ExpertFamily:
     site = Site(Unit(layer), EXPERTS, SHAPE, SEED, torch.float64, torch.float64, torch.device("cpu"))
     if kind == "full":
         return FullExperts(site)
-    lora = LoraShape(rank=2, scale=1.0, dropout=0.0, eta=1.5) if kind == "row_norm" else LoraShape(rank=2, scale=0.7, dropout=DROPOUT)
+    lora = LoraShape(rank=2, scale=0.7, dropout=DROPOUT)
+    if kind == "row_norm":
+        lora = LoraShape(rank=2, scale=1.0, dropout=0.0, gradient_rule="row_norm", eta=1.5)
     pairs = PlainPairs(lora, ("gate_proj", "down_proj"), FfnSizes(SHAPE.hidden, SHAPE.ffn))
     return MoeLoraExperts(site, lambda expert: frozen(layer, expert), pairs)
 

@@ -19,7 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
-from hecate.experts.pairs.fixed_a import FixedA
+from hecate.experts.pairs.source_table import trains_a
+from hecate.experts.pairs.sources.fixed_a import FixedA
 from hecate.kernels.common.ffn import FfnShape
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.files.load import ModelSource
@@ -125,10 +126,10 @@ def train_with_peft(model: Model, base: Path) -> dict[str, Tensor]:
     wrapped = peft_model(base, RANK, ALPHA, ["q_proj", "v_proj"])
     hidden, ffn = wrapped.config.hidden_size, wrapped.base_model.model.model.layers[0].mlp.experts.get_param().shape[2]
     sizes = {"gate_up_proj.A": (RANK, hidden), "gate_up_proj.B": (2 * ffn, RANK), "down_proj.A": (RANK, ffn), "down_proj.B": (hidden, RANK)}
-    trained = {name: shape for name, shape in sizes.items() if model.lora.trains_a or name.endswith(".B")}
+    trained = {name: shape for name, shape in sizes.items() if trains_a(model.lora) or name.endswith(".B")}
     chunks = {}
     for layer in range(2):
-        drawn = {} if model.lora.trains_a else fixed_a(layer, hidden, ffn)
+        drawn = {} if trains_a(model.lora) else fixed_a(layer, hidden, ffn)
         for expert in range(EXPERTS):
             flat = initial(sum(a * b for a, b in trained.values()), layer, expert)
             parts = flat.split([a * b for a, b in trained.values()])
@@ -138,7 +139,7 @@ def train_with_peft(model: Model, base: Path) -> dict[str, Tensor]:
     if model.train_router:
         others |= {name: p.detach() for name, p in wrapped.named_parameters() if name.endswith("mlp.gate.weight")}
     plain = PlainMoeLora(wrapped, chunks, others)
-    if not model.lora.trains_a:
+    if not trains_a(model.lora):
         plain.freeze_a()
     optimizer = torch.optim.AdamW(plain.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     with biased_routers(plain.gates, model.bias()):

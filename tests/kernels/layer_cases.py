@@ -74,7 +74,8 @@ class LayerCase:
         return pairs
 
     def ruled(self, a: Tensor, b: Tensor) -> LowRankPairs:
-        return ruled_pairs(LoraShape(self.rank, 2.0, self.dropout, eta=self.eta), a, b)
+        rule = "none" if self.eta is None else "row_norm"
+        return ruled_pairs(LoraShape(self.rank, 2.0, self.dropout, gradient_rule=rule, eta=self.eta), a, b)
 
     def pair(self, a: tuple[int, ...], b: tuple[int, ...]) -> tuple[Tensor, Tensor]:
         """A and B of these shapes; what trains requires a gradient, which is how the layers tell that A does not."""

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from hecate.parallel.cost.cost_loops import SERVED
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.planners.full import plan_full
-from hecate.parallel.planners.hecate_paper import plan_hecate_paper
 from hecate.parallel.planners.plan import Plan, PlanInput
-from hecate.parallel.planners.static_ep import plan_static_ep
+from hecate.parallel.planners.policies.full import plan_full
+from hecate.parallel.planners.policies.hecate_paper import plan_hecate_paper
+from hecate.parallel.planners.policies.static_ep import plan_static_ep
 from hecate.parallel.values.placement import contiguous_owners
 from testing.unit_cases import layer_input, layers_input, unit_topology
 

@@ -18,8 +18,8 @@ from hecate.adapters.peft.description import LoraDescription, linear_names
 from hecate.config import RouterConfig
 from hecate.errors import UserError
 from hecate.experts.pass_users import users_of_rows
+from hecate.experts.routers.by_input.user import UserRouter
 from hecate.experts.routers.router import RouterSite
-from hecate.experts.routers.user_router import UserRouter
 from hecate.parallel.values.units import Unit
 
 

@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from hecate.apps.federate.vectors import PairSite, VectorShape
 from hecate.config import Config
+from hecate.experts.pairs.source_table import trains_a
 from hecate.io.foreign_errors import reading
 from hecate.model.files.load import read_config, resolve_model
 from hecate.model.linears import find_linears, target_linears
@@ -25,4 +26,4 @@ def vector_shape(config: Config) -> VectorShape:
     sites = tuple(PairSite(one.path, one.unit.layer, one.unit.place, one.shape.inputs, one.shape.outputs) for one in linears)
     lora = config.lora.shape
     dtype = "float64" if config.model.dtype == "float64" else "float32"
-    return VectorShape(sites, lora.rank, lora.scale, lora.trains_a, dtype, config.seed)
+    return VectorShape(sites, lora.rank, lora.scale, trains_a(lora), dtype, config.seed)

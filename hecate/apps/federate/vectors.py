@@ -17,7 +17,7 @@ from hecate.adapters.peft.description import linear_names
 from hecate.adapters.peft.reading import load_lora
 from hecate.adapters.sets.terms import Terms
 from hecate.errors import UserError
-from hecate.experts.pairs.fixed_a import drawn_a
+from hecate.experts.pairs.sources.fixed_a import drawn_a
 from hecate.experts.seeding import generator, linear_weight
 from hecate.parallel.values.expert_kinds import ONLY_PROJECTION
 from hecate.parallel.values.units import Unit

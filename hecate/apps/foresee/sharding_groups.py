@@ -12,7 +12,7 @@ from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.plan.sharding import owned_bytes
 from hecate.parallel.planners import PlanInput
-from hecate.parallel.planners.static_ep import plan_static_ep
+from hecate.parallel.planners.policies.static_ep import plan_static_ep
 from hecate.parallel.simulate.simulated_step import StepBytes
 from hecate.parallel.simulate.simulator import Simulated, mean_modes
 from hecate.parallel.values.placement import contiguous_owners

@@ -30,7 +30,8 @@ from hecate.experts.family import Site
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.full import FullExperts
 from hecate.experts.layer import MoeLayer
-from hecate.experts.routers.router import RouterSite, TopKRouter
+from hecate.experts.routers.by_input.token import TopKRouter
+from hecate.experts.routers.router import RouterSite
 from hecate.experts.seeding import generator
 from hecate.kernels.common.ffn import FfnShape
 from hecate.model.base import BaseModel

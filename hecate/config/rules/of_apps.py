@@ -30,7 +30,7 @@ class SectionRules(Protocol):
 
 def section_rules() -> list[SectionRules]:
     """The rules of each section that an app brings."""
-    return [cast(SectionRules, import_module(f"{APPS[section]}.section.rules")) for section in SETTINGS]
+    return [cast(SectionRules, import_module(f"{app}.section.rules")) for section, app in APPS.items() if section in SETTINGS]
 
 
 def refuse_training(config: Config) -> None:

@@ -57,8 +57,11 @@ def _check_ranks(values: Mapping[str, Any], add: Add) -> None:
 
 def _check_gradient_rule(values: Mapping[str, Any], add: Add) -> None:
     rule, eta = values.get("lora.gradient_rule"), values.get("lora.eta")
-    if rule == "none" and eta is not None:
+    if rule not in (None, "row_norm") and eta is not None:
         add("lora.eta", f"is read with lora.gradient_rule=row_norm only, got {eta}", "leave it out, or set the rule")
+    if rule not in (None, "none") and values.get("kernels") == "triton" and largest_rank(values) > 128:
+        what = f"triton takes LoRA ranks up to 128 with lora.gradient_rule={rule}, but lora.r is {largest_rank(values)}"
+        add("kernels", what, "use auto")
     if rule != "row_norm":
         return
     if "lora.eta" in values and eta is None:
@@ -70,12 +73,6 @@ def _check_gradient_rule(values: Mapping[str, Any], add: Add) -> None:
         add("lora.use_rslora", "has no meaning with lora.gradient_rule=row_norm, which scales nothing", "leave it out")
     if values.get("lora.dropout"):
         add("lora.dropout", f"must be 0 with lora.gradient_rule=row_norm, got {values['lora.dropout']}", "set lora.dropout=0")
-    if values.get("kernels") == "triton" and largest_rank(values) > 128:
-        add(
-            "kernels",
-            f"triton takes LoRA ranks up to 128 with lora.gradient_rule=row_norm, but lora.r is {largest_rank(values)}",
-            "use auto",
-        )
 
 
 def _check_nola(values: Mapping[str, Any], add: Add) -> None:
@@ -84,8 +81,8 @@ def _check_nola(values: Mapping[str, Any], add: Add) -> None:
         add(key, f"is read with lora.pairs=nola only, got {values[key]}", "leave it out, or set lora.pairs=nola")
     if pairs != "nola":
         return
-    if values.get("lora.gradient_rule") == "row_norm":
-        what = "row_norm is about rows of A and B that train by themselves, but with lora.pairs=nola all rows share their coefficients"
+    if (rule := values.get("lora.gradient_rule", "none")) != "none":
+        what = f"{rule} is about rows of A and B that train by themselves, but with lora.pairs=nola all rows share their coefficients"
         add("lora.gradient_rule", what, "leave it out, or use lora.pairs=plain")
     if values.get("lora.init_from") is not None:
         what = "cannot be given with lora.pairs=nola: A and B of an adapter do not say by which coefficients they were made"
@@ -105,8 +102,9 @@ def _check_shards(values: Mapping[str, Any], add: Add) -> None:
         if isinstance(most, int) and private > most:  # a list of ranks has a problem already
             what = f"must be at most {key}, which is {most}, got {private}"
             add(_PREFIX + "private_rank", what, f"set it to {most} or less, or raise {key}: private shards are a part of both")
+    rule = values.get("lora.gradient_rule")
     refused = (
-        ("lora.gradient_rule", "none", "row_norm is about rows of A and B that train by themselves, but", "which several pairs share"),
+        ("lora.gradient_rule", "none", f"{rule} is about rows of A and B that train by themselves, but", "which several pairs share"),
         ("fssdp.rematerialize", False, "frees replicas after each layer, but", "which all layers share and which lives a whole step"),
         ("fssdp.plan", "history", "gathers in each micro-step, but", "which lives a whole step"),
     )

@@ -51,8 +51,8 @@ def check_user(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add) 
         what = f"must be 0 with {_USER}, where every expert is used by every sample and nothing is to balance, got {coefficient}"
         add("moe.router_aux_loss_coef", what, "set moe.router_aux_loss_coef=0")
     undivided = values.get("moe.router.mix") in UNDIVIDED_MIXES
-    if undivided and values.get("lora.gradient_rule") == "row_norm":
-        what = f"row_norm is about the rows of one pair, but moe.router.mix={values['moe.router.mix']} adds up those of all pairs"
+    if undivided and (rule := values.get("lora.gradient_rule", "none")) != "none":
+        what = f"{rule} is about the rows of one pair, but moe.router.mix={values['moe.router.mix']} adds up those of all pairs"
         add("lora.gradient_rule", what, "leave it out, or use moe.router.mix=products")
     if undivided and isinstance(values.get("lora.r"), tuple):
         what = (

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.pairs.gradient_rules import ruled_pairs
+from hecate.experts.pairs.source_table import trains_a
 from hecate.experts.seeding import generator, linear_weight, require_drawn
 from hecate.kernels.backend import Backend, expert_kernels
 from hecate.kernels.common.dropout import Dropout, TokenDropout, dropout_key
@@ -16,7 +17,7 @@ from hecate.parallel.values.expert_kinds import LoraShape
 class LoraLinear(nn.Module):
     """W x + s · B A dropout(x), W frozen. A and B are kept in `dtype` and computed with in x's.
 
-    Where A does not train (`LoraShape.trains_a`), it is a buffer, which every rank draws from the seed and nothing saves.
+    Where A does not train (`trains_a`), it is a buffer, which every rank draws from the seed and nothing saves.
     """
 
     lora_A: Tensor
@@ -38,7 +39,7 @@ class LoraLinear(nn.Module):
         device = base.weight.device
         a_rI = linear_weight(shape.rank, base.in_features, generator(seed, "lora", path))
         a_rI = a_rI.to(device=device, dtype=dtype)
-        if shape.trains_a:
+        if trains_a(shape):
             self.lora_A = nn.Parameter(a_rI)
         else:
             self.register_buffer("lora_A", a_rI, persistent=False)
@@ -57,7 +58,7 @@ class LoraLinear(nn.Module):
     @torch.no_grad()
     def set_pair(self, a_rI: Tensor, b_Or: Tensor) -> None:
         """Take the values of a saved adapter. Raises UserError: A does not train, and the adapter's is another than the drawn one."""
-        if self.shape.trains_a:
+        if trains_a(self.shape):
             self.lora_A.copy_(a_rI)
         else:
             require_drawn(a_rI, self.lora_A, f"layer {self._path}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hecate.config import Config
 from hecate.errors import UserError
-from hecate.parallel.values.expert_kinds import POOLED_SOURCES, SEEDED_SOURCES
+from hecate.experts.pairs.source_table import PAIR_SOURCES
 
 
 def check_pair_sizes(config: Config, ranks_here: int | None = None) -> None:
@@ -18,9 +18,10 @@ def check_pair_sizes(config: Config, ranks_here: int | None = None) -> None:
     Raises:
         UserError: a size does not fit, or there is too little free memory.
     """
-    if config.lora.pairs in POOLED_SOURCES:
+    source = PAIR_SOURCES[config.lora.pairs]
+    if source.check_pool is not None:
         _check_pools(config)
-    if config.lora.pairs in SEEDED_SOURCES and ranks_here is not None:
+    if source.draws and ranks_here is not None:
         _check_room(config, ranks_here)
 
 

@@ -15,6 +15,7 @@ from hecate.config.files.presets import find_preset
 from hecate.config.files.topology import AUTO
 from hecate.data.files.user_features import users_of
 from hecate.errors import UserError
+from hecate.experts.pairs.source_table import PAIR_SOURCES, trains_a
 from hecate.model.sizes.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cluster.mesh import Mesh, make_mesh
 from hecate.parallel.cluster.topology import Topology
@@ -23,7 +24,6 @@ from hecate.parallel.cluster.topology_file import load_topology
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.cost.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
 from hecate.parallel.values.expert_kinds import (
-    PAIR_SIZES,
     PROJECTIONS,
     UNDIVIDED_MIXES,
     FfnSizes,
@@ -31,7 +31,6 @@ from hecate.parallel.values.expert_kinds import (
     PairSizes,
     UnitSizes,
     gate_parameters,
-    require_public_shards,
 )
 from hecate.parallel.values.sequence_shares import sequences_by_speed, slowest_of_each
 from hecate.parallel.values.units import FFN
@@ -134,7 +133,7 @@ class RunShape:
             routers += sum(group.experts * group.number for group in self.groups)
         if self.trains_non_experts:
             return routers + self._outside_experts - self.tensor_parallel * self.parts_parameters
-        return routers + sum(b + (a if self.config.lora.shape.trains_a else 0) for a, b in self.adapters)
+        return routers + sum(b + (a if trains_a(self.config.lora.shape) else 0) for a, b in self.adapters)
 
     @property
     def seeded_parameters(self) -> int:
@@ -148,7 +147,7 @@ class RunShape:
         of_model = {spec for pairs in found if pairs.seeded_of_model for spec in pairs.seeded}
         of_units = [spec for pairs in found if not pairs.seeded_of_model for spec in pairs.seeded]
         of_experts = sum(spec.numel for spec in (*of_model, *of_units))
-        return of_experts + (0 if config.lora.shape.trains_a else sum(a for a, _ in self.adapters))
+        return of_experts + (0 if trains_a(config.lora.shape) else sum(a for a, _ in self.adapters))
 
     @property
     def adapters(self) -> tuple[tuple[int, int], ...]:
@@ -296,10 +295,11 @@ def pool_shapes(base: BaseShape, config: Config) -> tuple[PoolShape, ...]:
     consumers: Counter[tuple[str, UnitSizes]] = Counter()
     for layer, number in zip(base.layers, config.moe.experts_per_layer(len(base.layers)), strict=True):
         consumers.update({unit: number for unit in _units(layer, config) if number})
-    found = []
+    found, check = [], PAIR_SOURCES[config.lora.pairs].check_pool
     for (_, sizes), blocks in consumers.items():
         if pooled := _pair_sizes(sizes, config).pooled_numel:
-            require_public_shards(config.lora.shape, blocks)
+            assert check is not None, config.lora.pairs
+            check(config.lora.shape, blocks)
             found.append(PoolShape(blocks, pooled))
     return tuple(found)
 
@@ -351,7 +351,7 @@ def _units(layer: LayerShape, config: Config) -> Sequence[tuple[str, UnitSizes]]
 
 def _pair_sizes(sizes: UnitSizes, config: Config) -> PairSizes:
     """What is trained of the low-rank pairs of one of a unit's experts, and what they cost."""
-    return PAIR_SIZES[config.lora.pairs](sizes, config.moe.kind.projections(config.lora.target_modules), config.lora.shape)
+    return PAIR_SOURCES[config.lora.pairs].sizes(sizes, config.moe.kind.projections(config.lora.target_modules), config.lora.shape)
 
 
 def _groups(layers: list[tuple[int, list[tuple[int, LayerCost, int]]]]) -> tuple[ExpertLayers, ...]:

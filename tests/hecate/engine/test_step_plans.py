@@ -10,7 +10,7 @@ import torch
 from hecate.engine.step_plans import EngineConfig, StepPlans
 from hecate.experts.family import Site
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.pairs.sources.plain import PlainPairs
 from hecate.kernels.common.ffn import FfnShape
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.planners import Plan, PlanInput

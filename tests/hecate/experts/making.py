@@ -14,7 +14,7 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
-from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.pairs.sources.plain import PlainPairs
 from hecate.experts.routers.router import RouterSite
 from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.parallel.cluster.mesh import make_mesh

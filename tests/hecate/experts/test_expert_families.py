@@ -10,7 +10,7 @@ import torch
 from hecate.experts.family import Site
 from hecate.experts.full import FullExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.pairs.sources.plain import PlainPairs
 from hecate.kernels.common.ffn import FfnShape
 from hecate.parallel.values.expert_kinds import FfnSizes, LoraShape
 from hecate.parallel.values.units import Unit

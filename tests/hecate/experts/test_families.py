@@ -13,24 +13,18 @@ import torch
 from hecate.config.schema import LEAVES
 from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
-from hecate.experts.families import PAIR_SOURCES, ROUTERS, make_experts
+from hecate.experts.families import ROUTERS, make_experts
 from hecate.experts.family import ExpertChoices, FfnSource, Site
-from hecate.experts.routers.router import LOSSES, SCORES, WEIGHTS
+from hecate.experts.pairs.gradient_rules import pair_rules
+from hecate.experts.pairs.source_facts import SourceFacts
+from hecate.experts.pairs.source_table import PAIR_SOURCES
+from hecate.experts.routers.by_input.token import SCORES
+from hecate.experts.routers.router import LOSSES, WEIGHTS
 from hecate.kernels.common.ffn import FfnShape
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.values.expert_kinds import (
-    KINDS,
-    MOE_LORA,
-    PAIR_SIZES,
-    POOLED_SOURCES,
-    ExpertKind,
-    FfnSizes,
-    LinearSizes,
-    LoraShape,
-    ShardShape,
-)
+from hecate.parallel.values.expert_kinds import KINDS, MOE_LORA, ExpertKind, FfnSizes, LinearSizes, LoraShape, ShardShape
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from testing.ranks import run_ranks
@@ -63,7 +57,8 @@ def test_each_name_of_the_configuration_is_there() -> None:
     assert set(SCORES) == set(get_args(LEAVES["moe.router.score"].type))
     assert set(WEIGHTS) == set(get_args(LEAVES["moe.router.weights"].type))
     assert set(LOSSES) == set(get_args(LEAVES["moe.router.balance"].type))
-    assert set(PAIR_SOURCES) == set(PAIR_SIZES) == set(get_args(LEAVES["lora.pairs"].type))
+    assert set(PAIR_SOURCES) == set(get_args(LEAVES["lora.pairs"].type))
+    assert {"none", *pair_rules()} == set(get_args(LEAVES["lora.gradient_rule"].type))
 
 
 @pytest.mark.parametrize("name", PAIR_SOURCES)
@@ -72,9 +67,11 @@ def test_a_pair_source_trains_what_the_dry_run_counts(name: str) -> None:
     site = Site(Unit(1), 4, shape, 3, double, double, torch.device("cpu"))
     projections = ("gate_proj", "down_proj")
     lora = LoraShape(2, 0.5, 0.0, name, shards=ShardShape(per_vector=2))
-    made = PAIR_SOURCES[name](site, lora, projections)
-    assert made.sizes == PAIR_SIZES[name](FfnSizes(6, 10), projections, lora)
-    assert bool(made.sizes.pooled) == (not made.sizes.trained) == (name in POOLED_SOURCES)
+    made = PAIR_SOURCES[name].make(site, lora, projections)
+    assert made.sizes == PAIR_SOURCES[name].sizes(FfnSizes(6, 10), projections, lora)
+    assert bool(made.sizes.pooled) == (not made.sizes.trained) == (PAIR_SOURCES[name].check_pool is not None)
+    assert isinstance(PAIR_SOURCES[name], SourceFacts)
+    assert bool(made.sizes.seeded) == PAIR_SOURCES[name].draws
     assert len(made.initial(0, 3, "expert", "1", 0)) == made.sizes.trained_numel + made.sizes.pooled_numel
 
 

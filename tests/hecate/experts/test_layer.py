@@ -8,7 +8,7 @@ from hecate.config import RouterConfig
 from hecate.engine.engine import Engine
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.layer import MoeLayer
-from hecate.experts.routers.router import TopKRouter
+from hecate.experts.routers.by_input.token import TopKRouter
 from hecate.parallel.values.units import Unit
 from tests.hecate.apps.foresee.making import saved_for_backward
 from tests.hecate.experts.making import HIDDEN, engine, router_site

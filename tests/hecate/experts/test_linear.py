@@ -14,8 +14,9 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
 from hecate.experts.forward_pass import PassTokens
 from hecate.experts.linear import LinearExperts, MoeLinear, balance_by_layer
-from hecate.experts.pairs.source import PlainPairs
-from hecate.experts.routers.router import RouterStats, TopKRouter
+from hecate.experts.pairs.sources.plain import PlainPairs
+from hecate.experts.routers.by_input.token import TopKRouter
+from hecate.experts.routers.router import RouterStats
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES

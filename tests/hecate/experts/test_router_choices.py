@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from hecate.config import RouterConfig
 from hecate.experts.pass_samples import PassSamples
-from hecate.experts.routers.router import Routing, TokenFeatures, TopKRouter, sample_balance_loss
+from hecate.experts.routers.by_input.token import TopKRouter
+from hecate.experts.routers.router import Routing, TokenFeatures, sample_balance_loss
+from hecate.experts.routers.scores import sigmoid, softmax
 from hecate.parallel.values.units import Unit
 from tests.hecate.experts.making import router_site
 
@@ -164,3 +167,9 @@ def test_no_tokens_have_no_balance_to_lose(one_rank: dist.ProcessGroup) -> None:
     loss.backward()
     assert float(loss.detach()) == 0
     assert one.weight.grad is not None
+
+
+def test_scores_of_three_logits() -> None:
+    logit_TE = torch.tensor([[0.0, math.log(3.0), 0.0]], dtype=DOUBLE)
+    torch.testing.assert_close(softmax.SCORE(logit_TE), torch.tensor([[0.2, 0.6, 0.2]], dtype=DOUBLE))
+    torch.testing.assert_close(sigmoid.SCORE(logit_TE), torch.tensor([[0.5, 0.75, 0.5]], dtype=DOUBLE))

@@ -14,8 +14,8 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import Site
 from hecate.experts.linear import LinearExperts, MoeLinear
-from hecate.experts.pairs.source import PlainPairs
-from hecate.experts.routers.router import TopKRouter
+from hecate.experts.pairs.sources.plain import PlainPairs
+from hecate.experts.routers.by_input.token import TopKRouter
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES

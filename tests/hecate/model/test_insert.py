@@ -12,7 +12,8 @@ from torch import nn
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.families import ROUTERS
-from hecate.experts.routers.router import RouterSite, TopKRouter
+from hecate.experts.routers.by_input.token import TopKRouter
+from hecate.experts.routers.router import RouterSite
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import InsertionPlan, RouterError, insert_experts, non_moe_flops_per_token
 from hecate.model.layers.lora import LoraLinear

@@ -7,8 +7,9 @@ import torch
 
 from hecate.config.schema import allocated
 from hecate.errors import UserError
+from hecate.experts.pairs.sources.plain import plain_pairs
 from hecate.model.linears import find_linears, target_linears
-from hecate.parallel.values.expert_kinds import ONLY_PROJECTION, LinearSizes, LoraShape, plain_pairs
+from hecate.parallel.values.expert_kinds import ONLY_PROJECTION, LinearSizes, LoraShape
 from hecate.parallel.values.units import Unit
 from tests.hecate.model.tiny import tiny
 from tests.plain_mola import mola_parameters

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from hecate.elastic.backups import copy_to_backup_ranks
 from hecate.elastic.move_experts import move_experts
+from hecate.errors import UserError
+from hecate.optim import from_config
 from hecate.optim.adamw import AdamW
 from hecate.optim.from_config import gradient_rule, learning_rate
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
@@ -116,3 +118,16 @@ def test_the_configured_rule_and_learning_rate(tmp_path: Path) -> None:
     config = config_of(tmp_path, *keys, "learning_rate=0.5", "lr_scheduler_type=constant", "warmup_ratio=0")
     assert gradient_rule(config) == AdamW(weight_decay=0.1, beta1=0.8, beta2=0.95, epsilon=1e-6, exclude=("norms",))
     assert [learning_rate(config).of(step) for step in (0, 7)] == [0.5, 0.5]
+
+
+def test_the_section_of_a_rule_chooses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sections of the core stand for those that rules bring."""
+    write_parts(tmp_path)
+    config, other = config_of(tmp_path, "weight_decay=0.1"), AdamW(weight_decay=0.3)
+    found: list[tuple[object, AdamW]] = []
+    monkeypatch.setattr(from_config, "RULES", {"lora": lambda *given: found.append(given), "eval": lambda *_: other})
+    assert gradient_rule(config) is other
+    assert found == [(config.lora, AdamW(weight_decay=0.1))]
+    monkeypatch.setattr(from_config, "RULES", {"lora": lambda *_: other, "eval": lambda *_: other})
+    with pytest.raises(UserError, match=r"^lora, eval: parameters are stepped by one rule"):
+        gradient_rule(config)

@@ -24,7 +24,7 @@ __all__ = ["workshop"]  # a fixture
 RECIPES = Path(__file__).parents[3] / "configs" / "recipes"
 SYSTEMS = {
     "ffa_lora": LoraShape(8, 2.0, 0.0, "fixed_a"),
-    "allora": LoraShape(8, 1.0, 0.0, eta=2.0),
+    "allora": LoraShape(8, 1.0, 0.0, gradient_rule="row_norm", eta=2.0),
     "nola": LoraShape(16, 2.0, 0.0, "nola", bases=256),
 }
 every = pytest.mark.parametrize("name", SYSTEMS)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hecate.experts.pairs.gradient_rules import row_factors, row_norm, ruled_pairs
+from hecate.experts.pairs.gradient_rules import ruled_pairs
+from hecate.experts.pairs.rules.row_norm import row_factors, row_norm
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.kernels.common.lora_linear import lora_linear_triton
@@ -253,7 +254,7 @@ def test_row_norms_by_the_gram_matrix_are_those_of_the_product(dtype: torch.dtyp
 
 def test_without_a_rule_or_gradients_nothing_is_computed() -> None:
     a, b = normal(1, SLOTS, 4, 30).requires_grad_(), normal(2, SLOTS, 11, 4).requires_grad_()
-    plain, ruled = (LoraShape(4, 0.5, 0.0, eta=eta) for eta in (None, 2.0))
+    plain, ruled = LoraShape(4, 0.5, 0.0), LoraShape(4, 0.5, 0.0, gradient_rule="row_norm", eta=2.0)
     with torch.no_grad():
         unseen = ruled_pairs(ruled, a, b)
     for pairs in (ruled_pairs(plain, a, b), unseen):

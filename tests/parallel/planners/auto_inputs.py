@@ -9,7 +9,7 @@ from hecate.parallel.cluster.topology import Link, Topology
 from hecate.parallel.cost.cost_model import HISTORY, ROUTE_NUMBERS, ExecutionMode, LayerCost, transfer_seconds
 from hecate.parallel.cost.gather_bytes import PortBytes
 from hecate.parallel.planners import PlanInput
-from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners.policies.auto import plan_auto
 from hecate.parallel.transfer.transfer_plan import fastest_route
 from hecate.parallel.values.layout import ChunkSize
 from hecate.parallel.values.placement import contiguous_owners

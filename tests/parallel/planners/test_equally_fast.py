@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
-from hecate.parallel.planners import PlanInput, auto
-from hecate.parallel.planners.auto import plan_auto
+from hecate.parallel.planners import PlanInput
 from hecate.parallel.planners.plan import Plan
+from hecate.parallel.planners.policies import auto
+from hecate.parallel.planners.policies.auto import plan_auto
 from hecate.parallel.planners.replication import NODES
 from hecate.parallel.values.placement import contiguous_owners
 from testing.unit_cases import unit_topology

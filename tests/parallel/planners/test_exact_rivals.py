@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 
 from hecate.parallel.planners import PlanInput
-from hecate.parallel.planners.rivals.moonep import plan_moonep
-from hecate.parallel.planners.rivals.ultraep import plan_ultraep
+from hecate.parallel.planners.policies.moonep import plan_moonep
+from hecate.parallel.planners.policies.ultraep import plan_ultraep
 from hecate.parallel.planners.rivals.whole_loads import plan_whole_loads
 from testing.plain_flows import quotas_of
 from tests.parallel.planners.rival_inputs import check, inputs, plan_input, quota, totals

@@ -15,8 +15,8 @@ from hecate.parallel.cost.cost_model import LayerCost, cost_numbers, topology_nu
 from hecate.parallel.loops.replica_lists import Replicas, add, no_replicas, only_owners, remove
 from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput, price_row
 from hecate.parallel.planners import local_search as search
-from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.plan_changes import AMOUNT, DROPPED, EXPERT, OTHERS, SOURCE, TARGET
+from hecate.parallel.planners.policies.auto import plan_auto
 from hecate.parallel.planners.replication import deal, expert_orders
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.values.placement import contiguous_owners

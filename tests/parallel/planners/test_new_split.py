@@ -12,8 +12,8 @@ from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.loops import jit
 from hecate.parallel.plan.after_router import best_after_router
 from hecate.parallel.planners import Plan, PlanInput, new_split
-from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.new_split import split_anew
+from hecate.parallel.planners.policies.auto import plan_auto
 from testing.plain_flows import even_quota
 from tests.parallel.planners.auto_inputs import KINDS, inputs, topology
 

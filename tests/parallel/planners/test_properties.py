@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.planners import POLICIES, PlanInput
-from hecate.parallel.planners.auto import _ALL_BUDGETS, plan_auto
+from hecate.parallel.planners.policies.auto import _ALL_BUDGETS, plan_auto
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.values.loads import LoadHistory
 from hecate.parallel.values.placement import contiguous_owners

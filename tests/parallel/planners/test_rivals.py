@@ -12,16 +12,16 @@ from hypothesis import strategies as st
 from hecate.parallel.cluster.topology import Link, uniform_topology
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.planners import POLICIES, PlanInput
+from hecate.parallel.planners.policies.echo import plan_echo
+from hecate.parallel.planners.policies.eplb import plan_eplb
+from hecate.parallel.planners.policies.fastermoe import plan_fastermoe
+from hecate.parallel.planners.policies.flexmoe import plan_flexmoe
+from hecate.parallel.planners.policies.laer import even_numbers, numbers_by_load, plan_laer
+from hecate.parallel.planners.policies.llep import plan_llep
+from hecate.parallel.planners.policies.smartmoe import plan_smartmoe
+from hecate.parallel.planners.policies.static_ep import plan_static_ep
 from hecate.parallel.planners.rivals.copy_places import CopyPlaces, place_copies
-from hecate.parallel.planners.rivals.echo import plan_echo
-from hecate.parallel.planners.rivals.eplb import plan_eplb
 from hecate.parallel.planners.rivals.expert_packing import spare_copies
-from hecate.parallel.planners.rivals.fastermoe import plan_fastermoe
-from hecate.parallel.planners.rivals.flexmoe import plan_flexmoe
-from hecate.parallel.planners.rivals.laer import even_numbers, numbers_by_load, plan_laer
-from hecate.parallel.planners.rivals.llep import plan_llep
-from hecate.parallel.planners.rivals.smartmoe import plan_smartmoe
-from hecate.parallel.planners.static_ep import plan_static_ep
 from hecate.parallel.values.placement import contiguous_owners
 from testing.plain_flows import quotas_of
 from tests.parallel.planners.rival_inputs import check, inputs, plan_input, quota, totals, where

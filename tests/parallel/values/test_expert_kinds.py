@@ -6,6 +6,7 @@ from typing import get_args
 
 import pytest
 
+from hecate.experts.pairs.sources.plain import plain_pairs
 from hecate.parallel.cost.expert_cost import NumberBytes, expert_layer_cost, ffn_place
 from hecate.parallel.values.expert_kinds import (
     FULL,
@@ -19,7 +20,6 @@ from hecate.parallel.values.expert_kinds import (
     LoraShape,
     kind_written_as,
     kinds_for,
-    plain_pairs,
 )
 
 SIZES = FfnSizes(hidden=6, ffn=10)

@@ -210,8 +210,8 @@ def _check_pairs(values: Mapping[str, Any], add: Add) -> None:
         add("lora.pairs", f"{pairs} makes A and B of other numbers, which no aggregate of adapters gives back", "use plain or fixed_a")
     if pairs == "fixed_a" and aggregate in ("stack", "lego"):
         add(_PREFIX + "aggregate", f"{aggregate} changes A, which is fixed with lora.pairs=fixed_a", "use average, which is exact then")
-    if values.get("lora.gradient_rule") == "row_norm":
-        add("lora.gradient_rule", "row_norm is not supported in rounds", "leave it out")
+    if (rule := values.get("lora.gradient_rule", "none")) != "none":
+        add("lora.gradient_rule", f"{rule} is not supported in rounds", "leave it out")
 
 
 def _check_privacy(values: Mapping[str, Any], add: Add) -> None:

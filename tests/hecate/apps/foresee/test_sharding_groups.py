@@ -11,7 +11,7 @@ from hecate.apps.foresee.sharding_groups import ep_group_sizes, grouped_ep_secon
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import Link, Topology, uniform_topology
 from hecate.parallel.cost.cost_model import LayerCost
-from hecate.parallel.planners.static_ep import plan_static_ep
+from hecate.parallel.planners.policies.static_ep import plan_static_ep
 from hecate.parallel.simulate.simulated_step import StepBytes, StepSeconds
 from hecate.parallel.simulate.simulator import Simulated
 from testing.unit_cases import layer_input, unit_topology

@@ -12,8 +12,9 @@ from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.experts.family import ExpertReplicas, Site
 from hecate.experts.mixlora import MixLoraExperts
-from hecate.experts.pairs.fixed_a import FixedA
-from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.pairs.source_table import PAIR_SOURCES
+from hecate.experts.pairs.sources.fixed_a import FixedA
+from hecate.experts.pairs.sources.plain import PlainPairs
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import FfnShape
 from hecate.model.gated_ffn import find_gated_ffns
@@ -21,7 +22,7 @@ from hecate.model.insert import InsertionPlan, insert_experts
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.values.expert_kinds import MIXLORA, PAIR_SIZES, FfnSizes, LoraShape
+from hecate.parallel.values.expert_kinds import MIXLORA, FfnSizes, LoraShape
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
 from tests.hecate.experts.making import FFN, HIDDEN, base
@@ -84,7 +85,7 @@ def test_a_chunk_holds_b_alone_and_begins_with_zeros() -> None:
 
 def test_on_smollm2_57_6_percent_of_plain_pairs_are_owned_and_travel() -> None:
     sizes, all_three = FfnSizes(576, 1536), ("gate_proj", "up_proj", "down_proj")
-    numbers = {name: PAIR_SIZES[name](sizes, all_three, LoraShape(16, 1.0, 0.0, name)) for name in ("plain", "fixed_a")}
+    numbers = {name: PAIR_SOURCES[name].sizes(sizes, all_three, LoraShape(16, 1.0, 0.0, name)) for name in ("plain", "fixed_a")}
     assert numbers["fixed_a"].trained_numel / numbers["plain"].trained_numel == pytest.approx(0.576, abs=5e-4)
     assert numbers["fixed_a"].flops == numbers["plain"].flops
     assert numbers["plain"].trained_numel == sum(spec.numel for spec in (*numbers["fixed_a"].trained, *numbers["fixed_a"].seeded))

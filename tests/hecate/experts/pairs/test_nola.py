@@ -14,12 +14,13 @@ from hecate.errors import UserError
 from hecate.experts.family import ExpertReplicas, Site, UnitExperts
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs.nola import Nola
-from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.pairs.source_table import PAIR_SOURCES, trains_a
+from hecate.experts.pairs.sources.nola import Nola
+from hecate.experts.pairs.sources.plain import PlainPairs
 from hecate.experts.seeding import combined_digest, digest_of_drawn
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import FfnShape
-from hecate.parallel.values.expert_kinds import PAIR_SIZES, FfnSizes, LoraShape
+from hecate.parallel.values.expert_kinds import FfnSizes, LoraShape
 from hecate.parallel.values.units import Unit
 from tests.hecate.experts.making import FFN, HIDDEN, base
 
@@ -59,7 +60,7 @@ def test_a_chunk_holds_coefficients_alone_whatever_the_projection_s_size() -> No
     assert pair.a_SrI[0].equal(source.drawn["gate_proj.A0"]), "without A0 neither A nor B would have a gradient"
     assert not pair.b_SOr.any(), "an expert begins as the base"
     smollm2, all_three = FfnSizes(576, 1536), ("gate_proj", "up_proj", "down_proj")
-    numbers = {name: PAIR_SIZES[name](smollm2, all_three, LoraShape(16, 1.0, 0.0, name)) for name in ("plain", "nola")}
+    numbers = {name: PAIR_SOURCES[name].sizes(smollm2, all_three, LoraShape(16, 1.0, 0.0, name)) for name in ("plain", "nola")}
     assert (4 * numbers["nola"].trained_numel, 4 * numbers["plain"].trained_numel) == (6144, 405504)
     assert numbers["nola"].flops == numbers["plain"].flops
 
@@ -201,4 +202,4 @@ def test_a_run_does_not_go_on_with_other_matrices() -> None:
 
 
 def test_the_attention_s_adapters_stay_plain() -> None:
-    assert lora().trains_a
+    assert trains_a(lora())

@@ -11,11 +11,13 @@ from hecate.errors import UserError
 from hecate.experts.family import ExpertReplicas, Site, UnitExperts
 from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.moe_lora import MoeLoraExperts
-from hecate.experts.pairs.shard_pairs import ShardPairs
-from hecate.experts.pairs.source import PairSource, PlainPairs
+from hecate.experts.pairs.source import PairSource
+from hecate.experts.pairs.source_table import PAIR_SOURCES
+from hecate.experts.pairs.sources.plain import PlainPairs
+from hecate.experts.pairs.sources.shards import ShardPairs
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import FfnShape
-from hecate.parallel.values.expert_kinds import ONLY_PROJECTION, PAIR_SIZES, LinearSizes, LoraShape, ShardShape
+from hecate.parallel.values.expert_kinds import ONLY_PROJECTION, LinearSizes, LoraShape, ShardShape
 from hecate.parallel.values.units import Unit, expert_name, parse_unit
 from tests.hecate.experts.making import FFN, HIDDEN, base
 
@@ -161,10 +163,10 @@ def test_a_pool_has_as_many_numbers_as_the_paper_says() -> None:
     found = {}
     for equivalent in (2, 8):
         shape = LoraShape(16, 1.0, 0.0, "shards", shards=ShardShape(equivalent, 4, 1))
-        sizes = [PAIR_SIZES["shards"](LinearSizes(*linear), [ONLY_PROJECTION], shape) for linear in linears]
+        sizes = [PAIR_SOURCES["shards"].sizes(LinearSizes(*linear), [ONLY_PROJECTION], shape) for linear in linears]
         assert not any(one.trained for one in sizes)
         found[equivalent] = layers * sum(one.pooled_numel for one in sizes)
-    plain = [PAIR_SIZES["plain"](LinearSizes(*linear), [ONLY_PROJECTION], LoraShape(64, 1.0, 0.0)) for linear in linears]
+    plain = [PAIR_SOURCES["plain"].sizes(LinearSizes(*linear), [ONLY_PROJECTION], LoraShape(64, 1.0, 0.0)) for linear in linears]
     assert (found, layers * sum(one.trained_numel for one in plain)) == ({2: 4_997_120, 8: 19_988_480}, 159_907_840)
 
 
@@ -181,7 +183,7 @@ def test_sizes_that_cannot_be_cut_or_filled_are_refused() -> None:
     with pytest.raises(UserError, match=r"per_vector: 5 does not divide the 6 inputs and the 10 outputs of gate_proj\n  vectors are cut"):
         shards(per_vector=5)
     with pytest.raises(UserError, match=r"per_vector: 3 does not divide .* of one of lora\.target_modules"):
-        PAIR_SIZES["shards"](LinearSizes(9, 10), [ONLY_PROJECTION], lora(per_vector=3))
+        PAIR_SOURCES["shards"].sizes(LinearSizes(9, 10), [ONLY_PROJECTION], lora(per_vector=3))
     what = r"takes the shards of 6 public vectors \(lora\.r 7 - private_rank 1\), but its pool has 5\n  of each of the 5 pairs"
     with pytest.raises(UserError, match=what):
         shards(rank=7)

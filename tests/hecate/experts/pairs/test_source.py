@@ -11,7 +11,7 @@ from hecate.engine.engine import Engine
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.family import ExpertReplicas, Site
 from hecate.experts.mixlora import MixLoraExperts
-from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.pairs.sources.plain import PlainPairs, plain_pairs
 from hecate.experts.seeding import generator, linear_weight
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.ffn import FfnShape
@@ -21,7 +21,7 @@ from hecate.kernels.mixlora.torch_path import mixlora_ffn
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
-from hecate.parallel.values.expert_kinds import FfnSizes, LoraShape, PairSizes, plain_pairs
+from hecate.parallel.values.expert_kinds import FfnSizes, LoraShape, PairSizes
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import expert_groups
 from testing.ranks import run_ranks

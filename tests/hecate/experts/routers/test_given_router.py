@@ -5,7 +5,7 @@ import torch
 
 from hecate.config import RouterConfig
 from hecate.experts.forward_pass import OrderError
-from hecate.experts.routers.given_router import GivenRouter
+from hecate.experts.routers.by_input.given import GivenRouter
 from hecate.experts.routers.router import TokenFeatures
 from tests.hecate.experts.making import router_site
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hecate.experts.routers.router import TopKRouter, softmax_of_largest, wide_linear
+from hecate.experts.routers.by_input.token import TopKRouter, softmax_of_largest, wide_linear
 from tests.hecate.experts.making import router_site
 
 

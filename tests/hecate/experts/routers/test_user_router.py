@@ -11,8 +11,8 @@ import torch
 from hecate.config import RouterConfig
 from hecate.experts.forward_pass import OrderError
 from hecate.experts.pass_users import PassUsers, users_of_packed, users_of_rows
+from hecate.experts.routers.by_input.user import UserRouter
 from hecate.experts.routers.router import RouterSite, TokenFeatures
-from hecate.experts.routers.user_router import UserRouter
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.kernels.common.dropout import Dropout
 from hecate.kernels.common.low_rank import LowRankPairs

@@ -15,9 +15,9 @@ from hecate.apps.foresee.dry_run import forecast
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
-from hecate.experts.families import PAIR_SOURCES
 from hecate.experts.family import Site
 from hecate.experts.mixlora import MixLoraExperts
+from hecate.experts.pairs.source_table import PAIR_SOURCES
 from hecate.kernels.common.assignments import assignment_blocks, assignment_order
 from hecate.kernels.common.dropout import DropoutMasks, FfnDropout, RowDropout
 from hecate.kernels.common.low_rank import LowRankPairs
@@ -71,7 +71,7 @@ def test_the_engine_reckons_with_the_same_cost(tmp_path: Path, dtype: str, targe
     names = tuple(name for name in ("gate_proj", "up_proj", "down_proj") if name in targets)
     master = torch.float64 if dtype == "float64" else torch.float32
     site = Site(Unit(0), 4, ffn.shape, 0, master, getattr(torch, dtype), torch.device("cpu"))
-    pairs = PAIR_SOURCES[source](site, LoraShape(2, 1.0, 0.0, source), names)
+    pairs = PAIR_SOURCES[source].make(site, LoraShape(2, 1.0, 0.0, source), names)
     family = MixLoraExperts(site, ffn.base(model), pairs)
     (group,) = run.groups
     assert group.cost == family.cost(2, non_moe_flops_per_token(model, found) * 3 * 16)

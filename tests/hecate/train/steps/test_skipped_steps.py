@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hecate.config import load_config
 from hecate.errors import UserError
-from hecate.experts.routers.router import TopKRouter
+from hecate.experts.routers.by_input.token import TopKRouter
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.report.events import StepResult
 from hecate.train.loop import train

@@ -54,3 +54,6 @@ class OnlyExpert(GivenRouter):
     """
 
     separates: ClassVar[bool] = False
+
+
+ROUTER = GivenRouter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan import Plan, PlanInput, Policy
 
 
 def plan_fastermoe(given: PlanInput) -> Plan:
@@ -36,3 +36,6 @@ def plan_fastermoe(given: PlanInput) -> Plan:
     where_LED = given.owned_LED
     where_LED[np.arange(given.num_layers)[:, None], order_LE] |= shadowed_LE[..., None]
     return Plan(given.owner_LE, where_LED)
+
+
+POLICY = Policy(plan_fastermoe)

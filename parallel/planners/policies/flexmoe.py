@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.planners.plan import PlanInput
+from hecate.parallel.planners.plan import PlanInput, Policy
 from hecate.parallel.planners.rivals.copy_places import CopyPlaces, copy_places
 from hecate.parallel.planners.rivals.expert_packing import even_split_in_node
 from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
@@ -142,3 +142,6 @@ def _better(now_XD: np.ndarray, before_D: np.ndarray) -> np.ndarray:
 def _least(value_X: np.ndarray, among_X: np.ndarray) -> int:
     """Index of the smallest value, the first of equals."""
     return int(np.where(among_X, value_X, np.inf).argmin())
+
+
+POLICY = Policy(plan_flexmoe, own_split=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.planners.plan import PlanInput
+from hecate.parallel.planners.plan import PlanInput, Policy
 from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
 
 
@@ -50,3 +50,6 @@ def _intervals(length_LX: np.ndarray) -> np.ndarray:
     np.put_along_axis(result[1], order_LX, end_LX, axis=1)
     result[0] = result[1] - length_LX
     return result
+
+
+POLICY = Policy(plan_echo, own_split=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan import Plan, PlanInput, Policy
 from hecate.parallel.planners.rivals.expert_packing import even_split, pack_copies
 
 
@@ -22,3 +22,6 @@ def plan_smartmoe(given: PlanInput) -> Plan:
     better_L = after_LED.sum(1).max(-1) < before_LED.sum(1).max(-1)
     quota_LED = np.where(better_L[:, None, None], after_LED, before_LED)
     return Plan(given.owner_LE, np.where(better_L[:, None, None], packed_LED | owned_LED, owned_LED), quota_LED)
+
+
+POLICY = Policy(plan_smartmoe)

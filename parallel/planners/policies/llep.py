@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.planners.plan import PlanInput
+from hecate.parallel.planners.plan import PlanInput, Policy
 from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
 
 MIN_CHUNK = 1024
@@ -57,3 +57,6 @@ def _spill(
             free_D[rank] -= 1
         begin_ED[expert, quota_ED[expert] > 0] += quota_ED[expert, owner]
         begin_ED[expert, owner] = 0.0
+
+
+POLICY = Policy(plan_llep, own_split=True, collective="flat")  # its owners send their experts to each rank

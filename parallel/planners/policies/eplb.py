@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hecate.parallel.cost.flows import node_index
-from hecate.parallel.planners.plan import PlanInput
+from hecate.parallel.planners.plan import PlanInput, Policy
 from hecate.parallel.planners.rivals.expert_packing import even_split, pack_copies, spare_copies
 from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
 
@@ -45,3 +45,6 @@ def _pack_in_nodes(given: PlanInput, load_LE: np.ndarray, share: float) -> np.nd
         here_LE = in_node_LEN[..., node]
         copies_LE += spare_copies(np.where(here_LE, load_LE, 0.0), round(slots * share), int((node_D == node).sum())) - 1
     return pack_copies(load_LE, copies_LE, given.owner_LE, given.slots_D, allowed_LEB=in_node_LEN[..., node_D])
+
+
+POLICY = Policy(plan_eplb, own_split=True)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from hecate.parallel.planners.plan import Plan, PlanInput, Planner
+from hecate.parallel.planners.plan import Plan, PlanInput, Planner, Policy
 
 
 def plan_full(given: PlanInput) -> Plan:
@@ -13,3 +13,6 @@ def plan_full(given: PlanInput) -> Plan:
 def plan_with(planner: Planner, given: PlanInput) -> Plan:
     """What all layers go by under a policy: its plan, or everything everywhere where no layer may be divided (`LayerCost.undivided`)."""
     return plan_full(given) if given.cost.undivided else planner(given)
+
+
+POLICY = Policy(plan_full)

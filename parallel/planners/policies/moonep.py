@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from hecate.parallel.planners.plan import PlanInput
+from hecate.parallel.planners.plan import PlanInput, Policy
 from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
 from hecate.parallel.planners.rivals.whole_loads import Moves, plan_whole_loads
 
@@ -65,3 +65,6 @@ def _receivers(whole_E: list[int], owner_E: list[int], world: int) -> list[list[
         above_D[home] += above_D[receiver]
         above_D[receiver] = 0
     return given_DD
+
+
+POLICY = Policy(plan_moonep, own_split=True, collective="flat")  # its ranks read experts where they lie

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan import Plan, PlanInput, Policy
 from hecate.parallel.planners.rivals.whole_loads import Moves, plan_whole_loads
 
 FIRST_TRIES = 3
@@ -113,3 +113,6 @@ def _under(bound: int, own: dict[int, dict[int, int]], slots: dict[int, int], at
         if need > 0:
             return None
     return moved
+
+
+POLICY = Policy(plan_ultraep)

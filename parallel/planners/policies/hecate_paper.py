@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from hecate.parallel.cost.cost_model import overlap_degree
-from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan import Plan, PlanInput, Policy
 
 
 def plan_hecate_paper(given: PlanInput) -> Plan:
@@ -47,3 +47,6 @@ def _deal_slots(given: PlanInput, load_E: np.ndarray, hottest: np.ndarray, where
         where_ED[expert, rank] = True
         copies_E[expert] += 1
         free_D[rank] -= 1
+
+
+POLICY = Policy(plan_hecate_paper)

@@ -30,7 +30,7 @@ from hecate.parallel.loops import jit
 from hecate.parallel.loops.array_loops import largest, total
 from hecate.parallel.loops.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners, remove
 from hecate.parallel.planners.local_search import improve
-from hecate.parallel.planners.plan import Plan, PlanInput
+from hecate.parallel.planners.plan import Plan, PlanInput, Policy
 from hecate.parallel.planners.plan_changes import LEAST
 from hecate.parallel.planners.rebalancing import rebalance
 from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, ExpertOrders, expert_orders, replicate
@@ -360,3 +360,6 @@ def _plan_seconds(
     """Seconds of a plan; where they are `enough` or more, `enough` or more."""
     seconds = largest(busy_seconds(replicas, loads, topology, cost)) + replica_seconds(owner, replicas, resident, topology, cost)
     return seconds + dispatch_seconds(replicas, loads, topology, cost, max(enough - seconds, 0.0))
+
+
+POLICY = Policy(plan_auto)

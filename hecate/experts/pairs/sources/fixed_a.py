@@ -5,15 +5,29 @@ Shapes: S slots, C elements of a chunk, r rank, I inputs and O outputs of a proj
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from hecate.experts.family import Site
 from hecate.experts.pairs.gradient_rules import ruled_pairs
+from hecate.experts.pairs.source_facts import SourceFacts
+from hecate.experts.pairs.sources.plain import plain_pairs
 from hecate.experts.seeding import digest_of_drawn, generator, linear_weight, require_drawn
-from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.parallel.values.expert_kinds import LoraShape, fixed_a_pairs
+from hecate.parallel.values.expert_kinds import LoraShape, PairSizes, UnitSizes
 from hecate.parallel.values.units import Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hecate.experts.family import Site
+    from hecate.kernels.common.low_rank import LowRankPairs
+
+
+def fixed_a_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
+    """Of pairs whose B alone is trained (FFA-LoRA, arXiv 2403.12313). The products with A are computed, but not its gradient."""
+    whole = plain_pairs(sizes, projections, lora)
+    seeded = tuple(spec for spec in whole.trained if spec.name.endswith(".A"))
+    trained = tuple(spec for spec in whole.trained if spec.name.endswith(".B"))
+    return PairSizes(trained, whole.flops, seeded, 2.0 * sum(spec.numel for spec in seeded))
 
 
 def drawn_a(seed: int, unit: Unit, projection: str, shape: tuple[int, ...]) -> Tensor:
@@ -44,6 +58,8 @@ class FixedA:
 
     def initial(self, expert: int, *key: int | str) -> Tensor:
         """B zero, so that an expert begins as the base."""
+        import torch
+
         return torch.zeros(self.sizes.trained_numel, dtype=torch.float64)
 
     def stacked(self, replicas_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:
@@ -57,6 +73,11 @@ class FixedA:
 
     def chunk_of(self, expert: int, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """Raises UserError: the A of an adapter is another than the drawn one."""
+        import torch
+
         for name in self.projections:
             require_drawn(pairs[name][0], self._a_rI[name], f"expert {self._site.unit}.{expert}, {name}")
         return torch.cat([pairs[name][1].flatten() for name in self.projections])
+
+
+SOURCE = SourceFacts(sizes=fixed_a_pairs, make=FixedA, draws=True, fixes_a=True)

@@ -9,18 +9,62 @@ shard, M = r · l shards of a pair, I inputs and O outputs of a projection.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import NoReturn
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NoReturn
 
 from hecate.errors import UserError
-from hecate.experts.family import Site
-from hecate.experts.pairs.source import PlainPairs
+from hecate.experts.pairs.gradient_rules import ruled_pairs
+from hecate.experts.pairs.source_facts import SourceFacts
+from hecate.experts.pairs.sources.plain import PlainPairs, plain_pairs
 from hecate.experts.seeding import digest_of_drawn, generator
-from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.parallel.values.expert_kinds import LoraShape, require_public_shards, shard_pairs
+from hecate.parallel.values.expert_kinds import ONLY_PROJECTION, LoraShape, PairSizes, UnitSizes
+from hecate.parallel.values.layout import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from hecate.experts.family import Site
+    from hecate.kernels.common.low_rank import LowRankPairs
+
+
+def shard_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
+    """Of pairs that are put together from shards of a pool (MoS, arXiv 2410.00938): a block has equivalent_rank rows of A, and as many
+    columns of B, which lie as rows, too.
+
+    Raises:
+        UserError: per_vector does not divide a projection's inputs or outputs.
+    """
+    projections, shards = tuple(projections), lora.shards
+    for name in projections:
+        inputs, outputs = sizes.of_projection(name)
+        if inputs % shards.per_vector or outputs % shards.per_vector:
+            raise UserError(
+                f"lora.shards.per_vector: {shards.per_vector} does not divide the {inputs} inputs and the {outputs} outputs of "
+                f"{'one of lora.target_modules' if name == ONLY_PROJECTION else name}\n"
+                "  vectors are cut into shards of equal length: give a number that divides the sizes of all target modules"
+            )
+    whole = plain_pairs(sizes, projections, lora)
+    block = plain_pairs(sizes, projections, replace(lora, rank=shards.equivalent_rank)).trained
+    pooled = tuple(spec if spec.name.endswith(".A") else TensorSpec(spec.name, spec.shape[::-1]) for spec in block)
+    return PairSizes((), whole.flops, made=whole.trained_numel, pooled=pooled)
+
+
+def require_public_shards(lora: LoraShape, consumers: int) -> None:
+    """Check that a pool of so many experts has the shards that one of them takes.
+
+    Raises:
+        UserError: an expert takes more public shards than there are.
+    """
+    shards = lora.shards
+    taken, each = lora.rank - shards.private_rank, shards.equivalent_rank - shards.private_rank
+    if taken > each * consumers:
+        raise UserError(
+            f"lora.shards: a pair takes the shards of {taken} public vectors (lora.r {lora.rank} - private_rank {shards.private_rank}), "
+            f"but its pool has {each * consumers}\n"
+            f"  of each of the {consumers} pairs that share it {each} are public: equivalent_rank {shards.equivalent_rank} - private_rank\n"
+            "  raise lora.shards.equivalent_rank, or lower lora.r"
+        )
 
 
 class ShardPairs:
@@ -34,8 +78,10 @@ class ShardPairs:
 
     def __init__(self, site: Site, lora: LoraShape, projections: tuple[str, ...]) -> None:
         """Raises UserError: sizes cannot be cut into shards, or the pool has fewer public shards than an expert takes."""
+        import torch
+
         assert projections, "an expert needs an adapter on at least one projection"
-        assert lora.eta is None, "rows of A and B have no gradients of their own"
+        assert lora.gradient_rule == "none", "rows of A and B have no gradients of their own"
         self.lora = lora
         self.sizes = shard_pairs(site.sizes, projections, lora)
         self.projections = tuple(spec.name.removesuffix(".A") for spec in self.sizes.pooled[::2])
@@ -79,7 +125,7 @@ class ShardPairs:
             taken_SMW = part.unflatten(1, (per_block, -1))[shard_SM // per_block, shard_SM % per_block]
             vectors[spec.name] = taken_SMW.reshape(-1, self.lora.rank, spec.shape[1])
         return {
-            name: LowRankPairs(vectors[f"{name}.A"], vectors[f"{name}.B"].transpose(1, 2).contiguous(), self.lora.scale)
+            name: ruled_pairs(self.lora, vectors[f"{name}.A"], vectors[f"{name}.B"].transpose(1, 2).contiguous())
             for name in self.projections
         }
 
@@ -97,6 +143,8 @@ def shard_index(lora: LoraShape, blocks: int, block: int, *name: int | str) -> T
     Args:
         name: by which its random numbers are named.
     """
+    import torch
+
     shards = lora.shards
     per_block, private = shards.equivalent_rank * shards.per_vector, shards.private_rank * shards.per_vector
     public_of_block = per_block - private
@@ -115,3 +163,6 @@ def _experts_before(site: Site) -> int:
             return before
         before += experts
     raise AssertionError(f"unit {site.unit} is none of those that share its pool: {site.alike}")
+
+
+SOURCE = SourceFacts(sizes=shard_pairs, make=ShardPairs, check_pool=require_public_shards)

@@ -7,19 +7,39 @@ Shapes: S slots, C elements of a chunk, K bases, r rank, I inputs and O outputs 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 from weakref import WeakValueDictionary
 
-import torch
-from torch import Tensor
-
 from hecate.errors import UserError
-from hecate.experts.family import Site
+from hecate.experts.pairs.gradient_rules import ruled_pairs
+from hecate.experts.pairs.source_facts import SourceFacts
+from hecate.experts.pairs.sources.plain import plain_pairs
 from hecate.experts.seeding import combined_digest, digest_of_drawn, generator, linear_weight
-from hecate.kernels.common.low_rank import LowRankPairs
-from hecate.parallel.values.expert_kinds import LoraShape, nola_pairs
+from hecate.parallel.values.expert_kinds import LoraShape, PairSizes, UnitSizes
 from hecate.parallel.values.layout import TensorSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from hecate.experts.family import Site
+    from hecate.kernels.common.low_rank import LowRankPairs
+
+
+def nola_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
+    """Of pairs that are sums of drawn matrices (NOLA, arXiv 2310.02556): the coefficients of A and those of B are trained."""
+    whole, trained, seeded = plain_pairs(sizes, projections, lora), [], []
+    for a, b in zip(whole.trained[::2], whole.trained[1::2], strict=True):
+        name = a.name.removesuffix(".A")
+        trained += [TensorSpec(f"{name}.a", (lora.bases,)), TensorSpec(f"{name}.b", (lora.bases,))]
+        seeded += [
+            TensorSpec(f"{name}.A0", a.shape),
+            TensorSpec(f"{name}.U", (lora.bases, *a.shape)),
+            TensorSpec(f"{name}.V", (lora.bases, *b.shape)),
+        ]
+    return PairSizes(tuple(trained), whole.flops, tuple(seeded), seeded_of_model=True, made=whole.trained_numel)
 
 
 class DrawnTensor:
@@ -33,8 +53,7 @@ class DrawnTensor:
         return digest_of_drawn([self.values])
 
 
-_Key = tuple[int, TensorSpec, torch.dtype, torch.device]
-_SHARED: WeakValueDictionary[_Key, DrawnTensor] = WeakValueDictionary()
+_SHARED: WeakValueDictionary[tuple[int, TensorSpec, torch.dtype, torch.device], DrawnTensor] = WeakValueDictionary()
 
 
 def drawn_tensor(seed: int, spec: TensorSpec, dtype: torch.dtype, device: torch.device) -> DrawnTensor:
@@ -42,6 +61,8 @@ def drawn_tensor(seed: int, spec: TensorSpec, dtype: torch.dtype, device: torch.
 
     The CPU draws it in float64, and then it is rounded and moved, so that ranks of any device have the same. It is drawn once in a process.
     """
+    import torch
+
     key = (seed, spec, dtype, device)
     if (found := _SHARED.get(key)) is not None:
         return found
@@ -62,7 +83,7 @@ class Nola:
 
     def __init__(self, site: Site, lora: LoraShape, projections: tuple[str, ...]) -> None:
         assert projections, "an expert needs an adapter on at least one projection"
-        assert lora.eta is None, "rows of A and B have no gradients of their own"
+        assert lora.gradient_rule == "none", "rows of A and B have no gradients of their own"
         self.lora = lora
         self.sizes = nola_pairs(site.sizes, projections, lora)
         self.projections = tuple(spec.name.removesuffix(".a") for spec in self.sizes.trained[::2])
@@ -79,6 +100,8 @@ class Nola:
 
     def initial(self, expert: int, *key: int | str) -> Tensor:
         """Zeros: A is A0 and B is zero, so that an expert begins as the base."""
+        import torch
+
         return torch.zeros(self.sizes.trained_numel, dtype=torch.float64)
 
     def stacked(self, replicas_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:
@@ -88,9 +111,9 @@ class Nola:
         of_projections = zip(coefficients[::2], coefficients[1::2], self._drawn[::3], self._drawn[1::3], self._drawn[2::3], strict=True)
         for name, (a_SK, b_SK, *drawn) in zip(self.projections, of_projections, strict=True):
             a0_rI, u_KrI, v_KOr = (each.values.to(replicas_SC.dtype) for each in drawn)
-            a_SrI = torch.addmm(a0_rI.flatten(), a_SK, u_KrI.flatten(1), alpha=factor).view(-1, *a0_rI.shape)
+            a_SrI = a0_rI.flatten().addmm(a_SK, u_KrI.flatten(1), alpha=factor).view(-1, *a0_rI.shape)
             b_SOr = ((b_SK * factor) @ v_KOr.flatten(1)).view(-1, *v_KOr.shape[1:])
-            pairs[name] = LowRankPairs(a_SrI, b_SOr, self.lora.scale)
+            pairs[name] = ruled_pairs(self.lora, a_SrI, b_SOr)
         return pairs
 
     def chunk_of(self, expert: int, pairs: dict[str, tuple[Tensor, Tensor]]) -> NoReturn:
@@ -99,3 +122,6 @@ class Nola:
             "lora.pairs: nola: training cannot begin with an adapter's A and B, which do not say by which coefficients they were made\n"
             "  leave lora.init_from out, or use lora.pairs=plain, which trains the adapter's own A and B on"
         )
+
+
+SOURCE = SourceFacts(sizes=nola_pairs, make=Nola, draws=True)

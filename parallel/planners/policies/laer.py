@@ -7,7 +7,7 @@ import heapq
 import numpy as np
 
 from hecate.parallel.cost.flows import node_index, node_membership
-from hecate.parallel.planners.plan import PlanInput
+from hecate.parallel.planners.plan import PlanInput, Policy
 from hecate.parallel.planners.rivals.copy_places import CopyPlaces, copy_places, place_copies
 from hecate.parallel.planners.rivals.expert_packing import even_split_in_node
 from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
@@ -86,3 +86,6 @@ def _cost(given: PlanInput, loads_ED: np.ndarray, copies_ED: np.ndarray, quota_E
     seconds = cost.row_bytes * (near / topology.intra_node.bandwidth + far / topology.inter_node.bandwidth)
     compute = cost.assignment_flops * (1 + cost.assignment_backward) / min(topology.flops)
     return float(4 * seconds + compute * quota_ED.sum(0).max())
+
+
+POLICY = Policy(plan_laer, own_split=True, collective="sharded")  # its experts are restored from parts

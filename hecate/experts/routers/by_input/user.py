@@ -80,3 +80,6 @@ class UserRouter(Router):
 
 _STREAM = -1
 """of the gate's dropout; those of a unit's experts are 0 and more"""
+
+
+ROUTER = UserRouter

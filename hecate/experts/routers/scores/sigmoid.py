@@ -1,0 +1,5 @@
+"""A score of its own for each expert, at most 1."""
+
+import torch
+
+SCORE = torch.sigmoid
