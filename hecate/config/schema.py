@@ -173,7 +173,7 @@ class LoraConfig:
     dropout: float = field(default=0.05, metadata=key(Range(0, 1, high_open=True)))
     """Probability of dropping an element of an adapter's input, in training only."""
     pairs: PairSourceName = "plain"
-    """What of a pair is trained; see docs/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the same for
+    """What of a pair is trained; see docs/results/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the same for
     all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same for all
     experts of the model, whose sums are A and B; the attention's adapters stay plain. shards: pools of shards that all layers share, from
     which each expert's A and B are put together by an index that is drawn from the seed (MoS); adapters outside experts stay plain."""
@@ -182,7 +182,7 @@ class LoraConfig:
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
     gradient_rule: PairRuleName = "none"
-    """What happens to gradients on their way to A and B; see docs/systems.md. row_norm: that of each output row is multiplied by
+    """What happens to gradients on their way to A and B; see docs/results/systems.md. row_norm: that of each output row is multiplied by
     1 / sqrt(norm of the row of B A + 1 / eta^2), as in ALLoRA; it needs eta, dropout 0 and no alpha."""
     eta: float | None = field(default=None, metadata=key(POSITIVE))
     """With gradient_rule row_norm: the factor of rows where B is zero. ALLoRA's values are 1, sqrt(2) and 2."""

@@ -1,4 +1,4 @@
-"""Tables of names in the docs have those that are registered. docs/configuration.md is made from the schema."""
+"""Tables of names in the docs have those that are registered. docs/use/configuration.md is made from the schema."""
 
 from __future__ import annotations
 
