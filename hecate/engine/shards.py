@@ -206,11 +206,6 @@ class ExpertShards:
         """Bytes of the trainable chunks that are materialized now."""
         return sum(store.replica_bytes for store in self.stores.values())
 
-    @property
-    def frozen_replica_bytes(self) -> int:
-        """Bytes of others' frozen parts that are held now or are on their way; they stay between steps."""
-        return sum(held.replicas_on(self.rank) * self.frozen[unit].chunk_bytes for unit, held in self.plans.residency.items())
-
     def named_parameters(self) -> dict[tuple[Unit, int], nn.Parameter]:
         """(unit, expert) -> flat chunk, of the experts that this rank owns."""
         return {

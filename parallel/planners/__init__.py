@@ -4,10 +4,8 @@ A run that trains under a policy named after another system takes that system's 
 divides tokens among replicas, and moves experts, as that system does; there `NAME+ours` is the policy as a run trains under it.
 """
 
-from dataclasses import replace
 from typing import Literal
 
-from hecate.parallel.cost.cost_model import Priced
 from hecate.parallel.planners.auto import plan_auto
 from hecate.parallel.planners.full import plan_full, plan_with
 from hecate.parallel.planners.hecate_paper import plan_hecate_paper
@@ -19,7 +17,6 @@ from hecate.parallel.planners.rivals.flexmoe import plan_flexmoe
 from hecate.parallel.planners.rivals.laer import plan_laer
 from hecate.parallel.planners.rivals.llep import plan_llep
 from hecate.parallel.planners.rivals.moonep import plan_moonep
-from hecate.parallel.planners.rivals.sharded_gather import with_sharded_gather
 from hecate.parallel.planners.rivals.smartmoe import plan_smartmoe
 from hecate.parallel.planners.rivals.source_split import with_our_split
 from hecate.parallel.planners.rivals.ultraep import plan_ultraep
@@ -62,17 +59,6 @@ ROWS: dict[str, Planner] = POLICIES | _AS_PUBLISHED | WITH_OURS
 """what a simulation can compare"""
 
 
-def price_row(name: str, plan: Plan, given: PlanInput) -> Priced:
-    """Price a plan of one of `ROWS`, made from `given`, with the collectives of its system. A route that is given holds for all systems."""
-    collective = COLLECTIVES.get(name) if given.execution.route == "fastest" else None
-    if collective == "flat":
-        return plan.price(replace(given, execution=replace(given.execution, route="flat")))
-    priced = plan.price(given)
-    if collective == "sharded" and plan.quota_LED is not None:
-        return with_sharded_gather(priced, plan.quota_LED > 0, given.topology, given.cost, given.execution)
-    return priced
-
-
 __all__ = [
     "COLLECTIVES",
     "POLICIES",
@@ -84,5 +70,4 @@ __all__ = [
     "PlanInput",
     "Planner",
     "plan_with",
-    "price_row",
 ]
