@@ -163,7 +163,7 @@ def test_half_precision(name: str, dtype: torch.dtype, device: torch.device, poi
 
 
 @pytest.mark.parametrize("name", ["groups: uneven", "transposed", "separate", "halves, rank", "odd sizes"])
-def test_tensor_descriptors(name: str, device: torch.device, poisoned: None) -> None:
+def test_tensor_descriptors(name: str, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Hopper runs: TMA where the operands are aligned, which odd sizes are not."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
         pytest.skip("this GPU has no tensor memory accelerator")
@@ -171,7 +171,8 @@ def test_tensor_descriptors(name: str, device: torch.device, poisoned: None) -> 
     given = operands(case, device)
     want = expected(case, given)
     y = given.x.new_empty(given.order.num_assignments, want.shape[1])
-    launch = gemm_launch(given.x, given.weights, given.order, y, given.options, sm=90)
+    monkeypatch.setattr("hecate.kernels.experts.grouped_gemm.sm_of", lambda _device: 90)
+    launch = gemm_launch(given.x, given.weights, given.order, y, given.options)
     assert launch.constants["W_DESCRIPTOR"] == (name != "odd sizes")
     assert launch.constants["X_DESCRIPTOR"] == (not case.gather)
     launch.run()
