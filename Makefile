@@ -80,7 +80,7 @@ test: install
 test-slow: install browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m slow
 
-# Faults, and what becomes of them: all drills in full, fifteen minutes of processor time (docs/drills.md).
+# Faults, and what becomes of them: all drills in full, fifteen minutes of processor time (docs/use/drills.md).
 drills: install
 	$(BIN)/hecate drill --all
 
@@ -88,7 +88,7 @@ drills: install
 browser: install
 	@test -x .browser/chromium || ! command -v npm > /dev/null || $(BIN)/python -m testing.browser
 
-# The first ten minutes with a card (docs/gpu.md); needs no network once `make install` is done. Exit status 2: there is no GPU.
+# The first ten minutes with a card (docs/use/gpu.md); needs no network once `make install` is done. Exit status 2: there is no GPU.
 gpu-check: install
 	@$(BIN)/python -m tests.gpu.check --json gpu-check.json
 

@@ -48,16 +48,37 @@ class Worker:
         Raises:
             SystemExit: the process has ended.
         """
+        self.ask()
+        return self.answer()
+
+    def ask(self) -> None:
+        """Ask for a step, and do not wait for it, so that ranks of one group can be asked together.
+
+        Raises:
+            SystemExit: the process has ended.
+        """
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         try:
             print(file=self._process.stdin, flush=True)
         except BrokenPipeError:
             self._failed()
+
+    def answer(self) -> float:
+        """The seconds of the step that was asked for.
+
+        Raises:
+            SystemExit: the process has ended.
+        """
+        assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith(TOOK):
                 return float(line.removeprefix(TOOK))
         return self._failed()
+
+    def dismiss(self) -> None:
+        """Ask for no more steps, and do not wait for the end, so that ranks of one group can leave it together."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
 
     def end(self) -> None:
         """Let the process write what it has found, and end.
@@ -66,6 +87,9 @@ class Worker:
             SystemExit: it has failed.
         """
         if self._process.returncode is None:
+            assert self._process.stdin is not None
+            if self._process.stdin.closed:
+                self._process.stdin = None  # `communicate` would flush it
             self._process.communicate()
             if self._process.returncode > 0:
                 self._failed()

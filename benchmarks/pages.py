@@ -392,18 +392,18 @@ def _rule(columns: int) -> str:
 
 
 SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
-    "docs/systems.md": {"methods": methods, "many_adapters": many_adapters, "method_speed": method_speed, "reclora": reclora},
-    "docs/federated.md": {"federated": federated},
-    "docs/adapters.md": {"merging": merging},
-    "docs/planners.md": {"plan_quality": plan_quality, "paper": paper_under_other_loads},
+    "docs/results/systems.md": {"methods": methods, "many_adapters": many_adapters, "method_speed": method_speed, "reclora": reclora},
+    "docs/use/federated.md": {"federated": federated},
+    "docs/use/adapters.md": {"merging": merging},
+    "docs/design/planners.md": {"plan_quality": plan_quality, "paper": paper_under_other_loads},
     "README.md": {"paper": paper},
-    "docs/deterministic.md": {"deterministic": deterministic},
-    "docs/drills.md": {"faults": faults, "effective_time": effective_time},
-    "docs/placement.md": {"replay": replay, "beside_compiler": beside_compiler},
-    "docs/simulator.md": {"memory_plan": memory_plan, "fidelity": fidelity},
+    "docs/use/deterministic.md": {"deterministic": deterministic},
+    "docs/use/drills.md": {"faults": faults, "effective_time": effective_time},
+    "docs/design/placement.md": {"replay": replay, "beside_compiler": beside_compiler},
+    "docs/use/simulator.md": {"memory_plan": memory_plan, "fidelity": fidelity},
 }
 """page -> recording -> its pieces on that page"""
-SECTIONS: Mapping[str, str] = {"docs/systems.md": "What they reach", "docs/federated.md": "How they compare"}
+SECTIONS: Mapping[str, str] = {"docs/results/systems.md": "What they reach", "docs/use/federated.md": "How they compare"}
 """page -> the heading under which all figures are from recordings"""
 UNRECORDED: Mapping[str, str] = {"README.md": "Measured against others"}
 """page -> a heading under which figures name no recording, and say when they were measured instead"""

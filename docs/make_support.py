@@ -1,4 +1,4 @@
-"""Write docs/support.md, which says what goes together: `python docs/make_support.py`.
+"""Write docs/use/support.md, which says what goes together: `python docs/make_support.py`.
 
 Nothing in it is asserted by hand: models are made, tiny and with random weights, hecate looks for places for experts in them, and computes
 their logits; settings are put together, and hecate's rules accept or refuse them. A slow test holds the page to what this program writes.
@@ -14,7 +14,7 @@ from typing import Any
 
 from hecate.config.schema import DataSource
 
-PAGE = Path(__file__).parent / "support.md"
+PAGE = Path(__file__).parent / "use" / "support.md"
 DENSE = """llama mistral qwen2 qwen3 gemma gemma2 gemma3_text smollm3 olmo olmo2 granite cohere cohere2 stablelm seed_oss ernie4_5
 exaone4 phi3 glm4 phi starcoder2 gpt2 gpt_neox falcon"""
 WITH_EXPERTS = """mixtral qwen2_moe qwen3_moe olmoe granitemoe minimax deepseek_v2 deepseek_v3 glm4_moe ernie4_5_moe gpt_oss phimoe

@@ -15,7 +15,7 @@ from tests.rooms import ROOMS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-HISTORY = {"docs/log.md", "CHANGELOG.md"}
+HISTORY = {"docs/results/log.md", "CHANGELOG.md"}
 """the pages about the past, which may name what no longer exists"""
 MAX_TERMS = 40
 _FENCE = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
@@ -41,7 +41,7 @@ def prose(page: Path) -> str:
 
 
 def test_the_pages_are_seen() -> None:
-    assert {"README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/glossary.md", "docs/extend/planner.md"} <= {
+    assert {"README.md", "CONTRIBUTING.md", "docs/design/architecture.md", "docs/design/glossary.md", "docs/extend/planner.md"} <= {
         name_of(p) for p in PAGES
     }
 
@@ -126,7 +126,7 @@ def test_configuration_keys_that_are_named_exist(page: Path) -> None:
 def test_every_room_is_on_the_page_and_in_the_picture() -> None:
     """The page lists rooms from the top down; the picture's tiers are in the order of ROOMS."""
     rooms = [room.removeprefix("hecate.") for room in ROOMS if not room.endswith("__main__")]
-    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "design" / "architecture.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\| `([a-z/]+)/` \|", page, re.MULTILINE)
     folders = [room for room in reversed(rooms) if room not in ("errors", "faults")]
     assert [room.removeprefix("hecate/").replace("/", ".") for room in listed] == folders
@@ -136,7 +136,7 @@ def test_every_room_is_on_the_page_and_in_the_picture() -> None:
 
 def glossary() -> list[tuple[str, str]]:
     """(term, the file that defines it) of each line of the glossary's tables."""
-    text = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "design" / "glossary.md").read_text(encoding="utf-8")
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
     return [(row[0], row[-1].strip("`")) for row in rows if row[0] != "term" and not set(row[0]) <= set("-: ")]
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Trains a tiny random Llama with two learning rates and two seeds, and compares the runs (docs/sweeps.md).
+# Trains a tiny random Llama with two learning rates and two seeds, and compares the runs (docs/use/sweeps.md).
 set -eu
 cd "$(dirname "$0")/../.."
 python -m examples.tiny_inputs data/examples/sweep --model llama

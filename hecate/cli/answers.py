@@ -48,7 +48,7 @@ def generate(
     user: User = None,
     features: Features = None,
 ) -> None:
-    """Answer prompts with a trained adapter and its base model, or with a model as it is (docs/answers.md).
+    """Answer prompts with a trained adapter and its base model, or with a model as it is (docs/use/answers.md).
 
     A PROMPT is answered in plain text. With --prompts each line is printed, or written to --out, with its answers.
     """

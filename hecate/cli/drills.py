@@ -18,7 +18,7 @@ def drill(
     prove: Annotated[bool, typer.Option("--prove", help="run each without the feature that it is about; it must fail")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
 ) -> None:
-    """Inject faults into tiny runs on this machine, such as killed ranks and full disks, and show what became of them (docs/drills.md).
+    """Inject faults into tiny runs on this machine, such as killed ranks and full disks, and show what became of them (docs/use/drills.md).
 
     Named drills run in full; with --prove, in their short form. Nothing is downloaded, and no other run is touched.
     Exit status 1 if a drill has failed; with --prove, if one has passed.

@@ -32,7 +32,7 @@ def evaluate(
     ] = None,
     nproc: Annotated[int | None, typer.Option(min=1, help="ranks on this machine that share the work; default: this process alone")] = None,
 ) -> None:
-    """Show what a trained model makes of held-out data: loss, exact and verified answers, choices, tasks of lm-eval (docs/answers.md).
+    """Show what a trained model makes of held-out data: loss, exact and verified answers, choices, tasks of lm-eval (docs/use/answers.md).
 
     In the place of CONFIG the folder of a run, of a checkpoint or of an adapter may stand, wherever it is now; of any model, with --choices
     or --tasks.
@@ -116,7 +116,7 @@ def export(
     user: Annotated[str | None, typer.Option(help="the user whose LoRA is written, of an adapter whose experts are mixed by users")] = None,
     features: Annotated[Path | None, typer.Option(help="the .npz file with that user's features")] = None,
 ) -> None:
-    """Write what a run has trained in the form that another program reads: an adapter, or a whole model (docs/adapters.md)."""
+    """Write what a run has trained in the form that another program reads: an adapter, or a whole model (docs/use/adapters.md)."""
     from hecate.config.files.paths import require_trained
     from hecate.errors import UserError
 
@@ -146,7 +146,7 @@ def merge(
     distance: Annotated[str | None, typer.Option(help="refine: frobenius, the default, or cosine")] = None,
     model: Annotated[str | None, typer.Option(help="base model; default: the one that each adapter names")] = None,
 ) -> None:
-    """Merge adapters of one base model into one, or make an adapter's ranks or experts fewer (docs/adapters.md)."""
+    """Merge adapters of one base model into one, or make an adapter's ranks or experts fewer (docs/use/adapters.md)."""
     from hecate.errors import UserError
 
     try:

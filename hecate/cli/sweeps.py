@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="the sweep's YAML file (docs/sweeps.md)")],
+    file: Annotated[Path, typer.Argument(metavar="SWEEP", help="the sweep's YAML file (docs/use/sweeps.md)")],
     overrides: Overrides = None,
     table: Annotated[bool, typer.Option("--table", help="only show the table of what there is so far; nothing is trained")] = False,
     json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
@@ -49,7 +49,7 @@ def federate(
     overrides: Overrides = None,
     address: Annotated[str | None, typer.Option(help="train on Ray, as hecate ray does: HOST:PORT of the cluster's head, or local")] = None,
 ) -> None:
-    """Train clients in rounds: each trains an adapter on its own data, and all go on with what becomes of them (docs/federated.md).
+    """Train clients in rounds: each trains an adapter on its own data, and all go on with what becomes of them (docs/use/federated.md).
 
     With resume=true the same command goes on at the round, and in it at the step, where it was stopped.
     """

@@ -121,7 +121,7 @@ def _numbers(value: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def page() -> str:
-    """docs/configuration.md: a table for each section."""
+    """docs/use/configuration.md: a table for each section."""
     texts = meanings()
     lines = [
         "# Configuration keys",

@@ -38,7 +38,7 @@ class ModelConfig:
     """With front_end transformers: how attention is computed in training and in the held-out loss; the results are the same within
     rounding. flash: flash attention over each sample, by the package flash-attn or by torch, in bfloat16 on a GPU. flex: torch's flex
     attention, on a GPU. sdpa: torch's fused attention, with a mask of the whole row where rows are packed. auto: on a GPU flash where it
-    can be had, else flex if rows are packed, else sdpa; on a CPU sdpa. See docs/gpu.md."""
+    can be had, else flex if rows are packed, else sdpa; on a CPU sdpa. See docs/use/gpu.md."""
     num_hidden_layers: int | None = field(default=None, metadata=key(COUNT))
     """How many of the model's first layers to keep. null: all."""
     shard_non_experts: bool = field(default=False, metadata=key(computes=False, family="moe_lora"))
@@ -51,7 +51,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FieldNames:
-    """The names that a source's records have for the keys of the data formats (docs/data.md). null: the format's own name."""
+    """The names that a source's records have for the keys of the data formats (docs/use/data.md). null: the format's own name."""
 
     messages: str | None = None
     conversations: str | None = None
@@ -73,9 +73,9 @@ class DataSource:
     """One item of data.train or data.eval."""
 
     path: str
-    """A local data file (JSONL, JSON, CSV, Parquet, Arrow; see docs/data.md), a folder of them, a pattern such as data/*.jsonl, or PREFIX
-    for one of Megatron's indexed data sets, PREFIX.idx and PREFIX.bin, whose documents are ids of the model's tokenizer. A relative path
-    starts from the working directory, not from the config file."""
+    """A local data file (JSONL, JSON, CSV, Parquet, Arrow; see docs/use/data.md), a folder of them, a pattern such as data/*.jsonl, or
+    PREFIX for one of Megatron's indexed data sets, PREFIX.idx and PREFIX.bin, whose documents are ids of the model's tokenizer. A relative
+    path starts from the working directory, not from the config file."""
     name: str = ""
     """The source's name in logs, metrics and results: [A-Za-z0-9._-], 1 to 64 characters, unique in its list.
     Left out: the file's name without its last suffix."""
@@ -101,7 +101,7 @@ class DataConfig:
     chat_template: str | None = field(default=None, metadata=key(computes=False))
     """The chat template in which conversations are written, in training and by all commands that use what was trained: a Jinja file, or the
     name of one in configs/chat_templates, such as qwen3. null: the tokenizer's own, or one of ours for a model whose own writes earlier
-    answers in another way once a question follows (docs/data.md). It belongs to the data, so a run is not resumed with another."""
+    answers in another way once a question follows (docs/use/data.md). It belongs to the data, so a run is not resumed with another."""
     split_special_tokens: bool = field(default=False, metadata=key(computes=False))
     """Take what reads like a special token in a sample's texts, such as <|im_end|>, for plain text. false: it becomes that token, as
     elsewhere, so that who writes a text can end a turn in it. It belongs to the data, so a run is not resumed with another."""
@@ -109,8 +109,8 @@ class DataConfig:
     """With moe.router.input user: an .npz file with the arrays `ids` [users] and `features` [users, width]. The key `user` of each JSONL
     line names one of the ids."""
     cache: str | None = field(default="auto", metadata=key(computes=False))
-    """The folder in which tokenized data are kept, to be tokenized once and shared by all ranks and runs (docs/data.md). auto: `tokens` in
-    the folder that the environment variable HECATE_CACHE names, or in ~/.cache/hecate. null: none; each rank tokenizes all data at each
+    """The folder in which tokenized data are kept, to be tokenized once and shared by all ranks and runs (docs/use/data.md). auto: `tokens`
+    in the folder that the environment variable HECATE_CACHE names, or in ~/.cache/hecate. null: none; each rank tokenizes all data at each
     start and has them in its own memory."""
     separate: bool = False
     """With several items of data.train: take as many sequences of each step from every item, each packed and in the order in which a run on
@@ -155,16 +155,17 @@ class LoraConfig:
     dropout: float = field(default=0.05, metadata=key(Range(0, 1, high_open=True)))
     """Probability of dropping an element of an adapter's input, in training only."""
     pairs: Literal["plain", "fixed_a", "nola", "shards"] = "plain"
-    """What of a pair is trained; see docs/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the same for
-    all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same for all
-    experts of the model, whose sums are A and B; the attention's adapters stay plain. shards: pools of shards that all layers share, from
-    which each expert's A and B are put together by an index that is drawn from the seed (MoS); adapters outside experts stay plain."""
+    """What of a pair is trained; see docs/results/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the
+    same for all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same
+    for all experts of the model, whose sums are A and B; the attention's adapters stay plain. shards: pools of shards that all layers
+    share, from which each expert's A and B are put together by an index that is drawn from the seed (MoS); adapters outside experts stay
+    plain."""
     nola: NolaConfig = field(default_factory=NolaConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
     gradient_rule: Literal["none", "row_norm"] = "none"
-    """What happens to gradients on their way to A and B; see docs/systems.md. row_norm: that of each output row is multiplied by
+    """What happens to gradients on their way to A and B; see docs/results/systems.md. row_norm: that of each output row is multiplied by
     1 / sqrt(norm of the row of B A + 1 / eta^2), as in ALLoRA; it needs eta, dropout 0 and no alpha."""
     eta: float | None = field(default=None, metadata=key(POSITIVE))
     """With gradient_rule row_norm: the factor of rows where B is zero. ALLoRA's values are 1, sqrt(2) and 2."""
@@ -279,7 +280,7 @@ class MoeConfig:
     train_router: bool = field(default=False, metadata=key(family="moe_lora"))
     """With family moe_lora: also train the model's routers. The other families always train their routers."""
     replay: Literal["force", "check"] | None = None
-    """What layers do with the experts that each sample of data.train names for its tokens, in the key `routed_experts` (docs/data.md).
+    """What layers do with the experts that each sample of data.train names for its tokens, in the key `routed_experts` (docs/use/data.md).
     force: tokens go to these, and are weighed by the router's own scores of them, which train it as ever (routing replay, R3). check: the
     router chooses, and its assignments that differ are counted (`routing_differs` in metrics.jsonl). null: the key is not read; with
     fssdp.plan replay, force. Held-out data are routed by the router."""
@@ -509,9 +510,9 @@ class Config:
     """The number of optimizer steps to train. Either this or num_train_epochs must be given, which 0 stands for; the configuration in a
     run's folder has the number of steps."""
     num_train_epochs: float | None = field(default=None, metadata=key(POSITIVE, computes=False))
-    """How many times to train on the data: as many steps as pack that many samples (docs/data.md). With several sources an epoch is as many
-    samples as all of them have together, drawn by their weights; with data.separate it is once through the source of the most sequences,
-    with as many of each other source."""
+    """How many times to train on the data: as many steps as pack that many samples (docs/use/data.md). With several sources an epoch is as
+    many samples as all of them have together, drawn by their weights; with data.separate it is once through the source of the most
+    sequences, with as many of each other source."""
     micro_batch_size: int = field(default=1, metadata=key(COUNT))
     """The number of sequences per rank in one forward and backward pass."""
     gradient_accumulation_steps: int = field(default=1, metadata=key(COUNT))
@@ -538,7 +539,7 @@ class Config:
     skip_step_sigma_factor: float | None = field(default=None, metadata=key(POSITIVE))
     """Skip a step whose gradient norm is a spike: above median + skip_step_sigma_factor * 1.4826 * MAD (the median absolute deviation) of
     the last 128 finite norms, once there are 32; a MAD below 0.0067 of the median counts as that. 6 is a usual value. null: only steps
-    whose loss or gradient is not finite are skipped. Must be null with moe.router.input given. See docs/training.md."""
+    whose loss or gradient is not finite are skipped. Must be null with moe.router.input given. See docs/design/training.md."""
     max_skipped_steps: int = field(default=10, metadata=key(COUNT, computes=False))
     """How many steps in a row may be skipped. Then the run stops, and leaves the last of them in output_dir for hecate replay-step."""
     logging_steps: int = field(default=1, metadata=key(COUNT, computes=False))
@@ -555,22 +556,22 @@ class Config:
     """With save_total_limit: in each stretch of so many hours, counted from 1970 in UTC, the first checkpoint is kept for good, too. null:
     none. 24 keeps one for each day."""
     save_async: bool = field(default=False, metadata=key(computes=False))
-    """Write checkpoints in a thread beside the training. It takes host memory for one more copy of what is saved (docs/survival.md)."""
+    """Write checkpoints in a thread beside the training. It takes host memory for one more copy of what is saved (docs/use/survival.md)."""
     report_to: tuple[str, ...] = field(default=(), metadata=key(computes=False))
     """Experiment trackers that get what metrics.jsonl gets, and pictures of the experts' loads: any of tensorboard, wandb, mlflow and
-    trackio, which must be installed. One that fails is named and does not stop the run. See docs/trackers.md."""
+    trackio, which must be installed. One that fails is named and does not stop the run. See docs/use/trackers.md."""
     trace: bool = field(default=False, metadata=key(computes=False))
-    """Record each step's loads per rank, layer and expert into the folder loads in output_dir (docs/traces.md)."""
+    """Record each step's loads per rank, layer and expert into the folder loads in output_dir (docs/use/traces.md)."""
     profile: bool = field(default=False, metadata=key(computes=False))
     """Record a timeline of three steps of all ranks, the third to the fifth of each process, to profile.json.gz in output_dir, for
-    ui.perfetto.dev (docs/report.md). These steps take longer."""
+    ui.perfetto.dev (docs/use/report.md). These steps take longer."""
     resume: bool = field(default=False, metadata=key(computes=False))
     """Continue from the latest checkpoint in output_dir."""
     gradient_checkpointing: bool = field(default=False, metadata=key(computes=False))
     """Recompute activations in the backward pass instead of storing them."""
     deterministic: bool = False
     """Compute the same bits at every number of ranks, wherever experts are: each group of sequences by itself, on one thread a rank, with
-    sums in an order that no rank decides (docs/deterministic.md). Every rank then has all experts, whatever fssdp.policy says. On CPUs
+    sums in an order that no rank decides (docs/use/deterministic.md). Every rank then has all experts, whatever fssdp.policy says. On CPUs
     only."""
     deterministic_group: int = field(default=1, metadata=key(COUNT))
     """With deterministic: the number of neighbouring sequences of a micro-step that are computed together, on one rank. Larger groups cost
@@ -583,8 +584,8 @@ class Config:
     they cannot run. torch: the fast path in plain torch. reference: the formula in plain torch, slow, for comparison. The results are
     the same within rounding."""
     topology: str = field(default="auto", metadata=key(computes=False))
-    """The devices and links that the planner assumes: auto (what the ranks' machines and GPUs are called, see docs/topology.md), a preset's
-    name, or a YAML file (anything with a / or ending in .yaml or .yml)."""
+    """The devices and links that the planner assumes: auto (what the ranks' machines and GPUs are called, see docs/use/topology.md), a
+    preset's name, or a YAML file (anything with a / or ending in .yaml or .yml)."""
     nproc: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """The number of local ranks to start. null: one per GPU, or 2 without a GPU. Unused under torchrun, which starts the ranks itself."""
     eval: EvalConfig = field(default_factory=EvalConfig, metadata=key(computes=False))

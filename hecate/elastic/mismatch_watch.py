@@ -7,7 +7,7 @@ its record in the store where the ranks have met, and reads those of the others,
 seldom. Ranks that are only slow have equal records. Whichever rank finds a difference tells the others of it.
 
 It watches ranks on gloo. What it does not see: messages between two ranks, which the recorder leaves out; and all-reduces of different
-lengths where gloo ends the process at once (docs/drills.md, R18).
+lengths where gloo ends the process at once (docs/use/drills.md, R18).
 """
 
 from __future__ import annotations

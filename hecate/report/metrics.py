@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line. docs/metrics.md is its schema."""
+"""metrics.jsonl: one JSON object a line. docs/use/metrics.md is its schema."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ class StatusNote:
 
 @dataclass(frozen=True, kw_only=True)
 class JobStatus:
-    """What a job is doing. docs/launch.md describes its JSON form, which has the field `ended` in addition."""
+    """What a job is doing. docs/use/launch.md describes its JSON form, which has the field `ended` in addition."""
 
     state: State
     detail: str

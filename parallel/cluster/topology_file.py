@@ -1,4 +1,4 @@
-"""Read and write topologies as YAML files. docs/topology.md gives their keys and units; configs/topologies/ has presets."""
+"""Read and write topologies as YAML files. docs/use/topology.md gives their keys and units; configs/topologies/ has presets."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Simulated:
         return max(self.replica_bytes_D)
 
     def as_dict(self) -> dict[str, Any]:
-        """The results as JSON values (docs/simulator.md)."""
+        """The results as JSON values (docs/use/simulator.md)."""
         beside = ("policy", "replica_bytes_D", "replicas_D", "frozen_parts_D", "served_tokens_D", "most_tokens_D")
         whole = {"policy": self.policy, "step_seconds": self.step_seconds, "replica_bytes": self.replica_bytes}
         return whole | {name: value for name, value in asdict(self).items() if name not in beside}

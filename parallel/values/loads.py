@@ -2,7 +2,7 @@
 
 An *assignment* is a token together with one of its top-k experts, so a token makes k of them. Loads count assignments, never tokens.
 A layer's loads are [experts, source ranks] everywhere in memory: in the history, in `PlanInput`, in flows and cost model; files that
-keep another order (docs/traces.md, the history in a checkpoint) are converted where they are read and written.
+keep another order (docs/use/traces.md, the history in a checkpoint) are converted where they are read and written.
 
 Shapes: E experts, D ranks as sources.
 """

@@ -1,4 +1,4 @@
-"""Record the expert loads of a training run: a value, its files (docs/traces.md), and a writer that adds steps while the run lasts.
+"""Record the expert loads of a training run: a value, its files (docs/use/traces.md), and a writer that adds steps while the run lasts.
 
 A trace is stored as one file, or as a folder of such files (chunks), each of which holds some consecutive steps. In memory loads are
 [..., experts, source ranks], as everywhere; in files they are [..., source ranks, experts].

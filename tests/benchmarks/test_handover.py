@@ -43,3 +43,14 @@ def test_a_process_that_fails_ends_all(tmp_path: Path) -> None:
         with pytest.raises(SystemExit, match=r"has ended \(exit status 3\)"):
             one.step()
     assert not (tmp_path / "one").exists()
+
+
+def test_ranks_of_a_group_are_asked_and_dismissed_together(tmp_path: Path) -> None:
+    """One that waited for the other's answer, or for its end, would wait forever where they exchange something in a step."""
+    with worker(tmp_path / "one") as one, worker(tmp_path / "two") as two:
+        one.ask()
+        two.ask()
+        assert (one.answer(), two.answer()) == (0.5, 0.5)
+        one.dismiss()
+        two.dismiss()
+    assert [(tmp_path / name).read_text(encoding="utf-8") for name in ("one", "two")] == ["[0.5]"] * 2

@@ -12,7 +12,7 @@ from tests.rooms import ROOT
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("README.md")], key=lambda path: path.as_posix()
 )
-HISTORY = {"docs/log.md", "CHANGELOG.md"}
+HISTORY = {"docs/results/log.md", "CHANGELOG.md"}
 """pages about the past, whose sentences may name commands that are gone"""
 _FENCE = re.compile(r" *```(\S*)")
 _PROGRAMS = r"(?:hecate|torchrun|make|python|pip|git|ray|cat|sbatch|\.|examples/\S+\.sh)"

@@ -62,25 +62,25 @@ def _shown(block: Block, folder: Path) -> None:
 
 
 LISTED: dict[tuple[str, str], tuple[Callable[[Block, Path], None], str]] = {
-    ("docs/sweeps.md", "run: finetune"): (_sweep, "the sweep is read"),
-    ("docs/topology.md", "nodes:"): (_topology, "the topology is read"),
-    ("docs/data.md", '{"tools": '): (_sample, "the record is read"),
-    ("docs/data.md", '{"user": '): (_sample, "the record is read"),
-    ("docs/data.md", '{"text": "ab"'): (_sample, "the record is read"),
-    ("docs/data.md", "chats.jsonl: keys"): (_shown, "a line that a run prints"),
-    ("docs/traces.md", "from hecate.parallel.values.traces"): (_trace, "runs on a trace that is written before"),
-    ("docs/adapters.md", "lego of 3 adapters"): (_shown, "what a command above it prints"),
-    ("docs/adapters.md", "lego of 1 adapter"): (_shown, "what a command above it prints"),
-    ("docs/federated.md", "round 1/1"): (_shown, "a line that a round prints"),
-    ("docs/moe_lora.md", "from peft import"): (_peft, "compiled; tests/hecate/adapters run it, because it needs a trained adapter"),
-    ("docs/experts.md", "y = W x"): (_shown, "a formula"),
-    ("docs/systems.md", "y = W x"): (_shown, "a formula"),
-    ("docs/kernels.md", "sort, cut"): (_shown, "the order of kernels"),
-    ("docs/kernels.md", "D = dy W2"): (_shown, "the order of kernels"),
-    ("docs/launch.md", "placing"): (_shown, "a diagram of states"),
-    ("docs/training.md", "begin "): (_shown, "the order of a step"),
-    ("docs/report.md", "step 12/200"): (_shown, "a line that a run prints"),
-    ("docs/sweeps.md", "learning_rate  r"): (_shown, "a table that a sweep prints"),
+    ("docs/use/sweeps.md", "run: finetune"): (_sweep, "the sweep is read"),
+    ("docs/use/topology.md", "nodes:"): (_topology, "the topology is read"),
+    ("docs/use/data.md", '{"tools": '): (_sample, "the record is read"),
+    ("docs/use/data.md", '{"user": '): (_sample, "the record is read"),
+    ("docs/use/data.md", '{"text": "ab"'): (_sample, "the record is read"),
+    ("docs/use/data.md", "chats.jsonl: keys"): (_shown, "a line that a run prints"),
+    ("docs/use/traces.md", "from hecate.parallel.values.traces"): (_trace, "runs on a trace that is written before"),
+    ("docs/use/adapters.md", "lego of 3 adapters"): (_shown, "what a command above it prints"),
+    ("docs/use/adapters.md", "lego of 1 adapter"): (_shown, "what a command above it prints"),
+    ("docs/use/federated.md", "round 1/1"): (_shown, "a line that a round prints"),
+    ("docs/use/moe_lora.md", "from peft import"): (_peft, "compiled; tests/hecate/adapters run it, because it needs a trained adapter"),
+    ("docs/design/experts.md", "y = W x"): (_shown, "a formula"),
+    ("docs/results/systems.md", "y = W x"): (_shown, "a formula"),
+    ("docs/design/kernels.md", "sort, cut"): (_shown, "the order of kernels"),
+    ("docs/design/kernels.md", "D = dy W2"): (_shown, "the order of kernels"),
+    ("docs/use/launch.md", "placing"): (_shown, "a diagram of states"),
+    ("docs/design/training.md", "begin "): (_shown, "the order of a step"),
+    ("docs/use/report.md", "step 12/200"): (_shown, "a line that a run prints"),
+    ("docs/use/sweeps.md", "learning_rate  r"): (_shown, "a table that a sweep prints"),
 }
 """(page, how a block begins) -> its proof, and what that is or why there is none"""
 
@@ -95,11 +95,11 @@ def proved_elsewhere(block: Block) -> bool:
         return block.language in ("python", "diff", "sh")
     if block.page.startswith("examples/"):  # the last lines that its command prints
         return not block.language and (ROOT / block.page).with_name("run.sh").is_file()
-    return block.page == "docs/library.md" and block.language == "python"
+    return block.page == "docs/use/library.md" and block.language == "python"
 
 
 def test_all_pages_are_seen() -> None:
-    assert {"README.md", "CONTRIBUTING.md", "docs/launch.md", "docs/extend/router.md", "examples/sweep/README.md"} <= {
+    assert {"README.md", "CONTRIBUTING.md", "docs/use/launch.md", "docs/extend/router.md", "examples/sweep/README.md"} <= {
         b.page for b in BLOCKS
     }
     assert len(COMMANDS) > 100

@@ -1,4 +1,4 @@
-"""The code of docs/library.md runs as it stands there."""
+"""The code of docs/use/library.md runs as it stands there."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from tests.rooms import ROOT
 
 
 def test_the_blocks_run_in_order(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "docs" / "library.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "use" / "library.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 2
     names: dict[str, Any] = {}
     for block in blocks:
-        exec(compile(block, "docs/library.md", "exec"), names)
+        exec(compile(block, "docs/use/library.md", "exec"), names)
     shown = capsys.readouterr().out
     assert re.findall(r"^(static_ep|mine|auto) +[\d.]+ ms", shown, re.MULTILINE) == ["static_ep", "mine", "auto"]
     seconds = {one.policy: one.step_seconds for one in names["found"]}

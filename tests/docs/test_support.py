@@ -1,4 +1,4 @@
-"""docs/support.md is what docs/make_support.py writes."""
+"""docs/use/support.md is what docs/make_support.py writes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from tests.hecate.model.tiny import tiny
 from tests.rooms import ROOT
 
-PAGE = (ROOT / "docs" / "support.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "use" / "support.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")

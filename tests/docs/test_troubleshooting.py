@@ -1,4 +1,4 @@
-"""The messages of docs/troubleshooting.md that are hecate's own stand in the code, and those of the system are what it says."""
+"""The messages of docs/use/troubleshooting.md that are hecate's own stand in the code, and those of the system are what it says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.rooms import ALL_SOURCES, ROOT
 
-PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "use" / "troubleshooting.md").read_text(encoding="utf-8")
 HOLE = "\0"
 
 

@@ -35,9 +35,9 @@ SMALL = [
     *("gradient_accumulation_steps=1", "model.dtype=float32"),
 ]
 OVER_LLAMA = "hecate train finetune model.name_or_path=/models/SmolLM2-1.7B data.train=chats.jsonl output_dir=runs/mistral"
-STORY = ("README.md", "docs/moe_lora.md", "docs/adapters.md", "docs/answers.md", "docs/data.md", "docs/report.md", "docs/launch.md")
+STORY = ("README.md", *(f"docs/use/{page}.md" for page in ("moe_lora", "adapters", "answers", "data", "report", "launch")))
 """the pages whose commands follow each other: a later page uses what those of an earlier one have left"""
-ALONE = ("docs/doctor.md", "docs/topology.md")
+ALONE = ("docs/use/doctor.md", "docs/use/topology.md")
 SLOW = r"runs/many|runs/sixteen|^torchrun|^hecate launch"
 """what later blocks do not need, and other tests nearly repeat: blocks with such a command are slow tests"""
 NOT_RUN = {
@@ -154,9 +154,9 @@ def as_run(command: CommandLine, number: int) -> str:
         words += [*SMALL, f"nproc={1 if one_rank else 2}"]
         words += [] if any(word.startswith("output_dir=") for word in words) else [f"output_dir=runs/{number}"]
     text = shlex.join(words).replace("'|'", "|")
-    if page_of(command) == "docs/moe_lora.md":
+    if page_of(command) == "docs/use/moe_lora.md":
         text = text.replace("model.name_or_path=...", "model.name_or_path=/models/Qwen3-30B-A3B")
-    if page_of(command) == "docs/answers.md":
+    if page_of(command) == "docs/use/answers.md":
         text = text.replace("runs/a", "runs/qwen")
     for theirs, ours in CHANGED.items():
         text = text.replace(theirs, ours)
@@ -188,7 +188,7 @@ def test_the_walk_has_left_what_the_pages_say(walked: Path) -> None:
 
 @pytest.mark.slow
 def test_peft_loads_what_moe_loras_page_has_left(walked: Path) -> None:
-    (block,) = (one for one in all_blocks() if one.page == "docs/moe_lora.md" and one.text.startswith("from peft"))
+    (block,) = (one for one in all_blocks() if one.page == "docs/use/moe_lora.md" and one.text.startswith("from peft"))
     program = f"from transformers import AutoModelForCausalLM\nbase = 'models/Qwen3-30B-A3B'\n{block.text}"
     subprocess.run([sys.executable, "-c", program], cwd=walked, check=True, timeout=300)
 

@@ -1,1 +1,1 @@
-"""What the first person with a card runs: `make gpu-check`, see docs/gpu.md."""
+"""What the first person with a card runs: `make gpu-check`, see docs/use/gpu.md."""

@@ -2,8 +2,8 @@
 
     python -m tests.gpu.check [--json FILE] [--only NAME,...] [--mock]
 
-Prints a table of checks (docs/gpu.md says what each shows) and why any of them failed or was skipped; needs no network. With `--mock` the
-checks that can do without a card run on the mock device of `tests/mock_cuda`. Exit status 0: nothing failed; 1: something failed;
+Prints a table of checks (docs/use/gpu.md says what each shows) and why any of them failed or was skipped; needs no network. With `--mock`
+the checks that can do without a card run on the mock device of `tests/mock_cuda`. Exit status 0: nothing failed; 1: something failed;
 2: there is no GPU.
 """
 

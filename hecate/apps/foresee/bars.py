@@ -47,7 +47,7 @@ _ROOM, _ROOM_WITH_COST = 1.6, 1.75
 
 
 def write_bars(path: Path, rows: Sequence[Row]) -> None:
-    """Draw the rows of a simulation (docs/simulator.md) into a PNG.
+    """Draw the rows of a simulation (docs/use/simulator.md) into a PNG.
 
     Raises:
         UserError: matplotlib is missing, or the file cannot be written.

@@ -77,7 +77,7 @@ class Case:
     """the loads of a trace, int64 [steps, layers, experts, source ranks]; None: the workload makes the loads"""
 
     def run(self, options: Options, begins: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
-        """Simulate the case and return a row of JSON values for each policy; see docs/simulator.md.
+        """Simulate the case and return a row of JSON values for each policy; see docs/use/simulator.md.
 
         Args:
             begins: a function that is called with the name of each policy before it is simulated.

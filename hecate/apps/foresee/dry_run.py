@@ -62,7 +62,7 @@ class Forecast:
     """the policies, with the configured one first"""
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the predictions as JSON values; see docs/simulator.md."""
+        """Return the predictions as JSON values; see docs/use/simulator.md."""
         run = self.run
         return {
             "model": run.config.model.name_or_path,

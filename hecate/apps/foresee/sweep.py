@@ -1,4 +1,4 @@
-"""Read a sweep, which lists many models, clusters and workloads to simulate, from a YAML file. See docs/simulator.md."""
+"""Read a sweep, which lists many models, clusters and workloads to simulate, from a YAML file. See docs/use/simulator.md."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read a sweep: a YAML file that says which runs there are. See docs/sweeps.md for its keys.
+"""Read a sweep: a YAML file that says which runs there are. See docs/use/sweeps.md for its keys.
 
 Values stay text, as they would stand on the command line: what type a value has, and whether it is allowed, `load_config` says.
 """
@@ -41,7 +41,7 @@ def load_run_sweep(file: str, overrides: Sequence[str] = ()) -> Sweep:
     """
     report = Report(file)
     root = read_mapping(
-        file, missing="give the path of a sweep's YAML file (docs/sweeps.md)", empty="it must give run, output_dir, and grid or list"
+        file, missing="give the path of a sweep's YAML file (docs/use/sweeps.md)", empty="it must give run, output_dir, and grid or list"
     )
     nodes = _known(root, report)
     given = [_override(text) for text in overrides]

@@ -50,7 +50,7 @@ def choose_template(own: Any, given: str | None) -> ChosenTemplate | None:
     name = _IN_PLACE_OF.get(xxhash.xxh3_128_hexdigest(own.encode())) if isinstance(own, str) else None
     if name is None:
         return None
-    why = f"the chat template {name} of hecate's takes the place of the model's own, which rewrites earlier answers (docs/data.md)"
+    why = f"the chat template {name} of hecate's takes the place of the model's own, which rewrites earlier answers (docs/use/data.md)"
     return ChosenTemplate(read_template(name), why)
 
 

@@ -38,7 +38,7 @@ def hint_for(record: Mapping[str, Any], names: Mapping[str, str], needed: Mappin
         if len(said) <= _LONGEST:
             return said
     if any(isinstance(value, list) and value and all(type(one) is int for one in value) for value in record.values()):
-        return "token ids are not read: give the text that they are of, or an indexed data set of Megatron (docs/data.md)"
+        return "token ids are not read: give the text that they are of, or an indexed data set of Megatron (docs/use/data.md)"
     return f"none of its keys has a text for what is missing: write records such as {_FORMS}"
 
 

@@ -31,7 +31,7 @@ def test_each_file_is_a_format_and_runs_leave_what_is_there() -> None:
 
 
 def test_the_page_lists_the_forms() -> None:
-    page = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "use" / "adapters.md").read_text(encoding="utf-8")
     assert set(FORMS) <= set(re.findall(r"^\| `([\w-]+)` \|", page, re.MULTILINE))
 
 

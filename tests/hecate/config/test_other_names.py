@@ -59,7 +59,7 @@ def test_a_whole_file_of_another_trainer_is_answered_at_once(tmp_path: Path) -> 
 
 
 def test_the_documented_table_is_the_one_that_answers() -> None:
-    text = (ROOT / "docs" / "other_trainers.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "use" / "other_trainers.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| `([a-z0-9_]+)` \| (.*) \|$", text, re.MULTILINE))
     assert rows == dict(other_names.known_names())
 

@@ -20,8 +20,8 @@ from tests.rooms import ROOT
 
 
 def test_the_page_is_the_schemas() -> None:
-    """If this fails: hecate schema --page > docs/configuration.md."""
-    assert (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8") == reference.page()
+    """If this fails: hecate schema --page > docs/use/configuration.md."""
+    assert (ROOT / "docs" / "use" / "configuration.md").read_text(encoding="utf-8") == reference.page()
 
 
 def test_every_key_has_a_meaning() -> None:

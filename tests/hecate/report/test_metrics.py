@@ -18,7 +18,7 @@ from hecate.parallel.values.units import Unit
 from hecate.report.events import EvalScore, Move, Resharding, StepEvent, StepResult
 from hecate.report.metrics import MetricsWriter, Record, eval_record, event_record, reshard_record, step_record
 
-DOCS = Path(__file__).parents[3] / "docs" / "metrics.md"
+DOCS = Path(__file__).parents[3] / "docs" / "use" / "metrics.md"
 
 
 def a_step(step: Any = 1, **changes: Any) -> Record:

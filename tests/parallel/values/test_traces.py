@@ -15,7 +15,7 @@ from hecate.parallel.values.traces import Trace, TraceWriter, load_trace, save_t
 from hecate.parallel.values.units import Unit
 from tests.hecate.checkpoint.disk import Killed, watched_disk, write_half
 
-DOCS = Path(__file__).parents[3] / "docs" / "traces.md"
+DOCS = Path(__file__).parents[3] / "docs" / "use" / "traces.md"
 
 
 def a_trace(**changes: Any) -> Trace:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PrivacyConfig:
-    """Differential privacy of the training samples, with moe.router.input given: of each item of data.train by itself (docs/systems.md)."""
+    """Differential privacy of the training samples, with moe.router.input given: of each item of data.train by itself
+    (docs/results/systems.md)."""
 
     clip: float | None = field(default=None, metadata=key(POSITIVE))
     """The most that one sample's gradient may have as its norm, over all numbers of its item's adapter: longer ones are clipped before the

@@ -74,7 +74,7 @@ class RoundsConfig:
     clients: tuple[ClientConfig, ...] = ()
     """The clients, as mappings {data, name, eval, r, weight}, in place of data.train and data.eval."""
     aggregate: Literal["average", "stack", "refine", "lego"] = "average"
-    """What becomes of the clients' adapters (docs/adapters.md). average: the means of A and of B, weighted by the clients' parts; exact
+    """What becomes of the clients' adapters (docs/use/adapters.md). average: the means of A and of B, weighted by the clients' parts; exact
     where all have the same A (lora.pairs fixed_a). A client of a smaller rank has the first r terms. stack: all terms beside each other,
     exact, of any ranks (FLoRA). refine: the means, and B corrected (LoRA-FAIR). lego: clusters of terms (LoRA-LEGO)."""
     refine: RefineConfig = field(default_factory=RefineConfig)
