@@ -71,8 +71,9 @@ class Megatron:
         from hecate.config.gpt_shape import GptShape
 
         with quietly():
-            from hecate.apps.megatron.expert_parallel import build_layer, expert_parallel_config, flat_expert, set_expert
+            from hecate.apps.megatron.expert_parallel import build_layer, expert_parallel_config
             from hecate.apps.megatron.gpt import process_groups
+            from testing.megatron_experts import flat_expert, set_expert
 
             sizes = GptShape(1, shape.hidden, 1, 1, shape.hidden, shape.ffn, shape.experts, shape.top_k, shape.tokens)
             config = expert_parallel_config(sizes, torch.float32, dist.get_world_size(group))

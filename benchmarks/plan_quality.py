@@ -23,16 +23,16 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.grouped_ep import grouped_ep_seconds
 from benchmarks.report import finish, kept_rows, recorded, resumable
-from hecate.apps.foresee.sharding_groups import grouped_ep_seconds
 from hecate.parallel.cost.cost_model import ExecutionMode, PlanMode
 from hecate.parallel.plan.measured_modes import modes_of
-from hecate.parallel.planners import POLICIES, ROWS, WITH_OURS, PlanInput, price_row
+from hecate.parallel.planners import POLICIES, ROWS, WITH_OURS, PlanInput
 from hecate.parallel.simulate.simulated_step import Setting
 from hecate.parallel.simulate.simulator import simulate
 from hecate.parallel.simulate.workloads import WORKLOADS
 from testing.bound.lower_bound import lower_bound
-from testing.plan_cases import EXPERTS, TOKENS, TOP_K, Kind, kinds, plan_input, topologies
+from testing.plan_cases import EXPERTS, TOKENS, TOP_K, Kind, kinds, plan_input, price_row, topologies
 
 SLOTS = (EXPERTS, 1, 2, 4, 8)
 """the most replicas on a device; the first: as many as fit into memory"""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cluster.topology_file import load_topology
-from hecate.parallel.cost.cost_model import LayerCost
+from hecate.parallel.cost.cost_model import LayerCost, Priced
 from hecate.parallel.cost.model_shapes import ModelShape
-from hecate.parallel.planners import PlanInput
+from hecate.parallel.planners import COLLECTIVES, Plan, PlanInput
+from hecate.parallel.planners.rivals.sharded_gather import with_sharded_gather
 from hecate.parallel.values.placement import contiguous_owners
 
 TOPOLOGIES = {"8x1": "h100-node", "4x8 A": "paper-cluster-a", "4x8 B": "paper-cluster-b", "mixed": "mixed"}
@@ -84,3 +85,14 @@ def num_params(shape: ModelShape) -> int:
     """Return the parameters of all layers: attention and FFNs, LoRA pairs included, without embeddings, norms and routers."""
     ffns = 1 if shape.of_kind.shares_ffn else shape.experts
     return shape.layers * (shape.attention_parameters + ffns * shape.ffn_parameters + shape.experts * shape.pair_parameters)
+
+
+def price_row(name: str, plan: Plan, given: PlanInput) -> Priced:
+    """Price a plan of one of `ROWS`, made from `given`, with the collectives of its system. A route that is given holds for all systems."""
+    collective = COLLECTIVES.get(name) if given.execution.route == "fastest" else None
+    if collective == "flat":
+        return plan.price(replace(given, execution=replace(given.execution, route="flat")))
+    priced = plan.price(given)
+    if collective == "sharded" and plan.quota_LED is not None:
+        return with_sharded_gather(priced, plan.quota_LED > 0, given.topology, given.cost, given.execution)
+    return priced

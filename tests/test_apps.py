@@ -6,14 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hecate.config.sections import APPS as APPS_OF_SECTIONS
-from hecate.config.sections import SETTINGS
+from hecate.config import load_config
+from hecate.config.rules.of_apps import SectionRules
+from hecate.config.sections import APPS as SECTIONS_OF_APPS
+from hecate.config.sections import IN_TRAININGS, SETTINGS
+from hecate.train.extensions.of_apps import training_additions
 from testing.tiny_run import make_workshop
-from tests.rooms import ROOT, imports_of_modules, under
+from tests.rooms import ROOT, imports_of_modules, modules, under
 
 APPS = sorted(path.name for path in (ROOT / "hecate" / "apps").iterdir() if (path / "__init__.py").is_file())
 
@@ -30,10 +36,20 @@ def test_nothing_but_the_command_line_imports_an_app(app: str) -> None:
 
 
 def test_sections_of_the_configuration_are_those_of_their_apps() -> None:
-    assert list(SETTINGS) == list(APPS_OF_SECTIONS)
-    for section, app in APPS_OF_SECTIONS.items():
-        assert under(SETTINGS[section].__name__, app)
-        assert {f"{app}.section.settings", f"{app}.section.rules"} <= imports_of_modules().keys()
+    assert list(SETTINGS) == list(SECTIONS_OF_APPS)
+    for section, package in SECTIONS_OF_APPS.items():
+        assert SETTINGS[section].__name__ == f"{package}.settings"
+        assert isinstance(import_module(f"{package}.rules").RULES, SectionRules)
+        assert (f"{package}.training" in modules()) is (section in IN_TRAININGS)
+
+
+def test_a_training_imports_only_what_sections_that_are_given_add(tmp_path: Path) -> None:
+    workshop = make_workshop(tmp_path)
+    config = load_config(workshop / "config.yaml", claim_output=False)
+    assert training_additions(config) == []
+    given: Any = config
+    given = replace(config, privacy=replace(given.privacy, clip=1.0))
+    assert [type(one).__name__ for one in training_additions(given)] == ["PrivateTraining"]
 
 
 WITHOUT = """
@@ -61,6 +77,7 @@ def test_a_run_without_any_app(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "adapter").is_dir()
     refused = python("from hecate.model.front_ends import other_front_end; other_front_end('megatron')", str(where))
     assert "model.front_end=megatron: this installation of hecate is without it" in refused.stderr
-    refused = python(train, str(where), str(workshop / "config.yaml"), "rounds.count=2")
-    assert refused.returncode == 2
-    assert "rounds.count: unknown key\n    hint: this installation of hecate is without hecate.apps.federate" in refused.stderr
+    for key in ("rounds.count", "privacy.clip"):
+        refused = python(train, str(where), str(workshop / "config.yaml"), f"{key}=2")
+        assert refused.returncode == 2
+        assert f"{key}: unknown key\n    hint: this installation of hecate is without hecate.apps.federate" in refused.stderr

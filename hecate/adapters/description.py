@@ -57,6 +57,20 @@ class Description(ABC):
     def to_json(self) -> dict[str, Any]:
         """Return adapter_config.json."""
 
+    def as_lora(self, peft_type: str, dropout: float) -> dict[str, Any]:
+        """Return what PEFT reads of any LoRA: with what adapter_config.json begins."""
+        return {
+            "peft_type": peft_type,
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.base_model_name_or_path,
+            "bias": "none",
+            "inference_mode": True,
+            "r": self.r,
+            "lora_alpha": self.alpha,
+            "lora_dropout": dropout,
+            "use_rslora": self.use_rslora,
+        }
+
     @abstractmethod
     def places(self, tensors: Mapping[str, Tensor]) -> dict[str, Place]:
         """Return the place of each module that an adapter has a pair for, by the module's name, in the order of the tensors."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 
 from hecate.adapters.places import Place, stored
 from hecate.errors import UserError
-from hecate.experts.family import UnitExperts
 from hecate.experts.routers.router import Router
 from hecate.kernels.common.low_rank import LowRankPairs
 from hecate.model.gated_ffn import decoder_layers
@@ -107,7 +105,7 @@ def pair_shapes(moe: MoeModel, names: TensorNames) -> dict[str, tuple[int, ...]]
     """Return the shapes of the tensors with the experts' pairs, by name, the fixed ones among them."""
     shapes: dict[str, tuple[int, ...]] = {}
     for unit, family in moe.engine.shards.families.items():
-        source, sizes = family.pair_source, cast(UnitExperts, family).site.sizes
+        source, sizes = family.pair_source, family.sizes
         for projection in source.projections:
             inputs, outputs = sizes.of_projection(projection)
             for expert in range(family.num_experts):

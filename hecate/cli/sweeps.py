@@ -60,6 +60,7 @@ def federate(
     from dataclasses import replace
 
     from hecate.apps.federate.checks import check_federated
+    from hecate.apps.federate.privacy.clients import refuse_cluster
     from hecate.cli.jobs import check_local
     from hecate.config import load_config
     from hecate.train.preflight import check_data, default_ranks
@@ -71,11 +72,8 @@ def federate(
     def check_here(one: Config) -> None:
         check_local(one, check_data)
 
-    if address is not None and loaded.privacy.clip is not None:
-        raise UserError(
-            "privacy.clip: is not supported with --address, where a step's samples depend on the devices that the cluster has\n"
-            "  leave --address out"
-        )
+    if address is not None:
+        refuse_cluster(loaded)
     check_federated(loaded, check_here if address is None else _ray_check(1))
     from hecate.apps.federate.rounds import federate as train_rounds
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 from hecate.config.sections import APPS
 
-_KEYS: dict[str, str] = {
+KEYS: dict[str, str] = {
     "model.name_or_path": "base_model base_model_name_or_path model_name_or_path model_path",
     "model.attention": "attn_implementation flash_attn flash_attention sdp_attention flex_attention",
     "model.dtype": "torch_dtype",
@@ -97,7 +97,7 @@ _NOT_SUPPORTED: dict[str, str] = {
 }
 """names, and what they would do"""
 _HINTS: dict[str, str] = {
-    **{name: f"write {key}" for key, names in _KEYS.items() for name in names.split()},
+    **{name: f"write {key}" for key, names in KEYS.items() for name in names.split()},
     **{name: hint for names, hint in _WRITE.items() for name in names.split()},
     **{name: f"not supported: {what}; leave it out" for names, what in _NOT_SUPPORTED.items() for name in names.split()},
 }
@@ -117,8 +117,3 @@ def key_hint(key: str) -> str:
 def known_names() -> Iterator[tuple[str, str]]:
     """Every name of another trainer that is answered, and its answer."""
     yield from sorted(_HINTS.items())
-
-
-def same_keys() -> frozenset[str]:
-    """The keys of hecate's that answers name as the same."""
-    return frozenset(_KEYS)

@@ -173,10 +173,11 @@ class LoraConfig:
     dropout: float = field(default=0.05, metadata=key(Range(0, 1, high_open=True)))
     """Probability of dropping an element of an adapter's input, in training only."""
     pairs: PairSourceName = "plain"
-    """What of a pair is trained; see docs/results/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the same for
-    all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same for all
-    experts of the model, whose sums are A and B; the attention's adapters stay plain. shards: pools of shards that all layers share, from
-    which each expert's A and B are put together by an index that is drawn from the seed (MoS); adapters outside experts stay plain."""
+    """What of a pair is trained; see docs/results/systems.md. plain: A and B. fixed_a: B alone, with an A that is drawn from the seed, the
+    same for all experts of a layer; the attention's adapters, too. nola: coefficients of matrices that are drawn from the seed, the same
+    for all experts of the model, whose sums are A and B; the attention's adapters stay plain. shards: pools of shards that all layers
+    share, from which each expert's A and B are put together by an index that is drawn from the seed (MoS); adapters outside experts stay
+    plain."""
     nola: NolaConfig = field(default_factory=NolaConfig)
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     use_rslora: bool = False
@@ -469,22 +470,6 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrivacyConfig:
-    """Differential privacy of the training samples, with moe.router.input given: of each item of data.train by itself
-    (docs/results/systems.md)."""
-
-    clip: float | None = field(default=None, metadata=key(POSITIVE))
-    """The most that one sample's gradient may have as its norm, over all numbers of its item's adapter: longer ones are clipped before the
-    step's are averaged. A sample's loss is then the mean over its own label tokens, and each sample is a micro-step of its own. Needs
-    data.packing false, max_grad_norm null and fssdp.policy full. null: no sample is hidden."""
-    noise: float = field(default=0.0, metadata=key(AT_LEAST_ZERO))
-    """With clip: the standard deviation of the noise on the sum of an item's clipped gradients in a step, as a multiple of clip. It is
-    drawn from the seed and the item's name, so whoever knows the seed can take it away. 0: no noise, and no privacy."""
-    delta: float = field(default=1e-5, metadata=key(Range(0, 1, low_open=True, high_open=True), computes=False))
-    """With noise: the probability for which epsilon, which the run says at its end, need not hold. Less than 1 / the number of samples."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class RayConfig:
     """Settings that only `hecate ray` and `hecate submit` read."""
 
@@ -593,7 +578,6 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     moe: MoeConfig = field(default_factory=MoeConfig)
     fssdp: FssdpConfig = field(default_factory=FssdpConfig)
-    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     kernels: Literal["auto", "triton", "torch", "reference"] = field(default="auto", metadata=key(computes=False))
     """The implementation that computes the experts. auto: Triton kernels on a GPU, torch otherwise. triton: Triton kernels, or an error if
     they cannot run. torch: the fast path in plain torch. reference: the formula in plain torch, slow, for comparison. The results are

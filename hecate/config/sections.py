@@ -1,9 +1,10 @@
 """The sections of the configuration that apps bring, and gradient rules: their keys. What goes together with those of apps is in
 `hecate.config.rules.of_apps`.
 
-An app is found by its name, as a front end is (`hecate.model.front_ends`), so where hecate is installed without it, its section is unknown.
-The module `section.settings` of an app has the section's dataclass, `SETTINGS`, and imports nothing of `hecate.config` but `ranges`. The
-same holds for the file of a gradient rule (`hecate.optim.rules`), whose section has its name.
+An app is found by its name, as a front end is (`hecate.model.front_ends`), so where hecate is installed without it, its sections are
+unknown. Each section is a package of its app. Its module `settings` has the section's dataclass, `SETTINGS`, and imports nothing of
+`hecate.config` but `ranges`; its module `rules` has `RULES`. The file of a gradient rule (`hecate.optim.rules`), whose section has its
+name, has `SETTINGS` in the same way.
 """
 
 from __future__ import annotations
@@ -14,20 +15,26 @@ from types import ModuleType
 
 from hecate.io.registry import registered_names
 
-APPS = {"rounds": "hecate.apps.federate"}
-"""section -> the app that brings it"""
+APPS = {"rounds": "hecate.apps.federate.section", "privacy": "hecate.apps.federate.privacy"}
+"""section -> the package of an app that brings it"""
+IN_TRAININGS = ("privacy",)
+"""those of them that add something to every training (`hecate.train.extensions.of_apps`)"""
 _RULES = "hecate.optim.rules"
 
 
 def _installed() -> dict[str, ModuleType]:
     found = {}
-    for section, app in APPS.items():
+    for section, package in APPS.items():
         try:
-            found[section] = import_module(f"{app}.section.settings")
+            found[section] = import_module(f"{package}.settings")
         except ModuleNotFoundError as error:
-            if error.name is None or not app.startswith(error.name):
+            if error.name is None or not _app(section).startswith(error.name):
                 raise
     return found | {name: import_module(f"{_RULES}.{name}") for name in registered_names(_RULES)}
+
+
+def _app(section: str) -> str:
+    return APPS[section].rpartition(".")[0]
 
 
 SETTINGS = _installed()
@@ -43,4 +50,4 @@ def with_sections(core: type) -> type:
 def missing_app(key: str) -> str:
     """Why a key is not known, where it is of an app that is not installed; "": it is not."""
     section = key.partition(".")[0]
-    return f"this installation of hecate is without {APPS[section]}" if section in APPS and section not in SETTINGS else ""
+    return f"this installation of hecate is without {_app(section)}" if section in APPS and section not in SETTINGS else ""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from hecate.engine.shards import ExpertShards, LayerCall
+from hecate.engine.shards import ExpertShards
 from hecate.experts.forward_pass import CurrentPass, PassTokens
 from hecate.experts.routers.router import RouterStats, Routing
 from hecate.kernels.common.assignments import RoutedTokens
@@ -42,10 +42,12 @@ class EvaluationPass:
             self.stats[unit] = replace(routing.stats(), expert_TK=routing.expert_TK)
 
     def experts(self, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
-        assert self.shards is not None, "this model's layers compute their experts themselves"
-        routed = RoutedTokens(x_TD, expert_TK, weight_TK, token_T)
-        replicas_SC = self.shards.stores[self.shards.trained_in[unit]].replicas()
-        return self.shards.compute(unit, replicas_SC, routed, LayerCall(step=None, backward_follows=False))
+        shards = self.shards
+        assert shards is not None, "this model's layers compute their experts themselves"
+        replicas_SC = shards.stores[shards.trained_in[unit]].replicas()
+        work = shards.dispatched(unit, replicas_SC, RoutedTokens(x_TD, expert_TK, weight_TK, token_T))
+        y_RD = shards.families[unit].compute(work.routed, work.replicas, step=None)
+        return shards.combined(work, y_RD, backward_follows=False)
 
     def again(self) -> EvaluationPass:
         return self

@@ -26,7 +26,7 @@ from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.cluster.mesh import Mesh, make_mesh, owners_topology
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.comm.device_tables import chunk_tables
-from hecate.parallel.comm.dispatch import combine, dispatch
+from hecate.parallel.comm.dispatch import Dispatched, combine, dispatch
 from hecate.parallel.comm.expert_store import ExpertStore, gather_together
 from hecate.parallel.comm.frozen_store import FrozenStore
 from hecate.parallel.planners import PlanInput
@@ -38,15 +38,14 @@ from hecate.ranks.groups import ExpertGroups
 
 
 @dataclass(frozen=True)
-class LayerCall:
-    """How a layer's experts are called."""
+class LayerWork:
+    """What this rank's experts of a layer compute in one pass."""
 
-    step: int | None
-    """the optimizer step; None: outside training"""
-    backward_follows: bool
-    """so that the bytes of gradients that return to the tokens' ranks count"""
-    computed: Callable[[Tensor], None] = lambda _: None
-    """called with what this rank's experts return, [R, D], before it returns to the tokens' ranks"""
+    routed: RoutedTokens
+    """the tokens that this rank serves, wherever they come from"""
+    replicas: ExpertReplicas
+    sent: Dispatched | None
+    """how they have come, if tokens travel"""
 
 
 class ExpertShards:
@@ -206,11 +205,6 @@ class ExpertShards:
         """Bytes of the trainable chunks that are materialized now."""
         return sum(store.replica_bytes for store in self.stores.values())
 
-    @property
-    def frozen_replica_bytes(self) -> int:
-        """Bytes of others' frozen parts that are held now or are on their way; they stay between steps."""
-        return sum(held.replicas_on(self.rank) * self.frozen[unit].chunk_bytes for unit, held in self.plans.residency.items())
-
     def named_parameters(self) -> dict[tuple[Unit, int], nn.Parameter]:
         """(unit, expert) -> flat chunk, of the experts that this rank owns."""
         return {
@@ -290,10 +284,10 @@ class ExpertShards:
             if unit in self.frozen and (move := self.plans.fetch_frozen(unit)) is not None:
                 self.frozen[unit].start(move)
 
-    def compute(self, unit: Unit, replicas_SC: Tensor, routed: RoutedTokens, call: LayerCall) -> Tensor:
-        """The weighted sum of each token's experts, [T, D]: tokens go to the ranks that serve them, and results return.
+    def dispatched(self, unit: Unit, replicas_SC: Tensor, routed: RoutedTokens) -> LayerWork:
+        """Send tokens to the ranks that serve them; what this rank then has to compute.
 
-        Every rank must call it for the same layers in the same order, also with no tokens.
+        Every rank must call it for the same layers in the same order, also with no tokens, and `combined` after it.
 
         Args:
             replicas_SC: of the layer's present placement, or its pool.
@@ -308,12 +302,19 @@ class ExpertShards:
         # Where no token may have to leave its rank, every expert has a slot on every rank, and its slot is its number.
         routed = replace(routed, expert_S=chunk_tables(plan.chunks, routed.x_TD.device).expert_S)
         frozen_S = self.frozen[unit].chunks(plan.chunks.tables.expert_S.tolist()) if unit in self.frozen else ()
-        y_RD = self.families[unit].compute(routed, ExpertReplicas(replicas_SC, frozen_S), call.step)
-        call.computed(y_RD)
-        if sent is None:
+        return LayerWork(routed, ExpertReplicas(replicas_SC, frozen_S), sent)
+
+    def combined(self, work: LayerWork, y_RD: Tensor, *, backward_follows: bool) -> Tensor:
+        """Return the experts' results to the tokens' ranks: the weighted sum of each token's experts, [T, D].
+
+        Args:
+            y_RD: what the experts have made of `work`.
+            backward_follows: so that the bytes of gradients that return to the tokens' ranks count.
+        """
+        if work.sent is None:
             return y_RD
-        self.token_bytes_to += sent.bytes_to(self.rank, y_RD, backward=call.backward_follows)
-        return combine(y_RD, sent, self.groups.tokens)
+        self.token_bytes_to += work.sent.bytes_to(self.rank, y_RD, backward=backward_follows)
+        return combine(y_RD, work.sent, self.groups.tokens)
 
 
 def _mesh_of(groups: ExpertGroups) -> Mesh:

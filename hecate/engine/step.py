@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate import faults
-from hecate.engine.shards import ExpertShards, LayerCall
+from hecate.engine.shards import ExpertShards
 from hecate.errors import UserError
 from hecate.experts.forward_pass import CurrentPass, OrderError, PassTokens
 from hecate.experts.pass_routing import expert_counts
@@ -412,14 +412,12 @@ class MicroStep:
             self.stats[unit] = routing.stats()
 
     def experts(self, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
-        replicas_SC = self.owner.replicas(self, unit, expert_TK)
+        shards, replicas_SC = self.owner.shards, self.owner.replicas(self, unit, expert_TK)
         faults.at("experts", x_TD)
-        call = LayerCall(
-            step=self.step,
-            backward_follows=self.counts and torch.is_grad_enabled(),
-            computed=lambda y_RD: self.owner.computed(self, unit, y_RD),
-        )
-        return self.owner.shards.compute(unit, replicas_SC, RoutedTokens(x_TD, expert_TK, weight_TK, token_T), call)
+        work = shards.dispatched(unit, replicas_SC, RoutedTokens(x_TD, expert_TK, weight_TK, token_T))
+        y_RD = shards.families[unit].compute(work.routed, work.replicas, self.step)
+        self.owner.computed(self, unit, y_RD)
+        return shards.combined(work, y_RD, backward_follows=self.counts and torch.is_grad_enabled())
 
     def again(self) -> MicroStep:
         return replace(self, counts=False)

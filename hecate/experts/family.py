@@ -88,6 +88,11 @@ class ExpertFamily(OwnedChunks, Protocol):
         ...
 
     @property
+    def sizes(self) -> UnitSizes:
+        """Of the projections that pairs stand beside."""
+        ...
+
+    @property
     def pair_source(self) -> PairSource:
         """Where its pairs come from: adapters are written and read through it. Only for a family that has pairs."""
         ...
@@ -208,6 +213,10 @@ class UnitExperts(ABC):
             site.master_dtype,
             site.device,
         )
+
+    @property
+    def sizes(self) -> UnitSizes:
+        return self.site.sizes
 
     @property
     def pair_source(self) -> PairSource:

@@ -147,8 +147,6 @@ class Generation:
     """member of each rank"""
     devices: tuple[int, ...]
     """Device of each rank, as its number in the topology that the run began with. Further nodes have higher ones."""
-    num_devices: int
-    """number of ranks that the run began with"""
 
 
 def write_generation(store: Path, generation: Generation) -> None:

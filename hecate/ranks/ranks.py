@@ -159,12 +159,6 @@ class Ranks:
     def barrier(self) -> None:
         self.all_max(0.0)
 
-    def broadcast_bytes(self, data: bytes) -> bytes:
-        """The bytes of rank 0. Every rank must call it, with data of the same length."""
-        tensor = torch.tensor(list(data), dtype=torch.uint8, device=self.device)
-        dist.broadcast(tensor, src=0, group=self.groups.world)
-        return bytes(read(tensor, self.groups.world).tolist())
-
     def _reduce(self, value: float, op: dist.ReduceOp.RedOpType) -> Tensor:
         tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor, op=op, group=self.groups.world)

@@ -222,7 +222,7 @@ def _finish(training: Training, outside: _Outside) -> list[tuple[str, str]]:
     return [
         *((label, f"{most / 2**30:.2f} GiB on the fullest rank") for label, most in zip(peaks, fullest, strict=True)),
         (training.parts.output.name, str(written)),
-        *((f"privacy of {name}", str(spent)) for name, spent in training.privacy_spent().items() if training.ranks.is_first),
+        *(line for one in training.additions if training.ranks.is_first for line in one.outcome(training.parts, training.run_state.step)),
     ]
 
 

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from hecate.config import Config
-from hecate.config.rules.of_apps import refuse_training
+from hecate.config.rules.of_apps import refuse_training, require_packages
 from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
 from hecate.io.plain_files import refuse_links
@@ -25,7 +25,7 @@ _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
 
 
 def check_machine(config: Config) -> None:
-    """Check that this machine can run the kernels and the attention that the configuration asks for, and has its trackers and accountant.
+    """Check that this machine can run the kernels and the attention that the configuration asks for, and has its packages.
 
     Only a machine that trains is checked: `hecate plan` accepts the same configuration anywhere.
 
@@ -36,10 +36,7 @@ def check_machine(config: Config) -> None:
     check_kernels(config.kernels)
     check_attention(config.model)
     check_trackers(config.report_to)
-    if config.privacy.noise:
-        from hecate.train.extensions.privacy_accountant import require_accountant
-
-        require_accountant()
+    require_packages(config)
 
 
 def check_kernels(kernels: str) -> None:

@@ -14,11 +14,11 @@ from hecate.checkpoint import remove_stale_staging, stopped_early
 from hecate.checkpoint.save_run import Saved, SaveUnderWay, begin_save, end_save, save_state
 from hecate.checkpoint.train_state import NoCheckpointError, TrainState, load_state, saved_max_steps
 from hecate.config import Config, MoeConfig
+from hecate.config.rules.of_apps import single_sequences
 from hecate.data.batches import Batch, collate, sequence_ranges
 from hecate.data.encode import IGNORED
 from hecate.data.separate_streams import Stream
 from hecate.data.sequences import PackedSequence, empty_sequence
-from hecate.data.sources import TokenSource
 from hecate.elastic.backups import copy_to_backup_ranks
 from hecate.elastic.damaged_copies import CopiesRestoredError, CopyChecks
 from hecate.elastic.layer_timer import LayerTimer
@@ -40,8 +40,7 @@ from hecate.train.build import build_parts, shard_layers_again
 from hecate.train.evaluate import evaluate
 from hecate.train.extensions.copies import ComparedCopies
 from hecate.train.extensions.from_config import step_extensions
-from hecate.train.extensions.privacy import require_whole_records
-from hecate.train.extensions.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
+from hecate.train.extensions.of_apps import training_additions
 from hecate.train.extensions.rank_figures import RankFigures
 from hecate.train.steps.passes_in_order import prepare_for_order, sequences_of_a_pass, sequences_together, step_sums
 from hecate.train.steps.skipped_steps import StepInputs, too_many_skipped
@@ -72,6 +71,7 @@ class Training:
         built = replace(config, resume=False, fssdp=replace(config.fssdp, reshard_interval=None, shard_size=None)) if joins else config
         parts = build_parts(built, ranks, topology)
         self.parts = replace(parts, config=replace(parts.config, resume=config.resume, fssdp=config.fssdp))
+        self.additions = training_additions(config)
         prepare_for_order(config, ranks.device)
         self.ranks = ranks
         self._clock = StepClock(ranks.device)
@@ -104,10 +104,8 @@ class Training:
                 self.warnings = (f"{root} holds a run that was stopped before its first checkpoint: it begins again",)
         if not joins:
             self._settle_length()
-        if config.privacy.clip is not None:
-            for source, taken in _taken_by_step(parts.stream, config):
-                sampling_rate(source.name, len(source), taken)
-                require_whole_records(source, config.data.seq_len)
+        for one in self.additions:
+            one.check_data(parts)
         if config.resume and not joins and self.run_state.step:
             self.notes += _notes_of_resume(self.parts.config, self.run_state)
         self.notes += _notes_of_routers(self.parts.config.moe)
@@ -139,14 +137,14 @@ class Training:
         of that.
 
         A micro-step has `micro_batch_size` sequences for each rank that there was when the run began, however many ranks there are now.
-        Where fewer of a rank's sequences are computed together (`privacy.clip`, `sequences_of_a_pass`), so many are a micro-batch.
+        Where fewer of a rank's sequences are computed together (`single_sequences`, `sequences_of_a_pass`), so many are a micro-batch.
         """
         config, ranks = self.parts.config, self.ranks
         size = len(sequences) // config.gradient_accumulation_steps
         own = sequence_ranges(size, self.shares)[ranks.dp_rank]
         pad_id = self.parts.base.tokenizer.pad_token_id or 0
         shares = [sequences[start + own.start : start + own.stop] or [empty_sequence()] for start in range(0, len(sequences), size)]
-        group = 1 if config.privacy.clip is not None else sequences_of_a_pass(config)
+        group = 1 if single_sequences(config) else sequences_of_a_pass(config)
         if group is not None:
             most = max(self.shares)  # all ranks run as many micro-batches
             shares = [share[start : start + group] or [empty_sequence()] for share in shares for start in range(0, most, group)]
@@ -221,7 +219,7 @@ class Training:
                 sums=step_sums(config, self.shares),
             ),
             [
-                *step_extensions(parts, step, sequences),
+                *step_extensions(parts, step, sequences, self.additions),
                 *([] if compare is None else [ComparedCopies(compare)]),
                 RankFigures(requests, self._work),
                 self._clock,
@@ -249,17 +247,6 @@ class Training:
         self._placed = {unit: placements[unit] for unit in units}
         copies = sum(new_copies(None, placement) for placement in self._placed.values())
         return copies, sum(new_copies(before.get(unit), placement) for unit, placement in self._placed.items())
-
-    def privacy_spent(self) -> dict[str, PrivacySpent]:
-        """What the steps so far have told of each source's samples, by its name; nothing without `privacy.noise`."""
-        config, steps = self.parts.config, self.parts.config.data.skip_steps + self.run_state.step
-        if not config.privacy.noise:
-            return {}
-        noise, delta = config.privacy.noise, config.privacy.delta
-        return {
-            source.name: privacy_spent(noise=noise, delta=delta, samples=len(source), samples_per_step=taken, steps=steps)
-            for source, taken in _taken_by_step(self.parts.stream, config)
-        }
 
     def complete_step(self) -> None:
         """Note that everything that comes between this step and the next is done."""
@@ -427,10 +414,3 @@ def steps_of_epochs(epochs: float, stream: Stream) -> int:
     """The number of steps, at least 1, that take as many samples as so many epochs have (`TrainStream.sequences_per_epoch`)."""
     steps = epochs * stream.sequences_per_epoch() / stream.sequences_per_step
     return max(1, math.ceil(steps - 1e-6))  # 0.1 * 30 is more than 3
-
-
-def _taken_by_step(stream: Stream, config: Config) -> list[tuple[TokenSource, float]]:
-    """Each source with how many samples a step takes of it, where a sequence is a sample; by the weights, a mean."""
-    whole = sum(source.weight for source in stream.sources)
-    shares = [1 / len(stream.sources) if config.data.separate else source.weight / whole for source in stream.sources]
-    return [(source, share * stream.sequences_per_step) for source, share in zip(stream.sources, shares, strict=True)]

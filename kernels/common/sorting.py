@@ -171,7 +171,7 @@ def _words_width(num_assignments: int) -> int:
 
 
 def sorted_assignments(unsorted: Unsorted, num_slots: int) -> tuple[AssignmentOrder, Tensor]:
-    """Return what `assignment_order` does, and dropout's words at each place, of x and of the gated hidden state, int32 [2, T·K or more].
+    """Return the assignments sorted by slot, and dropout's words at each place, of x and of the gated hidden state, int32 [2, T·K or more].
 
     Without dropout, or without slots, there are no words, [2, 0]. Those of assignments that are computed elsewhere mean nothing.
     """
@@ -217,14 +217,21 @@ def words_dropout(words: Tensor, dropped_levels: int) -> FfnDropout | None:
 
 
 def kept_tile_map(order: AssignmentOrder, rows: int) -> Tensor:
-    """Return what `hecate.kernels.common.assignments.tile_map` does. The map of an order is made once and then reused."""
+    """Cut an order into tiles of at most `rows` rows of one slot. A program of a grouped kernel works on one tile.
+
+    There are as many tiles as the least favourable group sizes would need; surplus tiles, at the end, have slot 0 and no rows. The map
+    of an order is made once and then reused.
+
+    Returns:
+        int32 [tiles, 3]: each tile's slot, its first row (a place of the order) and its number of rows, in the order of the rows.
+    """
     if rows not in order.tile_maps:
         order.tile_maps[rows] = _cut(order, rows, None)[0]
     return order.tile_maps[rows]
 
 
 def blocks_of(order: AssignmentOrder, rows: int, chunk_rows: int) -> AssignmentBlocks:
-    """Return what `assignment_blocks` does."""
+    """Cut an order into tiles of at most `rows` and chunks of at most `chunk_rows` assignments, without waiting for the device."""
     return AssignmentBlocks(order, rows, *_cut(order, rows, chunk_rows))
 
 

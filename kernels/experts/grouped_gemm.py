@@ -276,10 +276,8 @@ def _takes_descriptors(x: Tensor, inner: int, halves: int) -> bool:
     return begins_aligned(x) and x.stride(0) * itemsize % 16 == 0 and (halves == 1 or inner * itemsize % 16 == 0)
 
 
-def gemm_launch(
-    x: Tensor, weights: SlotWeights, order: AssignmentOrder, y: Tensor, options: GemmOptions = _PLAIN, *, sm: int | None = None
-) -> Launch:
-    """Return the launch of `grouped_gemm` into `y`. `sm` replaces the sm number of y's device."""
+def gemm_launch(x: Tensor, weights: SlotWeights, order: AssignmentOrder, y: Tensor, options: GemmOptions = _PLAIN) -> Launch:
+    """Return the launch of `grouped_gemm` into `y`."""
     halves, transposed, term = options.halves, options.transposed, options.low_rank
     assert x.dtype == weights.base.dtype == y.dtype, (x.dtype, weights.base.dtype, y.dtype)
     width, inner = _half_width(weights, options), weights.rows // halves if transposed else weights.columns
@@ -289,7 +287,7 @@ def gemm_launch(
     config = _configured(width, rank, x, options)
     tiles = kept_tile_map(order, config.blocks["BM"])
     # In float32, products without tensor cores take most of the time, and the registers that descriptors would need.
-    descriptors = (sm_of(x.device) if sm is None else sm) >= 90 and x.element_size() == 2
+    descriptors = sm_of(x.device) >= 90 and x.element_size() == 2
     half_rows = weights.rows // halves * weights.row_stride
     drop = options.drop_x or options.drop_low
     return Launch(

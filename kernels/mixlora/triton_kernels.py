@@ -1,6 +1,6 @@
 """The Triton kernels of the MixLoRA feed-forward. Rows are assignments, a token with one of its experts, in the order of their slots.
 
-A program works on rows of one slot, which it reads off a tile map (see `hecate.kernels.common.assignments.tile_map`): int32 [tiles, 3] of
+A program works on rows of one slot, which it reads off a tile map (see `hecate.kernels.common.sorting.kept_tile_map`): int32 [tiles, 3] of
 slot, first row, number of rows. Tiles without rows are surplus. Sums are taken in float32 and in a fixed order, and there are no atomics.
 Rows of assignments that are computed elsewhere are neither read nor written.
 

@@ -35,10 +35,9 @@ class JobPolicy:
 
     copied: bool = False
     """whether the others have copies of what a lost rank owned (`fssdp.redundancy`)"""
-    in_memory: bool = False
-    """Where the ranks live. True (Ray): in workers that outlast their part in a generation. They tell when they have left it, and those
-    that cannot go on at once wait with their state for a new rank, or go back to the last checkpoint, in the same processes. False
-    (launchers): each rank is a process, which reads by itself who goes on; if it cannot, a new process begins from the last checkpoint."""
+    workers: bool = False
+    """What the ranks are. True (Ray): workers, which outlast their part in a generation, and are told who goes on. False (launchers):
+    processes, which end with their part, and read by themselves who goes on: one that cannot is followed by a new process."""
     most: int = 3
     """Workers: the largest number of failures of one cause in a row, with no finished step between them; after one more the job fails.
     Processes: how many may be started in place of lost ones in the whole job, or how often all; after them the others go on alone, if they
@@ -73,11 +72,11 @@ def decide(policy: JobPolicy, cause: Cause, left: int, *, copies: bool, failures
         copies: whether the others have copies of what the lost rank owned, and all of them have something to go on from.
         failures: how many there were by now that count against `JobPolicy.most`, with this one.
     """
-    if not policy.in_memory and copies:
+    if not policy.workers and copies:
         return Decision.GO_ON if left else Decision.GIVE_UP
     if failures > policy.most:
         return Decision.GIVE_UP
     waits = not copies or left < policy.fewest
-    if not policy.in_memory or cause in (Cause.ERROR, Cause.START) or (cause in (Cause.PROCESS_DIED, Cause.STOPPED) and waits):
+    if not policy.workers or cause in (Cause.ERROR, Cause.START) or (cause in (Cause.PROCESS_DIED, Cause.STOPPED) and waits):
         return Decision.REPLACE
     return Decision.GO_ON if left >= policy.fewest else Decision.WAIT

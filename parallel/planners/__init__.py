@@ -4,13 +4,9 @@ A run that trains under a policy named after another system takes that system's 
 divides tokens among replicas, and moves experts, as that system does; there `NAME+ours` is the policy as a run trains under it.
 """
 
-from dataclasses import replace
-
 from hecate.io.registry import registered
-from hecate.parallel.cost.cost_model import Priced
 from hecate.parallel.planners.plan import Collective, LayerPlan, Plan, PlanInput, Planner, Policy
 from hecate.parallel.planners.policies.full import plan_with
-from hecate.parallel.planners.rivals.sharded_gather import with_sharded_gather
 from hecate.parallel.planners.rivals.source_split import with_our_split
 from hecate.parallel.values.policy_names import POLICY_ORDER
 
@@ -26,17 +22,6 @@ ROWS: dict[str, Planner] = POLICIES | _AS_PUBLISHED | WITH_OURS
 """what a simulation can compare"""
 
 
-def price_row(name: str, plan: Plan, given: PlanInput) -> Priced:
-    """Price a plan of one of `ROWS`, made from `given`, with the collectives of its system. A route that is given holds for all systems."""
-    collective = COLLECTIVES.get(name) if given.execution.route == "fastest" else None
-    if collective == "flat":
-        return plan.price(replace(given, execution=replace(given.execution, route="flat")))
-    priced = plan.price(given)
-    if collective == "sharded" and plan.quota_LED is not None:
-        return with_sharded_gather(priced, plan.quota_LED > 0, given.topology, given.cost, given.execution)
-    return priced
-
-
 __all__ = [
     "COLLECTIVES",
     "POLICIES",
@@ -48,5 +33,4 @@ __all__ = [
     "PlanInput",
     "Planner",
     "plan_with",
-    "price_row",
 ]

@@ -62,10 +62,14 @@ def training_of(case: AnyCase, rank: int, world: int) -> Training:
 def routed_experts(shards: ExpertShards) -> Iterator[list[tuple[Unit, np.ndarray, RowBytes]]]:
     """Of each call of a unit's experts in the block: this rank's choices, and the bytes of a token's row."""
     calls: list[tuple[Unit, np.ndarray, RowBytes]] = []
-    original = shards.compute
+    dispatched, combined, under_way = shards.dispatched, shards.combined, list[tuple[Unit, Any]]()
 
-    def noted(unit: Unit, replicas_SC: Any, routed: Any, call: Any) -> Any:
-        y_TD = original(unit, replicas_SC, routed, call)
+    def noted(unit: Unit, replicas_SC: Any, routed: Any) -> Any:
+        under_way.append((unit, routed))
+        return dispatched(unit, replicas_SC, routed)
+
+    def returned(work: Any, y_RD: Any, *, backward_follows: bool) -> Any:
+        y_TD, (unit, routed) = combined(work, y_RD, backward_follows=backward_follows), under_way.pop()
         x_TD, weight_TK = routed.x_TD, routed.weight_TK
         row = RowBytes(
             x_TD.shape[1] * FLOAT64,
@@ -77,11 +81,11 @@ def routed_experts(shards: ExpertShards) -> Iterator[list[tuple[Unit, np.ndarray
         calls.append((unit, routed.slot_TK.numpy().copy(), row))
         return y_TD
 
-    shards.compute = noted  # type: ignore[method-assign]
+    shards.dispatched, shards.combined = noted, returned  # type: ignore[method-assign]
     try:
         yield calls
     finally:
-        del shards.compute  # type: ignore[method-assign]
+        del shards.dispatched, shards.combined  # type: ignore[method-assign]
 
 
 def pool_bytes(shards: ExpertShards, unit: Unit) -> np.ndarray:

@@ -108,9 +108,9 @@ def test_processes(policy: JobPolicy, script: str, phase: State, said: str) -> N
 
 
 WORKERS = JobPolicy(
-    copied=True, in_memory=True, most=1, fewest=2, fewest_to_begin=2, limits=Limits(30, 30, 30, 30, by=" (ray.start_timeout)")
+    copied=True, workers=True, most=1, fewest=2, fewest_to_begin=2, limits=Limits(30, 30, 30, 30, by=" (ray.start_timeout)")
 )
-UNCOPIED = JobPolicy(in_memory=True, most=1, fewest=2, fewest_to_begin=2, limits=WORKERS.limits)
+UNCOPIED = JobPolicy(workers=True, most=1, fewest=2, fewest_to_begin=2, limits=WORKERS.limits)
 GONE = "end 1, request 1, break_off 0 2"
 
 

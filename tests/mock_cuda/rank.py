@@ -62,7 +62,7 @@ def main(runs: dict[str, Any], rank: int) -> None:
 
 def _ask(config: Config, folder: Path) -> dict[str, str]:
     """Evaluate what a run has written, as `hecate eval` does, and have it answer a question in two tokens."""
-    from hecate.apps.answers.inference import answer, evaluate_trained
+    from testing.answering import answer, evaluate_trained
 
     written = folder / ("model" if (folder / "model").exists() else "adapter")
     printed = io.StringIO()

@@ -59,15 +59,7 @@ class LinearsDescription(MixtureDescription):
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "peft_type": _PEFT_TYPE,  # PEFT itself refuses it, and does not apply half of the adapter
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base_model_name_or_path,
-            "bias": "none",
-            "inference_mode": True,
-            "r": self.r,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "use_rslora": self.use_rslora,
+            **self.as_lora(_PEFT_TYPE, self.dropout),  # PEFT itself refuses this type, and does not apply half of the adapter
             "target_modules": list(self.target_modules),
             "number_experts": list(self.experts_per_layer),
             "top_k": self.top_k,

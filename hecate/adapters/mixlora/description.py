@@ -131,14 +131,10 @@ class MixLoraDescription(MixtureDescription):
         }
         if isinstance(self.num_experts, tuple):
             ours["num_experts"] = list(self.num_experts)
+        not_read = ("inference_mode", "use_rslora")
+        begun = {"bias": "none"} | {key: one for key, one in self.as_lora(PEFT_TYPE, _READERS_DROPOUT).items() if key not in not_read}
         value: dict[str, Any] = {
-            "bias": "none",
-            "peft_type": PEFT_TYPE,
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base_model_name_or_path,
-            "r": self.r,
-            "lora_alpha": self.alpha,
-            "lora_dropout": _READERS_DROPOUT,
+            **begun,
             "target_modules": list(self.target_modules),
             "routing_strategy": "mixlora",
             "num_experts": max(self.experts_per_layer),

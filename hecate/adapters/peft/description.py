@@ -74,15 +74,7 @@ class LoraDescription(Description):
     def to_json(self) -> dict[str, Any]:
         """Return adapter_config.json as PEFT reads it, with further values under the key "hecate"."""
         return {
-            "peft_type": PEFT_TYPE,
-            "task_type": "CAUSAL_LM",
-            "base_model_name_or_path": self.base_model_name_or_path,
-            "bias": "none",
-            "inference_mode": True,
-            "r": self.r,
-            "lora_alpha": self.alpha,
-            "lora_dropout": 0.0,
-            "use_rslora": self.use_rslora,
+            **self.as_lora(PEFT_TYPE, 0.0),
             # An empty list is written as one: for null, PEFT would adapt the attention projections of model types that it supports.
             "target_modules": self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules),
             "target_parameters": list(self.target_parameters),

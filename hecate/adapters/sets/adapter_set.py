@@ -66,10 +66,6 @@ class Merged:
         return {module: self.error(module) for module in self.result.sizes}
 
 
-AdapterOp = Callable[[Sequence[AdapterSet], Sequence[float]], Merged]
-"""an operation, when its options are given: of sets that have base, modules and routers in common, and of weights whose sum is 1"""
-
-
 def require_alike(sets: Sequence[AdapterSet]) -> None:
     """Check that sets can become one.
 

@@ -1,4 +1,4 @@
-"""Operations that keep or cut the sum of the terms: stack, average, recompress and top_density."""
+"""Operations that keep the sum of the terms or come near to it: stack, average and recompress."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -85,45 +84,6 @@ def recompress(one: AdapterSet, rank: int) -> Merged:
     return Merged(result, lambda module: [one.read(module)])
 
 
-def top_density(one: AdapterSet, density: float) -> Merged:
-    """Return a set that keeps the ⌈density · n⌉ numbers of A and B that are largest in magnitude, one ranking over all modules, and zeros.
-
-    B is ranked without the scale. Of equal numbers the first are kept: by modules in the set's order, A before B, row by row. Modules are
-    read one after another, three times: the numbers are counted by their leading bits, and only those of one count are held together.
-
-    Raises:
-        UserError: `density` is not above 0 and at most 1.
-    """
-    kept = kept_numbers(density, sum(one.rank * sum(sizes) for sizes in one.sizes.values()))
-    made = {**one.made, "density": density}
-    if density == 1:
-        return Merged(replace(one, made=made), lambda module: [one.read(module)])
-    counts = np.zeros(1 << _LEADING_BITS, dtype=np.int64)
-    for module in one.sizes:
-        counts += np.bincount(_leading(_magnitudes(one, module)), minlength=len(counts))
-    at_least = counts[::-1].cumsum()[::-1]
-    (border,) = np.flatnonzero(at_least >= kept)[-1:]
-    above = int(at_least[border] - counts[border])
-    numbers = {module: (found := _magnitudes(one, module))[_leading(found) == border] for module in one.sizes}
-    in_order = np.sort(np.concatenate(list(numbers.values())))[::-1]
-    least = in_order[kept - above - 1]
-    still = kept - above - int((in_order > least).sum())
-    equals: dict[str, int] = {}
-    """of each module, how many of the numbers equal to the least are kept"""
-    for module, found in numbers.items():
-        equals[module] = min(still, int((found == least).sum()))
-        still -= equals[module]
-
-    def read(module: str) -> Terms:
-        terms, found = one.read(module), _magnitudes(one, module)
-        keep = found > least
-        keep[np.flatnonzero(found == least)[: equals[module]]] = True
-        mask_a, mask_b = torch.from_numpy(keep).split([terms.a_rI.numel(), terms.b_Or.numel()])
-        return Terms(terms.a_rI * mask_a.view_as(terms.a_rI), terms.b_Or * mask_b.view_as(terms.b_Or))
-
-    return Merged(replace(one, name=f"density {density:g} of {one.name}", read=read, made=made), lambda module: [one.read(module)])
-
-
 def kept_numbers(density: float, numel: int) -> int:
     """Return ⌈density · numel⌉, where a density such as 0.07 is the decimal number that it is written as, not the nearest binary one.
 
@@ -133,20 +93,6 @@ def kept_numbers(density: float, numel: int) -> int:
     if not 0 < density <= 1:
         raise UserError(f"density {density:g}: must be above 0 and at most 1, the share of the numbers that are kept")
     return math.ceil(Fraction(repr(float(density))) * numel)
-
-
-_LEADING_BITS = 16
-
-
-def _magnitudes(one: AdapterSet, module: str) -> np.ndarray:
-    terms = one.read(module)
-    return torch.cat([terms.a_rI.flatten(), (terms.b_Or / one.scale).flatten()]).abs().numpy()
-
-
-def _leading(magnitudes: np.ndarray) -> np.ndarray:
-    """The sign, the exponent and the first bits of the mantissa, which are in the order of the magnitudes."""
-    bits: np.ndarray = magnitudes.view(np.int64) >> (64 - _LEADING_BITS)
-    return bits
 
 
 def _mean(matrices: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

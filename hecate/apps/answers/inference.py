@@ -6,27 +6,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from hecate.apps.answers.answers import answers_to
 from hecate.apps.answers.compare import Questions, compare, figures_json, show_figures
 from hecate.apps.answers.opened import Opened, open_trained
 from hecate.config import Config
-from hecate.data.files.prompts import asked
 from hecate.data.files.user_features import UserFeatures, read_user_features
 from hecate.errors import UserError
 from hecate.io.durable import replace_output
 from hecate.io.terminal import show_text
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
-from hecate.train.generation import Decoding
-
-
-def evaluate_trained(config: Config, trained: Path) -> None:
-    """Print held-out loss and, with eval.generate, exact accuracy of each source of data.eval.
-
-    Raises:
-        UserError: no data.eval, no such folder, the adapter does not fit the model, or there is no room for the model.
-    """
-    evaluate_models(config, [str(trained)], Questions())
 
 
 def evaluate_models(config: Config | None, names: Sequence[str], questions: Questions, json_path: Path | None = None) -> None:
@@ -68,29 +56,6 @@ def answering(trained: Path, *, model: str | None = None, user: str | None = Non
     users = _asking(user, features)
     with join_ranks() as ranks:
         yield open_trained(trained, ranks, BaseChoice(model), users)
-
-
-def answer(
-    trained: Path,
-    prompt: str,
-    *,
-    system: str | None,
-    model: str | None,
-    max_new_tokens: int,
-    user: str | None = None,
-    features: Path | None = None,
-) -> str:
-    """The greedy answer to one prompt in the tokenizer's chat template; a model without one goes on with the prompt as plain text.
-
-    Raises:
-        UserError: as `answering`; or there is a system message and no chat template.
-    """
-    if features is not None and user is None:
-        raise UserError("--features was given without --user ID; an adapter that decides by users needs both")
-    with answering(trained, model=model, user=user, features=features) as opened:
-        prompts = iter([asked(prompt, system, user)])
-        ((_, (found,)),) = answers_to(opened, prompts, Decoding(max_new_tokens), batch_size=1)
-        return found.text
 
 
 def _asking(user: str | None, features: Path | None) -> UserFeatures | None:

@@ -11,7 +11,6 @@ whichever of the last two is smaller: 4 bytes for each number, or 1/8 for each p
 their bits, so a message of density 1 is the vector.
 
 The server holds whole vectors in one process, so that the largest are found by one selection, whatever number of ranks has trained them.
-`hecate.adapters.sets.sums.top_density` makes the same choice module by module, where an adapter need not fit into memory.
 """
 
 from __future__ import annotations

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
+from hecate.apps.federate.privacy.accountant import PrivacySpent
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
 from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.report.progress import duration_text
-from hecate.train.extensions.privacy_accountant import PrivacySpent
 
 UNION = "union"
 """the name of a round's result among the clients"""

@@ -38,7 +38,7 @@ from hecate.apps.federate.plans import (
     sweep_of,
     taking_part,
 )
-from hecate.apps.federate.privacy import check_rates, privacy_of_clients
+from hecate.apps.federate.privacy.clients import check_rates, privacy_of_clients
 from hecate.apps.federate.records import UNION, RoundRecord, add_record, line_of, read_rounds
 from hecate.apps.federate.section.settings import rounds_of
 from hecate.apps.federate.server import adapter_set, aggregated, received, stepped, sum_of_rounds, whole_error, write_pairs

@@ -7,15 +7,11 @@ from dataclasses import fields, replace
 
 import numpy as np
 
-from hecate.parallel.cluster.mesh import Mesh, hiding_flops, make_mesh
+from hecate.parallel.cluster.mesh import Mesh, hiding_flops
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cost.cost_model import LayerCost
-from hecate.parallel.plan.sharding import owned_bytes
-from hecate.parallel.planners import PlanInput
-from hecate.parallel.planners.policies.static_ep import plan_static_ep
 from hecate.parallel.simulate.simulated_step import StepBytes
 from hecate.parallel.simulate.simulator import Simulated, mean_modes
-from hecate.parallel.values.placement import contiguous_owners
 
 SimulateGroup = Callable[[np.ndarray, Topology, LayerCost], list[Simulated]]
 """a function of loads (int64 [steps, layers, experts, source ranks]), topology and cost that returns a result for each policy"""
@@ -45,31 +41,6 @@ def ep_group_sizes(topology: Topology, experts: int) -> list[int]:
     sizes = [size for size in range(1, world + 1) if world % size == 0 and size <= experts]
     in_node = [size for size in sizes if all(len({node[rank] for rank in ranks}) == 1 for ranks in Mesh(world, size).sharding_groups())]
     return sorted({sizes[-1], in_node[-1]}, reverse=True)
-
-
-def grouped_ep_seconds(given: PlanInput, layer: int) -> float:
-    """Return the seconds of a layer under expert parallelism in groups of the fastest of `ep_group_sizes`, the sum of gradients included.
-
-    Owners are those of expert parallelism. A size counts only if the experts that a rank owns beside those of one group of all ranks are
-    no larger than the replicas for which it has slots.
-    """
-    topology, cost, loads_ED, experts = given.topology, given.cost, given.expected_LED[layer], given.num_experts
-    room, found = float(given.slots_D.min()) * cost.replica_bytes, []
-    for size in ep_group_sizes(topology, experts):
-        mesh = make_mesh(topology.world_size, size)
-        more = -(-experts // size) - -(-experts // topology.world_size)
-        if more * (cost.trainable_bytes + owned_bytes(cost)) > room:
-            continue
-        owner_LE = contiguous_owners(experts, size)[None]
-        groups = []
-        for ranks in mesh.sharding_groups():
-            part = topology.take(ranks)
-            hiding = replace(cost, non_moe_flops=hiding_flops(cost.non_moe_flops, part, topology))
-            of_group = PlanInput(owner_LE, loads_ED[None][..., ranks], part, hiding, np.zeros(size, np.int64), execution=given.execution)
-            groups.append(float(plan_static_ep(of_group).seconds(of_group).total[0]))
-        owned_D = np.tile(np.bincount(owner_LE[0], minlength=size) * cost.reduced_bytes, mesh.num_sharding_groups)
-        found.append(max(groups) + sum_over_groups(owned_D, 1, topology, mesh)[0])
-    return min(found, default=np.inf)
 
 
 def with_sum(one: Simulated, seconds: float, moved: StepBytes) -> Simulated:

@@ -26,9 +26,6 @@ from hecate.experts.forward_pass import CurrentPass
 from hecate.experts.routers.router import Routing, load_balancing_loss
 from hecate.parallel.values.units import Unit
 
-AUX_LOSS = "global_load_balancing_loss"
-"""the name under which Megatron tracks it"""
-
 
 def expert_parallel_config(shape: GptShape, dtype: torch.dtype, world_size: int, *, aux_loss_coef: float = 0.0) -> TransformerConfig:
     """Megatron's configuration of the model with its own experts.
@@ -113,31 +110,18 @@ class RecordingRouter(TopKRouter):
         return Routing(logits_TE.softmax(-1), expert_TK, weight_TK)
 
 
-def set_expert(layer: MoELayer, expert: int, chunk: Tensor) -> None:
-    """Give a local expert the weights of a flat chunk, as `FfnShape` lays them out; does nothing on other ranks."""
-    if expert in layer.local_expert_indices:
-        for parameter, part in zip(_weights(layer, expert), _split(layer, expert, chunk), strict=True):
-            parameter.data.copy_(part.view_as(parameter))
-
-
-def flat_expert(layer: MoELayer, expert: int, *, grad: bool) -> Tensor:
-    """[C]: a local expert's weights, or their gradients, as a flat chunk."""
-    parts = [parameter.grad if grad else parameter.detach() for parameter in _weights(layer, expert)]
-    return torch.cat([part.flatten() for part in parts if part is not None])
-
-
 def put_experts(layer: MoELayer, chunks_nC: Tensor) -> None:
     """Have the local experts compute with their rows of `chunks_nC`, as `FfnShape` lays them out, and without gradients: with views of
     them, or, where the layer computes in another type, with copies."""
     for expert, chunk in zip(layer.local_expert_indices, chunks_nC.detach().to(layer.config.params_dtype), strict=True):
-        for parameter, part in zip(_weights(layer, expert), _split(layer, expert, chunk), strict=True):
+        for parameter, part in zip(expert_weights(layer, expert), _split(layer, expert, chunk), strict=True):
             parameter.data, parameter.grad = part.view_as(parameter), None
 
 
 def write_gradients(layer: MoELayer, grad_nC: Tensor) -> None:
     """Copy the local experts' gradients to their rows of `grad_nC`, zeros where an expert has none, and forget them in the layer."""
     for expert, row in zip(layer.local_expert_indices, grad_nC, strict=True):
-        for parameter, part in zip(_weights(layer, expert), _split(layer, expert, row), strict=True):
+        for parameter, part in zip(expert_weights(layer, expert), _split(layer, expert, row), strict=True):
             if parameter.grad is None:
                 part.zero_()
             else:
@@ -145,11 +129,11 @@ def write_gradients(layer: MoELayer, grad_nC: Tensor) -> None:
             parameter.grad = None
 
 
-def _weights(layer: MoELayer, expert: int) -> tuple[nn.Parameter, nn.Parameter]:
+def expert_weights(layer: MoELayer, expert: int) -> tuple[nn.Parameter, nn.Parameter]:
     """Gate and up as one matrix, and down: our chunk's order."""
     mlp = layer.experts.local_experts[layer.local_expert_indices.index(expert)]
     return mlp.linear_fc1.weight, mlp.linear_fc2.weight
 
 
 def _split(layer: MoELayer, expert: int, chunk: Tensor) -> tuple[Tensor, ...]:
-    return chunk.split([parameter.numel() for parameter in _weights(layer, expert)])
+    return chunk.split([parameter.numel() for parameter in expert_weights(layer, expert)])

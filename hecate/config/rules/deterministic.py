@@ -9,11 +9,6 @@ from hecate.config.schema import LEAVES
 _REFUSED: tuple[tuple[str, str, str], ...] = (
     ("model.front_end", "builds layers whose gradients are summed by rank", "use model.front_end=transformers"),
     (
-        "privacy.clip",
-        "clips the gradient of each sample before it is added, for which there is no such order yet",
-        "leave one of the two out",
-    ),
-    (
         "fssdp.plan",
         "has nothing to decide, because every rank has all experts",
         "leave it out; moe.replay=force replays a routing without it",

@@ -19,7 +19,6 @@ from hecate.config.rules.deterministic import check_deterministic
 from hecate.config.rules.megatron import check_megatron, check_megatron_ep
 from hecate.config.rules.of_apps import section_rules
 from hecate.config.rules.pairs import check_pairs, largest_rank
-from hecate.config.rules.privacy import check_privacy
 from hecate.config.rules.replay import check_replay
 from hecate.config.rules.routers import check_router
 from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, MEGATRON_EP, RANGES
@@ -53,7 +52,6 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     _check_kind(values, add, trains=trains)
     check_pairs(values, add)
     check_router(values, add)
-    check_privacy(values, add)
     check_replay(values, add)
     check_deterministic(values, add)
     _check_separate(values, add)

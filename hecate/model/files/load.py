@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,6 @@ from hecate.io.foreign_errors import reading
 from hecate.model.files.base_folder import refuse_endless_values, refuse_what_is_loaded_unseen, refuse_whole_numbers
 from hecate.model.layers.norms import fuse_norms
 from hecate.ranks.processor import computes_bfloat16
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 from hecate.config import Config, find_model
 from hecate.config.files.presets import find_preset
 from hecate.config.files.topology import AUTO
+from hecate.config.rules.of_apps import single_sequences
 from hecate.data.files.user_features import users_of
 from hecate.errors import UserError
 from hecate.experts.pairs.source_table import PAIR_SOURCES, trains_a
@@ -225,7 +226,7 @@ def shape_on(config: Config, seen: SeenTopology, name: str) -> RunShape:
     machines = seen.topology
     make_mesh(machines.world_size, config.fssdp.shard_size, config.model.tensor_parallel)
     base, config = base_shape_of(config)
-    if config.privacy.clip is not None:  # each sequence is a micro-step of its own
+    if single_sequences(config):
         steps = config.gradient_accumulation_steps * config.micro_batch_size
         config = replace(config, gradient_accumulation_steps=steps, micro_batch_size=1)
     dtype_bytes = _DTYPE_BYTES[_dtype(config, machines)]

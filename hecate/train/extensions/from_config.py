@@ -14,18 +14,21 @@ from hecate.train.build import RunParts
 from hecate.train.extensions.copies import BackupGradients
 from hecate.train.extensions.extension import StepExtension
 from hecate.train.extensions.fault_places import FaultPlaces
-from hecate.train.extensions.privacy import HiddenSamples, privacy_of
+from hecate.train.extensions.of_apps import TrainingAddition
 from hecate.train.extensions.replayed_routing import ReplayedRouting
 from hecate.train.extensions.separate_adapters import SeparateAdapters
 from hecate.train.extensions.users import UsersOfSamples
 
 
-def step_extensions(parts: RunParts, step: int, sequences: Sequence[PackedSequence]) -> list[StepExtension]:
+def step_extensions(
+    parts: RunParts, step: int, sequences: Sequence[PackedSequence], additions: Sequence[TrainingAddition]
+) -> list[StepExtension]:
     """What the configuration adds to one step.
 
     Args:
         step: its number, from 0.
         sequences: of the whole step, all ranks together.
+        additions: of apps.
     """
     config, engine, found = parts.config, parts.moe.engine, list[StepExtension]()
     if parts.moe.separate_experts:
@@ -34,8 +37,7 @@ def step_extensions(parts: RunParts, step: int, sequences: Sequence[PackedSequen
         found.append(UsersOfSamples(parts.features_UF))
     if config.moe.replay is not None:
         found.append(ReplayedRouting(config.moe.replay, engine.shards.device))
-    if (privacy := privacy_of(config)) is not None:
-        found.append(HiddenSamples(privacy, engine.shards, _samples_of_source(sequences, len(config.data.train)), step))
+    found += [one.extension(parts, step, sequences) for one in additions]
     if faults.armed():
         found.append(FaultPlaces())
     if backups := backups_kept(engine, config.fssdp.redundancy):
@@ -47,9 +49,3 @@ def _labels_of_source(sequences: Sequence[PackedSequence], sources: int) -> list
     """Label tokens by source."""
     labelled = np.concatenate([one.task[one.targets != IGNORED] for one in sequences])
     return np.bincount(labelled, minlength=sources).tolist()
-
-
-def _samples_of_source(sequences: Sequence[PackedSequence], sources: int) -> list[int]:
-    """Samples by source."""
-    found = [source for one in sequences for source, _ in one.samples]
-    return np.bincount(found, minlength=sources).tolist()

@@ -14,6 +14,7 @@ import torch
 from hecate.apps.federate.client import read_plan
 from hecate.apps.federate.codec import decode, encode
 from hecate.apps.federate.held_out import read_figures
+from hecate.apps.federate.privacy.accountant import PrivacySpent
 from hecate.apps.federate.records import RoundRecord, add_record, line_of, read_rounds
 from hecate.apps.federate.server_optimizer import ServerState, load_server, save_server
 from hecate.apps.foresee.sweep import load_sweep
@@ -34,7 +35,6 @@ from hecate.ranks.launcher_files import Generation, read_generation, write_gener
 from hecate.report.pages.page import report_page
 from hecate.report.run_records import read_run
 from hecate.report.timeline import write_timeline
-from hecate.train.extensions.privacy_accountant import PrivacySpent
 from hecate.train.steps.replay_step import read_step
 from tests.attacks.fuzz.file_kinds import FileKind
 
@@ -278,7 +278,7 @@ def _merge_timeline(folder: Path) -> None:
 
 
 def _generation(folder: Path) -> None:
-    write_generation(folder / "store", Generation(1, (0, 2), (0, 1), 4))
+    write_generation(folder / "store", Generation(1, (0, 2), (0, 1)))
 
 
 def _read_json(read: Callable[[Any], object], name: str) -> Callable[[Path], object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ import torch.nn.functional as F
 from sklearn.cluster import KMeans
 from torch import Tensor
 
-from hecate.adapters.sets.adapter_set import EXACT, AdapterOp, AdapterSet
+from hecate.adapters.sets.adapter_set import EXACT, AdapterSet, Merged
 from hecate.adapters.sets.by_peft import linear, ties
 from hecate.adapters.sets.lego import REWEIGHTS, cluster_labels, in_fewer_coordinates, lego
 from hecate.adapters.sets.refine import refine
 from hecate.adapters.sets.set_files import read_set, write_set
-from hecate.adapters.sets.sums import average, recompress, stack, top_density
+from hecate.adapters.sets.sums import average, kept_numbers, recompress, stack
 from hecate.adapters.sets.terms import Terms, inner, norm
 from hecate.errors import UserError
 from tests import plain_sets as plain
@@ -31,7 +32,14 @@ WEIGHTS = [0.5, 0.3, 0.2]
 THREE = [random_set(1, 3, 2.0), random_set(2, 3, 2.0), random_set(3, 3, 2.0)]
 MIXED = [random_set(1, 4, 0.5), random_set(2, 2, 2.0), random_set(3, 1)]
 TO_ROUNDING: dict[str, float] = {"rtol": 1e-12, "atol": 1e-12}
-ALL_METHODS: dict[str, AdapterOp] = {"stack": stack, "average": average, "linear": linear, "ties": ties, "lego": lego, "refine": refine}
+ALL_METHODS: dict[str, Callable[..., Merged]] = {
+    "stack": stack,
+    "average": average,
+    "linear": linear,
+    "ties": ties,
+    "lego": lego,
+    "refine": refine,
+}
 
 
 def wanted(sets: list[AdapterSet], weights: list[float]) -> Tensor:
@@ -256,27 +264,6 @@ def test_refine_by_cosine_leaves_its_start_as_soon_as_that_is_worth_the_change()
             assert torch.equal(found.b_Or, mean.b_Or) != moves
 
 
-@pytest.mark.parametrize("density", [1e-9, 0.1, 0.37, 0.999])
-def test_top_density_keeps_the_largest_of_all_modules(density: float) -> None:
-    random = random_set(1, 3)
-    one = replace(changed(random, lambda a, b: ((4 * a).round() / 4, (4 * b).round() / 2)), scale=2.0)  # many equal numbers
-    found = top_density(one, density)
-    numbers = [matrix for module in SIZES for matrix in (one.read(module).a_rI, one.read(module).b_Or / 2.0)]
-    masks = plain.largest(numbers, density)
-    kept = [matrix for module in SIZES for matrix in pair_of(found.result, module)]
-    for matrix, mask, number, scale in zip(kept, masks, numbers, [1.0, 2.0] * 2, strict=True):
-        assert torch.equal(matrix, scale * number * mask)
-    assert sum(int(mask.sum()) for mask in masks) == math.ceil(density * sum(one.numel() for one in numbers))
-
-
-def test_density_1_changes_no_bit() -> None:
-    found = top_density(THREE[0], 1.0)
-    assert all(
-        torch.equal(*pair) for module in SIZES for pair in zip(pair_of(found.result, module), pair_of(THREE[0], module), strict=True)
-    )
-    assert max(found.errors().values()) < EXACT
-
-
 REFUSED: dict[str, tuple[Any, str]] = {
     "weights for others": (lambda: stack(THREE, [0.5, 0.5]), "2 weights were given for 3 adapters\n  give one for each"),
     "weights without sum 1": (lambda: stack(THREE, [1.0, 1.0, 1.0]), "the weights 1, 1, 1 have the sum 3, which must be 1"),
@@ -301,8 +288,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "reweight": (lambda: lego(MIXED, WEIGHTS, reweight="l1"), "reweight l1: must be one of none, parameter, output, both"),  # type: ignore[arg-type]
     "rank of an svd": (lambda: recompress(THREE[0], 4), "rank 4: adapter 1 has 3 terms in each module\n  give a rank from 1 to 3"),
-    "density 0": (lambda: top_density(THREE[0], 0.0), "density 0: must be above 0 and at most 1"),
-    "density above 1": (lambda: top_density(THREE[0], 1.5), "density 1.5: must be above 0"),
+    "density 0": (lambda: kept_numbers(0.0, 9), "density 0: must be above 0 and at most 1"),
+    "density above 1": (lambda: kept_numbers(1.5, 9), "density 1.5: must be above 0"),
     "density of ties": (lambda: ties(THREE, WEIGHTS, density=0), "density 0: must be above 0"),
 }
 

@@ -78,7 +78,7 @@ def test_a_pair_source_trains_what_the_dry_run_counts(name: str) -> None:
 def questions(tree: ast.AST) -> Iterator[ast.AST]:
     """Comparisons of a kind or family with one of them, and questions for a family's class."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("cast", "isinstance", "issubclass"):
             if {part.id for part in ast.walk(node) if isinstance(part, ast.Name)} & FAMILIES:
                 yield node
         elif isinstance(node, ast.Compare):
@@ -90,7 +90,14 @@ def questions(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 @pytest.mark.parametrize(
-    "text", ['config.moe.family == "full"', 'family in ("mixlora", "x")', "kind is MOE_LORA", "isinstance(experts, FullExperts)"]
+    "text",
+    [
+        'config.moe.family == "full"',
+        'family in ("mixlora", "x")',
+        "kind is MOE_LORA",
+        "isinstance(experts, FullExperts)",
+        "cast(UnitExperts, family)",
+    ],
 )
 def test_a_question_is_noticed(text: str) -> None:
     assert list(questions(ast.parse(text)))

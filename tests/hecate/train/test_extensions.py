@@ -166,7 +166,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kinds(rank: int, world: int, workshop: str, given: Sequence[str]) -> list[str]:
     run = make_run(workshop, "extensions", rank, world, *given)
-    return [type(one).__name__ for one in step_extensions(run.parts, 0, run.parts.stream.next_step())]
+    return [type(one).__name__ for one in step_extensions(run.parts, 0, run.parts.stream.next_step(), run.additions)]
 
 
 def test_a_run_has_the_extensions_that_it_is_configured_with(workshop: Path) -> None:

@@ -12,10 +12,10 @@ from safetensors import safe_open
 
 import hecate.cli.models
 import hecate.model.files.memory_check
-from hecate.apps.answers.inference import answer
 from hecate.config import DataSource
 from hecate.data.encode import encode_source
 from hecate.errors import UserError
+from testing.answering import answer
 from tests.hecate.train.command_line import kill_rank_1_after, losses, records, run, train_arguments, workshop
 
 __all__ = ["workshop"]  # a fixture

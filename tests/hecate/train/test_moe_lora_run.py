@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 import hecate.model.files.memory_check
 from hecate.adapters.formats.peft import FORMAT
 from hecate.apps.answers.compare import Questions, compare
-from hecate.apps.answers.inference import answer, evaluate_trained
 from hecate.apps.answers.opened import with_adapter
 from hecate.config import load_config
 from hecate.data.files.choices import read_choices
@@ -25,6 +24,7 @@ from hecate.model.base import BaseChoice
 from hecate.model.sizes.run_shape import run_shape
 from hecate.ranks.ranks import join_ranks
 from hecate.train.training import Training
+from testing.answering import answer, evaluate_trained
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.ranks import run_ranks
 from testing.tiny_run import write_samples

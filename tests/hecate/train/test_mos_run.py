@@ -13,7 +13,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from hecate.adapters.trained_output import begin_with_adapter
-from hecate.apps.answers.inference import answer
 from hecate.apps.answers.opened import with_adapter
 from hecate.apps.foresee.dry_run import forecast
 from hecate.config import load_config
@@ -26,6 +25,7 @@ from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.report.summary import training_report
 from hecate.train.training import Training
+from testing.answering import answer
 from testing.tiny_run import make_workshop
 from tests.hecate.train import command_line
 

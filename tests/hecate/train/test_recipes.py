@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hecate.apps.answers.inference import answer
 from hecate.checkpoint.manifest import read_manifest
 from hecate.config import load_config
 from hecate.model.sizes.run_shape import run_shape
 from hecate.parallel.values.expert_kinds import LoraShape
+from testing.answering import answer
 from tests.hecate.train.command_line import records, run, workshop
 
 __all__ = ["workshop"]  # a fixture

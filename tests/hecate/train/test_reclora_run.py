@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 
 from hecate.apps.answers.bake_user import bake_user
 from hecate.apps.answers.checkpointed import write_checkpointed
-from hecate.apps.answers.inference import answer, evaluate_trained
 from hecate.apps.answers.opened import with_adapter
 from hecate.apps.answers.trained import bake
 from hecate.apps.foresee.dry_run import forecast
@@ -29,6 +28,7 @@ from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
 from hecate.train.preflight import check_data
 from hecate.train.training import Training
+from testing.answering import answer, evaluate_trained
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
 from tests.hecate.train.command_line import records, run

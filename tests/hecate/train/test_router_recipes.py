@@ -18,7 +18,6 @@ from hecate.adapters.format_table import read_adapter
 from hecate.adapters.formats.linears import FORMAT, LinearsDescription
 from hecate.adapters.formats.lora import with_loras
 from hecate.adapters.mixlora.description import load_mixlora
-from hecate.apps.answers.inference import answer, evaluate_trained
 from hecate.config import Config, load_config
 from hecate.errors import UserError
 from hecate.model.base import BaseChoice
@@ -28,6 +27,7 @@ from hecate.report.events import Evaluation
 from hecate.train.steps import step as step_module
 from hecate.train.steps.step_totals import Totals, exchange_totals
 from hecate.train.training import Training
+from testing.answering import answer, evaluate_trained
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
 from tests.hecate.elastic.losing import DEATH_STEP, Dead, regroup

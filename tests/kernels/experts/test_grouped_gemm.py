@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from hecate.kernels.common.assignments import AssignmentOrder, assignment_order
+from hecate.kernels.common.assignments import AssignmentOrder
 from hecate.kernels.common.dropout import Dropout
 from hecate.kernels.common.low_rank import LowRankTerm
 from hecate.kernels.experts.grouped_gemm import GemmOptions, gemm_launch, grouped_gemm
 from hecate.kernels.experts.slot_weights import SlotWeights, separate_weights, stacked_weights
 from tests.kernels.grouping import GROUPS, TOLERANCE, assert_close, grouped, poisoned
+from tests.kernels.plain_orders import assignment_order
 
 __all__ = ["poisoned"]
 
@@ -162,7 +163,7 @@ def test_half_precision(name: str, dtype: torch.dtype, device: torch.device, poi
 
 
 @pytest.mark.parametrize("name", ["groups: uneven", "transposed", "separate", "halves, rank", "odd sizes"])
-def test_tensor_descriptors(name: str, device: torch.device, poisoned: None) -> None:
+def test_tensor_descriptors(name: str, device: torch.device, poisoned: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """What Hopper runs: TMA where the operands are aligned, which odd sizes are not."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
         pytest.skip("this GPU has no tensor memory accelerator")
@@ -170,7 +171,8 @@ def test_tensor_descriptors(name: str, device: torch.device, poisoned: None) -> 
     given = operands(case, device)
     want = expected(case, given)
     y = given.x.new_empty(given.order.num_assignments, want.shape[1])
-    launch = gemm_launch(given.x, given.weights, given.order, y, given.options, sm=90)
+    monkeypatch.setattr("hecate.kernels.experts.grouped_gemm.sm_of", lambda _device: 90)
+    launch = gemm_launch(given.x, given.weights, given.order, y, given.options)
     assert launch.constants["W_DESCRIPTOR"] == (name != "odd sizes")
     assert launch.constants["X_DESCRIPTOR"] == (not case.gather)
     launch.run()

@@ -16,12 +16,13 @@ from hecate.parallel.cost import route_loops
 from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, cost_numbers, topology_numbers
 from hecate.parallel.loops import jit
 from hecate.parallel.loops.replica_lists import Replicas, add, copy_into, everywhere, fill_lists, foreign, no_replicas, only_owners
-from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput, price_row
+from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput
 from hecate.parallel.planners.policies import auto
 from hecate.parallel.planners.policies.auto import _plan_layers, plan_auto
 from hecate.parallel.planners.rebalancing import rebalance
 from hecate.parallel.values.placement import contiguous_owners
 from testing.plain_flows import even_quota, layer_seconds
+from testing.plan_cases import price_row
 from tests.parallel.plain_cost_model import plain_layer_seconds
 from tests.parallel.planners.auto_inputs import KINDS, drawn_input, inputs, planned_and_priced, topology
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.planners import ROWS, PlanInput, price_row
+from hecate.parallel.planners import ROWS, PlanInput
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.values.placement import contiguous_owners
 from testing.bound.lower_bound import lower_bound
-from testing.plan_cases import MEMORY_SHARE, Kind, kinds, topologies
+from testing.plan_cases import MEMORY_SHARE, Kind, kinds, price_row, topologies
 
 pytest.importorskip("scipy.optimize")
 

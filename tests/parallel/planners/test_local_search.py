@@ -13,7 +13,7 @@ from hecate.parallel.cluster.topology import Link, uniform_topology
 from hecate.parallel.cost import cost_loops as loops
 from hecate.parallel.cost.cost_model import LayerCost, cost_numbers, topology_numbers
 from hecate.parallel.loops.replica_lists import Replicas, add, no_replicas, only_owners, remove
-from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput, price_row
+from hecate.parallel.planners import POLICIES, ROWS, Plan, PlanInput
 from hecate.parallel.planners import local_search as search
 from hecate.parallel.planners.plan_changes import AMOUNT, DROPPED, EXPERT, OTHERS, SOURCE, TARGET
 from hecate.parallel.planners.policies.auto import plan_auto
@@ -21,7 +21,7 @@ from hecate.parallel.planners.replication import deal, expert_orders
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.values.placement import contiguous_owners
 from testing.plain_flows import quotas_of
-from testing.plan_cases import kinds, plan_input, topologies
+from testing.plan_cases import kinds, plan_input, price_row, topologies
 from tests.parallel.planners.auto_inputs import inputs
 
 NOTHING_RESIDENT = np.zeros((0, 0), np.bool_)

@@ -51,8 +51,6 @@ _ALL = (
     ),
     Drill("R14", "spikes", "the same steps are skipped and clipped on every number of ranks", "numbers:spiked"),
     Drill("R15", "all tokens to one expert", "finite results, no more replicas than slots, idle experts unchanged", "numbers:one_way"),
-    Drill("R16", "bad data files", "file and line named; or skipped and quarantined, the others unchanged", "inputs:bad_data"),
-    Drill("R17", "bad configurations", "refused in less than a second, all keys named at once", "inputs:bad_configs"),
     Drill("R18", "one rank does another collective than the others", "rank and operation named in 2 s", "naming:mismatched"),
     Drill("R19", "a rank that is slow", "named within ten steps", "naming:straggler"),
     Drill(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,15 +61,6 @@ def outcome_of(cases: Sequence[DrillCase], seen: str, counts: Mapping[str, float
     failures = tuple(f"{one.name}: {one.problem}" for one in cases if one.problem)
     seen = f"{len(failures)} of {len(cases)} went otherwise" if failures else seen
     return DrillOutcome(seen, len(cases) - len(failures), len(cases), dict(counts or {}), failures)
-
-
-def tried(name: str, check: Callable[[], None]) -> DrillCase:
-    """The case of a check that raises an AssertionError, or any other error, where something is not as expected."""
-    try:
-        check()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the case has failed, and the others are tried all the same
-        return DrillCase(name, f"{type(error).__name__}: {error}".splitlines()[0][:300])
-    return DrillCase(name)
 
 
 def worst(values: Sequence[float]) -> float:

@@ -139,8 +139,6 @@ PROOFS: dict[str, Proof] = {
     ),
     "R14": Proof("that all ranks have one norm", {"hecate.train.steps.step:exchange_totals": _own_norm}),
     "R15": Proof("that idle experts are left alone", {"hecate.optim.optimizer:ExpertOptimizer.step": _stepping_idle}),
-    "R16": Proof("the line of a bad record", {"hecate.data.files.formats:Fault.place": lambda _: property(lambda fault: fault.file)}),
-    "R17": Proof("that all mistakes are said at once", {"hecate.config.load:ConfigError": lambda error: lambda all_: error(all_[:1])}),
     "R18": Proof("the watch of what ranks wait in", {"hecate.elastic.mismatch_watch:MismatchWatch.begin": _returning(None)}),
     "R19": Proof("the comparison of ranks' speeds", {"hecate.elastic.stragglers:SlowRanks.after_step": _returning([])}),
     "R20": Proof("the comparison of copies", {"hecate.elastic.damaged_copies:CopyChecks.check": _returning(None)}),

@@ -12,6 +12,7 @@ from typing import Any
 from hecate.apps.federate.section.settings import ClientConfig, rounds_of
 from hecate.config.files.paths import find_model, name_of_source
 from hecate.config.problems import Add, shorten
+from hecate.config.rules.of_apps import SectionRules
 from hecate.config.schema import LEAVES, Config
 from hecate.config.typed import INVALID, Report
 from hecate.errors import UserError
@@ -37,97 +38,106 @@ _REPLACED = {
 """keys that the clients decide, and what to do in their place"""
 
 
-def localised(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the values with the paths of `data.train` and `data.eval`, which `derived` has made of the clients', in the clients."""
-    clients = values.get(_CLIENTS)
-    if clients is INVALID or not clients:
-        return values
-    train = [source["path"] for source in values["data.train"]]
-    held_out = {source["name"]: source["path"] for source in values["data.eval"]}
-    local = [
-        {**client, "data": path} | ({"eval": held_out[client["name"]]} if client.get("eval") is not None else {})
-        for client, path in zip(clients, train, strict=True)
-    ]
-    return values | {_CLIENTS: tuple(local)}
+class RoundsRules(SectionRules):
+    """What becomes of the section `rounds`."""
+
+    def localised(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Return the values with the paths of `data.train` and `data.eval`, which `derived` has made of the clients', in the clients."""
+        clients = values.get(_CLIENTS)
+        if clients is INVALID or not clients:
+            return values
+        train = [source["path"] for source in values["data.train"]]
+        held_out = {source["name"]: source["path"] for source in values["data.eval"]}
+        local = [
+            {**client, "data": path} | ({"eval": held_out[client["name"]]} if client.get("eval") is not None else {})
+            for client, path in zip(clients, train, strict=True)
+        ]
+        return values | {_CLIENTS: tuple(local)}
+
+    def derived(self, values: dict[str, Any], report: Report) -> dict[str, Any]:
+        """Return the typed values of a configuration with those that its clients decide: the data, the experts and their ranks, the length.
+
+        Values without clients stay as they are.
+        """
+        clients = values.get(_CLIENTS)
+        if clients is INVALID or not clients:
+            return values
+        for key, hint in _REPLACED.items():
+            if key in values:
+                report.add(key, f"cannot be given with {_CLIENTS}", f"leave it out: {hint}")
+        for key, value in _EXPERTS.items():
+            if key in values and values[key] not in (value, INVALID):
+                report.add(
+                    key, f"must be {value} with {_CLIENTS}, whose adapters stand over single linears, got {values[key]}", "leave it out"
+                )
+        named = [{**client, "name": client.get("name") or name_of_source(client["data"])} for client in clients]
+        held_out = [(number, client) for number, client in enumerate(named) if client.get("eval") is not None]
+        for number in range(len(named)):
+            report.renamed[f"data.train[{number}].path"] = f"{_CLIENTS}[{number}].data"
+            report.renamed[f"data.train[{number}].name"] = f"{_CLIENTS}[{number}].name"
+        for at, (number, _) in enumerate(held_out):
+            report.renamed[f"data.eval[{at}].path"] = f"{_CLIENTS}[{number}].eval"
+        own: dict[str, Any] = {
+            **_EXPERTS,
+            _CLIENTS: tuple(named),
+            "data.train": tuple({"path": client["data"], "name": client["name"]} for client in named),
+            "data.eval": tuple({"path": client["eval"], "name": client["name"]} for _, client in held_out),
+            "data.separate": True,
+            "moe.num_experts": len(named),
+            "moe.allocation": None,
+        }
+        steps, rank = values.get("rounds.local_steps"), values.get("lora.r", LEAVES["lora.r"].default)
+        if isinstance(steps, int):
+            own["max_steps"] = steps
+        elif steps is not INVALID:
+            report.add("rounds.local_steps", f"must be given with {_CLIENTS}", "the optimizer steps of each client in a round")
+        ranks = [rank if client.get("r") is None else client["r"] for client in named]
+        if all(isinstance(one, int) for one in ranks) and any(client.get("r") is not None for client in named):
+            own["lora.r"] = ranks[0] if len(set(ranks)) == 1 else tuple(ranks)
+        elif isinstance(rank, tuple):
+            report.add("lora.r", f"must be one number with {_CLIENTS}", "give a client whose rank is another r")
+        kept = {key: value for key, value in values.items() if key not in _REPLACED}
+        return kept | own | ({} if "max_steps" in own else {"max_steps": 1})
+
+    def require_one_training(self, config: Config) -> None:
+        """Raises UserError: the configuration is one of federated rounds, which are more than one training."""
+        if rounds_of(config).clients:
+            raise UserError("rounds.clients: are trained by hecate federate, in rounds\n  give it this configuration, or leave rounds out")
+
+    def checked(self, values: Mapping[str, Any], add: Add) -> Mapping[str, Any]:
+        """Add every problem of the keys of `rounds`, given the typed values of all dotted keys. Absent keys have a problem already.
+
+        Return the values that other rules are to look at: without what was judged here, and without `data.separate`, since
+        `hecate federate` gives the run of all clients as many micro-steps as that takes.
+        """
+        clients: tuple[ClientConfig, ...] | None = values.get(_CLIENTS)
+        if clients is None:
+            return values
+        changed = [key for key, leaf in LEAVES.items() if key.startswith(_PREFIX) and key in values and values[key] != leaf.default]
+        if not clients:
+            for key in changed:
+                add(key, f"is read with {_CLIENTS} only", "name the clients, or leave it out")
+            return values
+        _check_clients(clients, add)
+        _check_aggregate(values, clients, changed, add)
+        _check_base(values, add)
+        _check_pairs(values, add)
+        _check_drop(values, clients, add)
+        _check_privacy(values, add)
+        if values.get("deterministic"):
+            what = (
+                "does not go together with deterministic: it is of runs that follow each other, which nothing has held to the same bits yet"
+            )
+            add(_CLIENTS, what, "leave deterministic out")
+        replays = [
+            key for key, replayed in (("fssdp.plan", ("replay",)), ("moe.replay", ("force", "check"))) if values.get(key) in replayed
+        ]
+        for key in replays[:1]:
+            add(key, "does not go together with rounds.clients, whose adapters the sample's source decides", "leave it out")
+        return {key: value for key, value in values.items() if key not in (*replays, "data.separate")}
 
 
-def derived(values: dict[str, Any], report: Report) -> dict[str, Any]:
-    """Return the typed values of a configuration with those that its clients decide: the data, the experts and their ranks, the length.
-
-    Values without clients stay as they are.
-    """
-    clients = values.get(_CLIENTS)
-    if clients is INVALID or not clients:
-        return values
-    for key, hint in _REPLACED.items():
-        if key in values:
-            report.add(key, f"cannot be given with {_CLIENTS}", f"leave it out: {hint}")
-    for key, value in _EXPERTS.items():
-        if key in values and values[key] not in (value, INVALID):
-            report.add(key, f"must be {value} with {_CLIENTS}, whose adapters stand over single linears, got {values[key]}", "leave it out")
-    named = [{**client, "name": client.get("name") or name_of_source(client["data"])} for client in clients]
-    held_out = [(number, client) for number, client in enumerate(named) if client.get("eval") is not None]
-    for number in range(len(named)):
-        report.renamed[f"data.train[{number}].path"] = f"{_CLIENTS}[{number}].data"
-        report.renamed[f"data.train[{number}].name"] = f"{_CLIENTS}[{number}].name"
-    for at, (number, _) in enumerate(held_out):
-        report.renamed[f"data.eval[{at}].path"] = f"{_CLIENTS}[{number}].eval"
-    own: dict[str, Any] = {
-        **_EXPERTS,
-        _CLIENTS: tuple(named),
-        "data.train": tuple({"path": client["data"], "name": client["name"]} for client in named),
-        "data.eval": tuple({"path": client["eval"], "name": client["name"]} for _, client in held_out),
-        "data.separate": True,
-        "moe.num_experts": len(named),
-        "moe.allocation": None,
-    }
-    steps, rank = values.get("rounds.local_steps"), values.get("lora.r", LEAVES["lora.r"].default)
-    if isinstance(steps, int):
-        own["max_steps"] = steps
-    elif steps is not INVALID:
-        report.add("rounds.local_steps", f"must be given with {_CLIENTS}", "the optimizer steps of each client in a round")
-    ranks = [rank if client.get("r") is None else client["r"] for client in named]
-    if all(isinstance(one, int) for one in ranks) and any(client.get("r") is not None for client in named):
-        own["lora.r"] = ranks[0] if len(set(ranks)) == 1 else tuple(ranks)
-    elif isinstance(rank, tuple):
-        report.add("lora.r", f"must be one number with {_CLIENTS}", "give a client whose rank is another r")
-    kept = {key: value for key, value in values.items() if key not in _REPLACED}
-    return kept | own | ({} if "max_steps" in own else {"max_steps": 1})
-
-
-def require_one_training(config: Config) -> None:
-    """Raises UserError: the configuration is one of federated rounds, which are more than one training."""
-    if rounds_of(config).clients:
-        raise UserError("rounds.clients: are trained by hecate federate, in rounds\n  give it this configuration, or leave rounds out")
-
-
-def checked(values: Mapping[str, Any], add: Add) -> Mapping[str, Any]:
-    """Add every problem of the keys of `rounds`, given the typed values of all dotted keys. Absent keys have a problem already.
-
-    Return the values that other rules are to look at: without what was judged here, and without `data.separate`, since `hecate federate`
-    gives the run of all clients as many micro-steps as that takes.
-    """
-    clients: tuple[ClientConfig, ...] | None = values.get(_CLIENTS)
-    if clients is None:
-        return values
-    changed = [key for key, leaf in LEAVES.items() if key.startswith(_PREFIX) and key in values and values[key] != leaf.default]
-    if not clients:
-        for key in changed:
-            add(key, f"is read with {_CLIENTS} only", "name the clients, or leave it out")
-        return values
-    _check_clients(clients, add)
-    _check_aggregate(values, clients, changed, add)
-    _check_base(values, add)
-    _check_pairs(values, add)
-    _check_drop(values, clients, add)
-    _check_privacy(values, add)
-    if values.get("deterministic"):
-        what = "does not go together with deterministic: it is of runs that follow each other, which nothing has held to the same bits yet"
-        add(_CLIENTS, what, "leave deterministic out")
-    replays = [key for key, replayed in (("fssdp.plan", ("replay",)), ("moe.replay", ("force", "check"))) if values.get(key) in replayed]
-    for key in replays[:1]:
-        add(key, "does not go together with rounds.clients, whose adapters the sample's source decides", "leave it out")
-    return {key: value for key, value in values.items() if key not in (*replays, "data.separate")}
+RULES = RoundsRules()
 
 
 def _check_clients(clients: tuple[ClientConfig, ...], add: Add) -> None:

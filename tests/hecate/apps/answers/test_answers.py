@@ -17,7 +17,7 @@ from tokenizers.processors import TemplateProcessing
 from typer.testing import CliRunner
 
 from hecate.apps.answers.answers import Conversation, answers_to, prompt_ids
-from hecate.apps.answers.inference import answer, answering
+from hecate.apps.answers.inference import answering
 from hecate.apps.answers.opened import Opened
 from hecate.cli import app
 from hecate.cli.answers import talk
@@ -28,6 +28,7 @@ from hecate.model.files import load as load_module
 from hecate.ranks.ranks import join_ranks
 from hecate.train.generation import Decoding, _sampling, answer_of, generate, stop_tokens
 from hecate.train.training import Training
+from testing.answering import answer
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.tiny_run import make_workshop
 from tests.hecate.data.making import encode_records

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import hecate.apps.answers.compare
 from hecate.apps.answers.compare import Questions, compare
 from hecate.apps.answers.evaluation_main import EvaluationRequest, main
-from hecate.apps.answers.inference import answer, answering
+from hecate.apps.answers.inference import answering
 from hecate.apps.answers.likelihood import accuracies, log_likelihoods, split_tokens
 from hecate.apps.answers.lm_eval_tasks import LmEvalTasks, _decoding, lm_eval_figures
 from hecate.apps.answers.opened import Opened, load_trained
@@ -28,6 +28,7 @@ from hecate.data.files.choices import read_choices
 from hecate.errors import UserError
 from hecate.ranks.ranks import join_ranks
 from hecate.train.training import Training
+from testing.answering import answer
 from testing.tiny_run import make_workshop
 from tests.hecate.data.making import needs_reasoning_gym
 from tests.hecate.train.command_line import run

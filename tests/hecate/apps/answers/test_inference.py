@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from hecate.adapters.folder import save_adapter
-from hecate.apps.answers.inference import answer
 from hecate.errors import UserError
+from testing.answering import answer
 from tests.hecate.adapters.making import config_of, tensors_of
 
 

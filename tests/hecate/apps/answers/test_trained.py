@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from hecate.apps.answers import opened
 from hecate.apps.answers.checkpointed import is_checkpoint, model_of_checkpoint
-from hecate.apps.answers.inference import answer, evaluate_trained
 from hecate.apps.answers.trained import export, find_trained, run_config_of
 from hecate.cli import app
 from hecate.config import load_config, to_yaml
@@ -21,6 +20,7 @@ from hecate.errors import UserError
 from hecate.model.base import BaseChoice
 from hecate.ranks.ranks import join_ranks
 from hecate.train.training import Training
+from testing.answering import answer, evaluate_trained
 from testing.tiny_run import make_workshop
 from tests.hecate.adapters.exporting import save_moe
 

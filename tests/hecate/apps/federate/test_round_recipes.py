@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from hecate.adapters.sets.sums import kept_numbers
 from hecate.apps.federate.before_round import SERVER_STATE
 from hecate.apps.federate.codec import HEADER_BYTES, decode
+from hecate.apps.federate.privacy.accountant import privacy_spent
 from hecate.apps.federate.records import RoundRecord, read_rounds
 from hecate.apps.federate.server_optimizer import load_server
-from hecate.train.extensions.privacy_accountant import privacy_spent
 from testing.tiny_run import make_workshop
 from tests.hecate.train.command_line import run
 

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 
 from hecate.adapters.sets.set_files import read_set
-from hecate.apps.answers.inference import answer
 from hecate.apps.federate.base import vector_shape
 from hecate.apps.federate.before_round import stacked_rank
 from hecate.apps.federate.checks import RECIPE, check_federated, keep_recipe
@@ -26,6 +25,7 @@ from hecate.apps.federate.rounds import federate
 from hecate.apps.federate.section.settings import RoundsConfig
 from hecate.config.rules.of_apps import refuse_training
 from hecate.errors import UserError
+from testing.answering import answer
 from testing.byte_tokenizer import TEMPLATE
 from tests.hecate.apps.federate.making import UNEQUAL, recipe, write_recipe
 from tests.hecate.train.command_line import hecate, run, workshop

@@ -7,14 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hecate.apps.foresee.sharding_groups import ep_group_sizes, grouped_ep_seconds, simulate_groups, sum_over_groups
+from hecate.apps.foresee.sharding_groups import ep_group_sizes, simulate_groups, sum_over_groups
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import Link, Topology, uniform_topology
 from hecate.parallel.cost.cost_model import LayerCost
-from hecate.parallel.planners.policies.static_ep import plan_static_ep
 from hecate.parallel.simulate.simulated_step import StepBytes, StepSeconds
 from hecate.parallel.simulate.simulator import Simulated
-from testing.unit_cases import layer_input, unit_topology
 
 COST = LayerCost(trainable_bytes=1.0, non_moe_flops=6.0)
 
@@ -105,15 +103,3 @@ def test_sizes_of_groups_for_expert_parallelism(nodes: int, each: int, experts: 
     """No more ranks than experts, in one node or not; they divide the ranks. Groups of 4 of two nodes of 6 are not all in one node."""
     place = uniform_topology(nodes, each, flops=1.0, memory=1.0, intra_node=Link(1.0, 0.0))
     assert ep_group_sizes(place, experts) == sizes
-
-
-def test_a_layer_under_expert_parallelism_in_groups_by_hand() -> None:
-    """Two experts on four ranks that have one assignment of each: in groups of two each rank computes two of 3 FLOPs and the optimizer's
-    step of one expert of a byte; two owners of an expert sum its byte of gradient. One group leaves two ranks idle: 4 assignments a rank.
-    """
-    cost = LayerCost(trainable_bytes=1.0, assignment_flops=1.0)
-    given = layer_input([0, 2], [[1, 1]] * 4, 1, on=unit_topology((0,) * 4, memory_bandwidth=1.0), cost=cost)
-    alone = float(plan_static_ep(given).seconds(given).total[0])
-    grouped = grouped_ep_seconds(given, 0)
-    assert (alone, grouped) == (4 * 3 + 1, 2 * 3 + 1 + 1)
-    assert grouped_ep_seconds(replace(given, slots_D=np.zeros(4, dtype=np.int64)), 0) == grouped  # a rank owns one expert in both

@@ -44,8 +44,9 @@ def _compare(rank: int, world: int, folder: str, policy: str) -> None:
     with quietly():
         from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
-        from hecate.apps.megatron.expert_parallel import AUX_LOSS, expert_parallel_config, expert_parallel_spec, flat_expert, set_expert
+        from hecate.apps.megatron.expert_parallel import expert_parallel_config, expert_parallel_spec
         from hecate.apps.megatron.gpt import build_gpt, process_groups
+        from testing.megatron_experts import AUX_LOSS, flat_expert, set_expert
     ranks = ranks_of(rank, world)
     ours = build_megatron(config_of(Path(folder), f"fssdp.policy={policy}"), ranks)
     shape, moe, group = ours.shape, ours.moe, ranks.groups.tokens
@@ -141,8 +142,9 @@ def _train_beside(rank: int, world: int, folder: str) -> tuple[list[tuple[float,
     from hecate.apps.megatron.imports import quietly
 
     with quietly():
-        from hecate.apps.megatron.expert_parallel import expert_parallel_config, expert_parallel_spec, flat_expert, set_expert
+        from hecate.apps.megatron.expert_parallel import expert_parallel_config, expert_parallel_spec
         from hecate.apps.megatron.gpt import build_gpt, process_groups
+        from testing.megatron_experts import flat_expert, set_expert
     ranks = ranks_of(rank, world)
     config = config_of(Path(folder), *TRAINING, f"data.train={folder}/rows.jsonl")
     run, other = Training(config, ranks), Training(config, ranks)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from hecate.apps.answers.inference import answer, evaluate_trained
 from hecate.config import Config, ConfigError
 from hecate.errors import UserError
 from hecate.model.sizes.run_shape import run_shape
@@ -18,6 +17,7 @@ from hecate.parallel.cost.cost_model import LayerCost
 from hecate.ranks.ranks import Ranks
 from hecate.train.evaluate import evaluate
 from hecate.train.training import Training
+from testing.answering import answer, evaluate_trained
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.ranks import run_ranks
 from tests.hecate.apps.megatron.making import config_of, ranks_of, write_parts

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
-from hecate.parallel.planners import COLLECTIVES, ROWS, Plan, PlanInput, price_row
+from hecate.parallel.planners import COLLECTIVES, ROWS, Plan, PlanInput
 from hecate.parallel.planners.rivals.sharded_gather import shard_ports
 from hecate.parallel.simulate.simulated_step import Setting
 from hecate.parallel.simulate.simulator import simulate
+from testing.plan_cases import price_row
 from testing.unit_cases import layer_input, unit_topology
 
 COST = LayerCost(trainable_bytes=6.0, chunk_numel=6, assignment_flops=1.0, non_moe_flops=2.0)

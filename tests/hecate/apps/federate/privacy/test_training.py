@@ -8,11 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from hecate.apps.federate.privacy.accountant import privacy_spent
+from hecate.apps.federate.privacy.training import spent_by_source
 from hecate.config import load_config
 from hecate.errors import UserError
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
-from hecate.train.extensions.privacy_accountant import privacy_spent
 from hecate.train.training import Training
 from testing.tiny_run import make_workshop
 
@@ -47,7 +48,7 @@ def test_a_run_takes_samples_one_by_one_and_says_what_it_has_told(workshop: Path
     run.train_one()
     run.train_one()
     expected = {"up.train": 4, "echo.train": 2}
-    assert run.privacy_spent() == {
+    assert spent_by_source(run.parts, run.run_state.step) == {
         name: privacy_spent(noise=1.0, delta=1e-4, samples=120, samples_per_step=taken, steps=2) for name, taken in expected.items()
     }
     run.save()

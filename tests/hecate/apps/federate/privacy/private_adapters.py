@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hecate.apps.federate.privacy.hidden_samples import HiddenSamples, Privacy
 from hecate.data.batches import Batch
 from hecate.errors import UserError
 from hecate.experts.seeding import generator
@@ -15,7 +16,6 @@ from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import ExpertOptimizer
 from hecate.parallel.values.units import Unit
 from hecate.report.events import StepResult
-from hecate.train.extensions.privacy import HiddenSamples, Privacy
 from hecate.train.extensions.separate_adapters import SeparateAdapters
 from hecate.train.steps.step import StepBatches, StepRules, train_step
 from tests.hecate.equivalence_cases import LEARNING_RATE, ROWS, WEIGHT_DECAY, Case, assert_groups_equal, initial_values, sharded, tiny_llama

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hecate.apps.federate.privacy.rules import RULES
 from hecate.config import ConfigError
-from hecate.config.rules.privacy import check_privacy
 from tests.hecate.config.making import MINIMAL, load
 
 PRIVATE = (
@@ -32,6 +32,7 @@ REFUSED = [
         ["moe={num_experts: 2, top_k: 2, router: {input: token}}"],
         "moe.router.input: must be given with privacy.clip, .*nothing but their own samples",
     ),
+    (["deterministic=true"], "privacy.clip: does not go together with deterministic: it clips the gradient of each sample"),
     (["lora.r=[4,8]"], "lora.r: must be one number with privacy.noise, which would fill what smaller ranks are padded with"),
     (["privacy={clip: 0}"], "privacy.clip: must be > 0"),
     (["privacy={clip: 1, delta: 1}"], "privacy.delta: must be > 0 and < 1"),
@@ -57,7 +58,7 @@ def test_what_does_not_go_together_is_refused(folder: Path, changes: list[str], 
 
 def test_an_infinite_clip_has_no_multiple() -> None:
     problems: list[str] = []
-    check_privacy({"privacy.clip": float("inf"), "privacy.noise": 1.0}, lambda key, what, hint: problems.append(f"{key}: {what}"))
+    RULES.checked({"privacy.clip": float("inf"), "privacy.noise": 1.0}, lambda key, what, hint: problems.append(f"{key}: {what}"))
     assert problems == ["privacy.clip: must be finite with privacy.noise, which is a multiple of it"]
 
 

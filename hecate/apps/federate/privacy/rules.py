@@ -4,8 +4,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from hecate.apps.federate.privacy.accountant import require_accountant
+from hecate.apps.federate.privacy.settings import privacy_keys
 from hecate.config.problems import Add
-from hecate.config.schema import LEAVES
+from hecate.config.rules.of_apps import SectionRules
+from hecate.config.schema import LEAVES, Config
 
 _PREFIX = "privacy."
 _CLIP = "privacy.clip"
@@ -19,17 +22,37 @@ _NEEDED: tuple[tuple[str, Any, str], ...] = (
 )
 
 
-def check_privacy(values: Mapping[str, Any], add: Add) -> None:
-    """Add every problem of the keys of `privacy`, given the typed values of all dotted keys. Absent keys have a problem already."""
-    if _CLIP not in values:
-        return
-    clip, noise = values[_CLIP], values.get(_PREFIX + "noise", 0.0)
+class PrivacyRules(SectionRules):
+    """What the section `privacy` needs of other keys."""
+
+    def checked(self, values: Mapping[str, Any], add: Add) -> Mapping[str, Any]:
+        if _CLIP in values:
+            _check_clip(values[_CLIP], values, add)
+        return values
+
+    def require_packages(self, config: Config) -> None:
+        if privacy_keys(config).noise:
+            require_accountant()
+
+    def single_sequences(self, config: Config) -> bool:
+        return privacy_keys(config).clip is not None
+
+
+RULES = PrivacyRules()
+
+
+def _check_clip(clip: float | None, values: Mapping[str, Any], add: Add) -> None:
+    noise = values.get(_PREFIX + "noise", 0.0)
     if clip is None:
         for name in ("noise", "delta"):
             key = _PREFIX + name
             if key in values and values[key] != LEAVES[key].default:
                 add(key, f"is read with {_CLIP} only, got {values[key]}", f"give {_CLIP}, or leave it out")
         return
+    if values.get("deterministic"):
+        why = "it clips the gradient of each sample before it is added, for which there is no such order yet"
+        what = f"does not go together with deterministic: {why}"
+        add(_CLIP, what, "leave one of the two out")
     if noise and math.isinf(clip):
         add(_CLIP, "must be finite with privacy.noise, which is a multiple of it", "set a number, such as the median norm of the gradients")
     if noise and isinstance(values.get("lora.r"), tuple):

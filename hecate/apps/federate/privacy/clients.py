@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from hecate.apps.federate.plans import begins_anew
+from hecate.apps.federate.privacy.accountant import PrivacySpent, privacy_spent, sampling_rate
+from hecate.apps.federate.privacy.settings import privacy_keys
 from hecate.config import Config
-from hecate.train.extensions.privacy_accountant import PrivacySpent, privacy_spent, sampling_rate
+from hecate.errors import UserError
 from hecate.train.preflight import default_ranks
 
 
@@ -21,13 +23,14 @@ def privacy_of_clients(config: Config, samples: Mapping[str, int], rounds: int) 
     Raises:
         UserError: opacus is not installed.
     """
-    if not config.privacy.noise:
+    privacy = privacy_keys(config)
+    if not privacy.noise:
         return {}
     steps, runs = (config.max_steps, rounds) if begins_anew(config) else (rounds * config.max_steps, 1)
     return {
         name: privacy_spent(
-            noise=config.privacy.noise,
-            delta=config.privacy.delta,
+            noise=privacy.noise,
+            delta=privacy.delta,
             samples=count,
             samples_per_step=samples_of_a_step(config),
             steps=steps,
@@ -39,9 +42,18 @@ def privacy_of_clients(config: Config, samples: Mapping[str, int], rounds: int) 
 
 def check_rates(config: Config, samples: Mapping[str, int]) -> None:
     """Raises UserError: with `privacy.clip`, a step takes a sample of a client more than once."""
-    if config.privacy.clip is not None:
+    if privacy_keys(config).clip is not None:
         for name, count in samples.items():
             sampling_rate(name, count, samples_of_a_step(config))
+
+
+def refuse_cluster(config: Config) -> None:
+    """Raises UserError: with `privacy.clip`, rounds cannot be trained on a Ray cluster."""
+    if privacy_keys(config).clip is not None:
+        raise UserError(
+            "privacy.clip: is not supported with --address, where a step's samples depend on the devices that the cluster has\n"
+            "  leave --address out"
+        )
 
 
 def samples_of_a_step(config: Config) -> int:

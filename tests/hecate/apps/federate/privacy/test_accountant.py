@@ -6,8 +6,8 @@ import sys
 import pytest
 from opacus.accountants import RDPAccountant
 
+from hecate.apps.federate.privacy.accountant import privacy_spent, require_accountant, sampling_rate
 from hecate.errors import UserError
-from hecate.train.extensions.privacy_accountant import privacy_spent, require_accountant, sampling_rate
 
 
 def by_opacus(noise: float, rate: float, steps: int, delta: float) -> float:

@@ -11,11 +11,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hecate.train.extensions.privacy import Privacy, SampleShares, add_noise
+from hecate.apps.federate.privacy.hidden_samples import Privacy, SampleShares, add_noise
 from hecate.train.steps import passes
 from testing.ranks import run_ranks
+from tests.hecate.apps.federate.privacy.private_adapters import NAMES, check_all_private, check_private, private_step, single_samples
 from tests.hecate.equivalence_cases import sharded
-from tests.hecate.private_adapters import NAMES, check_all_private, check_private, private_step, single_samples
 from tests.hecate.separate_adapters import SOURCES, given_case, optimizer_of
 
 SCENARIOS = ("balanced", "idle experts", "empty rank")

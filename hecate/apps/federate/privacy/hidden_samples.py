@@ -15,15 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from hecate.config import Config
 from hecate.data.batches import Batch
-from hecate.data.sources import TokenSource
 from hecate.engine.shards import ExpertShards
-from hecate.errors import UserError
 from hecate.experts.seeding import generator
 from hecate.parallel.comm.device_tables import copy_to
 from hecate.train.extensions.extension import Moment, StepExtension
@@ -43,28 +39,6 @@ class Privacy:
     """the number of the run's first step among those with the same seed"""
     sources: tuple[str, ...] = ()
     """their names, by which noise is drawn, so that a source has the same noise whatever other sources there are"""
-
-
-def privacy_of(config: Config) -> Privacy | None:
-    """What the configuration says of privacy; None: samples are not hidden."""
-    if config.privacy.clip is None:
-        return None
-    names = tuple(source.name for source in config.data.train)
-    return Privacy(clip=config.privacy.clip, noise=config.privacy.noise, seed=config.seed, first_step=config.data.skip_steps, sources=names)
-
-
-def require_whole_records(source: TokenSource, seq_len: int) -> None:
-    """Check that each record of a source is one sample, so that what is said of a sample holds for a record.
-
-    Raises:
-        UserError: a document is longer than `seq_len` tokens, and was cut into several samples, each of which would be clipped by itself.
-    """
-    numbers, count = np.unique(source.lines, return_counts=True)
-    if cut := numbers[count > 1].tolist():
-        raise UserError(
-            f"privacy.clip: {len(cut)} documents of {source.path} were cut into several samples, so that each would count several times\n"
-            f"  the first is record {cut[0]}; make documents shorter, or data.seq_len larger, which is {seq_len}"
-        )
 
 
 @dataclass(frozen=True)

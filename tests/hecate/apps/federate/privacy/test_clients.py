@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from hecate.apps.federate.privacy import check_rates, privacy_of_clients, samples_of_a_step
+from hecate.apps.federate.privacy.accountant import privacy_spent
+from hecate.apps.federate.privacy.clients import check_rates, privacy_of_clients, samples_of_a_step
 from hecate.cli import app
 from hecate.config import Config, load_config
 from hecate.errors import UserError
-from hecate.train.extensions.privacy_accountant import privacy_spent
 from testing.tiny_run import make_workshop
 
 SAMPLES = {"up": 120, "echo": 30}
-RECIPE = Path(__file__).parents[4] / "configs" / "recipes" / "ffa_rounds.yaml"
+RECIPE = Path(__file__).parents[5] / "configs" / "recipes" / "ffa_rounds.yaml"
 
 
 @pytest.fixture(scope="module")
