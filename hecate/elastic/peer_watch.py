@@ -17,7 +17,7 @@ from hecate.ranks.launcher_files import MEETING_VARIABLE, read_generation
 from hecate.ranks.ranks import Ranks
 
 LOOK_SECONDS = 0.2
-"""how often the launcher's file is read"""
+"""The time between two looks at the launcher's file."""
 
 
 class PeerWatch:
@@ -47,6 +47,7 @@ class PeerWatch:
         Returns:
             False: the launcher has removed its files, so nobody is watched any more.
         """
+        # Read before the file: new ranks that begin in between would be missing in the generation that was read, and be aborted.
         watched = self._watched
         try:
             members = read_generation(self._store).members

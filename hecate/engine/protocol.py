@@ -34,7 +34,7 @@ class TrainingPass(ForwardPass, Protocol):
         """Run the micro-step's backward pass, which ends it. Every rank must call it.
 
         Args:
-            gradient: of what is trained for by `loss`, of its shape; None: `loss` is a scalar, and its gradient 1.
+            gradient: the gradient of the objective by `loss`, of its shape; None: `loss` is a scalar, and its gradient 1.
             limit: scalar, to which the norm of what this rank's tokens add to the experts' gradients is clipped, over all layers, before
                 it is added up with other ranks' and micro-steps'; given in all micro-steps of a step or in none. None: no clipping.
         """
@@ -97,14 +97,14 @@ class ExpertEngine(Protocol):
         """
         ...
 
-    def evaluation(self, *, together: bool = False) -> AbstractContextManager[EvaluationPasses]:
+    def evaluation(self, *, in_lockstep: bool = False) -> AbstractContextManager[EvaluationPasses]:
         """Every expert everywhere until the end of the block, so that ranks may run whatever they like, each on its own.
 
         Every rank must enter it; entering materializes all layers.
 
         Args:
-            together: experts stay with their owners and tokens go to them, so that no rank holds what it has no room for; ranks must then
-                run the same forward passes at the same time.
+            in_lockstep: experts stay with their owners and tokens go to them, so that no rank holds what it has no room for; the ranks
+                must then run the same forward passes at the same time.
 
         Raises:
             OrderError: as `begin_step`.

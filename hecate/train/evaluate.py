@@ -56,7 +56,7 @@ def evaluate(
         recorded: is told what this rank's routers have done.
     """
     losses, loads = {}, {}
-    with moe.engine.evaluation(together=moe.engine.runs_in_lockstep) as evaluation, torch.no_grad():
+    with moe.engine.evaluation(in_lockstep=moe.engine.runs_in_lockstep) as evaluation, torch.no_grad():
         for index, source in enumerate(sources):
             rows = eval_sequences(
                 sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples
@@ -168,7 +168,7 @@ def _answers(
     ranks: Ranks,
     base: BaseModel,
     items: Sequence[GenerationItem],
-    together: bool,
+    in_lockstep: bool,
     begin: Callable[[Sequence[GenerationItem]], AbstractContextManager[object]],
 ) -> list[str]:
     """The greedy answers to the prompts of this rank, items[rank :: world size], without what the chat template writes around an answer.
@@ -178,7 +178,7 @@ def _answers(
     """
     mine = items[ranks.rank :: ranks.world_size]
     asked = list(mine)
-    if together and items:  # as many as the others have; what is answered to the last one is thrown away
+    if in_lockstep and items:  # as many as the others have; what is answered to the last one is thrown away
         asked += [items[0]] * (-(-len(items) // ranks.world_size) - len(mine))
     answers = generate(
         base,
@@ -186,7 +186,7 @@ def _answers(
         Decoding(config.eval.max_new_tokens, chat=True),
         batch_size=config.eval.batch_size,
         begin=lambda chosen: begin([asked[i] for i in chosen]),
-        together=together,
+        in_lockstep=in_lockstep,
     )
     return [item.content_of(answer.text) for item, answer in zip(mine, answers[: len(mine)], strict=True)]
 

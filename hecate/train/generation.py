@@ -65,14 +65,14 @@ def generate(
     batch_size: int,
     begin: Callable[[Sequence[int]], AbstractContextManager[object]] = nullcontext,
     keys: Sequence[str] | None = None,
-    together: bool = False,
+    in_lockstep: bool = False,
 ) -> list[Answer]:
     """The continuation of each prompt (token ids), in the prompts' order. It does not depend on the other prompts of a batch.
 
     Args:
         begin: begins the forward passes of a batch, whose rows are the prompts with these indices.
         keys: with the seed, of the random numbers of each prompt; None: the prompts' numbers.
-        together: all ranks call it, with as many prompts, and run each forward pass at the same time, until the longest answer is there.
+        in_lockstep: all ranks call it, with as many prompts, and run each forward pass at the same time, until the longest answer is there.
     """
     model: Any = base.model
     device = next(model.parameters()).device
@@ -93,7 +93,7 @@ def generate(
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                synced_gpus=together,
+                synced_gpus=in_lockstep,
                 **arguments(base, decoding, width, names, device),
             )
         for row, i in enumerate(chosen):

@@ -256,7 +256,7 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
         return False
     if agreement.regroup and outside.membership is not None:
         _end_save(training, outside)
-        if not _regroup(training, outside.membership, outside, together=True):
+        if not _regroup(training, outside.membership, outside, agreed=True):
             raise dist.DistError(f"after step {step} the ranks left their group for another one, and none was formed; the reason is above")
     return True
 
@@ -354,16 +354,16 @@ def _is_of_a_loss(error: Exception, ranks: Ranks) -> bool:
     return not isinstance(error, torch.OutOfMemoryError) and (lost_a_peer(error) or ranks.aborted)
 
 
-def _regroup(training: Training, membership: Membership, outside: _Outside, *, together: bool = False) -> bool:
+def _regroup(training: Training, membership: Membership, outside: _Outside, *, agreed: bool = False) -> bool:
     """Go on with the next group; False: there is none. Every rank of the old group that is left must call it.
 
     Args:
-        together: the ranks have agreed on it, and none was lost.
+        agreed: the ranks have agreed on it, and none was lost.
     """
     started = time.monotonic()
     faults.at("lost")
     outside.note(outside.profile.give_up())
-    training.ranks.leave(together=together)
+    training.ranks.leave(agreed=agreed)
     while group := membership.next_group():
         try:
             done = training.join(group)

@@ -284,7 +284,7 @@ class Training:
         rest = min(steps, parts.config.max_steps - self.run_state.step)
         done = reshard_if_it_pays(parts.moe.engine, parts.optimizer, rest, parts.config.fssdp.redundancy)
         if done:
-            self.copies.made_anew(self.run_state.step)
+            self.copies.copies_renewed(self.run_state.step)
         return done
 
     def save(self) -> Saved:
@@ -389,7 +389,7 @@ class Training:
     def _copy_backups(self) -> None:
         if redundancy := self.parts.config.fssdp.redundancy:
             copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer, redundancy)
-        self.copies.made_anew(None if self.state is None else self.state.step)
+        self.copies.copies_renewed(None if self.state is None else self.state.step)
 
 
 def data_in_words(stream: Stream, steps: int) -> str:

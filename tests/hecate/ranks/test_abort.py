@@ -103,7 +103,6 @@ def refused_reads(rank: int, world: int) -> list[str]:
         "all_gather": lambda: ranks.all_gather(torch.ones(2)),
         "all_most": lambda: ranks.all_most([1.0]),
         "broadcast_from": lambda: ranks.broadcast_from(0, b"" if rank == 0 else None),
-        "broadcast_bytes": lambda: ranks.broadcast_bytes(b"x"),
         "exchange_counts": lambda: exchange_counts(torch.ones(2, dtype=torch.int64), ranks.groups.tokens).get(),
         "exchange_totals": lambda: exchange_totals(optimizer.squares(), optimizer.squares(), ranks.groups.world),
         "refuse_different_owners": lambda: refuse_different_owners(engine, owners),

@@ -111,7 +111,7 @@ def test_evaluation_and_answers_come_from_the_adapter(workshop: Path, trained: P
 def _judged(rank: int, world: int, adapter: str, asked: str) -> dict[str, dict[str, float]]:
     """On several ranks frozen experts stay with their owners, and ranks with fewer choices go forward with none."""
     if world > 1:
-        StepPlans.place_everywhere = None  # type: ignore[method-assign,assignment]
+        StepPlans.place_for_evaluation = None  # type: ignore[method-assign,assignment]
     questions = {path.stem: read_choices(path) for path in sorted(Path(asked).iterdir())}
     (found,) = compare(None, [adapter], Questions(choices=questions), ranks_of_default_group(rank, world))
     return {name: dict(one.figures) for name, one in found.tasks.items()}
