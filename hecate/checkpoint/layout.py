@@ -33,12 +33,12 @@ class TensorEntry:
     """The description of one tensor of a checkpoint."""
 
     file: str
-    """the name of the safetensors file that holds it"""
+    """The name of the safetensors file that holds the tensor."""
     dtype: str
-    """safetensors' name of the dtype"""
+    """The name that safetensors gives the dtype."""
     shape: tuple[int, ...]
     digest: str
-    """the xxh3_128 hash of the bytes, 32 hex digits"""
+    """The xxh3_128 hash of the bytes, 32 hex digits."""
 
     @property
     def num_bytes(self) -> int:

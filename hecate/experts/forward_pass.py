@@ -36,17 +36,17 @@ class PassTokens:
     """The tokens of one forward pass, flattened to [B·S]."""
 
     valid: Tensor | None = None
-    """int64: indices of the tokens that are no padding; None: no token is padding"""
+    """The indices of the tokens that are no padding, int64; None: no token is padding."""
     number: Tensor | None = None
-    """int64 [B·S]: each token's number, unique over the run; None outside training"""
+    """Each token's number, unique over the run, int64 [B·S]; None outside training."""
     samples: PassSamples | None = None
-    """the samples that the tokens belong to; None outside training"""
+    """The samples that the tokens belong to; None outside training."""
     source: Tensor | None = None
-    """int64 [B·S], or [1] for all tokens: the number of the source in the training data; None: not known"""
+    """The number of the source in the training data, int64 [B·S], or [1] for all tokens; None: not known."""
     users: PassUsers | None = None
-    """the users of the tokens' samples; None: not known, or nothing depends on them"""
+    """The users of the tokens' samples; None: not known, or nothing depends on them."""
     routing: PassRouting | None = None
-    """the experts that the samples bring for their tokens; None: routers alone decide"""
+    """The experts that the samples bring for their tokens; None: routers alone decide."""
 
 
 class ForwardPass(Protocol):
@@ -92,7 +92,7 @@ class CurrentPass:
 
     def __init__(self) -> None:
         self.now: ForwardPass | None = None
-        """None: no step and no evaluation is under way"""
+        """The pass that the model is in; None: no step and no evaluation is under way."""
 
     def required(self) -> ForwardPass:
         """Raises OrderError: the model runs outside of training steps and evaluations."""

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from hecate.errors import UserError
 
 MOST_BYTES = 1 << 26
-"""of a file that is read as a whole, such as a status or a description: all that are known have less than a tenth"""
+"""The most bytes of a file that is read as a whole, such as a status: all that are known have less than a tenth of it."""
 
 _PART = 1 << 20
 

@@ -31,9 +31,9 @@ from hecate.train.generation import Decoding, generate
 from hecate.train.steps.passes import forward_loss, pass_tokens
 
 Heard = Callable[[str, Sequence[GenerationItem], Sequence[str]], None]
-"""gets a source's name, the prompts of this rank, and the answers to them"""
+"""A function that gets a source's name, the prompts of this rank, and the answers to them."""
 Recorded = Callable[[Sequence[PackedSequence], Mapping[Unit, RouterStats]], None]
-"""gets the rows of a pass, and what the routers have done in it"""
+"""A function that gets the rows of a pass, and what the routers have done in it."""
 
 
 def evaluate(
@@ -52,8 +52,8 @@ def evaluate(
 
     Args:
         features_UF: the vectors of all users, [users, width], on the model's device; None: no router decides by users.
-        heard: is told the answers that were counted, if any were.
-        recorded: is told what this rank's routers have done.
+        heard: called with the answers that were counted, if any were.
+        recorded: called with what this rank's routers have done.
     """
     losses, loads = {}, {}
     with moe.engine.evaluation(in_lockstep=moe.engine.runs_in_lockstep) as evaluation, torch.no_grad():
@@ -123,7 +123,7 @@ def _expert_of(config: Config, source: str, device: torch.device) -> Tensor | No
     """int64 [1]: the number of a source in the training data, where it is the expert; None where experts are chosen otherwise."""
     if not config.moe.by_source:
         return None
-    return copy_to(torch.tensor([[one.name for one in config.data.train].index(source)]), device)
+    return copy_to(torch.tensor([[named.name for named in config.data.train].index(source)]), device)
 
 
 def _exact(
@@ -178,7 +178,8 @@ def _answers(
     """
     mine = items[ranks.rank :: ranks.world_size]
     asked = list(mine)
-    if in_lockstep and items:  # as many as the others have; what is answered to the last one is thrown away
+    # As many prompts as on other ranks: each forward pass has collectives. The answer to the last one is thrown away.
+    if in_lockstep and items:
         asked += [items[0]] * (-(-len(items) // ranks.world_size) - len(mine))
     answers = generate(
         base,

@@ -42,7 +42,7 @@ class ShardPairs:
         blocks = sum(experts for _, experts in site.alike)
         require_public_shards(lora, blocks)
         self._block = PlainPairs(replace(lora, rank=lora.shards.equivalent_rank), projections, site.sizes)
-        """the plain pairs whose numbers a block has"""
+        """The plain pairs whose numbers a block has."""
         first = _experts_before(site)
         names = [(site.seed, "shards", str(site.unit), expert) for expert in range(site.num_experts)]
         self._index_EM = {

@@ -25,15 +25,14 @@ class PairSource(Protocol):
 
     lora: LoraShape
     projections: tuple[str, ...]
-    """those with a pair, in the order of the chunk"""
+    """The projections with a pair, in the order of the chunk."""
 
     sizes: PairSizes
-    """what of an expert's pairs is trained, and what the products with them cost"""
+    """What of an expert's pairs is trained, and what the products with them cost."""
 
     @property
     def drawn_digest(self) -> str:
-        """Of what is drawn from names (`digest_of_drawn`), by which a run notices that it would go on with other numbers; empty if nothing
-        is."""
+        """The digest of what is drawn from names (`digest_of_drawn`), by which a run notices that other numbers are drawn; empty: nothing."""
         ...
 
     def initial(self, expert: int, *key: int | str) -> Tensor:

@@ -19,7 +19,7 @@ from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.parallel.values.expert_kinds import GATE_WIDTH
 
 GATE_DROPOUT = 0.1
-"""the share of the numbers inside the gate that training drops, as in the authors' code"""
+"""The share of the numbers inside the gate that training drops, as in the authors' code."""
 
 
 class UserRouter(Router):
@@ -79,4 +79,4 @@ class UserRouter(Router):
 
 
 _STREAM = -1
-"""of the gate's dropout; those of a unit's experts are 0 and more"""
+"""The stream of the gate's dropout; those of a unit's experts are 0 and more."""

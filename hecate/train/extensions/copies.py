@@ -35,7 +35,7 @@ class ComparedCopies(StepExtension):
     """All copies are compared when the gradients are complete and nothing has changed yet."""
 
     compare: Callable[[], None]
-    """sends messages, and ends the step with an error if copies differ"""
+    """A function that sends messages, and ends the step with an error if copies differ."""
 
     def at(self, moment: Moment, subject: Any = None) -> None:
         if moment == "gradients":

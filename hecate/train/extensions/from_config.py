@@ -45,11 +45,11 @@ def step_extensions(parts: RunParts, step: int, sequences: Sequence[PackedSequen
 
 def _labels_of_source(sequences: Sequence[PackedSequence], sources: int) -> list[int]:
     """Label tokens by source."""
-    labelled = np.concatenate([one.task[one.targets != IGNORED] for one in sequences])
+    labelled = np.concatenate([packed.task[packed.targets != IGNORED] for packed in sequences])
     return np.bincount(labelled, minlength=sources).tolist()
 
 
 def _samples_of_source(sequences: Sequence[PackedSequence], sources: int) -> list[int]:
     """Samples by source."""
-    found = [source for one in sequences for source, _ in one.samples]
+    found = [source for packed in sequences for source, _ in packed.samples]
     return np.bincount(found, minlength=sources).tolist()
