@@ -29,7 +29,7 @@ class PassRouting:
 
     @staticmethod
     def of_tokens(routed_NUK: Tensor, valid_T: Tensor | None, units: Sequence[Unit], *, forced: bool) -> PassRouting:
-        """The routing from the experts of all tokens of a pass, of which `valid_T` are no padding (None: all), and `units` in their order."""
+        """The routing of a pass, from the experts of all its tokens, of which `valid_T` are no padding (None: all), for these units."""
         routed_TUK = routed_NUK if valid_T is None else routed_NUK[valid_T]
         assert routed_TUK.shape[1] == len(units), (routed_TUK.shape, units)
         expert_UTK = routed_TUK.transpose(0, 1).to(torch.int64).contiguous()

@@ -27,11 +27,11 @@ class MoeBlock:
 
     layer: int
     path: str
-    """dotted name of the module that holds both, such as model.layers.3.mlp"""
+    """The dotted name of the module that holds both, such as model.layers.3.mlp."""
     experts: str
-    """name of the experts in it"""
+    """The name of the experts in the module."""
     router: str
-    """name of the router in it"""
+    """The name of the router in the module."""
     num_experts: int
     hidden: int
     ffn: int

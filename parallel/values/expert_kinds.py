@@ -144,8 +144,8 @@ class PairSizes:
     """backward FLOPs of one assignment in gradients that plain pairs have and these have not"""
     seeded_of_model: bool = False
     """whether all units of a model share the seeded tensors that have the same name and shape"""
-    made: int = 0
-    """numbers of A and B that are made for each replica from what is trained, and kept from the unit's forward to its backward pass; 0: A
+    computed_numel: int = 0
+    """numbers of A and B that are computed for each replica from what trains, and kept from the unit's forward to its backward pass; 0: A
     and B are parts of the replica, or seeded"""
     pooled: tuple[TensorSpec, ...] = ()
     """what is trained in a pool that the units of one place and shape have in common (`hecate.experts.pairs.pool`), not in `trained`: the
@@ -171,7 +171,7 @@ def plain_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -
         specs += [TensorSpec(f"{name}.A", (lora.rank, inputs)), TensorSpec(f"{name}.B", (outputs, lora.rank))]
     # Copies of B: one if each expert has a scale of its own, and one by which a gradient rule makes A's gradient.
     copies = bool(lora.of_experts) + (lora.eta is not None)
-    return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs), made=copies * sum(spec.numel for spec in specs[1::2]))
+    return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs), computed_numel=copies * sum(spec.numel for spec in specs[1::2]))
 
 
 def fixed_a_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
@@ -193,7 +193,7 @@ def nola_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) ->
             TensorSpec(f"{name}.U", (lora.bases, *a.shape)),
             TensorSpec(f"{name}.V", (lora.bases, *b.shape)),
         ]
-    return PairSizes(tuple(trained), whole.flops, tuple(seeded), seeded_of_model=True, made=whole.trained_numel)
+    return PairSizes(tuple(trained), whole.flops, tuple(seeded), seeded_of_model=True, computed_numel=whole.trained_numel)
 
 
 def shard_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
@@ -215,7 +215,7 @@ def shard_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -
     whole = plain_pairs(sizes, projections, lora)
     block = plain_pairs(sizes, projections, replace(lora, rank=shards.equivalent_rank)).trained
     pooled = tuple(spec if spec.name.endswith(".A") else TensorSpec(spec.name, spec.shape[::-1]) for spec in block)
-    return PairSizes((), whole.flops, made=whole.trained_numel, pooled=pooled)
+    return PairSizes((), whole.flops, computed_numel=whole.trained_numel, pooled=pooled)
 
 
 def require_public_shards(lora: LoraShape, consumers: int) -> None:

@@ -19,9 +19,9 @@ class Prompt:
 
     messages: tuple[Message, ...]
     user: str | None = None
-    """who asks; None: it is not said"""
+    """The user who asks; None: it is not said."""
     record: dict[str, Any] = field(default_factory=dict)
-    """the line that it came from"""
+    """The line from which the prompt came."""
 
 
 def read_prompts(path: str, piped: Iterable[bytes] = (), *, system: str | None = None, user: str | None = None) -> Iterator[Prompt]:
@@ -54,7 +54,7 @@ def read_prompts(path: str, piped: Iterable[bytes] = (), *, system: str | None =
 
 def _read(path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Place, value, and why it cannot be used."""
-    return ((place_of(one.file, one.line), one.value, one.reason) for one in read_records(path))
+    return ((place_of(record.file, record.line), record.value, record.reason) for record in read_records(path))
 
 
 def _piped(lines: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any], str]]:

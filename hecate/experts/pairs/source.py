@@ -32,7 +32,7 @@ class PairSource(Protocol):
 
     @property
     def drawn_digest(self) -> str:
-        """The digest of what is drawn from names (`digest_of_drawn`), by which a run notices that other numbers are drawn; empty: nothing."""
+        """The digest of what is drawn from names (`digest_of_drawn`), by which a run notices other numbers; empty: nothing is drawn."""
         ...
 
     def initial(self, expert: int, *key: int | str) -> Tensor:

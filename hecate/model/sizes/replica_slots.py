@@ -18,7 +18,8 @@ from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cluster.topology_cards import SeenTopology
 
 _PLANNED_SHARE = 0.9
-"""of a device's memory; the rest is for what is not counted (docs/simulator.md), and for ranks that serve more tokens than others"""
+"""The share of a device's memory that is planned with; the rest is for what is not counted (docs/simulator.md), and for ranks that serve
+more tokens than others."""
 
 
 def slots_of_config(config: Config, say: Callable[[str], None] | None = None) -> Callable[[Topology], np.ndarray | None]:

@@ -90,7 +90,6 @@ def train_step(
     )
     work.at("step", batches.number)
     loads = rules.sums.run(work, batches.number, batches.micro_batches)
-    # Up to here nothing has changed, and extensions may still end the step: `squares` declares its gradients complete.
     work.at("gradients", optimizer)
     names = rules.sums.names(shards)
     squares = optimizer.squares(counts_owned=shards.in_first_group, names=names)
