@@ -75,7 +75,6 @@ class SurvivingRanks:
         """what was told of members: the fact, the member, the generation"""
         self._present: frozenset[int] = frozenset()
         self._stopped = StoppedRanks()
-        self._num_devices = 0
         """number of ranks that began the run together, or have begun it again"""
         self.printing = 0
         """the member that began as rank 0, which prints its own errors"""
@@ -173,7 +172,7 @@ class SurvivingRanks:
         first = self._next_member
         for rank, device in enumerate(generation.members):
             self._start(device, Beginning(rank, len(generation.members), generation.number))
-        self._num_devices, self.printing = len(generation.members), first
+        self.printing = first
         self._write()
 
     def _start(self, device: int, begins: Beginning | None) -> None:
@@ -187,7 +186,7 @@ class SurvivingRanks:
 
     def _write(self) -> None:
         generation = self.state.generation
-        write_generation(self._store, Generation(generation.number, self.members, generation.members, self._num_devices))
+        write_generation(self._store, Generation(generation.number, self.members, generation.members))
 
 
 def end_processes(processes: Iterable[RankProcess]) -> None:

@@ -11,18 +11,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-ITEM_SIZE = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}  # bytes
+ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""The bytes of an element, by the name that safetensors gives its type."""
 MAX_DIMS = 16
 _MAX_BYTES = 2**62
 _TENSOR_NAME = re.compile(r"[\x21-\x7e]{1,512}")

@@ -218,11 +218,7 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
 def _described(
     folder: Path, manifest: Manifest | CheckpointError | None, config: Config, parts: TrainedParts
 ) -> tuple[Manifest, TrainState, dict[Unit, np.ndarray]] | CheckpointError:
-    """What a checkpoint says of its run, before any tensor is read.
-
-    Args:
-        manifest: of the folder, or why there is none; None: not read yet.
-    """
+    """What a checkpoint says of its run, before any tensor is read. `manifest`: of the folder, or why there is none; None: not read yet."""
     try:
         manifest = read_manifest(folder) if manifest is None else manifest
         if isinstance(manifest, CheckpointError):

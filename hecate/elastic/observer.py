@@ -41,11 +41,7 @@ class ReplanOrder:
 
     @staticmethod
     def from_bytes(data: bytes) -> ReplanOrder:
-        """Read what `to_bytes` has written.
-
-        Raises:
-            JsonError: the data are no order.
-        """
+        """Read what `to_bytes` has written. Raises JsonError: the data are no order."""
         return from_json_values(ReplanOrder, parse_json(data))
 
 
@@ -147,9 +143,7 @@ class ControllerLink:
     """
 
     def __init__(self, controller: RunController, say: Callable[[str], None]) -> None:
-        """Args:
-        say: called with what the user must know.
-        """
+        """`say`: called with what the user must know."""
         self._controller: RunController | None = controller
         self._say = say
         self._carried_out = 0

@@ -22,9 +22,7 @@ class ObserverThread:
     """
 
     def __init__(self, observer: Observer, say: Callable[[str], None]) -> None:
-        """Args:
-        say: called with what the user must know, in the thread that calls the methods of this object.
-        """
+        """`say`: called with what the user must know, in the thread that calls the methods of this object."""
         self._observer = observer
         self._say = say
         self._thread = CallThread("observer of the run", MOST_WAITING)

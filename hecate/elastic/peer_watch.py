@@ -24,9 +24,7 @@ class PeerWatch:
     """Reads the launcher's file in a thread of its own, which runs from the first watched ranks until the process or the launcher ends."""
 
     def __init__(self, store: Path) -> None:
-        """Args:
-        store: the path that the launcher's files are named after (`hecate.ranks.launcher_files`).
-        """
+        """`store`: the path that the launcher's files are named after (`hecate.ranks.launcher_files`)."""
         self._store = store
         self._watched: tuple[frozenset[int], Ranks] | None = None
         self._thread: threading.Thread | None = None

@@ -170,11 +170,7 @@ class Step:
     """One optimizer step, from its plans to its gradients."""
 
     def __init__(self, shards: ExpertShards, current: CurrentPass, number: int, micro_steps: int) -> None:
-        """Plans all layers from the history. Every rank must make one.
-
-        Args:
-            micro_steps: in which the step's tokens come.
-        """
+        """Plans all layers from the history. Every rank must make one. `micro_steps`: in which the step's tokens come."""
         self.ledger = StepLedger(shards, number, micro_steps)
         self.peak_replica_bytes = shards.replica_bytes
         """The most bytes of replicas that this rank had or waited for at once since the step began."""

@@ -140,7 +140,10 @@ class StepPlans:
         """The ranks of the sharding group, by their numbers in the job."""
         self.config = config
         self.history = history
-        self.units = {unit: UnitPlan(owners[unit], _chunk_size(owned)) for unit, owned in (*families.items(), *self._pools.items())}
+        self.units = {
+            unit: UnitPlan(owners[unit], ChunkSize(owned.layout().trainable_numel, owned.replica_dtype.itemsize))
+            for unit, owned in (*families.items(), *self._pools.items())
+        }
         """The plan of each layer and each pool."""
         for unit, family in families.items():
             if family.layout().frozen:
@@ -464,10 +467,6 @@ def _moved_owners(planner: Planner, units: Sequence[Unit], before_LE: np.ndarray
         f"to rank {after_LE[index, expert]}\n"
         "  a plan keeps the owners that it is given (`Plan.owner_LE` equals `PlanInput.owner_LE`); only re-sharding changes owners"
     )
-
-
-def _chunk_size(owned: OwnedChunks) -> ChunkSize:
-    return ChunkSize(owned.layout().trainable_numel, owned.replica_dtype.itemsize)
 
 
 def _held(unit_plan: UnitPlan) -> Residency:

@@ -44,24 +44,19 @@ class OwnedChunks(Protocol):
     @property
     def num_experts(self) -> int:
         """The number of chunks."""
-        ...
 
     @property
     def replica_dtype(self) -> torch.dtype:
         """The type in which chunks are gathered and computed with; gradients have that of `init_chunk` nonetheless."""
-        ...
 
     def layout(self) -> ExpertLayout:
         """The tensors of one expert."""
-        ...
 
     def init_chunk(self, expert: int) -> Tensor:
         """The initial flat chunk of one expert, [C] in master precision; a function of (seed, unit, expert) alone."""
-        ...
 
     def no_chunks(self) -> Tensor:
         """[0, C], of the dtype and on the device of `init_chunk`: the chunks of a rank that owns no expert."""
-        ...
 
 
 class ExpertFamily(OwnedChunks, Protocol):
@@ -71,32 +66,26 @@ class ExpertFamily(OwnedChunks, Protocol):
     def pool(self) -> Pool | None:
         """The pool that the experts share with those of other units, whose numbers they train in place of chunks of their own, which are
         then empty; None: each expert trains its chunk."""
-        ...
 
     def frozen_chunk(self, expert: int) -> Tensor:
         """The flat frozen chunk of one expert, in the dtype it is computed in; empty for a family without frozen parts.
 
         It is asked for on the expert's first owner only.
         """
-        ...
 
     def no_frozen_chunks(self) -> Tensor:
         """[0, C], of the dtype and on the device of `frozen_chunk`."""
-        ...
 
     def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
         """The layer's cost, from which planners plan. `non_moe_flops` are the forward FLOPs of one rank that hide transfers."""
-        ...
 
     @property
     def pair_source(self) -> PairSource:
         """The source of the family's pairs, through which adapters are written and read. Only for a family that has pairs."""
-        ...
 
     @property
     def drawn_digest(self) -> str:
         """See `PairSource.drawn_digest`; empty for a family without pairs."""
-        ...
 
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
         """The weighted sum of each token's experts that are in the slots, [T, D]; differentiable in chunks, tokens and weights.
@@ -107,7 +96,6 @@ class ExpertFamily(OwnedChunks, Protocol):
         Args:
             step: the optimizer step, which keys dropout; None outside training.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -186,9 +174,7 @@ class UnitExperts(ABC):
     """Whether a token's rank must have all experts of the unit (`LayerCost.on_every_rank`)."""
 
     def __init__(self, kind: ExpertKind, site: Site, pairs: PairSource | None, place: UnitPlace, ffn: tuple[TensorSpec, ...] = ()) -> None:
-        """Args:
-        ffn: the weights of one FFN, the expert's own or the one that all share.
-        """
+        """`ffn`: the weights of one FFN, the expert's own or the one that all share."""
         self.kind = kind
         self.site = site
         self.num_experts = site.num_experts

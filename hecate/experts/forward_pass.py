@@ -58,18 +58,15 @@ class ForwardPass(Protocol):
     @property
     def step(self) -> int:
         """The optimizer step that it belongs to, from 0; 0 outside training."""
-        ...
 
     def prefetch(self, *units: Unit) -> None:
         """Start to materialize layers, in the order in which they are needed; every rank must call it in the same order.
 
         Does nothing for layers whose replicas have arrived or are on their way.
         """
-        ...
 
     def note_routing(self, unit: Unit, routing: Routing) -> None:
         """Keep what the load-balancing loss needs of a layer's routing of the valid tokens."""
-        ...
 
     def experts(self, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
         """The weighted sum of each token's experts: [T, D].
@@ -80,11 +77,9 @@ class ForwardPass(Protocol):
             expert_TK: int64.
             token_T: int64: token numbers.
         """
-        ...
 
     def again(self) -> ForwardPass:
         """The same pass for a checkpointed layer that runs a second time: it computes the same, and nothing is counted twice."""
-        ...
 
 
 class CurrentPass:

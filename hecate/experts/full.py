@@ -19,9 +19,7 @@ class FullExperts(FfnExperts):
     """The fully trained experts of one layer (an ExpertFamily)."""
 
     def __init__(self, site: Site, initial: Callable[[int], Tensor] | None = None) -> None:
-        """Args:
-        initial: returns the flat chunk that an expert begins with, until `forget_initial`; None: each matrix as torch's nn.Linear.
-        """
+        """`initial`: returns the flat chunk that an expert begins with, until `forget_initial`; None: each matrix as torch's nn.Linear."""
         super().__init__(FULL, site, pairs=None)
         self._initial = self._as_linear if initial is None else initial
 

@@ -27,9 +27,7 @@ class LinearExperts(UnitExperts):
     """The experts of one linear layer (an ExpertFamily): what they add to W x, which every rank computes for its own tokens."""
 
     def __init__(self, site: Site, pairs: PairSource, mix: str = "products") -> None:
-        """Args:
-        mix: how a token's pairs become one, by its name in `MIXES`.
-        """
+        """`mix`: how a token's pairs become one, by its name in `MIXES`."""
         self._mix, self.on_every_rank = MIXES[mix], mix in MIXES_ON_EVERY_RANK
         assert isinstance(site.shape, LinearSizes), site.shape
         super().__init__(LINEARS, site, pairs, linear_place(site.shape, site.units_per_layer))

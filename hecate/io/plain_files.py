@@ -38,11 +38,7 @@ def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_plain(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
-    """Return the bytes of a file.
-
-    Raises:
-        OSError: as `open_plain`; or the file has more than `most` bytes, none of which is then read.
-    """
+    """Return the bytes of a file. Raises OSError: as `open_plain`; or the file has more than `most` bytes, none of which is then read."""
     with open_plain(path) as file:
         size, data = os.fstat(file.fileno()).st_size, bytearray()
         # In parts, because a read takes memory for all that it asks for.

@@ -26,11 +26,9 @@ class CausalHead(Protocol):
 
     def own_positions(self, length: int) -> slice:
         """The positions, of sequences of `length` tokens, that the layers of this rank compute. Each position is computed by some rank."""
-        ...
 
     def row_multiple(self, seq_len: int) -> int:
         """The number of positions to a multiple of which the rows of batches are best padded, where none is longer than `seq_len`."""
-        ...
 
     def hidden(self, input_ids: Tensor, samples: PackedSamples | None, position_ids: Tensor) -> Tensor:
         """[B, S] -> [B, S, D]. Tokens attend to earlier tokens of their own sample alone.
@@ -39,7 +37,6 @@ class CausalHead(Protocol):
             samples: of packed sequences; None: no sequence has more than one sample, and padding comes behind it.
             position_ids: each token's position in its sample, from 0.
         """
-        ...
 
     def loss_sum(self, hidden_ND: Tensor, target_N: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, also in a projection that trains. Where ranks
@@ -48,7 +45,6 @@ class CausalHead(Protocol):
         Args:
             weight_N: of each token in the sum; None: 1.
         """
-        ...
 
 
 class LanguageModelHead:

@@ -59,11 +59,7 @@ class GatedFfn(PlaceWithoutExperts):
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The dotted name and the list of a model's decoder layers: the longest ModuleList of one class.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The dotted name and the list of a model's decoder layers: the longest ModuleList of one class. Raises UserError: there is none."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
     uniform = [(name, m) for name, m in lists if len({type(child) for child in m}) == 1]
     if not uniform:

@@ -46,29 +46,24 @@ class FoundUnit(Protocol):
     @property
     def path(self) -> str:
         """Dotted name of the module whose place the experts take: a dense FFN, a linear, or a model's own experts."""
-        ...
 
     @property
     def block_path(self) -> str:
         """Dotted name of the module that is no attention: the FFN, or the block with router and experts; of a linear, the linear."""
-        ...
 
     @property
     def router_path(self) -> str | None:
         """Dotted name of the model's own router, if it has one."""
-        ...
 
     @property
     def own_experts(self) -> int:
         """Experts that the model has itself; 0: none."""
-        ...
 
     @property
     def shape(self) -> FfnShape | LinearSizes: ...
 
     def source(self, model: nn.Module) -> FfnSource:
         """What families are made from, in the model's dtype and on its device."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

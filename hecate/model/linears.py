@@ -13,16 +13,10 @@ from hecate.model.gated_ffn import PlaceWithoutExperts, decoder_layers
 from hecate.parallel.values.expert_kinds import LinearSizes
 from hecate.parallel.values.units import Unit
 
+_QKV = ("qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv", "in_proj_qkv", "in_proj_qkvz")
 FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "query_key_value": ("q_proj", "k_proj", "v_proj"),
-    "c_attn": ("q_proj", "k_proj", "v_proj"),
-    "W_pack": ("q_proj", "k_proj", "v_proj"),
-    "Wqkv": ("q_proj", "k_proj", "v_proj"),
-    "in_proj_qkv": ("q_proj", "k_proj", "v_proj"),
-    "in_proj_qkvz": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "input_linear": ("gate_proj", "up_proj"),
+    **dict.fromkeys(_QKV, ("q_proj", "k_proj", "v_proj")),
+    **dict.fromkeys(("gate_up_proj", "input_linear"), ("gate_proj", "up_proj")),
 }
 """The names of linears that compute several projections at once, and those projections."""
 

@@ -52,11 +52,9 @@ class GradientRule(Protocol):
         Tensors of no dimension are kept on the CPU, others with their parameter. Of a parameter that tensor parallelism cuts, those of its
         shape are cut with it.
         """
-        ...
 
     def step(self, stepped: Sequence[Stepped], learning_rate: float) -> None:
         """Step these parameters, which are all that have a gradient on this rank. Autograd records nothing of it."""
-        ...
 
 
 def kind_of_parameter(name: str, parameter: Tensor) -> str | None:

@@ -147,8 +147,6 @@ class Generation:
     """The member that has each rank."""
     devices: tuple[int, ...]
     """The device of each rank, as its number in the topology that the run began with. Devices of further nodes have higher numbers."""
-    num_devices: int
-    """The number of ranks that the run began with."""
 
 
 def write_generation(store: Path, generation: Generation) -> None:

@@ -77,11 +77,7 @@ def evaluate(
 
 
 def _tokens_of(base: BaseModel, expert: Tensor | None, features_UF: Tensor | None, batch: Batch) -> PassTokens:
-    """What layers see of a batch.
-
-    Args:
-        expert: int64 [1]: the one that serves all of its tokens; None: experts are chosen.
-    """
+    """What layers see of a batch. `expert`: int64 [1]: the one that serves all of its tokens; None: experts are chosen."""
     tokens = replace(pass_tokens(base.head, batch), source=expert)
     return tokens if features_UF is None else with_users(tokens, base.head, batch, features_UF)
 

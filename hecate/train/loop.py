@@ -135,8 +135,7 @@ def train(
                     facts = _finish(training, outside)
                 elif not _one_step(training, outside, measured):
                     return False
-            # Any exception: after an abort, whatever still uses the old group can fail in any way.
-            except Exception as error:
+            except Exception as error:  # any: after an abort, whatever still uses the old group can fail in any way
                 if not _went_on_after(error, training, outside):
                     raise
     if training.ranks.is_first:

@@ -43,11 +43,7 @@ def check_machine(config: Config) -> None:
 
 
 def check_kernels(kernels: str) -> None:
-    """Check that this machine can run these kernels.
-
-    Raises:
-        UserError: `kernels` is "triton", and Triton cannot run.
-    """
+    """Check that this machine can run these kernels. Raises UserError: `kernels` is "triton", and Triton cannot run."""
     if kernels != "triton":
         return
     import torch

@@ -154,11 +154,7 @@ class Training:
         return [collate(share, pad_id, config.data.seq_len, ranks.tp_size, multiple).to(ranks.device) for share in shares]
 
     def train_one(self, requests: Callable[[], Sequence[bool]] = tuple) -> StepEvent:
-        """One optimizer step.
-
-        Args:
-            requests: see `RankFigures`.
-        """
+        """One optimizer step. `requests`: see `RankFigures`."""
         parts, engine = self.parts, self.parts.moe.engine
         started, rate = time.monotonic(), parts.optimizer.learning_rate
         waited = jit.waited_seconds()
@@ -198,11 +194,7 @@ class Training:
         )
 
     def _try_step(self, sequences: list[PackedSequence], requests: Callable[[], Sequence[bool]]) -> StepResult:
-        """Forward, backward and optimizer step.
-
-        Raises:
-            CopiesRestoredError: see there.
-        """
+        """Forward, backward and optimizer step. Raises CopiesRestoredError: see there."""
         parts, config, step = self.parts, self.parts.config, self.run_state.step
         compare = self.copies.of_step(step)
         return train_step(
@@ -300,11 +292,7 @@ class Training:
         return save_state(self.parts.config, self.ranks, self.parts.trained, self.run_state)
 
     def begin_save(self) -> None:
-        """Begin to write a checkpoint beside the steps that follow. No other save may be under way.
-
-        Raises:
-            UserError: as `save`.
-        """
+        """Begin to write a checkpoint beside the steps that follow. No other save may be under way. Raises UserError: as `save`."""
         assert self.saving is None
         faults.at("save")
         self.copies.check_and_restore()

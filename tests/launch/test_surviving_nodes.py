@@ -37,7 +37,7 @@ from tests.launch.stand_ins import StandIn
 JOB = JobShape("job", 2, 3, 2, survives=True)
 SECRET = b"of this test" * 3
 QUIET = NodeReport(beat=0, address="10.0.0.2", ended={}, files=(), mistakes={}, stopping=False, leaves=False)
-ORDERS = JobOrders(generation=Generation(0, (0, 1, 2, 3), (0, 1, 2, 3), 4), here=(), members={}, lost=(), status=None)
+ORDERS = JobOrders(generation=Generation(0, (0, 1, 2, 3), (0, 1, 2, 3)), here=(), members={}, lost=(), status=None)
 
 
 class Words:
@@ -428,7 +428,7 @@ def test_a_rank_of_the_second_node_dies_and_no_step_is_lost(tmp_path: Path) -> N
 def test_a_node_that_is_told_to_stop_does_not_wait_for_ranks_that_load(tmp_path: Path) -> None:
     """They are let in no more, and would wait for that for ever."""
     with following(tmp_path) as node:
-        node.words.store.order(replace(ORDERS, generation=Generation(0, (0, 1), (0, 1), 2), members={"2": order(joins=True)}))
+        node.words.store.order(replace(ORDERS, generation=Generation(0, (0, 1), (0, 1)), members={"2": order(joins=True)}))
         node.began(2)
         node.follower.signals.append(signal.SIGTERM)
         assert node.end() == 0

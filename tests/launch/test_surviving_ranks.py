@@ -71,7 +71,7 @@ def test_the_living_go_on_and_a_new_member_joins(tmp_path: Path, capsys: pytest.
     assert run.members() == (0, 2), "it has not loaded"
     run.load(3)
     assert run.members() == (0, 2, 3)
-    assert read_generation(run.store) == Generation(2, (0, 2, 3), (0, 2, 1), 3)
+    assert read_generation(run.store) == Generation(2, (0, 2, 3), (0, 2, 1))
 
 
 @pytest.mark.parametrize(("ends", "members", "status"), [("before", (0,), None), ("at once", (0,), -9), ("together", (0, 2), None)])

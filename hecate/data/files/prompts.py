@@ -36,7 +36,7 @@ def read_prompts(path: str, piped: Iterable[bytes] = (), *, system: str | None =
         UserError: the file cannot be read, there is no prompt, or a record is none; the text says where it is.
     """
     empty = True
-    for place, record, reason in _piped(piped) if path == "-" else _read(path):
+    for place, record, reason in _piped(piped) if path == "-" else _of_file(path):
         empty = False
         if not reason and ("prompt" in record) == ("messages" in record):
             reason = 'needs an object with "prompt" or "messages"'
@@ -52,7 +52,7 @@ def read_prompts(path: str, piped: Iterable[bytes] = (), *, system: str | None =
         raise UserError('standard input holds no prompts\n  it needs an object a line, such as {"prompt": "What is FSSDP?"}')
 
 
-def _read(path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _of_file(path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Place, value, and why it cannot be used."""
     return ((place_of(record.file, record.line), record.value, record.reason) for record in read_records(path))
 

@@ -117,15 +117,12 @@ def read_arrow(path: str) -> Iterator[Row]:
             except arrow.ArrowInvalid:
                 file.seek(0)
                 batches = iter(arrow.ipc.open_stream(file))
-            yield from _rows(part for batch in batches for part in _parts(batch))
+            starts = ((batch, start) for batch in batches for start in range(0, batch.num_rows, _ROWS_AT_A_TIME))
+            yield from _rows(batch.slice(start, _ROWS_AT_A_TIME) for batch, start in starts)
     except UserError:
         raise
     except (arrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError, TypeError) as error:
         raise _unreadable(path, "Arrow", error) from error
-
-
-def _parts(batch: Any) -> Iterator[Any]:
-    return (batch.slice(start, _ROWS_AT_A_TIME) for start in range(0, batch.num_rows, _ROWS_AT_A_TIME))
 
 
 def _rows(batches: Iterator[Any]) -> Iterator[Row]:

@@ -55,11 +55,7 @@ class UserRouter(Router):
         return Routing(weight_TE, expert_TE, weight_TE)
 
     def weights(self, users: PassUsers, step: int | None = None) -> Tensor:
-        """[M, E]: the share of each expert for each sample.
-
-        Args:
-            step: the optimizer step, which keys dropout; None outside training.
-        """
+        """[M, E]: the share of each expert for each sample. `step`: the optimizer step, which keys dropout; None outside training."""
         inner_MH = F.relu(self.hidden(self.norm(users.features_MF.to(self.norm.weight.dtype))))
         if step is not None and users.number_M is not None:
             dropout = Dropout(GATE_DROPOUT, dropout_key(self._site.seed, step, *unit_numbers(self._site.unit)))

@@ -44,11 +44,7 @@ def resolve_model(name_or_path: str) -> ModelSource:
 
 
 def base_of(trained: Path, name_or_path: str) -> ModelSource:
-    """Find the base model of something trained.
-
-    Raises:
-        UserError: it is not where the trained folder says.
-    """
+    """Find the base model of something trained. Raises UserError: it is not where the trained folder says."""
     try:
         return resolve_model(name_or_path)
     except UserError as error:
@@ -200,11 +196,7 @@ def _end_tokens_alone(recommended: Any) -> Any:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's fast tokenizer.
-
-    Raises:
-        UserError: there is none, or it is a slow one.
-    """
+    """The model's fast tokenizer. Raises UserError: there is none, or it is a slow one."""
     from transformers import AutoTokenizer
 
     _quiet_transformers()

@@ -42,11 +42,7 @@ class StoredModel:
 
 
 def open_stored(source: ModelSource) -> StoredModel:
-    """Return the model's weights as they are stored.
-
-    Raises:
-        UserError: a file cannot be read, or holds weights that are quantised.
-    """
+    """Return the model's weights as they are stored. Raises UserError: a file cannot be read, or holds weights that are quantised."""
     if source.gguf_file is not None:
         with one_gguf_reader():
             model = load_model(source, torch.float32, torch.device("cpu"))

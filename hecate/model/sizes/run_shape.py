@@ -218,11 +218,7 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
 
 
 def shape_on(config: Config, seen: SeenTopology, name: str) -> RunShape:
-    """Read the model's headers, and return the sizes of the run on a topology that is called `name`.
-
-    Raises:
-        UserError: as `run_shape`.
-    """
+    """Read the model's headers, and return the sizes of the run on a topology that is called `name`. Raises UserError: as `run_shape`."""
     machines = seen.topology
     make_mesh(machines.world_size, config.fssdp.shard_size, config.model.tensor_parallel)
     base, config = base_shape_of(config)

@@ -118,19 +118,15 @@ class StepSums(Protocol):
     @property
     def positions(self) -> int:
         """The number of columns in which losses are added up apart from each other."""
-        ...
 
     def micro_steps(self, passes: int) -> int:
         """The number of micro-steps that a rank makes of so many passes."""
-        ...
 
     def names(self, shards: ExpertShards) -> Sequence[str]:
         """Names of the experts whose gradients' squares are summed expert by expert, in this order; none: as they lie on their owners."""
-        ...
 
     def run(self, work: StepWork, step: int, batches: Sequence[Batch]) -> dict[Unit, np.ndarray]:
         """All passes of a step, and the sums of all gradients over the ranks; the step's loads. Every rank must call it."""
-        ...
 
 
 class PassesByRank:

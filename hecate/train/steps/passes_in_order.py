@@ -81,11 +81,7 @@ def sequences_of_a_group(config: Config) -> int:
 
 
 def step_sums(config: Config, shares: Sequence[int]) -> StepSums:
-    """In which order the steps of a run are summed.
-
-    Args:
-        shares: sequences of each micro-step, by rank.
-    """
+    """In which order the steps of a run are summed. `shares`: sequences of each micro-step, by rank."""
     if not config.deterministic:
         return PassesByRank()
     groups = [share // config.deterministic_group for share in shares]

@@ -88,11 +88,7 @@ def replay_step(folder: Path, ranks: Ranks) -> Replayed:
 
 
 def read_step(folder: Path) -> dict[str, Any]:
-    """Return step.json of a skipped step.
-
-    Raises:
-        UserError: it cannot be read, or is another file.
-    """
+    """Return step.json of a skipped step. Raises UserError: it cannot be read, or is another file."""
     path = folder / STEP_FILE
     try:
         then = parse_json(read_plain(path, _MOST_BYTES))

@@ -74,9 +74,7 @@ def train_step(
     mean = LossMean(max(batches.num_labels, 1), max(batches.num_labels, 1))
     for extension in extensions:
         mean = extension.mean(mean, device)
-    assert bool(moe.separate_experts) == (mean.weight_of_source is not None), (
-        "experts that are adapters of their own have means of their own"
-    )
+    assert bool(moe.separate_experts) == (mean.weight_of_source is not None), "separate experts have means of their own"
     work = StepWork(
         moe,
         head,
@@ -98,9 +96,8 @@ def train_step(
     figures = [own, *(extension.figures() for extension in extensions)]
     sums = [extension.sums() for extension in extensions]
     added_up = [of_extension for of_extension in sums if of_extension is not None]
-    totals = exchange_totals(
-        work.losses, squares, shards.groups.world, figures, added_up, partial(optimizer.squares_by_expert, names=names)
-    )
+    by_expert = partial(optimizer.squares_by_expert, names=names)
+    totals = exchange_totals(work.losses, squares, shards.groups.world, figures, added_up, by_expert)
     work.at("optimizer")
     grad_norm = _usable_norm(totals, separate=bool(moe.separate_experts))
     taken = optimizer.step(grad_norm, rules.max_grad_norm, loads, totals.grad_norms, rules.norm_limit)

@@ -278,7 +278,7 @@ def _merge_timeline(folder: Path) -> None:
 
 
 def _generation(folder: Path) -> None:
-    write_generation(folder / "store", Generation(1, (0, 2), (0, 1), 4))
+    write_generation(folder / "store", Generation(1, (0, 2), (0, 1)))
 
 
 def _read_json(read: Callable[[Any], object], name: str) -> Callable[[Path], object]:

@@ -41,7 +41,7 @@ def member_and_ranks(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Loc
     monkeypatch.setenv(MEMBER_VARIABLE, "1")
     assert local_membership(config_of(folder), ranks) is None, "its ranks do not go on"
     monkeypatch.setenv(STORE_VARIABLE, str(folder / "store"))
-    write_generation(folder / "store", Generation(0, (0, 1), (0, 1), 2))
+    write_generation(folder / "store", Generation(0, (0, 1), (0, 1)))
     made = local_membership(config, ranks)
     assert made is not None
     return made, ranks
@@ -54,7 +54,7 @@ def test_from_the_beginning_a_lost_rank_is_noticed(tmp_path: Path, monkeypatch: 
             monkeypatch.setenv(JOIN_VARIABLE, "1")
         with mock.patch.object(threading.Thread, "start"):
             membership, ranks = member_and_ranks(tmp_path / str(joins), monkeypatch)
-        write_generation(tmp_path / str(joins) / "store", Generation(1, (1,), (1,), 2))
+        write_generation(tmp_path / str(joins) / "store", Generation(1, (1,), (1,)))
         assert membership._watch.look()
         assert ranks.abort.called == noticed
         monkeypatch.delenv(MEMBER_VARIABLE)
@@ -66,7 +66,7 @@ def test_a_new_generation_is_a_request_to_regroup(tmp_path: Path, monkeypatch: p
     assert not ready_file(tmp_path / "store", 1).exists()
     membership.loaded()
     assert ready_file(tmp_path / "store", 1).exists()
-    write_generation(tmp_path / "store", Generation(1, (0, 1, 2), (0, 1, 2), 3))
+    write_generation(tmp_path / "store", Generation(1, (0, 1, 2), (0, 1, 2)))
     assert membership.regroup_requested()
 
 
@@ -79,12 +79,12 @@ def test_ranks_that_were_started_again_are_watched_by_their_new_numbers(tmp_path
     write_parts(tmp_path)
     for name, value in ((MEMBER_VARIABLE, "3"), (BEGINS_VARIABLE, "1"), (STORE_VARIABLE, str(tmp_path / "store"))):
         monkeypatch.setenv(name, value)
-    write_generation(tmp_path / "store", Generation(1, (2, 3), (0, 1), 2))
+    write_generation(tmp_path / "store", Generation(1, (2, 3), (0, 1)))
     membership = LocalMembership(config_of(tmp_path), ranks)
     assert not membership.regroup_requested()
     assert membership._watch.look()
     assert not ranks.abort.called
-    write_generation(tmp_path / "store", Generation(2, (3,), (1,), 2))
+    write_generation(tmp_path / "store", Generation(2, (3,), (1,)))
     assert membership.regroup_requested()
     assert membership._watch.look()
     assert ranks.abort.called
@@ -100,7 +100,7 @@ def test_a_rank_that_the_launcher_left_out_says_so(tmp_path: Path, monkeypatch: 
 
     def leave_out() -> None:
         time.sleep(0.05)
-        write_generation(tmp_path / "store", Generation(1, (0,), (0,), 2))
+        write_generation(tmp_path / "store", Generation(1, (0,), (0,)))
 
     thread = threading.Thread(target=leave_out)
     thread.start()
@@ -117,9 +117,9 @@ def test_why_a_group_was_not_joined_is_told_and_too_little_memory_ends_the_rank(
     connect = mock.Mock(side_effect=[RuntimeError("[../gloo/transport/tcp/pair.cc:1] Connection closed by peer"), torch.OutOfMemoryError()])
     monkeypatch.setattr("hecate.elastic.local_membership.connect", connect)
     membership = member(tmp_path, monkeypatch)
-    write_generation(tmp_path / "store", Generation(1, (1,), (1,), 2))
+    write_generation(tmp_path / "store", Generation(1, (1,), (1,)))
     assert membership.next_group() is None
     assert capsys.readouterr().err == "hecate: member 1 could not join group 1: another rank closed its connection\n"
-    write_generation(tmp_path / "store", Generation(2, (1,), (1,), 2))
+    write_generation(tmp_path / "store", Generation(2, (1,), (1,)))
     with pytest.raises(torch.OutOfMemoryError):
         membership.next_group()

@@ -24,7 +24,7 @@ from tests.hecate.train.in_process import ranks_of_default_group
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(peer_watch, "is_nccl", lambda group: group == "nccl")
-    write_generation(tmp_path / "store", Generation(0, (0, 1, 2), (0, 1, 2), 3))
+    write_generation(tmp_path / "store", Generation(0, (0, 1, 2), (0, 1, 2)))
     return tmp_path / "store"
 
 
@@ -40,7 +40,7 @@ def test_a_lost_rank_is_noticed_within_a_second(store: Path) -> None:
     ranks.abort.side_effect = aborted.set
     watch = PeerWatch(store)
     watch.begin((0, 1, 2), ranks)
-    write_generation(store, Generation(1, (0, 2), (0, 2), 3))
+    write_generation(store, Generation(1, (0, 2), (0, 2)))
     assert aborted.wait(60)
     store.with_name("generation").unlink()
     assert watch._thread is not None
@@ -54,7 +54,7 @@ def test_which_generations_mean_a_loss(store: Path) -> None:
     with mock.patch.object(threading.Thread, "start"):
         watch.begin((0, 1, 2), ranks)
     for number, (members, lost) in enumerate([((0, 1, 2), False), ((0, 1, 2, 3), False), ((0, 1, 3), True)]):
-        write_generation(store, Generation(number, members, tuple(range(len(members))), 4))
+        write_generation(store, Generation(number, members, tuple(range(len(members)))))
         ranks.abort.reset_mock()
         assert watch.look()
         assert ranks.abort.called == lost, members
@@ -71,7 +71,7 @@ def test_ranks_of_several_nodes_are_watched_on_gloo_too(store: Path, monkeypatch
     monkeypatch.setattr(threading.Thread, "start", lambda _: None)
     watch, ranks = PeerWatch(store), ranks_on("gloo")
     watch.begin((0, 1, 2), ranks)
-    write_generation(store, Generation(1, (0, 1), (0, 1), 3))
+    write_generation(store, Generation(1, (0, 1), (0, 1)))
     assert watch.look()
     assert ranks.abort.called
 
@@ -80,7 +80,7 @@ def test_ranks_on_gloo_are_not_watched(store: Path) -> None:
     watch, ranks = PeerWatch(store), ranks_on("gloo")
     watch.begin((0, 1, 2), ranks)
     assert watch._thread is None
-    write_generation(store, Generation(1, (0, 1), (0, 1), 3))
+    write_generation(store, Generation(1, (0, 1), (0, 1)))
     assert watch.look()
     assert not ranks.abort.called
 
@@ -91,7 +91,7 @@ def read_behind_a_lost_rank(rank: int, world: int, folder: str) -> tuple[str, bo
     ranks, whole = ranks_of_default_group(rank, world), distributed_c10d._abort_process_group
     written = mock.Mock(spec=torch.Tensor)
     written.cpu.side_effect = lambda: freed.wait(60) and torch.full((2,), 7e30)
-    write_generation(store, Generation(0, (0, 1), (0, 1), 2))
+    write_generation(store, Generation(0, (0, 1), (0, 1)))
     with gloo_as_nccl():
 
         def abort() -> None:
@@ -101,7 +101,7 @@ def read_behind_a_lost_rank(rank: int, world: int, folder: str) -> tuple[str, bo
         watch = PeerWatch(store)
         watch.begin((0, 1), ranks)
         with mock.patch.object(distributed_c10d, "_abort_process_group", abort):
-            write_generation(store, Generation(1, (0,), (0,), 2))
+            write_generation(store, Generation(1, (0,), (0,)))
             try:
                 raise AssertionError(f"garbage was read: {read(written, ranks.groups.world)}")
             except AbortedError as error:
