@@ -157,6 +157,7 @@ def redeal(
         return NoCopyLeft(lost)
     size = dist.get_world_size(ranks.groups.experts)
     owners = dict(zip(holders, redealt_owners([holder_E % size for holder_E in holders.values()], size), strict=True))
+    # Every rank has found the same `lost`, so all or none of them go on to these messages.
     dealt, moved = _deal(parts, ranks, held, owners, size)
     source = next(rank for rank, rank_state in enumerate(rank_states) if rank_state.has_state)
     everyone_has_state = all(rank_state.has_state for rank_state in rank_states)
@@ -166,7 +167,9 @@ def redeal(
     if state is None:
         assert received is not None
         state = _take_over(parts, *received)
+        # After the state, which has brought the loads by the old ranks.
         parts.engine.shards.history.redeal(ranks.world_size)
+    # Phases after the step that some rank has not been through are done by all of them again, because all must take part.
     completed = min(rank_state.completed for rank_state in rank_states if rank_state.has_state)
     return replace(state.with_positions_of(parts), completed=completed), moved
 

@@ -31,7 +31,7 @@ class ModelSource:
     def arguments(self) -> dict[str, Any]:
         """The arguments for transformers' `from_pretrained`: it reads local files only, and runs no code of the model's own.
 
-        Where it is not told, transformers asks on standard input whether to run that code.
+        Without `trust_remote_code`, transformers asks on standard input whether to run that code.
         """
         common: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True, "trust_remote_code": False}
         return common if self.gguf_file is None else {**common, "gguf_file": self.gguf_file}

@@ -1,4 +1,4 @@
-"""How a model's layers compute attention in training: `model.attention`, where each way can run, and how transformers is told.
+"""How a model's layers compute attention in training: `model.attention`, where each way can run, and how transformers comes to use it.
 
 A way of ours is a function that transformers calls by name, in place of its own. transformers then makes no mask, and asks no GPU whether
 rows are packed: what the function needs to know of the rows comes with the forward pass.

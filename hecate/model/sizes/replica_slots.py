@@ -29,7 +29,7 @@ def slots_of_config(config: Config, say: Callable[[str], None] | None = None) ->
     experts, or as the number says. Every rank that has the same files gets the same answer.
 
     Args:
-        say: is told once if the files do not tell the model's sizes.
+        say: called once if the files do not tell the model's sizes.
     """
     said = False
 
