@@ -299,7 +299,7 @@ class Step:
         if plan is not None:
             calibrated = shards.plans.mode(unit) == "calibrated"
             if calibrated:
-                # `exchange` starts from a gather by the plan of before, which nothing has prefetched for the first layers.
+                # `exchange` starts from a gather by the plan of before. Without prefetching none has been started.
                 self._gather(unit)
                 before = shards.plans.transfer(unit)
             transfer = shards.plans.place(unit, plan)
