@@ -25,9 +25,9 @@ from hecate.launch.stopped_ranks import StoppedRanks
 from hecate.ranks.launcher_files import (
     LOST_PEER_EXIT,
     Generation,
+    arrival_file,
     error_file,
     failure_of,
-    here_file,
     pid_files,
     ready_file,
     write_generation,
@@ -114,7 +114,7 @@ class SurvivingRanks:
         for device, member in self.member_on.items():
             for key, path in (
                 ((Fact.LOADED, member, 0), ready_file(self._store, member)),
-                ((Fact.ARRIVED, member, number), here_file(self._store, number, member)),
+                ((Fact.ARRIVED, member, number), arrival_file(self._store, number, member)),
             ):
                 if key not in self._seen and path.exists():
                     self._seen.add(key)

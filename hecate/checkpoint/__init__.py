@@ -3,8 +3,8 @@
     checkpoint-40/  rank-00000-of-00002.safetensors  rank-00001-of-00002.safetensors  manifest.json  COMMIT
 
 The functions of this package only read and write files. Nothing is pickled, and everything read is checked. They use no process
-group: the caller coordinates the ranks (see `save`). What is imported from the package itself needs no torch, so that launchers can ask
-which checkpoints there are; `save` and `shard` have what tensors need.
+group: the caller coordinates the ranks (see `save`). What the package itself exports needs no torch, so that launchers can ask which
+checkpoints there are; `save` and `shard` need it.
 """
 
 from hecate.checkpoint.files import CheckpointError

@@ -13,7 +13,7 @@ from hecate.io.durable import delete_files, sync_folder, write_durable
 
 _NONCE_BYTES = 8
 _LACKING = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EPERM}
-"""what a file system says of an operation that it does not have"""
+"""The errors of a file system that does not have an operation."""
 
 
 def require_disk_room(final: Path, needed: int) -> None:

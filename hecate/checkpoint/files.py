@@ -19,7 +19,7 @@ class UnreadableError(CheckpointError):
 
 
 _OF_THE_NAME = (errno.ELOOP, errno.ENXIO, errno.ENODEV, errno.ENOTDIR)
-"""errors that tell of a link or a device in the file's place"""
+"""The errors by which a link or a device in the file's place shows."""
 
 
 @contextlib.contextmanager

@@ -17,13 +17,13 @@ from hecate.io.durable import delete_files, sync_folder
 
 _log = logging.getLogger(__name__)
 OUTPUTS = ("adapter", "adapters", "model")
-"""names of the folders in which a run leaves what it has trained"""
+"""The names of the folders in which a run leaves what it has trained."""
 SET_ASIDE = ".damaged-"
 _PRUNED = ".tmp-pruned"
 _ASIDE = re.compile(r"checkpoint-[0-9]{1,16}\.damaged-[0-9a-f]{1,64}")
 _STAGING = re.compile(r"checkpoint-[0-9]{1,16}\.tmp-[0-9A-Za-z]{1,64}")
 _said: set[tuple[Path, str]] = set()
-"""of which checkpoint which damage was told"""
+"""The pairs of a checkpoint and a damage of it that this process has reported."""
 _OUR_FILE = re.compile(r"rank-[0-9]{5}-of-[0-9]{5}\.(safetensors|json)|" + re.escape(MANIFEST) + "|" + COMMIT)
 
 
@@ -111,7 +111,7 @@ def prune(
     Args:
         retain_steps: see `retained`; these are not deleted. None: none.
         retain_hours: see `retained_by_time`; these are not deleted, either. None: none.
-        warn: is told of each damaged checkpoint that does not count, once in a process.
+        warn: called with a text for each damaged checkpoint that does not count, once in a process.
     """
     assert keep >= 1, keep
     deleted: list[Path] = []

@@ -11,18 +11,8 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-ITEM_SIZE = {
-    "F64": 8,
-    "I64": 8,
-    "F32": 4,
-    "I32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I16": 2,
-    "I8": 1,
-    "U8": 1,
-    "BOOL": 1,
-}  # bytes
+ITEM_SIZE = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+"""The bytes of an element, by the name that safetensors gives its type."""
 MAX_DIMS = 16
 _MAX_BYTES = 2**62
 _TENSOR_NAME = re.compile(r"[\x21-\x7e]{1,512}")
@@ -33,12 +23,12 @@ class TensorEntry:
     """The description of one tensor of a checkpoint."""
 
     file: str
-    """the name of the safetensors file that holds it"""
+    """The name of the safetensors file that holds the tensor."""
     dtype: str
-    """safetensors' name of the dtype"""
+    """The name that safetensors gives the dtype."""
     shape: tuple[int, ...]
     digest: str
-    """the xxh3_128 hash of the bytes, 32 hex digits"""
+    """The xxh3_128 hash of the bytes, 32 hex digits."""
 
     @property
     def num_bytes(self) -> int:

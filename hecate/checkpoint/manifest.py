@@ -32,13 +32,13 @@ class Manifest:
     """The content of a committed checkpoint."""
 
     step: int
-    """the number of finished optimizer steps"""
+    """The number of finished optimizer steps."""
     world_size: int
-    """the number of ranks that wrote the checkpoint"""
+    """The number of ranks that wrote the checkpoint."""
     tensors: Mapping[str, TensorEntry]
-    """every tensor by name"""
+    """Every tensor by name."""
     meta: Any
-    """the JSON value that the trainer passed to `commit`"""
+    """The JSON value that the trainer passed to `commit`."""
 
     @property
     def files(self) -> list[str]:

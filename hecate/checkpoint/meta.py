@@ -1,4 +1,4 @@
-"""What a run writes of itself into a manifest, read without believing it: its configuration, and who owns which experts."""
+"""Reads what a run has written of itself into a manifest, without believing it: its configuration, and the owners of its experts."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def reading_meta(folder: Path) -> Iterator[None]:
 
 
 SAVED_AT = "saved_at"
-"""when rank 0 has begun to save, in whole seconds since 1970"""
+"""The key of the time when rank 0 began to save, in whole seconds since 1970."""
 
 
 CHAT_TEMPLATE = "chat_template"
-"""the text of the template in which the run writes conversations; empty: its tokenizer's own"""
+"""The key of the template in which the run writes conversations; an empty text: its tokenizer's own."""
 
 
 def template_in(folder: Path, meta: Any) -> str:

@@ -35,7 +35,7 @@ from hecate.io.strict_json import JsonError, dump_json, parse_json
 
 _NONCE = re.compile(r"[0-9A-Za-z]{1,64}")
 _ENTRY_BYTES, _SIZE_BYTES = 160, 21
-"""more than a tensor's entry takes in JSON beside its name, and each number of its shape"""
+"""More bytes than a tensor's entry takes in JSON beside its name, and than each number of its shape takes."""
 
 
 def checkpoint_folder(root: Path, step: int) -> Path:
@@ -102,6 +102,8 @@ def commit(staging: Path, final: Path, meta: Any, world_size: int) -> None:
             raise CheckpointError(f"{final}: exists already; a checkpoint is never written over. Remove it or save another step")
         manifest = Manifest(step, world_size, _gather_entries(staging, world_size), meta)
         data = dump_json(manifest_value(manifest), depth=2)
+        # Whatever the folder holds is on the disk before the rename, and the rename before the return: at a power cut in between, the name
+        # `final` is either missing or of a complete checkpoint.
         write_durable(staging / MANIFEST, [data])
         write_durable(staging / COMMIT, [commit_line(data)])
         for rank in range(world_size):

@@ -1,10 +1,10 @@
 """Save the state of a run, by all ranks together.
 
-    rank 0 looks what is there, and whether there is room -> the ranks of the first sharding group write -> rank 0 commits, and prunes
+    rank 0 looks for a whole one, and for room -> the ranks of the first sharding group write -> rank 0 commits, and prunes
 
-What a rank does with files, a thread of its own does. It sends no messages; every second the ranks agree on whether all have done their
-parts. So none waits in a collective, which has a timeout, for files, which may take long. With `begin_save` and `background` the training
-goes on beside the writing.
+On each rank a thread works on the files. It sends no messages; every second the ranks agree on whether all have done their parts. So none
+waits in a collective, which has a timeout, for files, which may take long. With `begin_save` and `background` the training goes on beside
+the writing.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from hecate.ranks.ranks import Ranks
 
 _NONCE_BYTES = 8
 _POLL_SECONDS = 1.0
-"""how long a rank waits for its own files at most before it says that it is still at work"""
+"""The longest that a rank waits for its own files before it says that it is still at work."""
 _Action = Callable[[Callable[[], None]], None]
-"""a rank's part of a save; it gets a function to call now and then (`WriteThread`), and raises CheckpointError where it fails"""
+"""A rank's part of a save; it gets a function to call now and then (`WriteThread`), and raises CheckpointError where it fails."""
 _as_yaml = lru_cache(maxsize=1)(to_yaml)
-"""the same in each save of a run"""
+"""The configuration as YAML, which is the same in each save of a run."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,9 @@ class Saved:
     """What a save has done."""
 
     folder: Path | None
-    """the new checkpoint; None: there was a whole one of this step"""
+    """The new checkpoint; None: there was a whole one of this step."""
     warnings: tuple[str, ...] = ()
-    """what a user should know of other checkpoints; on rank 0 only"""
+    """What a user should know of other checkpoints; on rank 0 only."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class SaveUnderWay:
 
     config: Config
     final: Path
-    """the checkpoint that it will be"""
+    """The folder of the checkpoint once it is committed."""
     staging: Path
     meta: dict[str, Any]
     world_size: int
-    """how many ranks write"""
+    """The number of ranks that write."""
     write: _Action | None
-    """writes this rank's part; None: it has none, or `thread` writes it already"""
+    """Writes this rank's part; None: it has none, or `thread` writes it already."""
     thread: WriteThread | None
 
     def requests(self) -> tuple[bool, bool]:
@@ -81,8 +81,8 @@ def save_state(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainSt
     Raises:
         CheckpointError: as `begin_save` and `end_save`.
     """
-    begun = begin_save(config, ranks, parts, state)
-    return Saved(None) if begun is None else end_save(ranks, begun)
+    under_way = begin_save(config, ranks, parts, state)
+    return Saved(None) if under_way is None else end_save(ranks, under_way)
 
 
 def begin_save(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainState, *, background: bool = False) -> SaveUnderWay | None:
@@ -112,12 +112,13 @@ def begin_save(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainSt
     meta = {"config": _as_yaml(config), "owners": owners, "base_model": parts.base_digest, "drawn": parts.drawn_digest, **state.to_json()}
     meta |= {"residency": shards.residency_to_json(), SAVED_AT: int(time.time()), CHAT_TEMPLATE: parts.chat_template}
     needed = int(ranks.all_sum(torch.tensor(shard_bytes(rank, world_size, tensors) if writes else 0)))
-    _together(ranks, final, (lambda _: require_disk_room(final, needed)) if ranks.is_first else None)
+    _do_parts(ranks, final, (lambda _: require_disk_room(final, needed)) if ranks.is_first else None)
     if not writes:
         return SaveUnderWay(config, final, staging, meta, world_size, None, None)
     if not background:
         write = lambda go_on: write_shard(staging, rank, world_size, tensors, go_on)  # noqa: E731
         return SaveUnderWay(config, final, staging, meta, world_size, write, None)
+    # The next step changes the tensors in place while the thread writes.
     copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
     thread = WriteThread(lambda go_on: write_shard(staging, rank, world_size, copies, go_on))
     return SaveUnderWay(config, final, staging, meta, world_size, None, thread)
@@ -127,7 +128,7 @@ def end_save(ranks: Ranks, save: SaveUnderWay, *, failed: bool = False) -> Saved
     """Wait until all ranks have written, then commit, and delete old checkpoints as the configuration says. Every rank must call it.
 
     Args:
-        failed: a rank has said that it has failed (`SaveUnderWay.requests`); the others need not write on.
+        failed: a rank has failed (`SaveUnderWay.requests`); the others need not write on.
 
     Raises:
         CheckpointError: a rank could not write. No rank then has a checkpoint of this step, and older ones are untouched.
@@ -135,21 +136,22 @@ def end_save(ranks: Ranks, save: SaveUnderWay, *, failed: bool = False) -> Saved
     if failed:
         save.break_off()
     try:
-        _together(ranks, save.final, save.write, save.thread)
+        _do_parts(ranks, save.final, save.write, save.thread)
     except CheckpointError:
         if ranks.is_first:
             discard(save.staging)
         raise
     warnings: list[str] = []
-    _together(ranks, save.final, (lambda _: _commit(save, warnings)) if ranks.is_first else None)
-    note_damage(save.final, None)  # on all ranks: any of them may be the first one day, and prune
+    _do_parts(ranks, save.final, (lambda _: _commit(save, warnings)) if ranks.is_first else None)
+    # On all ranks: any of them may be the first after a loss, and prune.
+    note_damage(save.final, None)
     return Saved(save.final, tuple(warnings))
 
 
 def require_durable_folder(config: Config, ranks: Ranks) -> None:
     """Have rank 0 try whether checkpoints can be saved in output_dir. Every rank must call it. Raises CheckpointError, on all ranks."""
     root = Path(config.output_dir)
-    _together(ranks, root, (lambda _: require_durable(root)) if ranks.is_first else None)
+    _do_parts(ranks, root, (lambda _: require_durable(root)) if ranks.is_first else None)
 
 
 def _commit(save: SaveUnderWay, warnings: list[str]) -> None:
@@ -170,27 +172,29 @@ def _commit(save: SaveUnderWay, warnings: list[str]) -> None:
 
 
 def _agreed_nonce(ranks: Ranks, final: Path) -> str | None:
-    """The nonce of a new save, as rank 0 has drawn it; None: rank 0 sees a whole checkpoint there. Every rank must call it."""
+    """The nonce of a new save, as rank 0 has drawn it; None: rank 0 sees a whole checkpoint in `final`. Every rank must call it."""
     own: bytes | None = None
 
     def look(_go_on: Callable[[], None]) -> None:
         nonlocal own
         try:
-            is_there = os.path.lexists(final) and first_damage(final) is None
+            is_whole = os.path.lexists(final) and first_damage(final) is None
         except UnreadableError:  # `_commit` looks once more
-            is_there = False
-        own = b"" if is_there else secrets.token_bytes(_NONCE_BYTES).hex().encode()
+            is_whole = False
+        own = b"" if is_whole else secrets.token_bytes(_NONCE_BYTES).hex().encode()
 
-    _together(ranks, final, look if ranks.is_first else None)
+    _do_parts(ranks, final, look if ranks.is_first else None)
     return ranks.broadcast_from(0, own).decode() or None
 
 
-def _together(ranks: Ranks, final: Path, action: _Action | None, thread: WriteThread | None = None) -> None:
-    """Do this rank's part of a save. Every rank must call it; if one fails, all raise, after all have ended their parts: this one its own
-    error, the others a CheckpointError that names the rank and its error.
+def _do_parts(ranks: Ranks, final: Path, action: _Action | None, thread: WriteThread | None = None) -> None:
+    """Do this rank's part of a save. Every rank must call it, and all return, or raise, after all have ended their parts.
 
     Args:
         action: this rank's part; None: it has none, or `thread` does it already.
+
+    Raises:
+        Exception: that of this rank's part, or a CheckpointError that names the rank that has failed and its error.
     """
     if action is not None:
         thread = WriteThread(partial(_on_device, ranks.device, action))
@@ -208,12 +212,13 @@ def _together(ranks: Ranks, final: Path, action: _Action | None, thread: WriteTh
             anyone_works, failed = most[0] > 0, int(most[1])
     finally:
         if thread is not None:
-            thread.break_off()  # if a rank is lost: whatever comes next must not meet a thread that is still at work
+            # If a rank is lost, the message above raises: whatever comes next must not meet a thread that is still at work.
+            thread.break_off()
     if failed:
         said = str(failure) if isinstance(failure, CheckpointError) else f"{type(failure).__name__}: {failure}"
         source = failed - 1
-        told = ranks.broadcast_from(source, said.encode(errors="replace") if ranks.rank == source else None).decode()
-        raise failure or CheckpointError(f"{final}: rank {source} could not write its part: {told}")
+        reason = ranks.broadcast_from(source, said.encode(errors="replace") if ranks.rank == source else None).decode()
+        raise failure or CheckpointError(f"{final}: rank {source} could not write its part: {reason}")
 
 
 def _on_device(device: torch.device, action: _Action, go_on: Callable[[], None]) -> None:

@@ -22,15 +22,15 @@ class ListedCheckpoint:
     folder: Path
     step: int
     when: float
-    """when it was saved, as its manifest says; or else committed or last written to, in seconds since 1970"""
+    """The time of the save by the manifest, or else of the commit or the last write, in seconds since 1970."""
     ranks: int | None
-    """how many have written it; None: not known"""
+    """The number of ranks that have written the checkpoint; None: it is not known."""
     num_bytes: int
-    """of all its files, as they are now"""
+    """The bytes of all its files, as they are now."""
     state: str
-    """`whole` (its tensors were not read), `damaged`, or `unfinished save`"""
+    """The state: `whole` (its tensors were not read), `damaged`, or `unfinished save`."""
     reason: str
-    """why it is not whole; empty: it is"""
+    """Why the checkpoint is not whole; empty: it is."""
 
 
 def survey(root: Path) -> list[ListedCheckpoint]:
@@ -43,7 +43,7 @@ def survey(root: Path) -> list[ListedCheckpoint]:
         else:
             state, reason = "unfinished save", "a save is under way, or was broken off: the run deletes it when it goes on"
         found.append(ListedCheckpoint(folder, step, _when(folder), None, _bytes_in(folder), state, reason))
-    return sorted(found, key=lambda one: (-one.step, one.folder.name))
+    return sorted(found, key=lambda checkpoint: (-checkpoint.step, checkpoint.folder.name))
 
 
 def is_checkpoint_folder(folder: Path) -> bool:

@@ -1,4 +1,4 @@
-"""Where a run stands between two optimizer steps, as a value; and how a checkpoint of it is loaded by all ranks.
+"""The state of a run between two optimizer steps, as a value; and how a checkpoint of it is loaded by all ranks.
 
 A checkpoint holds each owner's experts with their moments, the replicated parameters once, and the `TrainState`. A rank that joins a run
 under way receives the same `TrainState` from another rank (`hecate.elastic.rebuild`).
@@ -36,7 +36,7 @@ from hecate.parallel.values.units import Unit
 from hecate.ranks.ranks import Ranks
 
 _MOST_SEQUENCES = 1 << 24
-"""of a step that a checkpoint says"""
+"""The largest number of sequences in a step that a checkpoint may say."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +47,33 @@ class TrainedParts:
     optimizer: ExpertOptimizer
     stream: Stream
     base_digest: str = ""
-    """of the base model (`BaseModel.digest`); empty: not known"""
+    """The digest of the base model (`BaseModel.digest`); empty: not known."""
     drawn_digest: str = ""
-    """of what low-rank pairs draw from names (`MoeModel.drawn_digest`); empty: nothing"""
+    """The digest of what low-rank pairs draw from names (`MoeModel.drawn_digest`); empty: they draw nothing."""
     chat_template: str = ""
-    """in which conversations are written; empty: the tokenizer's own"""
+    """The chat template in which conversations are written; empty: the tokenizer's own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """Where a run stands between two optimizer steps; the same on every rank, parameters and moments aside."""
+    """The state of a run between two optimizer steps, without parameters and moments; the same on every rank."""
 
     step: int
-    """optimizer steps done"""
+    """The number of optimizer steps done."""
     completed: int
-    """optimizer steps after which evaluation, checkpoint and all else that comes between two steps are done, too; `step`, or one less"""
+    """The number of steps after which evaluation, checkpoint and all other phases are done, too: `step`, or one less."""
     tokens: int
-    """tokens trained so far, padding not counted"""
+    """The number of tokens trained so far, padding not counted."""
     skipped: int
-    """steps so far that changed nothing: gradients were not finite, or their norm a spike"""
+    """The number of steps so far that changed nothing, because gradients were not finite or their norm was a spike."""
     skipped_in_a_row: int
     stream: Mapping[str, Any]
-    """position in the data: `Stream.state_dict`"""
+    """The position in the data (`Stream.state_dict`)."""
     sequences_per_step: int
     history: list[dict[Unit, np.ndarray]]
-    """loads of the last steps: `LoadHistory.snapshot`"""
+    """The loads of the last steps (`LoadHistory.snapshot`)."""
     grad_norms: tuple[float, ...] = ()
-    """the last finite gradient norms, oldest first (`hecate.optim.norm_limit`)"""
+    """The last finite gradient norms, oldest first (`hecate.optim.norm_limit`)."""
 
     @staticmethod
     def at_start(parts: TrainedParts) -> TrainState:
@@ -152,15 +152,16 @@ class NoCheckpointError(UserError):
 
 @dataclass(frozen=True)
 class LoadedState:
-    """Where the loaded checkpoint stands, and what else was seen on the way to it; the same on every rank."""
+    """The state of the loaded checkpoint, and what was seen on the way to it; the same on every rank."""
 
     state: TrainState
     warnings: tuple[str, ...]
-    """one for each newer checkpoint that was passed over: which file and tensor of it is damaged, and where training goes on"""
+    """A warning for each newer checkpoint that was passed over: which of its files or tensors is damaged, and from where training goes
+    on."""
 
 
 def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState:
-    """Load the newest checkpoint that all ranks can read into `parts`, and return where it stands. Every rank must call it.
+    """Load the newest checkpoint that all ranks can read into `parts`, and return its state. Every rank must call it.
 
     Any number of ranks may have written the checkpoint: experts are dealt anew where a sharding group had another number of ranks. A step
     keeps its number of sequences.
@@ -202,7 +203,8 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
             reason = _first_reason(ranks, read)
         if ranks.all_max(float(isinstance(read, UnreadableError))):
             raise read if isinstance(read, UnreadableError) else UnreadableError(f"{reason}\n  try again; this rank could read its part")
-        note_damage(folder, reason)  # if there is none: every tensor of it is one that some rank needs
+        # Without a reason the checkpoint is whole: each of its tensors was read by a rank that needs it.
+        note_damage(folder, reason)
         if reason is not None:
             passed_over.append((name, reason))
             continue
@@ -216,11 +218,7 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
 def _described(
     folder: Path, manifest: Manifest | CheckpointError | None, config: Config, parts: TrainedParts
 ) -> tuple[Manifest, TrainState, dict[Unit, np.ndarray]] | CheckpointError:
-    """What a checkpoint says of its run, before any tensor is read.
-
-    Args:
-        manifest: of the folder, or why there is none; None: not read yet.
-    """
+    """What a checkpoint says of its run, before any tensor is read. `manifest`: of the folder, or why there is none; None: not read yet."""
     try:
         manifest = read_manifest(folder) if manifest is None else manifest
         if isinstance(manifest, CheckpointError):
@@ -254,7 +252,7 @@ def saved_max_steps(root: Path, step: int) -> int:
 
 
 def state_of(folder: Path, manifest: Manifest) -> TrainState:
-    """Return where the run stands that has written a manifest. Raises CheckpointError: the manifest does not say, or is damaged."""
+    """Return the state of the run that has written a manifest. Raises CheckpointError: the manifest does not say it, or is damaged."""
     with reading_meta(folder):
         return TrainState.from_json({**manifest.meta, "step": manifest.step})
 
@@ -322,22 +320,18 @@ def _owners_of(folder: Path, manifest: Manifest, config: Config, parts: TrainedP
 
 
 def _read_own_tensors(folder: Path, manifest: Manifest, optimizer: ExpertOptimizer) -> dict[str, Tensor]:
-    """The tensors that this rank needs of a checkpoint, whose owners are those of the run."""
+    """The tensors of a checkpoint that this rank needs, after `adopt_owners`."""
     tensor_parts = optimizer.parts.parameters if optimizer.parts else {}
     needed = [f"owned/{name}" for name in optimizer.owned] + [f"replicated/{name}" for name in (*optimizer.alike, *tensor_parts)]
     missing = [name for name in needed if name not in manifest.tensors]
     if missing:
         raise UserError(f"{folder}: has no tensor {missing[0]} ({len(missing)} missing)")
-    return read_tensors(folder, manifest, [name for name in manifest.tensors if _is_needed(name, optimizer)])
-
-
-def _is_needed(tensor_name: str, optimizer: ExpertOptimizer) -> bool:
-    kind, name = tensor_name.split("/")[:2]
-    return kind == "replicated" or name in optimizer.owned
+    own = [name for name in manifest.tensors if name.startswith("replicated/") or name.split("/")[1] in optimizer.owned]
+    return read_tensors(folder, manifest, own)
 
 
 def _residency(folder: Path, manifest: Manifest, shards: ExpertShards) -> dict[Unit, Residency]:
-    """Who held which frozen parts; on another number of ranks each layer begins with its owners alone. Raises CheckpointError."""
+    """Which rank held which frozen parts; nothing if the number of ranks was another. Raises CheckpointError."""
     if manifest.world_size != shards.mesh.world_size:
         return {}
     with reading_meta(folder):
@@ -347,7 +341,7 @@ def _residency(folder: Path, manifest: Manifest, shards: ExpertShards) -> dict[U
 def _install(
     state: TrainState, tensors: Mapping[str, Tensor], held: Mapping[Unit, Residency], ranks: Ranks, parts: TrainedParts
 ) -> TrainState:
-    """Put what was read and checked in its place. Nothing of it is doubted any more: an error here is a mistake of this program."""
+    """Load what was read and checked. An error from now on is a mistake of this program, and no damage of the checkpoint."""
     parts.optimizer.load_state_tensors(tensors, steps_done=state.step)
     state.put_back(parts)
     parts.engine.shards.history.redeal(ranks.world_size)

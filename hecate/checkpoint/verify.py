@@ -17,7 +17,7 @@ from hecate.checkpoint.manifest import COMMIT, read_manifest
 _BLOCK_BYTES = 8 * 2**20
 _COMMIT_BYTES = 64
 _known: dict[tuple[Path, bytes], str | None] = {}
-"""by folder and content of its COMMIT: what is damaged there, as this process has found; None: it was whole"""
+"""By folder and content of its COMMIT, the damage that this process has found there; None: it was whole."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class Damage:
     """One thing that is wrong with a checkpoint."""
 
     file: str
-    """the file's name in the checkpoint's folder; empty: the checkpoint as a whole is wrong"""
+    """The file's name in the checkpoint's folder; empty: the checkpoint as a whole is wrong."""
     tensor: str | None
-    """None: not of one tensor"""
+    """The name of the damaged tensor; None: the damage is not of one tensor."""
     text: str
-    """what is wrong, with the file's path, in one line"""
+    """What is wrong, with the file's path, in one line."""
 
 
 def find_damage(folder: Path) -> Iterator[Damage]:

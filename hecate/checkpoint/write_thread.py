@@ -10,11 +10,7 @@ class WriteThread:
     """One call of a function that works on files, in a thread of its own, which begins at once."""
 
     def __init__(self, write: Callable[[Callable[[], None]], None]) -> None:
-        """Begin.
-
-        Args:
-            write: it gets a function to call now and then, which raises CheckpointError once the write is to be broken off.
-        """
+        """Begin. `write`: it gets a function to call now and then, which raises CheckpointError once the write is to be broken off."""
         self._broken_off = threading.Event()
         self._failure: BaseException | None = None
         # A daemon: a process that ends for another reason does not wait for the disk. What is not committed then counts as never written.

@@ -28,11 +28,11 @@ from hecate.io.plain_files import open_plain, read_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
 _CHECKS = 4
-"""version of the check of records; another one has another number"""
+"""The version of the check of records; another check has another number."""
 _READ = 1 << 24
-"""bytes of a data file in memory while it is digested"""
+"""The bytes of a data file that are in memory while it is digested."""
 _SETTLED = 2_000_000_000
-"""nanoseconds after its last change from which on a file's times of change are trusted: a file may change twice within one tick"""
+"""The nanoseconds after its last change from which on a file's times of change are trusted: a file may change twice within one tick."""
 
 
 def cache_folder(given: str | None) -> Path | None:

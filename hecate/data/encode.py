@@ -69,7 +69,7 @@ class Counts:
     truncated: int
     skipped: int
     unread: Mapping[str, int] = field(default_factory=dict)
-    """names of keys of which no tokens are made, and how many of the kept samples have each"""
+    """For each key of which no tokens are made, the number of kept samples that have it."""
 
 
 class Samples(Sequence[Encoded]):
@@ -143,7 +143,7 @@ class Skipped:
 
     count: int
     first: Fault | None
-    """the first of them; None: there is none"""
+    """The first sample that was left out; None: there is none."""
 
     @staticmethod
     def of(faults: Sequence[Fault]) -> "Skipped":
@@ -165,11 +165,11 @@ class BadSamples:
     """What is done with the samples of a source that cannot be trained on."""
 
     rule: str = "error"
-    """one of `BAD_SAMPLE_POLICIES`: see `encode_samples`"""
+    """The rule, one of `BAD_SAMPLE_POLICIES` (`encode_samples`)."""
     quarantine: str | Path | None = None
-    """a JSONL file to which the samples that are left out are written, by one rank; None: they are not written"""
+    """The JSONL file to which one rank writes the samples that are left out; None: they are not written."""
     speaks: bool = True
-    """log how many samples were left out or shortened; False on all ranks but one"""
+    """Whether to log how many samples were left out or shortened; False on all ranks but one."""
 
 
 STOP_AT_BAD_SAMPLES = BadSamples()
@@ -228,7 +228,7 @@ def report_counts(path: str, counts: Counts, skipped: Skipped, seq_len: int, *, 
     if counts.truncated and speaks:
         logger.warning("%s: %d of %d samples truncated to %d tokens", path, counts.truncated, counts.kept, seq_len)
     if counts.unread and speaks:
-        most = sorted(counts.unread.items(), key=lambda one: (-one[1], one[0]))
+        most = sorted(counts.unread.items(), key=lambda item: (-item[1], item[0]))
         shown = ", ".join(f"{name[:_LONGEST_NAME]} ({count})" for name, count in most[:_NAMES])
         more = f", and {len(most) - _NAMES} more" if len(most) > _NAMES else ""
         logger.warning("%s: keys of which no tokens are made, and how many of %d samples have them: %s%s", path, counts.kept, shown, more)

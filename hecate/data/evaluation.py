@@ -23,14 +23,14 @@ class GenerationItem:
     file: str
     line: int
     user: int = -1
-    """the row of the sample's user in the features; -1: none is known"""
+    """The row of the sample's user in the features; -1: no user is known."""
     task: str | None = None
     entry: Mapping[str, Any] | None = None
-    """reasoning-gym's record of the question, by which its verifier judges an answer; None: there is none"""
+    """The record of the question in reasoning-gym, by which its verifier judges an answer; None: there is none."""
     before: str = ""
-    """what the chat template writes before an answer, without special tokens: a model that was trained with it says it, too"""
+    """What the chat template writes before an answer, without special tokens: a model that was trained with it says it, too."""
     after: str = ""
-    """likewise behind an answer"""
+    """What the chat template writes behind an answer, without special tokens."""
 
     def content_of(self, text: str) -> str:
         """What a model has said, without what the template writes around it."""

@@ -20,7 +20,7 @@ from hecate.io.npz import array_of
 
 KEY = "routed_experts"
 _LIMIT = 1 << 15
-"""experts of a layer, which are held as int16"""
+"""The most experts of a layer, whose numbers are held as int16."""
 
 
 class BadRoutingError(Exception):
@@ -32,7 +32,7 @@ class RoutingShape:
     """What the routing of every sample must fit."""
 
     experts_per_layer: tuple[int, ...]
-    """of every decoder layer of the model; 0: the layer has none"""
+    """The number of experts in every decoder layer of the model; 0: the layer has none."""
     top_k: int
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ Every rank runs the same stream and picks its own sequences out of each global s
 world size.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
@@ -100,7 +100,8 @@ class TrainStream:
     def few_samples(self) -> str | None:
         """Say that a step trains on the same samples more than once, because all of them together do not fill one; None: they do."""
         sequences = 0
-        for _ in pack(_all_pieces(self.sources), self.seq_len, self.packing):
+        everything = ((source, sample) for source in range(len(self.sources)) for sample in range(len(self.sources[source])))
+        for _ in pack((piece_of(self.sources, *place) for place in everything), self.seq_len, self.packing):
             sequences += 1
             if sequences == self.sequences_per_step:
                 return None
@@ -118,13 +119,6 @@ class TrainStream:
         sequence = build_sequence(self._sequences, chosen, self.sources)
         self._sequences += 1
         return sequence
-
-
-def _all_pieces(sources: Sequence[TokenSource]) -> Iterator[Piece]:
-    """Yield every sample of every source once, in file order."""
-    for index, source in enumerate(sources):
-        for sample in range(len(source)):
-            yield piece_of(sources, index, sample)
 
 
 def _is_below(index: Any, count: int) -> bool:

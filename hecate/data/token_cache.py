@@ -59,15 +59,15 @@ from hecate.io.plain_files import read_plain, require_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
 _VERSION = 4
-"""of the files and of how samples become tokens; a change of either needs another number"""
+"""The version of the files and of how samples become tokens; a change of either needs another number."""
 _BLOCK = 1 << 14
-"""tokens; what has a checksum of its own"""
+"""The number of tokens in a block, which has a checksum of its own."""
 _BUFFERED = 1 << 20
-"""tokens in memory while a source is written"""
+"""The tokens in memory while a source is written."""
 _QUIET = 10.0
-"""seconds before the writing of a source is said, and between two such lines after that, times six"""
+"""The seconds before a line says that a source is being written; between two such lines it takes six times as long."""
 _ARRAYS = {"starts.i64": np.int64, "numbers.i64": np.int64, "users.i64": np.int64, "sums.u64": np.uint64, "skipped.jsonl": np.uint8}
-"""files that are compared with their checksums when a source is opened; tokens are compared when they are first used"""
+"""The files that are compared with their checksums when a source is opened; tokens are compared when they are first used."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -61,7 +61,7 @@ def copy_to_backup_ranks(engine: ExpertEngine, optimizer: ExpertOptimizer, redun
         _wait_for_all(engine)
         faults.at("backups")
         of_unit = {expert_name(unit, expert) for expert in range(engine.shards.chunked[unit].num_experts)}
-        kept = {name: one for name, one in optimizer.backups.items() if name in copies or name not in of_unit}
+        kept = {name: backup for name, backup in optimizer.backups.items() if name in copies or name not in of_unit}
         optimizer.replace_backups(kept, {})
         num_bytes += sent
     return num_bytes
@@ -89,9 +89,10 @@ def _new_backups(
 
 
 def _wait_for_all(engine: ExpertEngine) -> None:
-    """Return when every rank has come here, or raise because one is lost."""
+    """Return when every rank has called this, or raise because one is lost."""
     token = torch.zeros((), device=engine.shards.device)
     dist.all_reduce(token, group=engine.shards.groups.world)
+    # With NCCL only the read waits for the other ranks, and raises if the groups were aborted.
     read(token, engine.shards.groups.world)
 
 
@@ -100,12 +101,12 @@ class GradientsOnTheirWay:
     """A message of gradients that `send_gradients` has started."""
 
     work: dist.Work | None
-    """None: this rank sends and receives nothing"""
+    """The exchange under way; None: this rank sends and receives nothing."""
     sent: Tensor
-    """must live until it is sent"""
+    """The gradients that this rank sends, kept here because their memory must live until they are sent."""
     arriving: Tensor
     backups: list[nn.Parameter]
-    """in the order in which their gradients arrive"""
+    """The backups on this rank, in the order in which their gradients arrive."""
 
     def wait(self) -> None:
         """Wait for the gradients and give them to the backups."""
@@ -139,12 +140,13 @@ def send_gradients(engine: ExpertEngine, optimizer: ExpertOptimizer, loads: dict
                 for backup_E in backup_BE:
                     leaving[backup_E[expert]].append(parameter)
         own_E = (np.array(backup_BE) == rank).any(0)  # a rank has one backup of an expert at most
+        # By expert ascending, as the owner's loop above: gradients travel without names, so their order says whose they are.
         for expert in np.flatnonzero(reached_E & own_E).tolist():
             arriving[owner_E[expert]].append(optimizer.backups[expert_name(unit, expert)])
-    some = next(iter(engine.shards.stores.values())).owned
+    like = next(iter(engine.shards.stores.values())).owned
     parts = [parameter.grad.flatten() for peer in leaving for parameter in peer if parameter.grad is not None]
-    sent = torch.cat([some.new_empty(0), *parts])
+    sent = torch.cat([like.new_empty(0), *parts])
     leaving_sizes, arriving_sizes = ([sum(parameter.numel() for parameter in peer) for peer in side] for side in (leaving, arriving))
-    received = some.new_empty(sum(arriving_sizes))
+    received = like.new_empty(sum(arriving_sizes))
     work = dist.all_to_all_single(received, sent, arriving_sizes, leaving_sizes, group=engine.shards.groups.experts, async_op=True)
     return GradientsOnTheirWay(work, sent, received, [backup for peer in arriving for backup in peer])

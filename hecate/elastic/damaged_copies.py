@@ -33,7 +33,7 @@ from hecate.parallel.values.units import expert_name
 
 _MOST_TRIES = 3
 ALIKE, UNKNOWN = -1, -2
-"""of `right_copies`: all copies are equal; they differ, and none is known to be right"""
+"""What `right_copies` says of an expert whose copies are all equal, and of one whose copies differ, of which none is known to be right."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,9 @@ class Compared:
     """What a comparison of all copies of all experts has found; the same on every rank."""
 
     restored: tuple[str, ...] = ()
-    """the experts of which copies were damaged and are right again: name, and the ranks with the damaged copies"""
+    """The experts of which copies were damaged and are right again, each with the ranks of the damaged copies."""
     lost: tuple[str, ...] = ()
-    """the names of the experts whose copies differ, and of which none is known to be right"""
+    """The names of the experts whose copies differ, and of which none is known to be right."""
 
 
 class CopiesRestoredError(Exception):
@@ -69,7 +69,7 @@ class CopyChecks:
         self._engine, self._optimizer, self._backups = engine, optimizer, config.redundancy
         self._every = config.verify_copies_steps if config.redundancy else None
         self._noted: dict[str, int] | None = None
-        """the digests of the experts that this rank holds, since the last step; None: not noted"""
+        """The digests of the experts that this rank has held since the last step; None: they were not noted."""
         self._restored: list[str] = []
 
     def of_step(self, step: int) -> Callable[[], None] | None:
@@ -80,7 +80,7 @@ class CopyChecks:
         """Note what the optimizer has left in the step after `step`, if copies are compared in the next one."""
         self._noted = own_digests(self._optimizer) if self.of_step(step + 1) else None
 
-    def made_anew(self, step: int | None) -> None:
+    def copies_renewed(self, step: int | None) -> None:
         """Copies were made anew, after so many steps; note them if the next one compares them. None: the number is not known yet."""
         self._noted = own_digests(self._optimizer) if step is not None and self.of_step(step) else None
 
@@ -101,6 +101,7 @@ class CopyChecks:
             )
         if compared.restored:
             self._restored += compared.restored
+            # A copy that was damaged before it was noted has a wrong note, by which the restored one would count as changed.
             if self._noted is not None:
                 self._noted = own_digests(self._optimizer)
             raise CopiesRestoredError(compared.restored)
@@ -126,34 +127,33 @@ def right_copies(digest_CN: np.ndarray, changed_CN: np.ndarray) -> np.ndarray:
     """
     right_N = np.full(digest_CN.shape[1], ALIKE)
     for expert in np.flatnonzero((digest_CN.max(0) != digest_CN.min(0)) & (digest_CN != 0).any(0)).tolist():
-        there = np.flatnonzero(digest_CN[:, expert])
-        found = digest_CN[there, expert]
+        copies = np.flatnonzero(digest_CN[:, expert])
+        found = digest_CN[copies, expert]
         if (found == found[0]).all():
             continue
-        untouched = found[~changed_CN[there, expert]]
+        untouched = found[~changed_CN[copies, expert]]
         value, times = Counter(found.tolist()).most_common(1)[0]
         if 0 < len(untouched) < len(found) and (untouched == untouched[0]).all():
             value = int(untouched[0])
         elif 2 * times <= len(found):
             right_N[expert] = UNKNOWN
             continue
-        right_N[expert] = there[np.flatnonzero(found == value)[0]]
+        right_N[expert] = copies[np.flatnonzero(found == value)[0]]
     return right_N
 
 
 def own_digests(optimizer: ExpertOptimizer) -> dict[str, int]:
     """The digest of each expert that this rank owns or has a backup of, by name: 63 bits of its parameters and moments, never 0."""
-    return {name: _digest(optimizer.row(one)) for name, one in {**optimizer.owned, **optimizer.backups}.items()}
+    return {name: _digest(optimizer.row(parameter)) for name, parameter in {**optimizer.owned, **optimizer.backups}.items()}
 
 
 def compare_copies(engine: ExpertEngine, optimizer: ExpertOptimizer, backups: int, noted: Mapping[str, int] | None = None) -> Compared:
     """Compare the copies of all experts, and restore those that are damaged. Every rank must call it, between two changes by the optimizer.
-    Sharding groups hold copies of each other's experts.
 
-    Only digests travel, and the experts that are restored.
+    Sharding groups hold copies of each other's experts. Only digests travel, and the experts that are restored.
 
     Args:
-        backups: of each expert, as `copy_to_backup_ranks` has made them.
+        backups: the number of backups of each expert (`backups_kept`).
         noted: the `own_digests` after the last change; None: they were not noted.
     """
     units = {unit: chunked.num_experts for unit, chunked in engine.shards.chunked.items()}
@@ -168,7 +168,7 @@ def compare_copies(engine: ExpertEngine, optimizer: ExpertOptimizer, backups: in
         table[0, copy, expert] = digest
         table[1, copy, expert] = int(noted is not None and noted.get(names[expert], digest) != digest)
     both = table.to(engine.shards.device)
-    dist.all_reduce(both, group=world)  # each number comes from one rank
+    dist.all_reduce(both, group=world)  # each number comes from one rank, and all others add zero
     digest_CN, changed_CN = read(both, world).numpy()
     right_N = right_copies(digest_CN, changed_CN != 0)
     lost = tuple(names[expert] for expert in np.flatnonzero(right_N == UNKNOWN))

@@ -41,7 +41,8 @@ class LayerTimer:
     def take(self) -> DenseWork:
         """The work since the last call."""
         if self._spans:
-            if not self._spans[-1][1].query():  # after a step the host has waited for all of it
+            # `elapsed_time` raises if an event is not done. At the end of a step the host has waited for all of them, so this rarely waits.
+            if not self._spans[-1][1].query():
                 self._spans[-1][1].synchronize()
             self._seconds += sum(begin.elapsed_time(end) for begin, end in self._spans) / 1000
             self._spans.clear()

@@ -23,7 +23,7 @@ from hecate.ranks.launcher_files import (
     MEMBER_VARIABLE,
     STORE_VARIABLE,
     Generation,
-    here_file,
+    arrival_file,
     read_generation,
     ready_file,
 )
@@ -57,7 +57,7 @@ class LocalMembership:
         self._number = first_generation()
         self._watch = PeerWatch(self._store)
         if JOIN_VARIABLE not in os.environ:  # a rank that is to join is alone until then
-            first = self._member - ranks.rank  # those that begin together are neighbours
+            first = self._member - ranks.rank  # the members of the first generation have neighbouring numbers
             self._watch.begin(range(first, first + ranks.world_size), ranks)
 
     def loaded(self) -> None:
@@ -93,8 +93,9 @@ class LocalMembership:
         self._number = generation.number
         if self._member not in generation.members:
             raise UserError("the launcher removed this rank, and the other ranks have gone on without it")
-        here_file(self._store, generation.number, self._member).touch()
-        missing = [here_file(self._store, generation.number, member) for member in generation.members]
+        # No member connects before all have arrived: gloo cannot be interrupted while it connects to a rank that never comes.
+        arrival_file(self._store, generation.number, self._member).touch()
+        missing = [arrival_file(self._store, generation.number, member) for member in generation.members]
         while missing := [path for path in missing if not path.exists()]:
             if read_generation(self._store).number > generation.number:
                 return None
@@ -109,6 +110,7 @@ class LocalMembership:
             ranks = connect(
                 store, rank, world_size, size, model.tensor_parallel, sharded_layers=model.shard_non_experts, limit=CONNECT_LIMIT
             )
+            # Before the next collective, which under NCCL waits for ever for a rank that is lost in it.
             self._watch.begin(generation.members, ranks)
             try:
                 return Group(ranks, self._topology(generation, ranks))

@@ -29,20 +29,23 @@ from hecate.parallel.comm.aborts import is_aborted
 from hecate.ranks.backend import is_nccl
 from hecate.ranks.ranks import Ranks
 
-LOOK_SECONDS, STILL_SECONDS, CROSSED_SECONDS = 0.2, 0.6, 0.6
-"""how often the thread looks; for how long a rank has begun no collective before it asks the others; for how long all ranks must then stand
-still in different groups"""
+LOOK_SECONDS = 0.2
+"""The time between two looks of the thread."""
+STILL_SECONDS = 0.6
+"""How long a rank begins no collective before it asks the others."""
+CROSSED_SECONDS = 0.6
+"""How long all ranks stand still in different groups, after they have asked, before this counts as a difference."""
 MORE_STILL = 1 / 20
-"""the share of STILL_SECONDS by which a rank waits longer after each record that it has left: a store in a file only grows, so that a run
-whose ranks often stand still in ordinary steps would fill the disk"""
+"""The share of STILL_SECONDS by which a rank waits longer after each record that it has left. A store in a file only grows, so a run whose
+ranks often stand still in ordinary steps would otherwise fill the disk."""
 LOOKS_APART = 0.2
-"""the share of the time that all has stood still after which a rank looks again, so that many ranks that wait for long read little"""
+"""The share of the time that all has stood still after which a rank looks again, so that many ranks that wait for long read little."""
 
 _FOUND = "found"
-"""name of what a rank that has found a difference leaves in the store for the others, who look for it at each turn"""
+"""The key under which a rank that has found a difference leaves it in the store for the others, who look for it at each turn."""
 
 Calls = dict[str, dict[str, str]]
-"""name of a group -> number of a collective in it -> the collective in words"""
+"""By the name of a group and the number of a collective in it, the collective in words."""
 
 
 def calls_of(dump: bytes, since_ns: int) -> Calls:
@@ -82,21 +85,21 @@ def difference_of(calls: Mapping[int, Calls]) -> str | None:
 
 
 def crossing_of(calls: Mapping[int, Calls], reached: Mapping[int, Mapping[str, int]]) -> str | None:
-    """Ranks each of which has begun, in a group of both, what the other has not, in words; None: there are none.
+    """Two ranks of which each has begun a collective that the other has not, in words; None: there are no such ranks.
 
-    Ranks that do the same can only be so where the order of two groups is left to chance, and only while both compute.
+    Ranks that do the same collectives may look like this for a moment, where chance decides which of two groups comes first.
 
     Args:
         calls: by rank.
         reached: rank -> group -> number of its newest collective there.
     """
     does: dict[int, str] = {}
-    for one, other in combinations(sorted(reached), 2):
-        common = sorted(reached[one].keys() & reached[other].keys())
-        ahead = [group for group in common if reached[one][group] > reached[other][group]]
-        behind = [group for group in common if reached[one][group] < reached[other][group]]
+    for first, second in combinations(sorted(reached), 2):
+        common = sorted(reached[first].keys() & reached[second].keys())
+        ahead = [group for group in common if reached[first][group] > reached[second][group]]
+        behind = [group for group in common if reached[first][group] < reached[second][group]]
         if ahead and behind:
-            for rank, group in ((one, ahead[0]), (other, behind[0])):
+            for rank, group in ((first, ahead[0]), (second, behind[0])):
                 does.setdefault(rank, f"{calls[rank].get(group, {}).get(str(reached[rank][group]), 'a collective')} of group {group}")
     return _named(does, "in different groups") if does else None
 
@@ -132,10 +135,11 @@ class MismatchWatch:
         self._found: str | None = None
         self._records: dict[int, bytes] = {}
         self._same_since = 0.0
-        """since when the records in the store are these"""
+        """The time since which the records in the store are the same."""
 
     def begin(self, ranks: Ranks) -> None:
         """Watch these ranks in place of those before, and no others until the next call. Every rank must call it."""
+        # The thread watches nothing while the fields change: it must not compare the new ranks in the store of the old ones.
         self._ranks = None
         if ranks.world_size == 1 or is_nccl(ranks.groups.world):
             return
@@ -174,7 +178,7 @@ class MismatchWatch:
                 watched = None
                 continue
             try:
-                now = [_number(group) for group in ranks.all_groups()]
+                now = [int(group._get_sequence_number_for_group()) for group in ranks.all_groups()]  # type: ignore[attr-defined]
                 seconds = time.monotonic()
                 if ranks is not watched or now != numbers:
                     watched, numbers, still_since, published = ranks, now, seconds, False
@@ -210,15 +214,12 @@ class MismatchWatch:
 
     def _end(self, ranks: Ranks, found: str) -> None:
         """Break off what the rank waits for, because of a difference."""
+        # While this thread compared, training may have gone on with other ranks, of which it knows nothing.
         if ranks is self._ranks:
             self._found = found
-            time.sleep(2 * LOOK_SECONDS)  # so that the others read of it, and not only that this rank is gone
+            # The others look meanwhile, and name the difference, too. After the abort they would only see that this rank is gone.
+            time.sleep(2 * LOOK_SECONDS)
             ranks.abort()
-
-
-def _number(group: Any) -> int:
-    """How many collectives this process has begun in a group. torch's stubs do not have the method."""
-    return int(group._get_sequence_number_for_group())
 
 
 def _dump() -> bytes:

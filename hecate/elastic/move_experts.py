@@ -30,7 +30,7 @@ def check_room(engine: ExpertEngine) -> None:
         UserError: the memory that the topology gives the devices is too small for the experts.
     """
     number: dict[float, int] = {}
-    inputs = engine.shards.plan_inputs(for_owners=True)
+    inputs = engine.shards.plans.inputs(for_owners=True)
     for _, given in inputs:
         size = owned_bytes(given.cost)
         number[size] = number.get(size, 0) + given.owner_LE.size
@@ -53,7 +53,7 @@ def reshard_if_it_pays(engine: ExpertEngine, optimizer: ExpertOptimizer, steps: 
         What was moved; None: all experts stay, because moving does not pay or the devices' memory is too small (`check_room`).
     """
     started = time.monotonic()
-    inputs = engine.shards.plan_inputs(for_owners=True)
+    inputs = engine.shards.plans.inputs(for_owners=True)
     try:
         better = better_owners(engine.shards.config.planner, [given for _, given in inputs], steps)
     except UserError:
@@ -115,6 +115,7 @@ def refuse_different_owners(engine: ExpertEngine, owners: Mapping[Unit, np.ndarr
     if dist.get_world_size(engine.shards.groups.world) == 1 or not owners:
         return
     own = torch.from_numpy(np.concatenate(list(owners.values())))
+    # One message finds the highest and the lowest of each number: the highest of -x is the lowest of x.
     highest = torch.cat([own, -own]).to(next(iter(engine.shards.stores.values())).device)
     dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=engine.shards.groups.world)
     upper, lower = read(highest, engine.shards.groups.world).chunk(2)

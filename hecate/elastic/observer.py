@@ -1,7 +1,7 @@
-"""Protocols between a run and who follows it from outside: an observer is told what happens, a controller may give orders, too.
+"""Protocols between a run and those that follow it from outside: an observer receives reports, a controller may give orders, too.
 
-Training tells both between steps, on every rank. An observer is told in a thread of its own (`hecate.elastic.observer_thread`). A
-controller is the launcher's own, and is called at once, because its orders belong to the ranks that there are now.
+Training reports to both between steps, on every rank. An observer is called in a thread of its own (`hecate.elastic.observer_thread`). A
+controller is the launcher's own, and is called at once, because its orders are for the present ranks.
 """
 
 from __future__ import annotations
@@ -28,67 +28,63 @@ class ReplanOrder:
     """An order to change speeds, shares or owners after the step under way."""
 
     number: int
-    """numbers the orders of a run from 1; the ranks carry out the newest"""
+    """The number of the order, from 1 in each run; the ranks carry out the newest."""
     flops: tuple[float, ...] | None = None
-    """FLOP/s of each rank's device, for the plans from now on; None: as before"""
+    """The FLOP/s of each rank's device, for the plans from now on; None: as before."""
     sequences: tuple[int, ...] | None = None
-    """number of sequences in a micro-step, by rank; None: as before, or with `flops` by these speeds"""
+    """The number of sequences in a micro-step, by rank; None: as before, or by the speeds in `flops` if these are given."""
     reshard: bool = False
-    """whether to move experts to better owners, if that pays under the new speeds"""
+    """Whether to move experts to better owners, if that pays under the new speeds."""
 
     def to_bytes(self) -> bytes:
         return dump_json(to_json_values(self))
 
     @staticmethod
     def from_bytes(data: bytes) -> ReplanOrder:
-        """Read what `to_bytes` has written.
-
-        Raises:
-            JsonError: the data are no order.
-        """
+        """Read what `to_bytes` has written. Raises JsonError: the data are no order."""
         return from_json_values(ReplanOrder, parse_json(data))
 
 
 @dataclass(frozen=True, kw_only=True)
 class BeginFacts:
-    """What every rank tells observers when the run is built, or goes on with other ranks."""
+    """What every rank reports when the run is built, or goes on with other ranks."""
 
     step: int
-    """optimizer steps done"""
+    """The number of optimizer steps done."""
     max_steps: int
     sequences: tuple[int, ...]
-    """of each micro-step, by rank"""
+    """The number of sequences in each micro-step, by rank."""
     owned: tuple[int, ...]
-    """number of experts owned, by rank"""
+    """The number of experts owned, by rank."""
     topology: Topology
-    """of the ranks' devices"""
+    """The devices of the ranks, and their links."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepFacts:
-    """What one rank tells observers about a step that has ended."""
+    """What one rank reports of a step that has ended."""
 
     step: int
-    """number of optimizer steps done"""
+    """The number of optimizer steps done."""
     seconds: float
-    """duration of the step on this rank"""
+    """The duration of the step on this rank."""
     dense_tokens: int
-    """number of tokens, with padding, that this rank took through its decoder layers up to their experts"""
+    """The number of tokens, with padding, that this rank took through its decoder layers up to their experts."""
     dense_seconds: float
-    """how long that took; this contains no waiting for other ranks, so it measures the speed of this rank's device alone"""
+    """The seconds of `dense_tokens`. They contain no waiting for other ranks, so they measure the speed of this rank's device alone."""
     loss: float
     tokens: int
-    """number of tokens of the whole step"""
+    """The number of tokens of the whole step."""
     imbalance: float
-    """largest over mean load of the ranks"""
+    """The largest load of a rank over the mean load."""
     bytes_sent: int
-    """number of bytes sent by all ranks together"""
+    """The number of bytes that all ranks have sent."""
     loads: dict[str, list[int]]
-    """unit, as text -> assignments of each expert, all ranks together"""
+    """By unit, as text, the assignments of each expert on all ranks."""
 
 
 class Observer(Protocol):
-    """Who is told what a run does. Its methods are called on every rank."""
+    """Receives reports of what a run does. Its methods are called on every rank."""
 
     def begins(self, facts: BeginFacts) -> None:
         """Called when the run is built, and again when it goes on with other ranks."""
@@ -101,7 +97,7 @@ class Observer(Protocol):
 
 
 class RunController(Observer, Protocol):
-    """The launcher's end of a run, which is told what an observer is told, and may give orders. All methods must return at once.
+    """The launcher's end of a run: an observer that may give orders. All methods must return at once.
 
     `replan_order` and `stop_requested` are called at the end of each step's backward pass, the others between steps.
     """
@@ -114,7 +110,7 @@ class RunController(Observer, Protocol):
 
 
 def begin_facts(*, step: int, max_steps: int, shares: Sequence[int], engine: ExpertEngine) -> BeginFacts:
-    """What observers are told of a run of these shares of a micro-step's sequences that stands at `step`."""
+    """The report of a run that begins, or goes on, at `step` with these shares of a micro-step's sequences."""
     owners = np.concatenate([*engine.shards.owners.values(), []]).astype(int)
     return BeginFacts(
         step=step,
@@ -126,7 +122,7 @@ def begin_facts(*, step: int, max_steps: int, shares: Sequence[int], engine: Exp
 
 
 def step_facts(event: StepEvent) -> StepFacts:
-    """What observers are told of a step."""
+    """The report of a step."""
     return StepFacts(
         step=event.step,
         seconds=event.seconds,
@@ -147,26 +143,21 @@ class ControllerLink:
     """
 
     def __init__(self, controller: RunController, say: Callable[[str], None]) -> None:
-        """Args:
-        say: called with what the user must know.
-        """
+        """`say`: called with what the user must know."""
         self._controller: RunController | None = controller
         self._say = say
         self._carried_out = 0
-        """number of the last order that was carried out"""
+        """The number of the last order that was carried out."""
         self._order: ReplanOrder | None = None
-        """the first rank's, which is not carried out yet"""
+        """The newest order of the first rank's controller, if it is not carried out yet."""
 
     def begins(self, facts: BeginFacts) -> None:
-        """See `Observer.begins`."""
         self._ask(lambda controller: controller.begins(facts))
 
     def stepped(self, facts: StepFacts) -> None:
-        """See `Observer.stepped`."""
         self._ask(lambda controller: controller.stepped(facts))
 
     def saved(self, step: int, path: Path) -> None:
-        """See `Observer.saved`."""
         self._ask(lambda controller: controller.saved(step, path))
 
     def stop_requested(self) -> bool:
@@ -186,7 +177,7 @@ class ControllerLink:
         return order
 
     def _ask(self, call: Callable[[RunController], T]) -> T | None:
-        """What the controller returns; None if there is none any more."""
+        """What the controller returns; None if it has failed, now or before."""
         if self._controller is None:
             return None
         try:

@@ -9,30 +9,28 @@ from hecate.elastic.observer import BeginFacts, Observer, StepFacts
 from hecate.report.tracking.call_thread import PATIENCE, CallThread
 
 MOST_WAITING = 100
-"""events that an observer may be behind; each has the loads of all units"""
+"""The number of events that an observer may be behind; each has the loads of all units."""
 LAST_SECONDS = 5.0
-"""for which the end of a run waits for an observer; less than a signal's ten seconds to the end"""
+"""How long the end of a run waits for an observer; less than the ten seconds from a signal to the end."""
 
 
 class ObserverThread:
-    """Passes on what an observer is told, in order, in a thread of its own; its methods return at once. A context manager.
+    """Passes reports on to an observer, in order, in a thread of its own; its methods return at once. A context manager.
 
-    An observer that raises is named once, and told no more. One that has not returned for `PATIENCE` seconds is named once. Events for
-    which there is no room are left out; that is said once, and their number at the end.
+    An observer that raises is named once, and gets no more reports. One that has not returned for `PATIENCE` seconds is named once. Reports
+    for which there is no room are left out; that is said once, and their number at the end.
     """
 
     def __init__(self, observer: Observer, say: Callable[[str], None]) -> None:
-        """Args:
-        say: called with what the user must know, in the thread that calls the methods of this object.
-        """
+        """`say`: called with what the user must know, in the thread that calls the methods of this object."""
         self._observer = observer
         self._say = say
         self._thread = CallThread("observer of the run", MOST_WAITING)
         self._failed = self._hangs = False
-        """whether the user knows"""
+        """Whether the user has been informed of the observer's failure; `_hangs`: of its silence."""
         self._closed = False
         self._left_out = 0
-        """events so far"""
+        """The number of events that the observer has not received."""
 
     def begins(self, facts: BeginFacts) -> None:
         self._tell(lambda: self._observer.begins(facts))

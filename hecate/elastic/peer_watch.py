@@ -17,16 +17,14 @@ from hecate.ranks.launcher_files import MEETING_VARIABLE, read_generation
 from hecate.ranks.ranks import Ranks
 
 LOOK_SECONDS = 0.2
-"""how often the launcher's file is read"""
+"""The time between two looks at the launcher's file."""
 
 
 class PeerWatch:
     """Reads the launcher's file in a thread of its own, which runs from the first watched ranks until the process or the launcher ends."""
 
     def __init__(self, store: Path) -> None:
-        """Args:
-        store: the path that the launcher's files are named after (`hecate.ranks.launcher_files`).
-        """
+        """`store`: the path that the launcher's files are named after (`hecate.ranks.launcher_files`)."""
         self._store = store
         self._watched: tuple[frozenset[int], Ranks] | None = None
         self._thread: threading.Thread | None = None
@@ -47,6 +45,7 @@ class PeerWatch:
         Returns:
             False: the launcher has removed its files, so nobody is watched any more.
         """
+        # Read before the file: new ranks that begin in between would be missing in the generation that was read, and be aborted.
         watched = self._watched
         try:
             members = read_generation(self._store).members

@@ -38,27 +38,27 @@ from hecate.ranks.ranks import Ranks
 
 _OWNED, _BACKUP = 2, 1
 _MOST_NAMED = 8
-"""experts that a text lists by name"""
+"""The most experts that a text lists by name."""
 
 ExpertStates = dict[Unit, dict[int, dict[str, Tensor]]]
-"""unit -> expert -> master chunk and its state (`ExpertOptimizer.row`)"""
+"""By unit and expert, the master chunk and its state (`ExpertOptimizer.row`)."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """The ranks that go on together, as values of one of them."""
+    """A new group of ranks, as one of its ranks sees it."""
 
     ranks: Ranks
-    """these ranks, already connected (`hecate.ranks.ranks.connect`)"""
+    """The ranks of the group, already connected (`hecate.ranks.ranks.connect`)."""
     topology: Topology
-    """topology of the ranks' devices"""
+    """The devices of the ranks, and their links."""
 
 
 class Membership(Protocol):
     """One rank's connection to the launcher or controller of its job, which decides which ranks are in the job."""
 
     def loaded(self) -> None:
-        """This rank has begun the run, and can go on from now on when others are lost. It is called once, by those that do not join."""
+        """Report that this rank can go on when others are lost. Called once, when the run begins, by ranks that did not join later."""
 
     def regroup_requested(self) -> bool:
         """Whether a new group waits for this rank, for example because one more rank is ready.
@@ -84,16 +84,16 @@ class RankState:
     """How far one rank of a new group is."""
 
     has_state: bool
-    """false: the rank is new, or has lost its state on the way back to a checkpoint"""
+    """Whether the rank has a state. A new rank has none, nor has one that lost it on the way back to a checkpoint."""
     step: int
     completed: int
     tokens: int
     gradients_complete: bool
-    """whether the rank has the summed gradients of the step after `step`, so that only the optimizer's step is missing"""
+    """Whether the rank has the summed gradients of the step after `step`, so that only the optimizer's step is missing."""
     norm: float
-    """the global gradient norm of its last step"""
+    """The global gradient norm of the rank's last step."""
     norms: tuple[float, ...] = ()
-    """those of the separate experts in its last step"""
+    """The gradient norms of the separate experts in the rank's last step."""
 
 
 def exchange_rank_states(ranks: Ranks, state: TrainState | None, optimizer: ExpertOptimizer) -> list[RankState]:
@@ -112,14 +112,16 @@ def can_catch_up(rank_states: Sequence[RankState]) -> bool:
 
     This is false, for example, if only one of the ranks has gone back to a checkpoint.
     """
-    with_state = [one for one in rank_states if one.has_state]
-    last = max((one.step for one in with_state), default=0)
-    return len(with_state) > 0 and all(s.step == last or (s.step == last - 1 and s.gradients_complete) for s in with_state)
+    with_state = [rank_state for rank_state in rank_states if rank_state.has_state]
+    last = max((rank_state.step for rank_state in with_state), default=0)
+    return len(with_state) > 0 and all(
+        rank_state.step == last or (rank_state.step == last - 1 and rank_state.gradients_complete) for rank_state in with_state
+    )
 
 
 def catch_up(parts: TrainedParts, state: TrainState, rank_states: Sequence[RankState], config: Config) -> TrainState:
     """Take this rank to the beginning of the step that the most advanced rank is at (`can_catch_up`), and return its state there."""
-    ahead = max((one for one in rank_states if one.has_state), key=lambda one: one.step)
+    ahead = max((rank_state for rank_state in rank_states if rank_state.has_state), key=lambda rank_state: rank_state.step)
     if state.step < ahead.step:
         # The step's forward and backward passes have already advanced the stream and the history, whose last loads are the step's.
         loads, limit = parts.engine.shards.history.snapshot()[-1], norm_limit(state.grad_norms, config.skip_step_sigma_factor)
@@ -134,7 +136,7 @@ class NoCopyLeft:
     """Experts cannot be dealt anew, because the ranks that held them and their backups are lost."""
 
     experts: tuple[str, ...]
-    """their names"""
+    """The names of these experts."""
 
 
 def redeal(
@@ -155,17 +157,20 @@ def redeal(
         return NoCopyLeft(lost)
     size = dist.get_world_size(ranks.groups.experts)
     owners = dict(zip(holders, redealt_owners([holder_E % size for holder_E in holders.values()], size), strict=True))
+    # Every rank has found the same `lost`, so all or none of them go on to these messages.
     dealt, moved = _deal(parts, ranks, held, owners, size)
-    source = next(rank for rank, one in enumerate(rank_states) if one.has_state)
-    everyone_has_state = all(one.has_state for one in rank_states)
+    source = next(rank for rank, rank_state in enumerate(rank_states) if rank_state.has_state)
+    everyone_has_state = all(rank_state.has_state for rank_state in rank_states)
     received = None if everyone_has_state else _send_replicated(parts, ranks, source, state)
     ranks.barrier()  # every rank has received everything, so no rank needs what the next lines free
     _install(parts, group, owners, dealt, keep_leaving=redundancy > 0)
     if state is None:
         assert received is not None
         state = _take_over(parts, *received)
+        # After the state, which has brought the loads by the old ranks.
         parts.engine.shards.history.redeal(ranks.world_size)
-    completed = min(one.completed for one in rank_states if one.has_state)
+    # Phases after the step that some rank has not been through are done by all of them again, because all must take part.
+    completed = min(rank_state.completed for rank_state in rank_states if rank_state.has_state)
     return replace(state.with_positions_of(parts), completed=completed), moved
 
 
@@ -198,7 +203,7 @@ def go_back(parts: TrainedParts, config: Config, group: Group, lost: Sequence[st
 
 
 def named(experts: Sequence[str]) -> str:
-    """The experts in words, the first few by name. Where none are known, some experts are."""
+    """The experts in words, the first few by name; "some experts" if no name is known."""
     if not experts:
         return "some experts"
     more = f" and {len(experts) - _MOST_NAMED} more" if len(experts) > _MOST_NAMED else ""

@@ -18,7 +18,7 @@ from hecate.ranks.ranks import Ranks, first_generation, restarts
 def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | None) -> Config:
     """The configuration to train with. After a restart it has `resume=true` if there is a checkpoint. Every rank must call it.
 
-    The ranks must agree on whether there was a restart. hecate's launchers tell it to all; torch's elastic agents count each its own
+    The ranks must agree on whether there was a restart. hecate's launchers inform all of them; torch's elastic agents count each its own
     restarts, and the agent of a new node has counted none.
 
     Args:
@@ -40,6 +40,7 @@ def begin_or_resume(config: Config, ranks: Ranks, claim: Callable[[], object] | 
         else:
             if claimed:
                 claimed.touch()
+    # Agreed on before anybody raises: other ranks would wait in their next collective for one that has ended.
     if ranks.all_max(float(taken is not None)):
         if taken is not None:
             raise taken

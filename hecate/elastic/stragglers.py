@@ -52,7 +52,7 @@ class SpeedWindows:
     def __init__(self) -> None:
         self._windows: list[dict[int, float]] = []
         self._work: dict[int, DenseWork] = {}
-        """rank -> its work in the window that is not full yet"""
+        """By rank, its work in the window that is not full yet."""
 
     @property
     def speeds(self) -> dict[int, float]:

@@ -30,7 +30,7 @@ class Engine:
         self.shards = ExpertShards(families, config, groups, pools={pool.unit: pool for pool in pools if pool is not None})
         self.current = CurrentPass()
         self._last: StepLedger | None = None
-        """ledger of the step that began last; None: no step has begun"""
+        """The ledger of the step that began last; None: no step has begun."""
 
     @property
     def runs_in_lockstep(self) -> bool:
@@ -40,15 +40,15 @@ class Engine:
         return self.begin(lambda: Step(self.shards, self.current, number, micro_steps))
 
     def begin(self, make: Callable[[], _S]) -> _S:
-        """Begin a step that is made by this function, once nothing else is under way."""
+        """Begin the step that `make` returns, once nothing else is under way."""
         require_nothing_under_way(self._last, self.current)
         step = make()
         self._last = step.ledger
         return step
 
-    def evaluation(self, *, together: bool = False) -> AbstractContextManager[EvaluationPass]:
+    def evaluation(self, *, in_lockstep: bool = False) -> AbstractContextManager[EvaluationPass]:
         require_nothing_under_way(self._last, self.current)
-        return evaluation(self.shards, self.current, together=together)
+        return evaluation(self.shards, self.current, in_lockstep=in_lockstep)
 
     def rejoin(
         self, topology: Topology, groups: ExpertGroups, owners: dict[Unit, np.ndarray], chunks: Mapping[Unit, Mapping[int, Tensor]]

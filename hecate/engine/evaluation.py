@@ -20,11 +20,11 @@ class EvaluationPass:
     """A `ForwardPass` without training: any number of them, until the evaluation ends."""
 
     shards: ExpertShards | None
-    """which holds the experts; None: the model's layers compute their experts themselves, and need of a pass no more than its tokens"""
+    """The experts of this rank; None: the model's layers compute their experts themselves, and read nothing of a pass but its tokens."""
     current: CurrentPass
     tokens: PassTokens = field(default_factory=PassTokens)
     stats: dict[Unit, RouterStats] | None = None
-    """what the routers of the layers that have run have done; None: it is not kept"""
+    """What the routers of the layers that have run have done; None: it is not kept."""
     step: int = 0
 
     @contextmanager
@@ -54,24 +54,23 @@ class EvaluationPass:
 
 
 @contextmanager
-def evaluation(shards: ExpertShards, current: CurrentPass, *, together: bool) -> Iterator[EvaluationPass]:
+def evaluation(shards: ExpertShards, current: CurrentPass, *, in_lockstep: bool) -> Iterator[EvaluationPass]:
     """See `Engine.evaluation`."""
-    if together:
-        shards.plans.place_on_owners()
-    else:
-        shards.plans.place_everywhere()
+    shards.plans.place_for_evaluation(on_owners=in_lockstep)
     for unit, frozen in shards.frozen.items():
         frozen.start(shards.plans.borrow_frozen(unit))
     shards.gather(*shards.families)
+    # Everything has arrived before the block begins: in it each rank may run on its own, where no other rank joins a collective.
     for store in shards.trained.values():
         store.replicas()
     for frozen in shards.frozen.values():
         frozen.wait()
-    one = EvaluationPass(shards, current)
+    forward = EvaluationPass(shards, current)
     try:
-        with current.set_to(one):
-            yield one
+        with current.set_to(forward):
+            yield forward
     finally:
+        # Nothing is sent, so that a rank whose block has raised does not wait for others whose blocks go on.
         for store in shards.trained.values():
             store.drop()
         for unit, frozen in shards.frozen.items():

@@ -1,4 +1,4 @@
-"""A step whose results must not depend on the ranks, with `EngineConfig.undivided`.
+"""A step whose results must not depend on the ranks, with `EngineConfig.on_every_rank`.
 
 A micro-step has a pass for each of a rank's groups of sequences: all forward passes come first (`begin_passes`), then the backward
 passes, each with gradients of its own, which are added up as a `SumOrder` says.
@@ -31,21 +31,22 @@ class OrderedStep(Step):
         super().__init__(shards, current, number, micro_steps)
         self._order = order
         self._sums: dict[Unit, PositionSums[Tensor]] = {unit: PositionSums(order.size) for unit in shards.trained}
-        """of the gradients of this rank's positions"""
+        """The summed gradients of this rank's positions, by layer."""
 
     def begin_passes(self, tokens: Sequence[PassTokens], positions: Sequence[int]) -> list[OrderedPass]:
-        """The passes of a micro-step, equally many on every rank. Each is to be made the current one while the model runs its forward pass,
-        in their order; then their backward passes follow in the same order, of which the last ends the micro-step.
+        """The passes of a micro-step, equally many on every rank. The caller sets each as the current pass while the model runs forward, in
+        their order; then their backward passes follow in the same order, of which the last ends the micro-step.
 
         Args:
             tokens: of each pass.
             positions: of this rank, ascending; passes beyond them are of padding, and count nowhere.
         """
         assert len(tokens) == self._order.passes, (len(tokens), self._order.passes)
-        number, last = self.ledger.begin_micro_step(), len(tokens) - 1
+        number = self.ledger.begin_micro_step()
+        position_of = dict(enumerate(positions))
         return [
-            OrderedPass(self, number, one, position=positions[i] if i < len(positions) else None, ends=i == last)
-            for i, one in enumerate(tokens)
+            OrderedPass(self, number, pass_tokens, position=position_of.get(index), ends=index == len(tokens) - 1)
+            for index, pass_tokens in enumerate(tokens)
         ]
 
     def _end_pass(self, micro: MicroStep) -> None:
@@ -57,10 +58,11 @@ class OrderedStep(Step):
         return True
 
     def _reduce(self, unit: Unit) -> bool:
-        store, present, in_last = self.shards.stores[unit], self._present, self.ledger.in_last_micro_step
-        assert isinstance(present, OrderedPass)
-        self._sums[unit].add(present.position, store.take_gradient(), last=in_last)
-        if not (in_last and present.ends):
+        store, in_last = self.shards.stores[unit], self.ledger.in_last_micro_step
+        assert isinstance(self._under_way, OrderedPass)
+        # Taken after each backward pass: the next one would add to it, in an order that depends on which passes this rank has.
+        self._sums[unit].add(self._under_way.position, store.take_gradient(), last=in_last)
+        if not (in_last and self._under_way.ends):
             return False
         store.reduce_in_order(self._sums.pop(unit).sums, self._order)
         return True
@@ -71,6 +73,6 @@ class OrderedPass(MicroStep):
     """A forward pass of one group of sequences."""
 
     position: int | None
-    """of its group of sequences in the micro-step; None: it has no group there"""
+    """The number in the micro-step of the group of sequences that the pass computes; None: the pass is of padding alone."""
     ends: bool
-    """its backward pass ends the micro-step"""
+    """Whether the pass's backward pass ends the micro-step."""

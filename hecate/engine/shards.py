@@ -29,7 +29,6 @@ from hecate.parallel.comm.device_tables import chunk_tables
 from hecate.parallel.comm.dispatch import Dispatched, combine, dispatch
 from hecate.parallel.comm.expert_store import ExpertStore, gather_together
 from hecate.parallel.comm.frozen_store import FrozenStore
-from hecate.parallel.planners import PlanInput
 from hecate.parallel.transfer.residency import Residency, residency_from_json, residency_to_json
 from hecate.parallel.values.loads import LoadHistory
 from hecate.parallel.values.placement import Placement, contiguous_owners, owners_by_memory, redealt_owners
@@ -67,9 +66,10 @@ class ExpertShards:
         self.families = families
         self.pools: Mapping[Unit, Pool] = pools or {}
         self.chunked: dict[Unit, OwnedChunks] = {**families, **self.pools}
-        """all whose chunks have owners: of the units' experts, which are empty where these draw on a pool, and the pools' blocks"""
+        """Whatever has chunks with owners: the experts of each unit, whose chunks are empty if they draw on a pool, and the blocks of each
+        pool."""
         self.trained_in = {unit: unit if family.pool is None else family.pool.unit for unit, family in families.items()}
-        """what holds the numbers that a unit's experts train: the unit itself, or its pool"""
+        """By unit, what holds the numbers that its experts train: the unit itself, or its pool."""
         if self.pools and config.per_micro_step:
             raise UserError(
                 "lora.pairs=shards: the pool is gathered once a step, but fssdp.rematerialize and fssdp.plan gather in each micro-step\n"
@@ -80,14 +80,14 @@ class ExpertShards:
         self._join(config, groups, self._first_owners(config, groups), {})
 
     def _first_owners(self, config: EngineConfig, groups: ExpertGroups) -> dict[Unit, np.ndarray]:
-        """int64 [experts] of each layer, of a run that begins."""
+        """The owners in a run that begins, int64 [experts] of each layer or pool."""
         if self._contiguous:
             return self.redealt({}, dist.get_world_size(groups.experts))
         memory = owners_topology(config.topology, _mesh_of(groups)).memory
         return {unit: owners_by_memory(chunks.num_experts, memory) for unit, chunks in self.chunked.items()}
 
     def redealt(self, owners: Mapping[Unit, np.ndarray], world_size: int) -> dict[Unit, np.ndarray]:
-        """Each layer's owners on another number of ranks, of a sharding group."""
+        """The owners on a sharding group of another size, int64 [experts] of each layer or pool."""
         if self._contiguous:
             return {unit: contiguous_owners(chunks.num_experts, world_size) for unit, chunks in self.chunked.items()}
         return dict(zip(owners, redealt_owners(list(owners.values()), world_size), strict=True))
@@ -95,12 +95,12 @@ class ExpertShards:
     def _join(
         self, config: EngineConfig, groups: ExpertGroups, owners: dict[Unit, np.ndarray], chunks: Mapping[Unit, Mapping[int, Tensor]]
     ) -> None:
-        """All that depends on which ranks there are, as at the beginning of a step."""
+        """Set all that depends on which ranks there are, as at the beginning of a step."""
         self.groups = groups
         self.rank = dist.get_rank(groups.experts)
-        """in the sharding group"""
+        """This rank's number in the sharding group."""
         self.world_size = dist.get_world_size(groups.experts)
-        """ranks of the sharding group"""
+        """The number of ranks in the sharding group."""
         self.mesh = _mesh_of(groups)
         group = dist.get_rank(groups.world) // self.world_size
         self.plans = StepPlans(self.families, config, owners, self.history, self.mesh, group, self.rank, self.pools)
@@ -121,9 +121,9 @@ class ExpertShards:
             )
             for unit in self.plans.residency
         }
-        """of the layers whose experts have frozen parts"""
+        """The frozen parts of the layers whose experts have any."""
         self.token_bytes_to = np.zeros(self.world_size, dtype=np.int64)
-        """bytes sent by dispatch and combine so far to each rank of the sharding group"""
+        """The bytes that dispatch and combine have sent so far to each rank of the sharding group."""
 
     @property
     def config(self) -> EngineConfig:
@@ -135,12 +135,12 @@ class ExpertShards:
 
     @property
     def owners(self) -> dict[Unit, np.ndarray]:
-        """int64 [experts] of each layer."""
+        """The owner rank of each expert, int64 [experts] of each layer and pool."""
         return self.plans.owners
 
     @property
     def placements(self) -> dict[Unit, Placement]:
-        """Of each layer, as it is gathered next."""
+        """The placement of each layer, as it is gathered next."""
         return self.plans.placements
 
     @property
@@ -150,7 +150,7 @@ class ExpertShards:
 
     @property
     def device(self) -> torch.device:
-        """Of the experts; there is one layer at least."""
+        """The device of the experts; there is one layer at least."""
         return next(iter(self.stores.values())).device
 
     @property
@@ -160,11 +160,11 @@ class ExpertShards:
 
     @property
     def expert_names(self) -> list[str]:
-        """Those of all experts and blocks of the job in checkpoints, in one order on every rank."""
+        """The names that all experts and blocks of the job have in checkpoints, in one order on every rank."""
         return [expert_name(unit, expert) for unit, of_unit in self.chunked.items() for expert in range(of_unit.num_experts)]
 
     def reached(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, np.ndarray]:
-        """Of each of `trained`, bool [chunks]: whether a token has reached the expert or, of a pool, any expert that draws on it.
+        """Whether a token has reached each expert or, for a pool's blocks, any expert that draws on the pool: bool [chunks] by `trained`.
 
         Args:
             loads: of each unit, int64 [experts, ranks of the job].
@@ -184,7 +184,7 @@ class ExpertShards:
 
     @property
     def bytes_between_nodes(self) -> int:
-        """Of `bytes_sent` those that went to ranks on other nodes of the topology."""
+        """The part of `bytes_sent` that went to ranks on other nodes of the topology."""
         node, members = self.config.topology.node_of_rank, self.plans.members
         own = members[self.rank]
         sent = sum(int(sent) for sent, other in zip(self._bytes_to(), members, strict=True) if node[other] != node[own])
@@ -213,15 +213,11 @@ class ExpertShards:
             for expert, parameter in zip(store.experts, store.parameters, strict=True)
         }
 
-    def plan_inputs(self, *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
-        """See `StepPlans.inputs`."""
-        return self.plans.inputs(for_owners=for_owners)
-
     def rejoin(
         self, topology: Topology, groups: ExpertGroups, owners: dict[Unit, np.ndarray], chunks: Mapping[Unit, Mapping[int, Tensor]]
     ) -> None:
-        """Go on with other ranks, in other process groups, from the beginning of a step. The parameters are new ones afterwards. Frozen
-        parts come anew from where they came at first.
+        """Go on with other ranks, in other process groups, from the beginning of a step. The parameters are new ones afterwards. Owners
+        read or compute frozen parts again, as when the run began.
 
         Args:
             owners: int64 [experts] of each layer, the same on every rank.
@@ -259,10 +255,10 @@ class ExpertShards:
         return {str(unit): residency_to_json(state) for unit, state in self.plans.residency.items()}
 
     def residency_from_json(self, states: Any) -> dict[Unit, Residency]:
-        """Who held which frozen parts in a run with these owners, by `residency_to_json` of it. Nothing changes.
+        """Which rank held which frozen parts, from what `residency_to_json` returned in a run with these owners. Nothing changes.
 
         Raises:
-            ValueError: the values are none of these experts and ranks.
+            ValueError: the values do not fit these experts and ranks.
         """
         if not isinstance(states, Mapping):
             raise ValueError("residency: is no mapping")
@@ -277,6 +273,7 @@ class ExpertShards:
 
     def gather(self, *units: Unit) -> None:
         """Start materializing layers, or the pools that they draw on, where their replicas have neither arrived nor are on their way."""
+        # Both kinds of chunks travel in one group, so every rank starts the trainable ones of all these layers first, then the frozen ones.
         gather_together(
             [(self.stores[source], self.plans.transfer(source)) for source in dict.fromkeys(self.trained_in[unit] for unit in units)]
         )
@@ -290,7 +287,7 @@ class ExpertShards:
         Every rank must call it for the same layers in the same order, also with no tokens, and `combined` after it.
 
         Args:
-            replicas_SC: of the layer's present placement, or its pool.
+            replicas_SC: the replicas of the layer in its present placement, or of its pool.
             routed: this rank's tokens with their token numbers; `slot_TK` holds the chosen experts, whose slots are not known yet.
         """
         plan = self.plans.transfer(unit)
@@ -301,6 +298,7 @@ class ExpertShards:
             routed = RoutedTokens(sent.x_RD, sent.slot_RK, sent.weight_RK, sent.token_R, served=sent.served)
         # Where no token may have to leave its rank, every expert has a slot on every rank, and its slot is its number.
         routed = replace(routed, expert_S=chunk_tables(plan.chunks, routed.x_TD.device).expert_S)
+        # This waits for frozen parts that are still on their way, so it comes after the tokens have left.
         frozen_S = self.frozen[unit].chunks(plan.chunks.tables.expert_S.tolist()) if unit in self.frozen else ()
         return LayerWork(routed, ExpertReplicas(replicas_SC, frozen_S), sent)
 

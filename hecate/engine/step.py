@@ -49,52 +49,53 @@ class StepLedger:
         if micro_steps < 1:
             raise OrderError(f"step {number} was begun with {micro_steps} micro-steps; a step has at least one")
         self.number = number
-        """of the optimizer step, from 0"""
+        """The number of the optimizer step, from 0."""
         self.micro_steps = micro_steps
         self.finished = False
         self._shards = shards
-        self._begun = 0
+        self._next = 0
+        """The number of the micro-step that begins next."""
         self._loads_RN: HostRead | None = None
-        """int64 [ranks, all units' experts], on the way to the host"""
-        self._present: int | None = None
-        """the micro-step under way, from 0; None: between two of them"""
+        """The loads of all units' experts by rank, int64 [ranks, N], on their way to the host; None: they are not sent yet."""
+        self._under_way: int | None = None
+        """The number of the micro-step under way, from 0; None: none is under way."""
         self._counts = {
             unit: torch.zeros(family.num_experts, dtype=torch.int64, device=shards.device) for unit, family in shards.families.items()
         }
 
     @property
     def in_last_micro_step(self) -> bool:
-        return self._present == self.micro_steps - 1
+        return self._under_way == self.micro_steps - 1
 
     def begin_micro_step(self) -> int:
         """The number of the next micro-step, from 0, which is under way from now on."""
         if self.finished:
             raise OrderError(f"step {self.number} is finished; a micro-step belongs to a step that engine.begin_step has just returned")
-        if self._present is not None:
-            raise OrderError(f"micro-step {self._present} of step {self.number} has had no backward pass; call its backward(loss) first")
-        if self._begun == self.micro_steps:
+        if self._under_way is not None:
+            raise OrderError(f"micro-step {self._under_way} of step {self.number} has had no backward pass; call its backward(loss) first")
+        if self._next == self.micro_steps:
             raise OrderError(f"step {self.number} was begun with {self.micro_steps} micro-steps, and all have run; finish the step")
-        self._present, self._begun = self._begun, self._begun + 1
-        return self._present
+        self._under_way, self._next = self._next, self._next + 1
+        return self._under_way
 
     def require(self, micro_step: int) -> None:
         """Raises OrderError: another micro-step is under way, or none."""
-        if self._present != micro_step:
+        if self._under_way != micro_step:
             raise OrderError(f"micro-step {micro_step} of step {self.number} is over; its experts cannot be called any more")
 
     def end_micro_step(self) -> None:
-        self._present = None
+        self._under_way = None
 
     def add(self, unit: Unit, count_E: Tensor) -> None:
-        """So many of this rank's tokens, int64 [experts], have chosen each expert."""
+        """Add how many of this rank's tokens have chosen each expert, int64 [experts]."""
         self._counts[unit] += count_E
 
     def require_complete(self) -> None:
         """Raises OrderError: not every micro-step has run forward and backward."""
         if self.finished:
             raise OrderError(f"step {self.number} is finished already")
-        if self._present is not None or self._begun < self.micro_steps:
-            done = self._begun - (self._present is not None)
+        if self._under_way is not None or self._next < self.micro_steps:
+            done = self._next - (self._under_way is not None)
             raise OrderError(f"step {self.number} cannot finish: {done} of its {self.micro_steps} micro-steps have had their backward pass")
 
     def close(self, gradients: Mapping[Unit, Tensor], loads: dict[Unit, np.ndarray]) -> None:
@@ -114,6 +115,7 @@ class StepLedger:
         shards.history.record(loads)
         self.finished = True
         if shards.mesh.num_sharding_groups > 1 and loads:
+            # Groups plan apart, so only the group of the job's busiest rank knows what that rank has served.
             most = shards.plans.most_served(loads)
             most_L = copy_to(torch.tensor(list(most.values()), dtype=torch.float64), shards.device)
             dist.all_reduce(most_L, op=dist.ReduceOp.MAX, group=shards.groups.world)
@@ -122,19 +124,15 @@ class StepLedger:
     def start_exchange(self) -> None:
         """Send all ranks the step's loads, which are complete after the forward pass of its last micro-step. Every rank must call it.
 
-        The backward pass hides the exchange: on a GPU, the host reads the loads while the device is still busy with that pass.
+        The backward pass hides the exchange: on a GPU, the host reads the loads while the device is still busy with that pass. A second
+        call does nothing.
         """
-        if self._counts:
+        if self._counts and self._loads_RN is None:
             self._loads_RN = exchange_counts(torch.cat(list(self._counts.values())), self._shards.groups.world)
-
-    @property
-    def exchange_started(self) -> bool:
-        return self._loads_RN is not None
 
     def exchange_loads(self) -> dict[Unit, np.ndarray]:
         """Per layer the step's loads, int64 [experts, ranks of the job]. Every rank must call it."""
-        if self._loads_RN is None:
-            self.start_exchange()
+        self.start_exchange()
         if self._loads_RN is None:
             return {}
         cuts = np.cumsum([len(count) for count in self._counts.values()])[:-1]
@@ -172,23 +170,19 @@ class Step:
     """One optimizer step, from its plans to its gradients."""
 
     def __init__(self, shards: ExpertShards, current: CurrentPass, number: int, micro_steps: int) -> None:
-        """Plans all layers from the history. Every rank must make one.
-
-        Args:
-            micro_steps: in which the step's tokens come.
-        """
+        """Plans all layers from the history. Every rank must make one. `micro_steps`: in which the step's tokens come."""
         self.ledger = StepLedger(shards, number, micro_steps)
         self.peak_replica_bytes = shards.replica_bytes
-        """most bytes of replicas that this rank had or waited for at once since the step began"""
+        """The most bytes of replicas that this rank had or waited for at once since the step began."""
         self.shards, self._current = shards, current
-        self._present: MicroStep | None = None
-        """whose backward pass is under way"""
+        self._under_way: MicroStep | None = None
+        """The micro-step whose backward pass is under way."""
         self._reduced_last: Unit | None = None
-        """the layer or pool whose reduction was started last in the step's last backward pass"""
+        """The layer or pool whose reduction was started last in the step's last backward pass."""
         self._clips = False
-        """the micro-step under way has a limit for its gradients"""
+        """Whether the micro-step under way has a limit for its gradients."""
         self._clipped: dict[Unit, Tensor] = {}
-        """[slots, C] of each of `ExpertShards.trained`: the clipped gradients of the micro-steps so far"""
+        """The sums of the clipped gradients of the micro-steps so far, [slots, C] for each of `ExpertShards.trained`."""
         shards.plans.begin(micro_steps)
 
     def begin_micro_step(self, tokens: PassTokens | None = None) -> MicroStep:
@@ -204,21 +198,19 @@ class Step:
         return micro
 
     def finish(self) -> dict[Unit, np.ndarray]:
-        """Complete the step: gradients summed onto the owners' parameters, loads recorded. Every rank must call it.
-
-        An expert that no token of any rank reached gets no gradient (None), so that its optimizer leaves it untouched.
-
-        Returns:
-            Per layer the step's loads, int64 [experts, ranks of the job].
-        """
+        """See `TrainingStep.finish`."""
         self.ledger.require_complete()
         trained = self.shards.trained
         for unit, store in reversed(trained.items()):
             if not store.reduce_started:
                 raise OrderError(f"step {self.ledger.number} cannot finish: layer {unit} took no part in its last backward pass")
+            # Latest layers first, as their reductions were started: every rank starts the sums over groups in this order.
             store.sum_over_groups()
+        # All waits come before `close`. One that fails because a rank is lost leaves parameters without gradients and the history as it
+        # was, so that the step can be done again.
         loads = self.ledger.exchange_loads()
-        self.ledger.close({unit: store.reduced() for unit, store in trained.items()}, loads)
+        gradients = {unit: store.reduced() for unit, store in trained.items()}
+        self.ledger.close(gradients, loads)
         return loads
 
     def prefetch(self, *units: Unit) -> None:
@@ -228,16 +220,17 @@ class Step:
             self._gather(*early)
 
     def replicas(self, micro: MicroStep, unit: Unit, expert_TK: Tensor) -> Tensor:
-        """Wait for the replicas that a layer's pass computes with, [slots, C]; planned by what its tokens choose where that counts."""
+        """Wait for the replicas with which a layer computes, [slots, C], after planning it anew where plans follow the router."""
         shards = self.shards
         self.ledger.require(micro.number)
+        # A checkpointed layer that runs again in the backward pass computes with the placement of its first run, and counts nothing twice.
         if micro.counts:
             count_E = expert_counts(expert_TK, shards.families[unit].num_experts)
             self.ledger.add(unit, count_E)
             if shards.plans.mode(unit) in ("exact", "calibrated"):
                 self._plan_after_router(unit, count_E)
         self._gather(unit)
-        return self._replicas(unit)
+        return self._wait_for_replicas(unit)
 
     def backward(self, micro: MicroStep, loss: Tensor, gradient: Tensor | None, limit: Tensor | None) -> None:
         """See `MicroStep.backward`."""
@@ -245,12 +238,13 @@ class Step:
         self._clips = limit is not None
         if self._clips:
             self._require_own_tokens()
-        if self.ledger.in_last_micro_step and not self.ledger.exchange_started:
+        if self.ledger.in_last_micro_step:
             self.ledger.start_exchange()
-        self._present = micro
+        self._under_way = micro
+        # The backward pass begins with the last layers, whose freed replicas would otherwise be gathered only when it needs them.
         self._prefetch_backward()
         torch.autograd.backward(loss, gradient)
-        self._present = None
+        self._under_way = None
         if limit is not None:
             self._add_clipped(limit)
         self._end_pass(micro)
@@ -260,7 +254,7 @@ class Step:
         self._current.now = None
 
     def _require_own_tokens(self) -> None:
-        """Raises UserError: what is on a rank after a backward pass are not the gradients of that rank's tokens, of one micro-step."""
+        """Raises UserError: a rank's replicas collect gradients of other ranks' tokens, too, or each micro-step reduces its own."""
         shards = self.shards
         if shards.config.per_micro_step or any(shards.plans.transfer(unit).tokens is not None for unit in shards.families):
             raise UserError(
@@ -269,7 +263,7 @@ class Step:
             )
 
     def _add_clipped(self, limit: Tensor) -> None:
-        """Clip what the backward pass has left, add it to that of the step's micro-steps before, and reduce the sums after the last."""
+        """Clip the gradients of this backward pass, add them to those of the step's earlier ones, and reduce the sums after the last."""
         trained = self.shards.trained
         found = {unit: store.take_gradient() for unit, store in trained.items()}
         square = torch.stack([grad_SC.square().sum(dtype=torch.float64) for grad_SC in found.values()]).sum()
@@ -305,10 +299,12 @@ class Step:
         if plan is not None:
             calibrated = shards.plans.mode(unit) == "calibrated"
             if calibrated:
+                # `exchange` starts from a gather by the plan of before. Without prefetching none has been started.
                 self._gather(unit)
                 before = shards.plans.transfer(unit)
             transfer = shards.plans.place(unit, plan)
             if calibrated:
+                # During the exchange this rank has the replicas of both plans.
                 self._note_peak(transfer.chunks.replica_bytes)
                 shards.stores[unit].exchange(transfer, plan_change(before.chunks, transfer.chunks))
         shards.plans.note_served(unit, loads_ED)
@@ -317,21 +313,21 @@ class Step:
         stores = [self.shards.stores[unit] for unit in units]
         before = sum(store.replica_bytes for store in stores)
         self.shards.gather(*units)
-        # Not where all was there already: the sum over all units, for each of many units, would take longer than their experts.
+        # Only if something was gathered: with hundreds of units (linears), a sum over all of them at each would take longer than experts.
         if sum(store.replica_bytes for store in stores) > before:
             self._note_peak()
 
     def _note_peak(self, more: int = 0) -> None:
         self.peak_replica_bytes = max(self.peak_replica_bytes, self.shards.replica_bytes + more)
 
-    def _replicas(self, unit: Unit) -> Tensor:
+    def _wait_for_replicas(self, unit: Unit) -> Tensor:
         source = self.shards.trained_in[unit]
         return self.shards.stores[source].replicas(lambda: self._gradient_complete(source))
 
     def computed(self, micro: MicroStep, unit: Unit, y_RD: Tensor) -> None:
         """A layer's experts have computed. With `rematerialize`, give the replicas' memory back until the backward pass."""
         if micro.counts and self.shards.config.rematerialize and y_RD.requires_grad:
-            # Called before the backward of whatever has made y, and so before its saved views of the replicas are used.
+            # The hook runs before the backward of the experts, which read the replicas through views that autograd has saved.
             y_RD.register_hook(lambda _: self._gather_again(unit))
             self.shards.stores[unit].free()
             micro.awaiting_backward.append(unit)
@@ -339,13 +335,13 @@ class Step:
     def _gather_again(self, unit: Unit) -> None:
         """The backward pass has come to a layer whose replicas were freed; a checkpointed layer may have gathered them itself."""
         self._gather(unit)
-        self._replicas(unit)
+        self._wait_for_replicas(unit)
 
     def _prefetch_backward(self) -> None:
         count = self.shards.config.prefetch
-        if count and self._present is not None:
-            # The units of a decoder layer come together, the last layers' first.
-            awaiting = self._present.awaiting_backward
+        if count and self._under_way is not None:
+            # All units of a decoder layer at once, which share a message; the last layers first, as the backward pass reaches them.
+            awaiting = self._under_way.awaiting_backward
             coming = list(dict.fromkeys(unit.layer for unit in reversed(awaiting)))[:count]
             self._gather(*(unit for unit in reversed(awaiting) if unit.layer in coming))
 
@@ -353,26 +349,28 @@ class Step:
         """The backward pass is through with a layer's experts, or with all that draw on a pool."""
         faults.at("backward")
         shards, in_last = self.shards, self.ledger.in_last_micro_step
-        # A gradient that is to be clipped is complete when that of all layers is.
+        # The clipping factor needs the norm over all layers, so nothing is reduced before the backward pass is over (`_add_clipped`).
         if self._clips or not self._leaves_replicas(unit):
             return
-        assert self._present is not None
+        assert self._under_way is not None
         if shards.config.rematerialize:
-            # The layer before needs its replicas sooner than the owners need gradients; of those one layer's are held at a time.
+            # The gather of the next layers is started before this layer's reduction, which would otherwise delay it in the same group:
+            # replicas are needed at once, gradients at the step's end. Memory is to hold the gradients of one layer's replicas at a time.
             shards.stores[unit].free()
-            self._present.awaiting_backward.remove(unit)
+            self._under_way.awaiting_backward.remove(unit)
             self._prefetch_backward()
             for store in shards.stores.values():
                 store.wait_for_reduction()
         if not self._reduce(unit):
             return
         if in_last:
-            # The reduction before has had a layer's backward pass to arrive in; the sum over the groups has the rest of the step. Waiting
-            # for it frees the replicas' gradients, and what was sent and received of them: only the owners' sums are left.
+            # The reduction before this one has had a layer's backward pass to arrive in; the sum over the groups has the rest of the step.
+            # Waiting for the reduction frees the replicas' gradients and its buffers: only the owners' sums are left.
             if self._reduced_last is not None:
                 shards.stores[self._reduced_last].sum_over_groups()
             self._reduced_last = unit
         if shards.plans.mode(unit) == "calibrated":
+            # Prefetches of the next micro-step gather by the plan of past loads, which its router may then change.
             shards.plans.place_from_history(unit)
 
     def _leaves_replicas(self, unit: Unit) -> bool:
@@ -391,14 +389,14 @@ class MicroStep:
 
     owner: Step
     number: int
-    """in the step, from 0"""
+    """The number of the micro-step in its step, from 0."""
     tokens: PassTokens
     counts: bool = True
-    """False: a checkpointed layer runs again, and what it does has been counted"""
+    """Whether what the pass does counts; False: a checkpointed layer runs again, and was counted the first time."""
     stats: dict[Unit, RouterStats] = field(default_factory=dict)
-    """what the routers of the layers that have run have done"""
+    """What the routers of the layers that have run have done."""
     awaiting_backward: list[Unit] = field(default_factory=list)
-    """units whose replicas were freed after their forward pass, in its order"""
+    """The units whose replicas were freed after their forward pass, in the order of these passes."""
 
     @property
     def step(self) -> int:

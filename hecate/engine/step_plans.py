@@ -40,29 +40,29 @@ class EngineConfig:
 
     planner: Planner
     topology: Topology
-    """of all ranks of the job"""
+    """The devices and links of all ranks of the job."""
     load_window: int = 5
     memory_slots: int | None = None
-    """free replica slots per device and layer; None: as many as `slots_by_memory` says, or as there are experts"""
+    """The number of free replica slots per device and layer; None: as many as `slots_by_memory` says, or as there are experts."""
     slots_by_memory: SlotsByMemory | None = None
-    """a function of the topology that returns the slots for which each rank's device has room, int64 [ranks of the job], the same on every
-    rank; None, or what returns None: memory is ample or not known"""
+    """Returns for how many slots each rank's device has room, int64 [ranks of the job], the same on every rank. If it is None, or returns
+    None, memory is ample or not known."""
     max_imbalance: float | None = None
-    """see `PlanInput.max_imbalance`"""
+    """The planner's limit for the imbalance of a layer: see `PlanInput.max_imbalance`."""
     top_k: int = 1
     non_moe_flops: float = 0.0
-    """forward FLOPs per rank and micro-step of what hides a layer's gather (its attention)"""
+    """The forward FLOPs per rank and micro-step of what hides a layer's gather (its attention)."""
     plan: PlanChoice = "history"
-    """from which loads layers are planned: see `PlanChoice`"""
+    """The loads from which layers are planned: see `PlanChoice`."""
     rematerialize: bool = False
-    """free a layer's replicas after its forward pass and gather them again before its backward pass (Hecate-RM)"""
+    """Whether a layer's replicas are freed after its forward pass and gathered again before its backward pass (Hecate-RM)."""
     prefetch: int = 1
-    """how many decoder layers early a layer's gather starts in the forward pass (1: at the start of its own decoder layer), and, with
-    `rematerialize`, how many layers are gathered ahead in the backward pass"""
-    undivided: bool = False
-    """what is computed may depend neither on ranks nor on placements: every rank has all experts, and no token leaves its rank"""
+    """The number of decoder layers by which a gather starts early in the forward pass (1: when its own decoder layer begins), and, with
+    `rematerialize`, of layers that are gathered ahead in the backward pass."""
+    on_every_rank: bool = False
+    """Whether every rank has all experts and no token leaves its rank, so that results depend neither on ranks nor on placements."""
     tp_size: int = 1
-    """the ranks of a tensor group, which are lost together"""
+    """The number of ranks in a tensor group, which are lost together."""
 
     def execution(self, plan: PlanMode, micro_steps: int = 1) -> ExecutionMode:
         """How a layer's plans are executed in a step of so many micro-steps."""
@@ -84,29 +84,29 @@ class UnitPlan:
     """What is planned of one layer's experts, or of one pool, from step to step and in the step that began last."""
 
     owner_E: np.ndarray
-    """int64 [experts]"""
+    """The owner of each expert, int64 [experts]."""
     chunk: ChunkSize
-    """of the master chunk of one of its experts"""
+    """The size of one expert's master chunk."""
     residency: Residency | None = None
-    """which ranks hold which frozen parts, or are about to receive them; None: its experts have no frozen parts"""
+    """Which ranks hold which frozen parts, or are about to receive them; None: the experts have no frozen parts."""
     frozen_for: Placement | None = None
-    """the placement for which its frozen parts were fetched last; None: those that are held may be others"""
+    """The placement for which frozen parts were fetched last; None: the parts that are held may be others."""
     last_planned: Placement | None = None
-    """what the planner has said of it last, for planners that change their last plan"""
+    """The placement that the planner chose last, for planners that change their last plan."""
     mode: PlanMode | None = None
-    """from which loads it is planned, where that is chosen layer by layer"""
+    """The loads from which the layer is planned; None: all layers are planned alike."""
     given: tuple[PlanInput, int] | None = None
-    """what the step's plan was made from, and the layer's place in that"""
+    """What the step's plan was made from, and the layer's index in that."""
     from_history: LayerPlan | None = None
-    """the step's first plan, which was made of past loads"""
+    """The step's first plan, which was made from past loads."""
     plan: LayerPlan | None = None
-    """by which it goes now"""
+    """The plan by which the layer goes now."""
     transfer: TransferPlan | None = None
-    """how its plan is carried out on this rank; None: it has none since its owners changed"""
+    """How the plan is carried out on this rank; None: nothing was planned since the owners changed."""
     served_D: np.ndarray | None = None
-    """float64 [ranks]: assignments served so far in this step, where plans follow the true loads"""
+    """The assignments that each rank has served so far in this step, float64 [ranks], where plans follow the true loads."""
     most_served: float = 0.0
-    """with several sharding groups: what the busiest rank of the job has served in the last step"""
+    """The assignments that the busiest rank of the job has served in the last step, if there are several sharding groups."""
 
 
 class StepPlans:
@@ -137,20 +137,23 @@ class StepPlans:
         self._families, self.mesh, self._rank = families, mesh, rank
         self._pools = pools or {}
         self.members = mesh.sharding_groups()[group]
-        """the group's ranks, in the job"""
+        """The ranks of the sharding group, by their numbers in the job."""
         self.config = config
         self.history = history
-        self.units = {unit: UnitPlan(owners[unit], _chunk_size(owned)) for unit, owned in (*families.items(), *self._pools.items())}
-        """of each layer and each pool"""
+        self.units = {
+            unit: UnitPlan(owners[unit], ChunkSize(owned.layout().trainable_numel, owned.replica_dtype.itemsize))
+            for unit, owned in (*families.items(), *self._pools.items())
+        }
+        """The plan of each layer and each pool."""
         for unit, family in families.items():
             if family.layout().frozen:
                 self.units[unit].residency = Residency.of_owners(owners[unit], self.slots(family))
         self.calibrations = 0
-        """plans of this step's micro-steps and layers that gave way to better ones after the router"""
+        """The number of plans of this step's micro-steps and layers that gave way to better ones after the router."""
         self._measured: dict[tuple[Unit, ...], MeasuredModes] = {}
-        """by the layers of one shape"""
+        """What choosing their modes has measured, for each tuple of layers of one shape."""
         self._micro_steps = 1
-        """of the last step that began"""
+        """The number of micro-steps of the step that began last."""
 
     @property
     def config(self) -> EngineConfig:
@@ -161,10 +164,10 @@ class StepPlans:
         assert config.topology.world_size == self.mesh.world_size, (config.topology.world_size, self.mesh.world_size)
         self._config = config
         self.topology = config.topology.take(self.members) if self.mesh.num_sharding_groups > 1 else config.topology
-        """of the group's ranks"""
+        """The devices and links of the sharding group's ranks."""
         slots_W = None if config.slots_by_memory is None else config.slots_by_memory(config.topology)
         self._room_D = None if slots_W is None else slots_W.reshape(self.mesh.num_sharding_groups, self.mesh.shard_size).min(0)
-        """int64 [ranks]: slots for which there is room on every group's device"""
+        """The slots for which the devices of all groups have room, int64 [ranks of a group]; None: memory is ample or not known."""
 
     def slots(self, family: ExpertFamily) -> np.ndarray:
         """int64 [ranks]: free replica slots of each device in a layer, the same in all sharding groups."""
@@ -179,22 +182,22 @@ class StepPlans:
     @property
     def chosen_modes(self) -> dict[Unit, PlanMode]:
         """The mode of each layer in the step that began last, where they are chosen layer by layer; else nothing."""
-        return {unit: one.mode for unit, one in self.units.items() if one.mode is not None}
+        return {unit: unit_plan.mode for unit, unit_plan in self.units.items() if unit_plan.mode is not None}
 
     @property
     def owners(self) -> dict[Unit, np.ndarray]:
         """int64 [experts] of each layer and pool."""
-        return {unit: one.owner_E for unit, one in self.units.items()}
+        return {unit: unit_plan.owner_E for unit, unit_plan in self.units.items()}
 
     @property
     def residency(self) -> dict[Unit, Residency]:
         """Who holds which frozen parts, of the layers that have any."""
-        return {unit: one.residency for unit, one in self.units.items() if one.residency is not None}
+        return {unit: unit_plan.residency for unit, unit_plan in self.units.items() if unit_plan.residency is not None}
 
     @property
     def transfers(self) -> dict[Unit, TransferPlan]:
         """How the plan of each layer and pool is carried out on this rank."""
-        return {unit: one.transfer for unit, one in self.units.items() if one.transfer is not None}
+        return {unit: unit_plan.transfer for unit, unit_plan in self.units.items() if unit_plan.transfer is not None}
 
     def transfer(self, unit: Unit) -> TransferPlan:
         """How the plan of one layer or pool is carried out on this rank."""
@@ -214,10 +217,11 @@ class StepPlans:
         """
         self.calibrations = 0
         self._micro_steps = micro_steps
-        for one in self.units.values():
-            one.served_D = None
-            if one.residency is not None:
-                one.residency = one.residency.after_step()  # the step before has used its replicas
+        for unit_plan in self.units.values():
+            unit_plan.served_D = None
+            if unit_plan.residency is not None:
+                # Once a step: its counts say for how many steps a replica is used, by which planners divide what fetching one costs.
+                unit_plan.residency = unit_plan.residency.after_step()
         if len(self.config.modes) > 1:
             self._choose_modes()
         for units, given in self.inputs():
@@ -226,10 +230,10 @@ class StepPlans:
             if not given.execution.knows_loads:
                 self._place_all(units, given)
             for index, unit in enumerate(units):
-                one = self.units[unit]
-                one.given = given, index
+                unit_plan = self.units[unit]
+                unit_plan.given = given, index
                 if not given.execution.knows_loads:
-                    one.from_history = one.plan
+                    unit_plan.from_history = unit_plan.plan
         self._place_pools()
 
     def ahead(self, loads: Mapping[Unit, np.ndarray]) -> None:
@@ -240,37 +244,37 @@ class StepPlans:
                 self.note_served(unit, loads[unit])
 
     def inputs(self, *, for_owners: bool = False) -> list[tuple[list[Unit], PlanInput]]:
-        """What a planner is given for the next step: the layers of one shape and mode together, each with its number.
+        """What a planner is given for the next step, for each group of layers of one shape and mode; and which layers these are.
 
         Args:
-            for_owners: the same in every sharding group, to decide owners by: the mean of all groups' loads on `owners_topology`. What
-                frozen parts are held besides differs between groups, and does not count if there are several.
+            for_owners: owners are decided by it, so it is the same in every sharding group: the mean of all groups' loads on
+                `owners_topology`, without the replicas of frozen parts, which differ between groups.
         """
         inputs = []
         common = for_owners and self.mesh.num_sharding_groups > 1
-        # Which layer goes by what may differ between groups, and from step to step.
-        mode = self._first_mode if for_owners else self.mode
+        # Chosen modes may differ between sharding groups, whose owners must not.
+        mode = (lambda _: self.config.modes[0]) if for_owners else self.mode
         for units in self._alike(mode):
             family, plans = self._families[units[0]], [self.units[unit] for unit in units]
-            held = [one.residency for one in plans if one.residency is not None]
-            planned = [one.last_planned for one in plans if one.last_planned is not None]
+            held = [unit_plan.residency for unit_plan in plans if unit_plan.residency is not None]
+            placed = [unit_plan.last_planned for unit_plan in plans if unit_plan.last_planned is not None]
             predicted_LEW = self.history.predict(units, lasting=bool(held))
-            knows_resident, knows_present = bool(held) and not common, len(planned) == len(units) and not common
+            knows_resident, knows_present = bool(held) and not common, len(placed) == len(units) and not common
             topology = owners_topology(self.config.topology, self.mesh) if common else self.topology
             hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
             cost, execution = self._cost(family, hiding), self.config.execution(mode(units[0]), self._micro_steps)
             if knows_resident:
                 cost = replace(cost, frozen_lifetime=expected_uses(held) * (self._micro_steps if execution.per_micro_step else 1))
             given = PlanInput(
-                np.stack([one.owner_E for one in plans]),
+                np.stack([unit_plan.owner_E for unit_plan in plans]),
                 None if predicted_LEW is None else self._loads_of_groups(predicted_LEW, common=common),
                 topology,
                 cost,
                 self.slots(family),
-                resident_LED=np.stack([one.held_ED for one in held]) if knows_resident else None,
+                resident_LED=np.stack([residency.held_ED for residency in held]) if knows_resident else None,
                 max_imbalance=self.config.max_imbalance,
                 execution=execution,
-                present_LED=np.stack([one.where_ED for one in planned]) if knows_present else None,
+                present_LED=np.stack([placement.where_ED for placement in placed]) if knows_present else None,
             )
             inputs.append((units, given))
         return inputs
@@ -283,20 +287,17 @@ class StepPlans:
     def place(self, unit: Unit, plan: LayerPlan) -> TransferPlan:
         """A layer goes by this plan from now on; returns how it is carried out."""
         split_ED = plan.split(self.topology, self._rank) if plan.dispatches(self.topology) else None
-        one = self.units[unit]
-        one.plan, one.transfer = plan, plan_transfer(plan.placement, split_ED, one.chunk, self.topology, self._rank)
-        return one.transfer
+        unit_plan = self.units[unit]
+        unit_plan.plan, unit_plan.transfer = plan, plan_transfer(plan.placement, split_ED, unit_plan.chunk, self.topology, self._rank)
+        return unit_plan.transfer
 
-    def place_everywhere(self) -> None:
-        """Every expert of every layer on every rank, as evaluation has it."""
+    def place_for_evaluation(self, *, on_owners: bool) -> None:
+        """Place every expert of every layer on its owner alone, or else on every rank."""
+        place = owners_only if on_owners else everything_everywhere
         for unit in self._families:
-            self._place_for_any(unit, everything_everywhere(self.units[unit].owner_E, self.mesh.shard_size))
-        self._place_pools()
-
-    def place_on_owners(self) -> None:
-        """Every expert of every layer on its owner alone."""
-        for unit in self._families:
-            self._place_for_any(unit, owners_only(self.units[unit].owner_E, self.mesh.shard_size))
+            placement = place(self.units[unit].owner_E, self.mesh.shard_size)
+            # Loads without a zero, so that the plan says where any token of any rank goes.
+            self.place(unit, LayerPlan(placement, np.ones(placement.where_ED.shape), None))
         self._place_pools()
 
     def place_from_history(self, unit: Unit) -> None:
@@ -307,16 +308,16 @@ class StepPlans:
 
     def after_router(self, unit: Unit, loads_ED: np.ndarray) -> LayerPlan | None:
         """What a layer's micro-step should go by, now that its loads [experts, ranks] are known; None: by what it has."""
-        one = self.units[unit]
-        assert one.given is not None
-        given = one_layer(*one.given, loads_ED, None if one.residency is None else one.residency.held_ED)
+        unit_plan = self.units[unit]
+        assert unit_plan.given is not None
+        given = one_layer(*unit_plan.given, loads_ED, None if unit_plan.residency is None else unit_plan.residency.held_ED)
         planner = partial(self._planned, units=[unit])
         if self.mode(unit) == "exact":
             plan = planner(given).layer(given, 0)
-            one.last_planned = plan.placement
+            unit_plan.last_planned = plan.placement
             return plan
-        assert one.plan is not None
-        ((gain, plan),) = best_after_router(planner, given, [one.plan], splits=self.config.planner is plan_auto)
+        assert unit_plan.plan is not None
+        ((gain, plan),) = best_after_router(planner, given, [unit_plan.plan], splits=self.config.planner is plan_auto)
         self.calibrations += gain > 0
         return plan if gain > 0 else None
 
@@ -324,47 +325,48 @@ class StepPlans:
         """What has to move so that ranks hold the frozen parts that a layer's placement needs, which count as held from now on; what has no
         slot beside them is given up. None: they were fetched for this placement already.
         """
-        one, placement = self.units[unit], self.transfer(unit).placement
-        if placement == one.frozen_for:
+        unit_plan, placement = self.units[unit], self.transfer(unit).placement
+        if placement == unit_plan.frozen_for:
             return None
-        one.frozen_for = placement
-        return self._change_residency(one, _held(one).need(placement.where_ED))
+        unit_plan.frozen_for = placement
+        return self._change_residency(unit_plan, _held(unit_plan).need(placement.where_ED))
 
     def borrow_frozen(self, unit: Unit) -> FrozenMove:
         """As `fetch_frozen`, but nothing is given up before `return_frozen`."""
-        one = self.units[unit]
-        one.frozen_for = self.transfer(unit).placement
-        return self._change_residency(one, _held(one).hold_for_now(one.frozen_for.where_ED))
+        unit_plan = self.units[unit]
+        unit_plan.frozen_for = self.transfer(unit).placement
+        return self._change_residency(unit_plan, _held(unit_plan).hold_for_now(unit_plan.frozen_for.where_ED))
 
     def return_frozen(self, unit: Unit) -> FrozenMove:
         """Give up what `borrow_frozen` has fetched and what has no slot."""
-        one = self.units[unit]
-        one.frozen_for = None
-        return self._change_residency(one, _held(one).evict())
+        unit_plan = self.units[unit]
+        unit_plan.frozen_for = None
+        return self._change_residency(unit_plan, _held(unit_plan).evict())
 
     def note_served(self, unit: Unit, loads_ED: np.ndarray) -> None:
         """A micro-step with such loads goes by the plan that the layer has now."""
-        one = self.units[unit]
-        assert one.plan is not None
-        served_D = one.plan.served(loads_ED, self.topology)
-        one.served_D = served_D if one.served_D is None else one.served_D + served_D
+        unit_plan = self.units[unit]
+        assert unit_plan.plan is not None
+        served_D = unit_plan.plan.served(loads_ED, self.topology)
+        unit_plan.served_D = served_D if unit_plan.served_D is None else unit_plan.served_D + served_D
 
     def change_owners(self, unit: Unit, owner_E: np.ndarray) -> FrozenMove | None:
         """Between two steps: int64 [experts]. Returns what moves of the layer's frozen parts; None: it has none."""
-        one = self.units[unit]
-        one.owner_E = owner_E
-        one.transfer = one.last_planned = one.frozen_for = None  # made for the owners of before
-        return None if one.residency is None else self._change_residency(one, one.residency.change_owners(owner_E))
+        unit_plan = self.units[unit]
+        unit_plan.owner_E = owner_E
+        # All three were made for the former owners: a gather by them would send chunks from ranks that no longer have them.
+        unit_plan.transfer = unit_plan.last_planned = unit_plan.frozen_for = None
+        return None if unit_plan.residency is None else self._change_residency(unit_plan, unit_plan.residency.change_owners(owner_E))
 
     def adopt_residency(self, unit: Unit, after: Residency) -> FrozenMove:
         """Between two steps: hold what another run of the same owners held. Returns what moves of the layer's frozen parts."""
-        one = self.units[unit]
-        one.frozen_for = None
-        return self._change_residency(one, after)
+        unit_plan = self.units[unit]
+        unit_plan.frozen_for = None
+        return self._change_residency(unit_plan, after)
 
     def most_served(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, float]:
         """Per layer the assignments that the busiest rank of this group has computed of a step's loads."""
-        return {unit: float(self._served_here(unit, loads_EW).max()) for unit, loads_EW in loads.items()}
+        return {unit: float(self._served(unit, loads_EW).max()) for unit, loads_EW in loads.items()}
 
     def note_most_served(self, most: dict[Unit, float]) -> None:
         """With several sharding groups: `most_served` of the busiest group in the last step."""
@@ -379,25 +381,21 @@ class StepPlans:
         skews = []
         for unit, loads_EW in loads.items():
             if self.mesh.num_sharding_groups == 1:
-                skews.append(imbalance(self._served_here(unit, loads_EW)))
+                skews.append(imbalance(self._served(unit, loads_EW)))
             else:
                 total = loads_EW.sum()
                 skews.append(self.units[unit].most_served * loads_EW.shape[1] / total if total else 1.0)
         return float(np.mean(skews)) if skews else 1.0
 
-    def _change_residency(self, one: UnitPlan, after: Residency) -> FrozenMove:
-        before, one.residency = _held(one), after
+    def _change_residency(self, unit_plan: UnitPlan, after: Residency) -> FrozenMove:
+        before, unit_plan.residency = _held(unit_plan), after
         return frozen_move(before, after, self._rank)
 
     def _place_pools(self) -> None:
         for unit in self._pools:
-            one = self.units[unit]
-            everywhere = everything_everywhere(one.owner_E, self.mesh.shard_size)
-            one.transfer = plan_transfer(everywhere, None, one.chunk, self.topology, self._rank)
-
-    def _place_for_any(self, unit: Unit, placement: Placement) -> None:
-        # Some tokens of every rank for every expert: what must travel may.
-        self.place(unit, LayerPlan(placement, np.ones(placement.where_ED.shape), None))
+            unit_plan = self.units[unit]
+            everywhere = everything_everywhere(unit_plan.owner_E, self.mesh.shard_size)
+            unit_plan.transfer = plan_transfer(everywhere, None, unit_plan.chunk, self.topology, self._rank)
 
     def _place_all(self, units: Sequence[Unit], given: PlanInput) -> None:
         plan = self._planned(given, units)
@@ -416,8 +414,9 @@ class StepPlans:
     def _choose_modes(self) -> None:
         """Choose the mode of each layer for the step that begins, by the steps in the history."""
         modes: dict[Unit, PlanMode] = {}
-        for one in self.units.values():
-            one.mode = None  # so that all layers of one shape are given together
+        for unit_plan in self.units.values():
+            # With the last step's modes, `inputs` would separate layers of one shape, of which each is to be free to choose any mode.
+            unit_plan.mode = None
         for units, given in self.inputs():
             recent_SLEW = self.history.recent(units)
             if recent_SLEW is None:
@@ -431,11 +430,8 @@ class StepPlans:
         for unit, mode in modes.items():
             self.units[unit].mode = mode
 
-    def _first_mode(self, unit: Unit) -> PlanMode:
-        return self.config.modes[0]
-
     def _alike(self, mode: Callable[[Unit], PlanMode]) -> list[list[Unit]]:
-        """The layers, those of one shape and mode together."""
+        """The layers in groups of one shape and mode."""
         alike: dict[tuple[int, object, PlanMode], list[Unit]] = {}
         for unit, family in self._families.items():
             key = (family.num_experts, self._cost(family, self.config.non_moe_flops), mode(unit))
@@ -444,15 +440,15 @@ class StepPlans:
 
     def _cost(self, family: ExpertFamily, non_moe_flops: float) -> LayerCost:
         cost = family.cost(self.config.top_k, non_moe_flops)
-        return replace(cost, undivided=True) if self.config.undivided else cost
+        return replace(cost, on_every_rank=True) if self.config.on_every_rank else cost
 
-    def _served_here(self, unit: Unit, loads_EW: np.ndarray) -> np.ndarray:
+    def _served(self, unit: Unit, loads_EW: np.ndarray) -> np.ndarray:
         """float64 [ranks]: assignments that each rank of this group has computed of a step's loads."""
-        one = self.units[unit]
-        if one.served_D is not None:
-            return one.served_D
-        assert one.plan is not None
-        return one.plan.served(self._loads_of_groups(loads_EW), self.topology)
+        unit_plan = self.units[unit]
+        if unit_plan.served_D is not None:
+            return unit_plan.served_D
+        assert unit_plan.plan is not None
+        return unit_plan.plan.served(self._loads_of_groups(loads_EW), self.topology)
 
     def _loads_of_groups(self, loads_EW: np.ndarray, *, common: bool = False) -> np.ndarray:
         """[..., experts, ranks]: of the job's loads those of this sharding group; `common`: the mean of all groups'."""
@@ -473,11 +469,7 @@ def _moved_owners(planner: Planner, units: Sequence[Unit], before_LE: np.ndarray
     )
 
 
-def _chunk_size(owned: OwnedChunks) -> ChunkSize:
-    return ChunkSize(owned.layout().trainable_numel, owned.replica_dtype.itemsize)
-
-
-def _held(one: UnitPlan) -> Residency:
+def _held(unit_plan: UnitPlan) -> Residency:
     """Of a layer whose experts have frozen parts."""
-    assert one.residency is not None
-    return one.residency
+    assert unit_plan.residency is not None
+    return unit_plan.residency

@@ -32,9 +32,10 @@ class ExpertReplicas:
     """The experts that are materialized on this rank for one layer's tokens, by slot. Which they are, `RoutedTokens.expert_S` says."""
 
     chunks_SC: Tensor
-    """their trainable chunks, in the family's `replica_dtype`; of a family with a pool, all blocks of the pool, whatever the slots hold"""
+    """The trainable chunks of the experts, in the family's `replica_dtype`; of a family with a pool, all blocks of the pool, whatever the
+    slots hold."""
     frozen_S: Sequence[Tensor] = ()
-    """the frozen chunk of each; nothing for a family without frozen parts"""
+    """The frozen chunk of each expert; nothing for a family without frozen parts."""
 
 
 class OwnedChunks(Protocol):
@@ -42,25 +43,20 @@ class OwnedChunks(Protocol):
 
     @property
     def num_experts(self) -> int:
-        """Of chunks."""
-        ...
+        """The number of chunks."""
 
     @property
     def replica_dtype(self) -> torch.dtype:
         """The type in which chunks are gathered and computed with; gradients have that of `init_chunk` nonetheless."""
-        ...
 
     def layout(self) -> ExpertLayout:
         """The tensors of one expert."""
-        ...
 
     def init_chunk(self, expert: int) -> Tensor:
         """The initial flat chunk of one expert, [C] in master precision; a function of (seed, unit, expert) alone."""
-        ...
 
     def no_chunks(self) -> Tensor:
-        """[0, C], of the dtype and on the device that `init_chunk` has: what a rank holds that owns no expert."""
-        ...
+        """[0, C], of the dtype and on the device of `init_chunk`: the chunks of a rank that owns no expert."""
 
 
 class ExpertFamily(OwnedChunks, Protocol):
@@ -68,24 +64,20 @@ class ExpertFamily(OwnedChunks, Protocol):
 
     @property
     def pool(self) -> Pool | None:
-        """What its experts train together with those of other units, instead of chunks of their own, which then have no numbers; None: each
-        expert trains its chunk."""
-        ...
+        """The pool that the experts share with those of other units, whose numbers they train in place of chunks of their own, which are
+        then empty; None: each expert trains its chunk."""
 
     def frozen_chunk(self, expert: int) -> Tensor:
         """The flat frozen chunk of one expert, in the dtype it is computed in; empty for a family without frozen parts.
 
         It is asked for on the expert's first owner only.
         """
-        ...
 
     def no_frozen_chunks(self) -> Tensor:
-        """[0, C], of the dtype and on the device that `frozen_chunk` has."""
-        ...
+        """[0, C], of the dtype and on the device of `frozen_chunk`."""
 
     def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
         """The layer's cost, from which planners plan. `non_moe_flops` are the forward FLOPs of one rank that hide transfers."""
-        ...
 
     @property
     def sizes(self) -> UnitSizes:
@@ -94,13 +86,11 @@ class ExpertFamily(OwnedChunks, Protocol):
 
     @property
     def pair_source(self) -> PairSource:
-        """Where its pairs come from: adapters are written and read through it. Only for a family that has pairs."""
-        ...
+        """The source of the family's pairs, through which adapters are written and read. Only for a family that has pairs."""
 
     @property
     def drawn_digest(self) -> str:
         """See `PairSource.drawn_digest`; empty for a family without pairs."""
-        ...
 
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
         """The weighted sum of each token's experts that are in the slots, [T, D]; differentiable in chunks, tokens and weights.
@@ -111,35 +101,34 @@ class ExpertFamily(OwnedChunks, Protocol):
         Args:
             step: the optimizer step, which keys dropout; None outside training.
         """
-        ...
 
 
 @dataclass(frozen=True)
 class Site:
-    """Where the experts of a unit are, how many, and in which types."""
+    """The place of a unit's experts in the model, their number, and their types."""
 
     unit: Unit
     num_experts: int
     shape: FfnShape | LinearSizes
-    """of an expert's FFN, or of the one that all share; or of the linear layer that the unit is"""
+    """The sizes of an expert's FFN, or of the FFN that all share; or those of the linear layer that the unit is."""
     seed: int
     master_dtype: torch.dtype
-    """of what trains"""
+    """The type of what trains."""
     compute_dtype: torch.dtype
-    """of frozen weights and hidden states"""
+    """The type of frozen weights and hidden states."""
     device: torch.device
     kernels: Backend = "auto"
-    together: int = 1
-    """units of the decoder layer, which are gathered in one message"""
+    units_per_layer: int = 1
+    """The number of units in the decoder layer, which are gathered in one message."""
     peers: tuple[tuple[Unit, int], ...] = ()
-    """the units of the model in the same place with the same sizes, this one among them, ascending, with the number of their experts;
-    nothing: there is no other"""
+    """The units of the model in the same place with the same sizes, ascending, with the number of their experts. This unit is among them;
+    nothing: there is no other."""
     names: tuple[str, ...] = ()
-    """of the experts: what is random about an expert depends on its name, and not on how many others there are; nothing: it depends on the
-    expert's number"""
+    """The names of the experts, by which everything random about an expert is drawn, whatever other experts there are; nothing: it is drawn
+    by the expert's number."""
 
     def key(self, unit: Unit, expert: int) -> tuple[int | str, ...]:
-        """What the initial numbers of an expert of the unit are drawn by."""
+        """The key by which the initial numbers of an expert of the unit are drawn."""
         return self.seed, "expert", str(unit), self.names[expert] if self.names else expert
 
     @property
@@ -149,12 +138,12 @@ class Site:
 
     @property
     def inputs(self) -> int:
-        """Numbers in a token's row, which the unit's router reads."""
+        """The size of a token's row, which the unit's router reads."""
         return self.shape.inputs if isinstance(self.shape, LinearSizes) else self.shape.hidden
 
     @property
     def sizes(self) -> UnitSizes:
-        """Of the projections that pairs stand beside."""
+        """The sizes of the projections that get pairs."""
         return self.shape if isinstance(self.shape, LinearSizes) else FfnSizes(self.shape.hidden, self.shape.ffn)
 
 
@@ -163,35 +152,34 @@ class FfnSource:
     """What the base model has where experts are to be. A family takes what it needs."""
 
     base: FfnBase | None = None
-    """the dense FFN"""
+    """The dense FFN."""
     own_expert: Callable[[int], Tensor] | None = None
-    """the flat weights of one of the model's own experts, as `FfnShape` lays them out, on the device and in the dtype of computation"""
+    """Returns the flat weights of one of the model's own experts, as `FfnShape` lays them out, on the device and in the dtype of
+    computation."""
 
 
 @dataclass(frozen=True)
 class ExpertChoices:
-    """What is chosen for the experts of a whole model: values only."""
+    """What is chosen for the experts of a whole model."""
 
     lora: LoraShape | None = None
-    """None: a family without pairs"""
+    """The shape of the low-rank pairs; None: a family without pairs."""
     projections: tuple[str, ...] = ()
-    """those that get a pair"""
+    """The projections that get a pair."""
     upcycle_noise: float = 0.0
-    """see `hecate.experts.full.noisy_copies`"""
+    """The noise on the copies of a dense FFN (`hecate.experts.full.noisy_copies`)."""
     mix: str = "products"
-    """of the experts over linears: one of `hecate.experts.linear.MIXES`"""
+    """The way in which experts over linears are mixed, by its name in `hecate.experts.linear.MIXES`."""
 
 
 class UnitExperts(ABC):
     """What all families have in common: layout, cost and dropout follow from the kind and the pair source."""
 
-    undivided = False
-    """see `LayerCost.undivided`"""
+    on_every_rank = False
+    """Whether a token's rank must have all experts of the unit (`LayerCost.on_every_rank`)."""
 
     def __init__(self, kind: ExpertKind, site: Site, pairs: PairSource | None, place: UnitPlace, ffn: tuple[TensorSpec, ...] = ()) -> None:
-        """Args:
-        ffn: the weights of one FFN, the expert's own or the one that all share.
-        """
+        """`ffn`: the weights of one FFN, the expert's own or the one that all share."""
         self.kind = kind
         self.site = site
         self.num_experts = site.num_experts
@@ -257,7 +245,7 @@ class UnitExperts(ABC):
         return torch.empty((0, self._layout.frozen_numel), dtype=self.site.compute_dtype, device=self.site.device)
 
     def forget_initial(self) -> None:  # noqa: B027 - most families keep nothing
-        """Let go of whatever initial chunks were made from, once there is an engine; later ones may begin otherwise."""
+        """Free whatever initial chunks are computed from, once there is an engine; later ones may begin otherwise."""
 
     def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
         pairs = self._pair_sizes
@@ -267,7 +255,7 @@ class UnitExperts(ABC):
             top_k=top_k,
             number=number_bytes(self.kind, master=self.site.master_dtype.itemsize, computed=self.site.compute_dtype.itemsize),
             non_moe_flops=non_moe_flops,
-            undivided=self.undivided,
+            on_every_rank=self.on_every_rank,
         )
 
     def _dropout(self, step: int | None) -> Dropout | None:

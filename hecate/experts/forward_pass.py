@@ -36,17 +36,17 @@ class PassTokens:
     """The tokens of one forward pass, flattened to [B·S]."""
 
     valid: Tensor | None = None
-    """int64: indices of the tokens that are no padding; None: no token is padding"""
+    """The indices of the tokens that are no padding, int64; None: no token is padding."""
     number: Tensor | None = None
-    """int64 [B·S]: each token's number, unique over the run; None outside training"""
+    """Each token's number, unique over the run, int64 [B·S]; None outside training."""
     samples: PassSamples | None = None
-    """the samples that the tokens belong to; None outside training"""
+    """The samples that the tokens belong to; None outside training."""
     source: Tensor | None = None
-    """int64 [B·S], or [1] for all tokens: the number of the source in the training data; None: not known"""
+    """The number of the source in the training data, int64 [B·S], or [1] for all tokens; None: not known."""
     users: PassUsers | None = None
-    """the users of the tokens' samples; None: not known, or nothing depends on them"""
+    """The users of the tokens' samples; None: not known, or nothing depends on them."""
     routing: PassRouting | None = None
-    """the experts that the samples bring for their tokens; None: routers alone decide"""
+    """The experts that the samples bring for their tokens; None: routers alone decide."""
 
 
 class ForwardPass(Protocol):
@@ -58,18 +58,15 @@ class ForwardPass(Protocol):
     @property
     def step(self) -> int:
         """The optimizer step that it belongs to, from 0; 0 outside training."""
-        ...
 
     def prefetch(self, *units: Unit) -> None:
         """Start to materialize layers, in the order in which they are needed; every rank must call it in the same order.
 
         Does nothing for layers whose replicas have arrived or are on their way.
         """
-        ...
 
     def note_routing(self, unit: Unit, routing: Routing) -> None:
         """Keep what the load-balancing loss needs of a layer's routing of the valid tokens."""
-        ...
 
     def experts(self, unit: Unit, x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor) -> Tensor:
         """The weighted sum of each token's experts: [T, D].
@@ -80,11 +77,9 @@ class ForwardPass(Protocol):
             expert_TK: int64.
             token_T: int64: token numbers.
         """
-        ...
 
     def again(self) -> ForwardPass:
         """The same pass for a checkpointed layer that runs a second time: it computes the same, and nothing is counted twice."""
-        ...
 
 
 class CurrentPass:
@@ -92,7 +87,7 @@ class CurrentPass:
 
     def __init__(self) -> None:
         self.now: ForwardPass | None = None
-        """None: no step and no evaluation is under way"""
+        """The pass that the model is in; None: no step and no evaluation is under way."""
 
     def required(self) -> ForwardPass:
         """Raises OrderError: the model runs outside of training steps and evaluations."""

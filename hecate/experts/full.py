@@ -19,10 +19,7 @@ class FullExperts(FfnExperts):
     """The fully trained experts of one layer (an ExpertFamily)."""
 
     def __init__(self, site: Site, initial: Callable[[int], Tensor] | None = None) -> None:
-        """Args:
-        initial: the flat chunk that an expert begins with; None: each matrix as torch's nn.Linear. Whoever gave it may take it back
-            (`forget_initial`) once there is an engine.
-        """
+        """`initial`: returns the flat chunk that an expert begins with, until `forget_initial`; None: each matrix as torch's nn.Linear."""
         super().__init__(FULL, site, pairs=None)
         self._initial = self._as_linear if initial is None else initial
 

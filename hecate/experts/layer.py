@@ -1,4 +1,4 @@
-"""The module that stands where a model's FFN stood, or the experts of an MoE model: router, then experts."""
+"""The module in the place of a model's FFN, or of the experts of an MoE model: router, then experts."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from hecate.experts.routers.router import BalanceLoss, Router, RouterStats, load
 from hecate.kernels.backend import ExpertKernels
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.cost.expert_cost import UnitPlace
-from hecate.parallel.values.expert_kinds import LINEARS, ONLY_PROJECTION, UNDIVIDED_MIXES, LinearSizes
+from hecate.parallel.values.expert_kinds import LINEARS, MIXES_ON_EVERY_RANK, ONLY_PROJECTION, LinearSizes
 from hecate.parallel.values.units import Unit
 
 
@@ -27,12 +27,10 @@ class LinearExperts(UnitExperts):
     """The experts of one linear layer (an ExpertFamily): what they add to W x, which every rank computes for its own tokens."""
 
     def __init__(self, site: Site, pairs: PairSource, mix: str = "products") -> None:
-        """Args:
-        mix: how a token's pairs become one, by its name in `MIXES`.
-        """
-        self._mix, self.undivided = MIXES[mix], mix in UNDIVIDED_MIXES
+        """`mix`: how a token's pairs become one, by its name in `MIXES`."""
+        self._mix, self.on_every_rank = MIXES[mix], mix in MIXES_ON_EVERY_RANK
         assert isinstance(site.shape, LinearSizes), site.shape
-        super().__init__(LINEARS, site, pairs, linear_place(site.shape, site.together))
+        super().__init__(LINEARS, site, pairs, linear_place(site.shape, site.units_per_layer))
 
     def compute(self, routed: RoutedTokens, replicas: ExpertReplicas, step: int | None) -> Tensor:
         """[T, outputs]; see `ExpertFamily.compute`."""
@@ -46,18 +44,18 @@ MIXES: dict[str, Callable[[ExpertKernels], Callable[..., Tensor]]] = {
     "separate": lambda kernels: kernels.sorted_pairs,
     "factors": lambda kernels: kernels.mixed_factors,
 }
-"""how a token's experts become one, by the name that `moe.router.mix` gives. products: the weighted sum of what the pairs B_e A_e give.
-separate: the same, each pair in products of its own, so that what it computes is the same to the bit however many others there are.
-factors: one pair, whose A and B are weighted sums (see `UNDIVIDED_MIXES`)"""
+"""The ways in which a token's experts become one, by the name that `moe.router.mix` gives. products: the weighted sum of what the pairs B_e
+A_e give. separate: the same, each pair in products of its own, so that what it computes is the same to the bit however many others there
+are. factors: one pair, whose A and B are weighted sums (see `MIXES_ON_EVERY_RANK`)."""
 
 
-def linear_place(sizes: LinearSizes, together: int) -> UnitPlace:
-    """The place of a linear layer among the `together` units of its decoder layer, the first of which begin the layer."""
-    return UnitPlace(sizes.inputs, sizes.outputs, together, at_beginning=True)
+def linear_place(sizes: LinearSizes, units_per_layer: int) -> UnitPlace:
+    """The place of a linear layer among the `units_per_layer` units of its decoder layer, the first of which begin the layer."""
+    return UnitPlace(sizes.inputs, sizes.outputs, units_per_layer, at_beginning=True)
 
 
 class MoeLinear(MoeLayer):
-    """[..., inputs] -> [..., outputs]. It stands where the linear stood: the frozen W at home, and what the unit's experts add to it.
+    """[..., inputs] -> [..., outputs], in the linear's place: the product with the frozen W, and what the unit's experts add to it.
 
     Padding tokens (see `PassTokens.valid`) go to no expert and do not count.
     """
@@ -68,7 +66,7 @@ class MoeLinear(MoeLayer):
 
     @property
     def balance(self) -> BalanceLoss | None:
-        """The linears of one decoder layer are balanced together."""
+        """The loss that balances the linears of a decoder layer by one sum, in place of the router's own."""
         loss = self.router.loss
         return balance_by_layer if loss is load_balancing_loss else loss
 
@@ -87,7 +85,7 @@ def balance_by_layer(stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup
     by_layer: dict[int, list[RouterStats]] = {}
     for unit in sorted(stats):
         by_layer.setdefault(unit.layer, []).append(stats[unit])
-    counts = [torch.stack([one.count_KE for one in of_layer]).sum(0) for of_layer in by_layer.values()]
+    counts = [torch.stack([of_unit.count_KE for of_unit in of_layer]).sum(0) for of_layer in by_layer.values()]
     flat = torch.cat([count.flatten() for count in counts])
     if dist.get_world_size(group) > 1:
         dist.all_reduce(flat, group=group)
@@ -96,6 +94,6 @@ def balance_by_layer(stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup
         count_KE = count.view_as(shape_of)
         choices = count_KE.sum().clamp(min=1).to(total.dtype)
         num_tokens = choices / count_KE.shape[0]  # times units
-        prob_E = torch.stack([one.prob_sum_E for one in of_layer]).sum(0) / num_tokens
+        prob_E = torch.stack([of_unit.prob_sum_E for of_unit in of_layer]).sum(0) / num_tokens
         total = total + count_KE.shape[1] * (count_KE.sum(0).to(total.dtype) / choices * prob_E).sum()
     return total

@@ -19,9 +19,7 @@ class MoeLoraExperts(FfnExperts):
     """
 
     def __init__(self, site: Site, frozen: Callable[[int], Tensor], pairs: PairSource) -> None:
-        """Args:
-        frozen: the weights of an expert, flat as `FfnShape` lays them out, on the site's device and in its `compute_dtype`.
-        """
+        """`frozen`: the weights of an expert, flat as `FfnShape` lays them out, on the site's device and in its `compute_dtype`."""
         super().__init__(MOE_LORA, site, pairs)
         self._frozen = frozen
 

@@ -21,15 +21,15 @@ class PassRouting:
     """The experts that a pass's tokens are known to go to, or should, by unit."""
 
     expert_UTK: Tensor
-    """int64"""
+    """The experts of each token, int64, by the units' numbers in `place`."""
     place: dict[Unit, int]
-    """of each unit in the first dimension"""
+    """The index of each unit in the first dimension of `expert_UTK`."""
     forced: bool
-    """True: tokens go to these experts, whatever the router would choose; False: the router chooses, and differences are counted"""
+    """Whether tokens go to these experts, whatever the router would choose; False: the router chooses, and differences are counted."""
 
     @staticmethod
     def of_tokens(routed_NUK: Tensor, valid_T: Tensor | None, units: Sequence[Unit], *, forced: bool) -> PassRouting:
-        """Of whole numbers for all tokens of a pass, of which `valid_T` are no padding (None: all), the units in their order."""
+        """The routing of a pass, from the experts of all its tokens, of which `valid_T` are no padding (None: all), for these units."""
         routed_TUK = routed_NUK if valid_T is None else routed_NUK[valid_T]
         assert routed_TUK.shape[1] == len(units), (routed_TUK.shape, units)
         expert_UTK = routed_TUK.transpose(0, 1).to(torch.int64).contiguous()

@@ -17,11 +17,11 @@ class SampleMeans:
     """One layer's routing, for each of M samples; a sample without tokens has zeros."""
 
     prob_ME: Tensor
-    """mean probability of each expert over the sample's valid tokens; differentiable"""
+    """The mean probability of each expert over the sample's valid tokens; differentiable."""
     chosen_ME: Tensor
-    """assignments to each expert, divided by the sample's valid tokens; sums to K. Without gradient"""
+    """The assignments to each expert, divided by the sample's valid tokens, whose sum is K; without gradient."""
     expected: float
-    """see `PassSamples.expected`"""
+    """The number of samples in a micro-step (`PassSamples.expected`)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +29,11 @@ class PassSamples:
     """Which sample each token of a forward pass belongs to."""
 
     segment_ids: Tensor
-    """int64 [B, S]: the sample's number within its row, from 1; 0 at padding"""
+    """The sample's number within its row, int64 [B, S], from 1; 0 at padding."""
     most: int
-    """the most samples of a row"""
+    """The largest number of samples in a row."""
     expected: float
-    """samples of all ranks in a micro-step, on average over the step's micro-steps"""
+    """The number of samples of all ranks in a micro-step, on average over the step's micro-steps."""
     _shares: dict[torch.dtype, Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -50,9 +50,9 @@ class PassSamples:
         return SampleMeans(share_MT @ prob_TE, share_MT @ chosen_TE, self.expected)
 
     def _share(self, valid_T: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """[M, T]: 1 / (tokens of the sample) where the token is one of it, else 0; made once in a pass."""
+        """[M, T]: 1 / (tokens of the sample) where the token is of the sample, else 0; computed once in a pass."""
         if dtype not in self._shares:
             number_T = self.number_N if valid_T is None else self.number_N[valid_T]
-            here_MT = (number_T == torch.arange(len(self.segment_ids) * self.most, device=number_T.device)[:, None]).to(dtype)
-            self._shares[dtype] = here_MT / here_MT.sum(1, keepdim=True).clamp(min=1)
+            of_sample_MT = (number_T == torch.arange(len(self.segment_ids) * self.most, device=number_T.device)[:, None]).to(dtype)
+            self._shares[dtype] = of_sample_MT / of_sample_MT.sum(1, keepdim=True).clamp(min=1)
         return self._shares[dtype]

@@ -16,11 +16,11 @@ class PassUsers:
     """Which user each token of a forward pass belongs to, and each user's vector."""
 
     features_MF: Tensor
-    """of the user of each sample"""
+    """The vector of the user of each sample."""
     sample_N: Tensor
-    """int64 [N]: each token's sample; of passes whose rows are one sample each, of unknown length, [B]; of a single sample [1]"""
+    """Each token's sample, int64 [N]; of passes whose rows are one sample each, of unknown length, [B]; of a single sample [1]."""
     number_M: Tensor | None = None
-    """int64: the number in the run of each sample's first token, which keys dropout; None outside training"""
+    """The number in the run of each sample's first token, which keys dropout, int64; None outside training."""
 
     def sample_of(self, valid_T: Tensor | None, tokens: int) -> Tensor:
         """int64 [T]: the sample of each of the pass's `tokens` = T tokens without padding."""
@@ -30,12 +30,12 @@ class PassUsers:
 
 
 def users_of_rows(features_UF: Tensor, user_B: Tensor) -> PassUsers:
-    """Of a pass whose rows are one sample each, as in generation: int64 [B], the number of each row's user."""
+    """The users of a pass whose rows are one sample each, as in generation, from the number of each row's user, int64 [B]."""
     return PassUsers(features_UF[user_B], torch.arange(len(user_B), device=user_B.device))
 
 
 def users_of_packed(features_UF: Tensor, user_BS: Tensor, segment_BS: Tensor, token_BS: Tensor, most: int) -> PassUsers:
-    """Of rows in which samples are packed. The host does not wait for the device.
+    """The users of a pass in whose rows samples are packed. The host does not wait for the device.
 
     Args:
         user_BS: int64: the number of each token's user; -1 at padding.

@@ -13,8 +13,7 @@ from collections.abc import Iterable, Iterator
 from io import FileIO
 from pathlib import Path
 
-_HERE, _EXCHANGE = -100, 2
-"""AT_FDCWD and RENAME_EXCHANGE of renameat2(2)"""
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 def write_durable(path: Path, blocks: Iterable[memoryview | bytes]) -> int:
@@ -64,10 +63,10 @@ def open_to_append(path: Path) -> FileIO:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and those above it that there are not, durably. No error if it exists."""
-    made = [one for one in (folder, *folder.absolute().parents) if not one.exists()]
+    missing = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    for one in made:
-        sync_folder(one.parent)
+    for path in missing:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -131,14 +130,16 @@ def put_in_place(successor: Path, folder: Path) -> None:
         sync_folder(folder.parent)
 
 
-def _exchange(one: Path, other: Path) -> None:
+def _exchange(first: Path, second: Path) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if hasattr(libc, "renameat2") and libc.renameat2(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _EXCHANGE) == 0:
-        return
-    aside = one.with_name(f"{one.name}-old")
-    os.rename(other, aside)
-    os.rename(one, other)
-    os.rename(aside, one)
+    if hasattr(libc, "renameat2"):
+        failed = libc.renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE)
+        if not failed:
+            return
+    aside = first.with_name(f"{first.name}-old")
+    os.rename(second, aside)
+    os.rename(first, second)
+    os.rename(aside, first)
 
 
 def _create(path: Path, blocks: Iterable[memoryview | bytes], *, durable: bool, mode: int = 0o644) -> int:

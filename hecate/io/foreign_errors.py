@@ -9,9 +9,9 @@ from pathlib import Path
 from hecate.errors import UserError
 
 _PLAIN = ("RuntimeError", "SafetensorError", "TemplateError")
-"""errors, beside OSError and ValueError, whose texts need no name before them"""
+"""The errors, beside OSError and ValueError, whose texts need no name before them."""
 _LONGEST = 300
-"""characters of a library's text"""
+"""The most characters of a library's text that are shown."""
 
 
 @contextmanager

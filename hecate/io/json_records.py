@@ -1,7 +1,7 @@
 """Frozen dataclasses as JSON values, and back: each field becomes a name in a JSON object, and what is read is checked against its type.
 
-JSON has no tuples, no enums and no classes. They are written as arrays, as the enum's value and as objects, and the annotations of the
-dataclass say what to make of them when they are read.
+JSON has no tuples, no enums and no classes. They are written as arrays, as the enum's value and as objects, and read back as the
+annotations of the dataclass say.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hecate.io.strict_json import JsonError
 
 Record = TypeVar("Record")
 _LONGEST = 100
-"""characters of a wrong value that an error shows"""
+"""The most characters of a wrong value that an error shows."""
 
 
 def to_json_values(record: Any) -> dict[str, Any]:

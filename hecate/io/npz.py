@@ -17,9 +17,9 @@ from hecate.errors import UserError
 from hecate.io.plain_files import open_plain
 
 _LARGEST_RATIO = 1040
-"""bytes that deflate can make of one at most, rounded up"""
+"""The most bytes that deflate can make of one packed byte, rounded up."""
 _KINDS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
-"""what numpy writes; other methods have no such bound"""
+"""The methods by which numpy packs; others have no such bound."""
 
 
 class ArrayError(UserError):
@@ -90,7 +90,7 @@ def _checked(packed: zipfile.ZipFile, name: str) -> int:
     try:
         info = packed.getinfo(f"{name}.npy")
     except KeyError:
-        found = ", ".join(one.removesuffix(".npy")[:40] for one in packed.namelist()[:8]) or "none"
+        found = ", ".join(member.removesuffix(".npy")[:40] for member in packed.namelist()[:8]) or "none"
         raise ArrayError(f"it has no array {name!r}, but {found}") from None
     if info.compress_type not in _KINDS:
         raise ArrayError(f"array {name!r} is packed in another way than numpy's")

@@ -25,7 +25,7 @@ def one_writer(folder: str) -> Iterator[None]:
         UserError: another run has it, or it cannot be made.
     """
     path = Path(folder)
-    made = [one for one in (path, *path.parents) if not one.exists()]
+    missing = [parent for parent in (path, *path.parents) if not parent.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)
         held = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -44,5 +44,5 @@ def one_writer(folder: str) -> Iterator[None]:
     finally:
         os.close(held)
         with suppress(OSError):
-            for one in made:
-                one.rmdir()
+            for parent in missing:
+                parent.rmdir()

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from hecate.errors import UserError
 
 MOST_BYTES = 1 << 26
-"""of a file that is read as a whole, such as a status or a description: all that are known have less than a tenth"""
+"""The most bytes of a file that is read as a whole, such as a status: all that are known have less than a tenth of it."""
 
 _PART = 1 << 20
 
@@ -38,11 +38,7 @@ def open_plain(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def read_plain(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
-    """Return the bytes of a file.
-
-    Raises:
-        OSError: as `open_plain`; or the file has more than `most` bytes, none of which is then read.
-    """
+    """Return the bytes of a file. Raises OSError: as `open_plain`; or the file has more than `most` bytes, none of which is then read."""
     with open_plain(path) as file:
         size, data = os.fstat(file.fileno()).st_size, bytearray()
         # In parts, because a read takes memory for all that it asks for.

@@ -3,5 +3,5 @@
 import sys
 
 RUN_MODULE = (sys.executable, "-P", "-m")
-"""Followed by the name of a module of hecate's and its arguments. Without -P Python looks for each module in the working directory first,
-where a `json.py` may lie beside the data."""
+"""The beginning of a command that runs a module of hecate's; the module's name and its arguments follow. Without -P Python looks for each
+module in the working directory first, where a `json.py` may lie beside the data."""

@@ -9,12 +9,12 @@ import yaml
 from hecate.errors import UserError
 
 MOST_BYTES = 1 << 20
-"""of a YAML file"""
+"""The most bytes that a YAML file may have."""
 _DEEPEST = 32
 _LONGEST_NUMBER = 400
-"""characters; Python writes no float with more"""
+"""The most characters of a number; Python writes no float with more."""
 _MOST_NODES = 200_000
-"""in a document, where a value counts as often as an alias repeats it"""
+"""The most values in a document, where a value counts as often as an alias repeats it."""
 
 
 class YamlError(UserError):
@@ -72,7 +72,7 @@ def _count(node: yaml.Node, known: dict[int, int]) -> int:
     if isinstance(node, yaml.ScalarNode) and len(node.value) > _LONGEST_NUMBER and node.tag.endswith((":int", ":float")):
         raise YamlError(f"line {node.start_mark.line + 1}: a number of {len(node.value)} characters")
     inner = node.value if isinstance(node, yaml.CollectionNode) else []
-    total = 1 + sum(_count(one, known) for item in inner for one in (item if isinstance(item, tuple) else (item,)))
+    total = 1 + sum(_count(child, known) for item in inner for child in (item if isinstance(item, tuple) else (item,)))
     if total > _MOST_NODES:
         raise YamlError(f"more than {_MOST_NODES} values, with those that aliases repeat")
     known[id(node)] = total

@@ -1,4 +1,4 @@
-"""What hecate prints passes here: a text out of somebody's file must not move the cursor, clear the screen or set the terminal's title."""
+"""Prints for hecate: a text out of somebody's file must not move the cursor, clear the screen or set the terminal's title."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("hecate")
 PROGRESS = logging.getLogger("hecate.progress")
-"""says how far a run has come: its steps, evaluations, checkpoints and summary"""
+"""The logger of how far a run has come: its steps, evaluations, checkpoints and summary."""
 
 _CONTROLS = [
     *(code for code in range(0x20) if chr(code) not in "\n\t"),
@@ -20,7 +20,7 @@ _CONTROLS = [
     *range(0x202A, 0x202F),
     *range(0x2066, 0x206A),
 ]
-"""control characters, and those that reverse the direction of writing"""
+"""The control characters, and those that reverse the direction of writing."""
 _ESCAPED = {code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" for code in _CONTROLS}
 
 
@@ -65,7 +65,7 @@ def shows_messages() -> bool:
 
 
 def show_progress(*texts: str) -> None:
-    """Put a line, without a new line at its end, in the place of the one that stands on standard error."""
+    """Replace the last line on standard error by another, without a new line at its end."""
     print(f"\r\033[K{safe_line(''.join(texts))}", end="", file=sys.stderr, flush=True)
 
 

@@ -31,10 +31,10 @@ class BaseChoice:
     """The base model that something trained is used with, and how it computes."""
 
     name: str | None = None
-    """None: the one that what was trained names"""
+    """The base model's name or path; None: the one that what was trained names."""
     dtype: str = "auto"
     num_hidden_layers: int | None = None
-    """None: all"""
+    """The number of first layers to keep; None: all."""
     attention: AttentionChoice = AUTO
     kernels: Backend = "auto"
 
@@ -55,17 +55,17 @@ class BaseModel:
     tokenizer: Any
     vocab_size: int
     ffns: tuple[GatedFfn, ...] = field(default=(), kw_only=True)
-    """the FFNs of a dense model, found once, when it was loaded"""
+    """The FFNs of a dense model, found once, when it was loaded."""
     linears: tuple[FoundLinear, ...] = field(default=(), kw_only=True)
-    """the linears of a dense model's decoder layers, for experts that stand over linears; `ffns` is then empty"""
+    """The linears of a dense model's decoder layers, for experts over linears; `ffns` is then empty."""
     own_experts: tuple[OwnExperts, ...] = field(default=(), kw_only=True)
-    """the experts of an MoE model, which were left out when it was loaded"""
+    """The experts of an MoE model, which were left out when it was loaded."""
     moe: MoeModel | None = field(default=None, kw_only=True)
-    """the model with its experts, where its front end has put them in; None: they are put in where units were found"""
+    """The model with its experts, if its front end has put them in; None: they are put in where units were found."""
     digest: str = field(default="", kw_only=True)
-    """of what the model is before training (`hecate.model.files.model_digest`); empty for a model that nobody trains"""
+    """The digest of the model before training (`hecate.model.files.model_digest`); empty for a model that nobody trains."""
     chat_template: str = field(default="", kw_only=True)
-    """what the tokenizer has in place of its own chat template; empty: its own"""
+    """The chat template that the tokenizer has in place of its own; empty: its own."""
 
     def with_chat_template(self, text: str) -> Self:
         """Return the model with another chat template, which its tokenizer, the same as before, has from now on."""
@@ -74,7 +74,7 @@ class BaseModel:
 
     @property
     def found(self) -> tuple[FoundUnit, ...]:
-        """Where experts may be put."""
+        """The places where experts may be put."""
         return self.own_experts or self.linears or self.ffns
 
     def rejoin(self, _ranks: Ranks) -> None:
@@ -135,7 +135,7 @@ def build_base(
             if source.gguf_file is None and not experts_stay:
                 refuse_experts(stored_tensors(source.folder), source.folder, kind)
             model = load_model(source, pick_dtype(dtype, device), device, num_hidden_layers)
-            if source.gguf_file is not None and not experts_stay:  # whose tensors have names of their own, so that the model is asked
+            if source.gguf_file is not None and not experts_stay:  # its tensors have names of their own, so the loaded model is asked
                 refuse_experts(model.state_dict(), source.folder / source.gguf_file, kind)
             ffns, linears = _places(model, kind)
         model.eval()

@@ -26,11 +26,9 @@ class CausalHead(Protocol):
 
     def own_positions(self, length: int) -> slice:
         """The positions, of sequences of `length` tokens, that the layers of this rank compute. Each position is computed by some rank."""
-        ...
 
     def row_multiple(self, seq_len: int) -> int:
-        """To a multiple of how many positions the rows of batches are best padded, where none is longer than `seq_len`."""
-        ...
+        """The number of positions to a multiple of which the rows of batches are best padded, where none is longer than `seq_len`."""
 
     def hidden(self, input_ids: Tensor, samples: PackedSamples | None, position_ids: Tensor) -> Tensor:
         """[B, S] -> [B, S, D]. Tokens attend to earlier tokens of their own sample alone.
@@ -39,7 +37,6 @@ class CausalHead(Protocol):
             samples: of packed sequences; None: no sequence has more than one sample, and padding comes behind it.
             position_ids: each token's position in its sample, from 0.
         """
-        ...
 
     def loss_sum(self, hidden_ND: Tensor, target_N: Tensor, weight_N: Tensor | None = None) -> Tensor:
         """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, also in a projection that trains. Where ranks
@@ -48,7 +45,6 @@ class CausalHead(Protocol):
         Args:
             weight_N: of each token in the sum; None: 1.
         """
-        ...
 
 
 class LanguageModelHead:
@@ -77,7 +73,6 @@ class LanguageModelHead:
         self._check(model)
 
     def own_positions(self, length: int) -> slice:
-        """All."""
         return slice(length)
 
     def row_multiple(self, seq_len: int) -> int:
@@ -186,7 +181,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
         grads = []
         # Summed over the chunks in float32 or wider, whatever the type of what trains.
-        trained_grads = [torch.zeros_like(one, dtype=wide) for one in trained] if any(ctx.needs_input_grad) else []
+        trained_grads = [torch.zeros_like(parameter, dtype=wide) for parameter in trained] if any(ctx.needs_input_grad) else []
         chunks = hidden_ND.split(_CHUNK_ROWS)
         weights = [None] * len(chunks) if weight_N is None else weight_N.to(wide)[:, None].split(_CHUNK_ROWS)
         for hidden, target, weight_n1 in zip(chunks, target_N.split(_CHUNK_ROWS), weights, strict=True):
@@ -197,24 +192,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             # and logsumexp another exponential of them all.
             grad = logits.detach().to(wide)
             top = _over_vocabulary(grad.amax(1, keepdim=True), part, dist.ReduceOp.MAX)
-            place, here = _own_labels(target[:, None], grad.shape[1], part)
-            label = grad.gather(1, place) * here
+            column, is_own = _own_labels(target[:, None], grad.shape[1], part)
+            label = grad.gather(1, column) * is_own
             sum_exp = grad.sub_(top).exp_().sum(1, keepdim=True)
             label, sum_exp = _over_vocabulary(torch.stack([label, sum_exp]), part, dist.ReduceOp.SUM)
             loss_n1 = sum_exp.log() + top - label
             total += (loss_n1 if weight_n1 is None else loss_n1 * weight_n1).sum()
             if any(ctx.needs_input_grad):
                 grad.mul_(sum_exp.reciprocal())
-                grad.scatter_add_(1, place, -here.to(wide))
+                grad.scatter_add_(1, column, -is_own.to(wide))
                 if weight_n1 is not None:
                     grad.mul_(weight_n1)
                 of_hidden, *of_trained = torch.autograd.grad(logits, [leaf, *trained], grad.to(logits.dtype))
                 grads.append(of_hidden)
-                for one, more in zip(trained_grads, of_trained, strict=True):
-                    one += more
+                for trained_grad, of_chunk in zip(trained_grads, of_trained, strict=True):
+                    trained_grad += of_chunk
             del logits, grad  # else they would be held beside the next chunk's
         if any(ctx.needs_input_grad):
-            ctx.trained_dtypes = [one.dtype for one in trained]
+            ctx.trained_dtypes = [parameter.dtype for parameter in trained]
             ctx.save_for_backward(torch.cat(grads) if grads else torch.zeros_like(hidden_ND), *trained_grads)
         return total if part is None else total / dist.get_world_size(part.group)
 
@@ -238,9 +233,8 @@ def _over_vocabulary(values: Tensor, part: VocabularyPart | None, op: dist.Reduc
 
 
 def _own_labels(target_N1: Tensor, width: int, part: VocabularyPart | None) -> tuple[Tensor, Tensor]:
-    """Each label's column among this rank's, and whether it is there at all."""
+    """Each label's column among this rank's, and whether this rank has the label at all."""
     if part is None:
         return target_N1, torch.ones_like(target_N1, dtype=torch.bool)
-    place = target_N1 - part.first
-    here = (place >= 0) & (place < width)
-    return place.clamp(0, width - 1), here
+    column = target_N1 - part.first
+    return column.clamp(0, width - 1), (column >= 0) & (column < width)

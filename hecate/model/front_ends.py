@@ -37,11 +37,7 @@ class FrontEnd(Protocol):
 
 
 def other_front_end(name: str) -> FrontEnd | None:
-    """Return the front end of a name; None: it is that of transformers' models.
-
-    Raises:
-        UserError: hecate is installed without it.
-    """
+    """Return the front end of a name; None: it is that of transformers' models. Raises UserError: hecate is installed without it."""
     if name not in _PACKAGES:
         return None
     try:

@@ -26,11 +26,10 @@ class PlaceWithoutExperts:
 
     @property
     def router_path(self) -> None:
-        """There is no router."""
+        return None
 
     @property
     def own_experts(self) -> int:
-        """None."""
         return 0
 
 
@@ -40,10 +39,10 @@ class GatedFfn(PlaceWithoutExperts):
 
     layer: int
     path: str
-    """dotted name of the module, such as model.layers.3.mlp"""
+    """The dotted name of the module, such as model.layers.3.mlp."""
     shape: FfnShape
     projection_names: dict[str, str]
-    """gate_proj, up_proj, down_proj -> the names that this model gives them"""
+    """The names that this model gives gate_proj, up_proj and down_proj."""
 
     @property
     def unit(self) -> Unit:
@@ -60,11 +59,7 @@ class GatedFfn(PlaceWithoutExperts):
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The dotted name and the list of a model's decoder layers: the longest ModuleList of one class.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The dotted name and the list of a model's decoder layers: the longest ModuleList of one class. Raises UserError: there is none."""
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
     uniform = [(name, m) for name, m in lists if len({type(child) for child in m}) == 1]
     if not uniform:

@@ -46,56 +46,51 @@ class FoundUnit(Protocol):
     @property
     def path(self) -> str:
         """Dotted name of the module whose place the experts take: a dense FFN, a linear, or a model's own experts."""
-        ...
 
     @property
     def block_path(self) -> str:
         """Dotted name of the module that is no attention: the FFN, or the block with router and experts; of a linear, the linear."""
-        ...
 
     @property
     def router_path(self) -> str | None:
         """Dotted name of the model's own router, if it has one."""
-        ...
 
     @property
     def own_experts(self) -> int:
         """Experts that the model has itself; 0: none."""
-        ...
 
     @property
     def shape(self) -> FfnShape | LinearSizes: ...
 
     def source(self, model: nn.Module) -> FfnSource:
         """What families are made from, in the model's dtype and on its device."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class InsertionPlan:
-    """What to put in: values only."""
+    """What to put into a model."""
 
     kind: ExpertKind
     experts_per_layer: tuple[int, ...] | None = None
-    """of the units of each decoder layer that has any; 0: the layer keeps its plain FFN, or its linears get one adapter each; None: as many
-    as the model has itself"""
+    """The number of experts of the units in each decoder layer that has any; 0: the layer keeps its plain FFN, or its linears get one
+    adapter each; None: as many as the model has itself."""
     top_k: int = 1
-    """of new routers; a model's own ones choose as they did"""
+    """The number of experts that new routers choose for a token; a model's own routers choose as they did."""
     router: RouterConfig = field(default_factory=RouterConfig)
-    """how new routers choose"""
+    """The choices of new routers."""
     user_width: int | None = None
-    """see `Router.user_width`"""
+    """The size of a user's vector (`Router.user_width`)."""
     lora: LoraShape | None = None
     target_modules: tuple[str, ...] = ()
     upcycle_noise: float = 0.0
-    """standard deviation of what is added to a copied weight, as a share of its matrix's own"""
+    """The standard deviation of the noise on a copied weight, as a share of its matrix's own."""
     train_router: bool = False
-    """train the model's own routers, too"""
+    """Whether the model's own routers are trained, too."""
     train_non_experts: bool = False
-    """train the rest of the model, too, alike on every rank"""
+    """Whether the rest of the model is trained, too, alike on every rank."""
     seed: int
     expert_names: tuple[str, ...] = ()
-    """see `Site.names`"""
+    """The names of the experts (`Site.names`)."""
     kernels: Backend = "auto"
 
     @property
@@ -126,12 +121,12 @@ def insert_experts(
     """
     model.requires_grad_(False)
     if plan.kind.over_linears:
-        linears, routed = [one for one in found if isinstance(one, FoundLinear)], plan.router.input != "given"
+        linears, routed = [place for place in found if isinstance(place, FoundLinear)], plan.router.input != "given"
         found = target_linears(linears, plan.target_modules, type(model).__name__, without_routers=not routed)
     counts = _experts_of(found, plan)
-    changed = [one for one in found if counts[one.unit] > 0 and (plan.choices.projections or not plan.kind.has_pairs)]
+    changed = [place for place in found if counts[place.unit] > 0 and (plan.choices.projections or not plan.kind.has_pairs)]
     if plan.kind.over_linears:
-        targets = [(one.unit.layer, one.unit.place, one.path) for one in found if counts[one.unit] == 0]
+        targets = [(place.unit.layer, place.unit.place, place.path) for place in found if counts[place.unit] == 0]
     else:
         targets = _attention_targets(model, found, plan)
     if not changed and not targets:
@@ -141,19 +136,23 @@ def insert_experts(
         )
     if plan.train_non_experts:
         _refuse_narrow(model)
-    together = Counter(one.unit.layer for one in changed)
+    units_per_layer = Counter(place.unit.layer for place in changed)
     peers: dict[object, list[tuple[Unit, int]]] = {}
-    for one in sorted(changed, key=lambda one: one.unit):
-        peers.setdefault((one.unit.place, one.shape), []).append((one.unit, counts[one.unit]))
-    families = {one.unit: _experts(model, one, plan, together[one.unit.layer], tuple(peers[one.unit.place, one.shape])) for one in changed}
+    for place in sorted(changed, key=lambda place: place.unit):
+        peers.setdefault((place.unit.place, place.shape), []).append((place.unit, counts[place.unit]))
+    families = {
+        place.unit: _experts(model, place, plan, units_per_layer[place.unit.layer], tuple(peers[place.unit.place, place.shape]))
+        for place in changed
+    }
     engine = Engine(dict(families), engine_config, groups)
+    # The engine has copied the initial chunks; what they were computed from, such as the dense FFNs, would stay in memory.
     for family in families.values():
         family.forget_initial()
     layers = {}
-    for one in changed:
-        router = _router(model, one, families[one.unit], plan)
-        layers[one.unit] = _layer(model, one, router, engine.current, plan)
-        model.set_submodule(one.path, layers[one.unit])
+    for place in changed:
+        router = _router(model, place, families[place.unit], plan)
+        layers[place.unit] = _layer(model, place, router, engine.current, plan)
+        model.set_submodule(place.path, layers[place.unit])
     dtype = adapter_dtype(next(model.parameters()).dtype)
     attention = _adapt_attention(model, targets, plan, dtype, engine.current)
     prefetch_during_attention(decoder_layers(model)[1], engine.current, layers, engine_config.prefetch)
@@ -163,21 +162,21 @@ def insert_experts(
 
 def _experts_of(found: Sequence[FoundUnit], plan: InsertionPlan) -> dict[Unit, int]:
     if plan.experts_per_layer is None:
-        return {one.unit: one.own_experts for one in found}
-    layers = sorted({one.unit.layer for one in found})
+        return {place.unit: place.own_experts for place in found}
+    layers = sorted({place.unit.layer for place in found})
     if len(plan.experts_per_layer) != len(layers):
         raise UserError(f"moe.num_experts lists {len(plan.experts_per_layer)} layers, but the model has {len(layers)}")
     of_layer = dict(zip(layers, plan.experts_per_layer, strict=True))
-    return {one.unit: of_layer[one.unit.layer] for one in found}
+    return {place.unit: of_layer[place.unit.layer] for place in found}
 
 
-def _layer(model: nn.Module, one: FoundUnit, router: Router, current: CurrentPass, plan: InsertionPlan) -> MoeLayer:
+def _layer(model: nn.Module, place: FoundUnit, router: Router, current: CurrentPass, plan: InsertionPlan) -> MoeLayer:
     """What takes the unit's place in the model."""
     if not plan.kind.over_linears:
-        return MoeLayer(one.unit, router, current)
-    linear = model.get_submodule(one.path)
+        return MoeLayer(place.unit, router, current)
+    linear = model.get_submodule(place.path)
     assert isinstance(linear, nn.Linear)
-    return MoeLinear(one.unit, router, current, linear)
+    return MoeLinear(place.unit, router, current, linear)
 
 
 def _refuse_narrow(model: nn.Module) -> None:
@@ -187,18 +186,19 @@ def _refuse_narrow(model: nn.Module) -> None:
         raise UserError(f"model.train_non_experts: the model is held in {name}, whose steps would be lost\n  set model.dtype=float32")
 
 
-def _experts(model: nn.Module, one: FoundUnit, plan: InsertionPlan, together: int, peers: tuple[tuple[Unit, int], ...]) -> UnitExperts:
-    """`peers`: see `Site.peers`."""
-    like, experts = next(model.parameters()), dict(peers)[one.unit]
+def _experts(
+    model: nn.Module, place: FoundUnit, plan: InsertionPlan, units_per_layer: int, peers: tuple[tuple[Unit, int], ...]
+) -> UnitExperts:
+    like, experts = next(model.parameters()), dict(peers)[place.unit]
     dtypes = adapter_dtype(like.dtype), like.dtype
-    site = Site(one.unit, experts, one.shape, plan.seed, *dtypes, like.device, plan.kernels, together, peers, plan.expert_names)
-    return make_experts(plan.kind, site, one.source(model), plan.choices)
+    site = Site(place.unit, experts, place.shape, plan.seed, *dtypes, like.device, plan.kernels, units_per_layer, peers, plan.expert_names)
+    return make_experts(plan.kind, site, place.source(model), plan.choices)
 
 
-def _router(model: nn.Module, one: FoundUnit, family: UnitExperts, plan: InsertionPlan) -> Router:
+def _router(model: nn.Module, place: FoundUnit, family: UnitExperts, plan: InsertionPlan) -> Router:
     """A new router, or the model's own with what is kept of its decisions."""
     site = family.site
-    if one.router_path is None:
+    if place.router_path is None:
         top_k = min(plan.top_k, site.num_experts)  # of a dense router in the layer with the most experts
         router = (OnlyExpert if plan.one_pair_each else ROUTERS[plan.router.input])(
             RouterSite(
@@ -215,7 +215,7 @@ def _router(model: nn.Module, one: FoundUnit, family: UnitExperts, plan: Inserti
         )
         _check_router(router, None if plan.kind.over_linears else (site.num_experts, site.inputs))
         return router
-    own = model.get_submodule(one.router_path)
+    own = model.get_submodule(place.router_path)
     return ModelRouter(own, site.master_dtype if plan.train_router else None, renormalises=renormalises(own))
 
 
@@ -229,7 +229,7 @@ def _check_router(router: Router, shape: tuple[int, int] | None) -> None:
     others = [
         other
         for other, parameter in router.named_parameters()
-        if parameter.requires_grad and not any(parameter is one for one in held.values())
+        if parameter.requires_grad and not any(parameter is trained for trained in held.values())
     ]
     if others:
         raise RouterError(
@@ -249,7 +249,7 @@ def _check_router(router: Router, shape: tuple[int, int] | None) -> None:
 
 def _train_others(model: nn.Module, changed: Sequence[FoundUnit]) -> dict[str, nn.Parameter]:
     """The model's own parameters outside experts and routers, which train from now on."""
-    routed = tuple(f"{one.path}." for one in changed)
+    routed = tuple(f"{place.path}." for place in changed)
     others = {name: parameter for name, parameter in model.named_parameters() if not name.startswith(routed)}
     for parameter in others.values():
         parameter.requires_grad_()
@@ -265,7 +265,7 @@ def _attention_targets(model: nn.Module, found: Sequence[FoundUnit], plan: Inser
         UserError: a target matches neither a linear nor a projection of the experts.
     """
     name, layers = decoder_layers(model)
-    inside = {one.block_path.removeprefix(f"{name}.{one.unit.layer}.") for one in found}
+    inside = {place.block_path.removeprefix(f"{name}.{place.unit.layer}.") for place in found}
     targets, seen = [], {target for target in plan.target_modules if target in PROJECTIONS}
     available = set(PROJECTIONS)
     for index, layer in enumerate(layers):

@@ -13,18 +13,12 @@ from hecate.model.gated_ffn import PlaceWithoutExperts, decoder_layers
 from hecate.parallel.values.expert_kinds import LinearSizes
 from hecate.parallel.values.units import Unit
 
+_QKV = ("qkv_proj", "query_key_value", "c_attn", "W_pack", "Wqkv", "in_proj_qkv", "in_proj_qkvz")
 FUSED = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "query_key_value": ("q_proj", "k_proj", "v_proj"),
-    "c_attn": ("q_proj", "k_proj", "v_proj"),
-    "W_pack": ("q_proj", "k_proj", "v_proj"),
-    "Wqkv": ("q_proj", "k_proj", "v_proj"),
-    "in_proj_qkv": ("q_proj", "k_proj", "v_proj"),
-    "in_proj_qkvz": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "input_linear": ("gate_proj", "up_proj"),
+    **dict.fromkeys(_QKV, ("q_proj", "k_proj", "v_proj")),
+    **dict.fromkeys(("gate_up_proj", "input_linear"), ("gate_proj", "up_proj")),
 }
-"""names of linears that compute several projections at once, and those projections"""
+"""The names of linears that compute several projections at once, and those projections."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +27,7 @@ class FoundLinear(PlaceWithoutExperts):
 
     unit: Unit
     path: str
-    """dotted name of the module, such as model.layers.3.self_attn.q_proj"""
+    """The dotted name of the module, such as model.layers.3.self_attn.q_proj."""
     shape: LinearSizes
 
     @property
@@ -70,7 +64,7 @@ def ends_of(path: str) -> set[str]:
 def target_linears(
     found: Sequence[FoundLinear], target_modules: Sequence[str], model: str, *, without_routers: bool = False
 ) -> list[FoundLinear]:
-    """Those of the linears whose last names are targets, in their order.
+    """The linears whose last names are targets, in their order.
 
     Args:
         model: the name of the model's class, for messages.
@@ -79,7 +73,7 @@ def target_linears(
     Raises:
         UserError: a target matches none, or one that computes several projections at once.
     """
-    names = dict.fromkeys(one.name for one in found)
+    names = dict.fromkeys(linear.name for linear in found)
     for target in target_modules:
         holder = next((name for name, parts in FUSED.items() if name in names and target in (name, *parts)), None)
         if holder is not None and ((target == holder and not without_routers) or target not in names):
@@ -91,4 +85,4 @@ def target_linears(
             )
         if target not in names:
             raise UserError(f"lora.target_modules: {target} matches no linear of {model}'s decoder layers; they have {', '.join(names)}")
-    return [one for one in found if one.name in target_modules]
+    return [linear for linear in found if linear.name in target_modules]

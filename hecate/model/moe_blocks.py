@@ -27,11 +27,11 @@ class MoeBlock:
 
     layer: int
     path: str
-    """dotted name of the module that holds both, such as model.layers.3.mlp"""
+    """The dotted name of the module that holds both, such as model.layers.3.mlp."""
     experts: str
-    """name of the experts in it"""
+    """The name of the experts in the module."""
     router: str
-    """name of the router in it"""
+    """The name of the router in the module."""
     num_experts: int
     hidden: int
     ffn: int
@@ -60,7 +60,7 @@ def find_moe_blocks(model: nn.Module) -> list[MoeBlock]:
     name, layers = decoder_layers(model)
     blocks = []
     for index, layer in enumerate(layers):
-        found = [(path, module) for path, module in layer.named_modules() if _holds_experts(module)]
+        found = [(path, module) for path, module in layer.named_modules() if any(weight.dim() == 3 for weight in module.parameters(False))]
         if not found:
             continue
         where = f"{type(model).__name__}, {name}.{index}"
@@ -80,10 +80,6 @@ def find_moe_blocks(model: nn.Module) -> list[MoeBlock]:
         router, top_k = _find_router(parent, num_experts, hidden, f"{where}.{parent_path}")
         blocks.append(MoeBlock(index, f"{name}.{index}.{parent_path}", last, router, num_experts, hidden, ffn, act, top_k))
     return blocks
-
-
-def _holds_experts(module: nn.Module) -> bool:
-    return any(parameter.dim() == 3 for parameter in module.parameters(recurse=False))
 
 
 def _describe_experts(module: nn.Module) -> tuple[int, int, int, str] | str:

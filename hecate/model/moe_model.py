@@ -26,21 +26,21 @@ class MoeModel:
     engine: ExpertEngine
     layers: Mapping[Unit, MoeLayer]
     attention: dict[tuple[int, str], LoraLinear]
-    """(layer, module name) -> adapter, such as (3, "self_attn.q_proj")"""
+    """The adapters by layer and module name, such as (3, "self_attn.q_proj")."""
     others: dict[str, nn.Parameter] = field(default_factory=dict)
-    """the model's own parameters that train, by their names in it"""
+    """The model's own parameters that train, by their names in it."""
     parts: TensorParts | None = None
-    """those of them of which this rank has only a part"""
+    """The parameters among `others` of which this rank has only a part; None: it has all of each."""
 
     @property
     def routers(self) -> dict[Unit, nn.Parameter]:
-        """By unit, the weights [experts, hidden] of those that train one."""
+        """The weights [experts, hidden] of the routers that train one, by unit."""
         trained = {unit: layer.trained_router.get("weight") for unit, layer in sorted(self.layers.items())}
         return {unit: weight for unit, weight in trained.items() if weight is not None}
 
     @property
     def router_modules(self) -> dict[Unit, Router]:
-        """By unit, the routers, trained or not; none where Megatron's own layers have theirs."""
+        """The routers, trained or not, by unit; none where Megatron's own layers have theirs."""
         modules = {unit: layer.router for unit, layer in sorted(self.layers.items())}
         return {unit: router for unit, router in modules.items() if isinstance(router, Router)}
 
@@ -52,20 +52,19 @@ class MoeModel:
 
     @property
     def user_width(self) -> int | None:
-        """Numbers in the vectors of users by which routers decide; None: they decide by something else."""
+        """The size of the vectors of users by which routers decide; None: they decide by something else."""
         return next((width for router in self.router_modules.values() if (width := router.user_width) is not None), None)
 
     @property
     def drawn_digest(self) -> str:
-        """Of all that the experts' pairs have drawn from names; empty: nothing. It takes a pass over those matrices."""
+        """The digest of all that the experts' pairs have drawn from names; empty: nothing. It takes a pass over those matrices."""
         return combined_digest(family.drawn_digest for _, family in sorted(self.engine.shards.families.items()))
 
     def balance_loss(self, stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor | None:
-        """This rank's share of the load-balancing loss, over the units that share a loss together; None: no unit has one. Every rank of the
-        group must call it.
+        """This rank's share of the load-balancing losses; None: no unit has one. Every rank of the group must call it.
 
         Args:
-            stats: of all units in one forward pass.
+            stats: what the routers of all units have done in one forward pass. Units with the same loss are given to it at once.
         """
         by_loss: dict[BalanceLoss, dict[Unit, RouterStats]] = {}
         for unit, layer in self.layers.items():
@@ -89,7 +88,10 @@ class MoeModel:
         return named | alike
 
     def whole_others(self) -> Iterator[tuple[str, Tensor]]:
-        """`others`, one by one, each all of it. Every rank of a tensor group must go through them."""
+        """Yield the name and the whole value of each of `others`, put together from the parts of a tensor group's ranks.
+
+        Every rank of a tensor group must go through all of them, in the same order: each whole value is a collective.
+        """
         for name, parameter in self.others.items():
             partial = self.parts is not None and name in self.parts.parameters
             yield name, self.parts.whole(name, parameter) if partial and self.parts else parameter.detach()

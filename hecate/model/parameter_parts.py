@@ -19,16 +19,16 @@ class TensorParts:
 
     parameters: dict[str, nn.Parameter]
     dims: Mapping[str, int]
-    """along which each is cut, into equal parts by rank ascending"""
+    """The dimension along which each parameter is cut, into equal parts by rank ascending."""
     groups: TensorGroups
 
     def whole(self, name: str, part: Tensor) -> Tensor:
-        """All ranks' parts put together, of the parameter or of something of its shape. Every rank of the tensor group must call it."""
+        """The whole of a parameter, or of something of its shape, from all ranks' parts. Every rank of the tensor group must call it."""
         mine = part.detach().contiguous()
         parts = [torch.empty_like(mine) for _ in range(self.groups.tp_size)]
         dist.all_gather(parts, mine, group=self.groups.tensor)
         return arrived(torch.cat(parts, self.dims[name]), self.groups.tensor)
 
     def part_of(self, name: str, whole: Tensor) -> Tensor:
-        """What this rank has of it."""
+        """This rank's part of it."""
         return whole.chunk(self.groups.tp_size, self.dims[name])[self.groups.tp_rank]

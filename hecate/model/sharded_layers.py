@@ -46,7 +46,8 @@ def shard_frozen_layers(moe: MoeModel, group: dist.ProcessGroup, whole: nn.Modul
     outside = {parameter for path, parameter in decoder.named_parameters() if not path.startswith(f"{name.rpartition('.')[2]}.")}
     fully_shard(decoder, mesh=mesh, ignored_params=trained | outside)
     if whole is not None:
-        gc.collect()  # what was sharded refers to itself in circles, and each holds a rank's share of a layer
+        # What was sharded refers to itself in circles, so without this its shares of the layers would stay in memory.
+        gc.collect()
 
 
 def _take_frozen(layer: nn.Module, loaded: nn.Module) -> None:

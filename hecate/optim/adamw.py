@@ -23,7 +23,7 @@ class AdamW:
     beta2: float = 0.999
     epsilon: float = 1e-8
     exclude: tuple[str, ...] = ()
-    """kinds of parameters without weight decay (`Stepped.kind`)"""
+    """The kinds of parameters without weight decay (`Stepped.kind`)."""
 
     def state_specs(self, parameter: RowSpec) -> dict[str, RowSpec]:
         """Two moments and the number of steps, which torch counts in float32."""
@@ -31,15 +31,15 @@ class AdamW:
 
     def step(self, stepped: Sequence[Stepped], learning_rate: float) -> None:
         for excluded in (False, True):
-            group = [one for one in stepped if (one.kind in self.exclude) == excluded]
+            group = [parameter for parameter in stepped if (parameter.kind in self.exclude) == excluded]
             if not group:
                 continue
-            counts = [one.state["step"] for one in group]
+            counts = [parameter.state["step"] for parameter in group]
             adamw(
-                [one.value for one in group],
-                [one.gradient for one in group],
-                [one.state["exp_avg"] for one in group],
-                [one.state["exp_avg_sq"] for one in group],
+                [parameter.value for parameter in group],
+                [parameter.gradient for parameter in group],
+                [parameter.state["exp_avg"] for parameter in group],
+                [parameter.state["exp_avg_sq"] for parameter in group],
                 [],
                 _beside(counts, group[0].value.device),
                 fused=True,

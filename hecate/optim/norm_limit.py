@@ -11,13 +11,13 @@ from collections.abc import Sequence
 from statistics import median
 
 WINDOW = 128
-"""how many of the last finite norms the limit is computed from"""
+"""The number of the last finite norms from which the limit is computed."""
 LEAST = 32
-"""with fewer norms there is no limit"""
+"""The number of norms below which there is no limit."""
 _SIGMA_OF_MAD = 1.4826
-"""the standard deviation of a normal distribution over its median absolute deviation"""
+"""The standard deviation of a normal distribution over its median absolute deviation."""
 _LEAST_SIGMA = 0.01
-"""of the median: norms that are all nearly equal make no spike of a small change"""
+"""The least sigma, as a share of the median: among norms that are all nearly equal, a small change is no spike."""
 
 
 def with_norm(norms: tuple[float, ...], norm: float) -> tuple[float, ...]:

@@ -56,7 +56,7 @@ class LearningRate:
 
     peak: float
     factor: Callable[[int], float] = lambda _: 1.0
-    """of the peak in step 0, 1, ... (`schedule`)"""
+    """The factor of the peak in step 0, 1, ... (`schedule`)."""
 
     def of(self, step: int) -> float:
         return self.peak * self.factor(step)
@@ -67,17 +67,17 @@ class Trainables:
     """The parameters that one rank steps when it begins; owned experts change with `ExpertOptimizer.replace_owned`."""
 
     owned: dict[str, nn.Parameter]
-    """LAYER.EXPERT -> master chunk, of the experts that this rank owns"""
+    """The master chunks of the experts that this rank owns, by LAYER.EXPERT."""
     replicated: dict[str, nn.Parameter]
-    """the same on every rank"""
+    """The parameters that are the same on every rank."""
     parts: TensorParts | None = None
-    """what tensor parallelism cuts"""
+    """The parameters that tensor parallelism cuts; None: there are none."""
     chunks: Mapping[Unit, tuple[TensorSpec, ...]] = field(default_factory=dict)
-    """the tensors in the chunk of a unit's expert, for rules that tell them apart"""
+    """The tensors in the chunk of a unit's expert, for rules that tell them apart."""
     routers: Mapping[Unit, Router] = field(default_factory=dict)
-    """those whose buffers change after a step"""
+    """The routers whose buffers change after a step."""
     separate: int = 0
-    """the number of experts, if each is an adapter of its own, which is clipped by its own norm over all layers; otherwise 0"""
+    """The number of experts, if each is an adapter of its own, which is clipped by its own norm over all layers; otherwise 0."""
 
     @staticmethod
     def of(moe: MoeModel) -> Trainables:
@@ -100,30 +100,30 @@ class ExpertOptimizer:
         """A rank may have nothing that trains; `device` says where its share of the norm is summed."""
         self.owned = trainables.owned
         self.backups: dict[str, nn.Parameter] = {}
-        """second copies of experts that other ranks own, by the same names; stepped, but counted in no norm and saved nowhere"""
+        """Further copies of experts that other ranks own, by the same names; stepped, but counted in no norm and saved nowhere."""
         self.replicated = trainables.replicated
         self.parts = trainables.parts
         self.buffers = {
             f"layers.{unit}.router.{name}": buffer for unit, router in trainables.routers.items() for name, buffer in router.named_buffers()
         }
-        """what routers change after a step: the same on every rank, saved beside `replicated` and without state"""
+        """What routers change after a step: the same on every rank, saved beside `replicated` and without state."""
         self._routers = trainables.routers
         self.separate = trainables.separate
-        """see `Trainables.separate`"""
+        """The number of separate experts (`Trainables.separate`)."""
         assert not self.separate or not self.replicated, "adapters that must not influence one another share parameters"
         self.gradients_complete = False
-        """every gradient of the step under way is what the job's ranks have summed: only the norm is missing"""
+        """Whether all gradients of the step under way are summed over the job's ranks, so that only the norm is missing."""
         self.last_norm = math.nan
-        """the global norm that the last step was taken, or skipped, with"""
+        """The global norm with which the last step was taken, or skipped."""
         self.last_norms = (math.nan,) * self.separate
-        """likewise, of each separate expert"""
+        """The norms of the separate experts with which the last step was taken, or skipped."""
         self.steps_done = 0
-        """steps taken or skipped: the position in the schedule"""
+        """The number of steps taken or skipped, which is the position in the schedule."""
         self._rule, self.schedule = rule, learning_rate
         self._device = device
         self._chunks = {str(unit): specs for unit, specs in trainables.chunks.items()}
         self._state: dict[Tensor, dict[str, Tensor]] = {}
-        """what the rule keeps of each parameter that was ever stepped"""
+        """What the rule keeps of each parameter that was ever stepped."""
 
     @property
     def learning_rate(self) -> float:
@@ -149,33 +149,36 @@ class ExpertOptimizer:
         _give_gradients(list(self.replicated.values()), flat)
 
     def squares(self, *, counts_owned: bool = True, names: Sequence[str] = ()) -> Tensor:
-        """float64 [2], on the device: the squares of this rank's gradients summed, of what only some ranks have and of what all have.
+        """float64 [2], on the device: the sums of the squares of this rank's gradients, of what only some ranks have and of what all have.
 
-        The square of the global norm is the first of all ranks added up, and the second of one rank. With separate experts the first is
-        one number for each of them, over all layers: float64 [experts + 1].
+        The square of the global norm is the first, added up over the ranks, plus the second of any rank. With separate experts the first
+        is a number for each of them, over all layers: float64 [experts + 1].
 
         Args:
             counts_owned: false in all sharding groups but one, which own the same.
-            names: of all experts of the job; given, the first is one number for each of these: float64 [names + 1].
+            names: the names of all experts of the job. If they are given, the first is a number for each name: float64 [names + 1].
         """
+        # If a rank is lost from now on, the others can still take this step with the norm of a rank that has taken it (`catch_up`).
         self.gradients_complete = True
         owned = self.owned if counts_owned else {}
         if names:
             each = [_sum_of_squares({name: owned[name]} if name in owned else {}, self._device) for name in names]
             return torch.stack([*each, _sum_of_squares(self.replicated, self._device)])
         if self.separate:
-            parts = [{name: one for name, one in owned.items() if _number(name) == expert} for expert in range(self.separate)]
+            parts = [{name: parameter for name, parameter in owned.items() if _number(name) == expert} for expert in range(self.separate)]
             return torch.stack([_sum_of_squares(part, self._device) for part in [*parts, self.replicated]])
         total = _sum_of_squares(owned, self._device)
         if self.parts and self.parts.groups.dp_rank == 0:
             total += _sum_of_squares(self.parts.parameters, self._device)
         return torch.stack([total, _sum_of_squares(self.replicated, self._device)])
 
-    def together(self, squares: Sequence[float], names: Sequence[str]) -> Sequence[float]:
-        """Of sums of squares by these names, those of separate experts, over all layers; else, and without names, what was given."""
+    def squares_by_expert(self, squares: Sequence[float], names: Sequence[str]) -> Sequence[float]:
+        """The sums of squares of each separate expert over all layers, from those by these names; the given ones if nothing is separate."""
         if not self.separate or not names:
             return squares
-        return [sum(one for name, one in zip(names, squares, strict=True) if _number(name) == expert) for expert in range(self.separate)]
+        return [
+            sum(square for name, square in zip(names, squares, strict=True) if _number(name) == expert) for expert in range(self.separate)
+        ]
 
     @property
     def alike(self) -> dict[str, Tensor]:
@@ -378,10 +381,10 @@ def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
     """A value of a parameter's state where the parameter is, and in its strides, for the same reason as `_give_gradients`."""
     if not value.dim():
         return value.cpu()
-    there = value.to(parameter.device)
-    if there.shape != parameter.shape or there.stride() == parameter.stride():
-        return there
-    return torch.empty_like(parameter, dtype=there.dtype).copy_(there)
+    moved = value.to(parameter.device)
+    if moved.shape != parameter.shape or moved.stride() == parameter.stride():
+        return moved
+    return torch.empty_like(parameter, dtype=moved.dtype).copy_(moved)
 
 
 def _sum_gradients(parameters: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:

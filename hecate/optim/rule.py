@@ -22,17 +22,17 @@ class Stepped:
     """A parameter that a step changes, with its gradient and what the rule keeps of it."""
 
     name: str
-    """as checkpoints have it: an expert's, such as `3.7`, or that of a replicated parameter"""
+    """The parameter's name in checkpoints: an expert's, such as `3.7`, or that of a replicated parameter."""
     value: Tensor
-    """changed in place"""
+    """The parameter, changed in place."""
     gradient: Tensor
-    """summed over all ranks, and clipped"""
+    """The gradient, summed over all ranks, and clipped."""
     state: dict[str, Tensor]
-    """tensors as `GradientRule.state_specs` says, changed in place; all zero in the parameter's first step"""
+    """The tensors of `GradientRule.state_specs`, changed in place; all zero in the parameter's first step."""
     kind: str | None
-    """`routers`, `biases` or `norms`; None: a matrix, or an expert's chunk"""
+    """The kind of the parameter: `routers`, `biases` or `norms`; None: a matrix, or an expert's chunk."""
     chunk: tuple[TensorSpec, ...] = ()
-    """of an expert: the tensors that lie in its chunk, in this order"""
+    """The tensors that lie in an expert's chunk, in this order; empty for other parameters."""
 
     def cut(self, flat: Tensor) -> dict[str, Tensor]:
         """The views of an expert's tensors, by name, in a tensor that is laid out as its chunk: its value, its gradient, or a state."""
@@ -53,11 +53,9 @@ class GradientRule(Protocol):
         Tensors of no dimension are kept on the CPU, others with their parameter. Of a parameter that tensor parallelism cuts, those of its
         shape are cut with it.
         """
-        ...
 
     def step(self, stepped: Sequence[Stepped], learning_rate: float) -> None:
         """Step these parameters, which are all that have a gradient on this rank. Autograd records nothing of it."""
-        ...
 
 
 def kind_of_parameter(name: str, parameter: Tensor) -> str | None:

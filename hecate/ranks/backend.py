@@ -21,13 +21,13 @@ from hecate.parallel.comm.aborts import note_abort
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
 
 _FIRST_USE_LIMIT = timedelta(minutes=2)
-"""how long the first collective of a group may take, whose ranks have all connected"""
+"""The longest that the first collective of a group may take, whose ranks have all connected."""
 _RECORDED = "128"
-"""how many collectives of gloo torch keeps in its record, for `hecate.elastic.mismatch_watch`; torch's own 2,000 take long to read"""
+"""The number of gloo's collectives that torch keeps in its record, for `hecate.elastic.mismatch_watch`; torch's 2,000 take long to read."""
 _POLL_SECONDS = 0.002
 _LEAVE_SECONDS, _DONE_KEY = 5.0, "ranks-done"
 ABORTING = threading.RLock()
-"""held by the thread that aborts groups, so that another one makes no new ones meanwhile"""
+"""A lock that a thread holds while it aborts groups. Leaving groups takes it, too, so that none are made anew during an abort."""
 
 
 def chosen_backend() -> str:
@@ -113,6 +113,7 @@ def abort_nccl() -> None:
     """Abort all NCCL groups of this process in one operation: aborts of single communicators can wait for each other."""
     with ABORTING:
         if dist.is_initialized():
+            # Noted before the abort, which lets a waiting read return: what that has read is worthless.
             note_abort(list(distributed_c10d._world.pg_names))
             distributed_c10d._abort_process_group()
 
@@ -131,7 +132,7 @@ def wait_for_all(store: dist.Store, world_size: int, device: torch.device) -> No
 
 
 def _ends(device: torch.device, limit: timedelta) -> bool:
-    """Whether a GPU ends within the limit what its current stream was given. A read would wait for ever."""
+    """Whether a GPU ends within the limit what its current stream was given. It polls an event, because a read would wait for ever."""
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     deadline = time.monotonic() + limit.total_seconds()

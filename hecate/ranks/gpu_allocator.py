@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 _NAME, _OLD_NAME = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"
-"""torch reads both, and takes what it finds; the second name is the one of before torch 2.9"""
+"""The two variables that torch reads for its allocator; the second is the name before torch 2.9, which still works."""
 
 
 def gpu_allocator_defaults(environment: Mapping[str, str]) -> dict[str, str]:

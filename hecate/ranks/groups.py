@@ -25,13 +25,13 @@ class ExpertGroups:
     """
 
     experts: dist.ProcessGroup
-    """the sharding group, for expert chunks and their gradients"""
+    """The sharding group, for expert chunks and their gradients."""
     tokens: dist.ProcessGroup
-    """the sharding group, for tokens"""
+    """The sharding group, for tokens."""
     replicate: dist.ProcessGroup | None = None
-    """the replicate group: this rank and the ranks that own the same experts in other sharding groups; None: there are none"""
+    """The replicate group: this rank and the ranks that own the same experts in other sharding groups; None: there are none."""
     everyone: dist.ProcessGroup | None = None
-    """all ranks of the job; None: the job is one sharding group"""
+    """All ranks of the job; None: the job is one sharding group."""
 
     @property
     def world(self) -> dist.ProcessGroup:
@@ -48,9 +48,9 @@ class TensorGroups:
     """The process groups of one rank for the part of the model outside its experts, where tensor parallelism splits it."""
 
     tensor: dist.ProcessGroup
-    """the tensor group: this rank and the ranks with the other parts of the same copy; they compute the same sequences"""
+    """The tensor group: this rank and the ranks with the other parts of the same copy; they compute the same sequences."""
     data: dist.ProcessGroup
-    """this rank and the ranks with the same part of other copies; each of them computes sequences of its own"""
+    """This rank and the ranks with the same part of other copies; each of them computes sequences of its own."""
 
     @property
     def tp_size(self) -> int:
@@ -106,6 +106,7 @@ def own_group(groups: Sequence[Sequence[int]], limit: timedelta = TIMEOUT, *, ur
         urgent: a GPU starts their kernels before those of other streams (`hecate.ranks.backend.urgent_options`).
     """
     own, backend = None, str(dist.get_backend())
+    # Also the groups that this rank is not in: torch numbers groups by their calls, and its members meet under that number.
     for ranks in groups:
         group = dist.new_group(list(ranks), timeout=limit, pg_options=urgent_options(backend) if urgent else None)
         if dist.get_rank() in ranks:

@@ -22,11 +22,11 @@ import torch.distributed as dist
 from hecate.ranks.sockets import notice_lost_machine
 
 _NONCE, _PROOF, _LENGTH = 32, 32, 4
-"""bytes"""
+"""The bytes of a random number, of a signature and of a length in the protocol."""
 _LONGEST = 1 << 24
-"""bytes of a message"""
+"""The most bytes that a message may have."""
 _CONNECT_SECONDS = 60.0
-"""how long a server may take to answer a client that connects"""
+"""How long a server may take to answer a client that connects."""
 _ADMISSION_SECONDS, _MOST_STRANGERS = 5.0, 64
 """How long a connection may take to prove that it holds the secret, and how many may be about to. One more takes the place of the oldest,
 so that strangers keep no member out by saying nothing."""
@@ -49,9 +49,9 @@ class StoreServer:
         self._lock = threading.Lock()
         self._values: dict[bytes, bytes] = {}
         self._waited_for: dict[bytes, threading.Event] = {}
-        """key that does not exist yet -> what is set when it does"""
+        """For each key that somebody waits for, the event that is set once the key exists."""
         self._strangers: list[socket.socket] = []
-        """connections that have not proved yet that they hold the secret, the oldest first"""
+        """The connections that have not proved yet that they hold the secret, the oldest first."""
         threading.Thread(target=self._accept, daemon=True).start()
 
     def _accept(self) -> None:
@@ -69,7 +69,8 @@ class StoreServer:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
-        with connection, suppress(OSError, ValueError, IndexError, TypeError, MemoryError):  # what is no request, too
+        # A client that is lost, and one that sends what is no request, end this thread and its connection, never the server.
+        with connection, suppress(OSError, ValueError, IndexError, TypeError, MemoryError):
             try:
                 conversation = self._admit(connection)
             finally:
@@ -125,8 +126,9 @@ class StoreServer:
                 missing = next((key for key in keys if key not in self._values), None)
                 if missing is None:
                     return [self._values[key] for key in keys]
-                there = self._waited_for.setdefault(missing, threading.Event())
-            if not there.wait(deadline - time.monotonic()):
+                # Under the lock: a `set` between the look and this line would wake nobody.
+                exists = self._waited_for.setdefault(missing, threading.Event())
+            if not exists.wait(deadline - time.monotonic()):
                 return []
 
 
@@ -190,6 +192,7 @@ class JobStore(dist.Store):
         return values
 
     def _ask(self, *request: bytes) -> list[bytes]:
+        # A conversation belongs to one thread at a time: one may wait in `get` for minutes while another sets the key.
         with self._lock:
             conversation = self._idle.pop() if self._idle else None
         conversation = conversation or self._connect()

@@ -38,16 +38,16 @@ MEMBER_VARIABLE = "HECATE_MEMBER"
 BEGINS_VARIABLE = "HECATE_BEGINS"
 """Number of the generation that a rank begins with. Above 0 all ranks have been started again."""
 JOIN_VARIABLE = "HECATE_JOIN"
-"""Set for a member that joins a run under way."""
+"""A variable that is set for a member that joins a run under way."""
 COLLECTIVES_VARIABLE = "HECATE_COLLECTIVES"
 """The backend of all ranks' collectives, gloo or nccl. A user may set it; with gloo several ranks can share a GPU."""
 LOST_PEER_EXIT = 3
-"""exit status of a rank that stops because another one is lost, so that its launcher looks further for the cause"""
+"""The exit status of a rank that stops because another one is lost, so that its launcher looks further for the cause."""
 SURVIVAL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
 """Variables of ranks that go on after a loss. By default torch ends a process whose peer is lost; these abort their groups."""
 
 _LONGEST_FAILURE = 200
-"""characters of an error's text that a rank leaves"""
+"""The most characters that a rank leaves of an error's text."""
 
 
 def name_process() -> None:
@@ -81,7 +81,7 @@ def exit_with_user_error(error: UserError) -> NoReturn:
 
 
 def leave_failure(error: Exception) -> None:
-    """Leave for the launcher, in one line, with what this rank fails. Nothing is left of a user's mistake, which has a text of its own."""
+    """Leave the error by which this rank fails for the launcher, in one line. A `UserError` has a file of its own (`error_file`)."""
     folder = os.environ.get(ERRORS_VARIABLE)
     if folder and not isinstance(error, UserError):
         said = next(iter(str(error).splitlines()), "")[:_LONGEST_FAILURE]
@@ -105,11 +105,11 @@ def _failure_file(folder: Path, number: int) -> Path:
 
 
 def ready_file(store: Path, member: int) -> Path:
-    """The file that a member makes when it has loaded: it can join a run, or go on after others of those that begin it are lost."""
+    """The file that a member makes when it has loaded the model. From then on it can join a run, or go on with one that has lost ranks."""
     return store.with_name(f"ready-{member}")
 
 
-def here_file(store: Path, generation: int, member: int) -> Path:
+def arrival_file(store: Path, generation: int, member: int) -> Path:
     """The file that a member makes just before it connects to the other members of a generation."""
     return store.with_name(f"here-{generation}-{member}")
 
@@ -117,7 +117,7 @@ def here_file(store: Path, generation: int, member: int) -> Path:
 def leave_pid(folder: Path, number: int) -> None:
     """Leave the id of this process, a rank or a member, for its launcher, which may have started only a process that stands for it.
 
-    What one of the same number has failed with before is forgotten.
+    The failure that an earlier process of the same number has left is removed.
     """
     _failure_file(folder, number).unlink(missing_ok=True)
     (folder / f"pid-{number}").write_text(str(os.getpid()), encoding="ascii")
@@ -142,11 +142,11 @@ class Generation:
     """The processes that train together."""
 
     number: int
-    """counts the generations of a run from 0"""
+    """The number of the generation, from 0 in each run."""
     members: tuple[int, ...]
-    """member of each rank"""
+    """The member that has each rank."""
     devices: tuple[int, ...]
-    """Device of each rank, as its number in the topology that the run began with. Further nodes have higher ones."""
+    """The device of each rank, as its number in the topology that the run began with. Devices of further nodes have higher numbers."""
 
 
 def write_generation(store: Path, generation: Generation) -> None:

@@ -17,10 +17,10 @@ from hecate.ranks.launcher_files import MEETING_VARIABLE, STORE_VARIABLE, TOKEN_
 
 _TIMEOUT = timedelta(seconds=60)
 CONNECT_LIMIT = timedelta(seconds=30)
-"""how long ranks that have all arrived may wait for one that does not connect, before they try with those that are left"""
+"""How long ranks that have all arrived wait for one that does not connect, before they try with those that are left."""
 _SLICE = timedelta(seconds=0.2)
 _WATCHED: list[dist.Store] = []
-"""kept until the process ends: torch's own parts of a store do not keep its Python part"""
+"""The watched stores, kept until the process ends: torch's own parts of a store do not keep its Python part alive."""
 
 
 def meeting_store(generation: int, world_size: int) -> dist.Store:
@@ -99,5 +99,5 @@ def meet(host: str, port: int, secret: str, generation: int) -> dist.Store:
 
 @cache
 def _client(host: str, port: int, secret: str) -> JobStore:
-    """One for all generations, kept as `_WATCHED` are."""
+    """The process's client of a server, the same for all generations; the cache keeps it alive, as `_WATCHED` does."""
     return JobStore(host, port, secret.encode(), _TIMEOUT)

@@ -12,7 +12,7 @@ and by itself keeps 1,024. Experts get another number of tokens in each step, so
 some 60 MB. oneDNN reads the variable before its first product."""
 CPUINFO = Path("/proc/cpuinfo")
 _BOUNDS = {"ATEN_CPU_CAPABILITY": ("avx512",), "ONEDNN_MAX_CPU_ISA": ("bf16", "fp16", "amx", "avx10", "all", "default")}
-"""variable that bounds the instructions of torch -> words; a bound with one of them leaves torch those for bfloat16"""
+"""For each variable that bounds the instructions of torch, the words of a bound that leaves torch those for bfloat16."""
 
 
 def computes_bfloat16(cpuinfo: Path = CPUINFO, environment: Mapping[str, str] = os.environ) -> bool:

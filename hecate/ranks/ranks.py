@@ -52,14 +52,14 @@ class Ranks:
     device: torch.device
     groups: ExpertGroups
     connections: frozenset[Connection] = frozenset()
-    """the connections that gloo has made to the other ranks; empty with NCCL"""
+    """The connections that gloo has made to the other ranks; empty with NCCL."""
     tensor: TensorGroups | None = None
-    """None: every rank has all of the model outside its experts"""
+    """The groups of tensor parallelism; None: every rank has all of the model outside its experts."""
     layers: dist.ProcessGroup | None = None
-    """the sharding group once more, for the weights of sharded layers (`model.shard_non_experts`), which must not queue behind experts or
-    tokens; None: every rank has these weights"""
+    """The sharding group once more, for the weights of sharded layers (`model.shard_non_experts`), which must not queue behind experts or
+    tokens; None: every rank has these weights."""
     store: dist.Store | None = None
-    """where the ranks have met; None: where torch's launcher says"""
+    """The store where the ranks have met; None: torch's launcher has named it in the environment."""
 
     @property
     def is_first(self) -> bool:
@@ -86,7 +86,7 @@ class Ranks:
 
     def all_max(self, value: float) -> float:
         """The largest value of any rank. Every rank must call it."""
-        return float(self._reduce(value, dist.ReduceOp.MAX))
+        return self.all_most([value])[0]
 
     def all_sum(self, values: Tensor) -> Tensor:
         """Elementwise sum over the ranks, on the CPU. Every rank must call it."""
@@ -133,19 +133,21 @@ class Ranks:
             if is_nccl(self.groups.world):
                 abort_nccl()
                 return
+            # Noted first: the shutdown lets waiting reads return, and these must raise. Kept alive before the shutdown, too: a thread whose
+            # collective fails may drop the last reference to its group.
             note_abort(self.all_groups())
             for group in self.all_groups():
                 _keep_for_good(group)
             shut_down(self.connections)
 
-    def leave(self, *, together: bool = False) -> None:
+    def leave(self, *, agreed: bool = False) -> None:
         """Abort, and forget the groups, so that this process can join others.
 
         Args:
-            together: all ranks leave, and none is known to be lost. With NCCL they wait for each other's devices first, because an abort
+            agreed: all ranks leave, and none is known to be lost. With NCCL they wait for each other's devices first, because an abort
                 may take memory from a collective that another rank has not ended yet.
         """
-        if together and self.store is not None and not self.aborted and is_nccl(self.groups.world):
+        if agreed and self.store is not None and not self.aborted and is_nccl(self.groups.world):
             wait_for_all(self.store, self.world_size, self.device)
         self.abort()
         forget_groups()
@@ -158,11 +160,6 @@ class Ranks:
 
     def barrier(self) -> None:
         self.all_max(0.0)
-
-    def _reduce(self, value: float, op: dist.ReduceOp.RedOpType) -> Tensor:
-        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, op=op, group=self.groups.world)
-        return read(tensor, self.groups.world)
 
 
 def ranks_from_environment() -> tuple[int, int] | None:
@@ -183,7 +180,7 @@ def ranks_from_environment() -> tuple[int, int] | None:
 
 
 _NEWEST: list[Ranks] = []
-"""the ranks that this process has joined last"""
+"""The ranks that this process has joined last."""
 
 
 @contextmanager
@@ -222,8 +219,10 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1, *, sharded_layer
             yield ranks
         except BaseException as error:
             if isinstance(error, Exception) and not (lost_a_peer(error) or _NEWEST[0].aborted):
-                leave_failure(error)  # before others fail because of it
-            _NEWEST[0].abort()  # ranks that wait for this one fail now, not at their timeout
+                # Before the abort, by which others fail: the launcher is to find the cause, not a consequence.
+                leave_failure(error)
+            # Ranks that wait for this one fail now, not at their timeout.
+            _NEWEST[0].abort()
             raise
     except BaseException:
         forget_groups()
@@ -301,6 +300,7 @@ def connect(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     options = first_group_options(backend, device, urgent=mesh.num_sharding_groups == 1)
+    # gloo does not say which sockets are its own: they are among those that this process has more of once all groups are made.
     before = tcp_sockets()
     faults.at("connect")
     if store is None:
@@ -317,6 +317,7 @@ def connect(
     else:
         ranks = replace(ranks, connections=_of_gloo(ranks, tcp_sockets() - before))
         notice_lost_machines(ranks.connections)
+    # `limit` was for connecting. Collectives of training may wait longer, for example for a rank that evaluates.
     if limit != TIMEOUT:
         set_limit(ranks.all_groups())
     faults.at("connect")

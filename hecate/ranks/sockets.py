@@ -24,9 +24,9 @@ class Connection:
 
     descriptor: int
     local: Any
-    """address of its own end"""
+    """The address of the socket's own end."""
     peer: Any
-    """address of its other end; None: the socket listens"""
+    """The address of the socket's other end; None: the socket listens."""
 
 
 def tcp_sockets() -> set[Connection]:
@@ -41,11 +41,9 @@ def tcp_sockets() -> set[Connection]:
 
 def shut_down(connections: Iterable[Connection]) -> None:
     """Break the connections that still exist. Any thread may call it."""
-    for connection in connections:
-        with _opened(connection.descriptor) as handle:
-            if handle is not None and connection.peer is not None and _describe(connection.descriptor, handle) == connection:
-                with contextlib.suppress(OSError):
-                    handle.shutdown(socket.SHUT_RDWR)
+    for handle in _still_open(connections):
+        with contextlib.suppress(OSError):
+            handle.shutdown(socket.SHUT_RDWR)
 
 
 def notice_lost_machines(connections: Iterable[Connection]) -> None:
@@ -54,10 +52,8 @@ def notice_lost_machines(connections: Iterable[Connection]) -> None:
     Connections to a process that is only slow stay, because the kernel of its machine answers. So do those to one that is stopped, unless
     more has come for it than its machine keeps; on this machine they stay in any case.
     """
-    for connection in connections:
-        with _opened(connection.descriptor) as handle:
-            if handle is not None and connection.peer is not None and _describe(connection.descriptor, handle) == connection:
-                notice_lost_machine(handle)
+    for handle in _still_open(connections):
+        notice_lost_machine(handle)
 
 
 def notice_lost_machine(handle: socket.socket) -> None:
@@ -79,6 +75,15 @@ def notice_lost_machine(handle: socket.socket) -> None:
 def ports(connections: Iterable[Connection]) -> set[int]:
     """The ports on which sockets listen."""
     return {connection.local[1] for connection in connections if connection.peer is None}
+
+
+def _still_open(connections: Iterable[Connection]) -> Iterator[socket.socket]:
+    """A second handle of each connection that still exists, open until the next one is asked for."""
+    for connection in connections:
+        with _opened(connection.descriptor) as handle:
+            # gloo may have closed the socket, and another may have its descriptor since then: the addresses tell.
+            if handle is not None and connection.peer is not None and _describe(connection.descriptor, handle) == connection:
+                yield handle
 
 
 @contextlib.contextmanager

@@ -55,20 +55,20 @@ class RunParts:
     """What a run is made of on one rank, built once from its configuration."""
 
     config: Config
-    """with the numbers that the model brings"""
+    """The configuration, with the numbers that the model brings."""
     base: BaseModel
     moe: MoeModel
     optimizer: ExpertOptimizer
     stream: Stream
     eval_sources: list[TokenSource]
     output: TrainedOutput
-    """what the run leaves at its end"""
+    """What the run leaves at its end."""
     dense_flops: float
-    """FLOPs that hide a unit's gather, for each sequence"""
+    """The FLOPs that hide a unit's gather, for each sequence."""
     drawn_digest: str
-    """`MoeModel.drawn_digest`"""
+    """The digest of what was drawn when the model was built: see `MoeModel.drawn_digest`."""
     features_UF: Tensor | None = None
-    """the vectors of all users, by which routers decide, on the model's device"""
+    """The vectors of all users, by which routers decide, on the model's device; None: no router decides by users."""
 
     @property
     def trained(self) -> TrainedParts:
@@ -197,7 +197,7 @@ def build_moe(config: Config, base: BaseModel, ranks: Ranks, topology: Topology 
     if base.moe is not None:
         return base.moe
     flops = non_moe_flops_per_token(base.model, base.found) * config.micro_batch_size * config.data.seq_len
-    plan = insertion_plan(config, len({one.unit.layer for one in base.found}), user_width)
+    plan = insertion_plan(config, len({unit.unit.layer for unit in base.found}), user_width)
     settings = engine_config(config, ranks, flops, topology, slots_of_config(config, partial(_say, ranks)))
     moe = insert_experts(base.model, base.found, plan, settings, ranks.groups)
     if config.model.shard_non_experts:
@@ -263,8 +263,8 @@ def routing_shape(config: Config, base: BaseModel) -> RoutingShape | None:
     """What the routing of samples must fit; None: it is not read."""
     if config.moe.replay is None:
         return None
-    numbers = [one.unit.layer for one in base.found]
-    counts = [one.own_experts for one in base.found] if base.own_experts else config.moe.experts_per_layer(len(numbers))
+    numbers = [unit.unit.layer for unit in base.found]
+    counts = [unit.own_experts for unit in base.found] if base.own_experts else config.moe.experts_per_layer(len(numbers))
     found = dict(zip(numbers, counts, strict=True))
     layers = range(len(decoder_layers(base.model)[1]))
     return RoutingShape(tuple(found.get(layer, 0) for layer in layers), config.moe.experts_per_token)

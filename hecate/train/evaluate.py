@@ -31,9 +31,9 @@ from hecate.train.generation import Decoding, generate
 from hecate.train.steps.passes import forward_loss, pass_tokens
 
 Heard = Callable[[str, Sequence[GenerationItem], Sequence[str]], None]
-"""gets a source's name, the prompts of this rank, and the answers to them"""
+"""A function that gets a source's name, the prompts of this rank, and the answers to them."""
 Recorded = Callable[[Sequence[PackedSequence], Mapping[Unit, RouterStats]], None]
-"""gets the rows of a pass, and what the routers have done in it"""
+"""A function that gets the rows of a pass, and what the routers have done in it."""
 
 
 def evaluate(
@@ -52,11 +52,11 @@ def evaluate(
 
     Args:
         features_UF: the vectors of all users, [users, width], on the model's device; None: no router decides by users.
-        heard: is told the answers that were counted, if any were.
-        recorded: is told what this rank's routers have done.
+        heard: called with the answers that were counted, if any were.
+        recorded: called with what this rank's routers have done.
     """
     losses, loads = {}, {}
-    with moe.engine.evaluation(together=moe.engine.runs_in_lockstep) as evaluation, torch.no_grad():
+    with moe.engine.evaluation(in_lockstep=moe.engine.runs_in_lockstep) as evaluation, torch.no_grad():
         for index, source in enumerate(sources):
             rows = eval_sequences(
                 sources, index, seq_len=config.data.seq_len, packing=config.data.packing, max_samples=config.eval.max_samples
@@ -77,11 +77,7 @@ def evaluate(
 
 
 def _tokens_of(base: BaseModel, expert: Tensor | None, features_UF: Tensor | None, batch: Batch) -> PassTokens:
-    """What layers see of a batch.
-
-    Args:
-        expert: int64 [1]: the one that serves all of its tokens; None: experts are chosen.
-    """
+    """What layers see of a batch. `expert`: int64 [1]: the one that serves all of its tokens; None: experts are chosen."""
     tokens = replace(pass_tokens(base.head, batch), source=expert)
     return tokens if features_UF is None else with_users(tokens, base.head, batch, features_UF)
 
@@ -123,7 +119,7 @@ def _expert_of(config: Config, source: str, device: torch.device) -> Tensor | No
     """int64 [1]: the number of a source in the training data, where it is the expert; None where experts are chosen otherwise."""
     if not config.moe.by_source:
         return None
-    return copy_to(torch.tensor([[one.name for one in config.data.train].index(source)]), device)
+    return copy_to(torch.tensor([[named.name for named in config.data.train].index(source)]), device)
 
 
 def _exact(
@@ -168,7 +164,7 @@ def _answers(
     ranks: Ranks,
     base: BaseModel,
     items: Sequence[GenerationItem],
-    together: bool,
+    in_lockstep: bool,
     begin: Callable[[Sequence[GenerationItem]], AbstractContextManager[object]],
 ) -> list[str]:
     """The greedy answers to the prompts of this rank, items[rank :: world size], without what the chat template writes around an answer.
@@ -178,7 +174,8 @@ def _answers(
     """
     mine = items[ranks.rank :: ranks.world_size]
     asked = list(mine)
-    if together and items:  # as many as the others have; what is answered to the last one is thrown away
+    # As many prompts as on other ranks: each forward pass has collectives. The answer to the last one is thrown away.
+    if in_lockstep and items:
         asked += [items[0]] * (-(-len(items) // ranks.world_size) - len(mine))
     answers = generate(
         base,
@@ -186,7 +183,7 @@ def _answers(
         Decoding(config.eval.max_new_tokens, chat=True),
         batch_size=config.eval.batch_size,
         begin=lambda chosen: begin([asked[i] for i in chosen]),
-        together=together,
+        in_lockstep=in_lockstep,
     )
     return [item.content_of(answer.text) for item, answer in zip(mine, answers[: len(mine)], strict=True)]
 

@@ -26,16 +26,16 @@ class Decoding:
 
     max_new_tokens: int
     temperature: float = 0.0
-    """0: the most likely token, always"""
+    """The temperature of sampling; 0: always the most likely token."""
     top_p: float = 1.0
-    """choose among the most likely tokens that have this probability together"""
+    """Tokens are chosen among the most likely ones whose probabilities add up to this."""
     top_k: int = 0
-    """choose among this many most likely tokens; 0: among all"""
+    """Tokens are chosen among this many most likely ones; 0: among all."""
     seed: int = 0
     stop: tuple[str, ...] = ()
-    """texts before the first of which an answer ends"""
+    """Texts before the first of which an answer ends."""
     chat: bool = False
-    """whether prompts are conversations, so that an answer also ends where the chat template ends a turn"""
+    """Whether prompts are conversations, so that an answer also ends where the chat template ends a turn."""
 
     @property
     def samples(self) -> bool:
@@ -47,13 +47,13 @@ class Answer:
     """What a model has said."""
 
     raw: str
-    """without special tokens"""
+    """The answer's text, without special tokens."""
     finished: bool
-    """whether it ended by itself or at a stop, and not at the largest number of tokens"""
+    """Whether the answer ended by itself or at a stop, and not at the largest number of tokens."""
 
     @property
     def text(self) -> str:
-        """Without white space at its ends."""
+        """The answer without white space at its ends."""
         return self.raw.strip()
 
 
@@ -65,14 +65,14 @@ def generate(
     batch_size: int,
     begin: Callable[[Sequence[int]], AbstractContextManager[object]] = nullcontext,
     keys: Sequence[str] | None = None,
-    together: bool = False,
+    in_lockstep: bool = False,
 ) -> list[Answer]:
     """The continuation of each prompt (token ids), in the prompts' order. It does not depend on the other prompts of a batch.
 
     Args:
         begin: begins the forward passes of a batch, whose rows are the prompts with these indices.
         keys: with the seed, of the random numbers of each prompt; None: the prompts' numbers.
-        together: all ranks call it, with as many prompts, and run each forward pass at the same time, until the longest answer is there.
+        in_lockstep: all ranks call it, with as many prompts, and run each forward pass at the same time, until the longest answer is there.
     """
     model: Any = base.model
     device = next(model.parameters()).device
@@ -93,7 +93,7 @@ def generate(
             out = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                synced_gpus=together,
+                synced_gpus=in_lockstep,
                 **arguments(base, decoding, width, names, device),
             )
         for row, i in enumerate(chosen):
@@ -102,11 +102,7 @@ def generate(
 
 
 def arguments(base: BaseModel, decoding: Decoding, width: int, keys: Sequence[str], device: torch.device) -> dict[str, Any]:
-    """What transformers' `generate` is told of a batch whose prompts are `width` tokens long, padding included.
-
-    Args:
-        keys: one for each row.
-    """
+    """Arguments of transformers' `generate` for a batch whose prompts are `width` tokens long, padding included; `keys`: of its rows."""
     ends = stop_tokens(base, chat=decoding.chat)
     given: dict[str, Any] = {
         "max_new_tokens": decoding.max_new_tokens,
@@ -133,8 +129,10 @@ def answer_of(base: BaseModel, tokens: Tensor, decoding: Decoding) -> Answer:
 
 
 def stop_tokens(base: BaseModel, *, chat: bool) -> list[int]:
-    """The model's own end tokens, the tokenizer's, and, of an answer in a conversation, the one with which the chat template ends a turn:
-    a model may be trained to say that one alone, as base models whose end of sequence is no part of their template."""
+    """The model's own end tokens, the tokenizer's and, with `chat`, the token with which the chat template ends a turn.
+
+    A model may be trained to say that last token alone, as base models whose end of sequence is no part of their template.
+    """
     model: Any = base.model
     configured = getattr(model.generation_config, "eos_token_id", None)
     tokens = configured if isinstance(configured, list) else [configured]
@@ -174,7 +172,9 @@ class _KeyedNoise:
             generator.manual_seed(xxhash.xxh3_64_intdigest(key.encode()) >> 1)
 
     def __call__(self, _ids: Tensor, logits_BV: Tensor) -> Tensor:
-        waits = [torch.empty_like(row).exponential_(generator=one) for row, one in zip(logits_BV, self._generators, strict=True)]
+        waits = [
+            torch.empty_like(row).exponential_(generator=generator) for row, generator in zip(logits_BV, self._generators, strict=True)
+        ]
         return logits_BV - torch.stack(waits).log()
 
 

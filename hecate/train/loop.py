@@ -11,7 +11,7 @@ import logging
 import shlex
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,13 +28,13 @@ from hecate.config import Config
 from hecate.elastic.mismatch_watch import MismatchWatch
 from hecate.elastic.observer import ControllerLink, Observer, RunController, begin_facts, step_facts
 from hecate.elastic.observer_thread import ObserverThread
-from hecate.elastic.rebuild import Membership
+from hecate.elastic.rebuild import Group, Membership
 from hecate.elastic.stragglers import SlowRanks
 from hecate.io.signals import on_signals
 from hecate.parallel.cluster.topology import Topology, local_topology
 from hecate.ranks.peak_memory import peak_memory
 from hecate.ranks.ranks import Ranks, loss_in_words, lost_a_peer
-from hecate.report.events import Evaluation
+from hecate.report.events import Evaluation, Rebuilt
 from hecate.report.metrics import REPLANNED, STOPPED
 from hecate.report.run_report import Reports
 from hecate.train.run_summary import Measured, show_summary
@@ -49,15 +49,15 @@ class Agreement:
     """What the ranks do after a step; the same on every rank."""
 
     stop: bool
-    """save, and return"""
+    """Whether the run saves, and returns."""
     regroup: bool
-    """ranks have come: form a new group"""
+    """Whether ranks have come, so that a new group is formed."""
     replan: bool
-    """the first rank's controller has an order"""
+    """Whether the first rank's controller has an order."""
     writing: bool
-    """a rank is still writing its part of a checkpoint"""
+    """Whether a rank is still writing its part of a checkpoint."""
     save_failed: bool
-    """a rank could not write its part"""
+    """Whether a rank could not write its part."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class _Outside:
     reports: Reports
     membership: Membership | None
     controller: ControllerLink | None
-    told: tuple[Observer, ...]
-    """who is told what happens: the controller, and what passes it on to an observer"""
+    observers: tuple[Observer, ...]
+    """Those that get reports of the run: the controller, and the thread that passes them on to an observer."""
     stopping: _Stopping
     profile: StepProfile
     slow: SlowRanks | None
-    """None: the controller names slow ranks"""
+    """What names slow ranks; None: the controller does."""
     mismatches: MismatchWatch
 
     def note(self, text: str | None) -> None:
@@ -95,10 +95,10 @@ def train(
 
     Args:
         membership: says with whom to go on when a rank is lost or has come; None: a lost rank is the end.
-        joins: this process has come new to a run under way. `ranks` is it alone until `membership` lets it in.
+        joins: this process has come new to a run under way. It is alone in `ranks` until `membership` lets it in.
         topology: of the ranks' devices, in place of the configuration's.
-        controller: the launcher's, which is told what an observer is told, and may change the plan or ask for a stop.
-        observer: is told the facts of every step, in a thread of its own; whatever it does, the run goes on.
+        controller: the launcher's end of the run: an observer that may also change the plan or ask for a stop.
+        observer: gets the facts of every step, in a thread of its own; whatever it does, the run goes on.
 
     Returns:
         Whether the run came to its end; False: it was asked to stop before, and has saved.
@@ -135,7 +135,7 @@ def train(
                     facts = _finish(training, outside)
                 elif not _one_step(training, outside, measured):
                     return False
-            except Exception as error:  # after an abort, what is left of the old group can fail in any way
+            except Exception as error:  # any: after an abort, whatever still uses the old group can fail in any way
                 if not _went_on_after(error, training, outside):
                     raise
     if training.ranks.is_first:
@@ -163,11 +163,11 @@ def _outside(
     with ExitStack() as stack:
         link = ControllerLink(controller, say) if controller else None
         watcher = stack.enter_context(ObserverThread(observer, say)) if observer else None
-        told = tuple(one for one in (link, watcher) if one is not None)
+        observers = tuple(observer for observer in (link, watcher) if observer is not None)
         profile = StepProfile(Path(config.output_dir), training.ranks, wanted=config.profile and not joins)
-        outside = _Outside(reports, membership, link, told, stopping, profile, None if controller else SlowRanks(), MismatchWatch())
+        outside = _Outside(reports, membership, link, observers, stopping, profile, None if controller else SlowRanks(), MismatchWatch())
         stack.callback(outside.mismatches.end)
-        _tell_beginning(training, outside)
+        _report_beginning(training, outside)
         yield outside
 
 
@@ -175,6 +175,7 @@ def _went_on_after(error: Exception, training: Training, outside: _Outside) -> b
     """Whether the ranks that are left go on after this error: it is of a lost rank, and the run can go on without it."""
     if not _is_of_a_loss(error, training.ranks):
         return False
+    # Before a regroup, which would only repeat the difference: the ranks do different things, and none is lost.
     outside.mismatches.raise_found(error)
     if outside.membership is None or not _regroup(training, outside.membership, outside):
         return False
@@ -255,8 +256,9 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
         outside.reports.event(step, f"{STOPPED} after step {step}; go on with: {resume}")
         return False
     if agreement.regroup and outside.membership is not None:
+        # A group that is left cannot commit the save any more.
         _end_save(training, outside)
-        if not _regroup(training, outside.membership, outside, together=True):
+        if not _regroup(training, outside.membership, outside, agreed=True):
             raise dist.DistError(f"after step {step} the ranks left their group for another one, and none was formed; the reason is above")
     return True
 
@@ -272,10 +274,10 @@ def _train_one(training: Training, outside: _Outside, measured: Measured) -> tup
             _end_save(training, outside)
             raise training.too_many_skipped(event.result)
     outside.note(outside.profile.merge())
-    if outside.told:
+    if outside.observers:
         facts = step_facts(event)
-        for one in outside.told:
-            one.stepped(facts)
+        for observer in outside.observers:
+            observer.stepped(facts)
     if outside.slow:
         tp_size = training.ranks.tp_size
         work = {rank: done for rank, done in enumerate(event.result.work_before) if done.tokens and training.shares[rank // tp_size]}
@@ -309,7 +311,8 @@ def _replan(training: Training, outside: _Outside) -> None:
 
 
 def _reshard(training: Training, steps: int, outside: _Outside) -> None:
-    _end_save(training, outside)  # its copies of tensors and the experts that move would both be in the host's memory
+    # The save's copies of tensors and the experts that move would both be in the host's memory.
+    _end_save(training, outside)
     if done := training.reshard(steps):
         outside.reports.resharded(training.run_state.step, done)
 
@@ -328,16 +331,16 @@ def _save(training: Training, outside: _Outside, *, last: bool) -> None:
     if training.parts.config.save_async and not last:
         training.begin_save()
     else:
-        _tell_saved(training, outside, training.save())
+        _report_saved(training, outside, training.save())
 
 
 def _end_save(training: Training, outside: _Outside, *, failed: bool = False) -> None:
     """Wait for the save under way, if there is one, and commit it."""
     if training.saving:
-        _tell_saved(training, outside, training.end_save(failed=failed))
+        _report_saved(training, outside, training.end_save(failed=failed))
 
 
-def _tell_saved(training: Training, outside: _Outside, saved: Saved) -> None:
+def _report_saved(training: Training, outside: _Outside, saved: Saved) -> None:
     for warning in saved.warnings:
         outside.reports.event(training.run_state.step, warning)
     if saved.folder is None:
@@ -345,8 +348,8 @@ def _tell_saved(training: Training, outside: _Outside, saved: Saved) -> None:
     step = step_of(saved.folder.name)
     assert step is not None
     outside.reports.saved(step, saved.folder)
-    for one in outside.told if training.ranks.is_first else ():
-        one.saved(step, saved.folder)
+    for observer in outside.observers if training.ranks.is_first else ():
+        observer.saved(step, saved.folder)
 
 
 def _is_of_a_loss(error: Exception, ranks: Ranks) -> bool:
@@ -354,57 +357,56 @@ def _is_of_a_loss(error: Exception, ranks: Ranks) -> bool:
     return not isinstance(error, torch.OutOfMemoryError) and (lost_a_peer(error) or ranks.aborted)
 
 
-def _regroup(training: Training, membership: Membership, outside: _Outside, *, together: bool = False) -> bool:
+def _regroup(training: Training, membership: Membership, outside: _Outside, *, agreed: bool = False) -> bool:
     """Go on with the next group; False: there is none. Every rank of the old group that is left must call it.
 
     Args:
-        together: the ranks have agreed on it, and none was lost.
+        agreed: the ranks have agreed on it, and none was lost.
     """
     started = time.monotonic()
     faults.at("lost")
     outside.note(outside.profile.give_up())
-    training.ranks.leave(together=together)
-    while group := membership.next_group():
-        try:
-            done = training.join(group)
-        except Exception as error:
-            if not _is_of_a_loss(error, group.ranks):
-                raise
-            group.ranks.leave()
-        else:
-            faults.at("regrouped")
-            if outside.slow:
-                outside.slow.begin()
-            outside.reports.regrouped(done, training.facts(), time.monotonic() - started)
-            _tell_beginning(training, outside)
-            return True
-    return False
+    training.ranks.leave(agreed=agreed)
+    done = _join(training, membership.next_group)
+    if done is None:
+        return False
+    faults.at("regrouped")
+    if outside.slow:
+        outside.slow.begin()
+    outside.reports.regrouped(done, training.facts(), time.monotonic() - started)
+    _report_beginning(training, outside)
+    return True
 
 
 def _joined(config: Config, ranks: Ranks, membership: Membership) -> Training:
     """Load the model alone, so that the others train on meanwhile, then join them."""
     training = Training(config, ranks, local_topology(1, cuda=ranks.device.type == "cuda"), joins=True)
     ranks.leave()
-    while True:
-        group = membership.first_group()
+    _join(training, membership.first_group)
+    return training
+
+
+def _join(training: Training, next_group: Callable[[], Group | None]) -> Rebuilt | None:
+    """Join the first group that loses no rank meanwhile; None: there is no further group."""
+    while group := next_group():
         try:
-            training.join(group)
+            return training.join(group)
         except Exception as error:
             if not _is_of_a_loss(error, group.ranks):
                 raise
+            # Ranks of the group that wait for this one fail now, and come to the next group, too.
             group.ranks.leave()
-        else:
-            return training
+    return None
 
 
-def _tell_beginning(training: Training, outside: _Outside) -> None:
+def _report_beginning(training: Training, outside: _Outside) -> None:
     outside.mismatches.begin(training.ranks)
-    if not outside.told:
+    if not outside.observers:
         return
     engine, config = training.parts.moe.engine, training.parts.config
     facts = begin_facts(step=training.run_state.step, max_steps=config.max_steps, shares=training.shares, engine=engine)
-    for one in outside.told:
-        one.begins(facts)
+    for observer in outside.observers:
+        observer.begins(facts)
 
 
 def _say(training: Training, reports: Reports, text: str) -> None:

@@ -21,7 +21,7 @@ from hecate.report.tracking.trackers import check_trackers
 _log = logging.getLogger(__name__)
 
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
-"""files of the drivers of NVIDIA's and AMD's GPUs, and of GPUs under WSL"""
+"""The files of the drivers of NVIDIA's and AMD's GPUs, and of GPUs under WSL."""
 
 
 def check_machine(config: Config) -> None:
@@ -40,11 +40,7 @@ def check_machine(config: Config) -> None:
 
 
 def check_kernels(kernels: str) -> None:
-    """Check that this machine can run these kernels.
-
-    Raises:
-        UserError: `kernels` is "triton", and Triton cannot run.
-    """
+    """Check that this machine can run these kernels. Raises UserError: `kernels` is "triton", and Triton cannot run."""
     if kernels != "triton":
         return
     import torch
@@ -140,22 +136,22 @@ def check_resume(config: Config) -> None:
     from hecate.report.run_records import read_run_config
 
     if folders := committed(root):
-        begun = folders[0]
+        place = folders[0]
         try:
-            then = config_values(begun, read_manifest(begun).meta)
+            then = config_values(place, read_manifest(place).meta)
         except CheckpointError:
             return  # the ranks say why, and look for an older one
     elif stopped_early(root):
-        begun = root / "config.yaml"
-        then = read_run_config(begun)
+        place = root / "config.yaml"
+        then = read_run_config(place)
     else:
         raise UserError(
             f"resume=true, but {root} has no checkpoint\n"
             "  if the run's folder was moved, give output_dir=FOLDER; else start a new run with resume=false"
         )
     # A key that is null may get its value from the base model.
-    if changes := [one for one in changed_computation(then, config, same_base=bool(folders)) if one.now is not None]:
-        raise UserError(other_configuration(str(begun), changes))
+    if changes := [change for change in changed_computation(then, config, same_base=bool(folders)) if change.now is not None]:
+        raise UserError(other_configuration(str(place), changes))
 
 
 def check_vocabulary(config: Config) -> None:

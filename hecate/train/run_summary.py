@@ -12,7 +12,7 @@ from hecate.report.pages.heatmap import write_heatmap
 from hecate.report.summary import print_summary
 
 Fact = tuple[str, str]
-"""a name and a value"""
+"""A name and a value."""
 
 
 @dataclass
@@ -23,7 +23,7 @@ class Measured:
     last: Evaluation | None = None
     train_seconds: float = 0.0
     tokens: int = 0
-    """trained by this process"""
+    """The number of tokens that this process has trained on."""
 
 
 def show_summary(folder: Path, state: TrainState, measured: Measured, seconds: float, facts: Sequence[Fact]) -> None:

@@ -1,4 +1,4 @@
-"""A training run on one rank: where it stands, and the phases that `hecate.train.loop` goes through."""
+"""A training run on one rank: its state, and the phases that `hecate.train.loop` goes through."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from hecate.train.extensions.copies import ComparedCopies
 from hecate.train.extensions.from_config import step_extensions
 from hecate.train.extensions.of_apps import training_additions
 from hecate.train.extensions.rank_figures import RankFigures
-from hecate.train.steps.passes_in_order import prepare_for_order, sequences_of_a_pass, sequences_together, step_sums
+from hecate.train.steps.passes_in_order import prepare_for_order, sequences_of_a_group, sequences_of_a_pass, step_sums
 from hecate.train.steps.skipped_steps import StepInputs, too_many_skipped
 from hecate.train.steps.step import StepBatches, StepRules, train_step
 from hecate.train.steps.step_clock import StepClock
@@ -77,22 +77,22 @@ class Training:
         self._clock = StepClock(ranks.device)
         self._timer = LayerTimer(parts.moe, ranks.device)
         self._work = DenseWork()
-        """of the step before"""
+        """This rank's work in the step before."""
         self.copies = CopyChecks(parts.moe.engine, parts.optimizer, config.fssdp)
         self._placed: dict[Unit, Placement] = {}
-        """of the step before"""
+        """The placements of the step before."""
         self.shares: tuple[int, ...] = ()
-        """sequences of each micro-step, by rank, or by tensor group, whose ranks have the same sequences"""
+        """The number of sequences of each micro-step, by rank, or by tensor group, whose ranks have the same sequences."""
         self.notes: list[str] = []
-        """what was found out while the run was built, for its user"""
+        """What was found out while the run was built, for its user."""
         self.warnings: tuple[str, ...] = ()
-        """checkpoints that were passed over, and why"""
+        """The checkpoints that were passed over, and why."""
         self._last: StepInputs | None = None
-        """of the step that was done last, or is under way"""
+        """The inputs of the step that was done last, or is under way."""
         self.saving: SaveUnderWay | None = None
-        """the save whose writing goes on beside the steps; there is one on all ranks or on none"""
+        """The save whose writing goes on beside the steps; there is one on all ranks or on none."""
         self.state = None if joins else TrainState.at_start(self.parts.trained)
-        """where the run stands; None: not known on this rank, which comes new to a run under way"""
+        """The state that the run has reached; None: it is not known on this rank, which has come new to a run under way."""
         if config.resume and not joins:
             root = Path(config.output_dir)
             try:
@@ -123,10 +123,10 @@ class Training:
         parts, config = self.parts, self.parts.config
         size = parts.stream.sequences_per_step // config.gradient_accumulation_steps
         speeds = slowest_of_each(topology.flops, self.ranks.tp_size)
-        together = sequences_together(config)
-        self.shares = tuple(shares or sequences_by_speed(size, speeds, together))
+        group = sequences_of_a_group(config)
+        self.shares = tuple(shares or sequences_by_speed(size, speeds, group))
         assert sum(self.shares) == size, (self.shares, size)
-        assert all(share % together == 0 for share in self.shares), (self.shares, together)
+        assert all(share % group == 0 for share in self.shares), (self.shares, group)
         # Experts travel until the last rank is through with its attention; the planner takes that for the slowest device's time.
         flops = parts.dense_flops * dense_seconds(self.shares, speeds) * min(topology.flops)
         engine = parts.moe.engine
@@ -152,11 +152,7 @@ class Training:
         return [collate(share, pad_id, config.data.seq_len, ranks.tp_size, multiple).to(ranks.device) for share in shares]
 
     def train_one(self, requests: Callable[[], Sequence[bool]] = tuple) -> StepEvent:
-        """One optimizer step.
-
-        Args:
-            requests: see `RankFigures`.
-        """
+        """One optimizer step. `requests`: see `RankFigures`."""
         parts, engine = self.parts, self.parts.moe.engine
         started, rate = time.monotonic(), parts.optimizer.learning_rate
         waited = jit.waited_seconds()
@@ -170,7 +166,8 @@ class Training:
                 error.refuse_after(tries)
                 self.run_state.put_back(parts.trained)
         tokens = sum(len(sequence.input_ids) for sequence in sequences)
-        parts_seconds = self._clock.seconds()  # the host has just waited for the device
+        # Reading a GPU's events needs no further wait: for the step's totals the host has just waited for the device.
+        parts_seconds = self._clock.seconds()
         self._work = self._timer.take()
         self.copies.after_step(self.run_state.step)
         self.state = self.run_state.after_step(parts.trained, tokens=tokens, skipped=result.skipped, grad_norm=result.grad_norm)
@@ -195,11 +192,7 @@ class Training:
         )
 
     def _try_step(self, sequences: list[PackedSequence], requests: Callable[[], Sequence[bool]]) -> StepResult:
-        """Forward, backward and optimizer step.
-
-        Raises:
-            CopiesRestoredError: see there.
-        """
+        """Forward, backward and optimizer step. Raises CopiesRestoredError: see there."""
         parts, config, step = self.parts, self.parts.config, self.run_state.step
         compare = self.copies.of_step(step)
         return train_step(
@@ -249,7 +242,7 @@ class Training:
         return copies, sum(new_copies(before.get(unit), placement) for unit, placement in self._placed.items())
 
     def complete_step(self) -> None:
-        """Note that everything that comes between this step and the next is done."""
+        """Note that all phases between this step and the next are done."""
         self.state = replace(self.run_state, completed=self.run_state.step)
 
     def evaluate(self) -> Evaluation:
@@ -271,7 +264,7 @@ class Training:
         rest = min(steps, parts.config.max_steps - self.run_state.step)
         done = reshard_if_it_pays(parts.moe.engine, parts.optimizer, rest, parts.config.fssdp.redundancy)
         if done:
-            self.copies.made_anew(self.run_state.step)
+            self.copies.copies_renewed(self.run_state.step)
         return done
 
     def save(self) -> Saved:
@@ -286,11 +279,7 @@ class Training:
         return save_state(self.parts.config, self.ranks, self.parts.trained, self.run_state)
 
     def begin_save(self) -> None:
-        """Begin to write a checkpoint beside the steps that follow. No other save may be under way.
-
-        Raises:
-            UserError: as `save`.
-        """
+        """Begin to write a checkpoint beside the steps that follow. No other save may be under way. Raises UserError: as `save`."""
         assert self.saving is None
         faults.at("save")
         self.copies.check_and_restore()
@@ -317,7 +306,7 @@ class Training:
             UserError: some experts have no copy left, and there is no checkpoint to go back to.
         """
         parts, config = self.parts.trained, self.parts.config
-        # Before the first message, after which rank 0 deletes what is left of it.
+        # Before the first message, after which rank 0 deletes what is left of the save: a thread of this rank must not write there then.
         warnings: tuple[str, ...] = (_GIVEN_UP,) if self.drop_save() else ()
         self.ranks = group.ranks
         self.parts.base.rejoin(group.ranks)
@@ -332,7 +321,8 @@ class Training:
                 self.state = catch_up(parts, self.state, rank_states, config)
             dealt = redeal(parts, self.state, rank_states, group, config.fssdp.redundancy)
         if isinstance(dealt, NoCopyLeft):
-            self.state = None  # until the checkpoint is loaded, nothing that this rank holds counts
+            # If a rank is lost while the checkpoint is loaded, this rank must not count as one that has a state.
+            self.state = None
             loaded = go_back(parts, config, group, dealt.experts)
             self.state, moved, lost = loaded.state, 0, named(dealt.experts)
             warnings += loaded.warnings
@@ -376,7 +366,7 @@ class Training:
     def _copy_backups(self) -> None:
         if redundancy := self.parts.config.fssdp.redundancy:
             copy_to_backup_ranks(self.parts.moe.engine, self.parts.optimizer, redundancy)
-        self.copies.made_anew(None if self.state is None else self.state.step)
+        self.copies.copies_renewed(None if self.state is None else self.state.step)
 
 
 def data_in_words(stream: Stream, steps: int) -> str:

@@ -356,7 +356,7 @@ def _run(config_text: str, assignment: Assignment | None, link: TrainingLink) ->
             topology = given or _measured(ranks, assignment.nodes)
             finished = train(replace(config, resume=assignment.resume), ranks, link, topology=topology, controller=link)
         assert link.ranks is not None
-        link.ranks.leave(together=True)
+        link.ranks.leave(agreed=True)
         return finished
     finally:
         if link.ranks is not None:

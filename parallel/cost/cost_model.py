@@ -120,7 +120,7 @@ class LayerCost:
     """share of the latency of a flat gather that is paid: less than 1 where a decoder layer's units are gathered in one message"""
     frozen_lifetime: float = 20.0
     """number of steps that a frozen replica is expected to be used; its transfer is paid once in this many steps"""
-    undivided: bool = False
+    on_every_rank: bool = False
     """a token's rank must have all experts of the layer, so that every policy puts all of them on every rank"""
 
     def __post_init__(self) -> None:

@@ -61,7 +61,7 @@ UnitSizes = FfnSizes | LinearSizes
 
 
 DEFAULT_BASES = 256
-UNDIVIDED_MIXES = frozenset({"factors"})
+MIXES_ON_EVERY_RANK = frozenset({"factors"})
 """the ways to mix a token's pairs for which its rank must have all of the unit's; by the others each rank may add what it has"""
 
 
@@ -132,8 +132,8 @@ class PairSizes:
     """backward FLOPs of one assignment in gradients that plain pairs have and these have not"""
     seeded_of_model: bool = False
     """whether all units of a model share the seeded tensors that have the same name and shape"""
-    made: int = 0
-    """numbers of A and B that are made for each replica from what is trained, and kept from the unit's forward to its backward pass; 0: A
+    computed_numel: int = 0
+    """numbers of A and B that are computed for each replica from what trains, and kept from the unit's forward to its backward pass; 0: A
     and B are parts of the replica, or seeded"""
     pooled: tuple[TensorSpec, ...] = ()
     """what is trained in a pool that the units of one place and shape have in common (`hecate.experts.pairs.pool`), not in `trained`: the

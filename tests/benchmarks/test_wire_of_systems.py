@@ -114,7 +114,7 @@ def check_links(rank: int, world: int, case: AnyCase) -> Moved:
     moe, step = training_of(case, rank, world)
     shards, moved = moe.engine.shards, Moved()
     for number in range(STEPS):
-        planned = [(units, given, plan_with(shards.config.planner, given)) for units, given in shards.plan_inputs()]
+        planned = [(units, given, plan_with(shards.config.planner, given)) for units, given in shards.plans.inputs()]
         wire, before = Wire(world, rank), shards.bytes_sent
         with routed_experts(shards) as calls, wire.counting():
             step(number)

@@ -199,7 +199,7 @@ def check_frozen(sharded: Sharded, case: Case, world: int) -> None:
             assert resident_ED[where_ED].all()
             room = np.maximum(EXPERTS if case.slots is None else case.slots, (foreign_ED & where_ED).sum(0))
             assert (foreign_ED.sum(0) <= room).all()
-    for layers, given in engine.shards.plan_inputs():
+    for layers, given in engine.shards.plans.inputs():
         if case.kind == "full":
             assert given.resident_LED is None
         else:

@@ -265,8 +265,8 @@ def check_case(rank: int, world: int, case: Case, folder: Path) -> None:
     seen = gradients_of(optimizer)
     with ExitStack() as stack:
         stack.enter_context(biased_routers(gates, case.model.bias()))
-        for together in (False, True):  # everywhere, and with their owners
-            with moe.engine.evaluation(together=together), torch.no_grad():
+        for in_lockstep in (False, True):  # everywhere, and with their owners
+            with moe.engine.evaluation(in_lockstep=in_lockstep), torch.no_grad():
                 batch = micro_batch(0, 0, range(0))
                 hidden = head.hidden(batch.input_ids, None, torch.arange(LENGTH).expand(ROWS, LENGTH))
                 close("logits", head.logits(hidden), wanted["logits"])

@@ -170,12 +170,12 @@ def _figures(
         tasks |= _held_out(config, base, moe, ranks, name, questions.record_routing)
     if opened is not None:
         batch_size, most = (_BATCH, None) if config is None else (config.eval.batch_size, config.eval.max_samples)
-        together = moe.engine.runs_in_lockstep and questions.lm_eval is None  # one process alone asks lm-eval's tasks
+        in_lockstep = moe.engine.runs_in_lockstep and questions.lm_eval is None  # one process alone asks lm-eval's tasks
 
         def passes(mine: int) -> int:
-            return int(ranks.all_max(float(mine))) if together else mine
+            return int(ranks.all_max(float(mine))) if in_lockstep else mine
 
-        with moe.engine.evaluation(together=together) as evaluation:
+        with moe.engine.evaluation(in_lockstep=in_lockstep) as evaluation:
             for task, all_items in questions.choices.items():
                 items = all_items[:most]
                 mine = items[ranks.rank :: ranks.world_size]

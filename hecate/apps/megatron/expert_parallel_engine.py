@@ -69,8 +69,8 @@ class ExpertParallelEngine:
         return step
 
     @contextmanager
-    def evaluation(self, *, together: bool = False) -> Iterator[EvaluationPass]:
-        """Ranks must run the same forward passes at the same time, whatever `together` says."""
+    def evaluation(self, *, in_lockstep: bool = False) -> Iterator[EvaluationPass]:
+        """Ranks must run the same forward passes at the same time, whatever `in_lockstep` says."""
         require_nothing_under_way(self._last, self.current)
         self._put_experts()
         one = EvaluationPass(None, self.current)

@@ -28,12 +28,12 @@ class RenderedAnswer:
     """The assistant's turn at the end of a conversation, as the chat template writes it."""
 
     prompt: str
-    """the messages before it and the generation prompt"""
+    """The messages before the answer, and the generation prompt."""
     before: str
-    """what the template writes between the generation prompt and the content, such as an empty block of thoughts"""
+    """What the template writes between the generation prompt and the content, such as an empty block of thoughts."""
     content: str
     after: str
-    """such as the mark that ends the turn"""
+    """What the template writes behind the content, such as the mark that ends the turn."""
 
 
 class TemplateRefusal(Exception):

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MARK = "\ue001"
-"""of Unicode's private use, so that no template writes it"""
+"""A character of Unicode's private use, so that no template writes it."""
 
 
 def marked(messages: Sequence[dict[str, Any]], tokenizer: Any) -> list[dict[str, Any]]:
@@ -47,5 +47,5 @@ def _marked(value: Any, special: re.Pattern[str] | None) -> Any:
     if isinstance(value, str):
         return value if special is None else special.sub(lambda found: found[0][:1] + _MARK + found[0][1:], value)
     if isinstance(value, list):
-        return [_marked(one, special) for one in value]
-    return {key: _marked(one, special) for key, one in value.items()} if isinstance(value, dict) else value
+        return [_marked(item, special) for item in value]
+    return {key: _marked(item, special) for key, item in value.items()} if isinstance(value, dict) else value

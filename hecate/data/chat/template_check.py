@@ -23,10 +23,10 @@ from hecate.data.files.syntax import bad_sample_error
 from hecate.io.plain_files import read_plain, read_plain_text
 
 _RENDERED = 100
-"""conversations of a file"""
+"""The number of a file's conversations that are rendered."""
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-"""which transformers gives to templates"""
+"""The names of the special tokens that transformers gives to templates."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class TemplateFile:
     chat_template: str
     special_tokens: dict[str, str]
     model: Path
-    """the folder of the tokenizer"""
+    """The folder of the tokenizer."""
 
     def apply_chat_template(self, messages: Sequence[Any], *, tokenize: bool, add_generation_prompt: bool, **options: Any) -> str:
         """The conversation as one string, as the tokenizer's method of this name returns it; its errors are the same."""

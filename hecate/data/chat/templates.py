@@ -18,12 +18,12 @@ from hecate.errors import UserError
 from hecate.io.plain_files import read_plain
 
 FILE = "chat_template.jinja"
-"""the name under which transformers looks for a template beside a tokenizer; adapters have it, too"""
+"""The name under which transformers looks for a template beside a tokenizer; adapters have it, too."""
 _MOST_BYTES = 1 << 20
 _IN_PLACE_OF = {
     "0fab82ce8f4d5175c9e0155c80737cf2": "qwen3",
 }
-"""the names of our templates, by the xxh3-128 digests of the models' own"""
+"""The names of our templates, by the xxh3-128 digests of the models' own."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ChosenTemplate:
 
     text: str
     why: str
-    """what the user is told"""
+    """The reason, in words for the user."""
 
 
 def choose_template(own: Any, given: str | None) -> ChosenTemplate | None:

@@ -21,9 +21,9 @@ SHAREGPT_ROLES = {
     "observation": "tool",
     "function_call": "assistant",
 }
-"""with those of LLaMA-Factory, whose `function_call` has the call as JSON text"""
+"""The roles of ShareGPT, with those of LLaMA-Factory, whose `function_call` has the call as JSON text."""
 _LEARNED = {"weight": 1, "loss": True, "train": True, "training": True}
-"""keys by which other programs say whether a turn is learned, and what they say of one that is"""
+"""The keys by which other programs say whether a turn is learned, and their values for a turn that is."""
 
 
 class BadRecord(Exception):

@@ -18,18 +18,19 @@ from typing import Any
 from hecate.data.chat.conversations import Message, Span, TemplateRefusal, rendering
 
 Path = tuple[int | str, ...]
-"""leads to a text of a conversation: the message's index, the key, and what lies within"""
+"""The way to a text of a conversation: the message's index, the key, and what lies within."""
 Shapes = dict[Hashable, frozenset[Path]]
-"""what a template does not write of conversations, by their shapes; to be kept as long as template and tokenizer stay the same"""
+"""The paths that a template does not write of conversations, by their shapes; to be kept as long as template and tokenizer stay the
+same."""
 
 _TOOLS: Path = ("tools",)
 _SAID = re.compile(r"(content|reasoning_content|reasoning|thinking|tool_calls\.function)\b")
-"""what the assistant says, in the names of chat templates; other keys of its messages describe it"""
+"""The names that chat templates give to what the assistant says; other keys of its messages describe it."""
 _MOST_SHAPES = 10_000
-"""in memory: conversations that call tools may all be of different ones"""
+"""The most shapes in memory: conversations that call tools may all be of different ones."""
 _WORD = re.compile(r"<[^<>\s]*>|\w+")
 _FIRST_MARK, _MARKS = 0xF0000, 0xFFFD
-"""of Unicode's private use, so that no text has them; a conversation with more texts uses them again"""
+"""The range of Unicode's private use from which marks are taken, so that no text has them; a conversation with more texts repeats them."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Unwritten:
     """A part of a conversation that is not in its rendering."""
 
     message: int
-    """its index; -1: the part belongs to no message"""
+    """The index of the message; -1: the part belongs to no message."""
     name: str
-    """its key, such as `name` or `tool_calls.id`"""
+    """The key of the part, such as `name` or `tool_calls.id`."""
     part: str = ""
-    """where a part of a text is missing: how that part begins; empty: nothing of it is written"""
+    """The beginning of the missing part of a text; empty: nothing of the text is written."""
 
 
 def unwritten(
@@ -79,22 +80,22 @@ def require_learned(messages: Sequence[Message], given: int, lost: Sequence[Unwr
     Raises:
         TemplateRefusal: something else is not written: tools, or what the assistant says in a turn that is to be learned.
     """
-    for one in lost:
-        if one.message < 0:
+    for part in lost:
+        if part.message < 0:
             raise TemplateRefusal("it writes no tools; use a template that does")
-        if one.message < given or messages[one.message]["role"] != "assistant" or not _SAID.match(one.name):
+        if part.message < given or messages[part.message]["role"] != "assistant" or not _SAID.match(part.name):
             continue
-        what = "calls of tools (tool_calls)" if one.name.startswith("tool_calls") else one.name
-        if one.part:
+        what = "calls of tools (tool_calls)" if part.name.startswith("tool_calls") else part.name
+        if part.part:
             raise TemplateRefusal(
-                f"it drops a part of the {what} of message {one.message + 1}, which begins with {one.part!r} and is to be learned; "
+                f"it drops a part of the {what} of message {part.message + 1}, which begins with {part.part!r} and is to be learned; "
                 "use a template that keeps it, or leave that part out"
             )
         raise TemplateRefusal(
-            f"it writes no {what}, which message {one.message + 1} has and which are to be learned; use a template that does, "
+            f"it writes no {what}, which message {part.message + 1} has and which are to be learned; use a template that does, "
             "or leave that key out"
         )
-    return sorted({f"{one.name} of turns" for one in lost})
+    return sorted({f"{part.name} of turns" for part in lost})
 
 
 def _texts(value: Any, path: Path) -> Iterator[tuple[Path, str]]:
@@ -170,7 +171,7 @@ def _dropped(tokenizer: Any, messages: Sequence[Message], tools: Sequence[Any], 
     """Return the texts that can be changed behind one of the given words without a change of the rendering."""
     texts = dict(pair for index, message in enumerate(messages) for pair in _texts(message, (index,)))
     words = [(path, word) for path, missing in doubtful.items() for word in missing]
-    marks = {one: _mark(number) for number, one in enumerate(words)}
+    marks = {word: _mark(number) for number, word in enumerate(words)}
     marked = {}
     for path, missing in doubtful.items():
         cuts = [0, *(end for _, end in missing), len(texts[path])]

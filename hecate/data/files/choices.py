@@ -23,12 +23,12 @@ class ChoiceItem:
 
     text: str
     is_chat: bool
-    """whether the text is a user's message"""
+    """Whether the text is a user's message."""
     choices: tuple[str, ...]
     answer: int
-    """number of the right choice"""
+    """The number of the right choice."""
     place: str
-    """file and line"""
+    """The file and the line of the question."""
 
 
 def read_choices(path: Path) -> list[ChoiceItem]:
@@ -51,8 +51,8 @@ def _item(read: Record) -> ChoiceItem:
         raise UserError(f"{place}: question or prompt must be a text that is not empty")
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(choice, str) and choice for choice in choices):
         raise UserError(f"{place}: choices must be a list of two texts or more, none of them empty")
-    for one in (text, *choices):
-        if half := lone_surrogate(one):
+    for shown in (text, *choices):
+        if half := lone_surrogate(shown):
             raise UserError(f"{place}: lone surrogate {half!r} in the text, which no tokenizer accepts")
     return ChoiceItem(text, "question" in record, tuple(choices), _answer(record.get("answer"), choices, place), place)
 

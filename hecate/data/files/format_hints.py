@@ -13,13 +13,13 @@ from hecate.config.schema import FieldNames
 from hecate.data.chat.turns import ROLES, SHAREGPT_ROLES
 
 _PLAIN = re.compile(r"\w(?:[\w ()./-]*[\w)])?")
-"""a text that YAML reads as itself in {...}"""
+"""The pattern of a text that YAML reads as itself in {...}."""
 _TURNS = {"messages": ("role", "content", ROLES), "conversations": ("from", "value", tuple(SHAREGPT_ROLES))}
 _ORDER = ("messages", "sharegpt", "prompt_completion", "alpaca", "text")
 _NAMED = {name.name for name in fields(FieldNames)}
-"""what formats read under these names is seldom meant otherwise"""
+"""The names that formats give to keys; what has such a name in a record seldom means another key."""
 _LONGEST = 500
-"""characters of a hint"""
+"""The most characters of a hint."""
 _FORMS = '{"text": ...}, {"prompt": ..., "completion": ...} or {"messages": [...]}'
 
 
@@ -33,11 +33,11 @@ def hint_for(record: Mapping[str, Any], names: Mapping[str, str], needed: Mappin
     """
     fitting = [(format, found) for format in _ORDER if format in needed and (found := _filled(record, names, needed[format]))]
     if fitting:  # the one that knows most of the record's own names; documents have no question
-        _, found = min(fitting, key=lambda one: (one[0] == "text", len(one[1])))
+        _, found = min(fitting, key=lambda fit: (fit[0] == "text", len(fit[1])))
         said = f"or say which keys they are: {in_words(found)}"
         if len(said) <= _LONGEST:
             return said
-    if any(isinstance(value, list) and value and all(type(one) is int for one in value) for value in record.values()):
+    if any(isinstance(value, list) and value and all(type(item) is int for item in value) for value in record.values()):
         return "token ids are not read: give the text that they are of, or an indexed data set of Megatron (docs/use/data.md)"
     return f"none of its keys has a text for what is missing: write records such as {_FORMS}"
 
@@ -72,8 +72,8 @@ def _filled(record: Mapping[str, Any], names: Mapping[str, str], keys: Sequence[
         if key in free and _fits(record[key], key):
             free.remove(key)
             continue
-        fitting = [one for one in free if one not in keys and _fits(record[one], key)]
-        theirs = _best([one for one in fitting if one not in _NAMED], record) or _best(fitting, record)
+        fitting = [name for name in free if name not in keys and _fits(record[name], key)]
+        theirs = _best([name for name in fitting if name not in _NAMED], record) or _best(fitting, record)
         if theirs is None:
             return None
         free.remove(theirs)

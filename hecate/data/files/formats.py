@@ -37,7 +37,7 @@ _KEYS = {
     "text": ("text",),
     "prompt_completion": ("prompt", "completion"),
 }
-"""the keys that a format needs, by which `auto` knows it, in the order in which it looks for them"""
+"""The keys that a format needs, by which `auto` knows it, in the order in which it looks for them."""
 _OPTIONAL = {
     "messages": ("system", "tools"),
     "sharegpt": ("system", "tools"),
@@ -45,10 +45,10 @@ _OPTIONAL = {
     "text": (),
     "prompt_completion": ("system", "tools"),
 }
-"""the keys that a format also reads, and that a record need not have"""
+"""The keys that a format also reads, and that a record need not have."""
 _MAY_LACK = frozenset(key for keys in _OPTIONAL.values() for key in keys)
 _OF_ALL = ("user", "routed_experts")
-"""the keys that all formats read"""
+"""The keys that all formats read."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +99,17 @@ class Fault:
 
 
 _LONGEST = 500
-"""characters of a reason: a record may have keys of any length"""
+"""The most characters of a reason: a record may have keys of any length."""
 _IMAGES = ("image", "images")
-"""keys of records with images, in the formats of LLaVA and of chats"""
+"""The keys of records with images, in the formats of LLaVA and of chats."""
 
 
 _VERDICTS = ("label", "kto_tag")
-"""keys that say whether an answer is a good one, in TRL's and LLaMA-Factory's data for KTO"""
+"""The keys that say whether an answer is a good one, in TRL's and LLaMA-Factory's data for KTO."""
 _ANSWERS = ("messages", "conversations", "completion", "output", "text")
-"""keys that hold what is learned"""
+"""The keys that hold what is learned."""
 _MOST_HELD, _MOST_HELD_BYTES = 1000, 1 << 24
-"""records of no known format at the beginning of a file, until it is given up, and their bytes"""
+"""The most records of no known format, and the most bytes of them, that a file may begin with before it is refused."""
 
 
 class _UnknownFormat(UserError):
@@ -204,14 +204,14 @@ def _renamed(record: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]
 
 def _formats_with(names: Iterable[str], format: str, path: str) -> list[str]:
     """The formats that read all of these keys, among all or the one that is given. Raises UserError: there is none."""
-    reads = {one: (*needed, *_OPTIONAL[one]) for one, needed in _KEYS.items()}
-    unread = {one: [name for name in names if name not in (*keys, *_OF_ALL)] for one, keys in reads.items()}
-    fitting = [one for one in _KEYS if not unread[one]]
+    reads = {known: (*needed, *_OPTIONAL[known]) for known, needed in _KEYS.items()}
+    unread = {known: [name for name in names if name not in (*keys, *_OF_ALL)] for known, keys in reads.items()}
+    fitting = [known for known in _KEYS if not unread[known]]
     if format == "auto" and not fitting:
-        known = "; ".join(f"{one}: {', '.join(keys)}" for one, keys in reads.items())
+        readers = "; ".join(f"{known}: {', '.join(keys)}" for known, keys in reads.items())
         raise UserError(
             f"{path}: fields names {', '.join(names)}, but no data format reads all of these keys\n"
-            f"name the keys of one format only; the formats read {known}"
+            f"name the keys of one format only; the formats read {readers}"
         )
     if format != "auto" and format not in fitting:
         other = f", or give another format: {', '.join(fitting)}" if fitting else ""
@@ -226,7 +226,7 @@ def _detect(value: dict[str, Any], record: Record, formats: Sequence[str], names
     for format in formats:
         if all(key in value for key in _KEYS[format]):
             return format
-    place, known = place_of(record.file, record.line), {one: _KEYS[one] for one in formats}
+    place, known = place_of(record.file, record.line), {format: _KEYS[format] for format in formats}
     if "chosen" in value and "rejected" in value:
         answers = answers_of_preference(record.value)
         mend = "write records with a prompt and the chosen answer: " + '{"prompt": ..., "completion": ...}'
@@ -235,7 +235,7 @@ def _detect(value: dict[str, Any], record: Record, formats: Sequence[str], names
         raise UserError(f"{place}: preference data (chosen, rejected): hecate does not train on preferences\n{mend}")
     which = "the known ones" if len(formats) == len(_KEYS) else "those that read the keys that fields names"
     reason = f"no known data format has the keys {', '.join(sorted(map(str, value)))[:_LONGEST] or '(none)'}"
-    forms = ", ".join(f"{one} {{{', '.join(keys)}}}" for one, keys in known.items())
+    forms = ", ".join(f"{format} {{{', '.join(keys)}}}" for format, keys in known.items())
     raise _UnknownFormat(reason, f"{place}: {reason}\n{which}: {forms}\n{hint_for(record.value, names, known)}")
 
 
@@ -323,10 +323,11 @@ def lone_surrogate(text: str) -> str | None:
 
 
 def _refuse_lone_surrogates(sample: dict[str, Any]) -> None:
-    """Refuse a sample that has one in any text that the chat template or the tokenizer gets."""
+    """Refuse a sample that has a lone surrogate in any text that the chat template or the tokenizer gets."""
     messages = sample.get("messages", ())
     texts = [message["content"] for message in messages] + [sample.get("text", "")]
-    others = [{name: value for name, value in one.items() if name != "content"} for one in messages if one.keys() > {"role", "content"}]
+    more = [message for message in messages if message.keys() > {"role", "content"}]
+    others = [{name: value for name, value in message.items() if name != "content"} for message in more]
     if others or sample.get("tools"):
         texts.append(json.dumps([sample.get("tools"), others], ensure_ascii=False, default=str))
     for text in texts:

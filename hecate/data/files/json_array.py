@@ -8,11 +8,11 @@ from typing import Any, BinaryIO, NamedTuple
 from hecate.errors import UserError
 
 LONGEST_RECORD = 1 << 27
-"""bytes of the text of one record, in any form of text: a packed file of a megabyte could hold one of a gigabyte"""
+"""The most bytes of the text of one record, in any form of text: a packed file of a megabyte could hold one of a gigabyte."""
 _CHUNK = 1 << 20
-"""bytes; what is read at once"""
+"""The bytes that are read at once."""
 _LONGEST_TOKEN = 16
-"""characters; an error of JSON nearer than this to the end of what has been read may be due to that end"""
+"""The number of characters before the end of what has been read within which an error of JSON may be due to that end."""
 _WHITE = " \t\r\n"
 _DECODER = json.JSONDecoder()
 
@@ -21,7 +21,7 @@ class Element(NamedTuple):
     """One element of the list."""
 
     line: int
-    """the line of the file in which it begins, from 1"""
+    """The line of the file in which the element begins, from 1."""
     value: Any
     raw: str
 

@@ -19,9 +19,9 @@ class Prompt:
 
     messages: tuple[Message, ...]
     user: str | None = None
-    """who asks; None: it is not said"""
+    """The user who asks; None: it is not said."""
     record: dict[str, Any] = field(default_factory=dict)
-    """the line that it came from"""
+    """The line from which the prompt came."""
 
 
 def read_prompts(path: str, piped: Iterable[bytes] = (), *, system: str | None = None, user: str | None = None) -> Iterator[Prompt]:
@@ -36,7 +36,7 @@ def read_prompts(path: str, piped: Iterable[bytes] = (), *, system: str | None =
         UserError: the file cannot be read, there is no prompt, or a record is none; the text says where it is.
     """
     empty = True
-    for place, record, reason in _piped(piped) if path == "-" else _read(path):
+    for place, record, reason in _piped(piped) if path == "-" else _of_file(path):
         empty = False
         if not reason and ("prompt" in record) == ("messages" in record):
             reason = 'needs an object with "prompt" or "messages"'
@@ -52,9 +52,9 @@ def read_prompts(path: str, piped: Iterable[bytes] = (), *, system: str | None =
         raise UserError('standard input holds no prompts\n  it needs an object a line, such as {"prompt": "What is FSSDP?"}')
 
 
-def _read(path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _of_file(path: str) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Place, value, and why it cannot be used."""
-    return ((place_of(one.file, one.line), one.value, one.reason) for one in read_records(path))
+    return ((place_of(record.file, record.line), record.value, record.reason) for record in read_records(path))
 
 
 def _piped(lines: Iterable[bytes]) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -23,7 +23,7 @@ _TABLES: dict[str, Callable[[str], Iterator[Row]]] = {"parquet": read_parquet, "
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _HEAD = 4096
 _PADDING = 1 << 20
-"""bytes of zeros at the end of a packed file that are too many"""
+"""The number of zero bytes at the end of a packed file that are too many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,14 +32,14 @@ class Record:
 
     file: str
     line: int
-    """where it begins in the file, from 1; in a Parquet or Arrow file, the row"""
+    """The line in which the record begins, from 1; in a Parquet or Arrow file, its row."""
     number: int
-    """among the records of all files of its source, from 1"""
+    """The number of the record among those of all files of its source, from 1."""
     value: dict[str, Any]
     reason: str = ""
-    """why it cannot be used; empty: it can"""
+    """Why the record cannot be used; empty: it can."""
     text: bytes | None = None
-    """as the file has it; None: it is no text"""
+    """The record as the file has it; None: it is no text."""
 
     @property
     def raw(self) -> bytes:

@@ -34,9 +34,9 @@ class Task:
     answer: Callable[[Meta], str] | None = None  # None: the generator's own answer, unchanged
     settings: Mapping[str, Any] = field(default_factory=dict)
     theirs: Callable[[str], str] = str
-    """what an answer in this task's form is in the generator's, whose verifier judges it"""
+    """Turns an answer in this task's form into that of the generator, whose verifier judges it."""
     truth: Callable[[Meta], Meta] = dict
-    """the metadata that the verifier is given, where this task asks for something else than the generator"""
+    """Returns the metadata that the verifier gets, where this task asks for something else than the generator."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class WrittenTask:
     train_samples: int
     eval_samples: int
     exhausted: bool
-    """The task has no more different prompts than these, although more were requested."""
+    """Whether the task has no more different prompts than these, although more were requested."""
 
 
 def write_tasks(folder: str | Path, tasks: Sequence[str], train_size: int, eval_size: int, seed: int) -> list[WrittenTask]:

@@ -15,21 +15,21 @@ from hecate.errors import UserError
 from hecate.io.plain_files import require_plain
 
 _OTHERS = (";", "\t")
-"""between cells of files that spreadsheets write where a comma parts a number"""
+"""The signs between cells in files that spreadsheets write where a comma parts a number."""
 _ROWS_AT_A_TIME = 64
-"""which are in memory whole: a table may have a long text once, and name it in every row"""
+"""The number of rows that are in memory whole: a table may have a long text once, and name it in every row."""
 _OLDEST_PYARROW = "23.0.1"
-"""earlier versions unpickle what a file says"""
+"""The earliest version that is used: those before it unpickle what a file says."""
 
 
 class Row(NamedTuple):
     """One row."""
 
     line: int
-    """of a CSV file: the line in which it begins; of others: the row's number, from 1"""
+    """The line of a CSV file in which the row begins; of other files the row's number, from 1."""
     value: dict[str, Any]
     reason: str = ""
-    """why the row cannot be used; empty: it can"""
+    """Why the row cannot be used; empty: it can."""
 
 
 def bounded_lines(file: IO[AnyStr], name: str) -> Iterator[AnyStr]:
@@ -117,15 +117,12 @@ def read_arrow(path: str) -> Iterator[Row]:
             except arrow.ArrowInvalid:
                 file.seek(0)
                 batches = iter(arrow.ipc.open_stream(file))
-            yield from _rows(part for batch in batches for part in _parts(batch))
+            starts = ((batch, start) for batch in batches for start in range(0, batch.num_rows, _ROWS_AT_A_TIME))
+            yield from _rows(batch.slice(start, _ROWS_AT_A_TIME) for batch, start in starts)
     except UserError:
         raise
     except (arrow.ArrowException, OSError, ValueError, OverflowError, MemoryError, KeyError, TypeError) as error:
         raise _unreadable(path, "Arrow", error) from error
-
-
-def _parts(batch: Any) -> Iterator[Any]:
-    return (batch.slice(start, _ROWS_AT_A_TIME) for start in range(0, batch.num_rows, _ROWS_AT_A_TIME))
 
 
 def _rows(batches: Iterator[Any]) -> Iterator[Row]:

@@ -29,7 +29,7 @@ class UserFeatures:
     path: str
     values_UF: NDArray[np.floating[Any]]
     row_of: Mapping[str, int]
-    """the row of each id"""
+    """The row of each id."""
 
     @property
     def width(self) -> int:

@@ -20,22 +20,22 @@ class Pool:
     """The pool of units of one place and shape (an `OwnedChunks`, whose chunks are the blocks)."""
 
     units: Sequence[tuple[Unit, int]]
-    """the units that share it, ascending, with the number of their experts"""
+    """The units that share the pool, ascending, with the number of their experts."""
     specs: tuple[TensorSpec, ...]
-    """the tensors of a block"""
+    """The tensors of a block."""
     initial: Callable[[Unit, int], Tensor]
-    """float64 [C]: the initial block of a unit's expert"""
+    """Returns the initial block of a unit's expert, float64 [C]."""
     dtype: torch.dtype
     device: torch.device
 
     @property
     def unit(self) -> Unit:
-        """Its name: that of no unit with experts."""
+        """The pool's name, which no unit with experts has."""
         return pool_unit(self.units[0][0])
 
     @property
     def num_experts(self) -> int:
-        """Of blocks."""
+        """The number of blocks."""
         return sum(experts for _, experts in self.units)
 
     @property

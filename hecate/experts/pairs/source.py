@@ -23,21 +23,18 @@ class PairSource(Protocol):
 
     lora: LoraShape
     projections: tuple[str, ...]
-    """those with a pair, in the order of the chunk"""
+    """The projections with a pair, in the order of the chunk."""
 
     sizes: PairSizes
-    """what of an expert's pairs is trained, and what the products with them cost"""
+    """What of an expert's pairs is trained, and what the products with them cost."""
 
     @property
     def drawn_digest(self) -> str:
-        """Of what is drawn from names (`digest_of_drawn`), by which a run notices that it would go on with other numbers; empty if nothing
-        is."""
-        ...
+        """The digest of what is drawn from names (`digest_of_drawn`), by which a run notices other numbers; empty: nothing is drawn."""
 
     def initial(self, expert: int, *key: int | str) -> Tensor:
         """float64 [C]: the pairs' part of an expert's initial chunk, or, of a source with a pool (`PairSizes.pooled`), the expert's initial
         block of it. `key` names it, as (seed, "expert", unit, expert)."""
-        ...
 
     def stacked(self, replicas_SC: Tensor, expert_S: Tensor) -> dict[str, LowRankPairs]:
         """The pairs' part of the chunks in the slots as A [S, r, I] and B [S, O, r] by projection, differentiable in `replicas_SC`.
@@ -46,7 +43,6 @@ class PairSource(Protocol):
             replicas_SC: of a source with a pool, all blocks of the pool.
             expert_S: int64: the expert whose chunk is in each slot, on the chunks' device. Every rank has other experts in its slots.
         """
-        ...
 
     def chunk_of(self, expert: int, pairs: dict[str, tuple[Tensor, Tensor]]) -> Tensor:
         """[C]: the chunk of an expert whose pairs are these (A, B) by projection: how a saved adapter is read."""

@@ -25,15 +25,15 @@ class RouterStats:
     """One layer's routing of the valid tokens of one forward pass on this rank."""
 
     prob_sum_E: Tensor
-    """probabilities summed over tokens; differentiable"""
+    """The probabilities summed over tokens; differentiable."""
     count_KE: Tensor
-    """int64: tokens whose k-th expert is expert e"""
+    """The number of tokens whose k-th expert is expert e, int64."""
     samples: SampleMeans | None = None
-    """of each sample; None: nothing balances by samples"""
+    """The means over each sample; None: nothing balances by samples."""
     differing: Tensor | None = None
-    """see `Routing.differing`"""
+    """The number of assignments that differ from a given routing (`Routing.differing`)."""
     expert_TK: Tensor | None = None
-    """see `Routing.expert_TK`; None: it is not kept, as in training"""
+    """The chosen experts (`Routing.expert_TK`); None: they are not kept, as in training."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,17 @@ class Routing:
     """The router's decision for some tokens."""
 
     prob_TE: Tensor
-    """the probability of each expert, such as a softmax over all, in the router's dtype; the load-balancing loss is made of it"""
+    """The probability of each expert, such as a softmax over all, in the router's dtype; the load-balancing loss is computed from it."""
     expert_TK: Tensor
-    """int64: the chosen experts, best first"""
+    """The chosen experts, best first, int64."""
     weight_TK: Tensor
-    """what each expert's result is multiplied by"""
+    """The weight by which each expert's result is multiplied."""
     samples: SampleMeans | None = None
-    """what a loss that balances each sample by itself is made of; made by the router, so that a layer that runs again keeps the same"""
+    """The means from which a loss that balances each sample is computed. The router computes them, so that a layer that runs again keeps
+    the same."""
     differing: Tensor | None = None
-    """int64 scalar: assignments to other experts than those that samples bring (`PassRouting`); None: it is not counted"""
+    """The number of assignments to other experts than those that samples bring (`PassRouting`), an int64 scalar; None: it is not
+    counted."""
 
     def stats(self) -> RouterStats:
         """What the load-balancing loss needs of it."""
@@ -63,19 +65,19 @@ class TokenFeatures:
     """What a router may need of the tokens beside their hidden states."""
 
     valid_T: Tensor | None = None
-    """int64 indices of the T tokens among all N; None: all are"""
+    """The indices of the T tokens among all N, int64; None: all are valid."""
     samples: PassSamples | None = None
-    """the samples of the N tokens; None: not known, as outside training"""
+    """The samples of the N tokens; None: not known, as outside training."""
     source_N: Tensor | None = None
-    """int64: of the source of each of the N tokens, or of all ([1]), its number in the training data; None: not known"""
+    """The number in the training data of the source of each of the N tokens, or of all ([1]), int64; None: not known."""
     users: PassUsers | None = None
-    """the users of the tokens' samples; None: not known"""
+    """The users of the tokens' samples; None: not known."""
     step: int | None = None
-    """the optimizer step, which keys dropout; None outside training"""
+    """The optimizer step, which keys dropout; None outside training."""
     decided: tuple[Tensor, ...] = ()
-    """what the model itself has decided for the T tokens: experts [T, K] and weights [T, K]; nothing where the router is to decide"""
+    """What the model itself has decided for the T tokens: experts [T, K] and weights [T, K]; nothing where the router is to decide."""
     forced_TK: Tensor | None = None
-    """int64: the experts that tokens go to, whatever the router would choose; None: it chooses. See `Router.replays`"""
+    """The experts that tokens go to, whatever the router would choose, int64; None: it chooses. See `Router.replays`."""
 
 
 def load_balancing_loss(stats: Mapping[Unit, RouterStats], group: dist.ProcessGroup) -> Tensor:
@@ -120,7 +122,7 @@ def sample_balance_loss(stats: Mapping[Unit, RouterStats], group: dist.ProcessGr
         len(of_layers)
         / len(stats)
         / of_layers[0].expected
-        * (_mean(one.prob_ME for one in of_layers) * _mean(one.chosen_ME for one in of_layers)).sum()
+        * (_mean(means.prob_ME for means in of_layers) * _mean(means.chosen_ME for means in of_layers)).sum()
         for of_layers in by_experts.values()
     ]
     return torch.stack(losses).sum()
@@ -131,7 +133,7 @@ def _mean(tensors: Iterable[Tensor]) -> Tensor:
 
 
 BalanceLoss = Callable[[Mapping[Unit, RouterStats], dist.ProcessGroup], Tensor]
-"""from the stats of some units to this rank's share of their loss; every rank calls it with the same units"""
+"""Computes from the stats of some units this rank's share of their loss; every rank calls it with the same units."""
 
 
 class Router(nn.Module, ABC):
@@ -142,16 +144,17 @@ class Router(nn.Module, ABC):
     """
 
     loss: BalanceLoss | None = staticmethod(load_balancing_loss)
-    """what balances its experts: the units whose routers have the same loss are balanced together (`MoeModel.balance_loss`); None: nothing,
-    or no loss"""
+    """The loss that balances the experts; None: nothing balances them, or no loss does. Units whose routers have the same loss are balanced
+    by one sum (`MoeModel.balance_loss`)."""
     separates: ClassVar[bool] = False
-    """whether the experts are adapters that must not influence one another: each has its own mean loss and its own gradient norm"""
+    """Whether the experts are adapters that must not influence one another: each has its own mean loss and its own gradient norm."""
 
     replays: ClassVar[bool] = False
-    """whether it gives tokens to `TokenFeatures.forced_TK`, which its `Routing.expert_TK` then is, with its own weights for them"""
+    """Whether the router can give tokens to `TokenFeatures.forced_TK`, which its `Routing.expert_TK` then is, with its own weights for
+    them."""
 
     user_width: int | None = None
-    """numbers in the vectors of the samples' users, by which it decides; None: it decides by something else"""
+    """The number of elements in the vectors of the samples' users, by which the router decides; None: it decides by something else."""
 
     @property
     def trained(self) -> Mapping[str, nn.Parameter]:
@@ -179,22 +182,22 @@ class RouterSite:
 
     unit: Unit
     hidden: int
-    """the size of what it reads"""
+    """The size of the rows that the router reads."""
     num_experts: int
     top_k: int
-    """at most the number of experts"""
+    """The number of experts of a token, at most the number of experts."""
     seed: int
     dtype: torch.dtype
-    """of what is trained: float32 or wider"""
+    """The type of what is trained: float32 or wider."""
     device: torch.device
     choices: RouterConfig = field(default_factory=RouterConfig)
-    """what the configuration says of it"""
+    """What the configuration says of the router."""
     user_width: int | None = None
-    """see `Router.user_width`; None: nothing is known of users"""
+    """The size of a user's vector (`Router.user_width`); None: nothing is known of users."""
 
 
 MakeRouter = Callable[[RouterSite], Router]
-"""makes the new router of a unit: a class of routers, or a function"""
+"""Returns the new router of a unit: a class of routers, or a function."""
 
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -202,9 +205,9 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "gate": lambda top_TK: top_TK,
     "one": torch.ones_like,
 }
-"""the weights of chosen experts with these scores, [T, K] -> [T, K], by the name that `moe.router.weights` gives"""
+"""The functions from the scores of chosen experts to their weights, [T, K] -> [T, K], by the name that `moe.router.weights` gives."""
 LOSSES: dict[str, BalanceLoss] = {"batch": load_balancing_loss, "sample": sample_balance_loss}
-"""by the name that `moe.router.balance` gives"""
+"""The balancing losses, by the name that `moe.router.balance` gives."""
 
 
 class ModelRouter(Router):

@@ -12,9 +12,9 @@ from hecate.io.plain_files import read_plain
 from hecate.model.files.safetensors_headers import stored_tensors
 
 _MOST_LAYERS, _LARGEST = 10_000, 2**31
-"""of any model; of any other whole number in its configuration"""
+"""The most layers of any model, and a bound of all other whole numbers in its configuration."""
 _ELSEWHERE = ("transformers_weights",)
-"""keys of config.json by which transformers takes its weights from other files than those that are digested"""
+"""The keys of config.json by which transformers takes its weights from other files than those that are digested."""
 
 
 def refuse_what_is_loaded_unseen(folder: Path) -> None:

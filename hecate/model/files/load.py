@@ -28,7 +28,7 @@ class ModelSource:
     def arguments(self) -> dict[str, Any]:
         """The arguments for transformers' `from_pretrained`: it reads local files only, and runs no code of the model's own.
 
-        Where it is not told, transformers asks on standard input whether to run that code.
+        Without `trust_remote_code`, transformers asks on standard input whether to run that code.
         """
         common: dict[str, Any] = {"pretrained_model_name_or_path": str(self.folder), "local_files_only": True, "trust_remote_code": False}
         return common if self.gguf_file is None else {**common, "gguf_file": self.gguf_file}
@@ -41,11 +41,7 @@ def resolve_model(name_or_path: str) -> ModelSource:
 
 
 def base_of(trained: Path, name_or_path: str) -> ModelSource:
-    """Find the base model of something trained.
-
-    Raises:
-        UserError: it is not where the trained folder says.
-    """
+    """Find the base model of something trained. Raises UserError: it is not where the trained folder says."""
     try:
         return resolve_model(name_or_path)
     except UserError as error:
@@ -197,11 +193,7 @@ def _end_tokens_alone(recommended: Any) -> Any:
 
 
 def load_tokenizer(source: ModelSource) -> Any:
-    """The model's fast tokenizer.
-
-    Raises:
-        UserError: there is none, or it is a slow one.
-    """
+    """The model's fast tokenizer. Raises UserError: there is none, or it is a slow one."""
     from transformers import AutoTokenizer
 
     _quiet_transformers()

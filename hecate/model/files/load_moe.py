@@ -1,4 +1,4 @@
-"""An MoE model without its experts, and where each expert's weights lie: they are read later, by their owners alone."""
+"""Loads an MoE model without its experts, and finds where each expert's weights lie: their owners alone read them later."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def load_moe_model(
         UserError: as `find_own_experts`, or the model is damaged.
     """
     model_class, config, layers = find_own_experts(source, kind, num_hidden_layers)
-    model = load_without([one.path for one in layers], model_class, config, source, dtype, device)
+    model = load_without([layer.path for layer in layers], model_class, config, source, dtype, device)
     return model, layers
 
 
@@ -106,10 +106,10 @@ def find_own_experts(
         wanted = block.num_experts, block.hidden, block.ffn
         got = None if stored is None else (stored.num_experts, stored.hidden, stored.ffn)
         if stored is None or got != wanted:
-            here = "none in a known layout" if got is None else f"{got[0]} of {got[1]} and {got[2]}"
+            held = "none in a known layout" if got is None else f"{got[0]} of {got[1]} and {got[2]}"
             raise UserError(
                 f"{source.folder}: layer {block.layer}: config.json says {wanted[0]} experts of hidden size {wanted[1]} and ffn size "
-                f"{wanted[2]}, but the files have {here}; is the download complete?"
+                f"{wanted[2]}, but the files have {held}; is the download complete?"
             )
         layers.append(OwnExperts(block, stored))
     return type(outline), config, tuple(layers)

@@ -14,9 +14,9 @@ from hecate.errors import UserError
 from hecate.model.files.stored_experts import LayerExperts, StoredPart
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-"""of stored weights, by the name that safetensors has for each"""
+"""The types of stored weights, by the name that safetensors has for each."""
 _BLOCK = 1 << 22
-"""number of elements that are converted, or copied to another device, at a time"""
+"""The number of elements that are converted, or copied to another device, at a time."""
 
 
 def read_expert(layer: LayerExperts, expert: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -13,9 +13,9 @@ from hecate.io.plain_files import open_plain, read_plain
 
 _LARGEST_HEADER = 200 << 20
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-"""the file with all weights of a model, and the one that says in which of several files they are"""
+"""The file with all weights of a model, and the one that says in which of several files they are."""
 DTYPE_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
-"""of the types in which weights are stored whole; others are quantised, or no weights"""
+"""The sizes of the types in which weights are stored whole; others are quantised, or no weights."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class StoredTensor:
 
     file: Path
     dtype: str
-    """as safetensors names it"""
+    """The name of the type in safetensors."""
     shape: tuple[int, ...]
     start: int
-    """of its first byte in the file; row-major from there"""
+    """The position of the tensor's first byte in the file; it is row-major from there."""
 
     @property
     def numel(self) -> int:

@@ -34,7 +34,7 @@ _GRANITE = {
     "block_sparse_moe.output_linear.weight": "block_sparse_moe.experts.down_proj",
     "block_sparse_moe.router.layer.weight": "block_sparse_moe.router.weight",
 }
-"""the ends of names in GraniteMoE's files, and of those names in the model"""
+"""The ends of names in GraniteMoE's files, and the ends of those names in the model."""
 
 
 def usual_name(name: str) -> str:
@@ -51,12 +51,12 @@ class StoredPart:
 
     entry: StoredTensor
     first: int
-    """element of the tensor"""
+    """The number of the part's first element in the tensor."""
     numel: int
 
     @property
     def offset(self) -> int:
-        """of the first byte in the file"""
+        """The position of the part's first byte in the file."""
         return self.entry.start + self.first * DTYPE_BYTES[self.entry.dtype]
 
 
@@ -67,7 +67,7 @@ class LayerExperts:
     hidden: int
     ffn: int
     parts: tuple[tuple[StoredPart, ...], ...]
-    """for each expert what makes up its flat chunk: gate [F, D], up [F, D], down [D, F]"""
+    """For each expert the parts that make up its flat chunk: gate [F, D], up [F, D], down [D, F]."""
 
     @property
     def num_experts(self) -> int:

@@ -24,7 +24,7 @@ class StoredWeight:
     """One weight."""
 
     file: str
-    """the name of the file that holds it"""
+    """The name of the file that holds the weight."""
     shape: tuple[int, ...]
     dtype: torch.dtype
 
@@ -35,18 +35,14 @@ class StoredModel:
 
     source: ModelSource
     config: Any
-    """as transformers has it"""
+    """The model's configuration as transformers has it."""
     weights: Mapping[str, StoredWeight]
     read: Callable[[str], Tensor]
-    """the function that reads a weight, on the CPU"""
+    """Reads a weight by its name, on the CPU."""
 
 
 def open_stored(source: ModelSource) -> StoredModel:
-    """Return the model's weights as they are stored.
-
-    Raises:
-        UserError: a file cannot be read, or holds weights that are quantised.
-    """
+    """Return the model's weights as they are stored. Raises UserError: a file cannot be read, or holds weights that are quantised."""
     if source.gguf_file is not None:
         with one_gguf_reader():
             model = load_model(source, torch.float32, torch.device("cpu"))

@@ -59,11 +59,7 @@ def tensors_of(path: Path) -> dict[str, StoredTensor]:
 
 
 def model_config(path: Path) -> dict[str, Any]:
-    """The values of a model's config.json, in a folder or in a file of another name.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """The values of a model's config.json, in a folder or in a file of another name. Raises UserError: it cannot be read."""
     file = path / "config.json" if path.is_dir() else path
     try:
         text = read_plain_text(file)

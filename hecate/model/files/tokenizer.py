@@ -25,11 +25,7 @@ def tokenizer_of(config: Config) -> Any:
 
 
 def vocabulary_of(config: Config, tokenizer: Any) -> int:
-    """Rows of the model's embedding.
-
-    Raises:
-        UserError: they cannot be shared out equally.
-    """
+    """Rows of the model's embedding. Raises UserError: they cannot be shared out equally."""
     size, parts = len(tokenizer), config.model.tensor_parallel
     if size % parts:
         divisors = ", ".join(str(number) for number in range(1, min(size, 64) + 1) if size % number == 0)

@@ -1,4 +1,4 @@
-"""How a model's layers compute attention in training: `model.attention`, where each way can run, and how transformers is told.
+"""How a model's layers compute attention in training: `model.attention`, where each way can run, and how transformers comes to use it.
 
 A way of ours is a function that transformers calls by name, in place of its own. transformers then makes no mask, and asks no GPU whether
 rows are packed: what the function needs to know of the rows comes with the forward pass.
@@ -24,11 +24,11 @@ Way = Literal["sdpa", "flex", "flash"]
 Kernel = Callable[[Tensor, Tensor, Tensor, AttentionRows, Scores], Tensor]
 _KERNELS: dict[Way, Kernel] = {"sdpa": kernels.sdpa, "flex": kernels.flex, "flash": kernels.flash}
 _PREFIX = "hecate_"
-"""before a way's name, in transformers' registry of attention functions"""
+"""The text before a way's name in transformers' registry of attention functions."""
 _UNKNOWN = {"s_aux": None, "position_bias": None, "is_causal": True}
-"""arguments of attention that change its result, and that no way of ours knows, with the values that they may have"""
+"""The arguments of attention that change its result and that no way of ours knows, with the values that they may have."""
 _WIDTH_ON_CPU, _WIDTH_ON_GPU = 8, 64
-"""to multiples of which rows are padded: on a GPU, tiles of its matrix products"""
+"""The numbers of which the padded width of rows is a multiple: on a GPU, the tiles of its matrix products."""
 _SMALLEST_FLEX_HEAD, _LARGEST_FLASH_HEAD = 16, 256
 
 
@@ -37,9 +37,9 @@ class AttentionChoice:
     """What a run asks for."""
 
     asked: Literal["auto", "sdpa", "flex", "flash"] = "auto"
-    """model.attention"""
+    """The value of model.attention."""
     packed: bool = True
-    """data.packing"""
+    """The value of data.packing."""
 
 
 AUTO = AttentionChoice()

@@ -21,12 +21,12 @@ from torch import Tensor
 from hecate.data.batches import PackedSamples
 
 HALF = (torch.bfloat16, torch.float16)
-"""the types that flash attention computes in"""
+"""The types in which flash attention computes."""
 FLEX_BLOCK = 128
-"""positions of queries, and of keys, that flex attention computes or leaves out together"""
+"""The number of positions of queries, and of keys, that flex attention computes or leaves out as a block."""
 
 MaskMod = Callable[[Any, Any, Tensor, Tensor], Tensor]
-"""(row, head, position of the query, position of the key) -> whether the query attends to the key"""
+"""Returns whether a query attends to a key, from the row, the head, the position of the query and that of the key."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Scores:
 
     scale: float
     window: int | None = None
-    """the positions, its own included, that a token attends to; None: all before it"""
+    """The number of positions, its own included, that a token attends to; None: all before it."""
     softcap: float | None = None
-    """c: scores become c · tanh(score / c), as in Gemma 2"""
+    """The c of a soft cap, by which scores become c · tanh(score / c), as in Gemma 2; None: there is none."""
 
 
 class AttentionRows:
@@ -213,7 +213,7 @@ class FlashKernel:
     """Flash attention over samples of many lengths that lie end to end."""
 
     compute: Callable[[Tensor, Tensor, Tensor, Tensor, int, Scores], Tensor]
-    """(query [T, H, E], key and value [T, G, E], bounds and longest as in `AttentionRows`, scores) -> [T, H, E]"""
+    """Computes (query [T, H, E], key and value [T, G, E], bounds and longest as in `AttentionRows`, scores) -> [T, H, E]."""
     has_softcap: bool
 
 

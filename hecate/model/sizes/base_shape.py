@@ -23,16 +23,17 @@ class LayerShape:
 
     hidden: int
     ffn: int
-    """the inner size of the FFN; where units are linears and the FFN is not gated, it is found by shapes alone"""
+    """The inner size of the FFN; where units are linears and the FFN is not gated, it is found by shapes alone."""
     parameters: int
     linears: tuple[tuple[str, int, int], ...]
-    """(last name, outputs, inputs) of each weight outside the FFN, or outside router and experts; with those of an FFN that is not gated"""
+    """The last name, outputs and inputs of each weight outside the FFN, or outside router and experts; with those of an FFN that is not
+    gated."""
     experts: int = 0
-    """the number of the model's own experts, whose inner size is `ffn`"""
+    """The number of the model's own experts, whose inner size is `ffn`."""
     ffn_linears: tuple[tuple[str, int, int], ...] = ()
-    """the same of the FFN's weights; nothing for a layer with experts"""
+    """The last name, outputs and inputs of each of the FFN's weights; nothing for a layer with experts."""
     normalized: int = 0
-    """outputs of the projections of queries and of keys that a norm of their own follows, as in Qwen3"""
+    """The outputs of the projections of queries and of keys that a norm of their own follows, as in Qwen3."""
 
     @property
     def linear_parameters(self) -> int:
@@ -55,9 +56,9 @@ class BaseShape:
     layers: tuple[LayerShape, ...]
     vocabulary: int
     parameters: int
-    """the number of all parameters, with a tied output projection counted once"""
+    """The number of all parameters, with a tied output projection counted once."""
     top_k: int | None = None
-    """the number of experts per token, if the model has experts"""
+    """The number of experts per token, if the model has experts."""
 
 
 def read_base_shape(path: Path, kind: ExpertKind, num_hidden_layers: int | None = None) -> BaseShape:

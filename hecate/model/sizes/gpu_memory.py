@@ -11,10 +11,10 @@ Reports from machines: 120 to 550 MB by the kind of GPU (llama.cpp, pull request
 which load only the kernels that run (PyTorch, issue 107667).
 """
 _BLOCK = 512
-"""the bytes of which each tensor takes a whole number: `kMinBlockSize` of torch's CUDACachingAllocator"""
+"""The bytes of which each tensor takes a whole multiple: `kMinBlockSize` of torch's CUDACachingAllocator."""
 _SMALL_PAGE, _LARGE_PAGE = 2 * 2**20, 20 * 2**20
-"""the bytes that the allocator takes from the driver at a time for tensors of up to 1 MiB, and for larger ones, in expandable segments
-(`kSmallBuffer`, `kLargeBuffer`)"""
+"""The bytes that the allocator takes from the driver at a time for tensors of up to 1 MiB, and for larger ones, in expandable segments
+(`kSmallBuffer`, `kLargeBuffer`)."""
 
 
 def rounding_bytes(tensors_D: np.ndarray) -> np.ndarray:

@@ -14,20 +14,22 @@ from hecate.model.sizes.run_shape import ExpertLayers, RunShape
 from hecate.parallel.cluster.backup_ranks import backup_ranks
 from hecate.parallel.cluster.mesh import owners_topology
 from hecate.parallel.cost.expert_cost import STATE_NUMBERS
-from hecate.parallel.values.expert_kinds import UNDIVIDED_MIXES
+from hecate.parallel.values.expert_kinds import MIXES_ON_EVERY_RANK
 from hecate.parallel.values.placement import owners_by_memory
 
 PHASES = ("forward", "backward", "optimizer")
 BESIDE_TENSORS = ("CUDA context (estimate)", "allocator's rounding (at most)")
-"""parts of a GPU's memory that are no tensors"""
+"""The names of the parts of a GPU's memory that are no tensors."""
 _HEAD_ROWS = 512
-"""the number of tokens whose logits are in memory at a time"""
+"""The number of tokens whose logits are in memory at a time."""
 _MIXLORA_TILE, _TILE_ROWS = 1 << 20, 512
-"""on a CPU: bytes of one buffer of a tile of experts that share an FFN, and assignments of a tile of others (`kernels/`)"""
+"""The sizes of tiles on a CPU: the bytes of one buffer for experts that share an FFN, and the assignments of a tile of others
+(`kernels/`)."""
 _CHUNK_ROWS = 1024
-"""on a GPU: the assignments of which gradients of pairs are summed at once (`kernels/mixlora/passes.py`)"""
+"""The number of assignments of which a GPU sums the gradients of pairs at once (`kernels/mixlora/passes.py`)."""
 _OTHER_TENSORS, _OUTSIDE_LAYERS = 5, 3
-"""tensors of a layer beside its projections: three of its FFN, two norms; and tensors outside the layers: embedding, norm, head"""
+"""The numbers of tensors in a layer beside its projections (three of its FFN, two norms), and outside the layers (embedding, norm,
+head)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +73,14 @@ def memory_parts(
         held, gradients, backward = (each[largest_D, np.arange(world)] for each in (held_3D, gradients_3D, backward_3D))
     elif config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
         gradients = fullest + owned
-    blocks, each_pool = owned_blocks(run) * run.master_bytes, [one.blocks * one.numel * run.master_bytes for one in run.pools]
+    blocks, each_pool = owned_blocks(run) * run.master_bytes, [pool.blocks * pool.numel * run.master_bytes for pool in run.pools]
     pools, nothing = sum(each_pool), np.zeros(world)
     # Autograd adds up the gradient of a whole pool, of one layer after the other, and then adds it to that of earlier micro-steps.
     gradients = gradients + (2 if micro_steps > 1 else 1) * pools + max(each_pool, default=0)
     frozen = np.zeros(world)
     for group, others_D in zip(run.groups, others_GD if frozen_GD is None else frozen_GD, strict=True):
         frozen += (owned_experts(group, run) + others_D) * group.cost.frozen_bytes
-    made = _made_bytes(run, others_GD)
+    computed = _computed_bytes(run, others_GD)
     replicated = np.full(world, float((run.replicated_parameters + run.parts_parameters) * run.master_bytes))
     seeded = np.full(world, float(run.seeded_parameters * run.master_bytes))
     sent, backups = _backup_bytes(run, owned + blocks)
@@ -92,7 +94,7 @@ def memory_parts(
         *([MemoryPart("seeded parts of pairs", np.stack([seeded] * 3))] if seeded.any() else []),
         MemoryPart("replicas", np.stack([replicas, held, nothing])),
         *([MemoryPart("pools", np.stack([np.full(world, float(pools))] * 2 + [nothing]))] if pools else []),
-        *([MemoryPart("pairs made of replicas", np.stack([made, made, nothing]))] if made.any() else []),
+        *([MemoryPart("pairs made of replicas", np.stack([computed, computed, nothing]))] if computed.any() else []),
         MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + blocks + replicated + sent + backups])),
         MemoryPart("activations (estimate)", np.stack([forward, backward, nothing])),
         *_beside_tensors(run, others_GD if frozen_GD is None else frozen_GD),
@@ -143,7 +145,7 @@ def _backup_bytes(run: RunShape, owned_D: np.ndarray) -> tuple[np.ndarray, np.nd
     return copies * owned_D, held_D
 
 
-def _made_bytes(run: RunShape, others_GD: list[np.ndarray]) -> np.ndarray:
+def _computed_bytes(run: RunShape, others_GD: list[np.ndarray]) -> np.ndarray:
     """Return the bytes of pairs that are made of replicas, float64 [ranks]: of all layers, or with checkpointing of the largest one.
 
     Replicas may be freed before the backward pass, but not what was made of them.
@@ -155,7 +157,7 @@ def _made_bytes(run: RunShape, others_GD: list[np.ndarray]) -> np.ndarray:
     all_layers, largest = np.zeros(world), np.zeros(world)
     for group, others_D in zip(run.groups, others_GD, strict=True):
         slots_D = owned_experts(group, run) + others_D * (group.number if rematerialize else 1)
-        bytes_D = slots_D * group.made * run.master_bytes
+        bytes_D = slots_D * group.computed_numel * run.master_bytes
         all_layers += bytes_D
         largest = np.maximum(largest, bytes_D / group.number * group.per_layer)
     return largest if run.config.gradient_checkpointing else all_layers
@@ -192,8 +194,8 @@ def _base_bytes(run: RunShape) -> np.ndarray:
     """
     world, sharded = run.topology.world_size, run.sharded_parameters
     for_good = run.frozen_parameters + run.rounded_parameters - sum(sharded) + sum(sharded) / run.mesh.shard_size
-    together = min(2, len(sharded)) * max(sharded, default=0)
-    return np.repeat(np.array([[for_good + together], [for_good + together], [for_good]]) * run.dtype_bytes, world, axis=1)
+    while_running = for_good + min(2, len(sharded)) * max(sharded, default=0)
+    return np.repeat(np.array([[while_running], [while_running], [for_good]]) * run.dtype_bytes, world, axis=1)
 
 
 def owned_blocks(run: RunShape) -> np.ndarray:
@@ -314,7 +316,7 @@ def _saved_by_linears(run: RunShape, index: int) -> float:
     targets = [inputs for name, _, inputs in layer.all_linears if name in config.lora.target_modules]
     kept = sum(targets) if experts else 2 * layer.hidden + layer.query_width + layer.ffn
     routing = 2 * 4 * experts + k * (3 * 4 + 4 * 8) if experts else 0
-    if config.moe.router.mixes in UNDIVIDED_MIXES:  # nothing is sorted
+    if config.moe.router.mixes in MIXES_ON_EVERY_RANK:  # nothing is sorted
         routing = 16 * experts
     low_rank = len(targets) * (config.lora.rank * b * (k if experts else 1) + routing)
     return b * (3 * layer.ffn + kept) + low_rank
@@ -377,7 +379,7 @@ def _chunk_bytes(run: RunShape, others_GD: list[np.ndarray], assignments_D: np.n
     for group, others_D in zip(run.groups, others_GD, strict=True):
         slots_D = owned_experts(group, run) / group.number + others_D / (1 if run.config.fssdp.rematerialize else group.number)
         chunks_D = assignments_D // _CHUNK_ROWS + np.minimum(slots_D, assignments_D)
-        most = np.maximum(most, 4.0 * max(group.made, group.cost.chunk_numel) * chunks_D)
+        most = np.maximum(most, 4.0 * max(group.computed_numel, group.cost.chunk_numel) * chunks_D)
     return most
 
 
@@ -396,8 +398,8 @@ def _head_bytes(run: RunShape) -> np.ndarray:
     Hidden states that are gathered from several ranks, and their gradients, are included.
     """
     tokens_D, parts = run.tokens_D * run.tensor_parallel, run.tensor_parallel
-    together = 2 * tokens_D * run.base.layers[0].hidden * run.dtype_bytes if parts > 1 else 0
+    gathered = 2 * tokens_D * run.base.layers[0].hidden * run.dtype_bytes if parts > 1 else 0
     rows_D = np.minimum(_HEAD_ROWS, tokens_D)
     b, hidden = run.dtype_bytes, run.base.layers[-1].hidden
     logits_D = rows_D * run.base.vocabulary // parts * (b if b >= 4 else 2 * b + 4)
-    return np.asarray(logits_D + 2 * run.tokens_D * hidden * b + together, dtype=np.float64)
+    return np.asarray(logits_D + 2 * run.tokens_D * hidden * b + gathered, dtype=np.float64)

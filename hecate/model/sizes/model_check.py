@@ -9,13 +9,13 @@ from hecate.model.sizes.base_shape import LAYER
 from hecate.model.sizes.pair_check import check_pair_sizes
 
 
-def check_model(config: Config, ranks_here: int | None = None) -> None:
+def check_model(config: Config, local_ranks: int | None = None) -> None:
     """Check, from the headers of the model's files, whether it has experts of its own, its number of layers, and `check_pairs`.
 
     What else is wrong with a model is left to those who load it.
 
     Args:
-        ranks_here: see `check_pairs`.
+        local_ranks: see `check_pairs`.
 
     Raises:
         UserError: the model has experts, or has none, where `moe.family` wants the other kind; or its experts are of a form that is not
@@ -23,7 +23,7 @@ def check_model(config: Config, ranks_here: int | None = None) -> None:
     """
     if config.model.front_end == "transformers":
         _check_experts(config)
-    check_pair_sizes(config, ranks_here)
+    check_pair_sizes(config, local_ranks)
 
 
 def _check_experts(config: Config) -> None:

@@ -7,13 +7,13 @@ from hecate.errors import UserError
 from hecate.experts.pairs.source_table import PAIR_SOURCES
 
 
-def check_pair_sizes(config: Config, ranks_here: int | None = None) -> None:
+def check_pair_sizes(config: Config, local_ranks: int | None = None) -> None:
     """Check that the model's sizes allow the configured pools, and that this machine has room for the matrices that ranks draw.
 
     What else is wrong with a model is left to those who load it.
 
     Args:
-        ranks_here: the ranks that this machine will run; None: they run elsewhere.
+        local_ranks: the ranks that this machine will run; None: they run elsewhere.
 
     Raises:
         UserError: a size does not fit, or there is too little free memory.
@@ -21,8 +21,8 @@ def check_pair_sizes(config: Config, ranks_here: int | None = None) -> None:
     source = PAIR_SOURCES[config.lora.pairs]
     if source.check_pool is not None:
         _check_pools(config)
-    if source.draws and ranks_here is not None:
-        _check_room(config, ranks_here)
+    if source.draws and local_ranks is not None:
+        _check_room(config, local_ranks)
 
 
 def _check_pools(config: Config) -> None:
@@ -35,7 +35,7 @@ def _check_pools(config: Config) -> None:
     pool_shapes(base, of_model)
 
 
-def _check_room(config: Config, ranks_here: int) -> None:
+def _check_room(config: Config, local_ranks: int) -> None:
     """Every rank draws all matrices for itself, and holds them as long as the run lasts."""
     import torch
 
@@ -43,11 +43,11 @@ def _check_room(config: Config, ranks_here: int) -> None:
     from hecate.model.sizes.run_shape import run_shape
 
     try:
-        run = run_shape(config, None, ranks_here)
+        run = run_shape(config, None, local_ranks)
     except UserError:
         return
     on_gpus = torch.cuda.is_available()
-    ranks, free = (1, free_bytes(torch.device("cuda", 0))) if on_gpus else (ranks_here, free_bytes(torch.device("cpu")))
+    ranks, free = (1, free_bytes(torch.device("cuda", 0))) if on_gpus else (local_ranks, free_bytes(torch.device("cpu")))
     needed = ranks * run.seeded_parameters * run.master_bytes
     if free is not None and needed > free:
         raise UserError(

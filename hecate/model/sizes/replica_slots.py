@@ -13,12 +13,13 @@ import numpy as np
 from hecate.config import Config
 from hecate.errors import UserError
 from hecate.model.sizes.memory import memory_parts, owned_experts
-from hecate.model.sizes.run_shape import ExpertLayers, RunShape, has_gpus, shape_on
+from hecate.model.sizes.run_shape import RunShape, has_gpus, shape_on
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cluster.topology_cards import SeenTopology
 
 _PLANNED_SHARE = 0.9
-"""of a device's memory; the rest is for what is not counted (docs/use/simulator.md), and for ranks that serve more tokens than others"""
+"""The share of a device's memory that is planned with; the rest is for what is not counted (docs/use/simulator.md), and for ranks that
+serve more tokens than others."""
 
 
 def slots_of_config(config: Config, say: Callable[[str], None] | None = None) -> Callable[[Topology], np.ndarray | None]:
@@ -28,7 +29,7 @@ def slots_of_config(config: Config, say: Callable[[str], None] | None = None) ->
     experts, or as the number says. Every rank that has the same files gets the same answer.
 
     Args:
-        say: is told once if the files do not tell the model's sizes.
+        say: called once if the files do not tell the model's sizes.
     """
     said = False
 
@@ -77,12 +78,8 @@ def _bytes(run: RunShape, slots_D: np.ndarray, served_D: np.ndarray) -> np.ndarr
     Args:
         served_D: distinct tokens of a micro-step that each rank computes in a layer.
     """
-    frozen_GD = [np.minimum(slots_D * group.number, _foreign(group, run)) for group in run.groups]
+    foreign_GD = [group.experts * group.number - owned_experts(group, run) for group in run.groups]  # other ranks' experts in all layers
+    frozen_GD = [np.minimum(slots_D * group.number, foreign_D) for group, foreign_D in zip(run.groups, foreign_GD, strict=True)]
     at_once = [group.number if run.config.fssdp.rematerialize else 1 for group in run.groups]
     others_GD = [frozen_D / number for frozen_D, number in zip(frozen_GD, at_once, strict=True)]
     return np.asarray(np.sum([part.bytes_PD for part in memory_parts(run, others_GD, served_D, frozen_GD)], axis=0).max(0))
-
-
-def _foreign(group: ExpertLayers, run: RunShape) -> np.ndarray:
-    """Return the number of other ranks' experts in all layers of the group, float64 [ranks]."""
-    return group.experts * group.number - owned_experts(group, run)

@@ -25,8 +25,8 @@ from hecate.parallel.cluster.topology_file import load_topology
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.cost.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
 from hecate.parallel.values.expert_kinds import (
+    MIXES_ON_EVERY_RANK,
     PROJECTIONS,
-    UNDIVIDED_MIXES,
     FfnSizes,
     LinearSizes,
     PairSizes,
@@ -40,7 +40,7 @@ from hecate.ranks.processor import computes_bfloat16
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _DRIVER = Path("/proc/driver/nvidia/gpus")
 _GPU_FLOPS = 1e13
-"""from this speed on, a device counts as a GPU and computes in bfloat16"""
+"""The speed from which on a device counts as a GPU and computes in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,16 @@ class ExpertLayers:
 
     experts: int
     number: int
-    """of units, in all layers together"""
+    """The number of units in all layers."""
     cost: LayerCost
     inputs: int
-    """numbers in a row that their routers read"""
+    """The size of the rows that the units' routers read."""
     per_layer: int = 1
-    """of these units in each decoder layer that has any"""
+    """The number of these units in each decoder layer that has any."""
     stack: int = 0
-    """groups of the same decoder layers have the same number"""
-    made: int = 0
-    """see `PairSizes.made`"""
+    """The number of the decoder layers' kind: groups of the same layers have the same number."""
+    computed_numel: int = 0
+    """The numbers of pairs that are computed for each replica (`PairSizes.computed_numel`)."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class PoolShape:
 
     blocks: int
     numel: int
-    """of a block"""
+    """The numbers of a block."""
 
 
 @dataclass(frozen=True)
@@ -79,15 +79,15 @@ class RunShape:
     topology_name: str
     base: BaseShape
     dtype_bytes: int
-    """the bytes of a weight that the model computes with, outside the experts"""
+    """The bytes of a weight that the model computes with, outside the experts."""
     master_bytes: int
-    """the bytes of a trained parameter and of a moment"""
+    """The bytes of a trained parameter and of a moment."""
     groups: tuple[ExpertLayers, ...]
     pools: tuple[PoolShape, ...] = ()
     user_width: int | None = None
-    """numbers in the vectors of users by which routers decide"""
+    """The size of the vectors of users by which routers decide; None: they decide by something else."""
     notes: tuple[str, ...] = ()
-    """what a user should know about the topology (`hecate.parallel.cluster.topology_cards.SeenTopology`)"""
+    """What a user should know about the topology (`hecate.parallel.cluster.topology_cards.SeenTopology`)."""
 
     @property
     def mesh(self) -> Mesh:
@@ -218,11 +218,7 @@ def run_shape(config: Config, topology: str | None, ranks: int | None) -> RunSha
 
 
 def shape_on(config: Config, seen: SeenTopology, name: str) -> RunShape:
-    """Read the model's headers, and return the sizes of the run on a topology that is called `name`.
-
-    Raises:
-        UserError: as `run_shape`.
-    """
+    """Read the model's headers, and return the sizes of the run on a topology that is called `name`. Raises UserError: as `run_shape`."""
     machines = seen.topology
     make_mesh(machines.world_size, config.fssdp.shard_size, config.model.tensor_parallel)
     base, config = base_shape_of(config)
@@ -309,7 +305,7 @@ def unit_costs(
     layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int, sequences: float
 ) -> list[tuple[int, LayerCost, int]]:
     """Return the inputs of each unit of a layer, the cost with which the engine plans (`hecate.experts.family.ExpertFamily.cost`), and how
-    many numbers of pairs are made for each replica (`PairSizes.made`).
+    many numbers of pairs are computed for each replica (`PairSizes.computed_numel`).
 
     Args:
         sequences: whose attention hides transfers, on the slowest device.
@@ -333,9 +329,9 @@ def unit_costs(
             top_k=config.moe.experts_per_token,
             number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
             non_moe_flops=2.0 * weights * sequences * config.data.seq_len / config.model.tensor_parallel,
-            undivided=config.deterministic or (kind.over_linears and config.moe.router.mixes in UNDIVIDED_MIXES),
+            on_every_rank=config.deterministic or (kind.over_linears and config.moe.router.mixes in MIXES_ON_EVERY_RANK),
         )
-        costs.append((inputs, cost, pairs.made))
+        costs.append((inputs, cost, pairs.computed_numel))
     return costs
 
 
@@ -364,8 +360,8 @@ def _groups(layers: list[tuple[int, list[tuple[int, LayerCost, int]]]]) -> tuple
     alike = Counter((number, tuple(units)) for number, units in layers if number)
     groups = []
     for stack, ((number, units), count) in enumerate(alike.items()):
-        for (inputs, cost, made), per_layer in Counter(units).items():
-            groups.append(ExpertLayers(number, count * per_layer, cost, inputs, per_layer, stack, made))
+        for (inputs, cost, computed), per_layer in Counter(units).items():
+            groups.append(ExpertLayers(number, count * per_layer, cost, inputs, per_layer, stack, computed))
     return tuple(groups)
 
 
@@ -399,12 +395,12 @@ def _base_shape(config: Config) -> BaseShape:
     )
     layers = (layer,) * (model.num_hidden_layers or gpt.layers)
     vocabulary = vocabulary_of(config, tokenizer_of(config))
-    return BaseShape(layers, vocabulary, (vocabulary + 1) * gpt.hidden + sum(one.parameters for one in layers))
+    return BaseShape(layers, vocabulary, (vocabulary + 1) * gpt.hidden + sum(layer.parameters for layer in layers))
 
 
 def _topology(name: str, config: Config, ranks: int | None) -> SeenTopology:
     if name == AUTO:
-        cards = _cards_here(_DRIVER)
+        cards = _local_cards(_DRIVER)
         number = ranks or config.nproc or len(cards) or 2
         # A run of more ranks than there are GPUs is planned for machines like this one.
         if not cards:
@@ -419,7 +415,7 @@ def _topology(name: str, config: Config, ranks: int | None) -> SeenTopology:
     return SeenTopology(machines)
 
 
-def _cards_here(driver: Path) -> list[str]:
+def _local_cards(driver: Path) -> list[str]:
     """Return the names of this machine's GPUs, from what their driver writes into its folder in /proc."""
     texts = [file.read_text(encoding="utf-8") for file in sorted(driver.glob("*/information"))]
     found = [re.search(r"^Model:\s*(.+?)\s*$", text, re.MULTILINE) for text in texts]

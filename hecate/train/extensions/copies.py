@@ -16,9 +16,7 @@ class BackupGradients(StepExtension):
     """The backups of experts get their owners' gradients, while the replicated gradients are summed, and take the same steps."""
 
     def __init__(self, engine: ExpertEngine, optimizer: ExpertOptimizer, backups: int) -> None:
-        """Args:
-        backups: of each expert, at least 1.
-        """
+        """`backups`: of each expert, at least 1."""
         self._engine, self._optimizer, self._backups = engine, optimizer, backups
         self._on_their_way: GradientsOnTheirWay | None = None
 
@@ -35,7 +33,7 @@ class ComparedCopies(StepExtension):
     """All copies are compared when the gradients are complete and nothing has changed yet."""
 
     compare: Callable[[], None]
-    """sends messages, and ends the step with an error if copies differ"""
+    """A function that sends messages, and ends the step with an error if copies differ."""
 
     def at(self, moment: Moment, subject: Any = None) -> None:
         if moment == "gradients":

@@ -44,11 +44,11 @@ class LossMean:
     """How sums over label tokens become the loss of a step."""
 
     trained: int
-    """what they are divided by for the gradients"""
+    """The number by which sums are divided for the gradients."""
     reported: int
-    """what they are divided by for the report"""
+    """The number by which sums are divided for the report."""
     weight_of_source: Tensor | None = None
-    """float64 [sources], of a token in the sums; None: 1"""
+    """The weight of a token in the sums, by its source, float64 [sources]; None: every weight is 1."""
 
 
 class StepExtension:
@@ -66,18 +66,18 @@ class StepExtension:
         return tokens
 
     def weight_of_source(self, weight: Tensor | None, batch: Batch) -> Tensor | None:
-        """float64 [sources], of a label token of this batch in the loss; None: 1."""
+        """The weight of a label token of this batch in the loss, by its source, float64 [sources]; None: every weight is 1."""
         return weight
 
     def gradient_limit(self, batch: Batch) -> Tensor | None:
-        """To which the norm of a batch's gradient is clipped (`TrainingPass.backward`); None: no limit."""
+        """The norm to which a batch's gradient is clipped (`TrainingPass.backward`); None: no limit."""
         return None
 
     def routed(self, stats: Mapping[Unit, RouterStats]) -> None:
         """The layers of a pass have run, and this is what their routers have done, by unit."""
 
     def sums(self) -> Tensor | None:
-        """float64 [n] of this rank, on its device, to be added up over the ranks; None: nothing. It is called once in a step."""
+        """Numbers of this rank, float64 [n] on its device, to be added up over the ranks; None: none. It is called once in a step."""
         return None
 
     def figures(self) -> Sequence[float]:

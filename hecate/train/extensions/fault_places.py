@@ -11,7 +11,7 @@ _PLACES = frozenset(get_args(faults.Place))
 
 
 class FaultPlaces(StepExtension):
-    """Whoever has armed this process is told of the step's moments that are places of faults."""
+    """Passes on the step's moments that are places of faults to whoever has armed this process."""
 
     def at(self, moment: Moment, subject: Any = None) -> None:
         if moment in _PLACES:

@@ -47,5 +47,5 @@ def step_extensions(
 
 def _labels_of_source(sequences: Sequence[PackedSequence], sources: int) -> list[int]:
     """Label tokens by source."""
-    labelled = np.concatenate([one.task[one.targets != IGNORED] for one in sequences])
+    labelled = np.concatenate([packed.task[packed.targets != IGNORED] for packed in sequences])
     return np.bincount(labelled, minlength=sources).tolist()

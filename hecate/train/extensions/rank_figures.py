@@ -14,9 +14,9 @@ class RankFigures(StepExtension):
     """This rank's requests and its work in the step before, of one step."""
 
     requests: Callable[[], Sequence[bool]]
-    """returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once"""
+    """Returns this rank's requests to all ranks (`StepResult.asked`), equally many on every rank. It is called once."""
     work_before: DenseWork
-    """this rank's in the step before"""
+    """This rank's work in the step before."""
 
     def figures(self) -> Sequence[float]:
         return self.work_before.tokens, self.work_before.seconds, *self.requests()

@@ -42,14 +42,14 @@ class ReplayedRouting(StepExtension):
         """
         self._forced = mode == "force"
         self._differing = torch.zeros(1, dtype=torch.float64, device=device)
-        """assignments of this rank to other experts than those that the samples bring"""
+        """The number of this rank's assignments to other experts than those that the samples bring."""
 
     def tokens(self, tokens: PassTokens, moe: MoeModel, head: CausalHead, batch: Batch) -> PassTokens:
         return with_routing(tokens, moe, batch, forced=self._forced)
 
     def routed(self, stats: Mapping[Unit, RouterStats]) -> None:
         if not self._forced:
-            self._differing += torch.stack([one.differing for one in stats.values() if one.differing is not None]).sum()
+            self._differing += torch.stack([of_unit.differing for of_unit in stats.values() if of_unit.differing is not None]).sum()
 
     def sums(self) -> Tensor | None:
         return None if self._forced else self._differing

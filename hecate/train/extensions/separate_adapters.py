@@ -19,7 +19,7 @@ class SeparateAdapters(StepExtension):
     """The losses of one step in which each source trains an expert of its own."""
 
     labels_of_source: Sequence[int]
-    """label tokens of the whole step by source, all ranks and micro-batches together"""
+    """The number of label tokens of the whole step by source, over all ranks and micro-batches."""
 
     def mean(self, mean: LossMean, device: torch.device) -> LossMean:
         """Each source's own mean. The host does not wait for the device."""

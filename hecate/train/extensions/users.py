@@ -33,7 +33,7 @@ class UsersOfSamples(StepExtension):
     """Every pass of a step knows its samples' users."""
 
     features_UF: Tensor
-    """the vectors of all users, on the batches' device"""
+    """The vectors of all users, on the batches' device."""
 
     def tokens(self, tokens: PassTokens, moe: MoeModel, head: CausalHead, batch: Batch) -> PassTokens:
         return with_users(tokens, head, batch, self.features_UF)

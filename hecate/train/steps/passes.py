@@ -63,11 +63,11 @@ class StepWork:
     micro_steps: int
     mean: LossMean
     aux_coef: float
-    """weight of the load-balancing loss in the training loss"""
+    """The weight of the load-balancing loss in the training loss."""
     samples: float | None
-    """see `pass_tokens`"""
+    """The number of samples of a micro-step that `pass_tokens` takes."""
     losses: Tensor
-    """float64 [2, positions]: the loss and the aux loss; a pass adds to the column of its position"""
+    """The loss and the aux loss, float64 [2, positions]; a pass adds to the column of its position."""
 
     def at(self, moment: Moment, subject: Any = None) -> None:
         """The step has come to a moment of its extensions."""
@@ -113,24 +113,20 @@ class StepWork:
 
 
 class StepSums(Protocol):
-    """In which passes a step runs, and in which order their losses and gradients are added."""
+    """The passes of a step, and the order in which their losses and gradients are added."""
 
     @property
     def positions(self) -> int:
-        """Number of columns in which losses are added up apart from each other."""
-        ...
+        """The number of columns in which losses are added up apart from each other."""
 
     def micro_steps(self, passes: int) -> int:
-        """Number of micro-steps that so many passes of a rank are."""
-        ...
+        """The number of micro-steps that a rank makes of so many passes."""
 
     def names(self, shards: ExpertShards) -> Sequence[str]:
-        """Names of the experts whose gradients' squares are added one by one, in this order; none: as they lie on their owners."""
-        ...
+        """Names of the experts whose gradients' squares are summed expert by expert, in this order; none: as they lie on their owners."""
 
     def run(self, work: StepWork, step: int, batches: Sequence[Batch]) -> dict[Unit, np.ndarray]:
         """All passes of a step, and the sums of all gradients over the ranks; the step's loads. Every rank must call it."""
-        ...
 
 
 class PassesByRank:

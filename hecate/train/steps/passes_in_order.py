@@ -54,20 +54,20 @@ class PassesInOrder:
             of_micro_step = batches[first : first + order.passes]
             passes = this_step.begin_passes([work.tokens(batch) for batch in of_micro_step], positions)
             sums = []
-            for one, batch in zip(passes, of_micro_step, strict=True):
-                with engine.current.set_to(one):
+            for micro, batch in zip(passes, of_micro_step, strict=True):
+                with engine.current.set_to(micro):
                     sums.append(work.forward(batch))
             # The share of tokens in the aux loss is that of the whole micro-step. All ranks exchange it before the first backward pass, so
             # that none waits for another between two of them.
-            counts = {unit: torch.stack([one.stats[unit].count_KE for one in passes]).sum(0) for unit in passes[0].stats}
+            counts = {unit: torch.stack([micro.stats[unit].count_KE for micro in passes]).sum(0) for unit in passes[0].stats}
             shares = []
-            for one, loss_sum in zip(passes, sums, strict=True):
-                stats = {unit: replace(of_unit, count_KE=counts[unit]) for unit, of_unit in one.stats.items()}
-                shares.append(work.share(loss_sum, stats, one.position or 0))
+            for micro, loss_sum in zip(passes, sums, strict=True):
+                stats = {unit: replace(of_unit, count_KE=counts[unit]) for unit, of_unit in micro.stats.items()}
+                shares.append(work.share(loss_sum, stats, micro.position or 0))
             last = first + order.passes == len(batches)
-            for one, batch, share in zip(passes, of_micro_step, shares, strict=True):
-                work.backward(one, batch, share)
-                replicated.add(one.position, optimizer.take_replicated(), last=last)
+            for micro, batch, share in zip(passes, of_micro_step, shares, strict=True):
+                work.backward(micro, batch, share)
+                replicated.add(micro.position, optimizer.take_replicated(), last=last)
         loads = this_step.finish()
         work.at("reduce", loads)
         optimizer.give_replicated(sum_in_order(replicated.sums, order, optimizer.take_replicated(), world))
@@ -75,17 +75,13 @@ class PassesInOrder:
         return loads
 
 
-def sequences_together(config: Config) -> int:
+def sequences_of_a_group(config: Config) -> int:
     """How many neighbouring sequences of a micro-step always stay on one rank."""
     return config.deterministic_group
 
 
 def step_sums(config: Config, shares: Sequence[int]) -> StepSums:
-    """In which order the steps of a run are summed.
-
-    Args:
-        shares: sequences of each micro-step, by rank.
-    """
+    """In which order the steps of a run are summed. `shares`: sequences of each micro-step, by rank."""
     if not config.deterministic:
         return PassesByRank()
     groups = [share // config.deterministic_group for share in shares]

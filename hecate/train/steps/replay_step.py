@@ -23,7 +23,7 @@ from hecate.train.steps.skipped_steps import CONFIG_FILE, STEP_FILE, sequences_a
 from hecate.train.training import Training
 
 _MOST_BYTES = 1 << 28
-"""of step.json: a token of a step takes some 20"""
+"""The largest step.json that is read, in bytes: a token of a step takes some 20."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Replayed:
     """What a step has found the first time, and again."""
 
     then: dict[str, Any]
-    """step.json"""
+    """The values of step.json."""
     now: StepResult
     first_module: str | None
-    """the module of the model that was first to return a number that is not finite; None: none did"""
+    """The module of the model that was first to return a number that is not finite; None: none did."""
     bad_gradients: tuple[str, ...]
-    """parameters whose gradients are not finite, in the order in which the backward pass comes to their layers"""
+    """The parameters whose gradients are not finite, in the order in which the backward pass comes to their layers."""
 
     def in_words(self) -> str:
         """Lines for the terminal."""
@@ -63,7 +63,7 @@ def replay_step(folder: Path, ranks: Ranks) -> Replayed:
 
     Args:
         folder: skipped-step-N in output_dir of the run; it may have been moved.
-        ranks: one alone.
+        ranks: this process alone.
 
     Raises:
         UserError: there is no such folder, the configuration does not fit this machine, or the data yield other tokens.
@@ -88,16 +88,12 @@ def replay_step(folder: Path, ranks: Ranks) -> Replayed:
 
 
 def read_step(folder: Path) -> dict[str, Any]:
-    """Return step.json of a skipped step.
-
-    Raises:
-        UserError: it cannot be read, or is another file.
-    """
+    """Return step.json of a skipped step. Raises UserError: it cannot be read, or is another file."""
     path = folder / STEP_FILE
     try:
         then = parse_json(read_plain(path, _MOST_BYTES))
         numbers = [then[name] for name in ("loss", "aux_loss", "grad_norm", "norm_limit")]
-        if not all(one is None or isinstance(one, int | float) for one in numbers) or type(then["step"]) is not int:
+        if not all(number is None or isinstance(number, int | float) for number in numbers) or type(then["step"]) is not int:
             raise JsonError("its figures are no numbers")
         if not isinstance(then["why"], str) or type(then["ranks"]) is not int or not isinstance(then["sequences"], list):
             raise JsonError("its reason, ranks or sequences are of another kind")
@@ -128,8 +124,8 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
     def hook(name: str) -> Any:
         def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            for one in output if isinstance(output, tuple) else (output,):
-                if isinstance(one, Tensor) and one.is_floating_point() and not bool(torch.isfinite(one).all()):
+            for value in output if isinstance(output, tuple) else (output,):
+                if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
                     names.append(name)
 
         return look
@@ -144,17 +140,14 @@ def _watched(model: nn.Module) -> Iterator[list[str]]:
 
 def _bad_gradients(optimizer: ExpertOptimizer) -> list[str]:
     """Names of parameters whose gradients are not finite, the last layer first; what belongs to no layer comes at the end."""
-    named: dict[str, nn.Parameter] = {f"layers.{unit}.experts.{number}": p for unit, number, p in _owned(optimizer)}
+    named: dict[str, nn.Parameter] = {}
+    for name, parameter in optimizer.owned.items():
+        unit, _, number = name.rpartition(".")
+        named[f"layers.{unit}.experts.{number}"] = parameter
     named |= optimizer.replicated
     named |= optimizer.parts.parameters if optimizer.parts else {}
     bad = [name for name, parameter in named.items() if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())]
     return sorted(bad, key=lambda name: -_layer(name))
-
-
-def _owned(optimizer: ExpertOptimizer) -> Iterator[tuple[str, str, nn.Parameter]]:
-    for name, parameter in optimizer.owned.items():
-        unit, _, number = name.rpartition(".")
-        yield unit, number, parameter
 
 
 def _layer(name: str) -> int:

@@ -100,18 +100,18 @@ def sequences_as_json(sequences: Sequence[PackedSequence]) -> list[dict[str, Any
     """Token ids, targets (-100: none) and the position of each token in its sample, by sequence."""
     return [
         {
-            "number": int(one.number),
-            "input_ids": one.input_ids.tolist(),
-            "targets": one.targets.tolist(),
-            "position_ids": one.position_ids.tolist(),
+            "number": int(packed.number),
+            "input_ids": packed.input_ids.tolist(),
+            "targets": packed.targets.tolist(),
+            "position_ids": packed.position_ids.tolist(),
         }
-        for one in sequences
+        for packed in sequences
     ]
 
 
 def _places(config: Config, parts: TrainedParts, sequences: Sequence[PackedSequence]) -> list[list[str]]:
     """File and line of each sample, by sequence."""
-    numbers = [[(source, int(parts.stream.sources[source].lines[sample])) for source, sample in one.samples] for one in sequences]
+    numbers = [[(source, int(parts.stream.sources[source].lines[sample])) for source, sample in packed.samples] for packed in sequences]
     of_source: dict[int, set[int]] = {}
     for source, number in chain.from_iterable(numbers):
         of_source.setdefault(source, set()).add(number)

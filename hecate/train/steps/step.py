@@ -7,8 +7,8 @@
 The loss is the sum over label tokens divided by their number in the whole step, all ranks and micro-steps together, plus the mean over
 the micro-steps of the aux loss. Each rank computes its share; gradients are summed, never averaged.
 
-What a run does beside that is said by extensions (`hecate.train.extensions.extension`), and in which order sums are made by
-`StepRules.sums` (`hecate.train.steps.passes`).
+Extensions say what a run does beside that (`hecate.train.extensions.extension`), and `StepRules.sums` says in which order sums are made
+(`hecate.train.steps.passes`).
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class StepBatches:
     """What one step trains on."""
 
     number: int
-    """of the step, from 0"""
+    """The number of the step, from 0."""
     micro_batches: Sequence[Batch]
-    """of this rank, one for each pass of each micro-step, equally many on every rank; rows may be all padding"""
+    """This rank's batches, one for each pass of each micro-step, equally many on every rank; rows may be all padding."""
     num_labels: int
-    """label tokens of the whole step, all ranks and micro-batches together"""
+    """The number of label tokens of the whole step, over all ranks and micro-batches."""
     num_samples: int | None = None
-    """samples of the whole step, likewise; None: no loss of the model is a mean over samples"""
+    """The number of samples of the whole step; None: no loss of the model is a mean over samples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,13 +50,13 @@ class StepRules:
     """How a step is made of its batches."""
 
     aux_coef: float
-    """weight of the load-balancing loss in the training loss"""
+    """The weight of the load-balancing loss in the training loss."""
     max_grad_norm: float | None
-    """to which the global norm of all gradients is clipped; None: no clipping"""
+    """The largest global norm of all gradients, to which they are clipped; None: no clipping."""
     norm_limit: float = math.inf
-    """the step is skipped if its gradient norm is larger"""
+    """The gradient norm above which the step is skipped."""
     sums: StepSums = field(default_factory=PassesByRank)
-    """in which order a step's passes run and their losses and gradients are added"""
+    """The order in which a step's passes run and their losses and gradients are added."""
 
 
 def train_step(
@@ -74,9 +74,7 @@ def train_step(
     mean = LossMean(max(batches.num_labels, 1), max(batches.num_labels, 1))
     for extension in extensions:
         mean = extension.mean(mean, device)
-    assert bool(moe.separate_experts) == (mean.weight_of_source is not None), (
-        "experts that are adapters of their own have means of their own"
-    )
+    assert bool(moe.separate_experts) == (mean.weight_of_source is not None), "separate experts have means of their own"
     work = StepWork(
         moe,
         head,
@@ -97,8 +95,9 @@ def train_step(
     own = (shards.bytes_sent - sent, shards.bytes_between_nodes - sent_far, peak_bytes(device))
     figures = [own, *(extension.figures() for extension in extensions)]
     sums = [extension.sums() for extension in extensions]
-    added_up = [one for one in sums if one is not None]
-    totals = exchange_totals(work.losses, squares, shards.groups.world, figures, added_up, partial(optimizer.together, names=names))
+    added_up = [of_extension for of_extension in sums if of_extension is not None]
+    by_expert = partial(optimizer.squares_by_expert, names=names)
+    totals = exchange_totals(work.losses, squares, shards.groups.world, figures, added_up, by_expert)
     work.at("optimizer")
     grad_norm = _usable_norm(totals, separate=bool(moe.separate_experts))
     taken = optimizer.step(grad_norm, rules.max_grad_norm, loads, totals.grad_norms, rules.norm_limit)

@@ -11,7 +11,7 @@ from hecate.parallel.loops import jit
 from hecate.train.extensions.extension import Moment, StepExtension
 
 _ENDED: dict[Moment, str] = {"planned": "plan", "forwarded": "forward", "backpropagated": "backward", "norm": "gradients"}
-"""the part of a step that is over at a moment"""
+"""The part of a step that is over at a moment."""
 
 
 class StepClock(StepExtension):
@@ -56,8 +56,8 @@ class StepClock(StepExtension):
     def seconds(self) -> dict[str, float]:
         """Part -> its seconds in this step, in the order of their beginnings. On a GPU, the host must have waited for the last part."""
         parts: dict[str, float] = {}
-        for part, (begun, waited_before), (ended, waited) in self._spans:
-            span = begun.elapsed_time(ended) / 1000 if self._cuda else ended - begun
+        for part, (start, waited_before), (end, waited) in self._spans:
+            span = start.elapsed_time(end) / 1000 if self._cuda else end - start
             parts[part] = parts.get(part, 0.0) + span - (waited - waited_before)
         return parts
 

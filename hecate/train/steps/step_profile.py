@@ -14,7 +14,7 @@ from hecate.report.timeline import write_timeline
 BEFORE, STEPS = 2, 3
 """steps of the process that are not recorded, because they also warm things up, and those that are"""
 TIMELINE = "profile.json.gz"
-"""the file in the run's folder"""
+"""The name of the timeline's file in the run's folder."""
 
 
 class StepProfile:
@@ -26,9 +26,9 @@ class StepProfile:
     def __init__(self, folder: Path, ranks: Ranks, *, wanted: bool) -> None:
         self._folder, self._ranks = folder, ranks
         self._under_way = wanted
-        """whether there will be a timeline, the same on every rank; False: it is written, not wanted or given up"""
+        """Whether there will be a timeline, the same on every rank; False: it is written, not wanted or given up."""
         self._steps = 0
-        """of this process"""
+        """The number of steps that this process has done."""
         self._profile: profile | None = None
 
     @contextmanager

@@ -20,7 +20,7 @@ from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.device_tables import copy_to
 
 _ROUNDING = 1e-4
-"""by which sums of the squares of the same float32 numbers may differ, relatively"""
+"""The relative difference that sums of the squares of the same float32 numbers may have."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,14 @@ class Totals:
     aux_loss: float
     grad_norm: float
     grad_norms: tuple[float, ...]
-    """of what `ExpertOptimizer.squares` tells apart; one, without what all ranks have, if it tells nothing apart"""
+    """The norms of the parts that `ExpertOptimizer.squares` returns apart; a single norm, without replicated parameters, if it returns one
+    sum."""
     figures: tuple[tuple[tuple[float, ...], ...], ...] = ()
-    """of each set of numbers that ranks have given to be known: those of each rank, by rank"""
+    """For each set of figures, those of every rank, by rank."""
     more: tuple[tuple[float, ...], ...] = ()
-    """what else was to be added up, in the same parts"""
+    """The other sums, in the parts in which they were given."""
     unlike: tuple[int, ...] = ()
-    """ranks that have summed the gradients of what all ranks have to something else than most ranks"""
+    """The ranks whose sum of the replicated parameters' gradients is another than that of most ranks."""
 
 
 def exchange_totals(
@@ -46,7 +47,7 @@ def exchange_totals(
     group: dist.ProcessGroup,
     figures: Sequence[Sequence[float]] = (),
     more: Sequence[Tensor] = (),
-    together: Callable[[Sequence[float]], Sequence[float]] = lambda squares: squares,
+    by_expert: Callable[[Sequence[float]], Sequence[float]] = lambda squares: squares,
 ) -> Totals:
     """Add up the ranks' shares. Every rank must call it. On a GPU the host waits once, for all that the step has computed.
 
@@ -57,14 +58,15 @@ def exchange_totals(
         group: of all ranks.
         figures: sets of numbers of this rank that all ranks are to know, equally many on every rank.
         more: float64 [n] each: what else is to be added up, equally many on every rank.
-        together: makes of the sums of squares, without that of what all ranks have, those whose roots are `Totals.grad_norms`.
+        by_expert: turns the sums of squares, without that of the replicated parameters, into the squares of `Totals.grad_norms`.
     """
-    told = torch.tensor([number for one in figures for number in one], dtype=torch.float64)
-    own = torch.cat([losses.flatten(), *more, squares, copy_to(told, losses.device)])
+    numbers = torch.tensor([number for of_set in figures for number in of_set], dtype=torch.float64)
+    own = torch.cat([losses.flatten(), *more, squares, copy_to(numbers, losses.device)])
     table_RF = own.new_empty((dist.get_world_size(group), len(own)))
     dist.all_gather(list(table_RF), own, group=group)
     rows = read(table_RF, group).tolist()
-    end = len(own) - len(told) - 1  # of what is added up; there is what all ranks have, once
+    # The columns before this one are added up. It is of the replicated parameters, which all ranks have alike, and counts once.
+    end = len(own) - len(numbers) - 1
     sums = [sum(column) for column in zip(*(row[:end] for row in rows), strict=True)]
     positions = losses.numel() // len(losses)
     loss, aux_loss = sum(sums[:positions]), sum(sums[positions : losses.numel()])
@@ -75,7 +77,7 @@ def exchange_totals(
         loss,
         aux_loss,
         grad_norm,
-        tuple(map(math.sqrt, together(squares_of))),
+        tuple(map(math.sqrt, by_expert(squares_of))),
         tuple(zip(*known, strict=True)) if figures else (),
         tuple(added),
         _unlike([row[end] for row in rows]),
@@ -87,7 +89,7 @@ def _unlike(squares: Sequence[float]) -> tuple[int, ...]:
     if not all(map(math.isfinite, squares)):
         return ()  # such a norm is refused as it is
     usual = median_low(squares)
-    return tuple(rank for rank, one in enumerate(squares) if not math.isclose(one, usual, rel_tol=_ROUNDING))
+    return tuple(rank for rank, square in enumerate(squares) if not math.isclose(square, usual, rel_tol=_ROUNDING))
 
 
 def _cut(row: Sequence[float], lengths: Sequence[int]) -> list[tuple[float, ...]]:

@@ -11,8 +11,8 @@ def plan_full(given: PlanInput) -> Plan:
 
 
 def plan_with(planner: Planner, given: PlanInput) -> Plan:
-    """What all layers go by under a policy: its plan, or everything everywhere where no layer may be divided (`LayerCost.undivided`)."""
-    return plan_full(given) if given.cost.undivided else planner(given)
+    """What all layers go by under a policy: its plan, or all experts on every rank if the layer needs that (`LayerCost.on_every_rank`)."""
+    return plan_full(given) if given.cost.on_every_rank else planner(given)
 
 
 POLICY = Policy(plan_full)

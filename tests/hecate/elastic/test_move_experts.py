@@ -51,7 +51,9 @@ def test_owners_are_compared_before_any_expert_moves(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(move_experts, "better_owners", lambda *_: better)
     monkeypatch.setattr(move_experts, "refuse_different_owners", differ)
     shards = SimpleNamespace(
-        plan_inputs=lambda for_owners: [([Unit(0)], None)], config=SimpleNamespace(planner=None), owners={Unit(0): np.array([0, 1])}
+        plans=SimpleNamespace(inputs=lambda for_owners: [([Unit(0)], None)]),
+        config=SimpleNamespace(planner=None),
+        owners={Unit(0): np.array([0, 1])},
     )
     engine: Any = SimpleNamespace(shards=shards)
     with pytest.raises(UserError, match=r"they differ: \[\[1, 0\]\]" if pays else r"they differ: \[\[0, 1\]\]"):

@@ -294,7 +294,7 @@ def _grouped(rank: int, world: int) -> float:
     assert asked[1].expected_LED[0].T.tolist() == ([[4, 0], [4, 0]] if rank < 2 else [[0, 4], [0, 0]]), "of its own group"
     assert asked[1].topology.flops == ((4.0, 3.0) if rank < 2 else (2.0, 5.0))
     assert asked[1].cost.non_moe_flops == (9.0 if rank < 2 else 6.0), "as long on the group's slowest device as on the job's: 3 s"
-    ((_, for_owners),) = made.shards.plan_inputs(for_owners=True)
+    ((_, for_owners),) = made.shards.plans.inputs(for_owners=True)
     assert for_owners.expected_LED[0].T.tolist() == [[2, 2], [2, 0]]
     assert for_owners.topology.flops == (2.0, 3.0)
     (parameter,) = made.shards.named_parameters().values()

@@ -64,7 +64,7 @@ def test_an_equal_placement_in_a_new_object_moves_nothing() -> None:
 def test_what_is_borrowed_is_returned_and_fetched_anew() -> None:
     """Without a slot, what an evaluation needs of others is given up after it."""
     step_plans = plans(slots=0)
-    step_plans.place_everywhere()
+    step_plans.place_for_evaluation(on_owners=False)
     borrowed = step_plans.borrow_frozen(LAYER)
     assert experts_moved(borrowed) == ([1, 2], [0])
     assert borrowed.copies == 3, "rank 1 lacks one expert and rank 0 two"

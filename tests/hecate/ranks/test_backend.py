@@ -50,7 +50,7 @@ def start(rank: int, world: int, store: str, shard_size: int | None) -> tuple[li
         assert ranks.connections == frozenset(), "gloo's way to notice a loss was used"
         groups = ranks.all_groups()
         used = [groups.index(group) for group in made["used"]]
-        ranks.leave(together=True)
+        ranks.leave(agreed=True)
         assert met.add("ranks-done", 0) == world, "a rank has aborted while another one was not done"
         assert made["aborted"] == [None]
     return made["default"], made["groups"], used

@@ -19,4 +19,4 @@ def test_ranks_that_left_their_group_and_found_no_other_do_not_go_on() -> None:
     outside.membership.next_group.return_value = None
     with pytest.raises(dist.DistError, match="none was formed"):
         _one_step(training, outside, mock.Mock())
-    training.ranks.leave.assert_called_once_with(together=True)
+    training.ranks.leave.assert_called_once_with(agreed=True)

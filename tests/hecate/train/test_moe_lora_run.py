@@ -18,7 +18,7 @@ from hecate.apps.answers.compare import Questions, compare
 from hecate.apps.answers.opened import with_adapter
 from hecate.config import load_config
 from hecate.data.files.choices import read_choices
-from hecate.engine.step_plans import StepPlans
+from hecate.engine import step_plans
 from hecate.errors import UserError
 from hecate.model.base import BaseChoice
 from hecate.model.sizes.run_shape import run_shape
@@ -111,7 +111,7 @@ def test_evaluation_and_answers_come_from_the_adapter(workshop: Path, trained: P
 def _judged(rank: int, world: int, adapter: str, asked: str) -> dict[str, dict[str, float]]:
     """On several ranks frozen experts stay with their owners, and ranks with fewer choices go forward with none."""
     if world > 1:
-        StepPlans.place_everywhere = None  # type: ignore[method-assign,assignment]
+        step_plans.everything_everywhere = None  # type: ignore[assignment]
     questions = {path.stem: read_choices(path) for path in sorted(Path(asked).iterdir())}
     (found,) = compare(None, [adapter], Questions(choices=questions), ranks_of_default_group(rank, world))
     return {name: dict(one.figures) for name, one in found.tasks.items()}

@@ -14,12 +14,13 @@ class PrivacySpent:
     """What is known of a source after some steps, for neighbours that differ in one sample's being blank."""
 
     epsilon: float
-    """if each step had drawn its samples independently (Poisson sampling), as accountants of DP-SGD assume; infinite without noise"""
+    """The epsilon if each step had drawn its samples independently (Poisson sampling), as accountants of DP-SGD assume; infinite without
+    noise."""
     epsilon_any_order: float
-    """of the order in which this program takes samples, every one once in each pass through the data: it assumes nothing of chance"""
+    """The epsilon of the order in which this program takes samples, each once in a pass through the data: it assumes nothing of chance."""
     delta: float
     sampling_rate: float
-    """samples of a step / samples of the source"""
+    """The number of samples of a step over the number of samples of the source."""
     steps: int
 
     def __str__(self) -> str:

@@ -30,15 +30,15 @@ class Privacy:
     """How samples are hidden."""
 
     clip: float
-    """the most that a sample's gradient may have as its norm; infinite: no clipping"""
+    """The largest norm that a sample's gradient may have; infinite: no clipping."""
     noise: float = 0.0
-    """the standard deviation of the noise on the sum of a source's clipped gradients, as a multiple of `clip`"""
+    """The standard deviation of the noise on the sum of a source's clipped gradients, as a multiple of `clip`."""
     seed: int = 0
-    """by which noise is drawn: who knows it can take the noise away again"""
+    """The seed of the noise: who knows it can take the noise away again."""
     first_step: int = 0
-    """the number of the run's first step among those with the same seed"""
+    """The number of the run's first step among those with the same seed."""
     sources: tuple[str, ...] = ()
-    """their names, by which noise is drawn, so that a source has the same noise whatever other sources there are"""
+    """The names of the sources, by which noise is drawn, so that a source has the same noise whatever other sources there are."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class SampleShares:
     """What a sample counts in a step, by its source."""
 
     samples_S: Tensor
-    """float64 [sources], at least 1: the number of the step's samples"""
+    """The number of the step's samples of each source, at least 1, float64 [sources]."""
     clip: float
 
     @staticmethod

@@ -39,7 +39,7 @@ def nola_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) ->
             TensorSpec(f"{name}.U", (lora.bases, *a.shape)),
             TensorSpec(f"{name}.V", (lora.bases, *b.shape)),
         ]
-    return PairSizes(tuple(trained), whole.flops, tuple(seeded), seeded_of_model=True, made=whole.trained_numel)
+    return PairSizes(tuple(trained), whole.flops, tuple(seeded), seeded_of_model=True, computed_numel=whole.trained_numel)
 
 
 class DrawnTensor:

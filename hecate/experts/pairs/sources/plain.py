@@ -29,7 +29,7 @@ def plain_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -
         specs += [TensorSpec(f"{name}.A", (lora.rank, inputs)), TensorSpec(f"{name}.B", (outputs, lora.rank))]
     # Copies of B: one if each expert has a scale of its own, and one by which a gradient rule makes A's gradient.
     copies = bool(lora.of_experts) + (lora.gradient_rule != "none")
-    return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs), made=copies * sum(spec.numel for spec in specs[1::2]))
+    return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs), computed_numel=copies * sum(spec.numel for spec in specs[1::2]))
 
 
 class PlainPairs:

@@ -47,7 +47,7 @@ def shard_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -
     whole = plain_pairs(sizes, projections, lora)
     block = plain_pairs(sizes, projections, replace(lora, rank=shards.equivalent_rank)).trained
     pooled = tuple(spec if spec.name.endswith(".A") else TensorSpec(spec.name, spec.shape[::-1]) for spec in block)
-    return PairSizes((), whole.flops, made=whole.trained_numel, pooled=pooled)
+    return PairSizes((), whole.flops, computed_numel=whole.trained_numel, pooled=pooled)
 
 
 def require_public_shards(lora: LoraShape, consumers: int) -> None:
@@ -88,7 +88,7 @@ class ShardPairs:
         blocks = sum(experts for _, experts in site.alike)
         require_public_shards(lora, blocks)
         self._block = PlainPairs(replace(lora, rank=lora.shards.equivalent_rank), projections, site.sizes)
-        """the plain pairs whose numbers a block has"""
+        """The plain pairs whose numbers a block has."""
         first = _experts_before(site)
         names = [(site.seed, "shards", str(site.unit), expert) for expert in range(site.num_experts)]
         self._index_EM = {

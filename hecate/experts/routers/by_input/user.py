@@ -19,7 +19,7 @@ from hecate.kernels.common.dropout import Dropout, dropout_key
 from hecate.parallel.values.expert_kinds import GATE_WIDTH
 
 GATE_DROPOUT = 0.1
-"""the share of the numbers inside the gate that training drops, as in the authors' code"""
+"""The share of the numbers inside the gate that training drops, as in the authors' code."""
 
 
 class UserRouter(Router):
@@ -55,11 +55,7 @@ class UserRouter(Router):
         return Routing(weight_TE, expert_TE, weight_TE)
 
     def weights(self, users: PassUsers, step: int | None = None) -> Tensor:
-        """[M, E]: the share of each expert for each sample.
-
-        Args:
-            step: the optimizer step, which keys dropout; None outside training.
-        """
+        """[M, E]: the share of each expert for each sample. `step`: the optimizer step, which keys dropout; None outside training."""
         inner_MH = F.relu(self.hidden(self.norm(users.features_MF.to(self.norm.weight.dtype))))
         if step is not None and users.number_M is not None:
             dropout = Dropout(GATE_DROPOUT, dropout_key(self._site.seed, step, *unit_numbers(self._site.unit)))
@@ -79,7 +75,7 @@ class UserRouter(Router):
 
 
 _STREAM = -1
-"""of the gate's dropout; those of a unit's experts are 0 and more"""
+"""The stream of the gate's dropout; those of a unit's experts are 0 and more."""
 
 
 ROUTER = UserRouter

@@ -80,7 +80,7 @@ def _held_out(run: Training) -> float:
 
 def _export(folder: Path, ranks: Ranks) -> tuple[np.ndarray, int, LayerCost, float]:
     run = Training(config_of(folder), ranks)
-    ((_, given),) = run.parts.moe.engine.shards.plan_inputs()
+    ((_, given),) = run.parts.moe.engine.shards.plans.inputs()
     for parameter in run.parts.moe.replicated_parameters().values():
         if parameter.dim() > 1:
             parameter.data.mul_(8)  # far from linear, and from equal routing

@@ -89,7 +89,7 @@ def _train(ranks: Ranks, folder: Path, *overrides: str) -> Found:
     run.parts.output.replace(Path(run.parts.config.output_dir), run.parts.moe, ranks)
     parts = run.parts.moe.parts.parameters.values() if run.parts.moe.parts else ()
     numbers = tuple(sum(p.numel() for p in some) for some in (run.parts.moe.replicated_parameters().values(), parts))
-    ((_, given),) = run.parts.moe.engine.shards.plan_inputs()
+    ((_, given),) = run.parts.moe.engine.shards.plans.inputs()
     gradients = _watch_gradients(run)
     steps, loads = _go_on(run, SAVED)
     resumed, _ = _go_on(Training(config_of(folder, *COMMON, *overrides, "resume=true"), ranks))
