@@ -34,7 +34,7 @@ def engine_config(
         plan=config.fssdp.plan,
         rematerialize=config.fssdp.rematerialize,
         prefetch=config.fssdp.prefetch,
-        undivided=config.deterministic,
+        experts_everywhere=config.deterministic,
         tp_size=config.model.tensor_parallel,
     )
 

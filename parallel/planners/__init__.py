@@ -57,9 +57,9 @@ _AS_PUBLISHED: dict[str, Planner] = {
 }
 """the policies whose systems divide tokens among replicas in their own way, with that way"""
 WITH_OURS: dict[str, Planner] = {f"{name}+ours": POLICIES[name] for name in _AS_PUBLISHED}
-"""the same with this project's split and collectives, as they train"""
+"""the policies of other systems with this project's split and collectives, as they train"""
 ROWS: dict[str, Planner] = POLICIES | _AS_PUBLISHED | WITH_OURS
-"""what a simulation can compare"""
+"""the policies that a simulation can compare"""
 
 
 def price_row(name: str, plan: Plan, given: PlanInput) -> Priced:

@@ -62,7 +62,7 @@ UnitSizes = FfnSizes | LinearSizes
 
 
 DEFAULT_BASES = 256
-UNDIVIDED_MIXES = frozenset({"factors"})
+MIXES_OF_ALL_PAIRS = frozenset({"factors"})
 """the ways to mix a token's pairs for which its rank must have all of the unit's; by the others each rank may add what it has"""
 
 
@@ -89,7 +89,7 @@ class ShardShape:
     per_vector: int = 4
     """shards that a row of A or a column of B is put together from"""
     private_rank: int = 1
-    """of an expert's rank, what only it takes from the pool"""
+    """the part of an expert's rank that it alone takes from the pool"""
 
 
 @dataclass(frozen=True)
@@ -98,18 +98,18 @@ class LoraShape:
 
     rank: int
     scale: float
-    """of `lora_scale`"""
+    """what B A x is multiplied by (`lora_scale`)"""
     dropout: float
     source: str = "plain"
     """one of `PAIR_SIZES`"""
     eta: float | None = None
-    """of the gradient rule row_norm (`hecate.experts.pairs.gradient_rules.row_norm`); None: there is no rule"""
+    """the eta of the gradient rule row_norm (`hecate.experts.pairs.gradient_rules.row_norm`); None: there is no rule"""
     bases: int = DEFAULT_BASES
-    """of the source nola: drawn matrices whose sum is A, and as many whose sum is B"""
+    """the number of drawn matrices whose sum is A, and of those whose sum is B, with the source nola"""
     shards: ShardShape = ShardShape()
-    """of the source shards"""
+    """the numbers of the source shards"""
     of_experts: tuple[tuple[int, float], ...] = ()
-    """rank and scale of each expert of a unit, where they differ; pairs are then padded to `rank`, the largest. Empty: all are alike"""
+    """the rank and scale of each expert of a unit, where they differ; pairs are then padded to `rank`, the largest. Empty: all are alike"""
 
     @property
     def widest(self) -> int:
@@ -144,9 +144,9 @@ class PairSizes:
     """backward FLOPs of one assignment in gradients that plain pairs have and these have not"""
     seeded_of_model: bool = False
     """whether all units of a model share the seeded tensors that have the same name and shape"""
-    made: int = 0
-    """numbers of A and B that are made for each replica from what is trained, and kept from the unit's forward to its backward pass; 0: A
-    and B are parts of the replica, or seeded"""
+    computed_numel: int = 0
+    """the numbers of A and B that are computed for each replica from what is trained, and kept from the unit's forward to its backward
+    pass; 0: A and B are parts of the replica, or seeded"""
     pooled: tuple[TensorSpec, ...] = ()
     """what is trained in a pool that the units of one place and shape have in common (`hecate.experts.pairs.pool`), not in `trained`: the
     pool has one block of these tensors for each of their experts"""
@@ -171,7 +171,7 @@ def plain_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -
         specs += [TensorSpec(f"{name}.A", (lora.rank, inputs)), TensorSpec(f"{name}.B", (outputs, lora.rank))]
     # Copies of B: one if each expert has a scale of its own, and one by which a gradient rule makes A's gradient.
     copies = bool(lora.of_experts) + (lora.eta is not None)
-    return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs), made=copies * sum(spec.numel for spec in specs[1::2]))
+    return PairSizes(tuple(specs), 2.0 * sum(spec.numel for spec in specs), computed_numel=copies * sum(spec.numel for spec in specs[1::2]))
 
 
 def fixed_a_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
@@ -193,7 +193,7 @@ def nola_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) ->
             TensorSpec(f"{name}.U", (lora.bases, *a.shape)),
             TensorSpec(f"{name}.V", (lora.bases, *b.shape)),
         ]
-    return PairSizes(tuple(trained), whole.flops, tuple(seeded), seeded_of_model=True, made=whole.trained_numel)
+    return PairSizes(tuple(trained), whole.flops, tuple(seeded), seeded_of_model=True, computed_numel=whole.trained_numel)
 
 
 def shard_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -> PairSizes:
@@ -215,7 +215,7 @@ def shard_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -
     whole = plain_pairs(sizes, projections, lora)
     block = plain_pairs(sizes, projections, replace(lora, rank=shards.equivalent_rank)).trained
     pooled = tuple(spec if spec.name.endswith(".A") else TensorSpec(spec.name, spec.shape[::-1]) for spec in block)
-    return PairSizes((), whole.flops, made=whole.trained_numel, pooled=pooled)
+    return PairSizes((), whole.flops, computed_numel=whole.trained_numel, pooled=pooled)
 
 
 def require_public_shards(lora: LoraShape, consumers: int) -> None:
@@ -241,7 +241,7 @@ PAIR_SIZES: dict[str, Callable[[UnitSizes, Iterable[str], LoraShape], PairSizes]
     "nola": nola_pairs,
     "shards": shard_pairs,
 }
-"""by the name of the pair source; what computes with it is in `hecate.experts.families.PAIR_SOURCES`"""
+"""the sizes by the name of the pair source; what computes with it is in `hecate.experts.families.PAIR_SOURCES`"""
 
 
 @dataclass(frozen=True)
@@ -249,13 +249,13 @@ class ExpertParameters:
     """Parameters of one expert, and what its pairs cost."""
 
     trained_ffn: int
-    """of an FFN of its own that trains"""
+    """the parameters of an FFN of its own that trains"""
     frozen_ffn: int
-    """of an FFN of its own that does not"""
+    """the parameters of an FFN of its own that does not train"""
     shared_ffn: int
-    """of the frozen FFN that it has in common with its layer's other experts"""
+    """the parameters of the frozen FFN that it has in common with its layer's other experts"""
     pairs: int
-    """of its low-rank pairs, those that are trained"""
+    """the trained parameters of its low-rank pairs"""
     pair_flops: float
     """forward FLOPs of one assignment in the products with the pairs"""
     pair_backward: float
@@ -274,7 +274,7 @@ class ExpertKind:
     what: str
     """what it makes of a model, for messages"""
     over_linears: bool = False
-    """its units are the linear layers that `lora.target_modules` names, each of them one; not a decoder layer's FFN"""
+    """whether its units are the linear layers that `lora.target_modules` names, and not a decoder layer's FFN"""
     ffn: Literal["trained", "frozen", "shared", "none"]
     """an expert's FFN is its own and trains; is its own and frozen; is one frozen FFN of the layer; or it has none: its pairs stand beside
     a linear layer that every rank computes for its own tokens"""

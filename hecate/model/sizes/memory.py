@@ -14,7 +14,7 @@ from hecate.model.sizes.run_shape import ExpertLayers, RunShape
 from hecate.parallel.cluster.backup_ranks import backup_ranks
 from hecate.parallel.cluster.mesh import owners_topology
 from hecate.parallel.cost.expert_cost import STATE_NUMBERS
-from hecate.parallel.values.expert_kinds import UNDIVIDED_MIXES
+from hecate.parallel.values.expert_kinds import MIXES_OF_ALL_PAIRS
 from hecate.parallel.values.placement import owners_by_memory
 
 PHASES = ("forward", "backward", "optimizer")
@@ -155,7 +155,7 @@ def _made_bytes(run: RunShape, others_GD: list[np.ndarray]) -> np.ndarray:
     all_layers, largest = np.zeros(world), np.zeros(world)
     for group, others_D in zip(run.groups, others_GD, strict=True):
         slots_D = owned_experts(group, run) + others_D * (group.number if rematerialize else 1)
-        bytes_D = slots_D * group.made * run.master_bytes
+        bytes_D = slots_D * group.computed_numel * run.master_bytes
         all_layers += bytes_D
         largest = np.maximum(largest, bytes_D / group.number * group.per_layer)
     return largest if run.config.gradient_checkpointing else all_layers
@@ -314,7 +314,7 @@ def _saved_by_linears(run: RunShape, index: int) -> float:
     targets = [inputs for name, _, inputs in layer.all_linears if name in config.lora.target_modules]
     kept = sum(targets) if experts else 2 * layer.hidden + layer.query_width + layer.ffn
     routing = 2 * 4 * experts + k * (3 * 4 + 4 * 8) if experts else 0
-    if config.moe.router.mixes in UNDIVIDED_MIXES:  # nothing is sorted
+    if config.moe.router.mixes in MIXES_OF_ALL_PAIRS:  # nothing is sorted
         routing = 16 * experts
     low_rank = len(targets) * (config.lora.rank * b * (k if experts else 1) + routing)
     return b * (3 * layer.ffn + kept) + low_rank
@@ -377,7 +377,7 @@ def _chunk_bytes(run: RunShape, others_GD: list[np.ndarray], assignments_D: np.n
     for group, others_D in zip(run.groups, others_GD, strict=True):
         slots_D = owned_experts(group, run) / group.number + others_D / (1 if run.config.fssdp.rematerialize else group.number)
         chunks_D = assignments_D // _CHUNK_ROWS + np.minimum(slots_D, assignments_D)
-        most = np.maximum(most, 4.0 * max(group.made, group.cost.chunk_numel) * chunks_D)
+        most = np.maximum(most, 4.0 * max(group.computed_numel, group.cost.chunk_numel) * chunks_D)
     return most
 
 

@@ -23,9 +23,9 @@ from hecate.parallel.cluster.topology_file import load_topology
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.cost.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
 from hecate.parallel.values.expert_kinds import (
+    MIXES_OF_ALL_PAIRS,
     PAIR_SIZES,
     PROJECTIONS,
-    UNDIVIDED_MIXES,
     FfnSizes,
     LinearSizes,
     PairSizes,
@@ -57,8 +57,8 @@ class ExpertLayers:
     """of these units in each decoder layer that has any"""
     stack: int = 0
     """groups of the same decoder layers have the same number"""
-    made: int = 0
-    """see `PairSizes.made`"""
+    computed_numel: int = 0
+    """see `PairSizes.computed_numel`"""
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def unit_costs(
     layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int, sequences: float
 ) -> list[tuple[int, LayerCost, int]]:
     """Return the inputs of each unit of a layer, the cost with which the engine plans (`hecate.experts.family.ExpertFamily.cost`), and how
-    many numbers of pairs are made for each replica (`PairSizes.made`).
+    many numbers of pairs are made for each replica (`PairSizes.computed_numel`).
 
     Args:
         sequences: whose attention hides transfers, on the slowest device.
@@ -332,9 +332,9 @@ def unit_costs(
             top_k=config.moe.experts_per_token,
             number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
             non_moe_flops=2.0 * weights * sequences * config.data.seq_len / config.model.tensor_parallel,
-            undivided=config.deterministic or (kind.over_linears and config.moe.router.mixes in UNDIVIDED_MIXES),
+            experts_everywhere=config.deterministic or (kind.over_linears and config.moe.router.mixes in MIXES_OF_ALL_PAIRS),
         )
-        costs.append((inputs, cost, pairs.made))
+        costs.append((inputs, cost, pairs.computed_numel))
     return costs
 
 
