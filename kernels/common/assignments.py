@@ -1,8 +1,8 @@
 """Sort the assignments of tokens to experts, and cut them into the tiles that kernels work on.
 
 An assignment is a token with one of its top-k experts, so a token has k of them. Kernels take assignments sorted by slot, the index of
-an expert's weights on this rank, so that neighbouring rows are multiplied by the same weights. `assignment_order` sorts on the device
-without waiting for it, so all sizes on the host are upper bounds; `assignment_tiles`, for the torch path, reads the group sizes back.
+an expert's weights on this rank, so that neighbouring rows are multiplied by the same weights. `hecate.kernels.common.sorting` sorts on the
+device without waiting for it, so all sizes on the host are upper bounds; `assignment_tiles`, for the torch path, reads the sizes back.
 
 Shapes: T tokens, K assignments of a token, P places of the sorted assignments (T·K at most), S slots, D hidden, m assignments of a tile.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hecate.kernels.common.operands import Operands
@@ -45,14 +44,6 @@ class RoutedTokens:
         assert self.expert_S is not None, "the experts in the slots are not given"
         return self.expert_S
 
-    @property
-    def expert_TK(self) -> Tensor:
-        """Return the expert of each assignment, int64 [T, K]; that of the last slot for an assignment that another rank computes.
-
-        Needs `expert_S`.
-        """
-        return self.experts_in_slots.to(self.slot_TK.device)[self.slot_TK]
-
 
 @dataclass(frozen=True)
 class AssignmentOrder(Operands):
@@ -71,7 +62,7 @@ class AssignmentOrder(Operands):
     starts: Tensor
     """int32 [S + 1], the first place of each slot, and last the number of assignments that are computed on this rank"""
     tile_maps: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """the results of `tile_map` for this order, by the number of rows of a tile"""
+    """the tile maps of this order that were needed so far (`hecate.kernels.common.sorting.kept_tile_map`), by the rows of a tile"""
 
     @property
     def num_assignments(self) -> int:
@@ -82,81 +73,26 @@ class AssignmentOrder(Operands):
     def num_slots(self) -> int:
         return self.starts.numel() - 1
 
-    @property
-    def sizes_S(self) -> Tensor:
-        """Return the number of assignments of each slot, int32 [S]."""
-        return self.starts.diff()
-
-
-def assignment_order(slot_TK: Tensor, num_slots: int) -> AssignmentOrder:
-    """Return the assignments of `slot_TK` (integers [T, K], each in -1 … num_slots - 1) sorted by slot."""
-    slot = slot_TK.flatten()
-    # A radix sort takes a pass for each few bits of its keys.
-    key = torch.where(slot < 0, num_slots, slot).to(torch.int16 if num_slots < 2**15 else torch.int32)
-    key_P, order_P = torch.sort(key, stable=True)
-    bounds = torch.arange(num_slots + 1, dtype=key.dtype, device=key.device)
-    starts = torch.searchsorted(key_P, bounds, out_int32=True)
-    place = torch.empty_like(order_P, dtype=torch.int32)
-    place.scatter_(0, order_P, torch.arange(slot.numel(), dtype=torch.int32, device=slot.device))
-    token_P = (order_P // slot_TK.shape[1]).to(torch.int32)
-    return AssignmentOrder(order_P, token_P, torch.where(slot < 0, -1, place).view(slot_TK.shape), starts)
-
-
-def tile_map(order: AssignmentOrder, rows: int) -> Tensor:
-    """Cut an order into tiles of at most `rows` rows of one slot. A program of a grouped kernel works on one tile.
-
-    There are as many tiles as the least favourable group sizes would need; surplus tiles, at the end, have slot 0 and no rows. The map
-    of an order is made once and then reused.
-
-    Returns:
-        int32 [tiles, 3]: each tile's slot, its first row (a place of the order) and its number of rows, in the order of the rows.
-    """
-    if rows not in order.tile_maps:
-        order.tile_maps[rows] = _tile_map(order, rows)
-    return order.tile_maps[rows]
-
 
 def num_tiles_bound(num_assignments: int, num_slots: int, rows: int) -> int:
     """Return the most tiles of `rows` rows that the assignments of `num_slots` groups can need: only a group's last tile is not full."""
     return num_assignments // rows + min(num_slots, num_assignments) if num_slots else 0
 
 
-def _tile_map(order: AssignmentOrder, rows: int) -> Tensor:
-    num_slots = order.num_slots
-    num_tiles = num_tiles_bound(order.num_assignments, num_slots, rows)
-    tile = torch.arange(num_tiles, dtype=torch.int32, device=order.starts.device)
-    if num_tiles == 0:
-        return torch.stack((tile, tile, tile), dim=1)
-    tiles_S = (order.sizes_S + (rows - 1)).div(rows, rounding_mode="floor")
-    ends_S = tiles_S.cumsum(0, dtype=torch.int32)
-    slot = torch.searchsorted(ends_S, tile, right=True, out_int32=True)
-    used = slot < num_slots
-    slot = torch.where(used, slot, 0)
-    first = order.starts[slot] + (tile - ends_S[slot] + tiles_S[slot]) * rows
-    size = torch.where(used, (order.starts[slot + 1] - first).clamp(max=rows), 0)
-    return torch.stack((slot, torch.where(used, first, 0), size), dim=1)
-
-
 @dataclass(frozen=True)
 class AssignmentBlocks:
-    """An order with two maps (see `tile_map`): the tiles that programs work on, and the chunks over which gradients are summed first."""
+    """An order with two maps (`hecate.kernels.common.sorting.kept_tile_map`): the tiles that programs work on, and the chunks over which
+    gradients are summed first."""
 
     order: AssignmentOrder
     rows: int
     """the most rows of a tile"""
     tiles: Tensor
-    """int32 [tiles, 3]"""
+    """int32 [tiles, 3]: the slot, first row and number of rows of each tile"""
     chunks: Tensor
     """int32 [chunks, 3]; a hot slot's gradients are summed by many programs, each over one chunk, and then over the chunks in turn"""
     first_chunk: Tensor
     """int32 [S + 1]: the chunks of slot s are first_chunk[s] … first_chunk[s + 1] - 1"""
-
-
-def assignment_blocks(order: AssignmentOrder, rows: int, chunk_rows: int) -> AssignmentBlocks:
-    """Cut an order into tiles of at most `rows` and chunks of at most `chunk_rows` assignments, without waiting for the device."""
-    chunks_S = (order.sizes_S + (chunk_rows - 1)).div(chunk_rows, rounding_mode="floor")
-    first_chunk = F.pad(chunks_S.cumsum(0, dtype=torch.int32), (1, 0))
-    return AssignmentBlocks(order, rows, tile_map(order, rows), tile_map(order, chunk_rows), first_chunk)
 
 
 @dataclass(frozen=True)
@@ -165,9 +101,9 @@ class Tile:
 
     slot: int
     token: Tensor
-    """int64 [m]"""
+    """int64 [m]: the token of each assignment"""
     assignment: Tensor
-    """int64 [m], index into the flattened [T, K]"""
+    """int64 [m]: each assignment's index into the flattened [T, K]"""
     span: slice
     """the range of these assignments among those of all tiles"""
     first: bool
@@ -180,6 +116,7 @@ def assignment_tiles(slot_TK: Tensor, rows: int) -> tuple[list[Tile], Tensor]:
     Assignments of slot -1 are left out. On CUDA the group sizes are read back to the host.
     """
     slot = slot_TK.flatten()
+    # Slices of the tiles are made on the host, so it waits for the sizes: the torch path's one wait.
     elsewhere, *sizes = torch.bincount(slot + 1, minlength=1).tolist()
     order_P = torch.argsort(slot, stable=True)[elsewhere:]
     token_P = order_P // slot_TK.shape[1]

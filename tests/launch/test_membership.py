@@ -10,7 +10,7 @@ import pytest
 from hecate.launch.membership.automaton import step
 from hecate.launch.membership.facts import Cause, Do, Event, Fact
 from hecate.launch.membership.job_generation import JobGeneration, RankEnd
-from hecate.launch.membership.job_members import JobMembers, told
+from hecate.launch.membership.job_members import JobMembers, with_event
 from hecate.launch.membership.job_policy import Decision, JobPolicy, Limits, decide
 from hecate.launch.membership.job_states import ENDED, NEXT, State
 from hecate.launch.membership.losses import causes_of
@@ -56,7 +56,7 @@ def play(policy: JobPolicy, script: str, *, awaited: str = "") -> tuple[JobMembe
 
 
 PROCESSES = JobPolicy(copied=True, fewest_to_begin=3)
-TOGETHER = JobPolicy(copied=True, fewest_to_begin=4, together=2)
+TOGETHER = JobPolicy(copied=True, fewest_to_begin=4, tp_size=2)
 AGAIN = JobPolicy(fewest_to_begin=2, most=2)
 NO_MORE = JobPolicy(fewest_to_begin=3, most=0)
 
@@ -197,7 +197,7 @@ def test_every_cause_is_bounded_for_itself_and_a_step_forgives() -> None:
 
 def test_what_is_known_changes_without_a_decision() -> None:
     state = JobMembers(WORKERS, generation=JobGeneration(0, (0, 2, 3)))
-    later = told(state, Event(Fact.ENDED, 2, "boom", RankEnd.FAILED))
+    later = with_event(state, Event(Fact.ENDED, 2, "boom", RankEnd.FAILED))
     assert (state.generation.at_work, later.generation.at_work, later.generation.said) == ([0, 2, 3], [0, 3], {2: "boom"})
     assert (later.generation.rank_of(3), later.generation.rank_of(1), later.generation.culprit) == (2, None, 2)
     assert causes_of(Turn(later, 0.0)) == "a node was lost"

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 import torch
 
-from hecate.kernels.common.assignments import AssignmentOrder, assignment_order
+from hecate.kernels.common.assignments import AssignmentOrder
 from hecate.kernels.common.ffn import ACTIVATIONS
 from tests.kernels.grouping import GROUPS, grouped
+from tests.kernels.plain_assignments import assignment_order
 
 
 @dataclass(frozen=True)

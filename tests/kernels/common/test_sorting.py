@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hecate.kernels.common.assignments import AssignmentBlocks, RoutedTokens, assignment_blocks, assignment_order, tile_map
+from hecate.kernels.common.assignments import AssignmentBlocks, RoutedTokens
 from hecate.kernels.common.dropout import Dropout, ffn_dropout
 from hecate.kernels.common.operands import flattened
 from hecate.kernels.common.sorting import Unsorted, blocks_of, sorted_assignments, words_dropout
 from hecate.kernels.common.sorting import kept_tile_map as tile_map_triton
 from tests.kernels.common.order_cases import CASES, random_slots
 from tests.kernels.grouping import poisoned
+from tests.kernels.plain_assignments import assignment_blocks, assignment_order, tile_map
 
 __all__ = ["poisoned"]
 

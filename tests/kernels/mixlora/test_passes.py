@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hecate.kernels.common.assignments import AssignmentBlocks, assignment_blocks, assignment_order
+from hecate.kernels.common.assignments import AssignmentBlocks
 from hecate.kernels.common.dropout import Dropout
 from hecate.kernels.common.low_rank import LowRankPairs, LowRankTerm
 from hecate.kernels.mixlora import passes, triton_kernels
@@ -21,6 +21,7 @@ from hecate.kernels.mixlora.passes import RULES, GatedInputs
 from tests.kernels.grouping import GROUPS, assert_close, grouped, poisoned
 from tests.kernels.layer_cases import CASES as LAYERS
 from tests.kernels.mixlora import passes_reference
+from tests.kernels.plain_assignments import assignment_blocks, assignment_order
 
 __all__ = ["poisoned"]
 
