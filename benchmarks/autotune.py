@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +25,7 @@ from hecate.kernels.common.launch_config import (
     by_rule,
     forget_tuned,
     from_json,
+    to_json,
     trying,
     tuned_for,
     tuned_path,
@@ -156,22 +156,3 @@ def _milliseconds(step: Callable[[], Sequence[Tensor]]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return min(times)
-
-
-def to_json(tuned: Tuned) -> dict[str, Any]:
-    """The JSON values of a file of tuned configurations, which `from_json` reads."""
-    return {
-        "kernels": {
-            name: [
-                {
-                    "rank": rank,
-                    "itemsize": itemsize,
-                    "blocks": dict(config.blocks),
-                    "num_warps": config.num_warps,
-                    "num_stages": config.num_stages,
-                }
-                for (rank, itemsize), config in sorted(configs.items())
-            ]
-            for name, configs in sorted(tuned.configs.items())
-        }
-    }

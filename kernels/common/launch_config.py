@@ -172,10 +172,28 @@ def forget_tuned() -> None:
 
 
 def from_json(data: Mapping[str, Any]) -> Tuned:
-    """Return the configurations in what `benchmarks.autotune` has written."""
+    """Return the configurations in a value that `to_json` has made."""
     return Tuned(
         {
             name: {(row["rank"], row["itemsize"]): LaunchConfig(row["blocks"], row["num_warps"], row["num_stages"]) for row in rows}
             for name, rows in data["kernels"].items()
         }
     )
+
+
+def to_json(tuned: Tuned) -> dict[str, Any]:
+    return {
+        "kernels": {
+            name: [
+                {
+                    "rank": rank,
+                    "itemsize": itemsize,
+                    "blocks": dict(config.blocks),
+                    "num_warps": config.num_warps,
+                    "num_stages": config.num_stages,
+                }
+                for (rank, itemsize), config in sorted(configs.items())
+            ]
+            for name, configs in sorted(tuned.configs.items())
+        }
+    }

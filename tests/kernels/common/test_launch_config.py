@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.autotune import to_json
 from hecate.kernels.common import launch_config
 from hecate.kernels.common.launch_config import (
     LaunchConfig,
@@ -19,6 +18,7 @@ from hecate.kernels.common.launch_config import (
     from_json,
     meta_tensors_are_on,
     padded_rank,
+    to_json,
 )
 from hecate.kernels.mixlora.passes import RULES
 
