@@ -165,7 +165,7 @@ def test_a_rank_of_another_node_that_dies_is_replaced_there(tmp_path: Path, monk
     assert read_generation(leading.files).devices == (0, 1, 2, 3)
     here_file(leading.files, 2, 0).touch()
     here_file(leading.files, 1, 0).touch()
-    assert leading.orders().here == ("here-2-0",)
+    assert leading.orders().arrived == ("here-2-0",)
 
 
 def test_a_silent_node_is_lost_and_may_come_again(

@@ -187,7 +187,7 @@ class Joining:
 
     def _store(self) -> dist.Store:
         made = dist.HashStore()
-        made.add("ranks-there", self.others)
+        made.add("ranks-connecting", self.others)
         return made
 
     def order_to_join(self, generation: int) -> None:
