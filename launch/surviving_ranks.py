@@ -27,7 +27,7 @@ from hecate.ranks.launcher_files import (
     Generation,
     error_file,
     failure_of,
-    here_file,
+    arrival_file,
     pid_files,
     ready_file,
     write_generation,
@@ -117,7 +117,7 @@ class SurvivingRanks:
         for device, member in self.member_on.items():
             for key, path in (
                 ((Fact.LOADED, member, 0), ready_file(self._store, member)),
-                ((Fact.ARRIVED, member, number), here_file(self._store, number, member)),
+                ((Fact.ARRIVED, member, number), arrival_file(self._store, number, member)),
             ):
                 if key not in self._seen and path.exists():
                     self._seen.add(key)

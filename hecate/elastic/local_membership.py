@@ -23,7 +23,7 @@ from hecate.ranks.launcher_files import (
     MEMBER_VARIABLE,
     STORE_VARIABLE,
     Generation,
-    here_file,
+    arrival_file,
     read_generation,
     ready_file,
 )
@@ -93,8 +93,8 @@ class LocalMembership:
         self._number = generation.number
         if self._member not in generation.members:
             raise UserError("the launcher removed this rank, and the other ranks have gone on without it")
-        here_file(self._store, generation.number, self._member).touch()
-        missing = [here_file(self._store, generation.number, member) for member in generation.members]
+        arrival_file(self._store, generation.number, self._member).touch()
+        missing = [arrival_file(self._store, generation.number, member) for member in generation.members]
         while missing := [path for path in missing if not path.exists()]:
             if read_generation(self._store).number > generation.number:
                 return None

@@ -34,7 +34,7 @@ def engine_config(
         plan=config.fssdp.plan,
         rematerialize=config.fssdp.rematerialize,
         prefetch=config.fssdp.prefetch,
-        experts_everywhere=config.deterministic,
+        on_every_rank=config.deterministic,
         tp_size=config.model.tensor_parallel,
     )
 

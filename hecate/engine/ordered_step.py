@@ -1,4 +1,4 @@
-"""A step whose results must not depend on the ranks, with `EngineConfig.experts_everywhere`.
+"""A step whose results must not depend on the ranks, with `EngineConfig.on_every_rank`.
 
 A micro-step has a pass for each of a rank's groups of sequences: all forward passes come first (`begin_passes`), then the backward
 passes, each with gradients of its own, which are added up as a `SumOrder` says.

@@ -59,7 +59,7 @@ class EngineConfig:
     prefetch: int = 1
     """how many decoder layers early a layer's gather starts in the forward pass (1: at the start of its own decoder layer), and, with
     `rematerialize`, how many layers are gathered ahead in the backward pass"""
-    experts_everywhere: bool = False
+    on_every_rank: bool = False
     """what is computed may depend neither on ranks nor on placements: every rank has all experts, and no token leaves its rank"""
     tp_size: int = 1
     """the ranks of a tensor group, which are lost together"""
@@ -444,7 +444,7 @@ class StepPlans:
 
     def _cost(self, family: ExpertFamily, non_moe_flops: float) -> LayerCost:
         cost = family.cost(self.config.top_k, non_moe_flops)
-        return replace(cost, experts_everywhere=True) if self.config.experts_everywhere else cost
+        return replace(cost, on_every_rank=True) if self.config.on_every_rank else cost
 
     def _served_here(self, unit: Unit, loads_EW: np.ndarray) -> np.ndarray:
         """float64 [ranks]: assignments that each rank of this group has computed of a step's loads."""

@@ -180,8 +180,8 @@ class ExpertChoices:
 class UnitExperts(ABC):
     """What all families have in common: layout, cost and dropout follow from the kind and the pair source."""
 
-    experts_everywhere = False
-    """see `LayerCost.experts_everywhere`"""
+    on_every_rank = False
+    """see `LayerCost.on_every_rank`"""
 
     def __init__(self, kind: ExpertKind, site: Site, pairs: PairSource | None, place: UnitPlace, ffn: tuple[TensorSpec, ...] = ()) -> None:
         """Args:
@@ -258,7 +258,7 @@ class UnitExperts(ABC):
             top_k=top_k,
             number=number_bytes(self.kind, master=self.site.master_dtype.itemsize, computed=self.site.compute_dtype.itemsize),
             non_moe_flops=non_moe_flops,
-            experts_everywhere=self.experts_everywhere,
+            on_every_rank=self.on_every_rank,
         )
 
     def _dropout(self, step: int | None) -> Dropout | None:

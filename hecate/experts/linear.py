@@ -19,7 +19,7 @@ from hecate.experts.routers.router import BalanceLoss, Router, RouterStats, load
 from hecate.kernels.backend import ExpertKernels
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.cost.expert_cost import UnitPlace
-from hecate.parallel.values.expert_kinds import LINEARS, MIXES_OF_ALL_PAIRS, ONLY_PROJECTION, LinearSizes
+from hecate.parallel.values.expert_kinds import LINEARS, MIXES_ON_EVERY_RANK, ONLY_PROJECTION, LinearSizes
 from hecate.parallel.values.units import Unit
 
 
@@ -30,7 +30,7 @@ class LinearExperts(UnitExperts):
         """Args:
         mix: how a token's pairs become one, by its name in `MIXES`.
         """
-        self._mix, self.experts_everywhere = MIXES[mix], mix in MIXES_OF_ALL_PAIRS
+        self._mix, self.on_every_rank = MIXES[mix], mix in MIXES_ON_EVERY_RANK
         assert isinstance(site.shape, LinearSizes), site.shape
         super().__init__(LINEARS, site, pairs, linear_place(site.shape, site.together))
 
@@ -48,7 +48,7 @@ MIXES: dict[str, Callable[[ExpertKernels], Callable[..., Tensor]]] = {
 }
 """how a token's experts become one, by the name that `moe.router.mix` gives. products: the weighted sum of what the pairs B_e A_e give.
 separate: the same, each pair in products of its own, so that what it computes is the same to the bit however many others there are.
-factors: one pair, whose A and B are weighted sums (see `MIXES_OF_ALL_PAIRS`)"""
+factors: one pair, whose A and B are weighted sums (see `MIXES_ON_EVERY_RANK`)"""
 
 
 def linear_place(sizes: LinearSizes, together: int) -> UnitPlace:

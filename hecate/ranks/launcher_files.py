@@ -109,7 +109,7 @@ def ready_file(store: Path, member: int) -> Path:
     return store.with_name(f"ready-{member}")
 
 
-def here_file(store: Path, generation: int, member: int) -> Path:
+def arrival_file(store: Path, generation: int, member: int) -> Path:
     """The file that a member makes just before it connects to the other members of a generation."""
     return store.with_name(f"here-{generation}-{member}")
 

@@ -1,7 +1,7 @@
 """The order of assignments, and the tiles that it is cut into, in one Triton launch each.
 
 `hecate.kernels.common.assignments` says what they are. In torch that takes about fifty small operators, which a GPU finishes sooner than
-the host starts them (tests/kernels/plain_assignments.py). Dropout's words are hashed in the launch that sorts.
+the host starts them (tests/kernels/plain_orders.py). Dropout's words are hashed in the launch that sorts.
 
 Shapes: T tokens, K assignments of a token, P = T·K places of the sorted assignments, S slots.
 """

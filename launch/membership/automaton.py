@@ -33,7 +33,7 @@ def step(state: JobMembers, events: Sequence[Event], now: float) -> tuple[JobMem
     if state.phase in (State.PLACING, *ENDED):
         return state, ()
     turn = Turn(state, now)
-    (answer_workers if state.policy.in_memory else answer_processes)(turn, events)
+    (answer_workers if state.policy.workers else answer_processes)(turn, events)
     if turn.state.stopping and turn.state.phase not in (State.STOPPING, *ENDED):
         turn.stop()
     if turn.state.phase not in ENDED and turn.generation.all_ended and turn.ends == {RankEnd.FINISHED}:
@@ -59,10 +59,10 @@ def _start(turn: Turn) -> None:
             turn.begin()
         elif turn.late:
             turn.fail(Ending("", min(state.awaited - state.up), mistake=True, never_up=True))
-    elif state.built >= members or not (policy.in_memory or policy.copied):
+    elif state.built >= members or not (policy.workers or policy.copied):
         turn.change(trains=True, described=state.described if state.described >= members else frozenset(members))
         turn.enter(State.RUNNING)
-    elif policy.in_memory and turn.ends & {RankEnd.FAILED, RankEnd.WAITING}:
+    elif policy.workers and turn.ends & {RankEnd.FAILED, RankEnd.WAITING}:
         turn.begin_recovery()
     elif turn.late:
         late = next(device for device in turn.generation.members if device not in state.built)
@@ -73,7 +73,7 @@ def _run(turn: Turn) -> None:
     """Notice ranks whose part has ended while that of others goes on, and let the job grow."""
     is_resizing = turn.state.phase is State.RESIZING
     breaking = {RankEnd.FAILED} if is_resizing else {RankEnd.FAILED, RankEnd.WAITING}
-    if turn.policy.in_memory and turn.ends & breaking:
+    if turn.policy.workers and turn.ends & breaking:
         turn.begin_recovery()
     elif is_resizing and turn.generation.all_ended:
         turn.begin_or_wait()
@@ -87,15 +87,15 @@ def _run(turn: Turn) -> None:
 def _grow(turn: Turn) -> None:
     """Let in those that have loaded. Where ranks cannot go on with others, all save and begin again with a node that has come."""
     state, policy, members = turn.state, turn.policy, turn.generation.members
-    if not policy.in_memory and policy.copied:
+    if not policy.workers and policy.copied:
         if state.loaded and RankEnd.FINISHED not in turn.ends:
             turn.regroup((*members, *sorted(state.loaded)), Do.GO_ON)
         return
-    new = state.loaded if policy.in_memory else state.up - set(members)
-    known = not policy.in_memory or state.described >= new | set(members)
+    new = state.loaded if policy.workers else state.up - set(members)
+    known = not policy.workers or state.described >= new | set(members)
     if new and known and turn.now - state.grown_at >= policy.limits.pause:
         again = "a node has joined; all ranks save, and start again with it"
-        turn.say("a device has returned and joins" if policy.in_memory else again)
+        turn.say("a device has returned and joins" if policy.workers else again)
         turn.order(Do.MAKE_WAY, turn.at_work)
         turn.change(grown_at=turn.now)
         turn.enter(State.RESIZING)
@@ -108,7 +108,7 @@ def _end_those_too_late(turn: Turn) -> None:
     """
     state, generation = turn.state, turn.generation
     finished = {device for device, end in generation.ends.items() if end is RankEnd.FINISHED}
-    if turn.policy.in_memory or state.arrived >= finished:
+    if turn.policy.workers or state.arrived >= finished:
         return
     # A rank that has trained, but lost the others in their last message, waits as well.
     late = [device for device in generation.members if device not in state.trained or (device not in finished and device in state.arrived)]
@@ -122,11 +122,11 @@ def _recover(turn: Turn) -> None:
         if turn.late:
             _end_late(turn)
         return
-    if turn.policy.in_memory and not turn.state.answered:
+    if turn.policy.workers and not turn.state.answered:
         if turn.now - turn.state.changed_at < turn.policy.limits.death:
             return
         answer_error(turn)
-    elif not turn.policy.in_memory and turn.state.phase is State.RECOVERING:
+    elif not turn.policy.workers and turn.state.phase is State.RECOVERING:
         _begin_again(turn)
     if turn.state.phase not in ENDED:
         turn.begin_or_wait()
@@ -134,7 +134,7 @@ def _recover(turn: Turn) -> None:
 
 def _end_late(turn: Turn) -> None:
     """End ranks that have not ended by themselves. A worker that loads or saves notices a loss late: only one counts as hung at a time."""
-    if turn.policy.in_memory:
+    if turn.policy.workers:
         seconds = turn.policy.limits.end
         lose_hung(turn, turn.generation.at_work[0], f"it went on for {seconds:.0f} s without the others{turn.policy.limits.by}")
     else:
@@ -156,7 +156,7 @@ def _begin_again(turn: Turn) -> None:
 
 def _stop_further(turn: Turn) -> None:
     """Wait until all ranks have saved and ended. Steps and saves may take long; once ranks break off, nothing more is saved."""
-    in_memory, all_ended = turn.policy.in_memory, turn.generation.all_ended
+    in_memory, all_ended = turn.policy.workers, turn.generation.all_ended
     if in_memory and all_ended:
         if not turn.ends <= {RankEnd.FINISHED, RankEnd.STOPPED}:
             left = "the last checkpoint is what is left" if turn.state.checkpoint else "there is no checkpoint"
@@ -177,8 +177,8 @@ def _stop_further(turn: Turn) -> None:
 def _prepare(turn: Turn) -> None:
     """Have devices load that could join the ranks."""
     state, policy = turn.state, turn.policy
-    phases = (*AT_WORK, State.RECOVERING, State.WAITING) if policy.in_memory else AT_WORK
-    can_join = policy.in_memory or (policy.copied and policy.tp_size == 1 and RankEnd.FINISHED not in turn.ends)
+    phases = (*AT_WORK, State.RECOVERING, State.WAITING) if policy.workers else AT_WORK
+    can_join = policy.workers or (policy.copied and policy.tp_size == 1 and RankEnd.FINISHED not in turn.ends)
     if not can_join or state.stopping or state.phase not in phases or not turn.generation.exists:
         return
     idle = state.up - state.loading - state.loaded - state.left_out

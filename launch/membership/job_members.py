@@ -98,7 +98,7 @@ def with_event(state: JobMembers, event: Event) -> JobMembers:
             return replace(state, up=state.up - gone, loading=state.loading - gone, loaded=state.loaded - gone)
         case Fact.LOADED if not at_work:
             return replace(state, loading=state.loading - gone, loaded=state.loaded | gone)
-        case Fact.LOADED if state.policy.in_memory:  # it was let in, and could not connect
+        case Fact.LOADED if state.policy.workers:  # it was let in, and could not connect
             return replace(state, generation=state.generation.with_end(device, RankEnd.FAILED), loaded=state.loaded | gone)
         case Fact.BUILT | Fact.LOADED:
             return replace(state, built=state.built | gone)
@@ -110,7 +110,7 @@ def with_event(state: JobMembers, event: Event) -> JobMembers:
             return _ended(state, event)
         case Fact.LOST:
             return _lost(state, event)
-        case Fact.HALTED if state.policy.in_memory and state.generation.ends.get(device) is not RankEnd.FINISHED:
+        case Fact.HALTED if state.policy.workers and state.generation.ends.get(device) is not RankEnd.FINISHED:
             return _lost(state, replace(event, cause=Cause.STOPPED))
         case Fact.UNFIT:
             return replace(state, losses=(*state.losses, event))
@@ -127,9 +127,9 @@ def _ended(state: JobMembers, event: Event) -> JobMembers:
     end = event.end
     if event.device not in state.generation.members:
         return state
-    if end is RankEnd.FINISHED and state.phase is State.RESIZING and not state.policy.in_memory:
+    if end is RankEnd.FINISHED and state.phase is State.RESIZING and not state.policy.workers:
         end = RankEnd.WAITING  # a process has saved and ended, to begin again
-    if end is RankEnd.MISTAKE and state.policy.in_memory and state.generation.number > 0 and not state.checkpoint:
+    if end is RankEnd.MISTAKE and state.policy.workers and state.generation.number > 0 and not state.checkpoint:
         end = RankEnd.FAILED  # it may be due to a loss without any checkpoint: all begin anew
     return replace(state, generation=state.generation.with_end(event.device, end, event.said))
 
@@ -138,7 +138,7 @@ def _lost(state: JobMembers, event: Event) -> JobMembers:
     device, end = event.device, state.generation.ends.get(event.device)
     loads = device in state.loading | state.loaded
     state = replace(state, loading=state.loading - {device}, loaded=state.loaded - {device})
-    if state.policy.in_memory:
+    if state.policy.workers:
         state = replace(state, up=state.up - {device})
     if device in state.generation.members and end in (RankEnd.FINISHED, RankEnd.STOPPED):
         return state
@@ -146,7 +146,7 @@ def _lost(state: JobMembers, event: Event) -> JobMembers:
         killed = device in state.killed and event.end is not RankEnd.MISTAKE
         generation = state.generation.with_end(device, RankEnd.KILLED if killed else event.end, event.more or event.said)
         return replace(state, generation=generation, losses=state.losses if killed else (*state.losses, event))
-    if loads or state.policy.in_memory:  # one outside the generation could not start
+    if loads or state.policy.workers:  # one outside the generation could not start
         lives = event.cause in (Cause.STOPPED, Cause.HUNG)
         said = f"{event.cause.value} {event.said}" if lives else event.said
         return replace(state, losses=(*state.losses, replace(event, cause=Cause.START, said=said)))

@@ -73,11 +73,11 @@ def decide(policy: JobPolicy, cause: Cause, left: int, *, copies: bool, failures
         copies: whether the others have copies of what the lost rank owned, and all of them have something to go on from.
         failures: how many there were by now that count against `JobPolicy.most`, with this one.
     """
-    if not policy.in_memory and copies:
+    if not policy.workers and copies:
         return Decision.GO_ON if left else Decision.GIVE_UP
     if failures > policy.most:
         return Decision.GIVE_UP
     waits = not copies or left < policy.fewest
-    if not policy.in_memory or cause in (Cause.ERROR, Cause.START) or (cause in (Cause.PROCESS_DIED, Cause.STOPPED) and waits):
+    if not policy.workers or cause in (Cause.ERROR, Cause.START) or (cause in (Cause.PROCESS_DIED, Cause.STOPPED) and waits):
         return Decision.REPLACE
     return Decision.GO_ON if left >= policy.fewest else Decision.WAIT

@@ -44,7 +44,7 @@ class Turn:
     @property
     def at_work(self) -> list[int]:
         """The members whose part has not ended, and which take orders."""
-        return [device for device in self.generation.at_work if device in self.state.up or not self.policy.in_memory]
+        return [device for device in self.generation.at_work if device in self.state.up or not self.policy.workers]
 
     def change(self, **fields: Any) -> None:
         self.state = replace(self.state, **fields)
@@ -87,7 +87,7 @@ class Turn:
     def regroup(self, members: tuple[int, ...], do: Do) -> None:
         """Make the next generation of these members, which begin or go on at once."""
         state, nobody = self.state, frozenset[int]()
-        goes_on = do is Do.GO_ON and not self.policy.in_memory
+        goes_on = do is Do.GO_ON and not self.policy.workers
         self.change(
             generation=JobGeneration(self.generation.number + 1, members),
             loaded=state.loaded - set(members),
@@ -103,7 +103,7 @@ class Turn:
     def ready(self) -> list[int]:
         """The devices that could be in the next generation, in their order."""
         state = self.state
-        if not self.policy.in_memory or not self.generation.exists:
+        if not self.policy.workers or not self.generation.exists:
             return sorted(state.up - state.left_out)
         return sorted(device for device in state.up if self.generation.stays(device) or device in state.loaded)
 
@@ -123,20 +123,20 @@ class Turn:
         Else all ready devices begin from the last checkpoint.
         """
         state, ready, ends = self.state, self.ready(), self.generation.ends
-        waiting = {device for device in ready if ends.get(device) is RankEnd.WAITING and self.policy.in_memory}
+        waiting = {device for device in ready if ends.get(device) is RankEnd.WAITING and self.policy.workers}
         loaded = [device for device in ready if device in waiting or device in state.loaded]
         nobody_lost = not state.answered and self.ends == {RankEnd.WAITING}
         recoverable = nobody_lost or self.policy.copied or state.checkpoint
         warm = bool(waiting) and len(loaded) >= self.policy.fewest and state.described >= set(ready) and recoverable
         self.regroup(tuple(loaded if warm else ready), Do.GO_ON if warm else Do.BEGIN)
         self.change(trains=warm)
-        if not self.policy.in_memory:
+        if not self.policy.workers:
             self.change(loading=frozenset(), loaded=frozenset())
         self.enter(State.STARTING, self.policy.limits.build)
 
     def stop(self) -> None:
         """Have the ranks save and end, if they are in a step that they could end; else the last checkpoint is what is left."""
-        if not self.generation.exists or self.state.phase not in (*AT_WORK, *(() if self.policy.in_memory else (State.RECOVERING,))):
+        if not self.generation.exists or self.state.phase not in (*AT_WORK, *(() if self.policy.workers else (State.RECOVERING,))):
             self.enter(State.STOPPED)
             return
         self.enter(State.STOPPING, self.policy.limits.end if self.state.broken_off else math.inf)

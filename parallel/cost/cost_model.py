@@ -120,7 +120,7 @@ class LayerCost:
     """the share of the latency of a flat gather that is paid: less than 1 where a decoder layer's units are gathered in one message"""
     frozen_lifetime: float = 20.0
     """the number of steps that a frozen replica is expected to be used; its transfer is paid once in this many steps"""
-    experts_everywhere: bool = False
+    on_every_rank: bool = False
     """whether a token's rank must have all experts of the layer, so that every policy puts all of them on every rank"""
 
     def __post_init__(self) -> None:

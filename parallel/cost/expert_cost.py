@@ -44,7 +44,7 @@ class UnitPlace:
     """numbers in a token's row on the way to its experts"""
     outputs: int
     """numbers in the row that returns"""
-    units_in_layer: int = 1
+    units_per_layer: int = 1
     """the number of units of the decoder layer, which are gathered in one message"""
     at_beginning: bool = False
     """whether the layer needs its experts as soon as it begins, before anything has hidden their gather"""
@@ -56,7 +56,7 @@ def ffn_place(hidden: int) -> UnitPlace:
 
 
 def expert_layer_cost(
-    expert: ExpertParameters, *, place: UnitPlace, top_k: int, number: NumberBytes, non_moe_flops: float, experts_everywhere: bool = False
+    expert: ExpertParameters, *, place: UnitPlace, top_k: int, number: NumberBytes, non_moe_flops: float, on_every_rank: bool = False
 ) -> LayerCost:
     """Return the cost of a layer, as planners need it.
 
@@ -65,7 +65,7 @@ def expert_layer_cost(
     experts are trained whole, and frozen otherwise.
 
     Args:
-        experts_everywhere: see `LayerCost.experts_everywhere`.
+        on_every_rank: see `LayerCost.on_every_rank`.
         non_moe_flops: the forward FLOPs, on one rank, of the computation that can overlap with the transfers of a decoder layer's units.
     """
     flops = 2.0 * (expert.trained_ffn + expert.frozen_ffn) + expert.pair_flops
@@ -81,9 +81,9 @@ def expert_layer_cost(
         row_flops=2.0 * expert.shared_ffn,
         assignment_flops=flops,
         assignment_backward=backward / flops if flops else expert.pair_backward,
-        non_moe_flops=non_moe_flops / place.units_in_layer,
+        non_moe_flops=non_moe_flops / place.units_per_layer,
         non_moe_backward=2.0 if expert.trained_ffn else 1.0,
         hidden_from=2 if place.at_beginning else 1,
-        message_share=1.0 / place.units_in_layer,
-        experts_everywhere=experts_everywhere,
+        message_share=1.0 / place.units_per_layer,
+        on_every_rank=on_every_rank,
     )

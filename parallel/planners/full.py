@@ -11,5 +11,5 @@ def plan_full(given: PlanInput) -> Plan:
 
 
 def plan_with(planner: Planner, given: PlanInput) -> Plan:
-    """What all layers go by under a policy: its plan, or everything everywhere where that must be (`LayerCost.experts_everywhere`)."""
-    return plan_full(given) if given.cost.experts_everywhere else planner(given)
+    """What all layers go by under a policy: its plan, or everything everywhere where that must be (`LayerCost.on_every_rank`)."""
+    return plan_full(given) if given.cost.on_every_rank else planner(given)

@@ -62,7 +62,7 @@ UnitSizes = FfnSizes | LinearSizes
 
 
 DEFAULT_BASES = 256
-MIXES_OF_ALL_PAIRS = frozenset({"factors"})
+MIXES_ON_EVERY_RANK = frozenset({"factors"})
 """the ways to mix a token's pairs for which its rank must have all of the unit's; by the others each rank may add what it has"""
 
 

@@ -31,7 +31,7 @@ from hecate.launch.node_messages import JobOrders, JobShape, MemberOrder, Messag
 from hecate.launch.rank_command import Beginning, RankCommand
 from hecate.launch.surviving_nodes import _Nodes, _OwnRanks
 from hecate.launch.surviving_ranks import SurvivingRanks
-from hecate.ranks.launcher_files import Generation, error_file, here_file, read_generation, ready_file
+from hecate.ranks.launcher_files import Generation, error_file, arrival_file, read_generation, ready_file
 from tests.launch.stand_ins import StandIn
 
 JOB = JobShape("job", 2, 3, 2, survives=True)
@@ -158,13 +158,13 @@ def test_a_rank_of_another_node_that_dies_is_replaced_there(tmp_path: Path, monk
     assert orders.generation == read_generation(leading.files)
     assert orders.members["4"] == MemberOrder(1, 1, None, ())
     assert sorted(orders.members) == ["2", "4"], "nothing is left to say of the one that has ended"
-    assert here_file(leading.files, 0, 2).exists()
+    assert arrival_file(leading.files, 0, 2).exists()
     leading.words.store.report(1, replace(QUIET, beat=1, ended={"3": -9}, files=("ready-4",)))
     surviving.look()
     assert read_generation(leading.files).members == (0, 1, 2, 4)
     assert read_generation(leading.files).devices == (0, 1, 2, 3)
-    here_file(leading.files, 2, 0).touch()
-    here_file(leading.files, 1, 0).touch()
+    arrival_file(leading.files, 2, 0).touch()
+    arrival_file(leading.files, 1, 0).touch()
     assert leading.orders().arrived == ("here-2-0",)
 
 
@@ -349,9 +349,9 @@ def test_a_node_starts_signals_and_reports_its_own_members(tmp_path: Path) -> No
         assert node.began(2) == "2 0 4 1 -"
         assert node.began(3) == "3 1 4 - 1"
         assert read_generation(node.files) == ORDERS.generation
-        assert here_file(node.files, 0, 0).exists()
+        assert arrival_file(node.files, 0, 0).exists()
         assert not node.files.with_name("began-1").exists()
-        here_file(node.files, 0, 2).touch()
+        arrival_file(node.files, 0, 2).touch()
         node.until(lambda: node.report().files == ("here-0-2",))
         given["2"] = order(signals=(signal.SIGTERM,))
         given["3"] = order(device=1, joins=True, signals=(signal.SIGUSR1, signal.SIGKILL))
@@ -371,7 +371,7 @@ def test_a_node_reads_orders_only_when_they_have_changed(tmp_path: Path, monkeyp
     with following(tmp_path) as node:
         for number in (1, 2):
             node.words.store.order(replace(ORDERS, arrived=(f"here-0-{number}",)))
-            node.until(here_file(node.files, 0, number).exists)
+            node.until(arrival_file(node.files, 0, number).exists)
             counts = []
             for _ in range(2):  # the orders are written before their number, so a node that has read them may read them once more
                 beat = node.report().beat

@@ -14,7 +14,7 @@ from hecate.launch.membership.job_policy import JobPolicy, Limits
 from hecate.launch.membership.job_states import State
 from hecate.launch.rank_command import Beginning, cause_of
 from hecate.launch.surviving_ranks import SurvivingRanks
-from hecate.ranks.launcher_files import LOST_PEER_EXIT, Generation, error_file, here_file, read_generation, ready_file
+from hecate.ranks.launcher_files import LOST_PEER_EXIT, Generation, error_file, arrival_file, read_generation, ready_file
 from tests.launch.stand_ins import StandIn, StandInMachines
 
 AT_ONCE = Limits(end=0.0, cause=0.0)
@@ -82,14 +82,14 @@ def test_a_rank_that_would_join_when_all_steps_are_done_is_not_waited_for(
     run = Run(tmp_path, 2)
     run.end(1)
     run.ranks.look()
-    here_file(run.store, 1, 0).touch()
+    arrival_file(run.store, 1, 0).touch()
     if ends == "before":
         run.end(0, 0)
     run.load(2)
     run.ranks.look()
     assert read_generation(run.store).members == ((0,) if ends == "before" else (0, 2))
     for member in (0, 2) if ends == "together" else (2,):
-        here_file(run.store, 2, member).touch()
+        arrival_file(run.store, 2, member).touch()
     run.end(0, 0)
     run.ranks.look()
     assert run.ranks.members == members
@@ -277,7 +277,7 @@ def test_a_rank_that_lost_the_others_in_their_last_message_is_not_waited_for(tmp
     run = Run(tmp_path, 3)
     run.end(1)
     assert run.members() == (0, 2)
-    here_file(run.store, 1, 2).touch()
+    arrival_file(run.store, 1, 2).touch()
     run.end(0, 0)
     run.ranks.look()
     assert run.ranks.members == (0,)

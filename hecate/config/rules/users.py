@@ -7,7 +7,7 @@ from typing import Any
 from hecate.config.files.paths import indexed_prefix
 from hecate.config.problems import Add, shorten
 from hecate.config.schema import DEFAULT_EXPERTS
-from hecate.parallel.values.expert_kinds import MIXES_OF_ALL_PAIRS
+from hecate.parallel.values.expert_kinds import MIXES_ON_EVERY_RANK
 
 _USER = "moe.router.input=user"
 OWN_KEYS = ("moe.router.input", "moe.router.temperature", "moe.router.mix")
@@ -50,11 +50,11 @@ def check_user(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add) 
     if coefficient:
         what = f"must be 0 with {_USER}, where every expert is used by every sample and nothing is to balance, got {coefficient}"
         add("moe.router_aux_loss_coef", what, "set moe.router_aux_loss_coef=0")
-    needs_all_pairs = values.get("moe.router.mix") in MIXES_OF_ALL_PAIRS
-    if needs_all_pairs and values.get("lora.gradient_rule") == "row_norm":
+    on_every_rank = values.get("moe.router.mix") in MIXES_ON_EVERY_RANK
+    if on_every_rank and values.get("lora.gradient_rule") == "row_norm":
         what = f"row_norm is about the rows of one pair, but moe.router.mix={values['moe.router.mix']} adds up those of all pairs"
         add("lora.gradient_rule", what, "leave it out, or use moe.router.mix=products")
-    if needs_all_pairs and isinstance(values.get("lora.r"), tuple):
+    if on_every_rank and isinstance(values.get("lora.r"), tuple):
         what = (
             f"must be one rank with moe.router.mix={values['moe.router.mix']}: pairs of several ranks, each scaled by its own, have no sum"
         )
@@ -64,7 +64,7 @@ def check_user(values: Mapping[str, Any], changed: Mapping[str, Any], add: Add) 
         key = "moe.num_experts" if values.get("moe.allocation") is None else "moe.allocation"
         what = f"gives each linear one expert, but {_USER} mixes several, and a gate over one has nothing to decide"
         add(key, what, "give 2 experts at least, or leave the router's input out")
-    if slots is not None and needs_all_pairs and slots < most:
+    if slots is not None and on_every_rank and slots < most:
         what = f"must be {most} at least with moe.router.mix={values['moe.router.mix']}, which needs all experts on every rank, got {slots}"
         add("fssdp.memory_slots", what, "leave it out, or use mix=products, whose tokens may travel")
 

@@ -14,7 +14,7 @@ from hecate.model.sizes.run_shape import ExpertLayers, RunShape
 from hecate.parallel.cluster.backup_ranks import backup_ranks
 from hecate.parallel.cluster.mesh import owners_topology
 from hecate.parallel.cost.expert_cost import STATE_NUMBERS
-from hecate.parallel.values.expert_kinds import MIXES_OF_ALL_PAIRS
+from hecate.parallel.values.expert_kinds import MIXES_ON_EVERY_RANK
 from hecate.parallel.values.placement import owners_by_memory
 
 PHASES = ("forward", "backward", "optimizer")
@@ -314,7 +314,7 @@ def _saved_by_linears(run: RunShape, index: int) -> float:
     targets = [inputs for name, _, inputs in layer.all_linears if name in config.lora.target_modules]
     kept = sum(targets) if experts else 2 * layer.hidden + layer.query_width + layer.ffn
     routing = 2 * 4 * experts + k * (3 * 4 + 4 * 8) if experts else 0
-    if config.moe.router.mixes in MIXES_OF_ALL_PAIRS:  # nothing is sorted
+    if config.moe.router.mixes in MIXES_ON_EVERY_RANK:  # nothing is sorted
         routing = 16 * experts
     low_rank = len(targets) * (config.lora.rank * b * (k if experts else 1) + routing)
     return b * (3 * layer.ffn + kept) + low_rank

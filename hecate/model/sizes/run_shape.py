@@ -23,7 +23,7 @@ from hecate.parallel.cluster.topology_file import load_topology
 from hecate.parallel.cost.cost_model import LayerCost
 from hecate.parallel.cost.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
 from hecate.parallel.values.expert_kinds import (
-    MIXES_OF_ALL_PAIRS,
+    MIXES_ON_EVERY_RANK,
     PAIR_SIZES,
     PROJECTIONS,
     FfnSizes,
@@ -332,7 +332,7 @@ def unit_costs(
             top_k=config.moe.experts_per_token,
             number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
             non_moe_flops=2.0 * weights * sequences * config.data.seq_len / config.model.tensor_parallel,
-            experts_everywhere=config.deterministic or (kind.over_linears and config.moe.router.mixes in MIXES_OF_ALL_PAIRS),
+            on_every_rank=config.deterministic or (kind.over_linears and config.moe.router.mixes in MIXES_ON_EVERY_RANK),
         )
         costs.append((inputs, cost, pairs.computed_numel))
     return costs

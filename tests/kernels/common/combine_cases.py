@@ -9,7 +9,7 @@ import torch
 from hecate.kernels.common.assignments import AssignmentOrder
 from hecate.kernels.common.ffn import ACTIVATIONS
 from tests.kernels.grouping import GROUPS, grouped
-from tests.kernels.plain_assignments import assignment_order
+from tests.kernels.plain_orders import assignment_order
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 
 from hecate.kernels.common.assignments import assignment_tiles, num_tiles_bound
 from tests.kernels.common.order_cases import CASES, random_slots
-from tests.kernels.plain_assignments import assignment_order, tile_map
+from tests.kernels.plain_orders import assignment_order, tile_map
 
 
 @pytest.mark.parametrize("name", CASES)

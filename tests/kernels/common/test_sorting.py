@@ -14,7 +14,7 @@ from hecate.kernels.common.sorting import Unsorted, blocks_of, sorted_assignment
 from hecate.kernels.common.sorting import kept_tile_map as tile_map_triton
 from tests.kernels.common.order_cases import CASES, random_slots
 from tests.kernels.grouping import poisoned
-from tests.kernels.plain_assignments import assignment_blocks, assignment_order, tile_map
+from tests.kernels.plain_orders import assignment_blocks, assignment_order, tile_map
 
 __all__ = ["poisoned"]
 

@@ -14,7 +14,7 @@ from hecate.kernels.common.low_rank import LowRankTerm
 from hecate.kernels.experts.grouped_gemm import GemmOptions, gemm_launch, grouped_gemm
 from hecate.kernels.experts.slot_weights import SlotWeights, separate_weights, stacked_weights
 from tests.kernels.grouping import GROUPS, TOLERANCE, assert_close, grouped, poisoned
-from tests.kernels.plain_assignments import assignment_order
+from tests.kernels.plain_orders import assignment_order
 
 __all__ = ["poisoned"]
 

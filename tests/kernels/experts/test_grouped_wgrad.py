@@ -13,7 +13,7 @@ from hecate.kernels.common.assignments import AssignmentOrder
 from hecate.kernels.common.dropout import Dropout, RowDropout
 from hecate.kernels.experts.grouped_wgrad import grouped_wgrad
 from tests.kernels.grouping import GROUPS, TOLERANCE, assert_close, grouped, poisoned
-from tests.kernels.plain_assignments import assignment_order
+from tests.kernels.plain_orders import assignment_order
 
 __all__ = ["poisoned"]
 

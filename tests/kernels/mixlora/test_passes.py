@@ -21,7 +21,7 @@ from hecate.kernels.mixlora.passes import RULES, GatedInputs
 from tests.kernels.grouping import GROUPS, assert_close, grouped, poisoned
 from tests.kernels.layer_cases import CASES as LAYERS
 from tests.kernels.mixlora import passes_reference
-from tests.kernels.plain_assignments import assignment_blocks, assignment_order
+from tests.kernels.plain_orders import assignment_blocks, assignment_order
 
 __all__ = ["poisoned"]
 

@@ -42,7 +42,7 @@ from hecate.train.steps.passes import forward_loss, pass_tokens
 from hecate.train.steps.step import StepBatches, StepRules, train_step
 from testing.ranks import run_ranks
 from tests.hecate.apps.foresee.making import config_for, num_bytes, packed_batch, saved_for_backward, slow_node, write_model
-from tests.kernels.plain_assignments import assignment_blocks, assignment_order
+from tests.kernels.plain_orders import assignment_blocks, assignment_order
 
 EVERY_EXPERT = ("moe.num_experts=[5,0,5]", "moe.top_k=5")
 """so that all have moments after a step"""
