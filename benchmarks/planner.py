@@ -70,7 +70,7 @@ def route_rows(*, quick: bool) -> list[dict[str, Any]]:
     for density in DENSITIES:
         where_ED = (rng.random((experts, world)) < density) | given.owned_LED[0]
         placement = Placement(owner_E.copy(), where_ED)
-        with jit.compiling_here():
+        with jit.compiling_in_this_process():
             route = fastest_route(placement, ChunkSize(numel, 2), given.topology)
         times: list[float] = []
         for _ in range(20 if quick else 500):
@@ -88,7 +88,7 @@ def after_router_ms(given: PlanInput, *, quick: bool) -> list[float]:
     true_LED = np.random.default_rng(1).permuted(given.expected_LED[:1], axis=1)
     known = one_layer(replace(given, execution=ExecutionMode(plan="calibrated")), 0, true_LED[0])
     times: list[float] = []
-    with jit.compiling_here():
+    with jit.compiling_in_this_process():
         best_after_router(plan_auto, known, present, splits=True)
     while len(times) < (1 if quick else 5) or (sum(times) < 2000 and len(times) < 50 and not quick):
         start = time.perf_counter()
@@ -103,7 +103,7 @@ def main() -> None:
     for experts, world, layers in SIZES:
         given = plan_input(experts, world, layers)
         for policy, planner in POLICIES.items():
-            with jit.compiling_here():  # before the clock starts
+            with jit.compiling_in_this_process():  # before the clock starts
                 plan = planner(given)
             served_LD = plan.traffic(given.expected_LED, given.expected_LED, given.topology)[:, SERVED]
             assert np.allclose(served_LD.sum(-1), given.expected_LED.sum((1, 2))), policy

@@ -25,9 +25,9 @@ class Endpoint:
     host: str
     port: int
     local_address: str
-    """address of this node on the route to the meeting point"""
+    """the address of this node on the route to the meeting point"""
     interface: str | None
-    """name of this node's interface with that address; None: unknown"""
+    """the name of this node's interface with the local address; None: unknown"""
     on_this_node: bool
     """whether this node hosts the meeting point"""
 
@@ -82,7 +82,7 @@ def check_free(endpoint: Endpoint) -> None:
         UserError: it cannot, for example because something listens there already.
     """
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or the connections of a job that has just ended would count
         try:
             trial.bind((endpoint.host, endpoint.port))
         except OSError as error:

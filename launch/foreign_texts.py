@@ -20,7 +20,7 @@ class WorkerFailure:
     """Why a Ray actor could not start, or has ended."""
 
     text: str
-    """one line"""
+    """the reason, in one line"""
     cannot_import: bool
     """whether its node lacks hecate or a package that hecate needs"""
 

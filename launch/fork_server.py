@@ -1,6 +1,6 @@
 """The process that a node's ranks are forked from: it imports once, before they start, what all of them need.
 
-Importing torch and transformers takes seconds, and ranks that start together would all do it on the same processors. The launcher starts
+Importing torch and transformers takes seconds, and ranks that start at once would all do it on the same processors. The launcher starts
 this server, and runs `forked_rank.py` for each rank. The ranks run a *program*: a module with the functions `preload()`, which
 imports what the program needs, and `main(arguments)`. Without a server a rank runs `python -m PROGRAM ARGUMENTS`.
 
@@ -31,9 +31,9 @@ _SERVER = (*RUN_MODULE, "hecate.launch.fork_server")
 _STOPS = (signal.SIGINT, signal.SIGTERM)
 _RANK = Path(__file__).with_name("forked_rank.py")
 _LONGEST_PATH = 100
-"""largest number of bytes in the address of a Unix socket that every system takes"""
+"""the most bytes in the address of a Unix socket that every system takes"""
 _WAITING = 1024
-"""number of ranks that can connect before the server has imported everything"""
+"""the number of ranks that can connect before the server has imported everything"""
 
 
 @contextmanager
@@ -58,28 +58,23 @@ def forking(folder: Path, environment: Mapping[str, str], program: str) -> Itera
         listening.listen(_WAITING)
         # A service that is stopped signals all of its processes. The server has these signals blocked from its beginning, and only passes
         # on to ranks what the launcher sends them: without it they could not save.
-        was = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
-            server = _start(listening, environment, program)
+            server = subprocess.Popen(
+                [*_SERVER, str(listening.fileno()), program],
+                stdin=subprocess.PIPE,  # the server ends when this pipe is closed, which the kernel does even if this process is killed
+                pass_fds=[listening.fileno()],
+                env=dict(environment),
+                start_new_session=True,  # a terminal's signals go to the launcher alone
+            )
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, was)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
         yield (sys.executable, "-I", "-S", str(_RANK), str(path), program)
     finally:
         assert server.stdin is not None
         server.stdin.close()
         server.wait()
-
-
-def _start(listening: socket.socket, environment: Mapping[str, str], program: str) -> subprocess.Popen[bytes]:
-    """Start the server. It ends when the pipe to its standard input is closed."""
-    return subprocess.Popen(
-        [*_SERVER, str(listening.fileno()), program],
-        stdin=subprocess.PIPE,
-        pass_fds=[listening.fileno()],
-        env=dict(environment),
-        start_new_session=True,  # a terminal's signals go to the launcher alone
-    )
 
 
 @dataclass(frozen=True)
@@ -99,7 +94,7 @@ def wait_for_orders(listening: socket.socket) -> StartOrder:
     """
     server = os.getpid()
     clients: dict[socket.socket, int] = {}
-    """socket to a `forked_rank.py` -> process id of its rank"""
+    """the socket to a `forked_rank.py` -> the process id of its rank"""
     with selectors.DefaultSelector() as selector, _ended_children() as ended:
         for source in (0, listening, ended):
             selector.register(source, selectors.EVENT_READ)
@@ -108,11 +103,12 @@ def wait_for_orders(listening: socket.socket) -> StartOrder:
             if 0 in ready:
                 _end(list(clients.values()))
                 sys.exit(0)
+            # Signals come before ends: until a rank that has ended is waited for, no other process can have its number.
             for client in [client for client in clients if client in ready]:
                 if not _pass_on_signals(client, clients[client]):
                     selector.unregister(client)
             if ended in ready:
-                ended.recv(4096)
+                ended.recv(4096)  # a byte may stand for several children, so every rank is asked
                 for client in [client for client, pid in clients.items() if _report(client, pid)]:
                     if client in selector.get_map():
                         selector.unregister(client)
@@ -132,6 +128,7 @@ def wait_for_orders(listening: socket.socket) -> StartOrder:
                     os.close(descriptor)
                 clients[client] = pid
                 selector.register(client, selectors.EVENT_READ)
+    # In the rank. While it held the other ranks' connections open, their `forked_rank.py` would not notice the server's end.
     for other in (listening, client, *clients):
         other.close()
     _become(order, descriptors, server)
@@ -190,8 +187,8 @@ def _ended_children() -> Iterator[socket.socket]:
     """Give a socket that can be read from when a child process has ended."""
     ended, wakeup = socket.socketpair()
     with ended, wakeup:
-        wakeup.setblocking(False)
-        handler = signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
+        wakeup.setblocking(False)  # a full socket has been noticed already; waiting for room in a signal's handler would stop the server
+        handler = signal.signal(signal.SIGCHLD, lambda _number, _frame: None)  # Python writes only for signals that have a handler
         signal.set_wakeup_fd(wakeup.fileno())
         try:
             yield ended

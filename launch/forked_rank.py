@@ -35,7 +35,7 @@ def main() -> int:
         print("hecate: the process that the ranks are forked from has ended", file=sys.stderr)
         return 1
     status = int(answer)
-    if status < 0:
+    if status < 0:  # killed by a signal: this process ends by it, too, so that the launcher sees how the rank has ended
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [-status])
         if -status != signal.SIGKILL:
             signal.signal(-status, signal.SIG_DFL)

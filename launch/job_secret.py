@@ -13,15 +13,15 @@ from hecate.io.plain_files import open_plain
 from hecate.ranks.launcher_files import TOKEN_VARIABLE
 
 _FEWEST, _MOST = 32, 1024
-"""characters"""
+"""the numbers of characters that a secret may have"""
 
 
 def job_secret(file: Path | None) -> bytes:
     """The secret out of a file, which is made with a new one if it does not exist, or out of the variable HECATE_TOKEN.
 
     Raises:
-        UserError: neither is given; the file cannot be read or made, belongs to somebody else, or can be read by others; or what stands
-            there is too short.
+        UserError: neither is given; the file cannot be read or made, belongs to somebody else, or can be read by others; or its text is
+            too short.
     """
     if file is None:
         where, text = TOKEN_VARIABLE, os.environ.get(TOKEN_VARIABLE, "")
@@ -43,7 +43,7 @@ def _read_or_make(file: Path) -> str:
         if not file.exists():
             _make(file)
         with open_plain(file) as opened:
-            found = os.fstat(opened.fileno())
+            found = os.fstat(opened.fileno())  # of what is read; by its path somebody could have put another file in its place
             text = opened.read(_MOST + 2).decode("utf-8", errors="replace").strip()
     except OSError as error:
         raise UserError(f"--token-file {file}: {error.strerror or error}") from None

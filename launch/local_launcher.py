@@ -33,10 +33,10 @@ _log = logging.getLogger(__name__)
 STOPPING = "hecate: stopping: the ranks finish their step and save; a second signal ends them at once\n"
 """the answer to a first Ctrl-C or SIGTERM"""
 ENDS_TOGETHER = JobPolicy(most=0)
-"""of a run that ends when one of its ranks does"""
+"""the policy of a run that ends when one of its ranks does"""
 _LOOK_SECONDS = 0.02
 _ENDED_BY_SIGNAL = {-signal.SIGTERM, -signal.SIGINT, -signal.SIGKILL}
-"""how ranks end that get a signal while they begin, and do not know yet what to do with it, or that get a second one"""
+"""the statuses of ranks that get a signal while they begin, and do not know yet what to do with it, or that get a second one"""
 
 RANK_SETTINGS = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 33)} | ONEDNN_SETTINGS
 """Variables of a rank's process. With the first two glibc keeps freed memory. By default it returns large blocks to the kernel at once and
@@ -103,23 +103,28 @@ def watch(ranks: SurvivingRanks) -> int:
             status = _status_of(ranks, signals)
         return 128 + signals[0] if signals and status == 0 else status
     finally:
+        # Also after an error of this process: ranks that nobody watches would go on, and nobody could start the run anew.
         end_processes(ranks.processes.values())
+
+
+def default_variables(ranks_on_machine: int) -> dict[str, str]:
+    """The environment variables that ranks get where the user has not set them."""
+    return {
+        **RANK_SETTINGS,
+        **gpu_allocator_defaults(os.environ),
+        "TQDM_DISABLE": "1",  # bars of several ranks would overwrite each other, and the run prints its own progress
+        "OMP_NUM_THREADS": str(max(1, usable_cores() // ranks_on_machine)),
+    }
 
 
 def _environment(num_ranks: int) -> dict[str, str]:
     """The environment variables that are the same for all ranks."""
-    environment = {**os.environ, LAUNCHED_VARIABLE: str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo"}
-    environment.setdefault("NCCL_SOCKET_IFNAME", "lo")
-    for name, value in (RANK_SETTINGS | gpu_allocator_defaults(os.environ)).items():
-        environment.setdefault(name, value)
-    # Progress bars of several ranks would overwrite each other, and the run prints its own progress.
-    environment.setdefault("TQDM_DISABLE", "1")
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // num_ranks)))
-    return environment
+    own = {LAUNCHED_VARIABLE: str(os.getpid()), "GLOO_SOCKET_IFNAME": "lo"}
+    return {"NCCL_SOCKET_IFNAME": "lo"} | default_variables(num_ranks) | dict(os.environ) | own
 
 
 def _status_of(ranks: SurvivingRanks, signals: Sequence[int]) -> int:
-    """The exit status of a run that is over. Why it has failed, if it has, is told.
+    """The exit status of a run that is over. Says why it has failed, if it has.
 
     Args:
         signals: those that have come.

@@ -17,15 +17,13 @@ from hecate.io.one_writer import one_writer
 from hecate.launch.addresses import Endpoint, check_free, find_endpoint
 from hecate.launch.fork_server import forking
 from hecate.launch.job_secret import job_secret
-from hecate.launch.local_launcher import RANK_SETTINGS, launch_local, run_first
+from hecate.launch.local_launcher import default_variables, launch_local, run_first
 from hecate.launch.membership.job_policy import JobPolicy
 from hecate.launch.node_messages import JobShape
 from hecate.launch.rank_command import RankCommand
 from hecate.launch.run_folder import run_folder
 from hecate.launch.surviving_nodes import follow, lead
 from hecate.parallel.cluster.mesh import make_mesh
-from hecate.ranks.cores import usable_cores
-from hecate.ranks.gpu_allocator import gpu_allocator_defaults
 from hecate.ranks.launcher_files import LAUNCHED_VARIABLE, MEETING_VARIABLE, TOKEN_VARIABLE
 from hecate.train.preflight import check_devices
 
@@ -79,7 +77,7 @@ class NodesJob:
 
     name: str
     nodes: tuple[int, int]
-    """smallest and largest number of nodes"""
+    """the smallest and the largest number of nodes"""
     ranks_per_node: int
     output_dir: str
     """the run's folder, which one job alone writes to"""
@@ -115,7 +113,8 @@ def launch_at(program: str, arguments: Sequence[str], job: NodesJob, meeting: En
         with one_writer(job.output_dir):
             return launch_local(program, arguments, job.ranks_per_node, job.policy, first=job.first)
     if meeting.on_this_node:
-        check_free(meeting)
+        check_free(meeting)  # before the ranks' imports, which take seconds
+        # The node that leads alone claims the folder, which all nodes share: a second claim would refuse this very job.
         with one_writer(job.output_dir):
             return _launch_of_several(program, arguments, job, meeting, secret)
     return _launch_of_several(program, arguments, job, meeting, secret)
@@ -136,12 +135,7 @@ def _launch_of_several(program: str, arguments: Sequence[str], job: NodesJob, me
 
 def _environment(meeting: Endpoint, secret: bytes, ranks_per_node: int) -> dict[str, str]:
     """The environment variables that are the same for all ranks of a node."""
-    defaults = {
-        **RANK_SETTINGS,
-        **gpu_allocator_defaults(os.environ),
-        "TQDM_DISABLE": "1",
-        "OMP_NUM_THREADS": str(max(1, usable_cores() // ranks_per_node)),
-    }
+    defaults = default_variables(ranks_per_node)
     if meeting.interface:
         # By default gloo takes the interface of the host's own name, which on many machines is loopback.
         defaults |= {"GLOO_SOCKET_IFNAME": meeting.interface, "NCCL_SOCKET_IFNAME": meeting.interface}

@@ -33,9 +33,9 @@ _JOB_SECONDS = 5.0
 """how long a node that has connected waits to read which job meets there"""
 _MOST_ARRIVALS = 10_000
 _SIGNALS = 128
-"""above all numbers of signals"""
+"""a number above those of all signals"""
 _LONGEST = 4000
-"""characters of a user error's text"""
+"""the most characters of a user error's text"""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,9 @@ class JobShape:
 
     name: str
     fewest: int
+    """the smallest number of nodes"""
     most: int
-    """nodes"""
+    """the largest number of nodes"""
     ranks_per_node: int
     survives: bool
     """whether its ranks can go on without one that dies (`fssdp.redundancy`)"""
@@ -61,14 +62,14 @@ class NodeReport:
     """What a launcher says of its node."""
 
     beat: int
-    """changes from time to time; a launcher whose beat stays the same is lost"""
+    """a number that changes from time to time; a launcher whose beat stays the same is lost"""
     address: str
     ended: dict[str, int]
-    """member that has ended -> its exit status"""
+    """a member that has ended -> its exit status"""
     files: tuple[str, ...]
-    """names of the files that its members have left"""
+    """the names of the files that its members have left"""
     mistakes: dict[str, str]
-    """member -> the text of its user error"""
+    """a member -> the text of its user error"""
     stopping: bool
     """whether the launcher has received a signal to stop"""
     leaves: bool
@@ -80,11 +81,11 @@ class MemberOrder:
     """A process that a node must start, and the signals that it must have had."""
 
     node: int
-    """number of the node's arrival"""
+    """the number of the node's arrival"""
     device: int
-    """number of the device on its node"""
+    """the number of the device on its node"""
     begins: Beginning | None
-    """its place among those that begin the run; None: it joins a run under way"""
+    """the process's place among those that begin the run; None: it joins a run under way"""
     signals: tuple[int, ...]
 
 
@@ -93,12 +94,12 @@ class JobOrders:
     """What the leading launcher says to all."""
 
     generation: Generation | None
-    """None: the run waits for its nodes"""
-    here: tuple[str, ...]
-    """names of the files that members leave just before they connect in this generation"""
+    """the ranks that train at present; None: the run waits for its nodes"""
+    arrived: tuple[str, ...]
+    """the names of the files that members leave just before they connect in this generation"""
     members: dict[str, MemberOrder]
     lost: tuple[int, ...]
-    """nodes that count as lost, by number of arrival"""
+    """the nodes that count as lost, by number of arrival"""
     status: int | None
     """the exit status of the run, when it has ended"""
 
@@ -120,9 +121,9 @@ class MessageStore:
             server = StoreServer(meeting.host, meeting.port, secret)
         except OSError as error:
             raise cannot_listen(meeting, error) from None
-        made = JobStore(server.host, server.port, secret, _TIMEOUT)
-        made.set("job", json.dumps(to_json_values(job)))
-        return cls(made)
+        store = JobStore(server.host, server.port, secret, _TIMEOUT)
+        store.set("job", json.dumps(to_json_values(job)))
+        return cls(store)
 
     @classmethod
     def join(cls, meeting: Endpoint, job: JobShape, secret: bytes) -> MessageStore:
@@ -134,22 +135,22 @@ class MessageStore:
         """
         deadline = time.monotonic() + _JOB_SECONDS
         try:
-            made = JobStore(meeting.host, meeting.port, secret, _TIMEOUT)
-            while not made.check(["job"]) and time.monotonic() < deadline:
+            store = JobStore(meeting.host, meeting.port, secret, _TIMEOUT)
+            while not store.check(["job"]) and time.monotonic() < deadline:
                 time.sleep(0.1)
         except dist.DistStoreError as error:
             raise UserError(
                 f"--rdzv-endpoint {meeting.host}:{meeting.port}: {error}\n"
                 "  give all nodes the same --token-file, or the same variable HECATE_TOKEN; another program may use the port"
             ) from None
-        theirs = from_json_values(JobShape, parse_json(made.get("job")))
+        theirs = from_json_values(JobShape, parse_json(store.get("job")))
         if theirs != job:
             raise UserError(
                 f"--rdzv-endpoint {meeting.host}:{meeting.port}: another job meets there, {theirs.in_words()}\n"
                 f"  this node was started for {job.in_words()}\n"
                 "  give the same configuration, --rdzv-id, --nnodes and --nproc-per-node on all nodes"
             )
-        return cls(made)
+        return cls(store)
 
     def arrive(self, report: NodeReport) -> int:
         """Announce this node, and return the number of its arrival, from 1."""
@@ -171,6 +172,7 @@ class MessageStore:
         return dict(zip(asked, self._store.multi_get([_report_key(number) for number in asked]), strict=True)) if asked else {}
 
     def order(self, orders: JobOrders) -> None:
+        # The orders come before their number: whoever has read the new number reads these orders, or later ones, and misses none.
         self._store.set("orders", json.dumps(to_json_values(orders)))
         self._store.add("times-ordered", 1)
 
@@ -215,7 +217,7 @@ def read_orders(text: bytes) -> JobOrders:
         JsonError: it is none.
     """
     orders = from_json_values(JobOrders, parse_json(text))
-    if not all(_OF_MEMBER.fullmatch(name) for name in orders.here) or not all(map(_NUMBER.fullmatch, orders.members)):
+    if not all(_OF_MEMBER.fullmatch(name) for name in orders.arrived) or not all(map(_NUMBER.fullmatch, orders.members)):
         raise JsonError("JobOrders: a name that no file or member has")
     return orders
 

@@ -34,12 +34,12 @@ class RankProcess(Protocol):
 
 @dataclass(frozen=True)
 class Beginning:
-    """The place of a process among those that begin a run together."""
+    """The place of a process among those that begin a run."""
 
     rank: int
     world_size: int
     generation: int
-    """Number of the generation (`hecate.ranks.launcher_files.Generation`). Above 0 the run has been begun before."""
+    """the number of the generation (`hecate.ranks.launcher_files.Generation`); above 0 the run began earlier, and begins again"""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RankCommand:
 
     command: Sequence[str]
     environment: Mapping[str, str]
-    """variables that are the same for all ranks"""
+    """the variables that are the same for all ranks"""
     store: Path
     """the path that the files between launcher and ranks are named after"""
     survives: bool

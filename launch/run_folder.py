@@ -67,7 +67,7 @@ def ending_with_launcher(folder: Path, pids: Iterable[int]) -> Iterator[None]:
 
 
 def start_time(pid: int) -> str:
-    """When a process began, in clock ticks since the machine started. Id and start time together identify a process for good. Linux only.
+    """When a process began, in clock ticks since the machine started. Its id and this time identify a process for good. Linux only.
 
     Raises:
         OSError: there is no such process.

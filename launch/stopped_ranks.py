@@ -26,15 +26,16 @@ class StoppedRanks:
 
     def __init__(self) -> None:
         self._since: dict[int, tuple[float, int]] = {}
-        """when the process was first seen so, and its processor time then"""
+        """the time when a process was first seen stopped, and its processor time then"""
 
     def look(self, pid_of: Mapping[int, int]) -> dict[int, float]:
         """The processes that have been stopped for `STOPPED_SECONDS`, and for how long; named by the keys of `pid_of`. Linux only."""
         now = time.monotonic()
         before, self._since = self._since, {}
         for name, pid in pid_of.items():
-            state, _, ticks = _status(pid)
+            state, ticks = _state_of(pid)
             if state == "T":
+                # Processor time that has grown says that it ran between two looks, so what was seen are several short stops.
                 since, then = before.get(name, (now, ticks))
                 self._since[name] = (since if then == ticks else now, ticks)
         return {name: now - since for name, (since, _) in self._since.items() if now - since > STOPPED_SECONDS}
@@ -45,10 +46,12 @@ class StoppedRanks:
         Args:
             members: the member of each rank.
             processes: the processes of members; only those that run are looked at.
-            folder: where members leave the ids of their processes. Members of other machines have none there.
+            folder: where members of this machine leave the ids of their processes.
         """
         pid_of = pid_files(folder)
-        running = {one: pid_of[one] for one in members if one in pid_of and one in processes and processes[one].poll() is None}
+        running = {
+            member: pid_of[member] for member in members if member in pid_of and member in processes and processes[member].poll() is None
+        }
         for member, seconds in self.look(running).items():
             rank = members.index(member)
             _log.warning(f"hecate: rank {rank} has been stopped for {seconds:.1f} s, as by SIGSTOP, and is ended")
@@ -56,14 +59,11 @@ class StoppedRanks:
             processes[member].wait()
 
 
-def _status(pid: int) -> tuple[str, int, int]:
-    """State, parent and processor time (in clock ticks) of a process; empty and 0 if there is none.
-
-    A process that a debugger holds is not in state T.
-    """
+def _state_of(pid: int) -> tuple[str, int]:
+    """State and processor time (in clock ticks) of a process; empty and 0 if there is none. One that a debugger holds is not in state T."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "", 0, 0
-    state, parent, *others = stat.rpartition(")")[2].split()
-    return state, int(parent), int(others[9]) + int(others[10])
+        return "", 0
+    state, *others = stat.rpartition(")")[2].split()
+    return state, int(others[10]) + int(others[11])

@@ -88,12 +88,12 @@ class _Node:
     """Another node, as the leading launcher sees it."""
 
     seen: float
-    """when its report last changed"""
+    """the time when its report last changed"""
     text: bytes = b""
     report: NodeReport | None = None
     lost: bool = False
     slot: int | None = None
-    """its place in the job, which says which devices are its own; None: all places are taken"""
+    """the node's place in the job, which says which devices are its own; None: all places are taken"""
     members: set[int] = field(default_factory=set)
 
 
@@ -106,7 +106,7 @@ class _Nodes:
         self._orders: dict[str, MemberOrder] = {}
         self._ended: dict[int, int] = {}
         self._last = 0.0
-        """when messages were exchanged last"""
+        """the time when messages were exchanged last"""
         self._status: int | None = None
         self._busy = False
         self._written: JobOrders | None = None
@@ -142,7 +142,7 @@ class _Nodes:
         self._complete = True
 
     def start(self, member: int, device: int, begins: Beginning | None) -> RankProcess:
-        """Start a member, or have the node in whose place the device is start it. If no node is there, the member has ended at once."""
+        """Start a member, or have the node in whose place the device is start it. If the place is empty, the member has ended at once."""
         slot, local = divmod(device, self._job.ranks_per_node)
         if slot == 0:
             return self._own.start(member, local, begins)
@@ -160,7 +160,7 @@ class _Nodes:
         return [device for slot in slots for device in range(slot * self._job.ranks_per_node, (slot + 1) * self._job.ranks_per_node)]
 
     def _in_place(self, slot: int) -> int | None:
-        """The number of the node in a place, if one is there."""
+        """The number of the node in a place; None: the place is empty."""
         return next((number for number, node in self._nodes.items() if node.slot == slot and not node.lost), None)
 
     def status_of(self, member: int) -> int | None:
@@ -241,10 +241,11 @@ class _Nodes:
 
     def _write(self) -> None:
         generation = read_generation(self._files) if self.surviving is not None else None
-        here = () if generation is None else tuple(sorted(path.name for path in self._files.parent.glob(f"here-{generation.number}-*")))
+        number = -1 if generation is None else generation.number
+        arrived = tuple(sorted(path.name for path in self._files.parent.glob(f"here-{number}-*")))
         lost = tuple(number for number, node in self._nodes.items() if node.lost)
         members = {name: order for name, order in self._orders.items() if int(name) not in self._ended}
-        orders = JobOrders(generation, here, members, lost, self._status)
+        orders = JobOrders(generation, arrived, members, lost, self._status)
         if orders != self._written:
             self._store.order(orders)
             self._written = orders
@@ -325,10 +326,10 @@ class _OwnRanks:
         self._processes: dict[int, Popen[bytes]] = {}
         self._devices: dict[int, int] = {}
         self._delivered: dict[int, int] = {}
-        """member -> how many of the ordered signals it has had"""
+        """a member -> how many of the ordered signals it has had"""
         self._stopped = StoppedRanks()
         self.signals: list[int] = []
-        """those that the launcher itself has received"""
+        """the signals that the launcher itself has received"""
 
     def run(self, store: MessageStore) -> int | None:
         """Follow until the run has ended, and return its exit status; None: this node has been taken for lost."""
@@ -374,7 +375,7 @@ class _OwnRanks:
     def _carry_out(self, number: int, orders: JobOrders) -> None:
         if orders.generation is None:
             return
-        for name in orders.here:
+        for name in orders.arrived:
             self._files.with_name(name).touch()
         write_generation(self._files, orders.generation)
         for name, order in orders.members.items():
@@ -383,9 +384,10 @@ class _OwnRanks:
                 continue
             if member not in self._processes:
                 self._start(member, order)
-            for one in order.signals[self._delivered[member] :]:
-                if one in (signal.SIGTERM, signal.SIGKILL) and self._processes[member].poll() is None:
-                    self._processes[member].send_signal(one)
+            for ordered in order.signals[self._delivered[member] :]:
+                # No other signal is ever ordered; what comes over the network could otherwise send any to this machine's processes.
+                if ordered in (signal.SIGTERM, signal.SIGKILL) and self._processes[member].poll() is None:
+                    self._processes[member].send_signal(ordered)
             self._delivered[member] = len(order.signals)
 
     def _start(self, member: int, order: MemberOrder) -> None:

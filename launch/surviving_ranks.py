@@ -43,7 +43,7 @@ class Machines(Protocol):
         """Start a member on a device; see `RankCommand.start`. If the machine is gone meanwhile, the process is one that was killed."""
 
     def present(self) -> Collection[int]:
-        """The devices whose machines are there. It must be called often."""
+        """The devices whose machines are in the job now. It must be called often."""
 
 
 class ThisMachine:
@@ -63,24 +63,24 @@ class SurvivingRanks:
         """Start the ranks that begin the run.
 
         Args:
-            machines: where ranks are started; all that the run begins with are there.
+            machines: where ranks are started; all that the run begins with have come.
             store: the path that the files between launcher and ranks are named after (`hecate.ranks.launcher_files`).
         """
         self._machines, self._store = machines, store
         self.processes: dict[int, RankProcess] = {}
         """the process of each member, by number"""
         self.member_on: dict[int, int] = {}
-        """device -> its newest member"""
+        """a device -> its newest member"""
         self._seen: set[tuple[Fact, int, int]] = set()
-        """what was told of members: the fact, the member, the generation"""
+        """the facts about members that the automaton knows: the fact, the member, the generation"""
         self._present: frozenset[int] = frozenset()
         self._stopped = StoppedRanks()
         self.printing = 0
         """the member that began as rank 0, which prints its own errors"""
         self.stopping = False
-        """True: the ranks are to save and to end"""
+        """whether the ranks are to save and to end"""
         self.stops_by_itself = False
-        """whether one of the ranks has that signal already, and tells the others: a second one might reach a rank that ends"""
+        """whether a rank has the signal to stop already, and tells the others: a second one might reach a rank that ends"""
         self.state = JobMembers(policy)
         self.look([Event(Fact.PLACED)])
 
@@ -95,14 +95,15 @@ class SurvivingRanks:
 
     def look(self, events: Iterable[Event] = ()) -> None:
         """Tell the automaton what has happened, and carry out what it decides. It returns at once."""
-        told = [*events, *self._see()]
+        seen = [*events, *self._see()]
         while True:
-            self.state, orders = step(self.state, told, time.monotonic())
+            self.state, orders = step(self.state, seen, time.monotonic())
             for order in orders:
                 self._carry_out(order)
             if not orders:
                 return
-            told = self._see()
+            # An order to end has been carried out to its end, which the automaton is to know before other things happen.
+            seen = self._see()
 
     def _see(self) -> list[Event]:
         """What has happened since the last call."""
@@ -124,7 +125,11 @@ class SurvivingRanks:
                 self._seen.add(key)
                 events.append(self._end_of(device, member, status))
         pid_of = pid_files(self._store.parent)
-        living = {at: pid_of[one] for at, one in self.member_on.items() if one in pid_of and self.processes[one].poll() is None}
+        living = {
+            device: pid_of[member]
+            for device, member in self.member_on.items()
+            if member in pid_of and self.processes[member].poll() is None
+        }
         for device, seconds in self._stopped.look(living).items():
             said = f"for {seconds:.1f} s, as by SIGSTOP"
             events.append(Event(Fact.HALTED, device, said, more=f"kill -CONT {living[device]} lets it go on"))
@@ -191,7 +196,7 @@ class SurvivingRanks:
 def end_processes(processes: Iterable[RankProcess]) -> None:
     """Kill all of these that run, and wait for their ends."""
     living = [process for process in list(processes) if process.poll() is None]
-    for process in living:
+    for process in living:  # all of them before the first is waited for, or the others would notice its loss and begin to answer it
         process.kill()
     for process in living:
         process.wait()

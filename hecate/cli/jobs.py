@@ -45,7 +45,7 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     # The ranks load torch, transformers and the model before they can say anything themselves.
     _log.info(f"hecate: starting {count} rank{'s' if count > 1 else ''}")
     survives = loaded.fssdp.redundancy > 0
-    policy = JobPolicy(copied=survives, most=3 if survives else 0, together=loaded.model.tensor_parallel)
+    policy = JobPolicy(copied=survives, most=3 if survives else 0, tp_size=loaded.model.tensor_parallel)
     arguments = [str(config), *(overrides or ())]
     with one_writer(loaded.output_dir):
         status = launch_local(RANK_PROGRAM, arguments, count, policy, first=["--check", *arguments])
@@ -136,7 +136,7 @@ def launch(
         ranks_per_node=ranks,
         endpoint=rdzv_endpoint,
         token_file=token_file,
-        policy=JobPolicy(copied=loaded.fssdp.redundancy > 0, most=max_restarts, together=loaded.model.tensor_parallel),
+        policy=JobPolicy(copied=loaded.fssdp.redundancy > 0, most=max_restarts, tp_size=loaded.model.tensor_parallel),
         first=["--check", *arguments],
     )
     raise typer.Exit(launch_nodes(RANK_PROGRAM, arguments, job))

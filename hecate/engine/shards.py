@@ -27,7 +27,7 @@ from hecate.parallel.cluster.mesh import Mesh, make_mesh, owners_topology
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.comm.device_tables import chunk_tables
 from hecate.parallel.comm.dispatch import Dispatched, combine, dispatch
-from hecate.parallel.comm.expert_store import ExpertStore, gather_together
+from hecate.parallel.comm.expert_store import ExpertStore, gather_layers
 from hecate.parallel.comm.frozen_store import FrozenStore
 from hecate.parallel.transfer.residency import Residency, residency_from_json, residency_to_json
 from hecate.parallel.values.loads import LoadHistory
@@ -274,7 +274,7 @@ class ExpertShards:
     def gather(self, *units: Unit) -> None:
         """Start materializing layers, or the pools that they draw on, where their replicas have neither arrived nor are on their way."""
         # Both kinds of chunks travel in one group, so every rank starts the trainable ones of all these layers first, then the frozen ones.
-        gather_together(
+        gather_layers(
             [(self.stores[source], self.plans.transfer(source)) for source in dict.fromkeys(self.trained_in[unit] for unit in units)]
         )
         for unit in units:

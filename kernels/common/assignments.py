@@ -1,8 +1,8 @@
 """The assignments of tokens to experts, sorted and cut into the tiles that kernels work on.
 
 An assignment is a token with one of its top-k experts, so a token has k of them. Kernels take assignments sorted by slot, the index of
-an expert's weights on this rank, so that neighbouring rows are multiplied by the same weights. `hecate.kernels.common.sorting` sorts on
-the device without waiting for it, so all sizes on the host are upper bounds; `assignment_tiles`, for the torch path, reads them back.
+an expert's weights on this rank, so that neighbouring rows are multiplied by the same weights. `hecate.kernels.common.sorting` sorts on the
+device without waiting for it, so all sizes on the host are upper bounds; `assignment_tiles`, for the torch path, reads the sizes back.
 
 Shapes: T tokens, K assignments of a token, P places of the sorted assignments (T·K at most), S slots, D hidden, m assignments of a tile.
 """
@@ -44,14 +44,6 @@ class RoutedTokens:
         assert self.expert_S is not None, "the experts in the slots are not given"
         return self.expert_S
 
-    @property
-    def expert_TK(self) -> Tensor:
-        """Return the expert of each assignment, int64 [T, K]; that of the last slot for an assignment that another rank computes.
-
-        Needs `expert_S`.
-        """
-        return self.experts_in_slots.to(self.slot_TK.device)[self.slot_TK]
-
 
 @dataclass(frozen=True)
 class AssignmentOrder(Operands):
@@ -70,7 +62,7 @@ class AssignmentOrder(Operands):
     starts: Tensor
     """int32 [S + 1], the first place of each slot, and last the number of assignments that are computed on this rank"""
     tile_maps: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """the results of `kept_tile_map` for this order, by the number of rows of a tile"""
+    """the tile maps of this order that were needed so far (`hecate.kernels.common.sorting.kept_tile_map`), by the rows of a tile"""
 
     @property
     def num_assignments(self) -> int:
@@ -81,11 +73,6 @@ class AssignmentOrder(Operands):
     def num_slots(self) -> int:
         return self.starts.numel() - 1
 
-    @property
-    def sizes_S(self) -> Tensor:
-        """Return the number of assignments of each slot, int32 [S]."""
-        return self.starts.diff()
-
 
 def num_tiles_bound(num_assignments: int, num_slots: int, rows: int) -> int:
     """Return the most tiles of `rows` rows that the assignments of `num_slots` groups can need: only a group's last tile is not full."""
@@ -94,13 +81,14 @@ def num_tiles_bound(num_assignments: int, num_slots: int, rows: int) -> int:
 
 @dataclass(frozen=True)
 class AssignmentBlocks:
-    """An order with two maps (`kept_tile_map`): the tiles that programs work on, and the chunks over which gradients are summed first."""
+    """An order with two maps (`hecate.kernels.common.sorting.kept_tile_map`): the tiles that programs work on, and the chunks over which
+    gradients are summed first."""
 
     order: AssignmentOrder
     rows: int
     """the most rows of a tile"""
     tiles: Tensor
-    """int32 [tiles, 3]"""
+    """int32 [tiles, 3]: the slot, first row and number of rows of each tile"""
     chunks: Tensor
     """int32 [chunks, 3]; a hot slot's gradients are summed by many programs, each over one chunk, and then over the chunks in turn"""
     first_chunk: Tensor
@@ -113,9 +101,9 @@ class Tile:
 
     slot: int
     token: Tensor
-    """int64 [m]"""
+    """int64 [m]: the token of each assignment"""
     assignment: Tensor
-    """int64 [m], index into the flattened [T, K]"""
+    """int64 [m]: each assignment's index into the flattened [T, K]"""
     span: slice
     """the range of these assignments among those of all tiles"""
     first: bool
@@ -128,6 +116,7 @@ def assignment_tiles(slot_TK: Tensor, rows: int) -> tuple[list[Tile], Tensor]:
     Assignments of slot -1 are left out. On CUDA the group sizes are read back to the host.
     """
     slot = slot_TK.flatten()
+    # Slices of the tiles are made on the host, so it waits for the sizes: the torch path's one wait.
     elsewhere, *sizes = torch.bincount(slot + 1, minlength=1).tolist()
     order_P = torch.argsort(slot, stable=True)[elsewhere:]
     token_P = order_P // slot_TK.shape[1]

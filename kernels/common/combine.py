@@ -47,8 +47,9 @@ def combine_kernel(
         acc = tl.zeros((BM, BD), dtype=tl.float32)
     for k in tl.static_range(TOP_K):
         place_M = tl.load(place_TK + o_t * TOP_K + k, mask=m_t, other=-1)
-        here = (place_M >= 0)[:, None]
-        b_v = tl.load(v + place_M.to(tl.int64)[:, None] * D + o_d[None, :], mask=here & m_d, other=0.0).to(tl.float32)
+        served = (place_M >= 0)[:, None]
+        # [BM, BD]; a token's rows are added in the order of its assignments, so a sum has the same bits in every run.
+        b_v = tl.load(v + place_M.to(tl.int64)[:, None] * D + o_d[None, :], mask=served & m_d, other=0.0).to(tl.float32)
         if WEIGHTED:
             b_v *= tl.load(weight_TK + o_t * TOP_K + k, mask=m_t, other=0.0).to(tl.float32)[:, None]
         acc += b_v
@@ -66,7 +67,7 @@ def combine_assignments(v_PD: Tensor, weight_TK: Tensor | None, order: Assignmen
     config = choose("combine", RULES, rank=0, itemsize=v_PD.element_size(), device=v_PD.device)
     num_tokens, top_k = order.place_TK.shape
     y_TD = v_PD.new_empty((num_tokens, v_PD.shape[1]))
-    Launch(
+    Launch.configured(
         kernel=combine_kernel,
         grid=(num_blocks(num_tokens, config.blocks["BM"]), num_blocks(v_PD.shape[1], config.blocks["BD"])),
         args={"v": v_PD, "weight_TK": weight_TK, "place_TK": order.place_TK, "base": base_TD, "y": y_TD, "num_tokens": num_tokens},
@@ -75,9 +76,7 @@ def combine_assignments(v_PD: Tensor, weight_TK: Tensor | None, order: Assignmen
             "TOP_K": top_k,
             "WEIGHTED": weight_TK is not None,
             "BASED": base_TD is not None,
-            **config.blocks,
         },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        config=config,
     ).run()
     return y_TD

@@ -58,9 +58,9 @@ class RowDropout:
     """The dropout of some rows, without a mask in memory: kernels compute the mask from one word per row."""
 
     word_R: Tensor
-    """int32 [rows]"""
+    """int32 [rows]: the random word of each row"""
     dropped_levels: int
-    """how many of the 65536 equally likely words of an element drop it"""
+    """the number of the 65536 equally likely words of an element that drop it"""
 
     @property
     def scale(self) -> float:

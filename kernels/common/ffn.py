@@ -32,9 +32,9 @@ class FfnShape(Operands):
     """The sizes of an FFN whose weights are stored in one flat chunk: gate [F, D], up [F, D], down [D, F]."""
 
     hidden: int
-    """D"""
+    """D, the width of a token's row"""
     ffn: int
-    """F"""
+    """F, the inner width"""
     activation: str
 
     @property
@@ -55,6 +55,16 @@ class FfnShape(Operands):
 def gradient_dtype(weights: Tensor) -> torch.dtype:
     """The type of the gradient of trained weights: their own, but at least float32, because gradients are summed over tokens and ranks."""
     return torch.promote_types(weights.dtype, torch.float32)
+
+
+def product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
+    """Write left @ right into `out`, or add it to `out`. Sums over several calls have out's type."""
+    if out.dtype == left.dtype:
+        out.addmm_(left, right, beta=1 if add else 0)
+    elif add:
+        out += left @ right
+    else:
+        out.copy_(left @ right)
 
 
 def activation(name: str, x: Tensor) -> Tensor:

@@ -13,10 +13,12 @@ import torch
 import triton
 from torch import Tensor
 
+from hecate.kernels.common.launch_config import LaunchConfig
+
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and all its arguments. It can be made from meta tensors as well as from real ones."""
+    """A kernel and all its arguments, which may be meta tensors as well as real ones."""
 
     kernel: Any
     """the kernel that `@triton.jit` returned"""
@@ -28,16 +30,24 @@ class Launch:
     num_warps: int = 4
     num_stages: int = 2
 
+    @classmethod
+    def configured(
+        cls, kernel: Any, grid: tuple[int, ...], args: Mapping[str, Any], constants: Mapping[str, Any], config: LaunchConfig
+    ) -> Launch:
+        """A launch with the block sizes, warps and stages of a configuration."""
+        return cls(kernel, grid, args, {**constants, **config.blocks}, config.num_warps, config.num_stages)
+
     def run(self) -> None:
         """Launch the kernel on the tensors' device, unless the grid is empty. Inside `recorded` the launch is only added to its list."""
         record = _record.get()
         if record is not None:
             record.append(self)
             return
-        if math.prod(self.grid) == 0:
+        if math.prod(self.grid) == 0:  # CUDA refuses an empty grid
             return
         # Triton keeps the allocator per thread, and the backward pass runs in a thread of its own.
         triton.set_allocator(_scratch)
+        # Triton launches on the current device, whatever device the tensors are on.
         with self._on_device():
             self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
 

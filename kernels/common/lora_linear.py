@@ -1,4 +1,4 @@
-"""A frozen linear layer with one low-rank pair in Triton: dropout's mask is made inside the products, and never lies in memory.
+"""A frozen linear layer with one low-rank pair in Triton: dropout's mask is hashed inside the products, and never lies in memory.
 
 The products with the frozen weight, and with B in the forward pass, are torch's. Sums are in float32 and in a fixed order, and there
 are no atomics.
@@ -84,11 +84,12 @@ def lora_shrink_kernel(
     for c in range(0, C, BC):
         o_C = c + tl.arange(0, BC)
         m_C = o_C < C
-        b_x = tl.load(p_x + row_M[:, None] * C + o_C[None, :], mask=m_M[:, None] & m_C[None, :], other=0.0)
+        b_x = tl.load(p_x + row_M[:, None] * C + o_C[None, :], mask=m_M[:, None] & m_C[None, :], other=0.0)  # [BM, BC]
         if DROPOUT:
             b_x = tl.where(dropout_keep(word_M, o_C, dropped_levels), b_x, 0.0).to(b_x.dtype)
+        # [BC, BR]
         b_a = tl.load(p_a + o_C[:, None] * s_c + o_R[None, :] * s_r, mask=m_C[:, None] & m_R[None, :], other=0.0).to(b_x.dtype)
-        b_low = tl.dot(b_x, b_a, b_low, input_precision="ieee")
+        b_low = tl.dot(b_x, b_a, b_low, input_precision="ieee")  # [BM, BR]
     tl.store(p_low + row_M[:, None] * R + o_R[None, :], (b_low * scale).to(p_low.dtype.element_ty), mask=m_M[:, None] & m_R[None, :])
 
 
@@ -117,7 +118,7 @@ def lora_add_kernel(
     row_M = o_M.to(tl.int64)
     b_low = tl.load(p_low + row_M[:, None] * R + o_R[None, :], mask=m_M[:, None] & m_R[None, :], other=0.0)
     b_a = tl.load(p_a + o_R[:, None] * N + o_N[None, :], mask=m_R[:, None] & m_N[None, :], other=0.0).to(b_low.dtype)
-    b_out = tl.dot(b_low, b_a, input_precision="ieee")
+    b_out = tl.dot(b_low, b_a, input_precision="ieee")  # [BM, BR] x [BR, BN]
     if DROPOUT:
         word_M = dropout_word(tl.load(p_token + o_M, mask=m_M, other=0), dropout_stream, key)
         b_out = tl.where(dropout_keep(word_M, o_N, dropped_levels), b_out, 0.0)
@@ -156,7 +157,7 @@ def _outer_block(
             word_M = dropout_word(tl.load(p_token + row_M, mask=m_M, other=0), dropout_stream, key)
             b_x = tl.where(dropout_keep(word_M, o_N, dropped_levels), b_x, 0.0).to(b_x.dtype)
         b_low = tl.load(p_low + row_M[:, None] * R + o_R[None, :], mask=m_M[:, None] & m_R[None, :], other=0.0)
-        b_out = tl.dot(tl.trans(b_x), b_low, b_out, input_precision="ieee")
+        b_out = tl.dot(tl.trans(b_x), b_low, b_out, input_precision="ieee")  # [BN, BM] x [BM, BR]
     return b_out
 
 
@@ -185,6 +186,7 @@ def lora_outer_kernel(
 
     dA[r, n] = sum_t dlow[t, r] · drop(x)[t, n]; dB[n, r] = sum_t dy[t, n] · low[t, r].
     """
+    # Each chunk's part lies by itself and torch adds the parts: with atomics the sums would come in another order in each run.
     first = tl.program_id(0) * ROWS
     rows = tl.minimum(num_tokens - first, ROWS)
     o_R = tl.arange(0, BR)
@@ -244,7 +246,7 @@ def _shrink(x_TC: Tensor, matrix_rC: Tensor, scale: float, dropout: TokenDropout
     (rank, width), tokens = matrix_rC.shape, x_TC.shape[0]
     low_Tr = x_TC.new_empty((tokens, rank))
     config = _config("lora_shrink", rank, x_TC)
-    Launch(
+    Launch.configured(
         lora_shrink_kernel,
         (num_blocks(tokens, config.blocks["BM"]),),
         {
@@ -259,9 +261,11 @@ def _shrink(x_TC: Tensor, matrix_rC: Tensor, scale: float, dropout: TokenDropout
             "scale": scale,
             **_numbers(dropout),
         },
-        {"DROPOUT": dropout is not None, "BR": padded_rank(rank), **config.blocks},
-        config.num_warps,
-        config.num_stages,
+        {
+            "DROPOUT": dropout is not None,
+            "BR": padded_rank(rank),
+        },
+        config,
     ).run()
     return low_Tr
 
@@ -270,7 +274,7 @@ def _add(out_TN: Tensor, low_Tr: Tensor, a_rN: Tensor, dropout: TokenDropout | N
     """Add drop(low A) to `out`."""
     (rank, width), tokens = a_rN.shape, out_TN.shape[0]
     config = _config("lora_add", rank, out_TN)
-    Launch(
+    Launch.configured(
         lora_add_kernel,
         (num_blocks(tokens, config.blocks["BM"]), num_blocks(width, config.blocks["BN"])),
         {
@@ -282,9 +286,11 @@ def _add(out_TN: Tensor, low_Tr: Tensor, a_rN: Tensor, dropout: TokenDropout | N
             "R": rank,
             **_numbers(dropout),
         },
-        {"DROPOUT": dropout is not None, "BR": padded_rank(rank), **config.blocks},
-        config.num_warps,
-        config.num_stages,
+        {
+            "DROPOUT": dropout is not None,
+            "BR": padded_rank(rank),
+        },
+        config,
     ).run()
 
 
@@ -297,7 +303,7 @@ def _pair_gradients(
     config = _config("lora_outer", rank, x_TI)
     chunks = num_blocks(tokens, CHUNK_ROWS)
     parts = x_TI.new_empty((chunks, rank * (inputs + outputs)), dtype=torch.float32)
-    Launch(
+    Launch.configured(
         lora_outer_kernel,
         (chunks, num_blocks(inputs, config.blocks["BN"]) + num_blocks(outputs, config.blocks["BN"])),
         {
@@ -312,9 +318,12 @@ def _pair_gradients(
             "R": rank,
             **_numbers(dropout),
         },
-        {"DROPOUT": dropout is not None, "ROWS": CHUNK_ROWS, "BR": padded_rank(rank), **config.blocks},
-        config.num_warps,
-        config.num_stages,
+        {
+            "DROPOUT": dropout is not None,
+            "ROWS": CHUNK_ROWS,
+            "BR": padded_rank(rank),
+        },
+        config,
     ).run()
     da, db = parts.sum(0).to(dtype).split_with_sizes((rank * inputs, rank * outputs))
     return None if dlow_Tr is None else da.view(rank, inputs), db.view(outputs, rank)

@@ -57,9 +57,9 @@ class PackedPairs(Operands):
     projections: str
     """the names of these projections, with spaces between"""
     scales: Sequence[float]
-    """of each pair, times that of dropout"""
+    """the scale of each pair, times that of dropout"""
     trains_a: bool
-    """False: no A has a gradient"""
+    """whether the matrices A have gradients"""
     dropped_levels: int
     """see `Dropout.dropped_levels`; 0: there is no dropout"""
 

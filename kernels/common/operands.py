@@ -62,7 +62,7 @@ def _is_operands(hint: Any) -> bool:
 
 
 Form = list[tuple[str, Any]]
-"""what `take_apart` has found in place of each value"""
+"""the kind of each value that `take_apart` was given, and what `put_together` needs of it besides the tensors"""
 
 
 def take_apart(values: Sequence[Any]) -> tuple[list[Tensor], Form]:

@@ -34,7 +34,7 @@ class DifferentiableOperator:
         """Args:
         forward: (call, once) -> (y, kept), annotated with three classes of records: what both passes take, what the forward pass alone
             takes, and tensors for the backward pass. None of the results may share memory with another or with an argument.
-        backward: (gradient of y, call, kept) -> tensors of which gradients are made; the same holds of them.
+        backward: (gradient of y, call, kept) -> tensors that `gradients` takes; the same holds of them.
         gradients: (call, those tensors) -> the gradients of the call's leaves, by their names in `leaf_types`. What has none is left out.
         """
         hints = get_type_hints(forward)
@@ -97,7 +97,7 @@ class DifferentiableOperator:
 
     def _library_keep(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, *kept = output
-        ctx.mark_non_differentiable(*kept)
+        ctx.mark_non_differentiable(*kept)  # they are for the backward pass alone; nothing may be derived from them
         count = len(leaf_types(self._call))
         # The gradient of an argument that is a list is a list.
         ctx.none_of_once = [[None] * len(leaf) if isinstance(leaf, list | tuple) else None for leaf in inputs[count:]]
@@ -135,7 +135,7 @@ def _library_operator(name: str, types: Mapping[str, Any], result: Any, function
         return function(*leaves)
 
     def fake(*leaves: Any) -> Any:
-        with recorded():
+        with recorded():  # allocates the results, launches nothing: so shapes and strides cannot differ from what is computed
             return function(*leaves)
 
     # torch infers an operator's schema from its function's signature.

@@ -1,7 +1,7 @@
 """The order of assignments, and the tiles that it is cut into, in one Triton launch each.
 
-`hecate.kernels.common.assignments` says what they are, and has the same in torch: about fifty small operators, which a GPU finishes sooner
-than the host starts them. Dropout's words are hashed in the launch that sorts.
+`hecate.kernels.common.assignments` says what they are. In torch that takes about fifty small operators, which a GPU finishes sooner than
+the host starts them (tests/kernels/plain_orders.py). Dropout's words are hashed in the launch that sorts.
 
 Shapes: T tokens, K assignments of a token, P = T·K places of the sorted assignments, S slots.
 """
@@ -39,9 +39,9 @@ class Unsorted(Operands):
     places: int
     """see `RoutedTokens.places`"""
     numbers: Sequence[Tensor] = ()
-    """int64: those of the tokens [T], and of the experts in the slots [S]; nothing: there is no dropout"""
+    """int64: the global numbers of the tokens [T], and those of the experts in the slots [S]; nothing: there is no dropout"""
     key: int = 0
-    """of the dropout"""
+    """the key of the dropout"""
 
     @staticmethod
     def of(routed: RoutedTokens, dropout: Dropout | None = None) -> Unsorted:
@@ -77,6 +77,8 @@ def sort_kernel(
 
     The earlier assignment comes first. `p_words`, two rows, are dropout's words of each place, of x and of the hidden state.
     """
+    # Each program counts for itself the assignments of lower slots: to hand a count from program to program would need a second launch,
+    # or atomics.
     slot = tl.program_id(0)
     o_P = tl.arange(0, BP)
     lower_P = tl.zeros((BP,), tl.int32)
@@ -95,6 +97,7 @@ def sort_kernel(
         token_P = at_P // TOP_K
         slot_P = tl.load(p_slot + token_P * s_token + at_P % TOP_K * s_choice, mask=m_P, other=-1)
         own_P = m_P & (tl.where(slot_P < 0, num_slots, slot_P) == slot)
+        # Places by a running sum and not by an atomic counter, so that the order is that of the assignments in every run.
         place_P = place + tl.cumsum(own_P.to(tl.int32), 0) - 1
         tl.store(p_order + place_P, at_P.to(tl.int64), mask=own_P)
         tl.store(p_token_P + place_P, token_P, mask=own_P)
@@ -185,7 +188,7 @@ def sorted_assignments(unsorted: Unsorted, num_slots: int) -> tuple[AssignmentOr
     )
     words = slot_TK.new_empty((2, 0 if token_T is None else _words_width(num_assignments)), dtype=torch.int32)
     config = choose("sort", SORT_RULES, rank=0, itemsize=4, device=slot_TK.device)
-    Launch(
+    Launch.configured(
         kernel=sort_kernel,
         grid=(num_slots + 1,),
         args={
@@ -204,9 +207,11 @@ def sorted_assignments(unsorted: Unsorted, num_slots: int) -> tuple[AssignmentOr
             "s_word": words.stride(0),
             "key": unsorted.key,
         },
-        constants={"TOP_K": slot_TK.shape[1], "DROPOUT": token_T is not None, **config.blocks},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        constants={
+            "TOP_K": slot_TK.shape[1],
+            "DROPOUT": token_T is not None,
+        },
+        config=config,
     ).run()
     return AssignmentOrder(order.order_P[: unsorted.places], order.token_P[: unsorted.places], order.place_TK, order.starts), words
 
@@ -220,10 +225,7 @@ def kept_tile_map(order: AssignmentOrder, rows: int) -> Tensor:
     """Cut an order into tiles of at most `rows` rows of one slot. A program of a grouped kernel works on one tile.
 
     There are as many tiles as the least favourable group sizes would need; surplus tiles, at the end, have slot 0 and no rows. The map
-    of an order is made once and then reused.
-
-    Returns:
-        int32 [tiles, 3]: each tile's slot, its first row (a place of the order) and its number of rows, in the order of the rows.
+    of an order is computed once and then reused.
     """
     if rows not in order.tile_maps:
         order.tile_maps[rows] = _cut(order, rows, None)[0]
@@ -246,7 +248,7 @@ def _cut(order: AssignmentOrder, rows: int, chunk_rows: int | None) -> tuple[Ten
     tile_blocks = num_blocks(num_tiles, config.blocks["BT"])
     # One program for chunks at least, which writes the first chunks of slots without assignments.
     chunk_blocks = 0 if chunk_rows is None else max(1, num_blocks(num_chunks, config.blocks["BT"]))
-    Launch(
+    Launch.configured(
         kernel=cut_kernel,
         grid=(tile_blocks + chunk_blocks,),
         args={
@@ -261,8 +263,9 @@ def _cut(order: AssignmentOrder, rows: int, chunk_rows: int | None) -> tuple[Ten
             "rows": rows,
             "chunk_rows": chunk_rows or 1,
         },
-        constants={"CHUNKS": chunk_rows is not None, **config.blocks},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        constants={
+            "CHUNKS": chunk_rows is not None,
+        },
+        config=config,
     ).run()
     return tiles, chunks, first_chunk

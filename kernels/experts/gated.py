@@ -25,10 +25,10 @@ RULES = (
 @triton.jit(do_not_specialize=["num_slots"])
 def gate_kernel(gate_up, h, starts, num_slots, F: tl.constexpr, ACTIVATION: tl.constexpr, BM: tl.constexpr, BF: tl.constexpr):
     """h[p] = act(gate[p]) · up[p] of the assignments that are computed on this rank."""
-    here = tl.load(starts + num_slots)
+    num_served = tl.load(starts + num_slots)  # known on the device alone: the grid is for all places, and the rest is masked
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     o_f = tl.program_id(1) * BF + tl.arange(0, BF)
-    mask = (o_m < here)[:, None] & (o_f < F)[None, :]
+    mask = (o_m < num_served)[:, None] & (o_f < F)[None, :]
     at = o_m.to(tl.int64)[:, None] * (2 * F) + o_f[None, :]
     gate = tl.load(gate_up + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + at + F, mask=mask, other=0.0).to(tl.float32)
@@ -53,12 +53,13 @@ def gate_backward_kernel(
     BF: tl.constexpr,
 ):
     """Gradients of gate and up, w · h, and dw = <dh, h> of each assignment; w is its weight, dh the gradient of h before weighting."""
-    here = tl.load(starts + num_slots)
+    num_served = tl.load(starts + num_slots)
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    m_m = o_m < here
+    m_m = o_m < num_served
     assignment_M = tl.load(order_P + o_m, mask=m_m, other=0)
     w = tl.load(weight_TK + assignment_M, mask=m_m, other=0.0).to(tl.float32)[:, None]
     row = o_m.to(tl.int64)[:, None]
+    # One program goes over all columns of its rows, so dw is summed in one order, without atomics.
     dweight_M = tl.zeros((BM,), dtype=tl.float32)
     for f0 in range(0, F, BF):
         o_f = f0 + tl.arange(0, BF)[None, :]
@@ -67,7 +68,7 @@ def gate_backward_kernel(
         up = tl.load(gate_up + row * (2 * F) + F + o_f, mask=mask, other=0.0).to(tl.float32)
         b_dh = tl.load(dh + row * F + o_f, mask=mask, other=0.0).to(tl.float32)
         act, derivative = activate_with_derivative(gate, ACTIVATION)
-        dweight_M += tl.sum(b_dh * act * up, axis=1)
+        dweight_M += tl.sum(b_dh * act * up, axis=1)  # before dh is weighted: dw is <dh, h> of the unweighted gradient
         b_dh *= w
         tl.store(dgate_up + row * (2 * F) + o_f, (b_dh * up * derivative).to(dgate_up.dtype.element_ty), mask=mask)
         tl.store(dgate_up + row * (2 * F) + F + o_f, (b_dh * act).to(dgate_up.dtype.element_ty), mask=mask)
@@ -81,13 +82,15 @@ def gate(gate_up_P: Tensor, order: AssignmentOrder, activation: str) -> Tensor:
     h_PF = gate_up_P.new_empty((gate_up_P.shape[0], gate_up_P.shape[1] // 2))
     config = choose("gate", RULES, rank=0, itemsize=gate_up_P.element_size(), device=gate_up_P.device)
     num_assignments, width = h_PF.shape
-    Launch(
+    Launch.configured(
         kernel=gate_kernel,
         grid=(num_blocks(num_assignments, config.blocks["BM"]), num_blocks(width, config.blocks["BF"])),
         args={"gate_up": gate_up_P, "h": h_PF, "starts": order.starts, "num_slots": order.num_slots},
-        constants={"F": width, "ACTIVATION": activation, **config.blocks},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        constants={
+            "F": width,
+            "ACTIVATION": activation,
+        },
+        config=config,
     ).run()
     return h_PF
 
@@ -110,7 +113,7 @@ def gate_backward(
     dweight_TK = torch.zeros_like(weight_TK)
     config = choose("gate_backward", RULES, rank=0, itemsize=gate_up_P.element_size(), device=gate_up_P.device)
     num_assignments, width = dh_PF.shape
-    Launch(
+    Launch.configured(
         kernel=gate_backward_kernel,
         grid=(num_blocks(num_assignments, config.blocks["BM"]),),
         args={
@@ -124,8 +127,10 @@ def gate_backward(
             "dweight_TK": dweight_TK,
             "num_slots": order.num_slots,
         },
-        constants={"F": width, "ACTIVATION": activation, **config.blocks},
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        constants={
+            "F": width,
+            "ACTIVATION": activation,
+        },
+        config=config,
     ).run()
     return dgate_up_P, weighted_h_PF, dweight_TK

@@ -176,17 +176,19 @@ def grouped_gemm_kernel(
         b += slot * stride_b_slot + half * half_b
         for r0 in tl.range(0, RANK, RB, num_stages=1):
             o_r = r0 + tl.arange(0, RB)
-            b_low = tl.load(low + place_M.to(tl.int64)[:, None] * stride_low + o_r[None, :])
+            b_low = tl.load(low + place_M.to(tl.int64)[:, None] * stride_low + o_r[None, :])  # [BM, RB]
             if TRANSPOSED:
                 b_b = tl.load(b + o_r[:, None] * stride_b + o_n[None, :], mask=m_n[None, :], other=0.0)
             else:
                 b_b = tl.trans(tl.load(b + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * stride_b + o_r[None, :]))
-            acc = tl.dot(b_low, b_b, acc, input_precision=PRECISION)
+            acc = tl.dot(b_low, b_b, acc, input_precision=PRECISION)  # [BM, RB] x [RB, BN]
         acc *= scale
         if DROP_LOW:
             acc = tl.where(dropout_keep(keep_M, o_n, dropped_levels), acc, 0.0)
 
     if X_DESCRIPTOR:
+        # TMA copies blocks of neighbouring rows, so not those of gathered tokens. Behind the tile it reads rows of the next slot, whose
+        # products are not stored, and behind the last row zeros.
         x_rows = tl.make_tensor_descriptor(x, shape=[num_assignments, K], strides=[stride_x, 1], block_shape=[BM, BK])
     if W_DESCRIPTOR:
         if TRANSPOSED:
@@ -195,6 +197,7 @@ def grouped_gemm_kernel(
             w_slot = tl.make_tensor_descriptor(w, shape=[N, K], strides=[stride_w, 1], block_shape=[BN, BK])
     for k0 in tl.range(0, K, BK):
         m_k = k0 + o_k < K
+        # b_x [BM, BK]
         if X_DESCRIPTOR:
             b_x = x_rows.load([first_row, k0])
         elif K % BK == 0:
@@ -203,6 +206,7 @@ def grouped_gemm_kernel(
             b_x = tl.load(x + row_M[:, None] * stride_x + (k0 + o_k)[None, :], mask=m_k[None, :], other=0.0)
         if DROP_X:
             b_x = tl.where(dropout_keep(keep_M, k0 + o_k, dropped_levels), b_x, 0.0)
+        # b_w [BK, BN]
         if W_DESCRIPTOR:
             if TRANSPOSED:
                 b_w = w_slot.load([k0, n0])
@@ -215,7 +219,7 @@ def grouped_gemm_kernel(
         else:
             p_w = w + tl.minimum(o_n, N - 1).to(tl.int64)[:, None] * stride_w + (k0 + o_k)[None, :]
             b_w = tl.trans(tl.load(p_w, mask=m_k[None, :], other=0.0))
-        acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION)
+        acc = tl.dot(b_x, b_w, acc, input_precision=PRECISION)  # [BM, BN]
 
     if SCALE_RESULT:
         acc *= scale

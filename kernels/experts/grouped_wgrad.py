@@ -82,12 +82,13 @@ def grouped_wgrad_kernel(
             right_M = tl.load(right_token_P + o_m, mask=m_m, other=0).to(tl.int64)
         else:
             right_M = o_m.to(tl.int64)
+        # [BM, BN] and [BM, BK]; rows behind the slot's last are zeros, which add nothing to the sum over rows.
         b_left = tl.load(left + left_M[:, None] * stride_left + o_n[None, :], mask=m_m[:, None] & m_n[None, :], other=0.0)
         b_right = tl.load(right + right_M[:, None] * stride_right + o_k[None, :], mask=m_m[:, None] & m_k[None, :], other=0.0)
         if DROP_RIGHT:
             keep_M = tl.load(keep_P + o_m, mask=m_m, other=0)
             b_right = tl.where(dropout_keep(keep_M, o_k, dropped_levels), b_right, 0.0)
-        acc = tl.dot(tl.trans(b_left), b_right, acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(b_left), b_right, acc, input_precision=PRECISION)  # [BN, BM] x [BM, BK]
     acc *= scale
     p_out = out + o_n.to(tl.int64)[:, None] * stride_out + o_k[None, :]
     tl.store(p_out, acc.to(out.dtype.element_ty), mask=m_n[:, None] & m_k[None, :])

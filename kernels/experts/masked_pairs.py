@@ -80,7 +80,7 @@ class _MaskedPairs(torch.autograd.Function):
 
 
 def _by_rank(weight_TK: Tensor, slot_TK: Tensor, a_SrI: Tensor, dtype: torch.dtype) -> Tensor:
-    """[T, S · r]: each token's weight for the slot that a rank belongs to; 0 where the token was not sent to it here."""
+    """[T, S · r]: each token's weight for the slot that a rank belongs to; 0 where this rank does not compute the token with it."""
     slots, rank, _ = a_SrI.shape
     # One column more, for assignments that other ranks compute.
     weight_TS = weight_TK.new_zeros((len(weight_TK), slots + 1), dtype=dtype)

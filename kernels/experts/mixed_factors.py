@@ -1,4 +1,4 @@
-"""One low-rank pair for each token that is mixed of a unit's pairs: A = sum w_e A_e, B = sum w_e B_e, without ever being made.
+"""One low-rank pair for each token that is mixed of a unit's pairs: A = sum w_e A_e, B = sum w_e B_e, which never lie in memory.
 
 h = sum_e w_e (A_e x) is one product of x with all A, contracted with w; and y = sum_e B_e (w_e h) is one product of all w_e h with all B.
 

@@ -68,9 +68,9 @@ class MoeLoraKept(Operands):
     gate_up_P: Tensor
     """[P, 2F], the gate and up outputs of each assignment"""
     low_P: Tensor
-    """[P, 2R], its inputs multiplied by A of gate and of up; [P, 0] if neither has a pair"""
+    """[P, 2R], each assignment's inputs multiplied by A of gate and of up; [P, 0] if neither has a pair"""
     words: Tensor
-    """those of dropout, see `sorted_assignments`"""
+    """the words of dropout, see `sorted_assignments`"""
     order: AssignmentOrder
 
 
@@ -116,7 +116,7 @@ def _backward(dy_TD: Tensor, call: MoeLoraCall, kept: MoeLoraKept) -> list[Tenso
 
     dh_PF, low_dy_P = _hidden_gradient(dy_TD, down, down_pair, order, drop_down)
     dgate_up_P, weighted_h_PF, dweight_TK = gate_backward(kept.gate_up_P, dh_PF, call.weight_TK.contiguous(), order, call.shape.activation)
-    del dh_PF
+    del dh_PF  # its memory, [P, F], serves what follows, as that of `weighted_h_PF` does below
     if down_pair is not None and low_dy_P is not None:
         da, db = of["down_proj"]
         if da is not None:
@@ -177,11 +177,11 @@ class _InputRows:
     """[P, 2R], the gradients of A x of gate and of up, as A is to see them"""
     x_TD: Tensor
     dropout: RowDropout | None
-    """of x"""
+    """the dropout of x"""
     low_P: Tensor
-    """[P, 2R]"""
+    """[P, 2R], as `MoeLoraKept.low_P`"""
     dgate_up_P: Tensor
-    """[P, 2F]"""
+    """[P, 2F], the gradients of the gate and up outputs"""
 
 
 def _input_gradients(of: _OfPairs, inputs: _PaddedPairs, rows: _InputRows, order: AssignmentOrder) -> None:
@@ -211,13 +211,11 @@ class _PaddedPairs:
     """Low-rank pairs that share their input, padded and side by side, in the type of the computation."""
 
     a: Tensor
-    """[S, H·R, inputs]"""
+    """[S, H·R, inputs]: the matrices A"""
     b: Tensor
-    """[S, H·outputs, R]"""
+    """[S, H·outputs, R]: the matrices B"""
     rank: int
-    """R"""
-    halves: int
-    """H"""
+    """R, the padded rank"""
     scales: tuple[float, float]
 
 
@@ -247,7 +245,7 @@ def _side_by_side(pairs: Sequence[LowRankPairs | None], dtype: torch.dtype) -> _
             a_SHRI[:, half, : of.a_SrI.shape[1]] = of.a_SrI
     first, *_, last = [0.0 if of is None else of.scale for of in pairs] * 2
     b = _padded_b([None if of is None else of.b_SOr for of in pairs], rank, dtype)
-    return _PaddedPairs(a_SHRI.flatten(1, 2), b, rank, len(pairs), (first, last))
+    return _PaddedPairs(a_SHRI.flatten(1, 2), b, rank, (first, last))
 
 
 def _padded_b(b_H: Sequence[Tensor | None], rank: int, dtype: torch.dtype) -> Tensor:

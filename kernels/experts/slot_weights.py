@@ -25,7 +25,7 @@ class SlotWeights:
     row_stride: int
     stride: int
     offset_S: Tensor | None = None
-    """int64 [S] on the device"""
+    """int64 [S] on the device: where each slot's matrix begins; None: by `stride`"""
     aligned: bool = True
     """whether all of `offset_S` are multiples of 16 bytes"""
     others: tuple[Tensor, ...] = ()

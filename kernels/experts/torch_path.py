@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hecate.kernels.common.assignments import RoutedTokens, Tile, assignment_tiles
 from hecate.kernels.common.dropout import Dropout, DropoutMasks, FfnDropout, ffn_dropout, masked
-from hecate.kernels.common.ffn import FfnShape, activation_backward_into, activation_into, gradient_dtype
+from hecate.kernels.common.ffn import FfnShape, activation_backward_into, activation_into, gradient_dtype, product_into
 from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, shrunk_inputs
 
 _TILE_ROWS = 512
@@ -146,8 +146,8 @@ class _FullFfn(torch.autograd.Function):
             torch.mm(torch.index_select(dy_TD, 0, tile.token, out=dy), down_weight, out=dh)
             dweight[tile.assignment] = _row_products(dh, h, scratch=dgate_up)
             _ungate(shape, gate_up, act, dh.mul_(w), out=dgate_up)
-            _product_into(ddown_weight, dy.mul_(w).T, h, add=not tile.first)
-            _product_into(dgate_up_weight, dgate_up.T, torch.index_select(x_TD, 0, tile.token, out=x), add=not tile.first)
+            product_into(ddown_weight, dy.mul_(w).T, h, add=not tile.first)
+            product_into(dgate_up_weight, dgate_up.T, torch.index_select(x_TD, 0, tile.token, out=x), add=not tile.first)
             dx_TD.index_add_(0, tile.token, torch.mm(dgate_up, gate_up_weight, out=dx))
         return dx_TD, dweight.view_as(weight_TK).to(weight_TK.dtype), dexperts_SC, None, None
 
@@ -228,17 +228,18 @@ class _MoeLoraFfn(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class _AdapterMatrices:
-    """The matrices of a layer's pairs, or their gradients; None for what is not there."""
+    """The matrices of a layer's pairs, or their gradients; None for what a layer lacks."""
 
     a_in: Any
-    """of gate and up side by side"""
+    """A of gate and up side by side"""
     a_down: Any
     b_down: Any
     b_for_a_down: Any
-    """what stands for B in A's gradient; None: B"""
+    """what stands for B of down in A's gradient; None: B"""
     b_in: Sequence[Any]
-    """of gate and up, or of both as one projection"""
+    """B of gate and up, or of both as one projection"""
     b_for_a_in: Sequence[Any]
+    """what stands for each of `b_in` in A's gradient; None: B"""
 
     @staticmethod
     def of(matrices: Sequence[Tensor | None], dtype: torch.dtype | None = None) -> _AdapterMatrices:
@@ -256,9 +257,9 @@ class _DownRows:
     """[m, F], after dropout"""
     dy: Tensor
     low_dy: Tensor
-    """scale · dy B; overwritten"""
+    """scale · dy B; it is overwritten"""
     weight: Tensor
-    """[m, 1]"""
+    """[m, 1], the router's weight of each assignment"""
 
 
 def _add_down_gradients(context: _MoeLoraContext, slot: int, pairs: _AdapterMatrices, gradients: _AdapterMatrices, rows: _DownRows) -> None:
@@ -266,8 +267,8 @@ def _add_down_gradients(context: _MoeLoraContext, slot: int, pairs: _AdapterMatr
     low_h = (rows.h @ pairs.a_down[slot].T).mul_(rows.weight).mul_(context.down_scale)
     if gradients.a_down is not None:
         of_a = rows.low_dy if pairs.b_for_a_down is None else (rows.dy @ pairs.b_for_a_down[slot]).mul_(context.down_scale)
-        _product_into(gradients.a_down[slot], of_a.mul_(rows.weight).T, rows.h, add=True)
-    _product_into(gradients.b_down[slot], rows.dy.T, low_h, add=True)
+        product_into(gradients.a_down[slot], of_a.mul_(rows.weight).T, rows.h, add=True)
+    product_into(gradients.b_down[slot], rows.dy.T, low_h, add=True)
 
 
 def _add_input_gradients(
@@ -283,7 +284,7 @@ def _add_input_gradients(
     for part, b, db in zip(context.inputs, pairs.b_in, gradients.b_in, strict=True):
         dout = dgate_up[:, part.output]
         dlow[:, part.low] = torch.mm(dout, b[slot]).mul_(part.scale)
-        _product_into(db[slot], dout.T, low_x[:, part.low] * part.scale, add=True)
+        product_into(db[slot], dout.T, low_x[:, part.low] * part.scale, add=True)
     if gradients.a_in is not None:
         of_a = dlow
         if any(b is not None for b in pairs.b_for_a_in):
@@ -291,7 +292,7 @@ def _add_input_gradients(
             for part, b in zip(context.inputs, pairs.b_for_a_in, strict=True):
                 if b is not None:
                     of_a[:, part.low] = torch.mm(dgate_up[:, part.output], b[slot]).mul_(part.scale)
-        _product_into(gradients.a_in[slot], of_a.T, x, add=True)
+        product_into(gradients.a_in[slot], of_a.T, x, add=True)
     return dlow
 
 
@@ -328,13 +329,3 @@ def _row_products(left: Tensor, right: Tensor, *, scratch: Tensor) -> Tensor:
     """Return the dot products of rows, [m], summed in float32 or wider."""
     dtype = torch.float32 if left.dtype.itemsize < 4 else left.dtype
     return torch.mul(left, right, out=scratch[:, : left.shape[1]]).sum(dim=1, dtype=dtype)
-
-
-def _product_into(out: Tensor, left: Tensor, right: Tensor, *, add: bool) -> None:
-    """Write left @ right into `out`, or add it to `out`. Sums have out's type."""
-    if out.dtype == left.dtype:
-        out.addmm_(left, right, beta=1 if add else 0)
-    elif add:
-        out += left @ right
-    else:
-        out.copy_(left @ right)

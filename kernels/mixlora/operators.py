@@ -59,18 +59,18 @@ class MixloraKept(Operands):
     """What the forward pass keeps for the backward pass."""
 
     gate_TF: Tensor
-    """G"""
+    """G, the base's gate projection of each token"""
     up_TF: Tensor
-    """U"""
+    """U, the base's up projection of each token"""
     low_gate_PR: Tensor
     """the inputs of gate multiplied by A; R is 0 for a projection without a pair"""
     low_up_PR: Tensor
     low_down_PR: Tensor
     words: Tensor
-    """those of dropout, see `sorted_assignments`"""
+    """the words of dropout, see `sorted_assignments`"""
     order: AssignmentOrder
+    # As `AssignmentBlocks` has them. They are kept, so that the backward pass need not cut the order again.
     tiles: Tensor
-    """this and the next two: see `AssignmentBlocks`"""
     chunks: Tensor
     first_chunk: Tensor
 

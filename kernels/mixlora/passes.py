@@ -124,7 +124,7 @@ def shrink(
     lows = tuple(x.new_empty((blocks.order.num_assignments, matrix.shape[2])) for matrix in matrices)
     config = config_for("mixlora_shrink", _rank_of(*matrices), x)
     first, second = matrices[0], matrices[-1]
-    Launch(
+    Launch.configured(
         shrink_kernel,
         (blocks.tiles.shape[0],),
         {
@@ -152,10 +152,8 @@ def shrink(
             "BM": blocks.rows,
             "BR1": padded_rank(first.shape[2]),
             "BR2": padded_rank(second.shape[2]),
-            **config.blocks,
         },
-        config.num_warps,
-        config.num_stages,
+        config,
     ).run()
     return lows
 
@@ -165,7 +163,7 @@ def expand(terms: tuple[LowRankTerm, ...], blocks: AssignmentBlocks, dropout: Ro
     first, second = terms[0], terms[-1]
     out_PN = first.low_PR.new_empty((blocks.order.num_assignments, first.matrix_SNR.shape[1]))
     config = config_for("mixlora_expand", _rank_of(*terms), first.low_PR)
-    Launch(
+    Launch.configured(
         expand_kernel,
         (blocks.tiles.shape[0], num_blocks(out_PN.shape[1], config.blocks["BN"])),
         {
@@ -189,10 +187,8 @@ def expand(terms: tuple[LowRankTerm, ...], blocks: AssignmentBlocks, dropout: Ro
             "BM": blocks.rows,
             "BR1": padded_rank(first.low_PR.shape[1]),
             "BR2": padded_rank(second.low_PR.shape[1]),
-            **config.blocks,
         },
-        config.num_warps,
-        config.num_stages,
+        config,
     ).run()
     return out_PN
 
@@ -262,13 +258,15 @@ def gated(inputs: GatedInputs, down_scale: float) -> tuple[Tensor, Tensor | None
     h_PF, partial = inputs.gate_TF.new_empty((rows, ffn)), None
     if inputs.a_down_SFR is not None:
         partial = h_PF.new_empty((programs, rows, inputs.a_down_SFR.shape[2]), dtype=torch.float32)
-    Launch(
+    Launch.configured(
         gated_kernel,
         (inputs.blocks.tiles.shape[0], programs),
         {**inputs.pointers(), "p_tile": inputs.blocks.tiles, "p_h": h_PF, "p_partial": partial, **inputs.sizes()},
-        {**inputs.constants(), "BM": inputs.blocks.rows, **config.blocks},
-        config.num_warps,
-        config.num_stages,
+        {
+            **inputs.constants(),
+            "BM": inputs.blocks.rows,
+        },
+        config,
     ).run()
     if partial is None:
         return h_PF, None
@@ -305,7 +303,7 @@ def gated_backward(
         None if term is None else parts[name].b_SOr for name, term in (("gate_proj", inputs.gate), ("up_proj", inputs.up))
     )
     part_down = None if low_dy_PR is None else parts["down_proj"].a_SrI
-    Launch(
+    Launch.configured(
         gated_backward_kernel,
         (blocks.chunks.shape[0], num_blocks(ffn, config.blocks["BN"])),
         {
@@ -324,9 +322,10 @@ def gated_backward(
             "s_chunk": next(iter(parts.values())).b_SOr.stride(0),
             **inputs.sizes(),
         },
-        {**inputs.constants(), **config.blocks},
-        config.num_warps,
-        config.num_stages,
+        {
+            **inputs.constants(),
+        },
+        config,
     ).run()
     dweight_TK = _sum_programs(dweight[:, :, None], torch.empty_like(weight_TK), 1.0, blocks.order.place_TK)
     return GatedGradients(dgate_PF, dup_PF, dweight_TK)
@@ -350,7 +349,7 @@ def outer(
     """
     assert weight_TK is None or len(lows) == 1
     config = config_for("mixlora_outer", _rank_of(*lows), x_TN)
-    Launch(
+    Launch.configured(
         outer_kernel,
         (blocks.chunks.shape[0], num_blocks(x_TN.shape[1], config.blocks["BN"])),
         {
@@ -377,10 +376,8 @@ def outer(
             "TWO": len(lows) == 2,
             "BR1": padded_rank(lows[0].shape[1]),
             "BR2": padded_rank(lows[-1].shape[1]),
-            **config.blocks,
         },
-        config.num_warps,
-        config.num_stages,
+        config,
     ).run()
 
 
@@ -402,13 +399,12 @@ def sum_chunks(parts: Tensor, blocks: AssignmentBlocks, dtype: torch.dtype) -> T
     width, slots = parts.shape[1], blocks.order.num_slots
     out_SC = parts.new_empty((slots, width), dtype=dtype)
     config = config_for("mixlora_sum_chunks", 0, parts)
-    Launch(
+    Launch.configured(
         sum_chunks_kernel,
         (slots, num_blocks(width, config.blocks["BN"])),
         {"p_partial": parts, "p_first": blocks.first_chunk, "p_out": out_SC, "N": width},
-        config.blocks,
-        config.num_warps,
-        config.num_stages,
+        {},
+        config,
     ).run()
     return out_SC
 
@@ -418,13 +414,16 @@ def _sum_programs(partial: Tensor, out: Tensor, scale: float, place: Tensor | No
     programs, rows, rank = partial.shape
     config = config_for("mixlora_sum_programs", rank, partial)
     count = out.numel() // rank
-    Launch(
+    Launch.configured(
         sum_programs_kernel,
         (num_blocks(count, config.blocks["BM"]),),
         {"p_partial": partial, "p_place": place, "p_out": out, "num_rows": rows, "num_out": count, "R": rank, "scale": scale},
-        {"PROGRAMS": programs, "PLACED": place is not None, "BR": padded_rank(rank), **config.blocks},
-        config.num_warps,
-        config.num_stages,
+        {
+            "PROGRAMS": programs,
+            "PLACED": place is not None,
+            "BR": padded_rank(rank),
+        },
+        config,
     ).run()
     return out
 

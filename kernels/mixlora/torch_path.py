@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hecate.kernels.common.assignments import RoutedTokens, Tile, assignment_tiles
 from hecate.kernels.common.dropout import Dropout, DropoutMasks, FfnDropout, ffn_dropout, masked
-from hecate.kernels.common.ffn import FfnBase, activation_backward_into, activation_into
+from hecate.kernels.common.ffn import FfnBase, activation_backward_into, activation_into, product_into
 from hecate.kernels.common.low_rank import LowRankPairs, ShrunkInput, shrunk_inputs
 
 _TILE_BYTES = 1 << 20
@@ -212,11 +212,11 @@ class _PairGradients:
 
     context: _MixloraContext
     a_in: Any
-    """of gate and up side by side, scaled"""
+    """A of gate and up side by side, scaled"""
     down: _Matrices
     inputs: list[_Matrices]
     da_in: Tensor | None
-    """None: A does not train. So far this and `da_down` are the gradients of the scaled A"""
+    """the gradient of the scaled A of gate and up, as `da_down` is that of down's, until `results`; None: A does not train"""
     da_down: Tensor | None
     db_down: Any
     db_in: list[Tensor]
@@ -239,8 +239,8 @@ class _PairGradients:
             dh.addcmul_(torch.mm(low_dy, a[s], out=scratch), low.keep)
         if self.da_down is not None:
             of_a = low_dy if b_for_a is None else dy @ b_for_a[s]
-            _add_product(self.da_down[s], of_a.mul_(low.weight_m1).T, masked(h, low.keep, out=scratch))
-        _add_product(self.db_down[s], dy.T, low.weighted_mr)
+            product_into(self.da_down[s], of_a.mul_(low.weight_m1).T, masked(h, low.keep, out=scratch), add=True)
+        product_into(self.db_down[s], dy.T, low.weighted_mr, add=True)
 
     def add_inputs(self, low: _Low, dgate_up: Tensor, x: Tensor, *, dx: Tensor) -> None:
         """Add a tile's part of the gradients of the pairs of gate and up, and write the gradient that goes through them to x. `x` is
@@ -250,14 +250,14 @@ class _PairGradients:
         for part, (_, b, _), db in zip(parts, self.inputs, self.db_in, strict=True):
             dout = dgate_up[:, part.output]
             torch.mm(dout, b[s], out=dlow[:, part.low])
-            _add_product(db[s], dout.T, low.weighted_mr[:, part.low])
+            product_into(db[s], dout.T, low.weighted_mr[:, part.low], add=True)
         masked(torch.mm(dlow, self.a_in[s], out=dx), low.keep, out=dx)
         if self.da_in is None:
             return
         for part, (_, _, b_for_a) in zip(parts, self.inputs, strict=True):
             if b_for_a is not None:
                 torch.mm(dgate_up[:, part.output], b_for_a[s], out=dlow[:, part.low])
-        _add_product(self.da_in[s], dlow.mul_(low.weight_m1).T, masked(x, low.keep, out=x))
+        product_into(self.da_in[s], dlow.mul_(low.weight_m1).T, masked(x, low.keep, out=x), add=True)
 
     def results(self) -> list[Tensor | None]:
         """The gradients in the order of `_MixloraFfn`'s arguments."""
@@ -287,11 +287,3 @@ def _converted(context: _MixloraContext, matrices: Sequence[Tensor | None], dtyp
 def _expand(context: _MixloraContext, gate_up: Tensor, low: Tensor, inputs: list[_Matrices], slot: int) -> None:
     for part, (_, b, _) in zip(context.inputs, inputs, strict=True):
         gate_up[:, part.output].addmm_(low[:, part.low], b[slot].T)
-
-
-def _add_product(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add left @ right to `out`. Sums over tiles have out's type."""
-    if out.dtype == left.dtype:
-        out.addmm_(left, right)
-    else:
-        out += left @ right

@@ -1,8 +1,9 @@
 """The Triton kernels of the MixLoRA feed-forward. Rows are assignments, a token with one of its experts, in the order of their slots.
 
-A program works on rows of one slot, which it reads off a tile map (see `hecate.kernels.common.sorting.kept_tile_map`): int32 [tiles, 3] of
-slot, first row, number of rows. Tiles without rows are surplus. Sums are taken in float32 and in a fixed order, and there are no atomics.
-Rows of assignments that are computed elsewhere are neither read nor written.
+A program works on rows of one slot, which it reads off a tile map (`hecate.kernels.common.sorting.kept_tile_map`): int32 [tiles, 3] of
+slot, first row, number of rows. Tiles without rows are surplus: the grid is for the least favourable sizes of groups, which the host does
+not know. Sums are taken in float32 and in a fixed order, and there are no atomics, so results have the same bits in every run. Rows of
+assignments that are computed elsewhere are neither read nor written.
 
 Grammar: i_ program ids, o_ offsets, p_ pointers, m_ masks, b_ loaded blocks, s_ strides in elements; capitals are sizes. M rows, N columns,
 C columns that are summed over, R rank.
@@ -88,7 +89,7 @@ def shrink_kernel(
             if DROPOUT:
                 b_x = tl.where(dropout_keep(key_M, o_C, dropped_levels), b_x, 0.0).to(b_x.dtype)
             b_a1 = _load_matrix(p_a1, slot, o_C, m_C, R1, s_slot1, s_c1, s_r1, BR1, b_x.dtype)
-            b_low1 = tl.dot(b_x, b_a1, b_low1, input_precision="ieee")
+            b_low1 = tl.dot(b_x, b_a1, b_low1, input_precision="ieee")  # [BM, BC] x [BC, BR1]
             if TWO:
                 b_a2 = _load_matrix(p_a2, slot, o_C, m_C, R2, s_slot2, s_c2, s_r2, BR2, b_x.dtype)
                 b_low2 = tl.dot(b_x, b_a2, b_low2, input_precision="ieee")
@@ -137,7 +138,7 @@ def expand_kernel(
         m_N = o_N < N
         b_low1 = _load_low(p_low1, row_M, m_M, R1, BR1)
         b_b1 = _load_matrix(p_b1, slot, o_N, m_N, R1, s_slot1, s_n1, s_r1, BR1, b_low1.dtype)
-        b_out = tl.dot(b_low1, tl.trans(b_b1), input_precision="ieee")
+        b_out = tl.dot(b_low1, tl.trans(b_b1), input_precision="ieee")  # [BM, BR1] x [BR1, BN]
         if TWO:
             b_low2 = _load_low(p_low2, row_M, m_M, R2, BR2)
             b_b2 = _load_matrix(p_b2, slot, o_N, m_N, R2, s_slot2, s_n2, s_r2, BR2, b_low2.dtype)
@@ -214,18 +215,20 @@ def gated_kernel(
             b_up = tl.load(p_up + at, mask=m_MN, other=0.0).to(tl.float32)
             if BR_GATE > 0:
                 b_b = _load_matrix(p_b_gate, slot, o_N, m_N, R_GATE, s_slot_gate, s_n_gate, s_r_gate, BR_GATE, b_low_gate.dtype)
-                b_gate = tl.dot(b_low_gate, tl.trans(b_b), b_gate, input_precision="ieee")
+                b_gate = tl.dot(b_low_gate, tl.trans(b_b), b_gate, input_precision="ieee")  # [BM, BR_GATE] x [BR_GATE, BN]
             if BR_UP > 0:
                 b_b = _load_matrix(p_b_up, slot, o_N, m_N, R_UP, s_slot_up, s_n_up, s_r_up, BR_UP, b_low_up.dtype)
                 b_up = tl.dot(b_low_up, tl.trans(b_b), b_up, input_precision="ieee")
             b_h = (activate(b_gate, ACTIVATION) * b_up).to(p_h.dtype.element_ty)
+            # h is stored without dropout: the base's down projection takes it whole, and only the pair's input is dropped.
             tl.store(p_h + row_M[:, None] * F + o_N[None, :], b_h, mask=m_MN)
             if BR_DOWN > 0:
                 if DROPOUT:
                     b_h = tl.where(dropout_keep(key_M, o_N, dropped_levels), b_h, 0.0).to(b_h.dtype)
                 b_a = _load_matrix(p_a_down, slot, o_N, m_N, R_DOWN, s_slot_down, s_n_down, s_r_down, BR_DOWN, b_h.dtype)
-                b_low_down = tl.dot(b_h, b_a, b_low_down, input_precision="ieee")
+                b_low_down = tl.dot(b_h, b_a, b_low_down, input_precision="ieee")  # [BM, BN] x [BN, BR_DOWN]
         if BR_DOWN > 0:
+            # The programs of a tile's columns each store a part, which a second launch adds up in their order.
             o_R = tl.arange(0, BR_DOWN)
             p_out = p_partial + (i_columns.to(tl.int64) * P + row_M)[:, None] * R_DOWN + o_R[None, :]
             tl.store(p_out, b_low_down, mask=m_M[:, None] & (o_R < R_DOWN)[None, :])
@@ -311,12 +314,12 @@ def gated_backward_kernel(
             b_dh = tl.load(p_dhidden + at, mask=m_MN, other=0.0).to(tl.float32)
             if BR_GATE > 0:
                 b_low_gate = _load_low(p_low_gate, row_M, m_M, R_GATE, BR_GATE)
-                b_gate = tl.dot(b_low_gate, tl.trans(b_b_gate), b_gate, input_precision="ieee")
+                b_gate = tl.dot(b_low_gate, tl.trans(b_b_gate), b_gate, input_precision="ieee")  # [BM, BR_GATE] x [BR_GATE, BN]
             if BR_UP > 0:
                 b_low_up = _load_low(p_low_up, row_M, m_M, R_UP, BR_UP)
                 b_up = tl.dot(b_low_up, tl.trans(b_b_up), b_up, input_precision="ieee")
             b_act, b_slope = activate_with_derivative(b_gate, ACTIVATION)
-            b_h = (b_act * b_up).to(dtype)
+            b_h = (b_act * b_up).to(dtype)  # rounded as the forward pass has stored it, so that gradients are those of what was computed
             if BR_DOWN > 0:
                 b_low_dy = _load_low(p_low_dy, row_M, m_M, R_DOWN, BR_DOWN)
                 if DROPOUT:
@@ -327,7 +330,8 @@ def gated_backward_kernel(
                     b_dh = tl.dot(b_low_dy, tl.trans(b_a_down), b_dh, input_precision="ieee")
                     b_h_dropped = b_h
                 b_weighted = (b_low_dy.to(tl.float32) * weight_M[:, None]).to(dtype)
-                b_da_down = tl.dot(tl.trans(b_h_dropped), b_weighted, b_da_down, input_precision="ieee")
+                b_da_down = tl.dot(tl.trans(b_h_dropped), b_weighted, b_da_down, input_precision="ieee")  # [BN, BM] x [BM, BR_DOWN]
+            # Before dh is weighted: the weight's gradient is <dh, h> of the unweighted one.
             tl.store(p_dweight + i_columns.to(tl.int64) * P + row_M, tl.sum(b_dh * b_h.to(tl.float32), axis=1), mask=m_M)
             b_dh *= weight_M[:, None]
             b_dup = (b_dh * b_act).to(dtype)
@@ -336,7 +340,7 @@ def gated_backward_kernel(
             tl.store(p_dgate + out, b_dgate, mask=m_MN)
             tl.store(p_dup + out, b_dup, mask=m_MN)
             if BR_GATE > 0:
-                b_db_gate = tl.dot(tl.trans(b_dgate), b_low_gate, b_db_gate, input_precision="ieee")
+                b_db_gate = tl.dot(tl.trans(b_dgate), b_low_gate, b_db_gate, input_precision="ieee")  # [BN, BM] x [BM, BR_GATE]
             if BR_UP > 0:
                 b_db_up = tl.dot(tl.trans(b_dup), b_low_up, b_db_up, input_precision="ieee")
         chunk = i_chunk.to(tl.int64) * s_chunk
@@ -399,7 +403,7 @@ def outer_kernel(
             if WEIGHTED:
                 weight_M = tl.load(p_weight + tl.load(p_order + row_M, mask=m_M, other=0), mask=m_M, other=0.0).to(tl.float32)
                 b_low1 = (b_low1.to(tl.float32) * weight_M[:, None]).to(b_x.dtype)
-            b_out1 = tl.dot(tl.trans(b_x), b_low1, b_out1, input_precision="ieee")
+            b_out1 = tl.dot(tl.trans(b_x), b_low1, b_out1, input_precision="ieee")  # [BN, BM] x [BM, BR1]
             if TWO:
                 b_low2 = _load_low(p_low2, row_M, m_M, R2, BR2)
                 b_out2 = tl.dot(tl.trans(b_x), b_low2, b_out2, input_precision="ieee")

@@ -37,14 +37,14 @@ FREE = (
     "report_to",
     "data.cache",
 )
-"""keys that may change between two calls, and all of `ray`: they change no figure that runs are compared by"""
+"""the keys that may change between two calls, as all of `ray` may: they change no figure that runs are compared by"""
 
 
 class RunState(Enum):
     """How the last process of a run has ended."""
 
-    BEGUN = "begun"
-    """it has not, or nobody has seen it"""
+    STARTED = "begun"
+    """it has not ended, or nobody has seen its end"""
     STOPPED = "stopped"
     FAILED = "failed"
     FINISHED = "finished"
@@ -52,15 +52,15 @@ class RunState(Enum):
 
 @dataclass(frozen=True)
 class SweepEntry:
-    """What is known of a run that was begun."""
+    """What is known of a run that was started."""
 
     state: RunState
     reason: str
-    """why it failed; "" if it did not"""
+    """why the run failed; "" if it did not"""
     seconds: float
-    """that its processes have taken so far"""
+    """the seconds that its processes have taken so far"""
     config: str
-    """as `to_yaml` writes it"""
+    """the run's configuration, as `to_yaml` writes it"""
 
 
 def log_file(folder: str, name: str) -> Path:
@@ -69,7 +69,7 @@ def log_file(folder: str, name: str) -> Path:
 
 
 def read_entries(sweep: Sweep) -> dict[str, SweepEntry]:
-    """Return what is known of the runs that were begun and whose folders are still there, by their names.
+    """Return what is known of the runs that were started and whose folders still exist, by their names.
 
     Raises:
         UserError: a file is damaged.
@@ -87,16 +87,16 @@ def write_entry(folder: str, name: str, entry: SweepEntry) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def changed_values(begun: str, config: Config) -> list[Change]:
-    """Return the keys by which a run would not be the one that was begun, sorted.
+def changed_values(started: str, config: Config) -> list[Change]:
+    """Return the keys by which a run would not be the one that was started, sorted.
 
     Args:
-        begun: the configuration of that one as YAML. A key that it lacks counts as its default.
+        started: the configuration of that run as YAML. A key that it lacks counts as its default.
 
     Raises:
-        YamlError: `begun` is none.
+        YamlError: `started` is none.
     """
-    before = parse_yaml(begun)
+    before = parse_yaml(started)
     if not isinstance(before, Mapping):
         raise YamlError("the configuration that was begun is no mapping of keys to values")
     then, now = leaves_of(before), leaves_of(parse_yaml(to_yaml(config)))
@@ -114,6 +114,7 @@ def working_alone(folder: str) -> Iterator[int]:
     """
     try:
         Path(folder, STATE_FOLDER).mkdir(parents=True, exist_ok=True)
+        # A lock that processes inherit with the descriptor: it holds until the last run has ended, even if this process is killed before.
         lock = os.open(_lock(folder), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise UserError(f"{folder}: the sweep's folder cannot be made: {error.strerror or error}\n  choose another output_dir") from error

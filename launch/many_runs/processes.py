@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 PROGRAM = (*RUN_MODULE, "hecate")
 _POLL_SECONDS = 0.1
 _TAIL = 4096
-"""bytes at the end of what a run has printed in which the reason of its failure is looked for"""
+"""the bytes at the end of what a run has printed in which the reason of its failure is looked for"""
 _LONGEST_REASON = 200
 _ERROR = re.compile(r"(?:[\w.]*(?:Error|Exception)\b|hecate: ).*")
 
@@ -46,7 +46,7 @@ class _UnderWay:
     process: subprocess.Popen[bytes]
     started: float
     log_start: int
-    """size of its log before this process"""
+    """the size of the run's log before this process"""
 
 
 def train_runs(
@@ -59,7 +59,7 @@ def train_runs(
     program: Sequence[str] | None = None,
     what: str = "",
 ) -> int:
-    """Train all runs that are not finished, at most `sweep.jobs` at once. Those that were begun go on from their last checkpoint.
+    """Train all runs that are not finished, at most `sweep.jobs` at once. Those that were started go on from their last checkpoint.
 
     Args:
         configs: the configuration of every run, by name.
@@ -67,7 +67,7 @@ def train_runs(
         environment: variables for a process, by its place among those that run at once, from 0, and its configuration.
         say: shows a line.
         program: what `verb` and the configuration are arguments of; None: hecate.
-        what: what the runs are together, for the first line; empty: a sweep.
+        what: what the runs make up, for the first line; empty: a sweep.
 
     Returns:
         0 if all runs have finished, 1 if one has not, or 128 + the number of the signal that has stopped the sweep.
@@ -90,17 +90,17 @@ def train_runs(
                     config, entry = configs[run.name], entries.get(run.name)
                     variables = environment(place, config)
                     under_way[place] = _begin(sweep, run, config, entry, [*(program or PROGRAM), *verb], variables, lock, say)
-                for place in [place for place, one in under_way.items() if one.process.poll() is not None]:
-                    one = under_way.pop(place)
-                    entries[one.run.name] = _end(sweep, one, stopping=bool(stop), say=say)
+                for place in [place for place, alive in under_way.items() if alive.process.poll() is not None]:
+                    ended = under_way.pop(place)
+                    entries[ended.run.name] = _end(sweep, ended, stopping=bool(stop), say=say)
                 if len(stop) > passed_on:
                     passed_on = len(stop)
-                    for one in under_way.values():
-                        one.process.send_signal(stop[-1])
+                    for alive in under_way.values():
+                        alive.process.send_signal(stop[-1])
                 time.sleep(_POLL_SECONDS)
         finally:
-            for one in under_way.values():
-                one.process.kill()
+            for alive in under_way.values():
+                alive.process.kill()
     if stop:
         return 128 + stop[0]
     return 0 if all(entry.state is RunState.FINISHED for entry in entries.values()) and len(entries) == len(sweep.runs) else 1
@@ -110,8 +110,8 @@ def reason_of(printed: str) -> str:
     """Return the line that says why a run has failed: the last error, or the last line. What a launcher says of a rank explains nothing."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line)]
-    told = [line for line in errors if not line.startswith("hecate: rank ")]
-    return (told or errors or lines or ["it has printed nothing"])[-1][:_LONGEST_REASON]
+    explaining = [line for line in errors if not line.startswith("hecate: rank ")]
+    return (explaining or errors or lines or ["it has printed nothing"])[-1][:_LONGEST_REASON]
 
 
 def _begin(
@@ -126,7 +126,7 @@ def _begin(
 ) -> _UnderWay:
     folder, log = Path(run.folder), log_file(sweep.output_dir, run.name)
     resumes = entry is not None and _can_resume(folder, say)
-    entry = SweepEntry(RunState.BEGUN, "", entry.seconds if entry and resumes else 0.0, to_yaml(config))
+    entry = SweepEntry(RunState.STARTED, "", entry.seconds if entry and resumes else 0.0, to_yaml(config))
     # A process that is killed at once must leave a folder by which the next call knows that the run is the sweep's.
     folder.mkdir(parents=True, exist_ok=True)
     write_entry(sweep.output_dir, run.name, entry)
@@ -162,18 +162,18 @@ def _aside(folder: Path, number: int) -> Path:
     return folder.parent / STATE_FOLDER / f"{folder.name}.before-{number}"
 
 
-def _end(sweep: Sweep, one: _UnderWay, *, stopping: bool, say: Callable[[str], None]) -> SweepEntry:
-    code, seconds = one.process.returncode, time.monotonic() - one.started
+def _end(sweep: Sweep, ended: _UnderWay, *, stopping: bool, say: Callable[[str], None]) -> SweepEntry:
+    code, seconds, name = ended.process.returncode, time.monotonic() - ended.started, ended.run.name
     state, reason = RunState.FINISHED, ""
     if code in (130, 143) or (code != 0 and stopping):
         state = RunState.STOPPED
     elif code != 0:
         state = RunState.FAILED
-        reason = f"status {code}: {reason_of(_tail(log_file(sweep.output_dir, one.run.name), one.log_start))}"
-    Path(one.run.folder).mkdir(exist_ok=True)  # a run on Ray that fails before it begins removes it
-    entry = replace(one.entry, state=state, reason=reason, seconds=one.entry.seconds + seconds)
-    write_entry(sweep.output_dir, one.run.name, entry)
-    say(f"{one.run.name}: {state.value} after {duration_text(seconds)}" + (f", {reason}" if reason else ""))
+        reason = f"status {code}: {reason_of(_tail(log_file(sweep.output_dir, name), ended.log_start))}"
+    Path(ended.run.folder).mkdir(exist_ok=True)  # a run on Ray that fails before it begins removes it
+    entry = replace(ended.entry, state=state, reason=reason, seconds=ended.entry.seconds + seconds)
+    write_entry(sweep.output_dir, name, entry)
+    say(f"{name}: {state.value} after {duration_text(seconds)}" + (f", {reason}" if reason else ""))
     return entry
 
 

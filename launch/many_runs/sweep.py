@@ -16,7 +16,7 @@ class SweepValue:
     key: str
     text: str
     line: int | None
-    """of the sweep file; None: it is from the command line"""
+    """the line of the sweep file; None: the value is from the command line"""
 
     @property
     def override(self) -> str:
@@ -29,13 +29,13 @@ class SweepRun:
 
     name: str
     title: str | None
-    """the name that the file gives it, which runs that differ in their seeds share; None: it gives none"""
+    """the name that the file gives the run, which runs that differ in their seeds share; None: it gives none"""
     values: tuple[SweepValue, ...]
-    """what sets it apart from other runs, the seed left out"""
+    """the values that set the run apart from others, the seed left out"""
     seed: int | None
-    """None: the sweep has no seeds"""
+    """the run's seed; None: the sweep has no seeds"""
     fixed: tuple[SweepValue, ...]
-    """what all runs have"""
+    """the values that all runs have"""
     folder: str
 
     @property
@@ -65,7 +65,7 @@ class Sweep:
     """the configuration of all runs: a path or a preset's name"""
     output_dir: str
     jobs: int
-    """runs at once"""
+    """the most runs at once"""
     runs: tuple[SweepRun, ...]
 
     @property

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from hecate.launch.membership.facts import Cause, Do, Event, Fact, Order
 from hecate.launch.membership.job_generation import RankEnd
-from hecate.launch.membership.job_members import Ending, JobMembers, told
+from hecate.launch.membership.job_members import Ending, JobMembers, with_event
 from hecate.launch.membership.job_policy import Decision, decide
 from hecate.launch.membership.job_states import ENDED, State
 from hecate.launch.membership.losses import answer_error, answer_processes, answer_workers, causes_of, lose_hung
@@ -29,7 +29,7 @@ def step(state: JobMembers, events: Sequence[Event], now: float) -> tuple[JobMem
     if state.phase is State.PLACING and any(event.fact is Fact.PLACED for event in events):
         state = replace(state, phase=State.STARTING, changed_at=now, deadline=now + state.policy.limits.build)
     for event in events:
-        state = told(state, event)
+        state = with_event(state, event)
     if state.phase in (State.PLACING, *ENDED):
         return state, ()
     turn = Turn(state, now)
@@ -54,18 +54,18 @@ def step(state: JobMembers, events: Sequence[Event], now: float) -> tuple[JobMem
 def _start(turn: Turn) -> None:
     """Begin the first generation when enough devices are up, and notice when all ranks of a generation have built their part."""
     state, policy, members = turn.state, turn.policy, set(turn.generation.members)
-    if not turn.generation.has_begun:
+    if not turn.generation.exists:
         if state.awaited <= state.up and len(state.up) >= policy.fewest_to_begin:
             turn.begin()
         elif turn.late:
             turn.fail(Ending("", min(state.awaited - state.up), mistake=True, never_up=True))
-    elif state.begun >= members or not (policy.workers or policy.copied):
+    elif state.built >= members or not (policy.workers or policy.copied):
         turn.change(trains=True, described=state.described if state.described >= members else frozenset(members))
         turn.enter(State.RUNNING)
     elif policy.workers and turn.ends & {RankEnd.FAILED, RankEnd.WAITING}:
         turn.begin_recovery()
     elif turn.late:
-        late = next(device for device in turn.generation.members if device not in state.begun)
+        late = next(device for device in turn.generation.members if device not in state.built)
         lose_hung(turn, late, f"its part of the run was not built in time{policy.limits.by}")
 
 
@@ -110,8 +110,8 @@ def _end_those_too_late(turn: Turn) -> None:
     finished = {device for device, end in generation.ends.items() if end is RankEnd.FINISHED}
     if turn.policy.workers or state.arrived >= finished:
         return
-    # One that has trained, but lost the others in their last message, waits as well.
-    late = [one for one in generation.members if one not in state.trained or (one not in finished and one in state.arrived)]
+    # A rank that has trained, but lost the others in their last message, waits as well.
+    late = [device for device in generation.members if device not in state.trained or (device not in finished and device in state.arrived)]
     turn.order(Do.END, late)
     turn.change(generation=replace(generation, members=tuple(device for device in generation.members if device not in late)))
 
@@ -178,8 +178,8 @@ def _prepare(turn: Turn) -> None:
     """Have devices load that could join the ranks."""
     state, policy = turn.state, turn.policy
     phases = (*AT_WORK, State.RECOVERING, State.WAITING) if policy.workers else AT_WORK
-    can_join = policy.workers or (policy.copied and policy.together == 1 and RankEnd.FINISHED not in turn.ends)
-    if not can_join or state.stopping or state.phase not in phases or not turn.generation.has_begun:
+    can_join = policy.workers or (policy.copied and policy.tp_size == 1 and RankEnd.FINISHED not in turn.ends)
+    if not can_join or state.stopping or state.phase not in phases or not turn.generation.exists:
         return
     idle = state.up - state.loading - state.loaded - state.left_out
     if new := sorted(device for device in idle if not turn.generation.stays(device)):

@@ -15,7 +15,7 @@ class Fact(Enum):
     UP = "the device can be given a rank"
     DOWN = "the device's machine is gone"
     LOADED = "the device's rank has loaded by itself, and waits to join"
-    BEGUN = "the rank has built its part of the generation, and could go on without the others"
+    BUILT = "the rank has built its part of the generation, and could go on without the others"
     ARRIVED = "the rank is about to connect to the others of this generation"
     LEFT = "the rank has left this generation with its state, and waits for the next one"
     ENDED = "the rank's part has ended well or with an error, and its machine and worker live"
@@ -44,13 +44,13 @@ class Event:
 
     fact: Fact
     device: int = -1
-    """its number in the job; -1: the fact is about no device alone"""
+    """the device's number in the job; -1: the fact is about no device alone"""
     said: str = ""
-    """what is known of it, in words"""
+    """what is known of the fact, in words"""
     end: RankEnd = RankEnd.LOST
     """how the rank's part has ended (ENDED and LOST)"""
     cause: Cause = Cause.PROCESS_DIED
-    """why it was lost (LOST)"""
+    """why the rank was lost (LOST)"""
     more: str = ""
     """what else people should read: how to help (HALTED), or the text of a user's mistake (LOST)"""
 

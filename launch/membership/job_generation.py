@@ -36,16 +36,16 @@ class JobGeneration:
     """One set of ranks that train together, by their devices' numbers in the job. A value: whatever happens gives a new one."""
 
     number: int = -1
-    """from 0; -1: none has begun yet"""
+    """the generation's number, from 0; -1: there is none yet"""
     members: tuple[int, ...] = ()
-    """device of each rank"""
+    """the device of each rank"""
     ends: Mapping[int, RankEnd] = field(default_factory=dict)
-    """device -> how its part has ended, if it has; in the order in which it became known"""
+    """a device -> how its part has ended, if it has; in the order in which it became known"""
     said: Mapping[int, str] = field(default_factory=dict)
-    """device -> what is known of its end, in words"""
+    """a device -> what is known of its end, in words"""
 
     @property
-    def has_begun(self) -> bool:
+    def exists(self) -> bool:
         """Whether there is a generation at all."""
         return self.number >= 0
 

@@ -19,9 +19,9 @@ class Ending:
 
     text: str
     device: int | None = None
-    """whose rank's end is the cause; None: no single one's"""
+    """the device whose rank's end is the cause; None: there is no single one"""
     mistake: bool = False
-    """whether it is the user's to mend"""
+    """whether the user has to mend it"""
     never_up: bool = False
     """whether the device has not come up in time; the launcher knows why, and there is no text"""
 
@@ -34,48 +34,50 @@ class JobMembers:
     described: frozenset[int] = _NOBODY
     """the devices that the job's topology has, without which a device cannot join workers that go on; empty: it is to be measured"""
     checkpoint: bool = False
-    """whether there is one"""
+    """whether there is a checkpoint"""
     names: Mapping[int, str] = field(default_factory=dict)
     """the devices in words, where a rank does not say enough"""
     phase: State = State.PLACING
     generation: JobGeneration = field(default_factory=JobGeneration)
     up: frozenset[int] = _NOBODY
-    """those that can be given a rank: of workers those whose processes take orders, of processes those whose machines are there"""
+    """the devices that can be given a rank: with workers, their processes take orders; with processes, their machines are in the job"""
     loading: frozenset[int] = _NOBODY
-    """those outside the generation that load by themselves"""
+    """the devices outside the generation that load by themselves"""
     loaded: frozenset[int] = _NOBODY
-    """those that wait to join"""
+    """the devices that have loaded, and wait to join"""
     left_out: frozenset[int] = _NOBODY
-    """those that are given no rank until their machines have come anew"""
-    begun: frozenset[int] = _NOBODY
+    """the devices that are given no rank until their machines have come anew"""
+    built: frozenset[int] = _NOBODY
     """the members that have built their part of this generation"""
     arrived: frozenset[int] = _NOBODY
     """the members that were about to connect in this generation"""
     trained: frozenset[int] = _NOBODY
     """the members whose processes have trained in an earlier generation"""
     trains: bool = False
-    """whether all that have begun the job together have built their part, so that others can go on without one"""
+    """whether all that began the job have built their part, so that others can go on without one of them"""
     awaited: frozenset[int] = _NOBODY
-    """devices without which the next generation does not begin"""
+    """the devices without which the next generation does not begin"""
     losses: tuple[Event, ...] = ()
-    """what has not been decided on"""
+    """the losses that have not been decided on"""
     answered: bool = False
     """whether a failure in this generation has been decided on"""
     causes: frozenset[Cause] = frozenset()
     """why ranks of this generation were lost, as far as it was decided on"""
     failures: Mapping[Cause, int] = field(default_factory=dict)
-    """what counts against `JobPolicy.most`"""
+    """the failures that count against `JobPolicy.most`"""
     killed: frozenset[int] = _NOBODY
     """the members whose processes were ordered to end, because the others could not go on with them"""
     halted: frozenset[int] = _NOBODY
-    """the members that people were told are stopped"""
+    """the members of which people know that they are stopped"""
     broken_off: bool = False
-    """whether the ranks of this generation were told to break off"""
+    """whether the ranks of this generation were ordered to break off"""
     stopping: bool = False
     deadline: float = 0.0
-    """of the phase, by the caller's clock, like the two that follow"""
+    """the time by the caller's clock from which on the phase is late"""
     changed_at: float = 0.0
+    """the time by the caller's clock when the phase began"""
     grown_at: float = -1e9
+    """the time by the caller's clock when the job last let devices in"""
     ending: Ending | None = None
 
     @property
@@ -84,7 +86,7 @@ class JobMembers:
         return None if self.ending is None else self.ending.device
 
 
-def told(state: JobMembers, event: Event) -> JobMembers:
+def with_event(state: JobMembers, event: Event) -> JobMembers:
     """The state when one more fact is known."""
     device, at_work = event.device, event.device in state.generation.at_work
     gone = {device}
@@ -98,8 +100,8 @@ def told(state: JobMembers, event: Event) -> JobMembers:
             return replace(state, loading=state.loading - gone, loaded=state.loaded | gone)
         case Fact.LOADED if state.policy.workers:  # it was let in, and could not connect
             return replace(state, generation=state.generation.with_end(device, RankEnd.FAILED), loaded=state.loaded | gone)
-        case Fact.BEGUN | Fact.LOADED:
-            return replace(state, begun=state.begun | gone)
+        case Fact.BUILT | Fact.LOADED:
+            return replace(state, built=state.built | gone)
         case Fact.ARRIVED:
             return replace(state, arrived=state.arrived | gone)
         case Fact.LEFT:

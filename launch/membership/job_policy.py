@@ -14,19 +14,19 @@ class Limits:
     """How long a job waits, in seconds."""
 
     build: float = math.inf
-    """until its ranks have built their part of a generation"""
+    """how long ranks may take to build their part of a generation"""
     end: float = 1.0
-    """until ranks that are to break off have ended by themselves"""
+    """how long ranks that are to break off may take to end by themselves"""
     cause: float = 5.0
-    """the same, if all that have ended so far stopped because of another rank, whose end will say more"""
+    """how long they may take, if all that have ended so far stopped because of another rank, whose end will say more"""
     wait: float = 600.0
-    """until there are enough devices again"""
+    """how long the job waits until there are enough devices again"""
     death: float = 0.0
     """how long an error of a rank may come before the news of the lost rank that caused it"""
     pause: float = 0.0
-    """between two growths, so that a device that comes and goes does not keep the others from training"""
+    """the time between two growths, so that a device that comes and goes does not keep the others from training"""
     by: str = ""
-    """the key of the configuration that sets them, for messages: in parentheses, after a space; "": none does"""
+    """the key of the configuration that sets these limits, for messages: in parentheses, after a space; "": none does"""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class JobPolicy:
     Processes: how many may be started in place of lost ones in the whole job, or how often all; after them the others go on alone, if they
     can."""
     fewest_to_begin: int = 1
-    """with fewer ranks no generation begins from a checkpoint or from nothing"""
+    """the fewest ranks with which a generation begins from a checkpoint or from nothing"""
     fewest: int = 1
-    """with fewer ranks the others do not go on at once"""
-    together: int = 1
-    """So many neighbouring ranks can only go on together (`model.tensor_parallel`). With more than one none is replaced alone."""
+    """the fewest ranks with which the others go on at once"""
+    tp_size: int = 1
+    """the number of ranks of a tensor group (`model.tensor_parallel`), which go on or end as a whole; above 1 no rank is replaced alone"""
     limits: Limits = field(default_factory=Limits)
 
 

@@ -1,4 +1,4 @@
-"""What follows when ranks are lost: who goes on, who is replaced, and what people are told."""
+"""What follows when ranks are lost: who goes on, who is replaced, and what people read of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from hecate.launch.membership.facts import Cause, Do, Event, Fact
 from hecate.launch.membership.job_generation import RankEnd
-from hecate.launch.membership.job_members import Ending, told
+from hecate.launch.membership.job_members import Ending, with_event
 from hecate.launch.membership.job_policy import Decision, decide
 from hecate.launch.membership.job_states import ENDED, State
 from hecate.launch.membership.turn import AT_WORK, Turn
@@ -22,12 +22,12 @@ def answer_processes(turn: Turn, events: Sequence[Event]) -> None:
     for loss in turn.state.losses:
         if loss.cause is Cause.START:
             _answer_lost_joiner(turn, loss)
-    losses = tuple(one for one in turn.state.losses if one.cause is not Cause.START)
+    losses = tuple(loss for loss in turn.state.losses if loss.cause is not Cause.START)
     turn.change(losses=losses)
     state = turn.state
-    trains = state.trains or state.begun >= set(turn.generation.members)
+    trains = state.trains or state.built >= set(turn.generation.members)
     copies = turn.policy.copied and trains and RankEnd.MISTAKE not in turn.ends and state.phase is not State.RECOVERING
-    if not copies and (new := [one for one in losses if one in events]):
+    if not copies and (new := [loss for loss in losses if loss in events]):
         _give_time(turn, new)
     elif copies and losses and RankEnd.FINISHED not in turn.ends:
         _go_on(turn, losses)
@@ -36,21 +36,21 @@ def answer_processes(turn: Turn, events: Sequence[Event]) -> None:
 def causes_of(turn: Turn) -> str:
     """What was lost, in words; ranks that stopped because of others are named only if they are alone."""
     losses = turn.state.losses
-    alone = [one for one in losses if one.end is not RankEnd.CONSEQUENCE] or losses
-    return ", ".join(f"rank {turn.generation.rank_of(one.device)} {one.said}" for one in alone) or "a node was lost"
+    named = [loss for loss in losses if loss.end is not RankEnd.CONSEQUENCE] or losses
+    return ", ".join(f"rank {turn.generation.rank_of(loss.device)} {loss.said}" for loss in named) or "a node was lost"
 
 
 def _answer_halted(turn: Turn, halted: Sequence[Event]) -> None:
     """End processes that are stopped, where the others can do without them; where their end would be the run's, only say it."""
-    now = [one for one in halted if one.device in turn.generation.at_work]
-    for one in now:
-        rank = turn.generation.rank_of(one.device)
+    at_work = [event for event in halted if event.device in turn.generation.at_work]
+    for event in at_work:
+        rank = turn.generation.rank_of(event.device)
         if turn.policy.copied or turn.policy.most > 0:
-            turn.say(f"rank {rank} has been stopped {one.said}, and is ended")
-            turn.order(Do.END, [one.device])
-        elif one.device not in turn.state.halted:
-            turn.say(f"rank {rank} is stopped, as by SIGSTOP, and the others wait for it; {one.more}")
-    turn.change(halted=frozenset(one.device for one in now))
+            turn.say(f"rank {rank} has been stopped {event.said}, and is ended")
+            turn.order(Do.END, [event.device])
+        elif event.device not in turn.state.halted:
+            turn.say(f"rank {rank} is stopped, as by SIGSTOP, and the others wait for it; {event.more}")
+    turn.change(halted=frozenset(event.device for event in at_work))
 
 
 def _answer_lost_joiner(turn: Turn, loss: Event) -> None:
@@ -64,7 +64,7 @@ def _answer_lost_joiner(turn: Turn, loss: Event) -> None:
 def _give_time(turn: Turn, losses: Sequence[Event]) -> None:
     """Let the others end by themselves, within a while: one of them may be about to say what the cause is."""
     state, limits, ends = turn.state, turn.policy.limits, turn.generation.ends
-    new = {one.device for one in losses}
+    new = {loss.device for loss in losses}
     known = {end for device, end in ends.items() if device not in new} - {RankEnd.CONSEQUENCE, RankEnd.FINISHED}
     if state.phase in AT_WORK:
         turn.begin_recovery()
@@ -78,9 +78,9 @@ def _give_time(turn: Turn, losses: Sequence[Event]) -> None:
 
 def _go_on(turn: Turn, losses: Sequence[Event]) -> None:
     """Have the others go on at once. Those of a tensor group that has lost one are ended, since they have only parts of the model."""
-    members, together, dead = turn.generation.members, turn.policy.together, [one.device for one in losses]
-    broken = {members.index(device) // together for device in dead}
-    left = tuple(device for rank, device in enumerate(members) if rank // together not in broken)
+    members, tp_size, dead = turn.generation.members, turn.policy.tp_size, [loss.device for loss in losses]
+    broken = {members.index(device) // tp_size for device in dead}
+    left = tuple(device for rank, device in enumerate(members) if rank // tp_size not in broken)
     at_work = sum(device in turn.generation.at_work for device in left)
     if decide(turn.policy, losses[0].cause, at_work, copies=True, failures=0) is Decision.GIVE_UP:
         return
@@ -92,7 +92,7 @@ def _go_on(turn: Turn, losses: Sequence[Event]) -> None:
     turn.regroup(left, Do.GO_ON)
     turn.say(f"{said}; {len(left)} ranks go on")
     for device in dead:
-        if device in turn.state.up and together == 1 and not _may_replace(turn):
+        if device in turn.state.up and tp_size == 1 and not _may_replace(turn):
             turn.leave_out(device)
 
 
@@ -106,7 +106,7 @@ def _may_replace(turn: Turn) -> bool:
 
 
 def answer_workers(turn: Turn, _: Sequence[Event] = ()) -> None:
-    """Answer losses of ranks that live in workers. The others break off as they are told, tell when they have, and wait for the next
+    """Answer losses of ranks that live in workers. The others break off as ordered, report when they have, and wait for the next
     generation."""
     losses = turn.state.losses
     turn.change(losses=())
@@ -118,8 +118,8 @@ def answer_workers(turn: Turn, _: Sequence[Event] = ()) -> None:
 
 
 def lose_hung(turn: Turn, device: int, said: str) -> None:
-    """Count a member whose worker lives as lost, since it does not do what it is told."""
-    turn.state = told(turn.state, Event(Fact.LOST, device, said, cause=Cause.HUNG))
+    """Count a member whose worker lives as lost, since it does not carry out its orders."""
+    turn.state = with_event(turn.state, Event(Fact.LOST, device, said, cause=Cause.HUNG))
     answer_workers(turn)
 
 
@@ -146,7 +146,7 @@ def _answer_unfit(turn: Turn, loss: Event) -> None:
 
 def _give_up(turn: Turn, device: int) -> None:
     """End the worker of a device, and have no other one come."""
-    turn.state = told(turn.state, Event(Fact.DOWN, device))
+    turn.state = with_event(turn.state, Event(Fact.DOWN, device))
     turn.order(Do.END, [device])
 
 
@@ -178,7 +178,7 @@ def _answer_worker(turn: Turn, loss: Event) -> None:
         if device >= 0:
             _give_up(turn, device)
             turn.order(Do.REQUEST, [device])  # it starts now, or when a node returns
-            if decision is Decision.REPLACE and (rank is not None or not turn.generation.has_begun):
+            if decision is Decision.REPLACE and (rank is not None or not turn.generation.exists):
                 turn.change(awaited=turn.state.awaited | {device})
         if loses_rank:
             turn.change(causes=turn.state.causes | {cause}, answered=True)

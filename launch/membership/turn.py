@@ -43,7 +43,7 @@ class Turn:
 
     @property
     def at_work(self) -> list[int]:
-        """The members whose part has not ended, and who could be told something."""
+        """The members whose part has not ended, and which take orders."""
         return [device for device in self.generation.at_work if device in self.state.up or not self.policy.workers]
 
     def change(self, **fields: Any) -> None:
@@ -91,7 +91,7 @@ class Turn:
         self.change(
             generation=JobGeneration(self.generation.number + 1, members),
             loaded=state.loaded - set(members),
-            begun=frozenset(members) if goes_on else nobody,
+            built=frozenset(members) if goes_on else nobody,
             trained=state.trained | state.arrived if goes_on else frozenset(members),
             arrived=nobody, awaited=nobody, killed=nobody, halted=nobody, causes=frozenset(), losses=(), broken_off=False, answered=False,
         )  # fmt: skip
@@ -103,7 +103,7 @@ class Turn:
     def ready(self) -> list[int]:
         """The devices that could be in the next generation, in their order."""
         state = self.state
-        if not self.policy.workers or not self.generation.has_begun:
+        if not self.policy.workers or not self.generation.exists:
             return sorted(state.up - state.left_out)
         return sorted(device for device in state.up if self.generation.stays(device) or device in state.loaded)
 
@@ -136,7 +136,7 @@ class Turn:
 
     def stop(self) -> None:
         """Have the ranks save and end, if they are in a step that they could end; else the last checkpoint is what is left."""
-        if not self.generation.has_begun or self.state.phase not in (*AT_WORK, *(() if self.policy.workers else (State.RECOVERING,))):
+        if not self.generation.exists or self.state.phase not in (*AT_WORK, *(() if self.policy.workers else (State.RECOVERING,))):
             self.enter(State.STOPPED)
             return
         self.enter(State.STOPPING, self.policy.limits.end if self.state.broken_off else math.inf)

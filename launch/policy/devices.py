@@ -19,13 +19,13 @@ class Device:
 
     node_id: str
     address: str
-    """address of the node"""
+    """the address of the node"""
     kind: str
-    """accelerator type, or CPU"""
+    """the accelerator type, or CPU"""
     resources: tuple[tuple[str, float], ...]
-    """resources that the job requests from Ray for this device"""
+    """the resources that the job requests from Ray for this device"""
     selector: tuple[tuple[str, str], ...]
-    """labels of its node; a device that replaces it must be on a node with the same labels"""
+    """the labels of its node; a device that replaces it must be on a node with the same labels"""
 
 
 def parse_labels(labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
@@ -45,7 +45,7 @@ def parse_labels(labels: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
 
 def devices_of(nodes: Sequence[Mapping[str, Any]], labels: Mapping[str, tuple[str, ...]], cpus_per_worker: int) -> list[Device]:
-    """The devices of all living nodes that have the labels, in the order of the ranks: equal nodes together, a node's devices together.
+    """The devices of all living nodes that have the labels, in the order of the ranks: equal nodes, and a node's devices, are neighbours.
 
     If one of these nodes has a GPU, only GPUs are devices.
 

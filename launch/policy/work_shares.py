@@ -20,36 +20,36 @@ class NewShares:
     """The speeds and shares that all ranks are to use after a device's speed has changed."""
 
     number: int
-    """numbers the changes of a job from 1"""
+    """the number of the change in the job, from 1"""
     flops: tuple[float, ...]
-    """FLOP/s of each rank's device"""
+    """the FLOP/s of each rank's device"""
     sequences: tuple[int, ...]
-    """number of sequences in a micro-step, by rank"""
+    """the number of sequences in a micro-step, by rank"""
 
 
 class WorkShares:
     """Each device's share of the sequences, from one generation of a job to the next."""
 
-    def __init__(self, topology: Topology | None, devices: Sequence[int], together: int = 1) -> None:
+    def __init__(self, topology: Topology | None, devices: Sequence[int], group_size: int = 1) -> None:
         """
         Args:
             topology: the topology of these devices, in their order; None: the first ranks measure it.
             devices: the numbers of the devices that the job begins with.
-            together: so many neighbouring sequences stay on one rank (`deterministic_group`).
+            group_size: so many neighbouring sequences stay on one rank (`deterministic_group`).
         """
-        self._together = together
+        self._group_size = group_size
         self.topology = topology
         self._described = list(devices) if topology else []
         """the devices that the topology describes, in its order"""
         self._members: list[int] = []
-        """device of each rank"""
+        """the device of each rank"""
         self.sequences: tuple[int, ...] = ()
-        """number of sequences in a micro-step, by rank; empty until the ranks have begun"""
+        """the number of sequences in a micro-step, by rank; empty until the ranks train"""
         self.speeds: dict[int, float] = {}
-        """device -> real over planned speed, in the last full window"""
+        """a device -> its real over its planned speed, in the last full window"""
         self._windows = SpeedWindows()
         self._reports: dict[int, dict[int, DenseWork]] = {}
-        """step -> rank -> its report, until all ranks have reported"""
+        """a step -> a rank -> its report, until all ranks have reported"""
         self._changes = 0
 
     def describes(self, devices: Sequence[int]) -> bool:
@@ -109,7 +109,7 @@ class WorkShares:
             flops[self._described.index(device)] = ours.flops[rank]
         self.topology = replace(whole, flops=tuple(flops))
         self._windows = SpeedWindows()
-        self.sequences = tuple(sequences_by_speed(sum(self.sequences), ours.flops, self._together))
+        self.sequences = tuple(sequences_by_speed(sum(self.sequences), ours.flops, self._group_size))
         self._changes += 1
         return NewShares(self._changes, ours.flops, self.sequences)
 

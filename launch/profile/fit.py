@@ -39,7 +39,7 @@ class Measurements:
     """both directions between every two ranks of the same node"""
     alone: Sequence[Flow]
     """flows between ranks of two nodes while no other ranks of these nodes exchange"""
-    together: Sequence[Sequence[Flow]]
+    all_at_once: Sequence[Sequence[Flow]]
     """the flows of each round in which all ranks of two nodes exchange at the same time"""
     overlap_slowdown: float = 1.0
     """see `Topology.overlap_slowdown`"""
@@ -62,7 +62,7 @@ def fit_overlap(compute: float, transfer: float, both: float) -> float:
     Args:
         compute: seconds of some computation alone.
         transfer: seconds of a transfer alone.
-        both: seconds of the two started together.
+        both: seconds of the two started at once.
     """
     return min(2.0, max(1.0, 1 + (both - max(compute, transfer)) / min(compute, transfer)))
 
@@ -107,7 +107,7 @@ def topology_from(found: Measurements) -> Topology:
     uplink: tuple[float, ...] = ()
     nic: tuple[float, ...] = ()
     if len(nodes) > 1:
-        nics, uplinks = port_rates(found.alone), uplink_rates(found.together, node_of_rank)
+        nics, uplinks = port_rates(found.alone), uplink_rates(found.all_at_once, node_of_rank)
         for rank, rate in nics.items():  # one rank's traffic passes its node's uplink, which is at least as fast
             uplinks[node_of_rank[rank]] = max(uplinks[node_of_rank[rank]], rate)
         uplink = median_per_kind([uplinks[node] for node in nodes], [_kinds_of_node(found, node) for node in nodes])

@@ -38,7 +38,7 @@ class ProbeSizes:
     large_bytes: int
     """the bytes of a large message"""
     seconds: float
-    """how long each measurement of a device is repeated, and the messages of all pairs together; but at least three times"""
+    """how long each measurement of a device is repeated, and the messages of all pairs in all; but at least three times"""
 
 
 def sizes_for(device: torch.device) -> ProbeSizes:
@@ -62,7 +62,7 @@ def measure_flops(ranks: Ranks, sizes: ProbeSizes) -> float:
 
 
 def measure_memory_bandwidth(ranks: Ranks, sizes: ProbeSizes) -> float:
-    """Return the bytes/s that a large copy reads and writes together. Every rank must call it."""
+    """Return the bytes/s that a large copy reads, plus those that it writes. Every rank must call it."""
     source = torch.ones(sizes.copy_bytes, dtype=torch.uint8, device=ranks.device)
     target = torch.empty_like(source)
     return 2 * sizes.copy_bytes / _seconds_side_by_side(lambda: target.copy_(source), sizes, ranks)
@@ -107,7 +107,7 @@ def measure_rounds(rounds: Rounds, ranks: Ranks, group: dist.ProcessGroup, sizes
 
 
 def measure_overlap(ranks: Ranks, sizes: ProbeSizes) -> tuple[float, float, float]:
-    """Return the median seconds, on the slowest rank, of some matmuls, of an all-to-all of all ranks, and of the two together.
+    """Return the median seconds, on the slowest rank, of some matmuls, of an all-to-all of all ranks, and of the two at once.
 
     Their sizes are chosen so that the two take about equally long. Every rank must call it.
     """
@@ -139,8 +139,8 @@ def measure_overlap(ranks: Ranks, sizes: ProbeSizes) -> tuple[float, float, floa
         work.wait()
 
     actions: tuple[Callable[[], object], ...] = (compute, lambda: start(*pair).wait(), both)
-    alone, transfer, together = (_slowest(_repeat(action, sizes.seconds / 2, ranks), ranks) for action in actions)
-    return alone, transfer, together
+    compute_alone, transfer, at_once = (_slowest(_repeat(action, sizes.seconds / 2, ranks), ranks) for action in actions)
+    return compute_alone, transfer, at_once
 
 
 def free_memory(device: torch.device, ranks_on_node: int) -> float:
@@ -217,7 +217,7 @@ def _seconds_side_by_side(action: Callable[[], object], sizes: ProbeSizes, ranks
 def _repeat(action: Callable[[], object], budget: float, ranks: Ranks) -> list[float]:
     """Return the seconds of each of several calls, about `budget` seconds in all.
 
-    Every rank must call it, and all ranks start each call together.
+    Every rank must call it, and all ranks start each call at the same time.
     """
     action()  # the first call allocates memory, opens connections and selects kernels
     first = ranks.all_max(_timed(action, ranks.device))
@@ -230,7 +230,7 @@ def _repeat(action: Callable[[], object], budget: float, ranks: Ranks) -> list[f
 
 
 def _timed(action: Callable[[], object], device: torch.device) -> float:
-    _finish(device)
+    _finish(device)  # a GPU works behind the host: what is queued before or after must not count, and the action must have ended
     start = time.perf_counter()
     action()
     _finish(device)

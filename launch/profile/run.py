@@ -61,7 +61,7 @@ def measure(ranks: Ranks, node_of_rank: tuple[int, ...], kinds: tuple[str, ...],
         near_group = own_group
     near = find_flows(near_rounds(ranks_of_node), ranks, near_group, sizes)
     alone = find_flows(alone_rounds(ranks_of_node), ranks, ranks.groups.tokens, sizes)
-    together = find_flows(far_rounds(ranks_of_node), ranks, ranks.groups.tokens, sizes)
+    all_at_once = find_flows(far_rounds(ranks_of_node), ranks, ranks.groups.tokens, sizes)
     return Measurements(
         node_of_rank=node_of_rank,
         kind_of_rank=kinds,
@@ -70,7 +70,7 @@ def measure(ranks: Ranks, node_of_rank: tuple[int, ...], kinds: tuple[str, ...],
         memory_bandwidth=memory_bandwidth,
         near=[flow for flows in near for flow in flows],
         alone=[flow for flows in alone for flow in flows],
-        together=together,
+        all_at_once=all_at_once,
         overlap_slowdown=fit_overlap(*probe.measure_overlap(ranks, sizes)) if ranks.world_size > 1 else 1.0,
     )
 

@@ -23,18 +23,17 @@ from hecate.launch.membership.job_members import JobMembers
 from hecate.launch.membership.job_policy import JobPolicy, Limits
 from hecate.launch.membership.job_states import ENDED, State
 from hecate.launch.policy.work_shares import WorkShares
-from hecate.launch.ray_job.awake_clock import AwakeClock
 from hecate.launch.ray_job.job_report import JobReport, JobView
 from hecate.launch.ray_job.messages import (
     Assignment,
     Begin,
-    Begun,
     CheckpointSaved,
     Interrupt,
     Join,
     Leave,
     LeftGeneration,
     Outcome,
+    PartBuilt,
     Prepare,
     Prepared,
     Replan,
@@ -52,13 +51,15 @@ from hecate.parallel.cluster.topology_file import topology_text
 from hecate.report.events import DenseWork
 
 _PING_SECONDS = 10.0
-"""after which a worker that does not answer counts as hung"""
+"""the silence after which a worker counts as hung"""
 _POLL_SECONDS = 0.25
-"""longest wait for an event before the controller looks at its clocks"""
+"""the longest wait for an event before the controller looks at its clocks"""
 _PAUSE_SECONDS = 5.0
-"""from one growth of the job to the next"""
+"""the time from one growth of the job to the next"""
 _DEATH_SECONDS = 3.0
 """how long an error of a rank may come before the news of the lost rank that caused it"""
+_LONGEST_TICK = 2.0
+"""the most seconds that count between two looks at `AwakeClock`"""
 _LAST_OUTPUT_SECONDS = 1.0
 """Ray forwards what workers print with a delay, and drops the output of workers that are gone."""
 
@@ -75,6 +76,24 @@ def policy_of(config: Config) -> JobPolicy:
     ray, limit = config.ray, float(config.ray.start_timeout)
     limits = Limits(limit, limit, limit, limit, _DEATH_SECONDS, _PAUSE_SECONDS, " (ray.start_timeout)")
     return JobPolicy(config.fssdp.redundancy > 0, True, ray.max_failures, ray.min_workers, ray.min_workers, limits=limits)
+
+
+class AwakeClock:
+    """Counts the seconds in which this process runs.
+
+    While a signal stops this process, or its machine is suspended, it receives no answers, so this time must not count as silence of
+    other processes. At most two seconds count between two calls.
+    """
+
+    def __init__(self, read: Callable[[], float] = time.monotonic) -> None:
+        self._read, self._last, self._seconds = read, read(), 0.0
+
+    def __call__(self) -> float:
+        """Seconds since the clock was set up."""
+        now = self._read()
+        self._seconds += min(now - self._last, _LONGEST_TICK)
+        self._last = now
+        return self._seconds
 
 
 class Controller:
@@ -104,14 +123,14 @@ class Controller:
             names={device.index: device.name for device in group.devices},
             awaited=devices,
         )
-        self._begun: dict[int, Begun] = {}
-        """device -> its event in this generation"""
+        self._built: dict[int, PartBuilt] = {}
+        """a device -> its event in this generation"""
         self._shares = WorkShares(topology, sorted(devices), config.deterministic_group)
         self._shown_at = 0.0
         self.shown = self._status()
         """the status that was shown last"""
         self.stop_wanted = False
-        """set by a signal"""
+        """whether a signal has asked that the job save and stop"""
 
     def run(self) -> int:
         """Drive the job to its end, and return its exit status. All workers are ended, whatever happened.
@@ -127,8 +146,8 @@ class Controller:
             saved = [Event(Fact.SAVED)] if self._has_checkpoint() else []
             self._step([Event(Fact.PLACED), *saved])
             while self._state.phase not in ENDED:
-                events = [event for device, told in self._group.poll(_POLL_SECONDS) for event in self._facts(device, told)]
-                self._step([*events, *self._looks(), *([Event(Fact.STOP)] if self.stop_wanted else [])])
+                facts = [fact for device, event in self._group.poll(_POLL_SECONDS) for fact in self._facts(device, event)]
+                self._step([*facts, *self._looks(), *([Event(Fact.STOP)] if self.stop_wanted else [])])
                 if self._clock() - self._shown_at > 1:
                     self._show_status()
             self._raise_mistake()
@@ -151,8 +170,8 @@ class Controller:
 
     @property
     def began(self) -> bool:
-        """Whether any rank has begun to build its part of the run."""
-        return self._state.generation.has_begun
+        """Whether any rank was ordered to build its part of the run."""
+        return self._state.generation.exists
 
     @property
     def _members(self) -> list[JobDevice]:
@@ -161,10 +180,10 @@ class Controller:
 
     # What has happened
 
-    def _facts(self, device: JobDevice, told: WorkerEvent) -> list[Event]:
+    def _facts(self, device: JobDevice, event: WorkerEvent) -> list[Event]:
         """What an event of a worker means for who goes on."""
         index, number = device.index, self._state.generation.number
-        match told:
+        match event:
             case WorkerUp():
                 try:
                     check_versions(self._group.devices)
@@ -174,33 +193,33 @@ class Controller:
             case Prepared():
                 return [Event(Fact.LOADED, index)]
             case WorkerLost():
-                return [self._loss(device, told)]
-            case Begun():
-                self._begun[index] = told
-                return [Event(Fact.BEGUN, index)]
+                return [self._loss(device, event)]
+            case PartBuilt():
+                self._built[index] = event
+                return [Event(Fact.BUILT, index)]
             case CheckpointSaved():
-                self._report.checkpoint = Path(told.path).name
+                self._report.checkpoint = Path(event.path).name
                 return [Event(Fact.SAVED)]
             case StepsDone():
-                return self._add_report(device, told)
+                return self._add_report(device, event)
             case LeftGeneration():
-                return [Event(Fact.LEFT, index)] if told.generation == number else []
+                return [Event(Fact.LEFT, index)] if event.generation == number else []
             case TrainingEnded():
-                if told.generation == number:
-                    said = told.text if told.outcome is Outcome.USER_ERROR else told.reason
-                    return [Event(Fact.ENDED, index, said, end=_END_OF[told.outcome])]
-                failed = told.generation < 0 and told.outcome in (Outcome.FAILED, Outcome.USER_ERROR)
-                return [Event(Fact.LOST, index, told.reason)] if failed else []  # it could not load what a rank needs
+                if event.generation == number:
+                    said = event.text if event.outcome is Outcome.USER_ERROR else event.reason
+                    return [Event(Fact.ENDED, index, said, end=_END_OF[event.outcome])]
+                failed = event.generation < 0 and event.outcome in (Outcome.FAILED, Outcome.USER_ERROR)
+                return [Event(Fact.LOST, index, event.reason)] if failed else []  # it could not load what a rank needs
 
-    def _loss(self, device: JobDevice, told: WorkerLost) -> Event:
-        if told.cannot_import:
+    def _loss(self, device: JobDevice, event: WorkerLost) -> Event:
+        if event.cannot_import:
             said = (
-                f"{device.name}: hecate cannot be imported there: {told.text}\n"
+                f"{device.name}: hecate cannot be imported there: {event.text}\n"
                 "  install it on all nodes, in the Python that runs Ray, in the same version"
             )
             return Event(Fact.UNFIT, device.index, said)
         cause = Cause.PROCESS_DIED if self._group.node_lives(device) else Cause.NODE_DIED
-        return Event(Fact.LOST, device.index, told.text, cause=cause)
+        return Event(Fact.LOST, device.index, event.text, cause=cause)
 
     def _looks(self) -> list[Event]:
         """The workers whose processes are stopped, which neither Ray nor their connections notice, and one that gives no sign of life."""
@@ -245,7 +264,7 @@ class Controller:
             self._carry_out(order)
         if self._state.phase is not before:
             if self._state.phase is State.RUNNING:
-                self._generation_begun(self._begun[self._state.generation.members[0]])
+                self._generation_begun(self._built[self._state.generation.members[0]])
             self._show_status()
 
     def _carry_out(self, order: Order) -> None:
@@ -278,7 +297,7 @@ class Controller:
     def _assign(self, *, warm: bool) -> None:
         """Have the members of the new generation begin, or go on."""
         members, generation = self._members, self._state.generation
-        self._begun = {}
+        self._built = {}
         topology = self._shares.begin_generation(generation.members)
         has_checkpoint = self._has_checkpoint()
         for rank, device in enumerate(members):
@@ -292,7 +311,7 @@ class Controller:
             )
             self._group.send(device, Join(assignment=assignment) if warm else Begin(assignment=assignment))
 
-    def _generation_begun(self, of_first: Begun) -> None:
+    def _generation_begun(self, of_first: PartBuilt) -> None:
         self._shares.generation_begun(of_first.sequences, of_first.topology)
         self._report.max_steps = of_first.max_steps
         self._report.step = of_first.step  # lower than before if the ranks went back to a checkpoint
@@ -306,7 +325,7 @@ class Controller:
         self._report.checkpoint = latest.name if latest else None
         return latest is not None
 
-    # What people are told
+    # What people read
 
     def _note(self, text: str) -> None:
         self._report.note(text)
@@ -328,7 +347,7 @@ class Controller:
         self._show(self.shown)
 
     def _status(self) -> JobStatus:
-        view = JobView(self._state, self._group.devices, self._begun, self._shares, self._group.ready_spares())
+        view = JobView(self._state, self._group.devices, self._built, self._shares, self._group.ready_spares())
         return self._report.status(view)
 
 

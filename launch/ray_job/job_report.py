@@ -1,4 +1,4 @@
-"""What people are told about a job on a Ray cluster: a line when something happens, and the status."""
+"""What people read of a job on a Ray cluster: a line when something happens, and the status."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hecate.launch.membership.job_members import JobMembers
 from hecate.launch.policy.work_shares import WorkShares
-from hecate.launch.ray_job.messages import Begun, StepTotals
+from hecate.launch.ray_job.messages import PartBuilt, StepTotals
 from hecate.launch.ray_job.status import DeviceState, DeviceStatus, JobStatus, StatusNote, finite
 from hecate.launch.ray_job.worker_group import JobDevice
 from hecate.parallel.cluster.topology_file import topology_text
@@ -23,8 +23,8 @@ class JobView:
 
     state: JobMembers
     devices: Sequence[JobDevice]
-    begun: Mapping[int, Begun]
-    """device -> its event of this generation"""
+    built: Mapping[int, PartBuilt]
+    """a device -> its event in this generation"""
     shares: WorkShares
     spares: int
 
@@ -37,17 +37,18 @@ class JobReport:
         Args:
             say: prints a line for the user.
         """
-        self.max_steps, self._say = max_steps, say
-        """of the run; 0 until the ranks have counted how many its epochs are"""
+        self._say = say
+        self.max_steps = max_steps
+        """the steps of the run; 0 until the ranks have counted how many its epochs are"""
         self._notes: tuple[StatusNote, ...] = ()
         self.detail = ""
         """why the job has failed"""
         self.step = 0
-        """optimizer steps done"""
+        """the number of optimizer steps done"""
         self.totals: StepTotals | None = None
-        """as last reported"""
+        """the figures that were reported last"""
         self.checkpoint: str | None = None
-        """name of the newest one's folder"""
+        """the name of the newest checkpoint's folder"""
 
     def note(self, text: str) -> None:
         """Say something that has happened, and keep it for the status."""
@@ -76,13 +77,13 @@ class JobReport:
 
 
 def _device_status(device: JobDevice, view: JobView) -> DeviceStatus:
-    rank, begun, sequences = view.state.generation.rank_of(device.index), view.begun.get(device.index), view.shares.sequences
+    rank, built, sequences = view.state.generation.rank_of(device.index), view.built.get(device.index), view.shares.sequences
     return DeviceStatus(
         device=device.index,
         rank=rank,
         state=_device_state(device, view),
         sequences=sequences[rank] if rank is not None and sequences else None,
-        experts=begun.owned[rank] if begun and rank is not None else None,
+        experts=built.owned[rank] if built and rank is not None else None,
         speed=finite(view.shares.speeds.get(device.index)),
         kind=device.spec.kind,
         node=f"{device.spec.address} {device.spec.node_id[:8]}",
@@ -95,7 +96,7 @@ def _device_state(device: JobDevice, view: JobView) -> DeviceState:
     if number in view.state.generation.members and device.alive:
         if number in view.state.generation.ends:
             return DeviceState.IDLE
-        return DeviceState.TRAINING if number in view.begun else DeviceState.STARTING
+        return DeviceState.TRAINING if number in view.built else DeviceState.STARTING
     if number in view.state.loaded:
         return DeviceState.READY
     return DeviceState.LOADING if device.alive else DeviceState.COMING

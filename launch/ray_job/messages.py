@@ -35,20 +35,20 @@ class Prepared:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Begun:
+class PartBuilt:
     """The rank has built its part of the run, or goes on with other ranks."""
 
     code: ClassVar[str] = "begun"
     step: int
-    """number of optimizer steps done"""
+    """the number of optimizer steps done"""
     max_steps: int
-    """number of optimizer steps of the run"""
+    """the number of optimizer steps of the run"""
     sequences: tuple[int, ...]
-    """number of sequences in a micro-step, by rank"""
+    """the number of sequences in a micro-step, by rank"""
     owned: tuple[int, ...]
-    """number of experts owned, by rank"""
+    """the number of experts owned, by rank"""
     topology: str
-    """topology of the ranks' devices, as YAML"""
+    """the topology of the ranks' devices, as YAML"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class StepTotals:
     imbalance: float
     bytes_sent: int
     loads: dict[str, list[int]]
-    """layer -> assignments of each expert, all ranks together"""
+    """a layer -> the assignments of all ranks to each expert"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class StepsDone:
     step_seconds: float
     """mean duration of a step since the last report"""
     totals: StepTotals | None
-    """None on all ranks but the first"""
+    """the figures that all ranks share; None on all ranks but the first"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class TrainingEnded:
 
     code: ClassVar[str] = "ended"
     generation: int
-    """-1: the worker was still preparing to join one"""
+    """the number of the generation; -1: the worker was still preparing to join one"""
     outcome: Outcome
     text: str = ""
     """what went wrong, in words"""
@@ -137,7 +137,7 @@ class WorkerLost:
     """a package is missing on the node"""
 
 
-WorkerEvent = WorkerUp | Prepared | Begun | StepsDone | CheckpointSaved | LeftGeneration | TrainingEnded | WorkerLost
+WorkerEvent = WorkerUp | Prepared | PartBuilt | StepsDone | CheckpointSaved | LeftGeneration | TrainingEnded | WorkerLost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,11 +208,11 @@ class Replan:
     code: ClassVar[str] = "replan"
     generation: int
     number: int
-    """numbers the job's orders of this kind from 1; only the newest is valid"""
+    """the number of the order among the job's orders of this kind, from 1; only the newest is valid"""
     flops: tuple[float, ...]
-    """FLOP/s of each rank's device, for the plans from now on"""
+    """the FLOP/s of each rank's device, for the plans from now on"""
     sequences: tuple[int, ...]
-    """number of sequences in a micro-step, by rank"""
+    """the number of sequences in a micro-step, by rank"""
     reshard: bool
     """whether to move experts to better owners if that pays"""
 

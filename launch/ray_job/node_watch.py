@@ -39,7 +39,7 @@ class NodeWatch:
 
 
 def end_process(pid: int | None) -> None:
-    """Kill a process, if it is there."""
+    """Kill a process, if it still lives."""
     if pid is not None:
         with suppress(ProcessLookupError, PermissionError):
             os.kill(pid, signal.SIGKILL)
@@ -48,19 +48,19 @@ def end_process(pid: int | None) -> None:
 class NodeWatches:
     """What watches the nodes of one job."""
 
-    def __init__(self, ray: Any, here: str) -> None:
+    def __init__(self, ray: Any, own_node: str) -> None:
         """Args:
-        here: id of the node that this process runs on.
+        own_node: id of the node that this process runs on.
         """
-        self._ray, self._here = ray, here
+        self._ray, self._own_node = ray, own_node
         self._found = StoppedRanks()
         self._pid_of: dict[str, dict[int, int]] = {}
-        """node id -> number of a worker -> id of its process"""
+        """a node's id -> the number of a worker -> the id of its process"""
+        # By a node's id, for those that are not the controller's.
         self._actors: dict[str, Any] = {}
         self._streams: dict[str, Any] = {}
-        """of the nodes that are not the controller's"""
         self._stopped: set[int] = set()
-        """the workers that were found last"""
+        """the workers that the last look has found stopped"""
 
     def look(self, pid_of: Mapping[str, dict[int, int]]) -> dict[int, float]:
         """The workers that have been stopped for `STOPPED_SECONDS`, and for how many seconds. It never waits, and must be called often.
@@ -69,10 +69,10 @@ class NodeWatches:
             pid_of: node id -> number of a worker -> id of its process, of all workers that are to be watched from now on.
         """
         for node, pids in pid_of.items():
-            if node != self._here and pids != self._pid_of.get(node):
+            if node != self._own_node and pids != self._pid_of.get(node):
                 self._watch(node, pids)
         self._pid_of = dict(pid_of)
-        found = self._found.look(pid_of.get(self._here, {}))
+        found = self._found.look(pid_of.get(self._own_node, {}))
         nodes = {stream: node for node, stream in self._streams.items()}
         ready, _ = self._ray.wait(list(nodes), num_returns=len(nodes), timeout=0) if nodes else ([], [])
         for stream in ready:
@@ -89,7 +89,7 @@ class NodeWatches:
         if number not in self._stopped:
             return
         node = next((node for node, pids in self._pid_of.items() if number in pids), None)
-        if node == self._here:
+        if node == self._own_node:
             end_process(self._pid_of[node][number])
         elif node in self._actors:
             self._actors[node].end.remote(number)

@@ -48,21 +48,21 @@ class DeviceStatus:
     """One device of a job."""
 
     device: int
-    """its number in the job"""
+    """the device's number in the job"""
     rank: int | None
-    """None: it is not in the present generation"""
+    """the device's rank; None: it is not in the present generation"""
     state: DeviceState
     sequences: int | None
-    """of a micro-step; None: not known yet"""
+    """the sequences of a micro-step that its rank computes; None: not known yet"""
     experts: int | None
-    """that its rank owns; None: not known yet"""
+    """the number of experts that its rank owns; None: not known yet"""
     speed: float | None
-    """real over planned speed; None: not measured yet"""
+    """the device's real over its planned speed; None: not measured yet"""
     kind: str
     node: str
-    """address and the beginning of Ray's id of its node, for a person"""
+    """the address and the beginning of Ray's id of its node, for a person"""
     pid: int | None
-    """of its worker; None: there is none"""
+    """the process id of its worker; None: there is none"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class StatusNote:
     """Something that has happened, for a person."""
 
     when: str
-    """time of day, HH:MM:SS"""
+    """the time of day, HH:MM:SS"""
     text: str
 
 
@@ -82,25 +82,27 @@ class JobStatus:
     detail: str
     """why the job has failed; empty if it has not"""
     generation: int
-    """number of the present generation of ranks, from 0"""
+    """the number of the present generation of ranks, from 0"""
     max_steps: int
     step: int
-    """optimizer steps done"""
+    """the number of optimizer steps done"""
     loss: float | None
-    """None, like the two that follow: no step has been reported yet, or the number is not finite"""
+    """the newest step's loss; None: no step has been reported yet, or the number is not finite"""
     tokens_per_s: float | None
+    """the newest step's tokens a second, or None, as `loss` has it"""
     imbalance: float | None
+    """the newest step's imbalance, or None, as `loss` has it"""
     last_checkpoint: str | None
-    """name of its folder"""
+    """the name of the newest checkpoint's folder; None: there is none"""
     devices: tuple[DeviceStatus, ...]
     spares: int
-    """processes that have imported everything, and wait to take a lost worker's place"""
+    """the number of processes that have imported everything, and wait to take a lost worker's place"""
     topology: str | None
-    """of all devices, as YAML; None: not measured yet"""
+    """the topology of all devices, as YAML; None: not measured yet"""
     notes: tuple[StatusNote, ...]
-    """the newest ones, oldest first"""
+    """the newest notes, oldest first"""
     updated: float
-    """seconds since 1970"""
+    """the time of this status, in seconds since 1970"""
 
     @property
     def ended(self) -> bool:

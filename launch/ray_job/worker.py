@@ -22,13 +22,13 @@ from hecate.launch.addresses import interface_of
 from hecate.launch.ray_job.messages import (
     Assignment,
     Begin,
-    Begun,
     CheckpointSaved,
     Interrupt,
     Join,
     Leave,
     LeftGeneration,
     Outcome,
+    PartBuilt,
     Ping,
     Prepare,
     Prepared,
@@ -57,8 +57,8 @@ if TYPE_CHECKING:  # a worker imports training in its own thread, after it has s
 _log = logging.getLogger(__name__)
 
 _TRACEBACK_FRAMES = 4
-_THERE = "ranks-there"
-"""key of the number of ranks that are about to connect"""
+_CONNECTING = "ranks-connecting"
+"""the key of the number of ranks that are about to connect"""
 _LOOK_SECONDS = 0.02
 
 
@@ -219,6 +219,8 @@ class TrainingLink:
 
     def interrupt(self, generation: int) -> None:
         """Break off the collectives of a generation, if it is the one that this process is in, or is about to join."""
+        # Noted before the ranks are looked at; `connected`, in the training's thread, sets the ranks before it looks at the note. So
+        # whichever comes second aborts the groups, and none goes on in a generation that is broken off.
         self._interrupted = generation
         if generation == self.generation and self.ranks is not None:
             self.ranks.abort()
@@ -254,7 +256,8 @@ class TrainingLink:
         from hecate.parallel.cluster.topology_file import topology_text
 
         topology = topology_text(facts.topology)
-        self._events.put(Begun(step=facts.step, max_steps=facts.max_steps, sequences=facts.sequences, owned=facts.owned, topology=topology))
+        built = PartBuilt(step=facts.step, max_steps=facts.max_steps, sequences=facts.sequences, owned=facts.owned, topology=topology)
+        self._events.put(built)
 
     def stepped(self, facts: StepFacts) -> None:
         self._dense_tokens += facts.dense_tokens
@@ -377,12 +380,12 @@ def _meet_all(assignment: Assignment, link: TrainingLink) -> dist.Store:
     broken_off = RuntimeError("the controller broke the generation off, because another rank was lost")
     if link.interrupted:
         raise broken_off
-    store.add(_THERE, 1)
-    while store.add(_THERE, 0) < assignment.world_size:
+    store.add(_CONNECTING, 1)
+    while store.add(_CONNECTING, 0) < assignment.world_size:
         if link.interrupted:
-            if store.add(_THERE, -1) < assignment.world_size - 1:
+            if store.add(_CONNECTING, -1) < assignment.world_size - 1:
                 raise broken_off
-            store.add(_THERE, 1)  # all were there for a moment, so others may connect to this rank by now; it breaks off afterwards
+            store.add(_CONNECTING, 1)  # all had come for a moment, so others may connect to this rank by now; it breaks off afterwards
             break
         time.sleep(_LOOK_SECONDS)
     return store

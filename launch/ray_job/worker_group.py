@@ -39,11 +39,11 @@ class WorkerHandle:
     number: int
     actor: Any
     stream: Any
-    """stream of the worker's events, as Ray gives it"""
+    """the stream of the worker's events, as Ray gives it"""
     orders: int = 0
-    """number of orders sent to the worker"""
+    """the number of orders sent to the worker"""
     unanswered: int = 0
-    """number of orders that the worker has carried out once it has answered the last ping; 0: it has answered"""
+    """the number of orders that the worker has carried out once it has answered the last ping; 0: it has answered"""
     ping_sent: float = -math.inf
 
 
@@ -76,13 +76,13 @@ class WorkerSettings:
     config: str
     """the run's configuration, as YAML"""
     report_steps: int
-    """number of steps between two reports"""
+    """the number of steps between two reports"""
     worker: type[Worker]
     """the class of the actors"""
     node: str
-    """id of the controller's node"""
+    """the id of the controller's node"""
     address: str | None
-    """all workers send and receive on the interface with this address; None: each uses the interface with its node's address"""
+    """the address of the interface on which all workers send and receive; None: each uses that of its node's address"""
 
 
 class WorkerGroup:
@@ -94,7 +94,7 @@ class WorkerGroup:
         self.devices = [JobDevice(index, device) for index, device in enumerate(devices)]
         self._placement: Any = None
         self._spares: dict[str, WorkerHandle] = {}
-        """node id -> its spare worker"""
+        """a node's id -> its spare worker"""
         self._watches = NodeWatches(ray, settings.node)
 
     def reserve(self, timeout: float) -> None:
@@ -143,7 +143,7 @@ class WorkerGroup:
         """Send a device's worker an order. It carries out its orders one after the other."""
         assert device.worker is not None
         self._rendezvous.send(device.worker.number, device.worker.orders, order)
-        device.worker.orders += 1
+        device.worker.orders += 1  # the next order's number: the worker takes them in this order, and waits for one that is missing
 
     def keep_spares(self) -> None:
         """Start a spare on each node that has a worker and no spare. A lost worker's devices stay reserved: a spare may use them."""

@@ -26,9 +26,9 @@ def backup_ranks(topology: Topology, backups: int, tp_size: int = 1) -> np.ndarr
     chosen: list[list[int]] = [[] for _ in range(world)]
     for _ in range(min(backups, world // tp_size - 1)):
         for rank, own in enumerate(chosen):
-            taken = {group[rank], *(group[one] for one in own)}
+            taken = {group[rank], *(group[backup] for backup in own)}
             others = [other for other in range(world) if group[other] not in taken]
-            used = {nodes[rank], *(nodes[one] for one in own)}
+            used = {nodes[rank], *(nodes[backup] for backup in own)}
             away = [other for other in others if nodes[other] not in used] or [other for other in others if nodes[other] != nodes[rank]]
             best = min(away or others, key=lambda other, rank=rank: (wards[other], (other - rank) % world))  # type: ignore[misc]
             wards[best] += 1

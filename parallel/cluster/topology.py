@@ -16,9 +16,9 @@ class Link:
     """One direction of a link between two devices."""
 
     bandwidth: float
-    """bytes per second"""
+    """the bytes per second"""
     latency: float
-    """seconds"""
+    """the seconds before the first byte arrives"""
 
     def __post_init__(self) -> None:
         if not (self.bandwidth > 0 and np.isfinite(self.bandwidth)):

@@ -22,13 +22,13 @@ class Card:
     bf16_flops: float
     """FLOP/s of dense bf16 matmuls that accumulate in float32; data sheets print twice as much, with sparsity"""
     memory: float
-    """bytes"""
+    """the bytes of its memory"""
     memory_bandwidth: float
-    """bytes/s"""
+    """the bytes/s of its memory"""
     link: float
-    """bytes/s to other cards of its node, in one direction: half of NVLink's figure, or PCIe's x16"""
+    """the bytes/s to other cards of its node, in one direction: half of NVLink's figure, or PCIe's x16"""
     nic: float | None = None
-    """bytes/s of its own network adapter in its maker's servers; None: the cards of a node share one"""
+    """the bytes/s of its own network adapter in its maker's servers; None: the cards of a node share one"""
 
 
 _PCIE_4, _PCIE_5 = 32e9, 64e9

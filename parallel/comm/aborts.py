@@ -20,6 +20,7 @@ class AbortedError(dist.DistError):
     """The groups of this rank were aborted, so what their collectives have written is worthless."""
 
 
+# Weak, because a group that is kept here would keep its communicator and threads after a rebuild has replaced it.
 _aborted: WeakSet[dist.ProcessGroup] = WeakSet()
 
 
@@ -53,6 +54,7 @@ def read(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
         AbortedError: the group was aborted.
     """
     on_host = tensor.cpu()
+    # Asked after the copy: an abort while the host waits in it lets it return whatever the memory holds.
     raise_if_aborted(group)
     return on_host
 
@@ -68,7 +70,7 @@ def arrived(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     """
     if tensor.is_cuda:
         torch.cuda.current_stream(tensor.device).synchronize()
-    raise_if_aborted(group)
+    raise_if_aborted(group)  # after the wait, as in `read`
     return tensor
 
 

@@ -37,13 +37,13 @@ class Handle(Generic[T]):
         self._finish: Callable[[], T] | None = finish
         self._result: T | None = None
         self.bytes_to = bytes_to
-        """bytes that this rank sends to each rank of the group; 0 to itself"""
+        """This rank sends so many bytes to each rank of the group, none to itself."""
 
     def wait(self) -> T:
         if self._arrive is not None and self._finish is not None:
             self._arrive()
             self._result = self._finish()
-            self._arrive = self._finish = None  # and with them the buffers
+            self._arrive = self._finish = None  # They hold the buffers, which a caller that keeps its handle would keep, too.
         assert self._result is not None
         return self._result
 
@@ -64,15 +64,16 @@ def sparse_all_gather(owned_nC: Tensor, plan: ChunkPlan, group: dist.ProcessGrou
     _check_rows(owned_nC, plan.num_owned, plan)
     tables, owned_rows = chunk_tables(plan, owned_nC.device), _in_slices(owned_nC, plan)
     first = FirstExchange([plan.gather[0]], group)
+    # Every rank makes it, with or without messages of its own: it takes the group's next tag, which must stay alike on all ranks.
     second = SecondExchange(plan.gather[1], group, owned_rows) if len(plan.gather) == 2 else None
     first.start([owned_rows.index_select(0, tables.owned_row_M)])
     # A leader sends on some of what it received.
     arrive = first.wait if second is None else second.follow(first, lambda: first.arrived()[tables.sent_on_M])
 
     def finish() -> Tensor:
-        return _into_slots(owned_nC, plan, tables, [first.arrived(), *([] if second is None else [second.buffer_MC])], into_SC)
+        return _into_slots(owned_nC, plan, tables, _arrived(first, second), into_SC)
 
-    return Handle(arrive, finish, _added(first, second))
+    return Handle(arrive, finish, _bytes_to(first, second))
 
 
 def sparse_all_gather_many(layers: Sequence[tuple[Tensor, ChunkPlan, Tensor | None]], group: dist.ProcessGroup) -> list[Handle[Tensor]]:
@@ -122,7 +123,7 @@ def sparse_reduce_scatter(grad_SC: Tensor, plan: ChunkPlan, group: dist.ProcessG
     _check_rows(grad_SC, plan.num_slots, plan)
     tables, grad_rows = chunk_tables(plan, grad_SC.device), _in_slices(grad_SC, plan)
     first = FirstExchange([plan.reduce[0]], group)
-    second = SecondExchange(plan.reduce[1], group, grad_rows) if len(plan.reduce) == 2 else None
+    second = SecondExchange(plan.reduce[1], group, grad_rows) if len(plan.reduce) == 2 else None  # on every rank, as in a gather
     first.start([grad_rows.index_select(0, tables.grad_slot_M)])
 
     def leader_sums() -> Tensor:
@@ -131,10 +132,9 @@ def sparse_reduce_scatter(grad_SC: Tensor, plan: ChunkPlan, group: dist.ProcessG
     arrive = first.wait if second is None else second.follow(first, leader_sums)
 
     def finish() -> Tensor:
-        arrived = [first.arrived(), *([] if second is None else [second.buffer_MC])]
-        return _sum_by_rank(grad_rows, tables.owner_sums, arrived).view(plan.num_owned, grad_SC.shape[1])
+        return _sum_by_rank(grad_rows, tables.owner_sums, _arrived(first, second)).view(plan.num_owned, grad_SC.shape[1])
 
-    return Handle(arrive, finish, _added(first, second))
+    return Handle(arrive, finish, _bytes_to(first, second))
 
 
 def _into_slots(
@@ -157,6 +157,8 @@ def _sum_by_rank(replica_SC: Tensor, sums: SumTables[Tensor], arrived: Sequence[
         arrived: others' terms, of each exchange.
     """
     own_nC = replica_SC.index_select(0, sums.own_slot_n)
+    # A sum of floating-point numbers depends on their order, and is to have the same bits in every run and under every placement of the
+    # same terms. So this rank's own terms, which are ready first, wait for their turn.
     total_nC = own_nC if sums.own_after is None else torch.zeros_like(own_nC)
     for number, term in enumerate(sums.terms):
         if number == sums.own_after:
@@ -180,5 +182,9 @@ def _check_rows(rows: Tensor, expected: int, plan: ChunkPlan) -> None:
     assert len(rows) == expected, f"rank {plan.rank} has {len(rows)} chunks, but its plan counts {expected}"
 
 
-def _added(first: FirstExchange, second: SecondExchange | None) -> list[int]:
+def _arrived(first: FirstExchange, second: SecondExchange | None) -> list[Tensor]:
+    return [first.arrived(), *([] if second is None else [second.buffer_MC])]
+
+
+def _bytes_to(first: FirstExchange, second: SecondExchange | None) -> list[int]:
     return first.bytes_to if second is None else [a + b for a, b in zip(first.bytes_to, second.bytes_to, strict=True)]

@@ -21,9 +21,9 @@ class TokenTables:
     """A `TokenPlan` on a device."""
 
     bound_EB: Tensor
-    """float64"""
+    """float64, as `TokenPlan.bound_EB`"""
     slot_DE: Tensor
-    """int64"""
+    """int64, as `TokenPlan.slot_DE`"""
 
 
 @lru_cache(maxsize=CACHED)
@@ -32,7 +32,7 @@ def chunk_tables(plan: ChunkPlan, device: torch.device) -> ChunkTables[Tensor]:
     arrays: list[np.ndarray] = []
     plan.tables.map(arrays.append)
     on_device = iter(to_device(arrays, device))
-    return plan.tables.map(lambda _: next(on_device))
+    return plan.tables.map(lambda _: next(on_device))  # `map` visits the tables in the same order both times
 
 
 @lru_cache(maxsize=CACHED)
@@ -50,4 +50,5 @@ def to_device(rows: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
 
 def copy_to(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor of the CPU to `device`. The host does not wait for a GPU, because the copy is from pinned memory."""
+    # The pinned copy may be dropped at once: torch hands its memory out again only when the copy from it is done.
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)

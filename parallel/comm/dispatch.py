@@ -32,7 +32,7 @@ class RowSources:
     by_token_M: Tensor | None = None
     """int64: the rows sorted by token, those of one token in their order; None: `index_add_` adds up in the order of the rows"""
     first_T: Tensor | None = None
-    """int64: the place among `by_token_M` where each token's rows begin"""
+    """int64: the place in `by_token_M` where each token's rows begin"""
 
 
 def row_sources(source_M: Tensor, num_tokens: int, *, sort: bool) -> RowSources:
@@ -65,14 +65,15 @@ class Dispatched:
     """int64: the slot on this rank of each assignment, -1: another rank serves it"""
     weight_RK: Tensor
     token_R: Tensor
-    """int64: global token numbers"""
+    """int64: the global number of each row's token"""
     sources: RowSources
+    """the tokens of this rank that its sent rows were taken from"""
     send_rows: list[int]
-    """per rank"""
+    """how many rows this rank sends to each rank"""
     recv_rows: list[int]
-    """per rank"""
+    """how many rows this rank receives from each rank"""
     served: int
-    """the number of assignments of these rows that this rank computes"""
+    """the number of assignments of the received rows that this rank computes"""
 
     def bytes_to(self, rank: int, y_RO: Tensor, *, backward: bool) -> list[int]:
         """Bytes that `rank`, this rank, sends to each rank in dispatch and combine; with `backward`, in their backward passes, too.
@@ -140,6 +141,7 @@ def dispatch(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor
     send_D2 = torch.stack([rows_D, assignments_D], dim=1)
     recv_D2 = torch.empty_like(send_D2)
     dist.all_to_all_single(recv_D2, send_D2, group=group)
+    # One read of all that the host must know: each one stops it until the GPU has done everything that is queued.
     send_rows, recv_rows, served_D = read(torch.cat([send_D2[:, :1], recv_D2], dim=1).T, group).tolist()
 
     num_tokens = len(x_TD)
@@ -147,6 +149,8 @@ def dispatch(x_TD: Tensor, expert_TK: Tensor, weight_TK: Tensor, token_T: Tensor
     rank_M, source_M = row_M // max(num_tokens, 1), row_M % max(num_tokens, 1)
     slot_MK = torch.where(rank_TK[source_M] == rank_M[:, None], tables.slot_DE[rank_M[:, None], expert_TK[source_M]], -1)
     meta_RN = _exchange_rows(torch.cat([slot_MK, token_T[source_M, None]], dim=1), send_rows, recv_rows, group)
+    # Kernels index with the slots, and the host never looks at them. After an abort they are whatever the memory held; an index out of
+    # range would then end the CUDA context of a rank that is to go on.
     in_range(meta_RN[:, :-1], -1, int(plan.slot_DE[dist.get_rank(group)].max()))
     sources = row_sources(source_M, num_tokens, sort=x_TD.is_cuda)
     rows_MD, weight_MK = _TakeRows.apply(sources, x_TD), _TakeRows.apply(sources, weight_TK)
@@ -184,6 +188,7 @@ def combine(y_RD: Tensor, dispatched: Dispatched, group: dist.ProcessGroup) -> T
 
 def _exchange_rows(rows: Tensor, send_rows: list[int], recv_rows: list[int], group: dist.ProcessGroup) -> Tensor:
     received = rows.new_empty((sum(recv_rows), *rows.shape[1:]))
+    # A gradient may be expanded from fewer numbers, as that of a sum is; a collective reads plain memory.
     dist.all_to_all_single(received, rows.contiguous(), recv_rows, send_rows, group=group)
     return received
 

@@ -35,7 +35,7 @@ class FirstExchange:
         self._buffer: Tensor | None = None
         self.bytes_to = [0] * world
         self.work: dist.Work | None = None
-        """of the all-to-all; None where no rank sends anything"""
+        """The all-to-all under way; None where no rank sends anything."""
 
     def start(self, rows: Sequence[Tensor]) -> None:
         """Args:
@@ -49,6 +49,7 @@ class FirstExchange:
         recv_counts = [sum(lengths) for lengths in self._lengths([exchange.received for exchange in self._layers])]
         self.bytes_to = [count * rows[0].element_size() for count in send_counts]
         self._buffer = rows[0].new_empty(sum(recv_counts))
+        # Left out only where no rank sends: a rank with nothing to send still takes part, or the others would wait for it.
         if not self._idle:
             self.work = dist.all_to_all_single(
                 self._buffer, self._by_peer(rows), recv_counts, send_counts, group=self._group, async_op=True
@@ -93,8 +94,9 @@ class SecondExchange:
 
     def __init__(self, exchange: Exchange, group: dist.ProcessGroup, like_nC: Tensor) -> None:
         self._exchange = exchange
+        # Made on the caller's stream and not in the callback: NCCL fills it on another, but it is read, and freed, on the caller's.
         self.buffer_MC = like_nC.new_empty((len(exchange.received.expert_M), like_nC.shape[1]))
-        """what has arrived"""
+        """[M, C]: the chunks that have arrived"""
         chunk_bytes = like_nC.shape[1] * like_nC.element_size()
         self.bytes_to = [count * chunk_bytes for count in exchange.sent.count_D]
         self._group = group
@@ -125,7 +127,7 @@ class SecondExchange:
         started = first.work.get_future().then(start)
 
         def arrive() -> None:
-            started.wait()
+            started.wait()  # first, since it is `start` that makes the works; it also raises what went wrong in it
             for work in self._works:
                 work.wait()
 

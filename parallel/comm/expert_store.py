@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hecate.parallel.comm.collectives import Handle, sparse_all_gather, sparse_all_gather_many, sparse_reduce_scatter
 from hecate.parallel.comm.device_tables import to_device
 from hecate.parallel.comm.ordered_sums import gather_in_order, reduce_in_order
-from hecate.parallel.transfer.transfer_plan import PlacementChange, TransferPlan, fused_gathers
+from hecate.parallel.transfer.transfer_plan import ChunkPlan, PlacementChange, TransferPlan, fused_gathers
 from hecate.parallel.values.layout import ChunkSize
 from hecate.parallel.values.summation import SumOrder, TreeSum
 
@@ -20,9 +20,9 @@ from hecate.parallel.values.summation import SumOrder, TreeSum
 class ExpertStore:
     """One layer's owned chunks (master parameters, stepped by the owner's optimizer) and this iteration's replicas.
 
-    In one iteration: `gather` (starts the SparseAllGather) → `replicas` (waits for it; a leaf that collects gradients) → `reduce` (starts
-    the SparseReduceScatter and drops the replicas) → `reduced` (waits for it). All ranks of the group call `gather` and `reduce` of
-    all layers in the same order, each with its own `TransferPlan` of the same placement. Outside training `drop` takes the place of
+    An iteration calls `gather` (starts the SparseAllGather) → `replicas` (waits for it; a leaf that collects gradients) → `reduce`
+    (starts the SparseReduceScatter and drops the replicas) → `reduced` (waits for it). All ranks of the group call `gather` and `reduce`
+    of all layers in the same order, each with its own `TransferPlan` of the same placement. Outside training `drop` takes the place of
     `reduce`.
 
     An iteration may be a step or a micro-step: the results of several calls of `reduce` are added up until `reduced` takes them. Between
@@ -55,34 +55,33 @@ class ExpertStore:
         rank = dist.get_rank(group)
         self._group, self._replicate_group = group, replicate_group
         self.experts = [expert for expert, owner in enumerate(owner_E) if owner == rank]
-        """owned experts, ascending"""
+        """the experts that this rank owns, ascending"""
         self._owned_nC = torch.stack([init(expert) for expert in self.experts]) if self.experts else none_nC
         self._replica_dtype = none_nC.dtype if replica_dtype is None else replica_dtype
         self.parameters = [nn.Parameter(chunk) for chunk in self._owned_nC]
-        """one parameter an owned expert, views of one tensor"""
+        """a parameter for each owned expert, all of them views of one tensor"""
         self.bytes_to = np.zeros(dist.get_world_size(group), dtype=np.int64)
-        """bytes of chunks and gradients sent so far to each rank of the group"""
+        """the bytes of chunks and gradients sent so far to each rank of the group"""
         self.ring_bytes = 0
-        """bytes sent so far to the next rank of the replicate group"""
+        """the bytes sent so far to the next rank of the replicate group"""
         self._plan: TransferPlan | None = None
-        """of this iteration; None: nothing is gathered"""
+        """the plan of this iteration; None: nothing is gathered"""
         self._gathering: Handle[Tensor] | None = None
         self._replicas_SC: Tensor | None = None
         self._filled = False
-        """whether the leaf holds the replicas; False: it has been freed"""
+        """whether the leaf `_replicas_SC` holds the replicas; False: its memory has been freed"""
         self._watched = False
         """whether a function is called when the leaf's gradient is complete"""
         self._reducing: Handle[Tensor] | None = None
         self._sum_nC: Tensor | None = None
-        """sum of the gradients of earlier iterations"""
+        """the sum of this step's gradients whose reduction is over"""
         self._summing: dist.Work | None = None
-        """of those, over the sharding groups"""
-        self._in_order: Handle[TreeSum[Tensor]] | None = None
-        """takes the place of `_reducing`"""
-        self._gathering_sums: Handle[Tensor] | None = None
-        """takes the place of `_summing`"""
+        """the sum of `_sum_nC` over the sharding groups, under way"""
+        # In a fixed order of sums, these two take the places of `_reducing` and `_summing`.
+        self._reducing_in_order: Handle[TreeSum[Tensor]] | None = None
+        self._summing_in_order: Handle[Tensor] | None = None
         self._order: SumOrder | None = None
-        """of those two"""
+        """the order in which those two add up, from `reduce_in_order` to `reduced`"""
 
     @property
     def bytes_sent(self) -> int:
@@ -125,9 +124,7 @@ class ExpertStore:
         Args:
             chunks: the flat chunk of each expert that this rank owns by `owner_E`; copied.
         """
-        assert self._gathering is None, "owners change between iterations"
-        assert self._replicas_SC is None, "owners change between iterations"
-        assert self._reducing is None, "owners change between iterations"
+        assert all(part is None for part in (self._gathering, self._replicas_SC, self._reducing)), "owners change between iterations"
         rank = dist.get_rank(self._group)
         self.experts = [expert for expert, owner in enumerate(owner_E) if owner == rank]
         assert sorted(chunks) == self.experts, (sorted(chunks), self.experts)
@@ -136,7 +133,7 @@ class ExpertStore:
 
     def gather(self, plan: TransferPlan) -> None:
         """Start materializing; does nothing where this iteration's replicas have arrived or are on their way."""
-        gather_together([(self, plan)])
+        gather_layers([(self, plan)])
 
     def replicas(self, when_complete: Callable[[], None] | None = None) -> Tensor:
         """[slots, C], a leaf that requires grad, in the type of replicas: slot s holds expert `plan.chunks.tables.expert_S[s]`.
@@ -150,6 +147,7 @@ class ExpertStore:
             if self._replicas_SC is None:
                 self._replicas_SC = self._leaf(self._gathering.wait())
             else:
+                # The freed leaf gets its memory back before the wait, which writes the replicas into it.
                 self._replicas_SC.untyped_storage().resize_(self._replicas_SC.numel() * self._replicas_SC.element_size())
                 self._gathering.wait()
             self._gathering, self._filled = None, True
@@ -170,7 +168,8 @@ class ExpertStore:
         """
         assert self._plan is not None, "exchange() before gather()"
         assert (change.before, change.after) == (self._plan.chunks, plan.chunks), "the change is one between other placements"
-        gathering = sparse_all_gather(self._rounded_nC(), change.missing, self._group)
+        # What is missing starts to travel before the gather that is under way is waited for.
+        gathering = sparse_all_gather(self._owned_nC.to(self._replica_dtype), change.missing, self._group)
         self.bytes_to += gathering.bytes_to
         before_SC = self.replicas().detach()
         replicas_SC = before_SC.new_empty((plan.chunks.num_slots, self.chunk_numel))
@@ -203,6 +202,7 @@ class ExpertStore:
         """
         assert self._plan is not None
         assert self._replicas_SC is not None
+        # The last micro-step's sum is added first, so that micro-steps are added up in their order; its buffers are free again, too.
         self.wait_for_reduction()
         self._reducing = sparse_reduce_scatter(self.take_gradient() if grad_SC is None else grad_SC, self._plan.chunks, self._group)
         self.bytes_to += self._reducing.bytes_to
@@ -216,22 +216,23 @@ class ExpertStore:
         """
         assert self._plan is not None
         assert self._plan.chunks.num_slots == len(self._plan.placement.owner_E), "an expert is missing"
-        rank, world, first = dist.get_rank(self._group), dist.get_world_size(self._group), self._first_of_group()
+        rank, world = dist.get_rank(self._group), dist.get_world_size(self._group)
+        first = 0 if self._replicate_group is None else dist.get_rank(self._replicate_group) * world  # of this sharding group, in the job
         rows_of: list[list[int]] = [[] for _ in range(world)]
         for expert, owner in enumerate(self._plan.placement.owner_E.tolist()):
             rows_of[owner].append(expert)
         assert rows_of[rank] == self.experts, (rows_of[rank], self.experts)
         blocks_of = [order.blocks([first + peer]) for peer in range(world)]
-        self._order, self._in_order = order, reduce_in_order(sums, rows_of, blocks_of, order.size, self._owned_nC, self._group)
-        self.bytes_to += self._in_order.bytes_to
+        self._order = order
+        self._reducing_in_order = reduce_in_order(sums, rows_of, blocks_of, order.size, self._owned_nC, self._group)
+        self.bytes_to += self._reducing_in_order.bytes_to
         self.drop()
 
-    def _first_of_group(self) -> int:
-        """The number in the job of the sharding group's first rank."""
-        return 0 if self._replicate_group is None else dist.get_rank(self._replicate_group) * dist.get_world_size(self._group)
-
     def add_gradients(self, grad_nC: Tensor) -> None:
-        """Add gradients of the owned experts, by expert ascending, that were summed elsewhere: no replicas were gathered. Kept."""
+        """Add gradients of the owned experts, by expert ascending, that were summed elsewhere: no replicas were gathered.
+
+        The store keeps the tensor and adds to it.
+        """
         self.wait_for_reduction()
         self._sum_nC = grad_nC if self._sum_nC is None else self._sum_nC.add_(grad_nC)
 
@@ -247,36 +248,38 @@ class ExpertStore:
 
         Every rank of the replicate group must call it for all layers in the same order, once the step's last `reduce` was called.
         """
-        if self._in_order is not None:
+        if self._reducing_in_order is not None:
             self._sum_groups_in_order()
         self.wait_for_reduction()
+        # A rank that owns nothing may leave: the others of its replicate group own the same, nothing, and leave, too.
         if self._replicate_group is None or self._summing is not None or self._order is not None or not self.experts:
             return
         assert self._sum_nC is not None, "sum_over_groups() before reduce()"
         self._summing = dist.all_reduce(self._sum_nC, group=self._replicate_group, async_op=True)
         groups = dist.get_world_size(self._replicate_group)
-        self.ring_bytes += 2 * (groups - 1) * self._sum_nC.numel() * self._sum_nC.element_size() // groups  # in a ring
+        # A ring sends each element once around to be summed, and once to be handed out.
+        self.ring_bytes += 2 * (groups - 1) * self._sum_nC.numel() * self._sum_nC.element_size() // groups
 
     def _sum_groups_in_order(self) -> None:
         """Wait for the sums of this sharding group's positions, and start exchanging them with those of the other groups."""
-        assert self._in_order is not None
+        assert self._reducing_in_order is not None
         assert self._order is not None
-        sums, self._in_order = self._in_order.wait(), None
+        sums, self._reducing_in_order = self._reducing_in_order.wait(), None
         if self._replicate_group is None:
             self._sum_nC = sums.total
         elif self.experts:
             size, groups = dist.get_world_size(self._group), dist.get_world_size(self._replicate_group)
             blocks_of = [self._order.blocks(range(group * size, (group + 1) * size)) for group in range(groups)]
-            self._gathering_sums = gather_in_order(sums, blocks_of, self._order.size, self._owned_nC, self._replicate_group)
-            self.ring_bytes += sum(self._gathering_sums.bytes_to)
+            self._summing_in_order = gather_in_order(sums, blocks_of, self._order.size, self._owned_nC, self._replicate_group)
+            self.ring_bytes += sum(self._summing_in_order.bytes_to)
         else:
-            self._sum_nC = self._owned_nC
+            self._sum_nC = self._owned_nC  # [0, C]: this rank owns nothing
 
     def reduced(self) -> Tensor:
         """[owned experts, C]: the summed gradients, by expert ascending."""
         self.sum_over_groups()
-        if self._gathering_sums is not None:
-            self._sum_nC, self._gathering_sums = self._gathering_sums.wait(), None
+        if self._summing_in_order is not None:
+            self._sum_nC, self._summing_in_order = self._summing_in_order.wait(), None
         self._order = None
         if self._summing is not None:
             self._summing.wait()
@@ -296,7 +299,7 @@ class ExpertStore:
         self._watched = False
 
     def _begin_gather(self, plan: TransferPlan) -> bool:
-        """Whether there is anything to gather."""
+        """Take the plan for this iteration; returns whether its replicas are still to be gathered."""
         if self._gathering is not None or self._filled:
             return False
         if self._replicas_SC is None:
@@ -305,33 +308,29 @@ class ExpertStore:
         assert self._plan.chunks == plan.chunks, "freed replicas come back as they were"
         return True
 
-    def _rounded_nC(self) -> Tensor:
-        """[owned experts, C]: the owned chunks as they travel to replicas."""
-        return self._owned_nC.to(self._replica_dtype)
+    def _gather_arguments(self, plan: TransferPlan) -> tuple[Tensor, ChunkPlan, Tensor | None]:
+        """What `sparse_all_gather_many` takes of a layer: the owned chunks as they travel to replicas, the plan, and the freed leaf."""
+        # Through `.data`, which counts no version: autograd's saved views are to hold good when the leaf is filled again.
+        into_SC = None if self._replicas_SC is None else self._replicas_SC.data
+        return self._owned_nC.to(self._replica_dtype), plan.chunks, into_SC
 
     def _leaf(self, replicas_SC: Tensor) -> Tensor:
         leaf_SC = replicas_SC.requires_grad_()
-        leaf_SC.grad_dtype = self._owned_nC.dtype
+        leaf_SC.grad_dtype = self._owned_nC.dtype  # else autograd would round gradients to the type of replicas
         return leaf_SC
 
-    def _into_SC(self) -> Tensor | None:
-        """The freed leaf. Through `.data`, which counts no version: autograd's saved views are to hold good when it is filled again."""
-        return None if self._replicas_SC is None else self._replicas_SC.data
 
-    def _gather_begun(self, gathering: Handle[Tensor]) -> None:
-        self._gathering = gathering
-        self.bytes_to += gathering.bytes_to
-
-
-def gather_together(layers: Sequence[tuple[ExpertStore, TransferPlan]]) -> None:
+def gather_layers(layers: Sequence[tuple[ExpertStore, TransferPlan]]) -> None:
     """`ExpertStore.gather` of layers of one model at one moment: flat ones of small chunks in one all-to-all (see `fused_gathers`).
 
     Every rank of the group must call it, with the same layers in the order in which they are needed.
     """
-    starting = [(store, plan.chunks) for store, plan in layers if store._begin_gather(plan)]
-    for together in fused_gathers([plan for _, plan in starting]):
-        parts = [(store._rounded_nC(), plan, store._into_SC()) for store, plan in (starting[number] for number in together)]
-        group = starting[together[0]][0]._group
+    starting = [(store, plan) for store, plan in layers if store._begin_gather(plan)]
+    for fused in fused_gathers(tuple(plan.chunks for _, plan in starting)):
+        stores = [starting[number][0] for number in fused]
+        parts = [store._gather_arguments(plan) for store, plan in (starting[number] for number in fused)]
+        group = stores[0]._group
         handles = [sparse_all_gather(*parts[0][:2], group, parts[0][2])] if len(parts) == 1 else sparse_all_gather_many(parts, group)
-        for number, handle in zip(together, handles, strict=True):
-            starting[number][0]._gather_begun(handle)
+        for store, handle in zip(stores, handles, strict=True):
+            store._gathering = handle
+            store.bytes_to += handle.bytes_to

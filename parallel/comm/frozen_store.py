@@ -34,7 +34,7 @@ class FrozenStore:
         self._none_MC = none_MC
         self._under_way: tuple[FirstExchange, Exchange] | None = None
         self.bytes_to = np.zeros(dist.get_world_size(group), dtype=np.int64)
-        """bytes sent so far to each rank of the group"""
+        """the bytes sent so far to each rank of the group"""
 
     @property
     def bytes_sent(self) -> int:
@@ -47,7 +47,7 @@ class FrozenStore:
 
     def start(self, move: FrozenMove) -> None:
         """Start sending and fetching, and give up what the move drops."""
-        self.wait()
+        self.wait()  # what the last move has fetched may be sent on, or given up, by this one
         if move.exchange is not None:
             exchange = FirstExchange([move.exchange], self._group)
             leaving = [self._held[expert] for expert in move.exchange.sent.expert_M.tolist()]
@@ -55,7 +55,7 @@ class FrozenStore:
             self.bytes_to += exchange.bytes_to
             self._under_way = exchange, move.exchange
         for expert in move.dropped:
-            del self._held[expert]
+            del self._held[expert]  # even if it is being sent: `stack` has copied it
 
     def wait(self) -> None:
         """Wait for what is on its way."""

@@ -21,11 +21,13 @@ class HostRead:
         self._group = group
         self._event: torch.cuda.Event | None = None
         if tensor.is_cuda:
+            # From pinned memory alone does a copy run beside the host. The event stands behind the copy on the same stream; waiting for
+            # the stream instead would wait for all that was queued since.
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record()
         else:
-            self._host = tensor.detach().clone()
+            self._host = tensor.detach().clone()  # the caller may change its own
 
     def get(self) -> Tensor:
         """The values, on the CPU. On a GPU the host waits until the copy is done.
@@ -35,5 +37,5 @@ class HostRead:
         """
         if self._event is not None:
             self._event.synchronize()
-        raise_if_aborted(self._group)
+        raise_if_aborted(self._group)  # after the wait, which an abort ends
         return self._host

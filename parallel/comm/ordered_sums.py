@@ -46,7 +46,7 @@ def reduce_in_order(
     receive = [0 if peer == rank else len(blocks_of[peer]) * numel for peer in range(world)]
     send = [0 if peer == rank else len(own.parts) * len(rows_of[peer]) * width for peer in range(world)]
     pieces = [own.parts[block][rows_of[peer]].flatten() for peer in range(world) if peer != rank for block in blocks_of[rank]]
-    sent, arriving = torch.cat([like_nC.new_empty(0), *pieces]), like_nC.new_empty(sum(receive))
+    sent, arriving = torch.cat([like_nC.new_empty(0), *pieces]), like_nC.new_empty(sum(receive))  # `cat` refuses an empty list
     work = dist.all_to_all_single(arriving, sent, receive, send, group=group, async_op=True) if world > 1 else None
 
     def arrive() -> None:
@@ -54,6 +54,7 @@ def reduce_in_order(
             work.wait()
 
     def finish() -> TreeSum[Tensor]:
+        # The tree says which sums are added to which, so the order in which blocks come to it does not change a bit of the result.
         tree: TreeSum[Tensor] = TreeSum(size)
         for peer, flat in enumerate(arriving.split(receive)):
             if peer == rank:
@@ -84,18 +85,15 @@ def gather_in_order(
     table = sent.new_empty((world, *sent.shape))
     work = dist.all_gather(list(table), sent, group=group, async_op=True)
 
-    def arrive() -> None:
-        work.wait()
-
     def finish() -> Tensor:
         tree: TreeSum[Tensor] = TreeSum(size)
         for blocks, parts in zip(blocks_of, table, strict=True):
-            for block, part in zip(blocks, parts, strict=False):
+            for block, part in zip(blocks, parts, strict=False):  # what was sent to fill up is left out
                 tree.add(block, part)
         return tree.total
 
     num_bytes = sent.numel() * sent.element_size()
-    return Handle(arrive, finish, [0 if peer == rank else num_bytes for peer in range(world)])
+    return Handle(work.wait, finish, [0 if peer == rank else num_bytes for peer in range(world)])
 
 
 def sum_in_order(own: TreeSum[Tensor], order: SumOrder, like: Tensor, group: dist.ProcessGroup) -> Tensor:

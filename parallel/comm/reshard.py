@@ -35,9 +35,9 @@ class Resharded:
     rows: dict[int, dict[str, Tensor]]
     """expert -> its tensors by name, for those that this rank owns now, ascending; what it owned before is the same object"""
     moved: int
-    """experts that have another owner, on all ranks together"""
+    """the number of experts that have another owner, on any rank"""
     num_bytes: int
-    """sent by all ranks together"""
+    """the bytes that all ranks have sent"""
 
 
 def reshard(
@@ -68,7 +68,7 @@ def reshard(
     has = _presence(rows, list(specs), moved, group, device)
     leaving = [[e for e in moved if (old_owner_E[e], new_owner_E[e]) == (rank, peer)] for peer in range(world)]
     coming = [[e for e in moved if (old_owner_E[e], new_owner_E[e]) == (peer, rank)] for peer in range(world)]
-    names = {e: [name for name, there in zip(specs, has[e], strict=True) if there] for e in moved}
+    names = {e: [name for name, has_it in zip(specs, has[e], strict=True) if has_it] for e in moved}
     size = {e: sum(specs[name].num_bytes for name in names[e]) for e in moved}
 
     send_sizes = [sum(size[e] for e in experts) for experts in leaving]
@@ -78,7 +78,8 @@ def reshard(
     recv_buffer = torch.empty(sum(recv_sizes), dtype=torch.uint8, device=device)
     if world > 1:
         dist.all_to_all_single(recv_buffer, send_buffer, recv_sizes, send_sizes, group=group)
-        arrived(recv_buffer, group)  # the caller gives up what it replaces
+        # The caller gives up the old tensors for these, so nothing may be returned that an abort has left half written.
+        arrived(recv_buffer, group)
 
     kept = {e: dict(rows[e]) for e in owned_before if new_owner_E[e] == rank}
     start = 0
@@ -99,7 +100,7 @@ def _presence(
     table = torch.tensor([[int(name in rows.get(e, {})) for name in names] for e in moved], dtype=torch.int64, device=device)
     if moved and dist.get_world_size(group) > 1:
         dist.all_reduce(table, op=dist.ReduceOp.MAX, group=group)
-    return {e: [bool(there) for there in line] for e, line in zip(moved, read(table, group).tolist(), strict=True)}
+    return {e: [bool(has_it) for has_it in line] for e, line in zip(moved, read(table, group).tolist(), strict=True)}
 
 
 def _as_bytes(row: Tensor, spec: RowSpec, device: torch.device) -> Tensor:

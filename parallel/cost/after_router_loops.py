@@ -1,4 +1,4 @@
-"""How long a layer takes from its router on, with a plan that is there or with one that is still to be brought: a compiled loop.
+"""How long a layer takes from its router on, with a plan whose replicas are gathered or are still to come: a compiled loop.
 
 Shapes: E experts, D ranks.
 """
@@ -29,7 +29,7 @@ def seconds_after_router(
     brought: CostNumbers,
     enough: float,
 ) -> float:
-    """Seconds of experts, dispatch and backward pass, and of the gather of what is not there; if `enough` or more, `enough` or more.
+    """Seconds of experts, dispatch and backward pass, and of the gather of what is missing; if `enough` or more, `enough` or more.
 
     The gather that attention has hidden is over and does not count.
 
@@ -37,7 +37,7 @@ def seconds_after_router(
         owner: int64 [experts].
         where: bool [experts, ranks]: the plan's replicas.
         present: bool [experts, ranks]: replicas that have been gathered.
-        resident: bool [experts, ranks]: frozen parts that are there; [0, 0]: only the owners'.
+        resident: bool [experts, ranks]: frozen parts that ranks hold; [0, 0]: only the owners'.
         quota, planned, loads: see `add_traffic`.
         cost: without frozen parts, which neither plan pays again.
         brought: the cost of what is brought now, whose frozen part is paid at once.

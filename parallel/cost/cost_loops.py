@@ -234,11 +234,11 @@ def dispatch_seconds(replicas: Replicas, loads: LayerLoads, topology: TopologyNu
             served[n] = matched / served[n] if served[n] > 0 and nodes > 1 else 1.0
         for c in range(replicas.count_E[e]):
             d = replicas.rank_EC[e, c]
-            here = replicas.quota_ED[e, d] - loads.tokens_SE[d, e]
-            if here > ROUNDING * loads.load_E[e]:
-                near = here * served[topology.node_D[d]]
+            foreign = replicas.quota_ED[e, d] - loads.tokens_SE[d, e]
+            if foreign > ROUNDING * loads.load_E[e]:
+                near = foreign * served[topology.node_D[d]]
                 ports[NEAR_IN, d] += near
-                ports[FAR_IN, d] += here - near
+                ports[FAR_IN, d] += foreign - near
     far_sum = total(ports[FAR_IN])
     latency = dispatch_latency(total(ports[NEAR_IN]), far_sum, not everywhere and total(loads.load_D) > 0, topology, cost)
     share = rows_received(ports, loads.load_D, k)
@@ -310,9 +310,9 @@ def moved_bytes(
     for e in range(len(owner)):
         for c in range(replicas.count_E[e]):
             d = replicas.rank_EC[e, c]
-            here = replicas.quota_ED[e, d] - loads.tokens_SE[d, e]
-            if here > ROUNDING * loads.load_E[e]:
-                remote_D[d] += here
+            foreign = replicas.quota_ED[e, d] - loads.tokens_SE[d, e]
+            if foreign > ROUNDING * loads.load_E[e]:
+                remote_D[d] += foreign
     all_tokens = total(loads.load_D) / k
     for d in range(ranks):
         rows += distinct(remote_D[d], all_tokens - loads.load_D[d] / k, k)

@@ -24,7 +24,7 @@ from hecate.parallel.cost.route_loops import FASTEST, FLAT, SLICED, TWO_LEVEL, e
 from hecate.parallel.loops.replica_lists import no_replicas
 
 PlanMode = Literal["history", "calibrated", "exact", "replay"]
-"""from which loads layers are planned: those of past steps; the same, but re-planned after the router if that pays; the micro-step's own,
+"""the loads that layers are planned from: those of past steps; these, but re-planned after the router if that pays; the micro-step's own,
 counted after each router; the same, known before the micro-step begins"""
 PlanChoice = PlanMode | Literal["auto"]
 """the mode of all layers; of auto and exact: in each step each layer goes by the mode of several that has been fastest
@@ -34,7 +34,7 @@ Route = Literal["flat", "two_level", "sliced"]
 RouteChoice = Literal["fastest", "flat", "two_level", "sliced"]
 """always the same route, or for each placement the fastest"""
 ROUTE_NUMBERS: dict[str, int] = {"flat": FLAT, "two_level": TWO_LEVEL, "sliced": SLICED, "fastest": FASTEST}
-"""by which the compiled loops name routes"""
+"""the numbers by which the compiled loops name routes"""
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,14 @@ class ExecutionMode:
     plan: PlanMode = "history"
     """exact: the plan is made after the router, when the attention that would hide its gather is over; replay: before the micro-step"""
     rematerialize: bool = False
-    """replicas are freed after a layer's forward pass and gathered again before its backward pass"""
+    """whether replicas are freed after a layer's forward pass and gathered again before its backward pass"""
     prefetch: int = 1
     """how many decoder layers early a gather starts; 0: nothing hides it"""
     micro_steps: int = 1
-    """of an optimizer step; without `per_micro_step` all of them share one gather and one reduction"""
+    """the micro-steps of an optimizer step; without `per_micro_step` all of them share one gather and one reduction"""
     route: RouteChoice = "fastest"
-    """of each gather of trainable parameters and of its reduction. fastest: for each placement the one that `plan_transfer` chooses.
-    Frozen parts always travel flat"""
+    """the route of each gather of trainable parameters and of its reduction. fastest: for each placement the one that `plan_transfer`
+    chooses. Frozen parts always travel flat"""
 
     def __post_init__(self) -> None:
         if self.prefetch < 0 or self.micro_steps < 1:
@@ -89,22 +89,22 @@ class LayerCost:
     """
 
     trainable_bytes: float
-    """parameters of one expert that a SparseAllGather moves in every step"""
+    """the parameters of an expert that a SparseAllGather moves in every step"""
     chunk_numel: int = 1
-    """elements of these parameters, which a sliced gather cuts into equal slices of whole elements; 1: they are never cut"""
+    """the elements of an expert's chunk, which a sliced gather cuts into equal slices of whole elements; 1: it is never cut"""
     gradient_bytes: float | None = None
-    """gradients of one expert, moved back by a SparseReduceScatter; None: as `trainable_bytes`"""
+    """the gradients of an expert, which a SparseReduceScatter moves back; None: as `trainable_bytes`"""
     frozen_bytes: float = 0.0
-    """frozen part of one expert; a frozen replica never changes, so it moves once and stays as long as its placement does"""
+    """the frozen part of an expert; a frozen replica never changes, so it moves once and stays as long as its placement does"""
     state_bytes: float = 0.0
-    """master parameters and moments of one expert, on its owner only; what re-sharding moves"""
+    """the master parameters and moments of an expert, on its owner only: what re-sharding moves"""
     top_k: int = 1
     row_bytes: float = 0.0
-    """one token's hidden row, one way"""
+    """a token's hidden row, one way"""
     row_flops: float = 0.0
-    """FLOPs for each distinct token on a rank, however many of its experts the rank serves: those of a base FFN that experts share"""
+    """the FLOPs for each distinct token on a rank, however many of its experts the rank serves: those of a base FFN that experts share"""
     assignment_flops: float = 0.0
-    """FLOPs for each assignment"""
+    """the FLOPs for each assignment"""
     row_backward: float = 1.0
     """backward over forward FLOPs of a row; 1 for a frozen base, 2 for a trained one"""
     assignment_backward: float = 2.0
@@ -117,11 +117,11 @@ class LayerCost:
     """from this `ExecutionMode.prefetch` on, that work hides the forward pass's gather: 1 for experts after their layer's attention, 2 for
     those that the layer needs at its very beginning"""
     message_share: float = 1.0
-    """share of the latency of a flat gather that is paid: less than 1 where a decoder layer's units are gathered in one message"""
+    """the share of the latency of a flat gather that is paid: less than 1 where a decoder layer's units are gathered in one message"""
     frozen_lifetime: float = 20.0
-    """number of steps that a frozen replica is expected to be used; its transfer is paid once in this many steps"""
+    """the number of steps that a frozen replica is expected to be used; its transfer is paid once in this many steps"""
     on_every_rank: bool = False
-    """a token's rank must have all experts of the layer, so that every policy puts all of them on every rank"""
+    """whether a token's rank must have all experts of the layer, so that every policy puts all of them on every rank"""
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -153,13 +153,13 @@ class LayerSeconds:
     """Where the seconds of a layer go, float64 [...] each: forward and backward of one step."""
 
     compute: np.ndarray
-    """experts, on the slowest rank"""
+    """the experts' computation, on the slowest rank"""
     dispatch: np.ndarray
     """all all-to-alls of tokens and their gradients"""
     gather: np.ndarray
-    """SparseAllGather, hidden or not"""
+    """the SparseAllGather, hidden or not"""
     reduce: np.ndarray
-    """SparseReduceScatter, hidden or not"""
+    """the SparseReduceScatter, hidden or not"""
     exposed: np.ndarray
     """what gather and reduce add to the step"""
     optimizer: np.ndarray
@@ -176,9 +176,9 @@ class Rows:
 
     computed_D: np.ndarray
     near: tuple[np.ndarray, np.ndarray]
-    """sent to and received from other ranks of the node"""
+    """the tokens sent to, and received from, other ranks of the node"""
     far: tuple[np.ndarray, np.ndarray]
-    """sent to and received from other nodes"""
+    """the tokens sent to, and received from, other nodes"""
 
 
 @dataclass(frozen=True, eq=False)

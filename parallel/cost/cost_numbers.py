@@ -21,9 +21,9 @@ class TopologyNumbers(NamedTuple):
 
     node_D: np.ndarray
     member_D: np.ndarray
-    """ranks by node"""
+    """the ranks, sorted by node"""
     first_N: np.ndarray
-    """where a node's ranks begin in `member_D`; and the number of ranks"""
+    """the place in `member_D` where each node's ranks begin; and at the end the number of ranks"""
     rate_D: np.ndarray
     port_D: np.ndarray
     nic_D: np.ndarray
@@ -43,28 +43,28 @@ class CostNumbers(NamedTuple):
     reduced_bytes: float
     frozen_bytes: float
     fetched_share: float
-    """of the steps of a replica that a rank lacks: in those its frozen part travels; 1 over its lifetime"""
+    """the share of a replica's steps in which its frozen part travels: 1 over its lifetime"""
     optimizer_bytes: float
     top_k: int
     row_bytes: float
     row_work: float
     assignment_work: float
     dispatch_messages: float
-    """all-to-alls of the layer's tokens, whose latencies are paid"""
+    """the number of all-to-alls of the layer's tokens, whose latencies are paid"""
     hides_gather: float
-    """seconds of work beside which the forward pass's gather travels"""
+    """the seconds of work beside which the forward pass's gather travels"""
     hides_reduce: float
-    """seconds of work beside which gradients travel back"""
+    """the seconds of work beside which gradients travel back"""
     hides_second_gather: bool
-    """the gather before the backward pass travels beside that work, too"""
+    """whether the gather before the backward pass travels beside the work that hides gradients, too"""
     second_gathers: int
-    """gathers before the backward pass: 1 where replicas were freed after the forward pass"""
+    """the number of gathers before the backward pass: 1 where replicas were freed after the forward pass"""
     route: int
-    """of gather and reduction: FLAT, TWO_LEVEL, SLICED or FASTEST"""
+    """the route of gather and reduction: FLAT, TWO_LEVEL, SLICED or FASTEST"""
     chunk_numel: int
-    """elements of an expert's trainable parameters, which can be cut into as many equal slices as divide this number"""
+    """the elements of an expert's trainable parameters, which can be cut into as many equal slices as divide this number"""
     message_share: float
-    """share of the latency of a flat gather that is paid: other units of the decoder layer pay the rest of their common message"""
+    """the share of the latency of a flat gather that is paid: other units of the decoder layer pay the rest of their common message"""
 
 
 @loop

@@ -45,9 +45,9 @@ class UnitPlace:
     outputs: int
     """numbers in the row that returns"""
     units_per_layer: int = 1
-    """units of the decoder layer, which are gathered in one message"""
+    """the number of units of the decoder layer, which are gathered in one message"""
     at_beginning: bool = False
-    """the layer needs its experts as soon as it begins, before anything has hidden their gather"""
+    """whether the layer needs its experts as soon as it begins, before anything has hidden their gather"""
 
 
 def ffn_place(hidden: int) -> UnitPlace:

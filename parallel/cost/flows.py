@@ -20,15 +20,15 @@ class Flows:
     """How the assignments of each expert travel, under given quotas."""
 
     local_ED: np.ndarray
-    """served where they are"""
+    """the assignments that a rank serves of its own tokens"""
     near_sent_ED: np.ndarray
-    """leave a rank for another of its node"""
+    """the assignments that leave a rank for another of its node"""
     near_served_ED: np.ndarray
-    """served at a rank for another of its node"""
+    """the assignments that a rank serves for others of its node"""
     far_sent_ED: np.ndarray
-    """leave a rank for another node"""
+    """the assignments that leave a rank for another node"""
     far_served_ED: np.ndarray
-    """served at a rank for another node"""
+    """the assignments that a rank serves for other nodes"""
 
 
 def flows(loads_ED: np.ndarray, quota_ED: np.ndarray, topology: Topology) -> Flows:

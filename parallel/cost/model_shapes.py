@@ -14,7 +14,7 @@ from hecate.parallel.cost.expert_cost import STATE_NUMBERS, NumberBytes, expert_
 from hecate.parallel.values.expert_kinds import KINDS, ExpertKind, Family
 
 _LARGEST = 10**9
-"""of all sizes of a model, which are multiplied with one another"""
+"""the largest size of a model, since sizes are multiplied with one another"""
 _MASTER_BYTES = 4
 """master parameters, moments and adapters are float32"""
 

@@ -27,14 +27,14 @@ FLAT, TWO_LEVEL, SLICED = range(3)
 FASTEST = -1
 """instead of a route: for each placement the fastest of them"""
 CLEARLY_LESS = 1 - 1e-9
-"""of the seconds of two routes; a smaller difference is rounding, and the simpler route is taken"""
+"""a route's seconds over those of a simpler one from which on the difference is rounding, and the simpler route is taken"""
 COPY_ROWS = 17
 """rows of an array [17, ranks] that counts the copies of a placement's replicas. The rows named below count what each rank sends or leads,
 and the row after each counts what each rank receives of it."""
 HOME, AWAY = 0, 2
 """copies that owners send inside their node, and to other nodes"""
 LED_HOME, LED_AWAY = 4, 6
-"""those of them that a leader could send on"""
+"""of those copies, the ones that a leader could send on"""
 LEAD, ON = 8, 10
 """copies that owners send to leaders in other nodes, and those that leaders send to their node"""
 SLICES_LEAD, SLICES_ON = 12, 14

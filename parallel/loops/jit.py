@@ -43,10 +43,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 COMPILING_SECONDS = 30.0
 """about what compiling costs; a process that has spent as many processor seconds on plain Python has it begin"""
 PLAIN_SECONDS, PLAIN_SHARE = 5.0, 0.3
-"""of one process since compiling began: with more processor seconds of plain Python, and a larger share of the time, it waits for the
-machine code"""
+"""a process waits for the machine code once it has spent more processor seconds than this, and a larger share of the time, on plain Python
+since compiling began"""
 _PATIENCE = 300.0
-"""seconds to wait for machine code, in all, before going on without until it is there"""
+"""seconds for which a process waits for machine code, in all, before it goes on without until there is some"""
 _COMPILER_MODULE = "hecate.parallel.plan.compile_loops"
 
 State = Literal["unknown", "plain", "compiling", "ready"]
@@ -60,13 +60,14 @@ class _Process:
     compiles = False
     """whether this process compiles what is not in the folder"""
     plain_seconds = 0.0
-    """processor time"""
+    """the processor time that this process has spent on plain Python"""
     compiling_since, plain_before = 0.0, 0.0
     """the time, and the plain seconds, when this process found that somebody compiles"""
     waited_seconds = 0.0
     compiler: subprocess.Popen[bytes] | None = None
+    """the compiler that this process has started"""
     idle = True
-    """whether the compiler that it starts has idle priority"""
+    """whether the compiler that this process starts has idle priority"""
     say: Callable[[str], None] = staticmethod(lambda text: None)
 
 
@@ -87,7 +88,7 @@ class Entry(Generic[P, R]):
 
     def __init__(self, function: Callable[P, R]) -> None:
         self.plain = function
-        """the same in plain Python"""
+        """the function in plain Python"""
         self._machine_code: Any = None
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -97,7 +98,10 @@ class Entry(Generic[P, R]):
             try:
                 return self.machine_code(*args, **kwargs)
             except NoMachineCode:
-                _forget()
+                # What should be ready is not: all processes do without until it has been compiled anew.
+                _process.state = "unknown"
+                if (folder := code_folder()) is not None:
+                    _marker(folder).unlink(missing_ok=True)
         started = time.thread_time()
         result = self.plain(*args, **kwargs)
         _process.plain_seconds += time.thread_time() - started
@@ -105,12 +109,17 @@ class Entry(Generic[P, R]):
 
     @property
     def machine_code(self) -> Callable[P, R]:
-        """numba's dispatcher; it loads what is in the folder.
-
-        What is not there, it compiles inside `compiling_here`; else calls of it raise `NoMachineCode`.
-        """
+        """numba's dispatcher; it loads what is in the folder. What is missing from it is compiled inside `compiling_in_this_process`;
+        elsewhere a call raises `NoMachineCode`."""
         if self._machine_code is None:
-            self._machine_code = _dispatcher(self.plain)
+            from hecate.parallel.loops import machine_code
+
+            if (folder := code_folder()) is None:
+                raise machine_code.NoMachineCode
+            # Late, since numba takes seconds to import; and all at once, since any loop may be called from this entry.
+            while _loops:
+                machine_code.register_loop(_loops.pop())
+            self._machine_code = machine_code.dispatcher(self.plain, folder, compiles=lambda: _process.compiles)
         return self._machine_code
 
 
@@ -121,7 +130,7 @@ def entry(function: Callable[P, R]) -> Entry[P, R]:
 
 def have_machine_code() -> bool:
     """Whether there is machine code now. If there is none, a compiler is started, and waited for, where plain Python takes too long."""
-    if _look() == "unknown" and _process.plain_seconds >= COMPILING_SECONDS:
+    if state() == "unknown" and _process.plain_seconds >= COMPILING_SECONDS:
         start_compiling()
     if _process.state == "compiling":
         share = PLAIN_SHARE * (time.perf_counter() - _process.compiling_since)
@@ -132,7 +141,7 @@ def have_machine_code() -> bool:
 
 def start_compiling() -> State:
     """If there is no machine code yet, start a process that makes it, unless another process has. Returns at once."""
-    if _look() in ("unknown", "compiling") and _process.compiler is None and (folder := _folder()) is not None:
+    if state() in ("unknown", "compiling") and _process.compiler is None and (folder := code_folder()) is not None:
         if _process.state == "unknown":
             _process.state, _process.compiling_since, _process.plain_before = "compiling", time.perf_counter(), _process.plain_seconds
             _process.say("planner: compiling its loops, once for this machine, in the background; plain Python plans the steps until then")
@@ -149,8 +158,20 @@ def compile_and_wait() -> State:
 
 
 def state() -> State:
-    """What this process knows of the machine code, after looking whether there is some."""
-    return _look()
+    """What this process knows of the machine code, after looking whether there is some, or can be none."""
+    if _process.state in ("ready", "plain"):
+        return _process.state
+    folder = code_folder() if _numba_is_installed() else None
+    if folder is None:
+        _process.state = "plain"
+    elif _marker(folder).exists():
+        if _process.compiler is not None:
+            _process.compiler.wait()  # it has nothing left to do but end, and would stay a zombie
+        _process.state, _process.compiler = "ready", None
+    elif _process.compiler is not None and _process.compiler.poll():
+        _process.state = "plain"
+        _process.say(f"planner: its loops could not be compiled and stay plain Python; see {folder / 'compiler.log'}")
+    return _process.state
 
 
 def say_with(say: Callable[[str], None]) -> None:
@@ -170,25 +191,19 @@ def sources() -> tuple[Path, ...]:
     return tuple(path for path in sorted(_ROOT.rglob("*.py")) if path.name in _COMPILING or marked.search(path.read_bytes()))
 
 
-def code_folder() -> Path | None:
-    """The folder that machine code is kept in; None: there is none that only this user can write."""
-    return _folder()
-
-
 def can_compile() -> bool:
     """Whether numba is installed, and there is a folder for its machine code."""
-    return _numba_is_there() and _folder() is not None
+    return _numba_is_installed() and code_folder() is not None
 
 
 @contextmanager
-def compiling_here() -> Iterator[None]:
-    """Compile whatever is called inside, in this process, and keep it for all processes. For the compiler's process, tests and benchmarks.
+def compiling_in_this_process() -> Iterator[None]:
+    """Compile whatever is called inside, and keep it for all processes. For the compiler's process, tests and benchmarks.
 
     Raises:
         RuntimeError: numba is missing, or no folder can be written.
     """
-    folder = _folder() if can_compile() else None
-    if folder is None:
+    if not can_compile():
         raise RuntimeError("the planner's loops cannot be compiled: numba is missing, or no cache directory can be written")
     from hecate.parallel.loops.machine_code import optimising_entries_alone
 
@@ -202,7 +217,7 @@ def compiling_here() -> Iterator[None]:
 
 def all_is_compiled() -> None:
     """Tell all processes that there is machine code of every entry."""
-    folder = _folder()
+    folder = code_folder()
     if folder is None:
         return
     for path in folder.glob("*.nb?"):  # whole on the disk before the mark says so
@@ -221,30 +236,6 @@ def plain_python() -> Iterator[None]:
         _process.state = before
 
 
-def _look() -> State:
-    """Find out whether there is machine code now, or can be none."""
-    if _process.state in ("ready", "plain"):
-        return _process.state
-    folder = _folder() if _numba_is_there() else None
-    if folder is None:
-        _process.state = "plain"
-    elif _marker(folder).exists():
-        if _process.compiler is not None:
-            _process.compiler.wait()  # it has nothing left to do but end
-        _process.state, _process.compiler = "ready", None
-    elif _process.compiler is not None and _process.compiler.poll():
-        _process.state = "plain"
-        _process.say(f"planner: its loops could not be compiled and stay plain Python; see {folder / 'compiler.log'}")
-    return _process.state
-
-
-def _forget() -> None:
-    """What should be ready is not: all processes do without until it has been compiled anew."""
-    _process.state = "unknown"
-    if (folder := _folder()) is not None:
-        _marker(folder).unlink(missing_ok=True)
-
-
 def _wait(patience: float) -> None:
     _process.say("planner: waiting until its loops are compiled, once for this machine")
     started = time.perf_counter()
@@ -259,10 +250,10 @@ def _wait(patience: float) -> None:
 
 
 def _start_compiler(folder: Path) -> subprocess.Popen[bytes] | None:
-    """Start a process that compiles; None: another process compiles already. The new process holds the lock until it ends.
-
-    There may be one of each priority: who waits is not kept by a compiler that gets what others leave of the processors.
-    """
+    """Start a process that compiles; None: another process compiles already. There may be one of each priority: who waits is not kept by a
+    compiler that gets what others leave of the processors."""
+    # The new process inherits the lock. The kernel gives it up when the last process that has it open ends, however it ends, so no
+    # compiler that was killed keeps others from compiling.
     with (folder / ("idle.lock" if _process.idle else "lock")).open("w") as lock, (folder / "compiler.log").open("a") as log:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -284,19 +275,8 @@ def _start_compiler(folder: Path) -> subprocess.Popen[bytes] | None:
         return compiler
 
 
-def _dispatcher(function: Callable[..., Any]) -> Any:
-    from hecate.parallel.loops import machine_code
-
-    folder = _folder()
-    if folder is None:
-        raise machine_code.NoMachineCode
-    while _loops:
-        machine_code.register_loop(_loops.pop())
-    return machine_code.dispatcher(function, folder, compiles=lambda: _process.compiles)
-
-
 @cache
-def _numba_is_there() -> bool:
+def _numba_is_installed() -> bool:
     if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":
         return False
     try:
@@ -306,9 +286,10 @@ def _numba_is_there() -> bool:
 
 
 @cache
-def _folder() -> Path | None:
-    """Where the machine code of these sources lies; None: nowhere can be written."""
-    places = [_user_cache(), Path(tempfile.gettempdir()) / f"hecate-{os.getuid()}"]
+def code_folder() -> Path | None:
+    """The folder that the machine code of these sources is kept in; None: there is none that only this user can write."""
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hecate"
+    places = [user_cache, Path(tempfile.gettempdir()) / f"hecate-{os.getuid()}"]
     if "NUMBA_CACHE_DIR" in os.environ:
         places = [Path(os.environ["NUMBA_CACHE_DIR"])]
     for place in places:
@@ -325,10 +306,6 @@ def _folder() -> Path | None:
     return None
 
 
-def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hecate"
-
-
 def _sources_digest() -> str:
     digest = hashlib.sha256(f"{platform.python_version()} numba {version('numba')} {version('llvmlite')}".encode())
     for path in sources():
@@ -336,14 +313,10 @@ def _sources_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+@cache
 def _marker(folder: Path) -> Path:
     """The file that says that all entries are compiled for this kind of processor: machines of several kinds may share a folder."""
-    return folder / f"{_processor()}.ready"
-
-
-@cache
-def _processor() -> str:
     llvm: Any = importlib.import_module("llvmlite.binding")
-
     features = ",".join(f"{name}{on}" for name, on in sorted(llvm.get_host_cpu_features().items()))
-    return hashlib.sha256(f"{llvm.get_host_cpu_name()} {features}".encode()).hexdigest()[:16]
+    processor = hashlib.sha256(f"{llvm.get_host_cpu_name()} {features}".encode()).hexdigest()[:16]
+    return folder / f"{processor}.ready"

@@ -25,15 +25,15 @@ from numba.core.registry import cpu_target
 from numba.extending import register_jitable
 
 _OPTIONS: dict[str, Any] = {"error_model": "numpy", "no_cfunc_wrapper": True}
-"""no C program calls these functions"""
+"""numba's options for loops and entries, which no C program calls"""
 _WRAPPER = "_ZN7cpython"
-"""how the name of a function begins by which Python calls another one"""
+"""how the names of the functions begin by which Python calls compiled ones"""
 _INLINED = 50
 """the cost, about in instructions, up to which a function becomes a part of those that call it; LLVM's own is 225"""
 
 
 class NoMachineCode(Exception):
-    """A file of machine code is not there, or damaged."""
+    """A file of machine code is missing or damaged."""
 
 
 def register_loop(function: Callable[..., Any]) -> None:
@@ -53,9 +53,9 @@ def dispatcher(function: Callable[..., Any], folder: Path, *, compiles: Callable
     def entry(*args: Any) -> Any:
         return function(*args)
 
-    made: Any = numba.njit(entry, nogil=True, **_OPTIONS)
-    made._cache = _cache(entry, f"{function.__module__}.{function.__qualname__}", folder, compiles=compiles)
-    return made
+    compiled: Any = numba.njit(entry, nogil=True, **_OPTIONS)
+    compiled._cache = _cache(entry, f"{function.__module__}.{function.__qualname__}", folder, compiles=compiles)
+    return compiled
 
 
 @contextmanager

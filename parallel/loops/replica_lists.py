@@ -16,13 +16,13 @@ class Replicas(NamedTuple):
     """Replicas and quotas of one layer. Of `quota` only the entries of replicas mean anything."""
 
     has_ED: np.ndarray
-    """bool [experts, ranks]"""
+    """bool [experts, ranks]: which ranks have a replica of an expert"""
     count_E: np.ndarray
-    """int64 [experts]: replicas of each"""
+    """int64 [experts]: the number of an expert's replicas"""
     rank_EC: np.ndarray
-    """int32 [experts, ranks]: the first `count_E[e]` are those that have expert e, ascending"""
+    """int32 [experts, ranks]: the ranks that have expert e are the first `count_E[e]`, ascending"""
     quota_ED: np.ndarray
-    """float64 [experts, ranks]: assignments served at each replica"""
+    """float64 [experts, ranks]: the assignments that each replica serves"""
 
 
 @loop

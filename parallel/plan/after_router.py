@@ -54,8 +54,8 @@ def best_after_router(
 ) -> list[tuple[float, LayerPlan]]:
     """For each layer the best plan that could take the place of `present`, whose replicas have been gathered, and its `calibration_gain`.
 
-    It is the plan that the planner makes of the true loads, or a new split over the replicas that are there. It is worth taking if it
-    gains anything. Of two that gain as much, to a billionth of the layer's seconds, it is the planner's.
+    It is the plan that the planner makes of the true loads, or a new split over the replicas that have been gathered. It pays if its gain
+    is positive. Of two that gain as much, to a billionth of the layer's seconds, it is the planner's.
 
     Args:
         given: the layers under their true loads.

@@ -25,7 +25,7 @@ def compile_all() -> None:
     """Call every entry once, with the smallest of inputs."""
     owners = np.zeros((1, 1), dtype=np.int64)
     cost = LayerCost(trainable_bytes=1.0, row_bytes=1.0)
-    with jit.compiling_here():
+    with jit.compiling_in_this_process():
         given = PlanInput(owners, None, local_topology(1, cuda=False), cost, np.ones(1, dtype=np.int64))
         plan = plan_auto(given)
         plan.seconds(given)
@@ -37,7 +37,7 @@ def compile_all() -> None:
 
 
 def end_with(parent: int) -> None:
-    """End this process when the one that has started it has ended: nobody waits for the rest, and another one goes on from here."""
+    """End this process when the one that has started it has ended: nobody waits for the rest, and the next compiler keeps what is done."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

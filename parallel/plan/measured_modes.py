@@ -50,11 +50,11 @@ class JudgedStep:
     seconds_ML: np.ndarray
     """float64 [modes, layers]: in each of `MODES`, without the optimizer"""
     replanned_L: np.ndarray
-    """bool [layers]: planned again after the router; else `calibrated` is at least as fast as its seconds say"""
+    """bool [layers]: which layers were planned again after the router; of others `calibrated` is at least as fast as its seconds say"""
     from_history_LED: np.ndarray
-    """bool [layers, experts, ranks]: replicas of history's plan"""
+    """bool [layers, experts, ranks]: the replicas of history's plan"""
     from_own_LED: np.ndarray
-    """bool [layers, experts, ranks]: replicas of the plan made from the step's own loads"""
+    """bool [layers, experts, ranks]: the replicas of the plan from the step's own loads"""
 
     def of(self, some_L: np.ndarray) -> JudgedStep:
         """Some of the layers."""
@@ -82,12 +82,12 @@ def judge_step(
         given: of a whole step, with the loads that were predicted; `PlanInput.execution` says how many micro-steps it had.
         true_LED: of the whole step.
         splits: see `best_after_router`.
-        before: the step before, whose replicas of frozen parts are there; None: those that a plan needs are there.
+        before: the step before, whose replicas of frozen parts ranks still hold; None: they hold those that a plan needs.
         replanned_L: see `JudgedStep`; None: all.
     """
     history, calibrated, exact = (_in_mode(given, mode) for mode in ("history", "calibrated", "exact"))
     held_LED, held_by_own_LED = (None, None) if before is None else (before.from_history_LED, before.from_own_LED)
-    history, calibrated = (replace(one, resident_LED=held_LED, present_LED=held_LED) for one in (history, calibrated))
+    history, calibrated = (replace(mode, resident_LED=held_LED, present_LED=held_LED) for mode in (history, calibrated))
     first = planner(history)
     # Micro-steps that share a gather may get another plan than those that gather for themselves.
     first_alone = first if calibrated.execution.micro_steps == 1 else planner(calibrated)
@@ -165,7 +165,7 @@ class MeasuredModes:
 
     def _fastest(self) -> np.ndarray:
         """int64 [layers]: which of the modes was the fastest over the judged steps."""
-        seconds_ML = np.sum([one.seconds_ML for _, one in self._judged], axis=0)[[MODES.index(mode) for mode in self._modes]]
+        seconds_ML = np.sum([judged.seconds_ML for _, judged in self._judged], axis=0)[[MODES.index(mode) for mode in self._modes]]
         return np.asarray(seconds_ML.argmin(0))
 
     def _judge(
@@ -179,7 +179,7 @@ class MeasuredModes:
         """Judge the steps that are not judged yet, the layers of `close_L` with what a plan after the router gains."""
         judged: list[tuple[object, JudgedStep]] = []
         for at in range(max(1, len(steps) - self._window), len(steps)):
-            known = next((one for step, one in self._judged if step is steps[at]), None)
+            known = next((judged_before for step, judged_before in self._judged if step is steps[at]), None)
             unknown_L = np.ones(given.num_layers, dtype=bool) if known is None else close_L & ~known.replanned_L
             if unknown_L.any():
                 past_SLED = loads_SLED[max(0, at - self._window) : at, unknown_L]
@@ -199,24 +199,24 @@ class MeasuredModes:
 
 
 def _in_mode(given: PlanInput, mode: PlanMode) -> PlanInput:
-    """As a plan in this mode is made: of a whole step, or of one of its micro-steps."""
+    """What a plan in this mode is made from: the loads of a whole step, or of a micro-step."""
     execution = replace(given.execution, plan=mode)
     return replace(given, loads_LED=given.expected_LED / (execution.micro_steps if execution.per_micro_step else 1), execution=execution)
 
 
-def _seconds(plan: Plan, made_from: PlanInput, true_LED: np.ndarray) -> np.ndarray:
-    """float64 [layers]: a whole step by this plan, without the optimizer."""
-    execution = made_from.execution
+def _seconds(plan: Plan, given: PlanInput, true_LED: np.ndarray) -> np.ndarray:
+    """float64 [layers]: a whole step by this plan of `given`, without the optimizer."""
+    execution = given.execution
     times = execution.micro_steps if execution.per_micro_step else 1
     loads_LED = true_LED / times
     seconds = price_traffic(
         plan.owner_LE,
         plan.where_LED,
-        plan.traffic(made_from.expected_LED, loads_LED, made_from.topology),
-        made_from.topology,
+        plan.traffic(given.expected_LED, loads_LED, given.topology),
+        given.topology,
         # A frozen part is paid in the step in which it travels, which is in one of the micro-steps.
-        replace(made_from.cost, frozen_lifetime=float(times)),
+        replace(given.cost, frozen_lifetime=float(times)),
         execution=execution,
-        resident_ED=plan.where_LED if made_from.resident_LED is None else made_from.resident_LED,
+        resident_ED=plan.where_LED if given.resident_LED is None else given.resident_LED,
     ).seconds
     return np.asarray(times * (seconds.total - seconds.optimizer))

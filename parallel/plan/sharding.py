@@ -1,6 +1,6 @@
 """Choose the owner of each expert by Hecate's heterogeneous sharding (arXiv 2502.02581, Algorithm 2), and price a re-shard.
 
-All layers are placed together: a rank may own any number of one layer's experts, while over all layers every rank owns bytes in
+All layers are placed at once: a rank may own any number of one layer's experts, while over all layers every rank owns bytes in
 proportion to its memory.
 
 Shapes: L layers, E experts, D ranks, N nodes.
@@ -184,12 +184,12 @@ def better_owners(planner: Planner, given: Sequence[PlanInput], steps: int) -> t
         UserError: the experts do not fit into the devices' memory.
     """
     found: tuple[list[np.ndarray], ReshardGain] | None = None
-    if any(one.loads_LED is None for one in given):
+    if any(layers.loads_LED is None for layers in given):
         return None
-    loads_LE = [load_E for one in given for load_E in one.expected_LED.sum(-1)]
-    sizes = [owned_bytes(one.cost) for one in given for _ in range(one.num_layers)]
-    overlap = [min(overlap_degree(one.cost, one.topology), one.num_experts) for one in given for _ in range(one.num_layers)]
-    cuts = np.cumsum([one.num_layers for one in given])[:-1]
+    loads_LE = [load_E for layers in given for load_E in layers.expected_LED.sum(-1)]
+    sizes = [owned_bytes(layers.cost) for layers in given for _ in range(layers.num_layers)]
+    overlap = [min(overlap_degree(layers.cost, layers.topology), layers.num_experts) for layers in given for _ in range(layers.num_layers)]
+    cuts = np.cumsum([layers.num_layers for layers in given])[:-1]
     for degree in (overlap, [0] * len(overlap)) if given else ():
         placed = heterogeneous_owners(loads_LE, given[0].topology, degree, sizes, given[0].topology.memory)
         owners = [np.stack(placed[start:end]) for start, end in zip([0, *cuts], [*cuts, len(placed)], strict=True)]
@@ -204,6 +204,15 @@ def owned_bytes(cost: LayerCost) -> float:
     return cost.state_bytes + cost.reduced_bytes + cost.frozen_bytes
 
 
+def reshard_ports(old_LE: np.ndarray, new_LE: np.ndarray, topology: Topology) -> PortBytes:
+    """Return the experts through each port, float64 [layers, ranks] each, that move from old to new owners, int64 [layers, experts]."""
+    ranks, node_D = np.arange(topology.world_size), node_index(topology)
+    far_LE = node_D[old_LE] != node_D[new_LE]
+    near_LE = (old_LE != new_LE) & ~far_LE
+    out_LED, in_LED = old_LE[..., None] == ranks, new_LE[..., None] == ranks
+    return PortBytes(*((at & moved[..., None]).sum(-2).astype(float) for moved in (near_LE, far_LE) for at in (out_LED, in_LED)))
+
+
 def reshard_seconds(old_LE: np.ndarray, new_LE: np.ndarray, topology: Topology, cost: LayerCost) -> float:
     """Return the seconds of moving experts from old to new owners, one layer after the other. Gradients are not moved.
 
@@ -211,11 +220,8 @@ def reshard_seconds(old_LE: np.ndarray, new_LE: np.ndarray, topology: Topology, 
         old_LE: the old owners, int64 [layers, experts].
         new_LE: the new owners, int64 [layers, experts].
     """
-    ranks, node_D = np.arange(topology.world_size), node_index(topology)
-    near_LE = (old_LE != new_LE) & (node_D[old_LE] == node_D[new_LE])
-    far_LE = node_D[old_LE] != node_D[new_LE]
-    out_LED, in_LED = old_LE[..., None] == ranks, new_LE[..., None] == ranks
-    counts = [(at & moved[..., None]).sum(-2).astype(float) for moved in (near_LE, far_LE) for at in (out_LED, in_LED)]
-    latency = np.where(far_LE.any(-1), topology.inter_node.latency, np.where(near_LE.any(-1), topology.intra_node.latency, 0.0))
-    seconds_L = busiest_port_seconds(PortBytes(*counts), cost.state_bytes + cost.frozen_bytes, topology) + RESHARD_COLLECTIVES * latency
+    ports = reshard_ports(old_LE, new_LE, topology)
+    near_latency = np.where(ports.near_out_D.any(-1), topology.intra_node.latency, 0.0)
+    latency = np.where(ports.far_out_D.any(-1), topology.inter_node.latency, near_latency)
+    seconds_L = busiest_port_seconds(ports, cost.state_bytes + cost.frozen_bytes, topology) + RESHARD_COLLECTIVES * latency
     return float(seconds_L.sum())

@@ -17,9 +17,9 @@ COLLECTIVES: dict[str, Collective] = {name: one.collective for name, one in _FOU
 _AS_PUBLISHED = {name: one.plan for name, one in _FOUND.items() if one.own_split}
 """the policies whose systems divide tokens among replicas in their own way, with that way"""
 WITH_OURS: dict[str, Planner] = {f"{name}+ours": POLICIES[name] for name in _AS_PUBLISHED}
-"""the same with this project's split and collectives, as they train"""
+"""the policies of other systems with this project's split and collectives, as they train"""
 ROWS: dict[str, Planner] = POLICIES | _AS_PUBLISHED | WITH_OURS
-"""what a simulation can compare"""
+"""the policies that a simulation can compare"""
 
 
 __all__ = [

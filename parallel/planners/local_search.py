@@ -2,7 +2,7 @@
 
 A layer waits for its busiest device, for the busiest port of its dispatch, and for its gather and reduction. A *change* brings assignments
 of one expert from one rank to another, which gets a replica of it if it has none; where it has no slot, that replica takes the place of the
-one that is worth least there (`hecate.parallel.planners.plan_changes` proposes changes). What an expert adds to each rank's work and
+one that serves least on that rank (`hecate.parallel.planners.plan_changes` proposes changes). What an expert adds to each rank's work and
 traffic is summed over experts (`Sums`), so that trying a change costs a pass over the ranks, and not over all experts.
 
 Shapes: E experts, D ranks, N nodes.
@@ -44,8 +44,8 @@ from hecate.parallel.planners.plan_changes import (
     relieve_port,
 )
 
-_WORTH = 1 - 1e-4
-"""of the seconds before: a change that gains less is not kept"""
+_LARGEST_SHARE = 1 - 1e-4
+"""the largest share of the seconds before that a change may leave, or it gains too little to be kept"""
 _TRY_SECONDS, _TRY_SECONDS_A_RANK = 2e-6, 0.12e-6
 """about how long trying a change takes"""
 _PLACES = 4
@@ -53,7 +53,7 @@ _PLACES = 4
 _VERIFIED = 3
 """changes whose replicas are priced, the most promising first, where bringing replicas costs little"""
 _EXPOSED = 0.02
-"""share of a layer's seconds from which on bringing replicas costs so much that all changes are priced and giving one up is tried"""
+"""the share of a layer's seconds from which on bringing replicas costs so much that all changes are priced and giving one up is tried"""
 _MOST_CHANGES = 16
 
 
@@ -94,11 +94,11 @@ def _count(e: int, sign: float, replicas: Replicas, loads: LayerLoads, topology:
         room.served_N[n] = matched / room.served_N[n] if room.served_N[n] > 0 and nodes > 1 else 1.0
     for c in range(replicas.count_E[e]):
         d = replicas.rank_EC[e, c]
-        n, here = topology.node_D[d], replicas.quota_ED[e, d] - loads.tokens_SE[d, e]
-        if here > rounding:
-            near = here * room.served_N[n]
+        n, foreign_sum = topology.node_D[d], replicas.quota_ED[e, d] - loads.tokens_SE[d, e]
+        if foreign_sum > rounding:
+            near = foreign_sum * room.served_N[n]
             sums.near_in_D[d] += sign * near
-            sums.far_in_D[d] += sign * (here - near)
+            sums.far_in_D[d] += sign * (foreign_sum - near)
         sums.far_out_D[d] -= sign * min(loads.tokens_SE[d, e], replicas.quota_ED[e, d]) * room.share_N[n]
     for n in range(nodes):
         if room.share_N[n] > 0:
@@ -325,7 +325,7 @@ def improve(
         slots: int64 [ranks]: replicas of other ranks' experts that fit.
         resident: bool [experts, ranks], or [0, 0] where nothing is.
         allowance: seconds after which no further round begins.
-        only_split: the replicas are those that are there, whether they serve anything or not: none comes, and none is paid for.
+        only_split: the replicas stay as they are, whether they serve anything or not: none comes, and none is paid for.
     """
     ranks, experts, nodes = len(topology.node_D), len(owner), len(topology.uplink_N)
     sums, before = no_sums(ranks), no_sums(ranks)
@@ -349,7 +349,7 @@ def improve(
         for d in range(ranks):
             room.busy_before_D[d] = room.busy_D[d]
         _copy_sums(sums, before)
-        worth = (seconds - optimizer) * _WORTH
+        seconds_to_beat = (seconds - optimizer) * _LARGEST_SHARE
         for x in range(count):
             _try(changes, x, owner, replicas, loads, topology, sums, room)
             value_X[x] = _surrogate_seconds(sums, loads, topology, cost, room)
@@ -360,16 +360,16 @@ def improve(
             for x in range(1, count):
                 if value_X[x] < value_X[best]:
                     best = x
-            if value_X[best] >= worth:
+            if value_X[best] >= seconds_to_beat:
                 break
             value_X[best] = np.inf
             if not _possible(changes, best, replicas, room):
                 continue
             placed = _try(changes, best, owner, replicas, loads, topology, sums, room)
             now, then = _surrogate_seconds(sums, loads, topology, cost, room), fixed
-            if placed and not only_split and now + optimizer < seconds * _WORTH:
+            if placed and not only_split and now + optimizer < seconds * _LARGEST_SHARE:
                 then = replica_seconds(owner, replicas, resident, topology, cost)
-            if now + then >= seconds * _WORTH:
+            if now + then >= seconds * _LARGEST_SHARE:
                 _undo(changes, best, replicas, sums, before, room)
                 continue
             fixed, seconds, kept = then, now + then, kept + 1

@@ -1,4 +1,4 @@
-"""A new split of tokens over the replicas that are there: what a plan can still become once its experts have been gathered."""
+"""A new split of tokens over the replicas of a plan: what it can still become once its experts have been gathered."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class PlanInput:
     """
 
     owner_LE: np.ndarray
-    """int64 [layers, experts]"""
+    """int64 [layers, experts]: the owner of each expert"""
     loads_LED: np.ndarray | None
     """float64 [layers, experts, source ranks]: assignments, predicted or exact; None before the first iteration"""
     topology: Topology
@@ -60,13 +60,13 @@ class PlanInput:
     slots_D: np.ndarray
     """int64 [ranks]: replicas of other ranks' experts that each device has room for, in each layer"""
     resident_LED: np.ndarray | None = None
-    """bool [layers, experts, ranks]: frozen parts that are there already; None: only the owners'"""
+    """bool [layers, experts, ranks]: the frozen parts that ranks hold already; None: only the owners'"""
     max_imbalance: float | None = None
     """largest over mean expert compute of the ranks that a plan keeps to, where its planner can; None: whatever is fastest"""
     execution: ExecutionMode = HISTORY
     """how the plan will be executed"""
     present_LED: np.ndarray | None = None
-    """bool [layers, experts, ranks]: replicas of the plan before, from which policies that change it go on; None: nothing is known of it"""
+    """bool [layers, experts, ranks]: the replicas of the last plan, from which some policies go on; None: nothing is known of it"""
 
     def __post_init__(self) -> None:
         layers, experts = self.owner_LE.shape
@@ -107,7 +107,7 @@ class Plan:
     owner_LE: np.ndarray
     """int64 [layers, experts]; equal to the input's, because only re-sharding changes owners"""
     where_LED: np.ndarray
-    """bool [layers, experts, ranks]: replicas, always one at the owner"""
+    """bool [layers, experts, ranks]: which ranks have a replica of an expert; the owner always has"""
     quota_LED: np.ndarray | None = field(default=None)
     """float64 [layers, experts, ranks]: assignments served at each replica, summing to the expert's load; None: topology-aware dispatch"""
 
@@ -115,7 +115,7 @@ class Plan:
         return Placement(self.owner_LE[layer].copy(), self.where_LED[layer].copy())
 
     def layer(self, given: PlanInput, index: int) -> LayerPlan:
-        """One layer's part of the plan, which was made of `given`; `index` is the layer's place in both."""
+        """One layer's part of this plan of `given`; `index` is the layer's place in both."""
         return LayerPlan(self.placement(index), given.expected_LED[index], None if self.quota_LED is None else self.quota_LED[index])
 
     def traffic(self, planned_LED: np.ndarray, loads_LED: np.ndarray, topology: Topology) -> np.ndarray:
@@ -151,7 +151,7 @@ class LayerPlan:
 
     placement: Placement
     loads_ED: np.ndarray
-    """float64 [experts, source ranks]"""
+    """float64 [experts, source ranks]: the loads that the layer was planned from"""
     quota_ED: np.ndarray | None
     """see `Plan.quota_LED`"""
 

@@ -1,7 +1,7 @@
 """Which small changes to a plan of one layer could take load off what the layer waits for: proposals for `local_search`.
 
 A change is a row of numbers: the expert, the rank that gives assignments of it (or `OTHERS`, `OTHER_NODES`), the rank that gets them, the
-expert whose replica there makes room for it (`NOBODY`: there is room, or it is there), and the number of assignments.
+expert whose replica on that rank makes room for it (`NOBODY`: the rank has room, or has the expert), and the number of assignments.
 
 Shapes: E experts, D ranks, N nodes.
 """
@@ -26,24 +26,24 @@ OTHERS, OTHER_NODES = -1, -2
 HAS, FREE, CROWDED = range(3)
 """kinds of ranks for an expert (see `_least_busy`)"""
 LEAST = 1e-6
-"""assignments not worth moving"""
+"""as many assignments as this, or fewer, are not moved"""
 CLOSED = -(2**30)
 _SMALL = 1e-3
-"""assignments of a replica; of those that serve less, none serves less than the others"""
+"""replicas that serve fewer assignments than this count as serving equally many"""
 
 
 class Sums(NamedTuple):
-    """What all experts together make of the ranks' work and traffic, in assignments; float64 [ranks] each."""
+    """What all experts add up to in the ranks' work and traffic, in assignments; float64 [ranks] each."""
 
     local_D: np.ndarray
-    """served of the rank's own tokens"""
+    """the assignments that each rank serves of its own tokens"""
     served_D: np.ndarray
     near_in_D: np.ndarray
-    """received from its node"""
+    """the assignments that each rank receives from its node"""
     far_in_D: np.ndarray
-    """received from other nodes"""
+    """the assignments that each rank receives from other nodes"""
     far_out_D: np.ndarray
-    """sent to other nodes"""
+    """the assignments that each rank sends to other nodes"""
 
 
 class Room(NamedTuple):
@@ -54,21 +54,21 @@ class Room(NamedTuple):
     terms: np.ndarray
     """[2 * ranks + nodes]: what each port inside its node, each port to other nodes and each uplink needs for these rows"""
     busy_D: np.ndarray
-    """seconds of expert compute"""
+    """the seconds of expert compute on each rank"""
     busy_before_D: np.ndarray
-    """the same before the change that is being tried"""
+    """the seconds of expert compute on each rank before the change that is being tried"""
     rows_D: np.ndarray
     share_N: np.ndarray
-    """of what leaves a rank of a node, the part that leaves the node"""
+    """the part that leaves the node, of what leaves a rank of it"""
     sent_N: np.ndarray
     served_N: np.ndarray
     kept_rank_XD: np.ndarray
-    """[2, ranks]: replicas of the two experts of a change, as they were"""
+    """[2, ranks]: the replicas of the two experts of a change, as they were"""
     kept_quota_XD: np.ndarray
     kept_X: np.ndarray
-    """int64 [2]: how many there were"""
+    """int64 [2]: the number of replicas that each of the two experts had"""
     free_D: np.ndarray
-    """int64: slots left; `CLOSED`: no replica may come"""
+    """int64: the slots that each rank has left; `CLOSED`: no replica may come"""
     value_E: np.ndarray
 
 

@@ -10,7 +10,7 @@ from hecate.parallel.loops.jit import loop
 from hecate.parallel.loops.replica_lists import Replicas, add, foreign
 
 _LEAST = 1e-6
-"""assignments not worth moving"""
+"""as many assignments as this, or fewer, are not moved"""
 
 
 @loop

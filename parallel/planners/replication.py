@@ -26,7 +26,7 @@ class ExpertOrders(NamedTuple):
     rank_DE: np.ndarray
     """int64 [ranks, as many as have room]: experts of other owners that the rank's tokens chose; then -1"""
     node_NE: np.ndarray
-    """int64 [nodes, experts]"""
+    """int64 [nodes, experts]: the experts that the node's tokens chose most often come first"""
 
 
 @loop
@@ -102,7 +102,7 @@ def bring_to_nodes(
     """Into each node the experts it lacks that its tokens want most, more than `least`, one copy each.
 
     Nodes take turns. Of the next few on its list a node takes the one that relieves the busiest way in: tokens for it from outside its
-    home node, over the uplink there. Then each copy goes to the least busy rank of the node with room.
+    home node, over the home node's uplink. Then each copy goes to the least busy rank of the node with room.
 
     Args:
         room: int64 [ranks]: replicas that each may get.
@@ -193,7 +193,7 @@ def deal(
 ) -> None:
     """Slot by slot, the expert with the highest load per replica that still finds room gets one more replica (Hecate, Algorithm 1).
 
-    It goes to the node with the fewest of them, of these to the one with the most slots left, there to the rank with the most.
+    It goes to the node with the fewest of them, of these to the one with the most slots left, and in it to the rank with the most.
     """
     ranks, experts, nodes = len(room), len(owner), len(topology.uplink_N)
     free_D, free_N, left = room.copy(), np.zeros(nodes, np.int64), 0
@@ -238,7 +238,7 @@ def replicate(
     owner: np.ndarray,
     slots: np.ndarray,
     hidden: int,
-    worth: float,
+    cost_in_rows: float,
     orders: ExpertOrders,
     loads: LayerLoads,
     topology: TopologyNumbers,
@@ -270,7 +270,7 @@ def replicate(
                     if d != owner[e]:
                         add(replicas, e, d)
         else:
-            bring_wanted(room, worth * factor if factor > 0 else 0.0, orders, loads, replicas)
+            bring_wanted(room, cost_in_rows * factor if factor > 0 else 0.0, orders, loads, replicas)
     elif rule in (HOT, NODES):
         room = slots.copy()
         if share > 0:
@@ -281,4 +281,4 @@ def replicate(
             held = foreign(replicas, owner)
             for d in range(ranks):
                 room[d] = slots[d] - held[d] - (min(slots[d], 1) if share < 0 else 0)
-            bring_to_nodes(owner, room, worth * factor, orders, loads, topology, replicas)
+            bring_to_nodes(owner, room, cost_in_rows * factor, orders, loads, topology, replicas)

@@ -19,12 +19,12 @@ BEST, FILLED, UNDER, SPREAD, MOVED, NEAR, DEALT, PACKED, COVERED, ALONE = range(
 in each node all experts that its tokens chose, as far as the slots go; no replicas"""
 ONE_NODE = (BEST, FILLED, UNDER, SPREAD, MOVED, DEALT, PACKED, ALONE)
 SEVERAL_NODES = (BEST, FILLED, NEAR, DEALT, PACKED, COVERED, ALONE)
-"""in the order in which the search takes them, while its time lasts"""
+"""the starts in the order in which the search takes them while its time lasts, on one node and on several"""
 
 _LEAST = 1e-6
-"""assignments not worth moving"""
+"""as many assignments as this, or fewer, are not moved"""
 _HALVINGS = 7
-"""of the distance between the mean and the busiest rank's time: how closely `keep_under` looks for its bound"""
+"""how often `keep_under` halves the distance between the mean and the busiest rank's time, to find its bound"""
 
 
 @loop
@@ -196,7 +196,7 @@ def _moved_under(
     topology: TopologyNumbers,
     replicas: Replicas,
 ) -> bool:
-    """Whether what a node's ranks have above a bound finds room in it; `keeps`: it goes there."""
+    """Whether what a node's ranks have above a bound finds room in the node; with `keeps` it is moved, too."""
     first, last = topology.first_N[node], topology.first_N[node + 1]
     ranks = last - first
     over, room, free = np.empty(ranks), np.empty(ranks), np.empty(ranks, np.int64)

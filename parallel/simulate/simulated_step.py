@@ -26,16 +26,16 @@ from hecate.parallel.cost.cost_model import (
     price_traffic,
 )
 from hecate.parallel.cost.flows import node_membership
-from hecate.parallel.cost.gather_bytes import PortBytes, gather_ports
+from hecate.parallel.cost.gather_bytes import PortBytes
 from hecate.parallel.plan.after_router import best_after_router
-from hecate.parallel.plan.sharding import reshard_seconds
+from hecate.parallel.plan.sharding import reshard_ports, reshard_seconds
 from hecate.parallel.planners import Collective, LayerPlan, Plan, PlanInput, Planner, plan_with
 from hecate.parallel.planners.policies.auto import plan_auto
 from hecate.parallel.planners.rivals.sharded_gather import with_sharded_gather
 from hecate.parallel.transfer.residency import Residency, expected_uses
 
 HISTORY_STEPS = 5
-"""from which the next one's loads are predicted, as by `fssdp.load_window` (Hecate §3.2)"""
+"""the most steps from which the next one's loads are predicted, as by `fssdp.load_window` (Hecate §3.2)"""
 Predictor = Callable[[np.ndarray], np.ndarray]
 """a function of the loads of all steps so far, int64 [steps, layers, experts, source ranks], that returns the next step's, float64"""
 Lifetime = Callable[[Sequence[Residency]], float]
@@ -44,24 +44,24 @@ Lifetime = Callable[[Sequence[Residency]], float]
 
 @dataclass(frozen=True, kw_only=True)
 class StepSeconds:
-    """Where the seconds of a step go, all layers together."""
+    """Where the seconds of a step go, summed over all layers."""
 
     attention: float
-    """forward and backward, on the slowest device"""
+    """the attention's forward and backward pass, on the slowest device"""
     compute: float
-    """experts, on the slowest device of each layer"""
+    """the experts' computation, on the slowest device of each layer"""
     dispatch: float
     gather: float
-    """SparseAllGather, hidden or not"""
+    """the SparseAllGather, hidden or not"""
     reduce: float
-    """SparseReduceScatter, hidden or not"""
+    """the SparseReduceScatter, hidden or not"""
     exposed: float
-    """what gather and reduce add"""
+    """what gather and reduce add to the step"""
     optimizer: float
     reshard: float
-    """moving experts to new owners"""
+    """the moves of experts to new owners"""
     all_reduce: float = 0.0
-    """summing the owners' gradients over sharding groups, as if nothing hid it"""
+    """the sums of the owners' gradients over sharding groups, as if nothing hid them"""
 
     @property
     def total(self) -> float:
@@ -70,16 +70,16 @@ class StepSeconds:
 
 @dataclass(frozen=True, kw_only=True)
 class StepBytes:
-    """Bytes of a step, all layers together: parameters, gradients, tokens' rows and what re-sharding moves."""
+    """Bytes of a step, summed over all layers: parameters, gradients, tokens' rows and what re-sharding moves."""
 
     near: float
-    """between ranks of a node, sent by all of them"""
+    """the bytes that all ranks send inside their nodes"""
     far: float
-    """between nodes, sent by all of them"""
+    """the bytes that all ranks send to other nodes"""
     busiest_port: float
-    """through one rank's port inside its node, in its busier direction"""
+    """the bytes through the busiest rank's port inside its node, in its busier direction"""
     busiest_uplink: float
-    """through one node's uplink, in its busier direction"""
+    """the bytes through the busiest node's uplink, in its busier direction"""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -103,13 +103,13 @@ class Setting:
     reshard_interval: int | None = None
     """every so many steps `hecate_paper` and `auto` move experts to better owners where that pays; None: never"""
     num_layers: int | None = None
-    """of the model, of which the loads' layers are a sample; seconds, bytes and memory are scaled to them. None: no sample"""
+    """the model's layers, of which the loads' are a sample; seconds, bytes and memory are scaled to them. None: no sample"""
     choose_modes: tuple[PlanMode, ...] = ()
     """in each step each layer goes by whichever of these modes would have been fastest over the last steps (`modes_of`);
     `execution.plan` is history. Loads are those of all micro-steps, each of which gathers the layers of the modes calibrated and exact
     for itself. Empty: all layers go by `execution.plan`"""
     sharded: bool = False
-    """experts travel as parts (`sharded_gather`)"""
+    """whether experts travel as parts (`sharded_gather`)"""
     owner_E: np.ndarray | None = None
     """int64 [experts]: the owner of each layer's experts at the beginning; None: runs of equal length (`contiguous_owners`)"""
 
@@ -165,11 +165,11 @@ class Executed:
     """bytes through each rank's ports, float64 [ranks] each"""
     imbalance_L: np.ndarray
     replicas_LD: np.ndarray
-    """of other ranks' experts"""
+    """the replicas of other ranks' experts that each rank has"""
     frozen_LD: np.ndarray
-    """frozen parts of other ranks' experts, those that are kept for later steps included"""
+    """the frozen parts of other ranks' experts that each rank has, those that are kept for later steps included"""
     computed_LD: np.ndarray
-    """distinct tokens"""
+    """the distinct tokens that each rank computes"""
 
 
 @dataclass(frozen=True)
@@ -192,13 +192,14 @@ def execute(
     resident_LED: np.ndarray | None,
     kept_LED: np.ndarray | None,
     setting: Setting,
-    better: Better | None,
+    better: Sequence[LayerPlan] | None,
 ) -> Executed:
     """What the true loads of all layers come to in those of `planned`, in some of which a better plan takes its place after the router.
 
     Args:
-        resident_LED: bool [layers, experts, ranks]: frozen parts that are there before the step; None: experts have none.
+        resident_LED: bool [layers, experts, ranks]: frozen parts that ranks hold before the step; None: experts have none.
         kept_LED: the same once the plan's have been fetched.
+        better: see `better_after_router`.
     """
     plan, times, layer_M, execution, topology = planned.plan, planned.times, planned.layer_M, planned.given.execution, setting.topology
     # Planners pay a frozen part over its lifetime; the simulator pays it in the step in which it travels, in one of its micro-steps.
@@ -212,7 +213,8 @@ def execute(
     seconds, brought = priced.seconds, None
     where_LED, before = plan.where_LED, priced
     if better is not None:
-        where_LED, traffic_LXD = better.where_LED, better.traffic(loads_LED, topology)
+        where_LED = np.stack([layer.placement.where_ED for layer in better])
+        traffic_LXD = np.stack([layer.traffic(loads_ED, topology) for layer, loads_ED in zip(better, loads_LED, strict=True)])
         priced = price_traffic(plan.owner_LE, where_LED, traffic_LXD, topology, replace(cost, frozen_bytes=0.0), execution=execution)
         brought = price_missing(plan.owner_LE, plan.where_LED, where_LED, topology, cost, resident_LED)
         seconds = _after_calibration(before.seconds, priced.seconds, brought.seconds.gather, setting, execution)
@@ -223,7 +225,7 @@ def execute(
         optimizer=float(seconds.optimizer.sum()),
         **{name: times * float(getattr(seconds, name).sum()) for name in ("compute", "dispatch", "gather", "reduce", "exposed")},
     )
-    others_LED = ~_at(plan.owner_LE, topology)
+    others_LED = ~planned.given.owned_LED
     used_LED = plan.where_LED | where_LED
     held_LED = used_LED if kept_LED is None else used_LED | kept_LED[layer_M]
     return Executed(
@@ -237,7 +239,7 @@ def execute(
 
 
 def all_layers(executed: list[Executed], setting: Setting) -> SimulatedStep:
-    """All layers together."""
+    """The figures of a step, summed over its layers or taken of the worst."""
     replicas_LD, frozen_LD, computed_LD = (
         np.concatenate([getattr(part, name) for part in executed]) for name in ("replicas_LD", "frozen_LD", "computed_LD")
     )
@@ -263,31 +265,15 @@ def all_layers(executed: list[Executed], setting: Setting) -> SimulatedStep:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class Better:
-    """The plan of every layer after its router, which in some layers is the one of before."""
-
-    layers: list[LayerPlan]
-
-    @property
-    def where_LED(self) -> np.ndarray:
-        """bool [layers, experts, ranks]"""
-        return np.stack([layer.placement.where_ED for layer in self.layers])
-
-    def traffic(self, loads_LED: np.ndarray, topology: Topology) -> np.ndarray:
-        """float64 [layers, 7, ranks]: see `Plan.traffic`."""
-        return np.stack([layer.traffic(loads_ED, topology) for layer, loads_ED in zip(self.layers, loads_LED, strict=True)])
-
-
-def better_after_router(planner: Planner, planned: Planned, true_LED: np.ndarray) -> Better | None:
-    """The plans that training would make after the routers; None: it would make none."""
+def better_after_router(planner: Planner, planned: Planned, true_LED: np.ndarray) -> list[LayerPlan] | None:
+    """The plans that training would go by after the routers, in some layers the one of before; None: it would make none."""
     plan, given = planned.plan, planned.given
     if given.execution.plan != "calibrated":
         return None
     known = replace(given, owner_LE=plan.owner_LE, loads_LED=true_LED[planned.layer_M] / planned.times)
     present = [plan.layer(given, layer) for layer in range(len(planned.layer_M))]
     found = best_after_router(partial(plan_with, planner), known, present, splits=planner is plan_auto)
-    return Better([better if gain > 0 else now for now, (gain, better) in zip(present, found, strict=True)])
+    return [better if gain > 0 else before for before, (gain, better) in zip(present, found, strict=True)]
 
 
 def _after_calibration(
@@ -327,9 +313,7 @@ def _bytes(
     if brought is not None:
         parts += [(brought.gathered, times * cost.trainable_bytes), (brought.gathered_frozen, times * cost.frozen_bytes)]
     if (plan.owner_LE != owner_before_LE).any():
-        owned_LED = _at(plan.owner_LE, topology)
-        moved = gather_ports(owner_before_LE, owned_LED | _at(owner_before_LE, topology), topology)
-        parts.append((moved, cost.state_bytes + cost.frozen_bytes))
+        parts.append((reshard_ports(owner_before_LE, plan.owner_LE, topology), cost.state_bytes + cost.frozen_bytes))
     return PortBytes(*(np.asarray(sum(size * getattr(ports, field.name).sum(0) for ports, size in parts)) for field in fields(PortBytes)))
 
 
@@ -341,8 +325,3 @@ def _imbalance(rows: Rows, served_LD: np.ndarray, topology: Topology, cost: Laye
     even_L = work_LD.sum(1) / rate_D.sum()
     busiest_L = (work_LD / rate_D).max(1)
     return np.divide(busiest_L, even_L, out=np.ones_like(even_L), where=even_L > 0)
-
-
-def _at(owner_LE: np.ndarray, topology: Topology) -> np.ndarray:
-    """bool [layers, experts, ranks]"""
-    return np.asarray(owner_LE[..., None] == np.arange(topology.world_size))

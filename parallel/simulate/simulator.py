@@ -63,11 +63,11 @@ class Simulated:
     served_tokens_D: tuple[float, ...]
     """distinct tokens that each rank computes in a layer, in its fullest step; mean over layers"""
     most_tokens_D: tuple[float, ...]
-    """the same of its fullest layer"""
+    """distinct tokens that each rank computes in its fullest layer, in its fullest step"""
     planner_ms_per_layer: float
-    """measured, on this machine"""
+    """the planner's time, measured on this machine"""
     plan_modes: dict[str, float] | None = None
-    """share of the layers and steps that went by each of `MODES`, where these are chosen; None: all went by the same"""
+    """the share of the layers and steps that went by each of `MODES`, where these are chosen; None: all went by the same"""
 
     @property
     def step_seconds(self) -> float:
@@ -87,10 +87,10 @@ class Simulated:
 
 def mean_modes(shares: Sequence[dict[str, float] | None], weights: Sequence[float] | None = None) -> dict[str, float] | None:
     """Return the mean of several `Simulated.plan_modes`, such as those of sharding groups or of layers of several shapes."""
-    known = [one for one in shares if one is not None]
+    known = [share for share in shares if share is not None]
     if not known:
         return None
-    return {mode: float(np.average([one[mode] for one in known], weights=weights)) for mode in MODES}
+    return {mode: float(np.average([share[mode] for share in known], weights=weights)) for mode in MODES}
 
 
 def simulate(
@@ -118,7 +118,7 @@ def simulate(
 
 _RESHARDING = ("hecate_paper", "auto")
 _REPLANS = {"smartmoe": (10, 2)}
-"""policy -> it plans every so many steps only, from the mean loads of the last so many"""
+"""policy -> the steps from one of its plans to the next, and the last steps whose mean loads it plans from"""
 _OF_FULLEST_STEP = ("replica_bytes_D", "replicas_D", "frozen_parts_D", "served_tokens_D", "most_tokens_D")
 """the figures of `Simulated` that are those of the fullest step, rank by rank"""
 
@@ -131,7 +131,7 @@ def slots_in_memory(
 
     Args:
         other_bytes: what every rank holds beside its experts.
-        rematerialize: replicas of one layer are there at a time, but for their frozen parts.
+        rematerialize: a rank holds the replicas of one layer at a time, but for their frozen parts.
     """
     owned = fullest_owner_bytes(topology, cost, num_layers=num_layers, num_experts=num_experts)
     room_D = (np.asarray(topology.memory) - other_bytes - owned).clip(0) / 2
@@ -179,10 +179,10 @@ class _PolicyRun:
         scale = (self._setting.num_layers or num_layers) / num_layers
         return Simulated(
             policy=self._name,
-            seconds=StepSeconds(**_mean([one.seconds for one in counted], scale)),
-            bytes=StepBytes(**_mean([one.bytes for one in counted], scale)),
-            imbalance=float(np.mean([one.imbalance for one in counted])),
-            **{name: tuple(np.max([getattr(one, name) for one in counted], axis=0).tolist()) for name in _OF_FULLEST_STEP},
+            seconds=StepSeconds(**_mean([step.seconds for step in counted], scale)),
+            bytes=StepBytes(**_mean([step.bytes for step in counted], scale)),
+            imbalance=float(np.mean([step.imbalance for step in counted])),
+            **{name: tuple(np.max([getattr(step, name) for step in counted], axis=0).tolist()) for name in _OF_FULLEST_STEP},
             planner_ms_per_layer=1e3 * float(np.median(self._planner_seconds)) / num_layers,
             plan_modes=_shares(self._modes[-len(counted) :]) if self._setting.choose_modes else None,
         )
@@ -244,13 +244,13 @@ class _PolicyRun:
         return predicted_loads(past, window=self._setting.window, lasting=self._has_frozen)
 
     def _held(self) -> np.ndarray | None:
-        """bool [layers, experts, ranks]: frozen parts that are there; None: experts have none."""
+        """bool [layers, experts, ranks]: the frozen parts that ranks hold; None: experts have none."""
         return np.stack([layer.held_ED for layer in self._residency]) if self._has_frozen else None
 
 
 def _by_mode(modes: list[PlanMode]) -> list[tuple[PlanMode, np.ndarray]]:
     """The layers of each mode, int64 [layers of it]."""
-    return [(mode, np.array([layer for layer, one in enumerate(modes) if one == mode])) for mode in dict.fromkeys(modes)]
+    return [(mode, np.array([layer for layer, own_mode in enumerate(modes) if own_mode == mode])) for mode in dict.fromkeys(modes)]
 
 
 def _shares(modes: list[list[PlanMode]]) -> dict[str, float]:
@@ -259,4 +259,4 @@ def _shares(modes: list[list[PlanMode]]) -> dict[str, float]:
 
 
 def _mean(records: list[Any], scale: float) -> dict[str, float]:
-    return {field.name: scale * float(np.mean([getattr(one, field.name) for one in records])) for field in fields(records[0])}
+    return {field.name: scale * float(np.mean([getattr(record, field.name) for record in records])) for field in fields(records[0])}

@@ -15,15 +15,16 @@ from typing import Any
 
 import numpy as np
 
+from hecate.parallel.transfer.routes import Moves
 from hecate.parallel.transfer.transfer_plan import Exchange, exchange_of
 
 _NEVER = -1
 _MEMORY = 0.95
 """how much less a step counts than the one after it"""
 _USES_BEFORE_ANY, _FETCHES_BEFORE_ANY = 20.0, 1.0
-"""uses and fetches to begin with, per layer"""
+"""what each layer's counts of uses and fetches begin with"""
 _OF_MEAN_USES = 0.35
-"""replicas that another plan would bring are used for fewer steps than those that are there, most of which every plan wants"""
+"""the share of the mean uses to expect: replicas that another plan would bring are used less long than those that every plan wants"""
 _LEAST_USES, _MOST_USES = 1.5, 200.0
 
 
@@ -32,20 +33,21 @@ class Residency:
     """Who holds which frozen parts of one layer, and when placements last needed them. The same on every rank."""
 
     owner_E: np.ndarray
-    """int64 [experts]; an owner always holds its own"""
+    """int64 [experts]: the owner of each expert, which always holds its frozen part"""
     slots_D: np.ndarray
     """int64 [ranks]: how many experts of other ranks a rank keeps; if a placement needs more, it receives these and keeps no others"""
     held_ED: np.ndarray
-    """bool [experts, ranks]"""
+    """bool [experts, ranks]: which ranks hold the frozen part"""
     needed_ED: np.ndarray
-    """bool [experts, ranks]: by the last placement"""
+    """bool [experts, ranks]: which ranks the last placement has put a replica on"""
     last_use_ED: np.ndarray
-    """int64 [experts, ranks]: `clock` of the last placement that needed it"""
+    """int64 [experts, ranks]: the `clock` of the last placement that needed the replica"""
     clock: int = 0
+    """the number of placements and changes of owners so far"""
     uses: float = _USES_BEFORE_ANY
-    """replicas that steps have computed with, the latest steps counting most"""
+    """the number of replicas that steps have computed with, the latest steps counting most"""
     fetches: float = _FETCHES_BEFORE_ANY
-    """replicas that placements have brought, in the same way"""
+    """the number of replicas that placements have brought, the latest steps counting most"""
 
     @classmethod
     def of_owners(cls, owner_E: np.ndarray, slots_D: np.ndarray) -> Residency:
@@ -96,8 +98,8 @@ class Residency:
         return replace(self, held_ED=held_ED)
 
     def change_owners(self, owner_E: np.ndarray) -> Residency:
-        """With other owners, which have fetched what they lack. An expert that leaves a rank counts as just used there, and stays if there
-        is a slot.
+        """With other owners, which have fetched what they lack. An expert that leaves its old owner counts as just used by it, and stays
+        if that rank has a slot.
         """
         clock = self.clock + 1
         used_ED = np.where(self.owned_ED, clock, self.last_use_ED)
@@ -152,16 +154,16 @@ class FrozenMove:
     """How one rank gets from one residency of a layer to the next."""
 
     exchange: Exchange | None
-    """None: no rank lacks anything, and there is no collective"""
+    """what this rank sends and receives; None: no rank lacks anything, and there is no collective"""
     dropped: tuple[int, ...]
-    """experts whose frozen parts this rank gives up"""
+    """the experts whose frozen parts this rank gives up"""
     copies: int
-    """frozen parts that all ranks together send"""
+    """the number of frozen parts that all ranks send"""
 
 
 def frozen_move(before: Residency, after: Residency, rank: int) -> FrozenMove:
     """What this rank sends, receives and gives up. The owners of `before` send what ranks lack; all ranks come to moves that fit."""
     fetched_ED = after.held_ED & ~before.held_ED
-    exchange = exchange_of(np.where(fetched_ED, before.owner_E[:, None], -1), rank) if fetched_ED.any() else None
+    exchange = exchange_of(Moves(np.where(fetched_ED, before.owner_E[:, None], -1)), rank) if fetched_ED.any() else None
     dropped_E = before.held_ED[:, rank] & ~after.held_ED[:, rank]
     return FrozenMove(exchange, tuple(np.flatnonzero(dropped_E).tolist()), int(fetched_ED.sum()))

@@ -2,7 +2,7 @@
 
 Flat: each owner sends a copy to each replica. Two-level: each owner sends one copy to each node that needs the expert, to a *leader* in
 that node, which sends it on. Sliced: the same with every chunk cut into slices, each with a leader of its own. A SparseAllGather sends
-along the moves; a SparseReduceScatter sends against them. `hecate.parallel.cost.gather_bytes` counts the same moves.
+along the moves; a SparseReduceScatter sends against them. `hecate.parallel.cost.route_loops` counts the same moves to price them.
 
 Shapes: E experts, D ranks, M chunks that one rank sends or receives.
 """
@@ -25,9 +25,9 @@ class PeerChunks:
     """The chunks that one rank sends, or receives, in one exchange: by peer, then by expert, ascending."""
 
     expert_M: np.ndarray
-    """int64"""
+    """int64: the expert of each chunk"""
     count_D: list[int]
-    """chunks for, or from, each peer"""
+    """the number of chunks for, or from, each peer"""
 
     @cached_property
     def pieces(self) -> list[tuple[int, slice]]:
@@ -41,11 +41,7 @@ class Moves:
     """The copies of one exchange."""
 
     source_ED: np.ndarray
-    """int64 [experts, ranks]: the rank from which a rank gets an expert; -1: it gets none, or not now"""
-
-    @property
-    def any(self) -> bool:
-        return bool((self.source_ED >= 0).any())
+    """int64 [experts, ranks]: the rank from which a rank gets an expert in this exchange; -1: it gets none"""
 
     def sent(self, rank: int) -> PeerChunks:
         peer_M, expert_M = np.nonzero((self.source_ED == rank).T)
@@ -80,7 +76,7 @@ class TwoLevelMoves:
     gather: tuple[Moves, Moves]
     """first from the owners to the leaders and to all that no leader serves, then from the leaders to the others of their nodes"""
     reduce: tuple[Moves, Moves]
-    """first inside the nodes and, where a node has one replica only, straight to the owner; then the leaders' sums to the owners"""
+    """against these: first inside the nodes and, where a node has one replica only, straight to the owner; then leaders' sums to owners"""
 
 
 def two_level_moves(placement: Placement, topology: Topology, *, at_home: bool = False) -> TwoLevelMoves:
@@ -113,26 +109,17 @@ def two_level_moves(placement: Placement, topology: Topology, *, at_home: bool =
     )
 
 
-@dataclass(frozen=True, eq=False)
-class SlicedMoves:
-    """A collective over leaders in which every expert is cut into slices, each with a leader of its own."""
-
-    slices: int
-    """of a chunk"""
-    placement: Placement
-    """of the slices: those of expert e are e · slices, e · slices + 1, ..."""
-    moves: TwoLevelMoves
-    """of the slices"""
-
-
-def sliced_moves(placement: Placement, topology: Topology, slices: int) -> SlicedMoves:
+def sliced_moves(placement: Placement, topology: Topology, slices: int) -> tuple[Placement, TwoLevelMoves]:
     """An owner sends each slice once to each node that needs the expert, its own included: to the leader of that slice in the node.
 
     So its port carries a replicated expert once a node, and the ranks that need it share the work of sending it on. Between nodes the bytes
     are those of the two-level route.
+
+    Returns:
+        The placement of the slices, of which those of expert e are e · slices, e · slices + 1, ..., and their moves.
     """
     of_slices = Placement(placement.owner_E.repeat(slices), placement.where_ED.repeat(slices, axis=0))
-    return SlicedMoves(slices, of_slices, two_level_moves(of_slices, topology, at_home=True))
+    return of_slices, two_level_moves(of_slices, topology, at_home=True)
 
 
 def most_wanting(placement: Placement, topology: Topology) -> int:

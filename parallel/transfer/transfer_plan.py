@@ -51,7 +51,7 @@ class Exchange:
     sent: PeerChunks
     received: PeerChunks
     idle: bool
-    """no rank of the group sends anything"""
+    """whether no rank of the group sends anything"""
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class SumTerm(Generic[Table]):
     """The chunks that one peer adds to some sums."""
 
     exchange: int
-    """in which exchange they arrive"""
+    """the number of the exchange in which the chunks arrive"""
     rows: slice | Table
-    """which of the chunks of that exchange they are"""
+    """which of the chunks that arrive in that exchange are added"""
     sums: Table | None
-    """to which of the sums they are added; None: to all, in order"""
+    """the sum that each of the chunks is added to; None: the chunks are added to all sums, in order"""
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class SumTables(Generic[Table]):
     """How a rank adds up gradients, the terms of each sum by sending rank ascending."""
 
     own_slot_n: Table
-    """the slots of this rank's own terms, one a sum"""
+    """the slot of this rank's own term of each sum"""
     terms: tuple[SumTerm[Table], ...]
-    """of other ranks, by rank ascending"""
+    """the terms of other ranks, by rank ascending"""
     own_after: int | None
-    """this rank's own terms come after so many of the others; None: they come first, as the first two terms of a sum may change places"""
+    """this rank's own terms come after so many of `terms`; None: they come first, as the first two terms of a sum may change places"""
 
     def map(self, convert: Callable[[Table], OnDevice]) -> SumTables[OnDevice]:
         terms = tuple(
@@ -98,19 +98,19 @@ class ChunkTables(Generic[Table]):
     own_slot_n: Table
     """the slot of each owned chunk"""
     owned_row_M: Table
-    """gather, first exchange: the owned chunk of each one sent"""
+    """a gather's first exchange sends these owned chunks"""
     arrived_slot_M: tuple[Table, ...]
-    """gather, per exchange: the slot of each chunk received"""
+    """each exchange of a gather brings chunks for these slots"""
     sent_on_M: Table
-    """gather, second exchange: which of the chunks received first each one sent is"""
+    """a gather's second exchange sends these chunks, of those that its first has brought"""
     grad_slot_M: Table
-    """reduction, first exchange: the slot of each gradient sent"""
+    """a reduction's first exchange sends the gradients of these slots"""
     leader_sums: SumTables[Table]
-    """reduction: the sums that this rank makes as a leader, by expert ascending"""
+    """the sums that this rank makes as a leader in a reduction, by expert ascending"""
     leader_row_M: Table
-    """reduction, second exchange: which of those sums each chunk sent is"""
+    """a reduction's second exchange sends these sums, of `leader_sums`"""
     owner_sums: SumTables[Table]
-    """reduction: the sums of the owned experts, by expert ascending"""
+    """the sums of the owned experts in a reduction, by expert ascending"""
 
     def map(self, convert: Callable[[Table], OnDevice]) -> ChunkTables[OnDevice]:
         """The same tables, each converted, always in the same order."""
@@ -135,13 +135,14 @@ class ChunkPlan:
     rank: int
     chunk: ChunkSize
     topology: Topology | None
-    """of the group's ranks; None: nothing is known of them, and the route is flat"""
+    """the links between the group's ranks; None: nothing is known of them, and the route is flat"""
     route: Route
     slices: int
-    """into which every chunk is cut; 1 unless the route is sliced"""
+    """the number of slices that every chunk is cut into; 1 unless the route is sliced"""
     gather: tuple[Exchange, ...] = field(compare=False, repr=False)
     """one exchange, or two over leaders, the second after the first"""
     reduce: tuple[Exchange, ...] = field(compare=False, repr=False)
+    """as many exchanges as `gather` has, for the gradients"""
     tables: ChunkTables[np.ndarray] = field(compare=False, repr=False)
 
     @property
@@ -193,19 +194,16 @@ class TransferPlan:
 
 @dataclass(frozen=True)
 class PlacementChange(Generic[Table]):
-    """How the replicas of another placement take the place of those at hand, of which only what is missing travels.
-
-    Tables are pairs: rows of the replicas that there are, and the slots that they move to.
-    """
+    """How the replicas of another placement take the place of those at hand, of which only what is missing travels."""
 
     before: ChunkPlan
     after: ChunkPlan
     missing: ChunkPlan
-    """of the owners and of what `after` has and `before` lacks"""
+    """the plan that brings, from the owners, what `after` has and `before` lacks"""
     kept: tuple[Table, Table]
-    """from the replicas of `before`"""
+    """the rows of the replicas of `before` that stay, and the slots that they move to"""
     fetched: tuple[Table, Table]
-    """from those of `missing`"""
+    """the rows of the replicas of `missing`, and the slots that they move to"""
 
 
 def plan_transfer(placement: Placement, split_ED: np.ndarray | None, chunk: ChunkSize, topology: Topology, rank: int) -> TransferPlan:
@@ -253,19 +251,17 @@ def plan_chunks_by(route: Route, placement: Placement, chunk: ChunkSize, topolog
             moves = two_level_moves(placement, topology)
         else:
             slices = slices_of(chunk.numel, most_wanting(placement, topology))
-            cut = sliced_moves(placement, topology, slices)
-            sliced, moves = cut.placement, cut.moves
+            sliced, moves = sliced_moves(placement, topology, slices)
         gather, reduce = moves.gather, moves.reduce
-    along = tuple(_exchange(moves, rank) for moves in gather)
-    against = tuple(_exchange(moves, rank, back=True) for moves in reduce)
+    along = tuple(exchange_of(moves, rank) for moves in gather)
+    against = tuple(exchange_of(moves, rank, back=True) for moves in reduce)
     tables = _tables(placement.experts_on(rank), sliced, rank, along, against)
     return ChunkPlan(placement, rank, chunk, topology, route, slices, along, against, tables)
 
 
 def fastest_route(placement: Placement, chunk: ChunkSize, topology: Topology) -> Route:
-    """The fastest route of a layer's SparseAllGather, and of its SparseReduceScatter, which takes the same way back.
+    """The fastest route of a layer's SparseAllGather, and of its SparseReduceScatter, which takes the same way back; of equals the simpler.
 
-    The simpler one of equals.
     The two exchanges of a route over leaders follow one another, so their seconds add up. The cost model asks the same loops, so a plan is
     priced by the route that it takes. A pure function: all ranks choose alike. Chunks without numbers never travel.
     """
@@ -284,22 +280,19 @@ def fastest_route(placement: Placement, chunk: ChunkSize, topology: Topology) ->
     return next(route for route in get_args(Route) if ROUTE_NUMBERS[route] == route_L[0])
 
 
-def exchange_of(source_ED: np.ndarray, rank: int) -> Exchange:
-    """One rank's part of the exchange in which each rank gets its experts from the given ranks, -1: it gets none (see `Moves`)."""
-    return _exchange(Moves(source_ED), rank)
+def exchange_of(moves: Moves, rank: int, *, back: bool = False) -> Exchange:
+    """One rank's part of the exchange in which all moves are made; with `back` against the moves, as gradients go."""
+    along, against, idle = moves.sent(rank), moves.received(rank), not (moves.source_ED >= 0).any()
+    return Exchange(against, along, idle) if back else Exchange(along, against, idle)
 
 
-def fused_gathers(plans: Sequence[ChunkPlan]) -> tuple[tuple[int, ...], ...]:
-    """Which gathers that start at one moment travel in one exchange: the numbers of the plans, those that travel together in one group.
+@lru_cache(maxsize=CACHED)
+def fused_gathers(plans: tuple[ChunkPlan, ...]) -> tuple[tuple[int, ...], ...]:
+    """Which gathers that start at one moment travel in one exchange: for each exchange the numbers of its plans.
 
     Gathers over leaders travel alone and come first; flat ones follow in runs, in order (see `fuse_gathers`). All plans are of one
     topology.
     """
-    return _cached_fused(tuple(plans))
-
-
-@lru_cache(maxsize=CACHED)
-def _cached_fused(plans: tuple[ChunkPlan, ...]) -> tuple[tuple[int, ...], ...]:
     over_leaders = [(number,) for number, plan in enumerate(plans) if plan.route != "flat"]
     flat = [number for number, plan in enumerate(plans) if plan.route == "flat"]
     topology = plans[flat[0]].topology if flat else None
@@ -324,8 +317,8 @@ def fuse_gathers(layers: Sequence[tuple[Placement, float]], topology: Topology) 
     for layer, (placement, chunk_bytes) in enumerate(layers):
         ports = flat_moves(placement).ports(topology)
         bytes_PD = chunk_bytes * np.stack([ports.near_out_D, ports.near_in_D, ports.far_out_D, ports.far_in_D])
-        together = PortBytes(*(total_PD + bytes_PD))
-        if runs and float(busiest_port_seconds(together, 1.0, topology)) - first <= latency:
+        joined = PortBytes(*(total_PD + bytes_PD))
+        if runs and float(busiest_port_seconds(joined, 1.0, topology)) - first <= latency:
             runs[-1].append(layer)
             total_PD = total_PD + bytes_PD
         else:
@@ -348,12 +341,6 @@ def plan_change(before: ChunkPlan, after: ChunkPlan) -> PlacementChange[np.ndarr
         return source.slot_of_expert(rank)[expert_M], new.slot_of_expert(rank)[expert_M]
 
     return PlacementChange(before, after, missing, rows_and_slots(old), rows_and_slots(fetched))
-
-
-def _exchange(moves: Moves, rank: int, *, back: bool = False) -> Exchange:
-    """`back`: against the moves, as gradients go."""
-    along, against = moves.sent(rank), moves.received(rank)
-    return Exchange(against, along, not moves.any) if back else Exchange(along, against, not moves.any)
 
 
 def _tables(

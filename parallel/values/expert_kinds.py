@@ -88,7 +88,7 @@ class ShardShape:
     per_vector: int = 4
     """shards that a row of A or a column of B is put together from"""
     private_rank: int = 1
-    """of an expert's rank, what only it takes from the pool"""
+    """the part of an expert's rank that it alone takes from the pool"""
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,20 @@ class LoraShape:
 
     rank: int
     scale: float
-    """of `lora_scale`"""
+    """what B A x is multiplied by (`lora_scale`)"""
     dropout: float
     source: str = "plain"
     """a file of `hecate.experts.pairs.sources`"""
     gradient_rule: str = "none"
     """a file of `hecate.experts.pairs.rules`, or none"""
     eta: float | None = None
-    """of the gradient rule row_norm"""
+    """the eta of the gradient rule row_norm (`hecate.experts.pairs.gradient_rules.row_norm`); None: there is no rule"""
     bases: int = DEFAULT_BASES
-    """of the source nola: drawn matrices whose sum is A, and as many whose sum is B"""
+    """the number of drawn matrices whose sum is A, and of those whose sum is B, with the source nola"""
     shards: ShardShape = ShardShape()
-    """of the source shards"""
+    """the numbers of the source shards"""
     of_experts: tuple[tuple[int, float], ...] = ()
-    """rank and scale of each expert of a unit, where they differ; pairs are then padded to `rank`, the largest. Empty: all are alike"""
+    """the rank and scale of each expert of a unit, where they differ; pairs are then padded to `rank`, the largest. Empty: all are alike"""
 
     @property
     def widest(self) -> int:
@@ -133,8 +133,8 @@ class PairSizes:
     seeded_of_model: bool = False
     """whether all units of a model share the seeded tensors that have the same name and shape"""
     computed_numel: int = 0
-    """numbers of A and B that are computed for each replica from what trains, and kept from the unit's forward to its backward pass; 0: A
-    and B are parts of the replica, or seeded"""
+    """the numbers of A and B that are computed for each replica from what is trained, and kept from the unit's forward to its backward
+    pass; 0: A and B are parts of the replica, or seeded"""
     pooled: tuple[TensorSpec, ...] = ()
     """what is trained in a pool that the units of one place and shape have in common (`hecate.experts.pairs.pool`), not in `trained`: the
     pool has one block of these tensors for each of their experts"""
@@ -156,13 +156,13 @@ class ExpertParameters:
     """Parameters of one expert, and what its pairs cost."""
 
     trained_ffn: int
-    """of an FFN of its own that trains"""
+    """the parameters of an FFN of its own that trains"""
     frozen_ffn: int
-    """of an FFN of its own that does not"""
+    """the parameters of an FFN of its own that does not train"""
     shared_ffn: int
-    """of the frozen FFN that it has in common with its layer's other experts"""
+    """the parameters of the frozen FFN that it has in common with its layer's other experts"""
     pairs: int
-    """of its low-rank pairs, those that are trained"""
+    """the trained parameters of its low-rank pairs"""
     pair_flops: float
     """forward FLOPs of one assignment in the products with the pairs"""
     pair_backward: float
@@ -181,7 +181,7 @@ class ExpertKind:
     what: str
     """what it makes of a model, for messages"""
     over_linears: bool = False
-    """its units are the linear layers that `lora.target_modules` names, each of them one; not a decoder layer's FFN"""
+    """whether its units are the linear layers that `lora.target_modules` names, and not a decoder layer's FFN"""
     ffn: Literal["trained", "frozen", "shared", "none"]
     """an expert's FFN is its own and trains; is its own and frozen; is one frozen FFN of the layer; or it has none: its pairs stand beside
     a linear layer that every rank computes for its own tokens"""

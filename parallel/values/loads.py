@@ -32,7 +32,7 @@ class LoadHistory:
         self.window = window
         self._steps: deque[dict[Unit, np.ndarray]] = deque(maxlen=KEPT_WINDOWS * window)
         self._totals: deque[dict[Unit, np.ndarray]] = deque(maxlen=KEPT_WINDOWS * window)
-        """of all ranks together, int64 [experts]: summed once, for each step is looked at many times"""
+        """the assignments of all ranks to each expert, int64 [experts]: summed once, since each step is looked at many times"""
 
     def record(self, loads: dict[Unit, np.ndarray]) -> None:
         """Append one iteration: unit -> int64 [experts, source ranks]."""

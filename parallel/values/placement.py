@@ -49,8 +49,8 @@ class Placement:
 
     def slot_of_expert(self, rank: int) -> np.ndarray:
         """int64 [experts]: the slot of each expert on `rank`, -1 where it is not materialized."""
-        here = self.where_ED[:, rank]
-        return np.where(here, np.cumsum(here) - 1, -1)
+        held_E = self.where_ED[:, rank]
+        return np.where(held_E, np.cumsum(held_E) - 1, -1)
 
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Placement) and self._value == other._value)
@@ -115,7 +115,7 @@ def new_copies(before: Placement | None, after: Placement) -> int:
     """Return how many replicas that are not their owners' own a layer has in `after` on ranks where it had none in `before`.
 
     Args:
-        before: None, or of other ranks or experts: no replica was there.
+        before: None, or of other ranks or experts: ranks had no replica.
     """
     if before is None or before.where_ED.shape != after.where_ED.shape:
         return int(np.count_nonzero(after.where_ED)) - after.num_experts  # an owner always holds its own

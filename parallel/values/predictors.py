@@ -39,7 +39,7 @@ def prediction_errors(loads_SLE: np.ndarray, window: int) -> np.ndarray:
     """Return how wrong each predictor would have been about the last steps, `window` of them at most.
 
     Args:
-        loads_SLE: assignments to each expert, of all ranks together.
+        loads_SLE: assignments of all ranks to each expert.
         window: the most steps from which a step is predicted.
 
     Returns:
@@ -59,7 +59,7 @@ def best_predictors(totals_SLE: np.ndarray, window: int) -> list[str]:
     """The predictor of each layer that has been least wrong about the last steps; of equal ones the first in `DECAYS`.
 
     Args:
-        totals_SLE: assignments to each expert, of all ranks together.
+        totals_SLE: assignments of all ranks to each expert.
     """
     names = list(DECAYS)
     return [names[index] for index in prediction_errors(totals_SLE, window).argmin(0)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def sequences_by_speed(num_sequences: int, speed_D: Sequence[float], together: int = 1) -> list[int]:
+def sequences_by_speed(num_sequences: int, speed_D: Sequence[float], group_size: int = 1) -> list[int]:
     """Return how many sequences each rank gets, so that the last rank finishes as early as whole sequences allow.
 
     Each sequence in turn goes to the rank that would finish it first, which is optimal for sequences of equal cost; ties go to the
@@ -15,16 +15,16 @@ def sequences_by_speed(num_sequences: int, speed_D: Sequence[float], together: i
 
     Args:
         speed_D: the relative speed of each rank, positive.
-        together: a rank gets whole groups of so many sequences, each of which counts as one above; it divides `num_sequences`.
+        group_size: a rank gets whole groups of so many sequences, each of which counts as one above; it divides `num_sequences`.
     """
     speed = np.asarray(speed_D, dtype=np.float64)
     assert len(speed), "no ranks"
     assert (speed > 0).all(), speed_D
-    assert num_sequences % together == 0, (num_sequences, together)
+    assert num_sequences % group_size == 0, (num_sequences, group_size)
     groups = np.zeros(len(speed), dtype=np.int64)
-    for _ in range(num_sequences // together):
+    for _ in range(num_sequences // group_size):
         groups[int(((groups + 1) / speed).argmin())] += 1
-    return (groups * together).tolist()
+    return (groups * group_size).tolist()
 
 
 def slowest_of_each(speed_D: Sequence[float], size: int) -> list[float]:

@@ -25,7 +25,7 @@ class SumOrder:
     """Which positions of a micro-step each rank has."""
 
     ranges: tuple[range, ...]
-    """by rank of the job: consecutive, from 0; some may be empty"""
+    """the positions of each rank of the job: consecutive, from 0; some may be empty"""
 
     @property
     def size(self) -> int:
@@ -38,7 +38,7 @@ class SumOrder:
         return max(map(len, self.ranges))
 
     def blocks(self, ranks: Sequence[int]) -> list[Block]:
-        """The fewest subtrees that neighbouring ranks, ascending, have together."""
+        """The fewest subtrees that the positions of neighbouring ranks, ascending, make up."""
         return whole_blocks(self.size, range(self.ranges[ranks[0]].start, self.ranges[ranks[-1]].stop))
 
 
@@ -63,7 +63,7 @@ def halves(block: Block) -> tuple[Block, Block]:
 
 
 class TreeSum(Generic[T]):
-    """The sums of some blocks of a tree. Two halves of a block are added as soon as both are there, so that few are held."""
+    """The sums of some blocks of a tree. Two halves of a block are added as soon as both are known, so that few are held."""
 
     def __init__(self, size: int) -> None:
         """Args:
@@ -71,7 +71,7 @@ class TreeSum(Generic[T]):
         """
         self._size = size
         self.parts: dict[Block, T] = {}
-        """what is not added to anything yet"""
+        """the sums of blocks that are not added to their neighbours yet"""
 
     def add(self, block: Block, value: T) -> None:
         """Add the sum of a block, which from now on belongs to the tree, that may change it in place."""
@@ -89,11 +89,11 @@ class TreeSum(Generic[T]):
 
     def _above(self, block: Block) -> list[Block]:
         """The blocks that contain a block, the largest first."""
-        found, now = [], (0, self._size)
-        while now != block:
-            found.append(now)
-            left, right = halves(now)
-            now = left if block[1] <= left[1] else right
+        found, current = [], (0, self._size)
+        while current != block:
+            found.append(current)
+            left, right = halves(current)
+            current = left if block[1] <= left[1] else right
         return found
 
 

@@ -186,9 +186,9 @@ class TraceWriter:
         self._waiting_bytes = 0
         kept = self._last_kept()
         self._kind = (kept.units, kept.num_experts) if kept else None
-        """units and their numbers of experts, the same in every step; None: no step yet"""
+        """the units and their numbers of experts, which are the same in every step; None: no step yet"""
         self._is_cut = False
-        """whether steps of before that do not belong to this run are deleted"""
+        """whether the folder's steps that do not belong to this run have been deleted"""
 
     def append(self, step: int, loads: Mapping[Unit, np.ndarray]) -> None:
         """Add a step, later than all before: unit -> int [experts, source ranks], with as many experts as each unit has.

@@ -173,7 +173,7 @@ def test_federated_rounds(tmp_path: Path, every: int) -> None:
 @each_and_some
 def test_the_ledger_of_a_sweep(tmp_path: Path, every: int) -> None:
     run, place = tmp_path / "run", tmp_path / "place"
-    entry = SweepEntry(RunState.BEGUN, "", 0.0, "seed: 1\n")
+    entry = SweepEntry(RunState.STARTED, "", 0.0, "seed: 1\n")
     (run / STATE_FOLDER).mkdir(parents=True)
     write_entry(str(run), "a", entry)
     runs = [SimpleNamespace(name=name, folder=str(tmp_path)) for name in "ab"]
@@ -185,7 +185,7 @@ def test_the_ledger_of_a_sweep(tmp_path: Path, every: int) -> None:
 
     def check() -> None:
         found = read_entries(sweep)
-        assert found["a"].state in (RunState.BEGUN, RunState.FINISHED)
+        assert found["a"].state in (RunState.STARTED, RunState.FINISHED)
 
     explore(recorded(run, write), place, check, every)
 

@@ -1,4 +1,4 @@
-"""Orders of assignments, and the maps of tiles and chunks over them, in plain torch: what the sorting kernels are held to."""
+"""The order of assignments, and the tiles that it is cut into, in plain torch: what `hecate.kernels.common.sorting` is compared with."""
 
 from __future__ import annotations
 
@@ -26,17 +26,24 @@ def assignment_order(slot_TK: Tensor, num_slots: int) -> AssignmentOrder:
 def tile_map(order: AssignmentOrder, rows: int) -> Tensor:
     """Cut an order into tiles of at most `rows` rows of one slot. A program of a grouped kernel works on one tile.
 
-    There are as many tiles as the least favourable group sizes would need; surplus tiles, at the end, have slot 0 and no rows.
+    There are as many tiles as the least favourable group sizes would need; surplus tiles, at the end, have slot 0 and no rows. The map
+    of an order is made once and then reused.
 
     Returns:
         int32 [tiles, 3]: each tile's slot, its first row (a place of the order) and its number of rows, in the order of the rows.
     """
+    if rows not in order.tile_maps:
+        order.tile_maps[rows] = _tile_map(order, rows)
+    return order.tile_maps[rows]
+
+
+def _tile_map(order: AssignmentOrder, rows: int) -> Tensor:
     num_slots = order.num_slots
     num_tiles = num_tiles_bound(order.num_assignments, num_slots, rows)
     tile = torch.arange(num_tiles, dtype=torch.int32, device=order.starts.device)
     if num_tiles == 0:
         return torch.stack((tile, tile, tile), dim=1)
-    tiles_S = (order.sizes_S + (rows - 1)).div(rows, rounding_mode="floor")
+    tiles_S = (order.starts.diff() + (rows - 1)).div(rows, rounding_mode="floor")
     ends_S = tiles_S.cumsum(0, dtype=torch.int32)
     slot = torch.searchsorted(ends_S, tile, right=True, out_int32=True)
     used = slot < num_slots
@@ -48,6 +55,6 @@ def tile_map(order: AssignmentOrder, rows: int) -> Tensor:
 
 def assignment_blocks(order: AssignmentOrder, rows: int, chunk_rows: int) -> AssignmentBlocks:
     """Cut an order into tiles of at most `rows` and chunks of at most `chunk_rows` assignments, without waiting for the device."""
-    chunks_S = (order.sizes_S + (chunk_rows - 1)).div(chunk_rows, rounding_mode="floor")
+    chunks_S = (order.starts.diff() + (chunk_rows - 1)).div(chunk_rows, rounding_mode="floor")
     first_chunk = F.pad(chunks_S.cumsum(0, dtype=torch.int32), (1, 0))
     return AssignmentBlocks(order, rows, tile_map(order, rows), tile_map(order, chunk_rows), first_chunk)

@@ -17,12 +17,12 @@ from hecate.launch.ray_job import controller as under_test
 from hecate.launch.ray_job.controller import Controller
 from hecate.launch.ray_job.messages import (
     Begin,
-    Begun,
     Interrupt,
     Join,
     Leave,
     LeftGeneration,
     Outcome,
+    PartBuilt,
     Prepare,
     Prepared,
     Replan,
@@ -114,7 +114,7 @@ def each(members: Sequence[int], event: WorkerEvent) -> Step:
 
 def begins(members: Sequence[int], step: int = 0) -> Step:
     sequences, owned = (2,) * len(members), (4,) * len(members)
-    return each(members, Begun(step=step, max_steps=100, sequences=sequences, owned=owned, topology=TOPOLOGY))
+    return each(members, PartBuilt(step=step, max_steps=100, sequences=sequences, owned=owned, topology=TOPOLOGY))
 
 
 def one(index: int, event: WorkerEvent) -> Step:

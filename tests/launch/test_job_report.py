@@ -9,7 +9,7 @@ from hecate.launch.membership.job_states import State
 from hecate.launch.policy.devices import Device
 from hecate.launch.policy.work_shares import WorkShares
 from hecate.launch.ray_job.job_report import JobReport, JobView
-from hecate.launch.ray_job.messages import Begun, WorkerUp
+from hecate.launch.ray_job.messages import PartBuilt, WorkerUp
 from hecate.launch.ray_job.status import DeviceState
 from hecate.launch.ray_job.worker_group import JobDevice
 from hecate.parallel.cluster.topology import local_topology
@@ -19,7 +19,7 @@ from hecate.parallel.cluster.topology_file import topology_text
 def test_the_state_of_each_device_and_the_newest_notes() -> None:
     up = WorkerUp(pid=7, host="h", gpus=None, versions={})
     devices = [JobDevice(number, Device("0123456789", "10.0.0.1", "CPU", (), ()), up=None if number == 5 else up) for number in range(6)]
-    begun = Begun(step=3, max_steps=9, sequences=(2, 1, 1), owned=(4, 2, 2), topology=topology_text(local_topology(3, cuda=False)))
+    begun = PartBuilt(step=3, max_steps=9, sequences=(2, 1, 1), owned=(4, 2, 2), topology=topology_text(local_topology(3, cuda=False)))
     shares = WorkShares(None, range(6))
     shares.begin_generation([0, 1, 2])
     shares.generation_begun(begun.sequences, begun.topology)

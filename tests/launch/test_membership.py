@@ -10,13 +10,13 @@ import pytest
 from hecate.launch.membership.automaton import step
 from hecate.launch.membership.facts import Cause, Do, Event, Fact
 from hecate.launch.membership.job_generation import JobGeneration, RankEnd
-from hecate.launch.membership.job_members import JobMembers, told
+from hecate.launch.membership.job_members import JobMembers, with_event
 from hecate.launch.membership.job_policy import Decision, JobPolicy, Limits, decide
 from hecate.launch.membership.job_states import ENDED, NEXT, State
 from hecate.launch.membership.losses import causes_of
 from hecate.launch.membership.turn import Turn
 
-BEGINNING = "up 0 1 2, placed > begin 0 1 2; begun 0 1 2"
+BEGINNING = "up 0 1 2, placed > begin 0 1 2; built 0 1 2"
 FACTS: dict[str, dict[str, Any]] = {
     "died": {"fact": Fact.LOST},
     "node": {"fact": Fact.LOST, "cause": Cause.NODE_DIED},
@@ -56,7 +56,7 @@ def play(policy: JobPolicy, script: str, *, awaited: str = "") -> tuple[JobMembe
 
 
 PROCESSES = JobPolicy(copied=True, fewest_to_begin=3)
-TOGETHER = JobPolicy(copied=True, fewest_to_begin=4, together=2)
+TOGETHER = JobPolicy(copied=True, fewest_to_begin=4, tp_size=2)
 AGAIN = JobPolicy(fewest_to_begin=2, most=2)
 NO_MORE = JobPolicy(fewest_to_begin=3, most=0)
 
@@ -99,7 +99,7 @@ NO_MORE = JobPolicy(fewest_to_begin=3, most=0)
     ],
 )
 def test_processes(policy: JobPolicy, script: str, phase: State, said: str) -> None:
-    beginning = BEGINNING if policy is not TOGETHER else "up 0 1 2 3, placed > begin 0 1 2 3; begun 0 1 2 3"
+    beginning = BEGINNING if policy is not TOGETHER else "up 0 1 2 3, placed > begin 0 1 2 3; built 0 1 2 3"
     state, lines = play(policy, f"{beginning}; {script}")
     assert state.phase is phase
     assert said in "\n".join(lines)
@@ -118,7 +118,7 @@ GONE = "end 1, request 1, break_off 0 2"
     ("policy", "script", "phase", "said"),
     [
         (WORKERS, "finished 0 1 2", State.FINISHED, ""),
-        (WORKERS, f"died 1 > {GONE}; left 0; left 2 > go_on 0 2; begun 0 2; up 1 > prepare 1", State.RUNNING, "the others go on"),
+        (WORKERS, f"died 1 > {GONE}; left 0; left 2 > go_on 0 2; built 0 2; up 1 > prepare 1", State.RUNNING, "the others go on"),
         (
             UNCOPIED,
             f"checkpoint, died 1 > {GONE}; left 0 2; up 1 > prepare 1; loaded 1 > go_on 0 1 2",
@@ -138,7 +138,7 @@ GONE = "end 1, request 1, break_off 0 2"
             "it went on for 30 s",
         ),
         (WORKERS, "raised 1 > break_off 0 2; left 0 2 > go_on 0 2, prepare 1", State.STARTING, "all wait for another rank"),
-        (WORKERS, "raised 0 1 2; > begin 0 1 2; begun 0 1 2; raised 0 1 2; ", State.FAILED, "OSError: boom"),
+        (WORKERS, "raised 0 1 2; > begin 0 1 2; built 0 1 2; raised 0 1 2; ", State.FAILED, "OSError: boom"),
         (WORKERS, "up 3, loaded 3 > make_way 0 1 2; left 0 1 2 > go_on 0 1 2 3", State.STARTING, "has returned and joins"),
         (WORKERS, "unfit 3 > end 3", State.RUNNING, "device 3 is left out"),
         (WORKERS, "unfit 1", State.FAILED, ""),
@@ -161,7 +161,7 @@ def test_a_job_whose_workers_do_not_come_up() -> None:
 
 
 def test_of_workers_that_have_not_built_their_part_in_time_one_is_ended() -> None:
-    _, said = play(WORKERS, "up 0 1 2, placed > begin 0 1 2; begun 0 2; +31 > end 1, request 1, break_off 0 2", awaited="0 1 2")
+    _, said = play(WORKERS, "up 0 1 2, placed > begin 0 1 2; built 0 2; +31 > end 1, request 1, break_off 0 2", awaited="0 1 2")
     assert said == [
         "device 1 (rank 1): the worker did not answer (its part of the run was not built in time (ray.start_timeout)); the others go on"
     ]
@@ -188,7 +188,7 @@ def test_what_follows_a_failure_of_a_worker(cause: Cause, left: int, copies: boo
 
 
 def test_every_cause_is_bounded_for_itself_and_a_step_forgives() -> None:
-    state, _ = play(WORKERS, f"{BEGINNING}; died 1 > {GONE}; left 0 2 > go_on 0 2; begun 0 2", awaited="0 1 2")
+    state, _ = play(WORKERS, f"{BEGINNING}; died 1 > {GONE}; left 0 2 > go_on 0 2; built 0 2", awaited="0 1 2")
     assert state.failures == {Cause.PROCESS_DIED: 1}
     assert step(state, [Event(Fact.LOST, 2)], 0.0)[0].phase is State.FAILED
     for events in ([Event(Fact.LOST, 2, cause=Cause.HUNG)], [Event(Fact.STEPPED), Event(Fact.LOST, 2)]):
@@ -197,7 +197,7 @@ def test_every_cause_is_bounded_for_itself_and_a_step_forgives() -> None:
 
 def test_what_is_known_changes_without_a_decision() -> None:
     state = JobMembers(WORKERS, generation=JobGeneration(0, (0, 2, 3)))
-    later = told(state, Event(Fact.ENDED, 2, "boom", RankEnd.FAILED))
+    later = with_event(state, Event(Fact.ENDED, 2, "boom", RankEnd.FAILED))
     assert (state.generation.at_work, later.generation.at_work, later.generation.said) == ([0, 2, 3], [0, 3], {2: "boom"})
     assert (later.generation.rank_of(3), later.generation.rank_of(1), later.generation.culprit) == (2, None, 2)
     assert causes_of(Turn(later, 0.0)) == "a node was lost"

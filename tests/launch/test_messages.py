@@ -11,13 +11,13 @@ from hecate.launch.foreign_texts import JoinProblem, join_problem, worker_failur
 from hecate.launch.ray_job.messages import (
     Assignment,
     Begin,
-    Begun,
     CheckpointSaved,
     Interrupt,
     Join,
     Leave,
     LeftGeneration,
     Outcome,
+    PartBuilt,
     Ping,
     Prepare,
     Prepared,
@@ -41,7 +41,7 @@ TOTALS = StepTotals(loss=1.5, tokens_per_s=9.0, imbalance=1.25, bytes_sent=80, l
 EVENTS: list[WorkerEvent] = [
     WorkerUp(pid=1, host="h", gpus=None, versions={"torch": "2"}),
     Prepared(),
-    Begun(step=3, max_steps=9, sequences=(2, 1), owned=(4, 2), topology="nodes: []"),
+    PartBuilt(step=3, max_steps=9, sequences=(2, 1), owned=(4, 2), topology="nodes: []"),
     StepsDone(step=4, dense_tokens=10, dense_seconds=0.5, step_seconds=0.25, totals=TOTALS),
     StepsDone(step=4, dense_tokens=10, dense_seconds=0.5, step_seconds=0.25, totals=None),
     CheckpointSaved(step=4, path="/runs/x/checkpoint-4"),

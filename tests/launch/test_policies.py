@@ -108,7 +108,7 @@ def test_two_slow_windows_give_a_slow_device_fewer_sequences() -> None:
 
 
 def test_groups_of_sequences_stay_whole_when_they_are_shared_anew() -> None:
-    shares = WorkShares(TWO_ALIKE, [0, 1], together=3)
+    shares = WorkShares(TWO_ALIKE, [0, 1], group_size=3)
     shares.begin_generation([0, 1])
     shares.generation_begun((6, 6), "")
     assert shares.share_anew({1: 0.5}).sequences == (9, 3)

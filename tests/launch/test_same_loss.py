@@ -29,12 +29,12 @@ from hecate.launch.ray_job import controller
 from hecate.launch.ray_job.controller import Controller
 from hecate.launch.ray_job.messages import (
     Begin,
-    Begun,
     Interrupt,
     Join,
     Leave,
     LeftGeneration,
     Outcome,
+    PartBuilt,
     Prepare,
     Prepared,
     Stop,
@@ -281,7 +281,7 @@ class OnRay:
                     self.trained.append(tuple(sorted(self.controller._state.generation.members)))
                 self.generation[device.index] = given.generation
                 topology, alike = topology_text(local_topology(given.world_size, cuda=False)), (2,) * given.world_size
-                self.events.append((device, Begun(step=0, max_steps=9, sequences=alike, owned=alike, topology=topology)))
+                self.events.append((device, PartBuilt(step=0, max_steps=9, sequences=alike, owned=alike, topology=topology)))
             case Prepare():
                 self.events.append((device, Prepared()))
             case Interrupt() | Leave():

@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from hecate.launch.policy.devices import Device
-from hecate.launch.ray_job.awake_clock import AwakeClock
+from hecate.launch.ray_job.controller import AwakeClock
 from hecate.launch.ray_job.messages import Interrupt, Ping
 from hecate.launch.ray_job.rendezvous import Rendezvous, orders
 from hecate.launch.ray_job.worker import Worker

@@ -34,9 +34,9 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 def test_a_process_that_runs_between_two_looks_does_not_count() -> None:
     """One that is throttled by SIGSTOP and SIGCONT may be seen stopped at each look."""
-    seen = [("T", 1, 50), ("T", 1, 51), ("T", 1, 52), ("T", 1, 52), ("T", 1, 52)]
+    seen = [("T", 50), ("T", 51), ("T", 52), ("T", 52), ("T", 52)]
     found = StoppedRanks()
-    with mock.patch.object(stopped_ranks, "_status", side_effect=seen), mock.patch.object(time, "monotonic") as clock:
+    with mock.patch.object(stopped_ranks, "_state_of", side_effect=seen), mock.patch.object(time, "monotonic") as clock:
         for now, stopped in ((0.0, {}), (1.0, {}), (2.0, {}), (3.0, {}), (4.0, {7: 2.0})):
             clock.return_value = now
             assert found.look({7: 123}) == stopped

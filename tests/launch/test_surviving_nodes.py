@@ -37,7 +37,7 @@ from tests.launch.stand_ins import StandIn
 JOB = JobShape("job", 2, 3, 2, survives=True)
 SECRET = b"of this test" * 3
 QUIET = NodeReport(beat=0, address="10.0.0.2", ended={}, files=(), mistakes={}, stopping=False, leaves=False)
-ORDERS = JobOrders(generation=Generation(0, (0, 1, 2, 3), (0, 1, 2, 3)), here=(), members={}, lost=(), status=None)
+ORDERS = JobOrders(generation=Generation(0, (0, 1, 2, 3), (0, 1, 2, 3)), arrived=(), members={}, lost=(), status=None)
 
 
 class Words:
@@ -89,7 +89,7 @@ def test_a_text_that_cannot_be_written_is_replaced() -> None:
 
 
 def test_orders_name_no_path() -> None:
-    for bad in (replace(ORDERS, here=("../here-0-1",)), replace(ORDERS, members={"../1": MemberOrder(1, 0, None, ())})):
+    for bad in (replace(ORDERS, arrived=("../here-0-1",)), replace(ORDERS, members={"../1": MemberOrder(1, 0, None, ())})):
         words = Words()
         words.store.order(bad)
         with pytest.raises(JsonError, match="a name that no file or member has"):
@@ -165,7 +165,7 @@ def test_a_rank_of_another_node_that_dies_is_replaced_there(tmp_path: Path, monk
     assert read_generation(leading.files).devices == (0, 1, 2, 3)
     arrival_file(leading.files, 2, 0).touch()
     arrival_file(leading.files, 1, 0).touch()
-    assert leading.orders().here == ("here-2-0",)
+    assert leading.orders().arrived == ("here-2-0",)
 
 
 def test_a_silent_node_is_lost_and_may_come_again(
@@ -345,7 +345,7 @@ def order(node: int = 1, device: int = 0, *, joins: bool = False, signals: tuple
 def test_a_node_starts_signals_and_reports_its_own_members(tmp_path: Path) -> None:
     with following(tmp_path) as node:
         given = {"2": order(), "3": order(device=1, joins=True), "1": order(node=2)}
-        node.words.store.order(replace(ORDERS, members=given, here=("here-0-0",)))
+        node.words.store.order(replace(ORDERS, members=given, arrived=("here-0-0",)))
         assert node.began(2) == "2 0 4 1 -"
         assert node.began(3) == "3 1 4 - 1"
         assert read_generation(node.files) == ORDERS.generation
@@ -370,7 +370,7 @@ def test_a_node_reads_orders_only_when_they_have_changed(tmp_path: Path, monkeyp
     monkeypatch.setattr(MessageStore, "orders", lambda store: reading(store))
     with following(tmp_path) as node:
         for number in (1, 2):
-            node.words.store.order(replace(ORDERS, here=(f"here-0-{number}",)))
+            node.words.store.order(replace(ORDERS, arrived=(f"here-0-{number}",)))
             node.until(arrival_file(node.files, 0, number).exists)
             counts = []
             for _ in range(2):  # the orders are written before their number, so a node that has read them may read them once more

@@ -285,7 +285,7 @@ def test_a_rank_that_lost_the_others_in_their_last_message_is_not_waited_for(tmp
 
 
 def test_a_mistake_ends_the_run_although_another_rank_was_lost_by_it(tmp_path: Path) -> None:
-    run = Run(tmp_path, 4, together=2)
+    run = Run(tmp_path, 4, tp_size=2)
     run.end(2, 2)
     run.end(3, 1)
     assert run.members() == (0, 1, 2, 3)

@@ -24,12 +24,12 @@ from hecate.launch.ray_job import worker as worker_module
 from hecate.launch.ray_job.messages import (
     Assignment,
     Begin,
-    Begun,
     CheckpointSaved,
     Interrupt,
     Join,
     LeftGeneration,
     Outcome,
+    PartBuilt,
     Prepared,
     StepsDone,
     Stop,
@@ -134,7 +134,7 @@ def test_ranks_begin_as_they_are_told_and_tell_of_every_step(crew: Crew) -> None
     assert pids == [worker.process.pid for worker in crew.workers]
     crew.assign(Begin, 0, [1, 0])
     first, second = crew.workers[1], crew.workers[0]
-    begun = [worker.until(Begun) for worker in (first, second)]
+    begun = [worker.until(PartBuilt) for worker in (first, second)]
     assert begun[0].sequences == (2, 2)
     assert sum(begun[0].owned) == 3 * 2, "experts times layers"
     reports = [[worker.until(StepsDone) for _ in range(STEPS)] for worker in (first, second)]
@@ -158,7 +158,7 @@ def test_a_rank_left_alone_waits_with_its_state_and_goes_on(crew: Crew, workshop
     crew.send(0, Interrupt(generation=0))
     assert stays.until(LeftGeneration).generation == 0
     crew.assign(Join, 1, [0])
-    again = stays.until(Begun)
+    again = stays.until(PartBuilt)
     for _ in range(3):
         step = stays.until(StepsDone).step
     assert step > again.step
@@ -187,7 +187,7 @@ class Joining:
 
     def _store(self) -> dist.Store:
         made = dist.HashStore()
-        made.add("ranks-there", self.others)
+        made.add("ranks-connecting", self.others)
         return made
 
     def order_to_join(self, generation: int) -> None:

@@ -105,8 +105,9 @@ def route_seconds(
         moves, slices = two_level_moves(placement, topology), 1
         exchanges = [*(moves.reduce if back else moves.gather)]
     else:
-        cut = sliced_moves(placement, topology, slices_of(chunk_numel, most_wanting(placement, topology)))
-        exchanges, slices = [*(cut.moves.reduce if back else cut.moves.gather)], cut.slices
+        slices = slices_of(chunk_numel, most_wanting(placement, topology))
+        _, moves = sliced_moves(placement, topology, slices)
+        exchanges = [*(moves.reduce if back else moves.gather)]
     ports = [moves.ports(topology) for moves in exchanges]
     return sum(float(transfer_seconds(one.reversed() if back else one, chunk_bytes / slices, topology)) for one in ports)
 

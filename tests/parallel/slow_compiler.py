@@ -19,6 +19,6 @@ if __name__ == "__main__":
     from tests.parallel import slow_compiler
 
     time.sleep(1.5)
-    with jit.compiling_here():
+    with jit.compiling_in_this_process():
         slow_compiler.twice(1.0)
     jit.all_is_compiled()

@@ -13,10 +13,10 @@ import torch
 import torch.distributed as dist
 
 from hecate.parallel.comm.collectives import Handle, sparse_all_gather, sparse_reduce_scatter
-from hecate.parallel.cost.gather_bytes import gather_ports
 from testing.namespaces import bytes_out, missing_for_slow_link, slow_link
 from testing.ranks import run_ranks
 from tests.parallel.comm.collective_cases import Case, world_group
+from tests.parallel.plain_gather_ports import gather_ports
 
 pytestmark = pytest.mark.skipif(missing_for_slow_link() is not None, reason=missing_for_slow_link() or "")
 

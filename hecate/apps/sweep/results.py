@@ -106,7 +106,7 @@ def read_result(run: SweepRun, entry: SweepEntry | None, *, working: bool) -> Sw
     sources = evals[-1]["sources"] if evals else {}
     figures = ({} if records is None else _of_steps(records)) | _of_evaluation(sources) | {"seconds": entry.seconds or None}
     state = entry.state.value
-    if entry.state is RunState.BEGUN:
+    if entry.state is RunState.STARTED:
         state = "running" if working else "interrupted"
     max_steps = _max_steps(entry.config)
     whole = dict.fromkeys(FIGURES) | figures

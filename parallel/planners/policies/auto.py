@@ -37,7 +37,7 @@ from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, Exp
 from hecate.parallel.planners.search_starts import ALONE, BEST, ONE_NODE, SEVERAL_NODES, goes_slot_by_slot, start_with
 
 _ALL_BUDGETS = 400
-"""experts x ranks x budgets: where all budgets together take no longer than the one of a layer of 64 experts on 32 ranks"""
+"""the most experts x ranks x budgets for which all budgets are tried: no longer than a layer of 64 experts on 32 ranks takes with one"""
 _INSIDE = -1.0
 CANDIDATES = (
     ((NODES, 0.25, 0.25), (1.05, 2.5)),
@@ -55,11 +55,11 @@ negative: no assignment leaves its node. Those that win most often come first: w
 TIE = 1e-9
 """share of a layer's seconds: plans that differ by no more are equally fast"""
 SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.05, 0.02
-"""of a layer's predicted seconds: how long the search for small changes may take; less where ranks wait for the plan"""
+"""the share of a layer's predicted seconds that the search for small changes may take; less where ranks wait for the plan"""
 LEAST_SEARCH = 0.02
-"""seconds times experts times ranks: how long the search may take however fast the layer is, so that small layers are searched through"""
+"""the seconds times experts times ranks that the search may take however fast the layer is, so that small layers are searched through"""
 _PROMISING = 1.3
-"""times the seconds of the best plan: a start that takes longer is not worth the search"""
+"""a start that takes more than so many times the seconds of the best plan is not searched from"""
 _GIVE_SECONDS = 1.2e-9
 """about what a plan made slot by slot takes for each slot, and others for each rank, times experts and ranks"""
 _EXPERT_SECONDS, _RANK_SECONDS = 5e-8, 5e-7
@@ -86,7 +86,7 @@ def plan_auto(given: PlanInput) -> Plan:
     owner_LE, resident_LED = np.array(given.owner_LE, dtype=np.int64), np.array(resident_LED, dtype=np.bool_)
     topology, cost = topology_numbers(given.topology), cost_numbers(given.cost, given.topology, given.execution)
     hidden = overlap_degree(given.cost, given.topology) if given.cost.expert_bytes else given.num_experts
-    worth = (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf
+    cost_in_rows = (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf
     base, trial, best = (no_replicas(given.num_experts, given.world_size) for _ in range(3))
     firsts, like_L = _equal_layers(owner_LE, tokens_LSE, resident_LED)
     owner_LE, tokens_LSE, resident_LED = owner_LE[firsts], tokens_LSE[firsts], resident_LED[firsts]
@@ -105,7 +105,7 @@ def plan_auto(given: PlanInput) -> Plan:
             slots_D,
             0 if given.num_experts * given.world_size * (most + 1) <= _ALL_BUDGETS else most,
             hidden,
-            float(worth),
+            float(cost_in_rows),
             np.inf if given.max_imbalance is None else float(given.max_imbalance),
             topology,
             cost,
@@ -153,7 +153,7 @@ def _plan_layers(
     slots: np.ndarray,
     least_slots: int,
     hidden: int,
-    worth: float,
+    cost_in_rows: float,
     max_imbalance: float,
     topology: TopologyNumbers,
     cost: CostNumbers,
@@ -188,7 +188,7 @@ def _plan_layers(
                 if rule == NODES and single:
                     continue
                 only_owners(base, owner)
-                replicate(rule, share, factor, owner, room, hidden, worth, orders, loads, topology, base)
+                replicate(rule, share, factor, owner, room, hidden, cost_in_rows, orders, loads, topology, base)
                 fixed = replica_seconds(owner, base, resident, topology, cost)
                 if fixed > best_seconds * (1 + TIE) and not bounded:  # rebalancing only adds replicas
                     continue
@@ -273,7 +273,7 @@ def _search(
     for x in range(len(starts_X)):
         start = starts_X[x]
         if start in (BEST, ALONE):
-            begins_X[x] = seconds  # whether the search is worth it does not depend on what they take
+            begins_X[x] = seconds  # what they take does not decide whether the search begins from them
             continue
         given = _GIVE_SECONDS * (slots if goes_slot_by_slot(start) else ranks) * size
         begins = _EXPERT_SECONDS * len(owner) + _RANK_SECONDS * ranks + given

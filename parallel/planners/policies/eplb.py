@@ -42,8 +42,8 @@ def _pack_in_nodes(given: PlanInput, load_LE: np.ndarray, share: float) -> np.nd
     in_node_LEN = pack_copies(load_LE, np.ones_like(given.owner_LE), node_D[given.owner_LE], slots_N // 4)
     copies_LE = np.ones_like(given.owner_LE)
     for node, slots in enumerate(slots_N.tolist()):
-        here_LE = in_node_LEN[..., node]
-        copies_LE += spare_copies(np.where(here_LE, load_LE, 0.0), round(slots * share), int((node_D == node).sum())) - 1
+        load_of_node_LE = np.where(in_node_LEN[..., node], load_LE, 0.0)
+        copies_LE += spare_copies(load_of_node_LE, round(slots * share), int((node_D == node).sum())) - 1
     return pack_copies(load_LE, copies_LE, given.owner_LE, given.slots_D, allowed_LEB=in_node_LEN[..., node_D])
 
 

@@ -11,22 +11,22 @@ from hecate.parallel.planners.rivals.expert_packing import even_split_in_node
 from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
 
 ROUNDS = 10
-"""changes of a layer's placement in one step"""
+"""the most changes of a layer's placement in one step"""
 
 
 def plan_flexmoe(given: PlanInput) -> SplitPlan:
-    """From the placement that is there, up to `ROUNDS` changes, each of which leaves the devices' loads more even.
+    """From the present placement, up to `ROUNDS` changes, each of which leaves the devices' loads more even.
 
     A change: the expert with the highest load per replica that has room on another device and helps gains a replica on the least-loaded
     such device (Expand). If there is none, the replicated expert with the lowest load per replica gives one up (Shrink), for the one
-    with the highest to gain it; if that one is there already, a replica from elsewhere moves in to make room (Migrate). It helps if the
+    with the highest to gain it; if its rank has that one already, a replica from elsewhere moves in to make room (Migrate). It helps if the
     busiest device's load falls, or fewer devices have it, or max/min falls.
 
     The changes are those of the paper. The artifact of LAER-MoE (commit 72db5b7) has a FlexMoE with one kind of change, which doubles an
     expert on a device that has it and often stops at once; it never ends with a less busy device in its worked examples. The number of
     changes and the comparison by max and max/min are the artifact's. The budget is that of `copy_places`.
 
-    The placement that is there is `present_LED`, the hottest of it if the slots hold less. Where that has owners alone, changes go on from
+    The present placement is `present_LED`, the hottest of it if the slots hold less. Where that has owners alone, changes go on from
     these, and from places that are all filled evenly, as in the artifact. A layer takes the budget and start whose busiest device has
     least. FlexMoE converges over the steps; where `present_LED` is None nothing is known of the steps before, and there is up to one
     change for each expert. Assignments are split evenly over the replicas in their own node, else over all. A replica that serves nothing

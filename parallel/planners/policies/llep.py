@@ -8,7 +8,7 @@ from hecate.parallel.planners.plan import PlanInput, Policy
 from hecate.parallel.planners.rivals.source_split import SourceSplit, SplitPlan
 
 MIN_CHUNK = 1024
-"""assignments: spilling fewer is not worth an expert's transfer"""
+"""the fewest assignments that are spilled: fewer do not pay for an expert's transfer"""
 
 
 def plan_llep(given: PlanInput) -> SplitPlan:

@@ -17,11 +17,11 @@ class CopyPlaces:
     """The places of one layer, for copies of experts."""
 
     slots_D: np.ndarray
-    """int64 [ranks]: copies of any experts"""
+    """int64 [ranks]: the number of copies, of any experts, that each rank may hold"""
     owner_E: np.ndarray
-    """int64 [experts]"""
+    """int64 [experts]: the owner of each expert"""
     at_owners: bool
-    """each expert has one place at its owner beside the slots"""
+    """whether each expert has one place at its owner beside the slots"""
 
     @property
     def number(self) -> int:

@@ -81,11 +81,11 @@ def even_shares(where_ED: np.ndarray, topology: Topology, sources: slice = ALL_S
     Args:
         where_ED: bool [experts, ranks], each expert somewhere.
     """
-    here_ESD = where_ED[:, None] & np.eye(topology.world_size, dtype=bool)[sources]
+    local_ESD = where_ED[:, None] & np.eye(topology.world_size, dtype=bool)[sources]
     near_ESD = where_ED[:, None] & topology.same_node()[sources]
-    anywhere_ESD = np.broadcast_to(where_ED[:, None], here_ESD.shape)
+    anywhere_ESD = np.broadcast_to(where_ED[:, None], local_ESD.shape)
     found_ESD = np.where(near_ESD.any(-1, keepdims=True), near_ESD, anywhere_ESD)
-    found_ESD = np.where(here_ESD.any(-1, keepdims=True), here_ESD, found_ESD)
+    found_ESD = np.where(local_ESD.any(-1, keepdims=True), local_ESD, found_ESD)
     return np.asarray(found_ESD / found_ESD.sum(-1, keepdims=True))
 
 

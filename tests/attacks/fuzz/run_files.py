@@ -27,7 +27,7 @@ from hecate.io.strict_json import parse_json
 from hecate.launch.many_runs.ledger import RunState, SweepEntry, changed_values, read_entries, write_entry
 from hecate.launch.many_runs.sweep import Sweep, SweepRun
 from hecate.launch.membership.job_states import State
-from hecate.launch.ray_job.messages import Begun, event_from_json, message_json
+from hecate.launch.ray_job.messages import PartBuilt, event_from_json, message_json
 from hecate.launch.ray_job.status import JobStatus, StatusNote, read_status, status_text, write_status
 from hecate.parallel.cluster.topology_file import load_topology
 from hecate.parallel.cost.model_shapes import load_model_shape
@@ -285,7 +285,7 @@ def _read_json(read: Callable[[Any], object], name: str) -> Callable[[Path], obj
     return lambda folder: read(parse_json((folder / name).read_bytes()))
 
 
-_BEGUN = Begun(step=1, max_steps=3, sequences=(1, 2), owned=(3, 4), topology=_TOPOLOGY.decode())
+_BEGUN = PartBuilt(step=1, max_steps=3, sequences=(1, 2), owned=(3, 4), topology=_TOPOLOGY.decode())
 _ORDER = ReplanOrder(number=1, flops=(1.0, 2.0), sequences=(1, 2), reshard=True)
 
 KINDS = (

@@ -115,7 +115,7 @@ def measured_on(truth: Topology, kinds: tuple[str, ...]) -> Measurements:
         memory_bandwidth=truth.memory_bandwidth,
         near=[f for flows in flows_over(near_rounds(nodes), truth) for f in flows],
         alone=[f for flows in flows_over(alone_rounds(nodes), truth) for f in flows],
-        together=flows_over(far_rounds(nodes), truth),
+        all_at_once=flows_over(far_rounds(nodes), truth),
         overlap_slowdown=truth.overlap_slowdown,
     )
 

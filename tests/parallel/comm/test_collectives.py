@@ -14,12 +14,12 @@ from hecate.parallel.comm.collectives import (
     sparse_all_gather_many,
     sparse_reduce_scatter,
 )
-from hecate.parallel.cost.gather_bytes import gather_ports
 from hecate.parallel.transfer.transfer_plan import plan_chunks
 from hecate.parallel.values.layout import ChunkSize
 from hecate.parallel.values.placement import Placement, owners_only
 from testing.ranks import run_ranks
 from tests.parallel.comm.collective_cases import Case, Counts, in_bytes, many_cases, ports_of, world_group
+from tests.parallel.plain_gather_ports import gather_ports
 
 
 def _each_alone(rank: int, world: int, cases: list[Case]) -> Counts:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hecate.parallel.cluster.topology import Link, Topology
-from hecate.parallel.comm.expert_store import ExpertStore, gather_together
+from hecate.parallel.comm.expert_store import ExpertStore, gather_layers
 from hecate.parallel.transfer.transfer_plan import TransferPlan, plan_change, plan_chunks
 from hecate.parallel.values.layout import ChunkSize
 from hecate.parallel.values.placement import Placement
@@ -193,8 +193,8 @@ def _together(rank: int, world: int, latency: float) -> tuple[int, list[int]]:
     stores[2].gather(plans[2])
     with counted_all_to_alls() as calls:
         before = [store.bytes_sent for store in stores]
-        gather_together(list(zip(stores, plans, strict=True)))
-        gather_together(list(zip(stores, plans, strict=True)))
+        gather_layers(list(zip(stores, plans, strict=True)))
+        gather_layers(list(zip(stores, plans, strict=True)))
     for store in stores[::-1]:
         numel = store.chunk_numel
         assert torch.equal(store.replicas().detach(), _chunks(where.experts_on(rank) + numel, numel))

@@ -80,7 +80,7 @@ def test_slices_equal_a_plain_gather_and_sum_and_count_every_byte(world: int, da
         gathered, reduced = ([of_rank[number][way] for of_rank in counts] for way in (0, 1))
         assert gathered == bytes_by_walk(case)
         assert reduced == [list(column) for column in zip(*gathered, strict=True)], "the same way back"
-        exchanges = sliced_moves(case.placement, case.topology, slices).moves.gather
+        exchanges = sliced_moves(case.placement, case.topology, slices)[1].gather
         planned = [in_bytes(moves.ports(case.topology), case) for moves in exchanges]
         together = {name: [(a + b) / slices for a, b in zip(planned[0][name], planned[1][name], strict=True)] for name in planned[0]}
         assert ports_of(gathered, case) == together

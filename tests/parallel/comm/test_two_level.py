@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hecate.parallel.comm.collectives import sparse_all_gather, sparse_reduce_scatter
-from hecate.parallel.cost.gather_bytes import gather_ports
 from testing.ranks import run_ranks
 from tests.parallel.comm.collective_cases import Case, Counts, in_bytes, many_cases, ports_of, reduced, world_group
+from tests.parallel.plain_gather_ports import gather_ports
 
 EVERYWHERE = ((True,) * 4,) * 5
 TWO_NODES = Case((0, 1, 0, 1), (0, 1, 2, 3, 0), EVERYWHERE, 7, torch.float64)

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.cost.gather_bytes import PortBytes, gather_ports, leaders
+from hecate.parallel.cost.gather_bytes import PortBytes, leaders
 from testing.unit_cases import unit_topology
+from tests.parallel.plain_gather_ports import gather_ports
 
 PORTS = tuple(field.name for field in fields(PortBytes))
 

@@ -251,7 +251,7 @@ def test_machine_code_lies_in_the_users_cache(tmp_path: Path) -> None:
 
 def test_machine_code_of_others_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "loops"))
-    find = jit._folder.__wrapped__
+    find = jit.code_folder.__wrapped__
     folder = find()
     assert folder is not None
     assert stat.S_IMODE((tmp_path / "loops").stat().st_mode) == 0o700

@@ -221,7 +221,7 @@ def test_machine_code_and_plain_python_give_the_same_to_the_bit() -> None:
         pytest.skip("numba is not installed: there is only plain Python")
     with jit.plain_python():
         plain = planned_and_priced()
-    with jit.compiling_here():
+    with jit.compiling_in_this_process():
         compiled = planned_and_priced()
     assert len(plain) == len(compiled)
     for one, other in zip(plain, compiled, strict=True):

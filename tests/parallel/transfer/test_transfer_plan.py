@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from hecate.parallel.cluster.topology import Link, Topology
 from hecate.parallel.cost.cost_model import LayerCost, Route
 from hecate.parallel.cost.flows import token_split
-from hecate.parallel.cost.gather_bytes import gather_ports
 from hecate.parallel.planners import POLICIES, PlanInput
 from hecate.parallel.transfer import transfer_plan
 from hecate.parallel.transfer.transfer_plan import (
@@ -32,6 +31,7 @@ from hecate.parallel.transfer.transfer_plan import (
 from hecate.parallel.values.layout import ChunkSize
 from hecate.parallel.values.placement import Placement, contiguous_owners, everything_everywhere, owners_only
 from testing.unit_cases import unit_topology
+from tests.parallel.plain_gather_ports import gather_ports
 
 ROUTES: tuple[Route, ...] = ("flat", "two_level", "sliced")
 NUMEL = 12
@@ -224,7 +224,7 @@ def test_equal_values_give_the_same_plan(layer: Layer) -> None:
 
 
 def test_caches_are_bounded() -> None:
-    for cached in (plan_chunks, plan_change, transfer_plan._cached_tokens, transfer_plan._cached_fused):
+    for cached in (plan_chunks, plan_change, transfer_plan._cached_tokens, fused_gathers):
         assert cached.cache_info().maxsize == transfer_plan.CACHED
 
 
@@ -247,10 +247,27 @@ def test_gathers_that_start_together() -> None:
         flat = plan_chunks_by("flat", owners_only(np.array([0, 1]), 4), CHUNK, nodes, 0)
         moving = plan_chunks_by("flat", Placement(np.array([0]), np.array([[True, True, False, False]])), CHUNK, nodes, 0)
         leaders = plan_chunks_by("two_level", everything_everywhere(np.array([0, 1]), 4), CHUNK, nodes, 0)
-        assert fused_gathers([moving, leaders, moving]) == groups
-        assert fused_gathers([leaders]) == ((0,),)
-        assert fused_gathers([]) == ()
-        assert fused_gathers([flat, flat])[0][0] == 0
+        assert (
+            fused_gathers(
+                (
+                    moving,
+                    leaders,
+                    moving,
+                )
+            )
+            == groups
+        )
+        assert fused_gathers((leaders,)) == ((0,),)
+        assert fused_gathers(()) == ()
+        assert (
+            fused_gathers(
+                (
+                    flat,
+                    flat,
+                )
+            )[0][0]
+            == 0
+        )
 
 
 @given(layers(), st.integers(0, 10**6))

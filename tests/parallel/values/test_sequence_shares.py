@@ -27,7 +27,7 @@ def test_worked_cases(num_sequences: int, speed_D: list[float], sequences_D: lis
 
 def test_groups_that_stay_together() -> None:
     """Four groups of three: the slow rank gets one, as it would of four sequences, and not four of the twelve."""
-    assert sequences_by_speed(12, [1.0, 0.5], together=3) == [9, 3]
+    assert sequences_by_speed(12, [1.0, 0.5], group_size=3) == [9, 3]
     assert sequences_by_speed(12, [1.0, 0.5]) == [8, 4]
 
 

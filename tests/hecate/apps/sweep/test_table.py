@@ -21,7 +21,7 @@ def result(r: int, seed: int, held_out: float | None, state: str = "finished") -
 
 def test_a_run_is_read_from_its_folder(tmp_path: Path) -> None:
     run = SweepRun("r-4", None, (SweepValue("lora.r", "4", 3),), None, (), str(tmp_path / "r-4"))
-    entry = SweepEntry(RunState.BEGUN, "", 12.5, "max_steps: 12\n")
+    entry = SweepEntry(RunState.STARTED, "", 12.5, "max_steps: 12\n")
     assert read_result(run, None, working=True).standing == "not begun"
     assert read_result(run, entry, working=False).standing == "interrupted at 0/12"
     write_run(tmp_path / "r-4", usual_records())

@@ -121,8 +121,8 @@ def test_a_kernel_that_does_not_compile_or_computes_wrongly_is_a_problem(monkeyp
 def test_loops_that_cannot_be_kept_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "new" / "cache"))
     monkeypatch.setattr(jit, "_process", jit._Process())
-    monkeypatch.setattr(jit, "_numba_is_there", lambda: True)
-    jit._folder.cache_clear()
+    monkeypatch.setattr(jit, "_numba_is_installed", lambda: True)
+    jit.code_folder.cache_clear()
     try:
         assert "not yet compiled" in software.planner_cache().what
         assert "--compile" in software.planner_cache().mend
@@ -133,10 +133,10 @@ def test_loops_that_cannot_be_kept_are_a_warning(tmp_path: Path, monkeypatch: py
         (tmp_path / "all").mkdir()
         (tmp_path / "all").chmod(0o777)
         monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "all"))
-        jit._folder.cache_clear()
+        jit.code_folder.cache_clear()
         assert software.planner_cache().state == "warning", "anybody could put machine code there"
     finally:
-        jit._folder.cache_clear()
+        jit.code_folder.cache_clear()
 
 
 def test_a_cluster_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
