@@ -226,6 +226,9 @@ def kept_tile_map(order: AssignmentOrder, rows: int) -> Tensor:
 
     There are as many tiles as the least favourable group sizes would need; surplus tiles, at the end, have slot 0 and no rows. The map
     of an order is computed once and then reused.
+
+    Returns:
+        int32 [tiles, 3]: each tile's slot, its first row (a place of the order) and its number of rows, in the order of the rows.
     """
     if rows not in order.tile_maps:
         order.tile_maps[rows] = _cut(order, rows, None)[0]
