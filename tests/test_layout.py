@@ -318,7 +318,6 @@ WRITES_PLAINLY = {
     "hecate/elastic/restart.py": "an error's text for the launcher, in the folder that goes with it; the rank ends at once",
     "hecate/ranks/launcher_files.py": "as hecate/elastic/restart.py",
     "hecate/apps/check/drill/tiny_run.py": "in a folder for temporary files, as all that a drill writes",
-    "hecate/apps/check/drill/cases/inputs.py": "it breaks inputs",
     "hecate/apps/check/drill/launchers.py": "as hecate/apps/check/drill/tiny_run.py",
     "hecate/apps/check/drill/cases/losses.py": "as hecate/apps/check/drill/tiny_run.py",
     "hecate/apps/check/drill/program.py": "as hecate/apps/check/drill/tiny_run.py",

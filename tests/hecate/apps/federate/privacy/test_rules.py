@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hecate.apps.federate.privacy.rules import RULES
+from hecate.apps.federate.privacy.settings import privacy_keys
 from hecate.config import ConfigError
 from tests.hecate.config.making import MINIMAL, load
 
@@ -44,7 +45,8 @@ REFUSED = [
 
 def test_privacy_of_given_sources_is_allowed(folder: Path) -> None:
     config = load(MINIMAL, *PRIVATE)
-    assert (config.privacy.clip, config.privacy.noise) == (1.0, 0.5)
+    keys = privacy_keys(config)
+    assert (keys.clip, keys.noise) == (1.0, 0.5)
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
