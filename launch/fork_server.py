@@ -60,13 +60,7 @@ def forking(folder: Path, environment: Mapping[str, str], program: str) -> Itera
         # on to ranks what the launcher sends them: without it they could not save.
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
         try:
-            server = subprocess.Popen(
-                [*_SERVER, str(listening.fileno()), program],
-                stdin=subprocess.PIPE,  # the server ends when this pipe is closed, which the kernel does even if this process is killed
-                pass_fds=[listening.fileno()],
-                env=dict(environment),
-                start_new_session=True,  # a terminal's signals go to the launcher alone
-            )
+            server = _start(listening, environment, program)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     try:
@@ -75,6 +69,16 @@ def forking(folder: Path, environment: Mapping[str, str], program: str) -> Itera
         assert server.stdin is not None
         server.stdin.close()
         server.wait()
+
+
+def _start(listening: socket.socket, environment: Mapping[str, str], program: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [*_SERVER, str(listening.fileno()), program],
+        stdin=subprocess.PIPE,  # the server ends when this pipe is closed, which the kernel does even if this process is killed
+        pass_fds=[listening.fileno()],
+        env=dict(environment),
+        start_new_session=True,  # a terminal's signals go to the launcher alone
+    )
 
 
 @dataclass(frozen=True)

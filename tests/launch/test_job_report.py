@@ -31,7 +31,7 @@ def test_the_state_of_each_device_and_the_newest_notes() -> None:
             loaded=frozenset({3}),
         ),
         devices=devices,
-        begun={0: begun, 1: begun},
+        built={0: begun, 1: begun},
         shares=shares,
         spares=2,
     )

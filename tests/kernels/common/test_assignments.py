@@ -25,7 +25,7 @@ def test_against_lists(name: str) -> None:
     assert order.token_P.tolist() == [assignment // k for assignment in here + elsewhere]
     place = {assignment: at for at, assignment in enumerate(here)}
     assert order.place_TK.flatten().tolist() == [place.get(assignment, -1) for assignment in range(len(of_assignment))]
-    assert order.sizes_S.tolist() == [of_assignment.count(slot) for slot in range(slots)]
+    assert order.starts.diff().tolist() == [of_assignment.count(slot) for slot in range(slots)]
     assert order.starts.tolist() == [0, *itertools.accumulate(of_assignment.count(slot) for slot in range(slots))]
     assert (order.num_assignments, order.num_slots) == (len(of_assignment), slots)
 
