@@ -74,7 +74,6 @@ LISTED: dict[tuple[str, str], tuple[Callable[[Block, Path], None], str]] = {
     ("docs/use/federated.md", "round 1/1"): (_shown, "a line that a round prints"),
     ("docs/use/moe_lora.md", "from peft import"): (_peft, "compiled; tests/hecate/adapters run it, because it needs a trained adapter"),
     ("docs/design/experts.md", "y = W x"): (_shown, "a formula"),
-    ("docs/results/systems.md", "y = W x"): (_shown, "a formula"),
     ("docs/design/kernels.md", "sort, cut"): (_shown, "the order of kernels"),
     ("docs/design/kernels.md", "D = dy W2"): (_shown, "the order of kernels"),
     ("docs/use/launch.md", "placing"): (_shown, "a diagram of states"),
