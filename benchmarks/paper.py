@@ -370,7 +370,7 @@ def main() -> None:
         parts[f"sensitivity {workload} {tokens}"] = partial(sensitivity, workload, tokens)
     rows = kept_rows(options)
     for name, make in parts.items():
-        for row in recorded("paper", rows, {"part": name}, make, options.json):
+        for row in recorded(rows, {"part": name}, make, options.json):
             print(f"{name}: {row['what']}, {row['cluster']}, {row['model']}: {row['ours']:.3f} (paper: {row['paper']})", flush=True)
     finish("paper", rows, summary_of(rows), options.json)
 
