@@ -14,7 +14,7 @@ EP, makes 4.4 to 4.7 over EP. No single setting can reproduce both.
 
     python -m benchmarks.paper [--quick] [--json FILE] [--resume]
 
-takes ten minutes on one core, an hour without machine code. `--resume` goes on after the part that the file has last.
+takes ten minutes on one core, an hour without machine code. `--resume` goes on after the last part of an earlier call.
 """
 
 from __future__ import annotations
