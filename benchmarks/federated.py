@@ -28,7 +28,7 @@ import torch
 
 from benchmarks import whole_run
 from benchmarks.federated_cases import ARMS, GOALS, SEEDS, TASKS, Arm, Round, Run, Runs, mean_loss
-from benchmarks.report import arguments, commit, machine
+from benchmarks.report import arguments, as_json, commit, machine, replace_file
 from hecate.apps.federate.checks import RECIPE
 from hecate.apps.federate.records import UNION, RoundRecord, read_rounds
 from hecate.data.files.synthetic_tasks import write_tasks
@@ -187,8 +187,7 @@ def _write(path: Path, runs: Sequence[Run], size: Size, environment: dict[str, A
     path.parent.mkdir(parents=True, exist_ok=True)
     training = {**asdict(size), **TRAINING}
     value = {"name": "federated", "machine": environment, "training": training, "runs": [asdict(run) for run in runs]}
-    path.with_suffix(".part").write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    path.with_suffix(".part").replace(path)
+    replace_file(path, as_json(value))
 
 
 def main() -> None:

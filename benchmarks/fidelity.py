@@ -311,7 +311,7 @@ def main() -> None:
         def measured(world: int = world, shape: Shape = shape) -> list[dict[str, Any]]:
             return rows_of(world, shape, workloads, run_ranks(world, measure, shape, workloads, repeats, timeout=3000), cores)
 
-        recorded("fidelity", rows, {"ranks": world}, measured, options.json)
+        recorded(rows, {"ranks": world}, measured, options.json)
     by_ranks = {world: [row for row in rows if row["ranks"] == world] for world in SHAPES}
     summary = {
         "step_time_error_geomean": _error(rows),

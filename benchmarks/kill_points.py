@@ -14,9 +14,9 @@ the last one alone. On Ray (1 of 10, a private cluster for each) they do so, too
 steps. Under `hecate launch` without backups (1 of 10, likewise) all ranks start again from the last checkpoint, so that the step
 under way, or one that was done and not saved, is done again.
 
-The points come from a seed, so that a call with `--resume` goes on where the file ends (benchmarks/results/kill_points.json), which is
-written after each run; `--most` ends it after so many points. Runs in the file whose plan is another one now are done again. A call
-without `--resume` begins anew.
+The points come from a seed, so that a call with `--resume` goes on where one before has ended; `--most` ends it after so many points.
+Runs whose plan is another one now are done again. A call without `--resume` begins anew. After each run all runs are written to a file
+that git ignores, and what they come to, with those that did not hold, to the recording (benchmarks/results/kill_points.json).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kill_plans import DEATHS, RANKS, KillPlan, goes_on, plan_of
-from benchmarks.report import arguments, machine
+from benchmarks.report import arguments, as_json, machine, raw_file, replace_file, spread
 from hecate.apps.check.drill.cases.losses import Times, problem_of
 from hecate.apps.check.drill.outcome import Scope
 from hecate.apps.check.drill.ranks import Launched, begin_run
@@ -162,10 +162,10 @@ def _points(runs: Sequence[KilledRun]) -> int:
 
 
 def read_runs(path: Path) -> list[KilledRun]:
-    """The runs in a results file that were done as their plans now say."""
-    if not path.exists():
+    """The runs beside a recording that were done as their plans now say."""
+    if not raw_file(path).exists():
         return []
-    runs = [KilledRun(**{**run, "points": tuple(run["points"])}) for run in json.loads(path.read_text(encoding="utf-8"))["runs"]]
+    runs = [KilledRun(**{**run, "points": tuple(run["points"])}) for run in json.loads(raw_file(path).read_text(encoding="utf-8"))]
     return [run for run in runs if _as_planned(run, plan_of(run.number))]
 
 
@@ -175,12 +175,27 @@ def _as_planned(run: KilledRun, plan: KillPlan) -> bool:
 
 
 def write_runs(path: Path, runs: Sequence[KilledRun], environment: dict[str, Any]) -> None:
-    """Write the results file: what all runs come to, and each run."""
-    lines = ",\n".join(json.dumps(asdict(run)) for run in runs)
-    head = json.dumps({"name": "kill_points", "machine": environment, "wanted": WANTED, "totals": totals(runs)}, indent=1)
-    staged = path.with_suffix(".part")
-    staged.write_text(f'{head[:-2]},\n "runs": [\n{lines}\n]}}\n', encoding="utf-8")
-    staged.replace(path)
+    """Write all runs to the file beside the recording, and the recording: what they come to, and those that did not hold."""
+    replace_file(raw_file(path), json.dumps([asdict(run) for run in runs]))
+    failed = [asdict(run) for run in runs if not run.held]
+    result = {
+        "name": "kill_points",
+        "machine": environment,
+        "wanted": WANTED,
+        "totals": totals(runs),
+        "times": times(runs),
+        "failed": failed,
+    }
+    replace_file(path, as_json(result))
+
+
+def times(runs: Sequence[KilledRun]) -> dict[str, dict[str, list[float]]]:
+    """By launcher the spreads of milliseconds after the last kill until the others have noticed it, and until they go on."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for launcher in sorted({run.launcher for run in runs if run.recovered_ms}):
+        timed = [run for run in runs if run.launcher == launcher and run.recovered_ms]
+        found[launcher] = {"noticed_ms": spread(run.noticed_ms for run in timed), "recovered_ms": spread(run.recovered_ms for run in timed)}
+    return found
 
 
 def go_through(made: DrillFolder, runs: list[KilledRun], until: int, path: Path) -> None:
@@ -204,7 +219,7 @@ def go_through(made: DrillFolder, runs: list[KilledRun], until: int, path: Path)
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--resume", action="store_true", help="go on where the file ends")
+    parser.add_argument("--resume", action="store_true", help="go on where an earlier call has ended")
     parser.add_argument("--most", type=int, help="end after about so many more points")
     given = parser.parse_args()
     path = given.json or (Path(tempfile.gettempdir()) / "kill_points-quick.json" if given.quick else RESULTS)

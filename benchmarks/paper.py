@@ -14,7 +14,7 @@ EP, makes 4.4 to 4.7 over EP. No single setting can reproduce both.
 
     python -m benchmarks.paper [--quick] [--json FILE] [--resume]
 
-takes ten minutes on one core, an hour without machine code. `--resume` goes on after the part that the file has last.
+takes ten minutes on one core, an hour without machine code. `--resume` goes on after the last part of an earlier call.
 """
 
 from __future__ import annotations
@@ -370,7 +370,7 @@ def main() -> None:
         parts[f"sensitivity {workload} {tokens}"] = partial(sensitivity, workload, tokens)
     rows = kept_rows(options)
     for name, make in parts.items():
-        for row in recorded("paper", rows, {"part": name}, make, options.json):
+        for row in recorded(rows, {"part": name}, make, options.json):
             print(f"{name}: {row['what']}, {row['cluster']}, {row['model']}: {row['ours']:.3f} (paper: {row['paper']})", flush=True)
     finish("paper", rows, summary_of(rows), options.json)
 

@@ -11,7 +11,8 @@ been faster. All are priced on the true loads. Imbalance is the busiest device's
 
     python -m benchmarks.plan_quality [--quick] [--no-bound] [--resume] [--slots N ...] [--json FILE]
 
-Each row is written to the file as soon as it is there; a call with `--resume` goes on with those that are missing.
+A call with `--resume` goes on with the cases that an earlier one lacks. The file has, of each cluster, kind of experts and number of slots,
+how all workloads come out: ratios as `benchmarks.report.spread` has them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.grouped_ep import grouped_ep_seconds
-from benchmarks.report import finish, kept_rows, recorded, resumable
+from benchmarks.report import finish, kept_rows, recorded, resumable, spread
 from hecate.parallel.cost.cost_model import ExecutionMode, PlanMode
 from hecate.parallel.plan.measured_modes import modes_of
 from hecate.parallel.planners import POLICIES, ROWS, WITH_OURS, PlanInput
@@ -61,9 +62,9 @@ def main() -> None:
                     case = {"topology": place, "experts": kind.name, "workload": workload, "slots": slots}
                     given = plan_input(topology, kind.cost, loads[-1, 0], slots)
                     compared = partial(compare, kind, given, loads, bound=not options.no_bound)
-                    wanted += recorded("plan_quality", rows, case, compared, options.json)
+                    wanted += recorded(rows, case, compared, options.json)
                     print(shown(wanted[-1]), flush=True)
-    finish("plan_quality", wanted, summary(wanted), options.json)
+    finish("plan_quality", wanted, summary(wanted), options.json, kept=compact(wanted))
 
 
 def shown(row: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +101,26 @@ def simulated(given: PlanInput, loads: np.ndarray, execution: ExecutionMode) -> 
     only_auto = {"auto": POLICIES["auto"]}
     cost = replace(given.cost, frozen_bytes=0.0)  # frozen parts stay for many steps, and this is one
     return simulate(loads[-2:], only_auto, Setting(topology=given.topology, cost=cost, slots_D=given.slots_D, execution=execution))[0]
+
+
+def compact(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each cluster, kind of experts and number of slots: the spreads of ratios over all workloads."""
+    found = []
+    for place, experts, slots in dict.fromkeys((row["topology"], row["experts"], row["slots"]) for row in rows):
+        of_case = [row for row in rows if (row["topology"], row["experts"], row["slots"]) == (place, experts, slots)]
+        over = {f"{name} / auto": (name, "auto") for name in (*POLICIES, "grouped_ep") if name != "auto"}
+        over |= {f"{policy.removesuffix('+ours')} / {policy}": (policy.removesuffix("+ours"), policy) for policy in WITH_OURS}
+        over |= {f"{mode} / history": (f"{mode}_ms", "history_ms") for mode in ("exact", "late")}
+        over |= {"auto / bound": ("auto", "bound_ms")} if "bound_ms" in rows[0] else {}
+        ratios = {
+            name: spread(row[one] / row[other] for row in of_case if math.isfinite(row[one]) and math.isfinite(row[other]))
+            for name, (one, other) in over.items()
+        }
+        others = [policy for policy in ROWS if policy != "auto"]
+        ratios["auto / best other"] = spread(row["auto"] / min(row[policy] for policy in others) for row in of_case)
+        skews = {f"{mode} imbalance": spread(row[f"{mode}_imbalance"] for row in of_case) for mode in MODES}
+        found.append({"topology": place, "experts": experts, "slots": slots, **ratios, **skews})
+    return found
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, float]:

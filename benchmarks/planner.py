@@ -1,6 +1,7 @@
 """Time the planning of every policy, per layer, on one core, at four sizes, with Zipf(1.2) loads and LoRA over a frozen MoE base.
 
-`auto, after the router` is one layer's plan from its true loads, while ranks wait: a plan of its own, and a new split of what is there.
+A row has the median and the `spread` of the samples. `auto, after the router` is one layer's plan from its true loads, while ranks wait:
+a plan of its own, and a new split of what is there.
 
 Then time the choice of a route for one layer's experts (`fastest_route`), for placements of few and of many copies.
 """
@@ -18,7 +19,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np
 
-from benchmarks.report import arguments, finish
+from benchmarks.report import arguments, finish, spread
 from hecate.parallel.cluster.topology import Link, uniform_topology
 from hecate.parallel.cost.cost_loops import SERVED
 from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
@@ -78,7 +79,9 @@ def route_rows(*, quick: bool) -> list[dict[str, Any]]:
             fastest_route(placement, ChunkSize(numel, 2), given.topology)
             times.append(1e3 * (time.perf_counter() - start))
         name = f"choose_route ({route}, {density:.0%})"
-        rows.append({"experts": experts, "ranks": world, "policy": name, "ms_per_layer": statistics.median(times), "ms_all": times})
+        rows.append(
+            {"experts": experts, "ranks": world, "policy": name, "ms_per_layer": statistics.median(times), "ms_spread": spread(times)}
+        )
     return rows
 
 
@@ -116,7 +119,13 @@ def main() -> None:
                     break
             per_layer = [1e3 * seconds / layers for seconds in times]
             rows.append(
-                {"experts": experts, "ranks": world, "policy": policy, "ms_per_layer": statistics.median(per_layer), "ms_all": per_layer}
+                {
+                    "experts": experts,
+                    "ranks": world,
+                    "policy": policy,
+                    "ms_per_layer": statistics.median(per_layer),
+                    "ms_spread": spread(per_layer),
+                }
             )
         times = after_router_ms(given, quick=options.quick)
         rows.append(
@@ -125,7 +134,7 @@ def main() -> None:
                 "ranks": world,
                 "policy": "auto, after the router",
                 "ms_per_layer": statistics.median(times),
-                "ms_all": times,
+                "ms_spread": spread(times),
             }
         )
     find = {(row["experts"], row["ranks"], row["policy"]): row["ms_per_layer"] for row in rows}

@@ -12,7 +12,7 @@ the fastest of the three; `plan=auto` and `plan=exact` are those of what these c
 
     python -m benchmarks.prediction [--quick] [--seed N] [--resume] [--json FILE]
 
-Each row is written to the file as soon as it is there; a call with `--resume` goes on with those that are missing.
+A call with `--resume` goes on with the rows that an earlier one lacks.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
             loads = make(8 if options.quick else STEPS, LAYERS, topology.world_size, EXPERTS, TOKENS, top_k, options.seed)
             for kind in kinds(top_k):
                 case = {"topology": place, "experts": kind.name, "workload": workload}
-                for row in recorded("prediction", rows, case, partial(compare, topology, kind, loads), options.json):
+                for row in recorded(rows, case, partial(compare, topology, kind, loads), options.json):
                     print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
     names = [*DECAYS, "chosen", "judged"]
     summary = {}

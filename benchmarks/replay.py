@@ -186,7 +186,7 @@ def main() -> None:
         if node_of_rank[-1] and (missing := missing_for_slow_link()) is not None:
             print(f"{setting} is left out: {missing}")
             continue
-        recorded("replay", rows, {"setting": setting}, partial(measure, node_of_rank, sizes), options.json)
+        recorded(rows, {"setting": setting}, partial(measure, node_of_rank, sizes), options.json)
     finish("replay", rows, summarize(rows, sizes.budget), options.json)
 
 
