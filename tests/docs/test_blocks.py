@@ -77,7 +77,6 @@ LISTED: dict[tuple[str, str], tuple[Callable[[Block, Path], None], str]] = {
     ("docs/results/systems.md", "y = W x"): (_shown, "a formula"),
     ("docs/design/kernels.md", "sort, cut"): (_shown, "the order of kernels"),
     ("docs/design/kernels.md", "D = dy W2"): (_shown, "the order of kernels"),
-    ("docs/use/launch.md", "placing"): (_shown, "a diagram of states"),
     ("docs/design/training.md", "begin "): (_shown, "the order of a step"),
     ("docs/use/report.md", "step 12/200"): (_shown, "a line that a run prints"),
     ("docs/use/sweeps.md", "learning_rate  r"): (_shown, "a table that a sweep prints"),
