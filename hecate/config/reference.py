@@ -127,10 +127,10 @@ def page() -> str:
         "# Which keys does a configuration have?",
         "",
         "These. A file nests them (`lora: {r: 8}`), the command line writes them with dots (`lora.r=8`), and `${key}` repeats another",
-        "key's value. The default stands first, then what else may be given. A run is resumed with the same values of all keys but",
-        "the *free* ones, which do not change what is computed and are marked with a `*`. `hecate schema` prints a JSON schema, by which",
-        "an editor completes and checks keys: put `# yaml-language-server: $schema=run.schema.json` at the top of the file.",
-        "`hecate schema --page` makes this page from `hecate/config/schema.py`.",
+        "key's value. The default stands first, then what else may be given unless the meaning says it. A run is resumed with the same",
+        "values of all keys but the *free* ones, which do not change what is computed and are marked with a `*`. `hecate schema` prints a",
+        "JSON schema, by which an editor completes and checks keys: put `# yaml-language-server: $schema=run.schema.json` at the top of the",
+        "file. `hecate schema --page` makes this page from `hecate/config/schema.py`.",
     ]
     for section in ("", *SECTIONS):
         keys = [key for key in LEAVES if key.rpartition(".")[0] == section]
@@ -138,7 +138,7 @@ def page() -> str:
         if section in texts:
             lines += [texts[section], ""]
         lines += ["| key | value | meaning |", "|---|---|---|"]
-        lines += [f"| `{key}`{_free(key)} | {_value(LEAVES[key])} | {texts[key].replace('|', chr(92) + '|')} |" for key in keys]
+        lines += [f"| `{key}`{_free(key)} | {_value(LEAVES[key], texts[key])} | {texts[key].replace('|', chr(92) + '|')} |" for key in keys]
     return "\n".join(lines) + "\n"
 
 
@@ -146,22 +146,21 @@ def _free(key: str) -> str:
     return "" if LEAVES[key].computes else " *"
 
 
-def _value(leaf: Leaf) -> str:
-    """A key's default, and what else may be given, with its limits."""
+def _value(leaf: Leaf, meaning: str) -> str:
+    """A key's default, and what else may be given, with its limits; without what its meaning explains by name."""
     default = _default(leaf)
     others = [one for one in _kinds(leaf.type) if one != default.strip("`")]
+    others = [] if all(f"{one}: " in meaning for one in others) else others
     limits = leaf.range if leaf.range is None or leaf.range.high < MAX_INT else replace(leaf.range, high=float("inf"))
-    return f"{default}; {', '.join(others)}" + (f" {limits}" if limits is not None else "")
+    return default + (f"; {', '.join(others)}" if others else "") + (f" {limits}" if limits is not None else "")
 
 
 def _kinds(hint: Any) -> Iterator[str]:
-    """What a value may be: null first, so that limits stand behind the number that they are about."""
+    """What a value may be; null first, so that limits stand behind the number that they are about, and no second kind of switch."""
     for arm in sorted(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,), key=lambda arm: arm is not NoneType):
         if get_origin(arm) is Literal:
             yield from get_args(arm)
-        elif arm is bool:
-            yield from ("false", "true")
-        else:
+        elif arm is not bool:
             yield "null" if arm is NoneType else describe(arm).removeprefix("an ").removeprefix("a ")
 
 
