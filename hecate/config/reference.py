@@ -129,7 +129,7 @@ def page() -> str:
         "These. A file nests them (`lora: {r: 8}`), the command line writes them with dots (`lora.r=8`), and `${key}` repeats another",
         "key's value. The default stands first, then what else may be given unless the meaning says it. A run is resumed with the same",
         "values of all keys but the *free* ones, which do not change what is computed and are marked with a `*`. `hecate schema` prints a",
-        "JSON schema, by which an editor completes and checks keys: put `# yaml-language-server: $schema=run.schema.json` at the top of the",
+        "JSON schema, by which an editor completes and checks keys: put `# yaml-language-server: $schema=run.schema.json` at the top of a",
         "file. `hecate schema --page` makes this page from `hecate/config/schema.py`.",
     ]
     for section in ("", *SECTIONS):
