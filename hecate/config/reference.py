@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
@@ -136,10 +137,19 @@ def page() -> str:
         keys = [key for key in LEAVES if key.rpartition(".")[0] == section]
         lines += ["", f"## {section or 'The run'}", ""]
         if section in texts:
-            lines += [texts[section], ""]
+            lines += [_linked(texts[section]), ""]
         lines += ["| key | value | meaning |", "|---|---|---|"]
-        lines += [f"| `{key}`{_free(key)} | {_value(LEAVES[key], texts[key])} | {texts[key].replace('|', chr(92) + '|')} |" for key in keys]
+        lines += [f"| `{key}`{_free(key)} | {_value(LEAVES[key], texts[key])} | {_linked(texts[key])} |" for key in keys]
     return "\n".join(lines) + "\n"
+
+
+def _linked(meaning: str) -> str:
+    """A meaning as a cell of a table, whose pages of docs/ are links from docs/use/."""
+    return re.sub(r"docs/(\w+)/(\w+\.md)", lambda page: f"[{page[2]}]({_path(page[1], page[2])})", meaning.replace("|", "\\|"))
+
+
+def _path(folder: str, page: str) -> str:
+    return page if folder == "use" else f"../{folder}/{page}"
 
 
 def _free(key: str) -> str:
