@@ -225,7 +225,7 @@ def page() -> str:
         "",
         "## Settings",
         "",
-        *table(["setting", *KINDS], settings),
+        *table(["setting", *KINDS], together(settings)),
         "",
         *(f"{number}. {reason}" for number, reason in enumerate(refusals, 1)),
         "",

@@ -35,7 +35,15 @@ SMALL = [
     *("gradient_accumulation_steps=1", "model.dtype=float32"),
 ]
 OVER_LLAMA = "hecate train finetune model.name_or_path=/models/SmolLM2-1.7B data.train=chats.jsonl output_dir=runs/mistral"
-STORY = ("README.md", "docs/use/moe_lora.md", "docs/use/adapters.md", "docs/use/answers.md", "docs/use/data.md", "docs/use/report.md", "docs/use/launch.md")
+STORY = (
+    "README.md",
+    "docs/use/moe_lora.md",
+    "docs/use/adapters.md",
+    "docs/use/answers.md",
+    "docs/use/data.md",
+    "docs/use/report.md",
+    "docs/use/launch.md",
+)
 """the pages whose commands follow each other: a later page uses what those of an earlier one have left"""
 ALONE = ("docs/use/doctor.md", "docs/use/topology.md")
 SLOW = r"runs/many|runs/sixteen|^torchrun|^hecate launch"
