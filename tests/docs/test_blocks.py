@@ -69,7 +69,6 @@ LISTED: dict[tuple[str, str], tuple[Callable[[Block, Path], None], str]] = {
     ("docs/use/data.md", '{"text": "ab"'): (_sample, "the record is read"),
     ("docs/use/data.md", "chats.jsonl: keys"): (_shown, "a line that a run prints"),
     ("docs/use/traces.md", "from hecate.parallel.values.traces"): (_trace, "runs on a trace that is written before"),
-    ("docs/use/adapters.md", "lego of 3 adapters"): (_shown, "what a command above it prints"),
     ("docs/use/federated.md", "round 1/1"): (_shown, "a line that a round prints"),
     ("docs/use/moe_lora.md", "from peft import"): (_peft, "compiled; tests/hecate/adapters run it, because it needs a trained adapter"),
     ("docs/design/experts.md", "y = W x"): (_shown, "a formula"),
