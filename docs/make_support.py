@@ -162,7 +162,7 @@ def allowed(kind: Settings, settings: Settings) -> str:
 
     before = problems(kind)
     new = [(key, what) for key, what in problems({**kind, **settings}) if (key, what) not in before and not what.startswith("no such file")]
-    return YES if not new else f"{new[0][0]} {new[0][1]}"
+    return YES if not new else re.sub(r", (?:but the family is|got) [^,]*$", "", f"{new[0][0]} {new[0][1]}")
 
 
 def not_supported() -> list[list[str]]:
@@ -173,6 +173,14 @@ def not_supported() -> list[list[str]]:
         if answer.startswith("not supported: "):
             rows.setdefault(answer.removeprefix("not supported: ").removesuffix("; leave it out"), []).append(f"`{name}`")
     return [[what, ", ".join(names)] for what, names in rows.items()]
+
+
+def together(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """The rows, those with equal answers as one that names all of them."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, *answers in rows:
+        names.setdefault(tuple(answers), []).append(name)
+    return [[", ".join(of), *answers] for answers, of in names.items()]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -199,24 +207,25 @@ def page() -> str:
     models, why_not = numbered(model_rows())
     settings, refusals = numbered(setting_rows())
     lines = [
-        "# What goes together",
+        "# Which models and settings go together, and what is not supported?",
         "",
-        "Which models can be trained, with what, and what is not supported? This page is written by `python docs/make_support.py`:",
-        "it makes each model, tiny and with random weights, hecate looks for places for experts in it and computes its logits; and it",
-        "puts settings together, and hecate's rules accept or refuse them.",
+        "These tables say it. `python docs/make_support.py` writes them: it makes each model, tiny and with random weights, hecate",
+        "looks for places for experts in it and computes its logits; and it puts settings together, which hecate's rules accept or refuse.",
         "",
         "## Models",
         "",
-        "Models are known by what they compute and not by their names: any other model of transformers with the same kinds of",
-        "layers works, too.",
+        "Any other model of transformers with the same kinds of layers works, too: models are known by what they compute.",
         "",
-        *table(["`model_type`", "experts over its FFNs", "experts over its linears", "LoRA on its own experts, or all of them"], models),
+        *table(
+            ["`model_type`", "experts over its FFNs", "experts over its linears", "LoRA on its own experts, or all of them"],
+            together(models),
+        ),
         "",
         *(f"{number}. {reason}" for number, reason in enumerate(why_not, 1)),
         "",
         "## Settings",
         "",
-        *table(["setting", *KINDS], settings),
+        *table(["setting", *KINDS], together(settings)),
         "",
         *(f"{number}. {reason}" for number, reason in enumerate(refusals, 1)),
         "",

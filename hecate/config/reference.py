@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass, replace
 from pathlib import Path
@@ -124,34 +125,53 @@ def page() -> str:
     """docs/use/configuration.md: a table for each section."""
     texts = meanings()
     lines = [
-        "# Configuration keys",
+        "# Which keys does a configuration have?",
         "",
-        "Which keys does a configuration have? A file nests them (`lora: {r: 8}`), the command line writes them with dots (`lora.r=8`),",
-        "and `${key}` repeats another key's value. A key without a default must be given. A run is resumed with the same values of all",
-        "keys but those marked *free*, which do not change what is computed. `hecate schema` prints a JSON schema, by which an editor",
-        "completes and checks keys: put `# yaml-language-server: $schema=run.schema.json` at the top of the file. This page is made by",
-        "`hecate schema --page` from `hecate/config/schema.py`.",
+        "These. A file nests them (`lora: {r: 8}`), the command line writes them with dots (`lora.r=8`), and `${key}` repeats another",
+        "key's value. The default stands first, then what else may be given unless the meaning says it. A run is resumed with the same",
+        "values of all keys but the *free* ones, which do not change what is computed and are marked with a `*`. `hecate schema` prints a",
+        "JSON schema, by which an editor completes and checks keys: put `# yaml-language-server: $schema=run.schema.json` at the top of a",
+        "file. `hecate schema --page` makes this page from `hecate/config/schema.py`.",
     ]
     for section in ("", *SECTIONS):
         keys = [key for key in LEAVES if key.rpartition(".")[0] == section]
         lines += ["", f"## {section or 'The run'}", ""]
         if section in texts:
-            lines += [texts[section], ""]
-        lines += ["| key | value | default | meaning |", "|---|---|---|---|"]
-        lines += [
-            f"| `{key}` | {_value(LEAVES[key])} | {_default(LEAVES[key])} | {texts[key].replace('|', chr(92) + '|')} |" for key in keys
-        ]
+            lines += [_linked(texts[section]), ""]
+        lines += ["| key | value | meaning |", "|---|---|---|"]
+        lines += [f"| `{key}`{_free(key)} | {_value(LEAVES[key], texts[key])} | {_linked(texts[key])} |" for key in keys]
     return "\n".join(lines) + "\n"
 
 
-def _value(leaf: Leaf) -> str:
+def _linked(meaning: str) -> str:
+    """A meaning as a cell of a table, whose pages of docs/ are links from docs/use/."""
+    return re.sub(r"docs/(\w+)/(\w+\.md)", lambda page: f"[{page[2]}]({_path(page[1], page[2])})", meaning.replace("|", "\\|"))
+
+
+def _path(folder: str, page: str) -> str:
+    return page if folder == "use" else f"../{folder}/{page}"
+
+
+def _free(key: str) -> str:
+    return "" if LEAVES[key].computes else " *"
+
+
+def _value(leaf: Leaf, meaning: str) -> str:
+    """A key's default, and what else may be given, with its limits; without what its meaning explains by name."""
+    default = _default(leaf)
+    others = [one for one in _kinds(leaf.type) if one != default.strip("`")]
+    others = [] if all(f"{one}: " in meaning for one in others) else others
     limits = leaf.range if leaf.range is None or leaf.range.high < MAX_INT else replace(leaf.range, high=float("inf"))
-    text = describe(leaf.type) + (f", {limits}" if limits is not None else "")
-    return _cell(text) + ("" if leaf.computes else "; *free*")
+    return default + (f"; {', '.join(others)}" if others else "") + (f" {limits}" if limits is not None else "")
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
+def _kinds(hint: Any) -> Iterator[str]:
+    """What a value may be; null first, so that limits stand behind the number that they are about, and no second kind of switch."""
+    for arm in sorted(get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,), key=lambda arm: arm is not NoneType):
+        if get_origin(arm) is Literal:
+            yield from get_args(arm)
+        elif arm is not bool:
+            yield "null" if arm is NoneType else describe(arm).removeprefix("an ").removeprefix("a ")
 
 
 def _default(leaf: Leaf) -> str:

@@ -1,7 +1,7 @@
 """Decides who goes on after a loss, who is started, and when all begin again, for all launchers alike.
 
-A launcher calls `step` with what it has seen, carries out the orders, and calls again a moment later. `docs/use/survival.md` has the
-states, facts and orders in tables. What follows a loss is in `losses.py`.
+A launcher calls `step` with what it has seen, carries out the orders, and calls again a moment later. The facts and orders are in
+`facts.py`, the states in `job_states.py`. What follows a loss is in `losses.py`, and for users in `docs/use/survival.md`.
 """
 
 from __future__ import annotations

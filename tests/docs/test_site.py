@@ -38,6 +38,13 @@ def test_the_list_of_pages_has_every_page() -> None:
     assert linked | {"README.md"} == PAGES
 
 
+def test_each_page_for_users_begins_with_the_question_that_the_list_asks() -> None:
+    listed = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs" / "use").glob("*.md"):
+        question = page.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        assert f"| {question} | [{page.name}](use/{page.name}) |" in listed
+
+
 def test_every_picture_is_shown_and_made_by_what_lies_beside_it() -> None:
     """A program draw_NAME.py, NAME.yaml, from which hecate makes it, or a command on a page; report.png is a photograph of a page."""
     images = ROOT / "docs" / "images"

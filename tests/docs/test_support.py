@@ -22,7 +22,8 @@ def program() -> dict[str, Any]:
 def test_the_tables_of_settings_and_of_what_is_not_supported_are_the_rules(program: dict[str, Any]) -> None:
     """If this fails: python docs/make_support.py."""
     rows, reasons = program["numbered"](program["setting_rows"]())
-    for line in (*program["table"](["setting", *program["KINDS"]], rows), *program["table"](["what"], program["not_supported"]())[2:]):
+    settings = program["table"](["setting", *program["KINDS"]], program["together"](rows))
+    for line in (*settings, *program["table"](["what"], program["not_supported"]())[2:]):
         assert line in PAGE.splitlines()
     for number, reason in enumerate(reasons, 1):
         assert f"{number}. {reason}" in PAGE
