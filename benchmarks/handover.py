@@ -6,9 +6,12 @@ Sides that cannot share a process take turns so, sample by sample. A process tha
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 TOOK = "took "
@@ -96,6 +99,49 @@ class Worker:
 
     def _failed(self) -> float:
         sys.exit(f"{' '.join(map(str, self._command))[:300]} has ended (exit status {self._process.wait()})")
+
+
+class WorkerGroup:
+    """Ranks of one process group, which take their steps together. They end when it leaves the `with` block.
+
+    Args:
+        command: of a rank, as in `Worker`; its place in the group stands in its environment, as torch's processes read it.
+        settings: of their environment.
+    """
+
+    def __init__(self, command: Sequence[str], ranks: int, settings: Mapping[str, str], folder: Path | None = None) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        group = {"WORLD_SIZE": f"{ranks}", "LOCAL_WORLD_SIZE": f"{ranks}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+        places = [{"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "GLOO_SOCKET_IFNAME": "lo"} for rank in range(ranks)]
+        self._ranks = [Worker(command, {**settings, **group, **place}, folder) for place in places]
+        self.clock: list[float] = []
+        """the seconds by the clock of each step"""
+
+    def __enter__(self) -> WorkerGroup:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        for rank in self._ranks:
+            # All of them, before one is waited for: at its end a rank may wait for the others.
+            rank.dismiss()
+        with ExitStack() as stack:
+            for rank in self._ranks:
+                stack.callback(rank.__exit__, kind, *error)
+
+    def step(self) -> float:
+        """The sum of the ranks' answers for one step.
+
+        Raises:
+            SystemExit: a rank has ended.
+        """
+        started = time.perf_counter()
+        for rank in self._ranks:
+            rank.ask()
+        seconds = sum(rank.answer() for rank in self._ranks)
+        self.clock.append(time.perf_counter() - started)
+        return seconds
 
 
 def take_steps(step: Callable[[], float]) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from benchmarks.before_after import OTHER, THIS, Compared, Sample, _run, compare
+from benchmarks.before_after import OTHER, THIS, WARM_UP, Case, Sample, Take, _run, compare
 from benchmarks.ratios import Budget
 
 FEW = Budget(half_width=1e-9, rounds=4)
@@ -15,17 +17,18 @@ FEW = Budget(half_width=1e-9, rounds=4)
 def test_sides_take_turns_and_only_common_parts_are_compared(tmp_path: Path) -> None:
     turns: list[str] = []
 
-    def take(checkout: Path, folder: Path) -> Sample:
-        assert folder.is_dir()
-        assert not list(folder.iterdir())
-        turns.append(checkout.name)
-        return {"plan": 2.0, "new": 1.0} if checkout.name == THIS else {"plan": 4.0, "old": 5.0}
+    def opened(checkouts: Mapping[str, Path], stack: ExitStack) -> Take:
+        def take(side: str) -> Sample:
+            turns.append(checkouts[side].name)
+            return {"plan": 2.0, "new": 1.0} if side == THIS else {"plan": 4.0, "old": 5.0}
 
-    checkouts = {THIS: tmp_path / THIS, OTHER: tmp_path / OTHER}
-    samples, ratios = compare(Compared(take, whole=True, budget=FEW), checkouts, FEW)
-    assert turns == [THIS, OTHER, *[THIS, OTHER, OTHER, THIS] * 2]
+        stack.callback(turns.append, "closed")
+        return take
+
+    samples, ratios = compare(Case(opened, FEW), {THIS: tmp_path / "a", OTHER: tmp_path / "b"}, FEW)
+    assert turns == [*"ab" * WARM_UP, *"abba" * 2, "closed"]
     assert [len(found) for found in samples.values()] == [4, 4]
-    assert {part: ratio.value for part, ratio in ratios.items()} == pytest.approx({"plan": 0.5, "whole": 1 / 3})
+    assert {part: ratio.value for part, ratio in ratios.items()} == pytest.approx({"plan": 0.5})
 
 
 def test_a_program_that_fails_gives_no_result(tmp_path: Path) -> None:

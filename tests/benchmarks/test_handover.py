@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.handover import Worker
+from benchmarks.handover import Worker, WorkerGroup
 
 PROGRAM = """
 import sys
@@ -45,12 +45,28 @@ def test_a_process_that_fails_ends_all(tmp_path: Path) -> None:
     assert not (tmp_path / "one").exists()
 
 
-def test_ranks_of_a_group_are_asked_and_dismissed_together(tmp_path: Path) -> None:
-    """One that waited for the other's answer, or for its end, would wait forever where they exchange something in a step."""
-    with worker(tmp_path / "one") as one, worker(tmp_path / "two") as two:
-        one.ask()
-        two.ask()
-        assert (one.answer(), two.answer()) == (0.5, 0.5)
-        one.dismiss()
-        two.dismiss()
-    assert [(tmp_path / name).read_text(encoding="utf-8") for name in ("one", "two")] == ["[0.5]"] * 2
+GROUP = """
+import os, sys, time
+from benchmarks.handover import take_steps
+rank = os.environ["RANK"]
+here, other = (f"{sys.argv[1]}/{name}" for name in (rank, "10"[int(rank)]))
+def meet(what):
+    open(f"{here}-{what}", "w").close()
+    while not os.path.exists(f"{other}-{what}"):
+        time.sleep(0.01)
+steps = []
+def step():
+    steps.append(1)
+    meet(len(steps))
+    return 1.5
+take_steps(step)
+meet("end")
+"""
+
+
+def test_ranks_of_a_group_take_steps_and_end_together(tmp_path: Path) -> None:
+    """One that were asked, or waited for, before the other one would wait for it forever."""
+    with WorkerGroup([sys.executable, "-c", GROUP, str(tmp_path)], 2, {}) as group:
+        assert [group.step(), group.step()] == [3.0, 3.0]
+        assert len(group.clock) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {f"{rank}-{what}" for rank in (0, 1) for what in (1, 2, "end")}
