@@ -2,8 +2,8 @@
 
     python -m benchmarks.before_after OTHER_CHECKOUT [--only moe_layer --only plans --only starts] [--json FILE]
 
-The checkouts take turns (`benchmarks.ratios`), each with its own code and programs, so that both need `benchmarks.moe_layer_parts`,
-`benchmarks.handover` and `benchmarks.planner` with the same names in them. Of a layer the ranks' processor time is compared, of plans and
+The checkouts take turns (`benchmarks.ratios`), each with its own code and programs, so that both need `benchmarks.moe_layer_parts`
+and `benchmarks.planner` with the same names in them. Of a layer the ranks' processor time is compared, of plans and
 commands the clock. `benchmarks.step_before_after` compares whole steps, `benchmarks.hot_path` what a step asks of
 the host.
 """

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 TOOK = "took "
@@ -81,7 +81,8 @@ class Worker:
     def dismiss(self) -> None:
         """Ask for no more steps, and do not wait for the end, so that ranks of one group can leave it together."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended already
+            self._process.stdin.close()
 
     def end(self) -> None:
         """Let the process write what it has found, and end.
