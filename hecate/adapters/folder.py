@@ -100,10 +100,18 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """Return an adapter folder's tensors: those of adapter_model.safetensors if it exists, otherwise of adapter_model.bin.
 
     Raises:
-        UserError: there is neither, it cannot be read, or a tensor is not of finite numbers of floating point.
+        UserError: there is neither, or as `read_finite`.
     """
-    path = weights_path(folder)
-    tensors = _read_safetensors(path) if path.name == WEIGHTS else _read_bin(path)
+    return read_finite(weights_path(folder))
+
+
+def read_finite(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file, of safetensors or one that torch has written.
+
+    Raises:
+        UserError: it cannot be read, or a tensor is not of finite numbers of floating point.
+    """
+    tensors = _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.dtype not in _FLOATS:
             raise UserError(f"{path}: tensor {name[:200]} is {tensor.dtype}, not a dense tensor of floating point of 16 bits or more")
