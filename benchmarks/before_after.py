@@ -1,11 +1,10 @@
-"""Compare this checkout with another one in what users wait for beside whole steps: a MoE layer, plans, and commands that start.
+"""Compare this checkout with another one in what users wait for: a MoE layer, optimizer steps, plans, and commands that start.
 
-    python -m benchmarks.before_after OTHER_CHECKOUT [--only moe_layer --only plans --only starts] [--json FILE]
+    python -m benchmarks.before_after OTHER_CHECKOUT [--only moe_layer --only steps --only plans --only starts] [--json FILE]
 
 The checkouts take turns (`benchmarks.ratios`), each with its own code and programs, so that both need `benchmarks.moe_layer_parts`
-and `benchmarks.planner` with the same names in them. Of a layer the ranks' processor time is compared, of plans and
-commands the clock. `benchmarks.step_before_after` compares whole steps, `benchmarks.hot_path` what a step asks of
-the host.
+and `benchmarks.planner` with the same names in them. Of layers and steps the ranks' processor time is compared, of plans
+and commands the clock. `benchmarks.hot_path` compares what a step asks of the host.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from benchmarks.handover import WorkerGroup
 from benchmarks.moe_layer_parts import FFN_KINDS
 from benchmarks.ratios import Budget, Ratio, of_times, until_narrow
 from benchmarks.report import arguments, finish
+from benchmarks.small_run import make_folder
 from benchmarks.whole_run import ROOT
 from hecate.launch.local_launcher import RANK_SETTINGS
 
@@ -33,6 +33,13 @@ Sample = dict[str, float]
 """the seconds, or milliseconds, of each part of a sample, by the part's name"""
 RANKS, WARM_UP = 2, 2
 """of a layer; and the samples of each side that are not counted"""
+TRAININGS = {
+    "MixLoRA": [],
+    "MixLoRA without dropout": ["lora.dropout=0"],
+    "MixLoRA, recomputed": ["gradient_checkpointing=true"],
+    "full experts": ["moe.family=full"],
+}
+"""name -> what differs from the configuration"""
 PLANNED = ("auto", "static_ep", "hecate_paper", "choose_route")
 """what the plans begin with that are compared: those of this project, and the choice of a route"""
 THIS, OTHER = "this", "other"
@@ -70,6 +77,20 @@ def layers(checkouts: Mapping[str, Path], stack: ExitStack) -> Take:
     return lambda side: {kind: groups[side, kind].step() for kind in FFN_KINDS}
 
 
+def steps(checkouts: Mapping[str, Path], stack: ExitStack) -> Take:
+    """Of each of `TRAININGS`: the processor seconds of both ranks for an optimizer step of `benchmarks.small_run`."""
+    program = str(Path(__file__).parent / "training_steps.py")
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hecate-")))
+    config = make_folder(folder)
+    groups = {}
+    for side, checkout in checkouts.items():
+        for name, words in TRAININGS.items():
+            command = [sys.executable, program, str(config), f"output_dir={folder}/{side}-{name}", *words]
+            settings = {**RANK_SETTINGS, "PYTHONPATH": str(checkout)}
+            groups[side, name] = stack.enter_context(WorkerGroup(command, RANKS, settings, checkout))
+    return lambda side: {name: groups[side, name].step() for name in TRAININGS}
+
+
 def plans(checkouts: Mapping[str, Path], stack: ExitStack) -> Take:
     """Of each policy and size: the milliseconds of a layer's plan, by the median that a program says."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hecate-")))
@@ -105,6 +126,7 @@ def starts(checkouts: Mapping[str, Path], stack: ExitStack) -> Take:
 
 CASES = {
     "moe_layer": Case(layers, Budget(half_width=0.01, rounds=100)),
+    "steps": Case(steps, Budget(half_width=0.01, rounds=100)),
     "plans": Case(plans, Budget(half_width=0.02, rounds=24)),
     "starts": Case(starts, Budget(half_width=0.01, rounds=40)),
 }
