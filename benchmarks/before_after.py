@@ -85,7 +85,7 @@ def steps(checkouts: Mapping[str, Path], stack: ExitStack) -> Take:
     groups = {}
     for side, checkout in checkouts.items():
         for name, words in TRAININGS.items():
-            command = [sys.executable, program, str(config), f"output_dir={folder}/{side}-{name}", *words]
+            command = [sys.executable, program, str(config), f"output_dir={folder}/{side}-{len(groups)}", *words]
             settings = {**RANK_SETTINGS, "PYTHONPATH": str(checkout)}
             groups[side, name] = stack.enter_context(WorkerGroup(command, RANKS, settings, checkout))
     return lambda side: {name: groups[side, name].step() for name in TRAININGS}
