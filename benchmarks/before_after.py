@@ -32,7 +32,7 @@ from hecate.launch.local_launcher import RANK_SETTINGS
 Sample = dict[str, float]
 """the seconds, or milliseconds, of each part of a sample, by the part's name"""
 RANKS, WARM_UP = 2, 2
-"""of a layer; and the samples of each side that are not counted"""
+"""of a side; and the samples of each side that are not counted"""
 TRAININGS = {
     "MixLoRA": [],
     "MixLoRA without dropout": ["lora.dropout=0"],
@@ -69,7 +69,7 @@ def layers(checkouts: Mapping[str, Path], stack: ExitStack) -> Take:
     program = str(Path(__file__).parent / "layer_steps.py")
     groups = {
         (side, kind): stack.enter_context(
-            WorkerGroup([sys.executable, program, kind], RANKS, {**RANK_SETTINGS, "PYTHONPATH": str(checkout)}, checkout)
+            WorkerGroup([sys.executable, "-P", program, kind], RANKS, {**RANK_SETTINGS, "PYTHONPATH": str(checkout)}, checkout)
         )
         for side, checkout in checkouts.items()
         for kind in FFN_KINDS
@@ -79,13 +79,14 @@ def layers(checkouts: Mapping[str, Path], stack: ExitStack) -> Take:
 
 def steps(checkouts: Mapping[str, Path], stack: ExitStack) -> Take:
     """Of each of `TRAININGS`: the processor seconds of both ranks for an optimizer step of `benchmarks.small_run`."""
+    # Without `-P` the folder of the program would be searched first, and its kernels.py would be taken for another package.
     program = str(Path(__file__).parent / "training_steps.py")
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hecate-")))
     config = make_folder(folder)
     groups = {}
     for side, checkout in checkouts.items():
         for name, words in TRAININGS.items():
-            command = [sys.executable, program, str(config), f"output_dir={folder}/{side}-{len(groups)}", *words]
+            command = [sys.executable, "-P", program, str(config), f"output_dir={folder}/{side}-{len(groups)}", *words]
             settings = {**RANK_SETTINGS, "PYTHONPATH": str(checkout)}
             groups[side, name] = stack.enter_context(WorkerGroup(command, RANKS, settings, checkout))
     return lambda side: {name: groups[side, name].step() for name in TRAININGS}
