@@ -34,12 +34,14 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
         become_rank([str(config), *(overrides or ())])
         return
     from hecate.config import load_config
+
+    loaded = load_config(config, overrides or ())
+    # After the configuration is checked, so that a mistake in it is answered at once.
     from hecate.io.one_writer import one_writer
     from hecate.launch.local_launcher import launch_local
     from hecate.launch.membership.job_policy import JobPolicy
     from hecate.train.preflight import check_data, warn_of_cores
 
-    loaded = load_config(config, overrides or ())
     count = check_local(loaded, check_data)
     warn_of_cores(count, "nproc")
     # The ranks load torch, transformers and the model before they can say anything themselves.
