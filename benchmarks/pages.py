@@ -24,7 +24,7 @@ from benchmarks.federated_cases import Round as FederatedRound
 from benchmarks.federated_cases import Run as FederatedRun
 from benchmarks.method_cases import EXACT, GOALS, LONG, LOSS, SEEDS, SHORT, Run, Runs
 from benchmarks.methods import by_method
-from benchmarks.ratios import reached
+from benchmarks.ratios import VERDICTS, reached
 from benchmarks.whole_run import ROOT
 
 Pieces = Sequence[str]
@@ -324,6 +324,11 @@ def merging(recording: Mapping[str, Any]) -> Pieces:
     return ["\n".join(lines), f"keeps {100 * kept / single:.0f} % of the {single:.2f} that the adapters have on their own tasks"]
 
 
+def beside_trl(recording: Mapping[str, Any]) -> Pieces:
+    found, key = recording["summary"], "tokens_per_processor_s_over_trl"
+    return [f"{_between(found, key)}, so {VERDICTS[found[f'{key}_verdict']]}"]
+
+
 def paper(recording: Mapping[str, Any]) -> Pieces:
     found = recording["summary"]
     inside = [round(12 * found[f"share_inside_{which}"]) for which in ("published_ranges", "least_of_draws", "most_of_draws")]
@@ -396,7 +401,7 @@ SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
     "docs/use/federated.md": {"federated": federated},
     "docs/use/adapters.md": {"merging": merging},
     "docs/design/planners.md": {"plan_quality": plan_quality, "paper": paper_under_other_loads},
-    "README.md": {"paper": paper},
+    "README.md": {"paper": paper, "beside_trl": beside_trl},
     "docs/use/deterministic.md": {"deterministic": deterministic},
     "docs/use/drills.md": {"faults": faults, "effective_time": effective_time},
     "docs/design/placement.md": {"replay": replay, "beside_compiler": beside_compiler},
