@@ -204,14 +204,9 @@ def _peak() -> int:
     return int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
 
 
-def our_worker(folder: Path, out: Path, dropout: float, checkpoint: bool, checkout: Path | None = None) -> Worker:
-    """
-    Args:
-        checkout: whose code takes the steps; None: this one.
-    """
+def our_worker(folder: Path, out: Path, dropout: float, checkpoint: bool) -> Worker:
     command = [sys.executable, "-m", "benchmarks.train_step", "--ours", folder, out, dropout, int(checkpoint)]
-    where = {"PYTHONPATH": str(checkout)} if checkout else {}
-    return Worker([str(word) for word in command], {**RANK_SETTINGS, **where}, checkout)
+    return Worker([str(word) for word in command], RANK_SETTINGS)
 
 
 def frozen_worker(folder: Path) -> Worker:

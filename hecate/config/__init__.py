@@ -1,6 +1,7 @@
 """The configuration of a run: typed, checked as a whole before any process starts, and frozen. Importing it needs no torch or numpy."""
 
 from hecate.config.effective import Change, changed_computation, to_yaml
+from hecate.config.expert_keys import LoraConfig, MoeConfig, RouterConfig
 from hecate.config.files.paths import adapter_in, find_model, named_model
 from hecate.config.load import load_config, saved_config
 from hecate.config.problems import ConfigError, Problem
@@ -10,11 +11,8 @@ from hecate.config.schema import (
     DataSource,
     EvalConfig,
     FssdpConfig,
-    LoraConfig,
     ModelConfig,
-    MoeConfig,
     RayConfig,
-    RouterConfig,
 )
 
 __all__ = [

@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hecate.config import other_names
 from hecate.config.effective import leaves_of
+from hecate.config.expert_keys import DEFAULT_EXPERTS, DEFAULT_TOP_K, MoeConfig
 from hecate.config.files.hub import with_local_paths
 from hecate.config.files.paths import name_of_source
 from hecate.config.files.presets import run_presets
@@ -18,7 +19,7 @@ from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
 from hecate.config.rules.keys import check_values
 from hecate.config.rules.of_apps import section_rules
 from hecate.config.scalars import NULLS
-from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource, MoeConfig
+from hecate.config.schema import LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource
 from hecate.config.sections import missing_app
 from hecate.config.typed import INVALID, REFERENCE, Report, none_of, read_sources, read_value, unique_pairs
 from hecate.config.yaml_text import BadYaml, Mapping, Node, Scalar, parse

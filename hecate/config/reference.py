@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType, NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hecate.config import schema
+from hecate.config import expert_keys, schema
 from hecate.config.ranges import MAX_INT
 from hecate.config.schema import LEAVES, SECTIONS, Config, DataSource, Leaf
 from hecate.config.sections import SETTINGS
@@ -23,7 +23,7 @@ _PRIMITIVES = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 def meanings() -> dict[str, str]:
     """What every key means, by its dotted name, and every section that has a text; from the docstrings after the schema's fields."""
-    found = dict(_meanings(Config, "", _classes(schema)))
+    found = dict(_meanings(Config, "", _classes(expert_keys) | _classes(schema)))
     for section, module in SETTINGS.items():
         found |= dict(_of_section(module.SETTINGS, section, _classes(module)))
     return found
@@ -131,7 +131,7 @@ def page() -> str:
         "key's value. The default stands first, then what else may be given unless the meaning says it. A run is resumed with the same",
         "values of all keys but the *free* ones, which do not change what is computed and are marked with a `*`. `hecate schema` prints a",
         "JSON schema, by which an editor completes and checks keys: put `# yaml-language-server: $schema=run.schema.json` at the top of a",
-        "file. `hecate schema --page` makes this page from `hecate/config/schema.py`.",
+        "file. `hecate schema --page` makes this page from `hecate/config/schema.py` and `expert_keys.py`.",
     ]
     for section in ("", *SECTIONS):
         keys = [key for key in LEAVES if key.rpartition(".")[0] == section]

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hecate.config.expert_keys import DEFAULT_EXPERTS, DEFAULT_TOP_K
 from hecate.config.files.hub import hub_hint
 from hecate.config.files.paths import ADAPTER_CONFIG, INDEXED_SUFFIXES, adapter_in, data_files, find_model, indexed_prefix
 from hecate.config.files.presets import chat_templates, preset_names
@@ -21,7 +22,7 @@ from hecate.config.rules.of_apps import section_rules
 from hecate.config.rules.pairs import check_pairs, largest_rank
 from hecate.config.rules.replay import check_replay
 from hecate.config.rules.routers import check_router
-from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES, MEGATRON_EP, RANGES
+from hecate.config.schema import LEAVES, MEGATRON_EP, RANGES
 from hecate.errors import UserError
 from hecate.parallel.values.expert_kinds import kind_of
 

@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hecate.config.expert_keys import DEFAULT_EXPERTS
 from hecate.config.problems import Add, or_default
-from hecate.config.schema import DEFAULT_EXPERTS, LEAVES
+from hecate.config.schema import LEAVES
 from hecate.parallel.values.expert_kinds import kind_of
 
 _PREFIX = "lora.shards."

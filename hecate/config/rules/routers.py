@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from hecate.config.expert_keys import DEFAULT_EXPERTS, DEFAULT_TOP_K
 from hecate.config.problems import Add, shorten
 from hecate.config.rules.users import OWN_KEYS, check_features, check_user, most_experts
-from hecate.config.schema import DEFAULT_EXPERTS, DEFAULT_TOP_K, LEAVES
+from hecate.config.schema import LEAVES
 from hecate.parallel.values.expert_kinds import KINDS, PROJECTIONS, ExpertKind, kind_of
 
 _PREFIX = "moe.router."

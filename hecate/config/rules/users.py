@@ -4,9 +4,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from hecate.config.expert_keys import DEFAULT_EXPERTS
 from hecate.config.files.paths import indexed_prefix
 from hecate.config.problems import Add, shorten
-from hecate.config.schema import DEFAULT_EXPERTS
 from hecate.parallel.values.expert_kinds import MIXES_ON_EVERY_RANK
 
 _USER = "moe.router.input=user"

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from hecate.config import Config, DataSource
-from hecate.config.schema import DataConfig, FssdpConfig, ModelConfig, MoeConfig
+from hecate.config import Config, DataConfig, DataSource, FssdpConfig, ModelConfig, MoeConfig
 from hecate.engine.from_config import engine_config
 from hecate.engine.step_plans import EngineConfig
 from hecate.parallel.cluster.topology import local_topology

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hecate.config.schema import allocated
+from hecate.config.expert_keys import allocated
 from hecate.errors import UserError
 from hecate.experts.pairs.sources.plain import plain_pairs
 from hecate.model.linears import find_linears, target_linears

@@ -18,8 +18,7 @@ from hecate.adapters.formats.mixlora import FORMAT
 from hecate.adapters.formats.whole_model import is_model_folder, load_model_folder
 from hecate.adapters.mixlora.description import MixLoraDescription
 from hecate.adapters.trained_output import TrainedOutput, output_of
-from hecate.config import Config, DataSource
-from hecate.config.schema import DataConfig, LoraConfig, ModelConfig, MoeConfig
+from hecate.config import Config, DataConfig, DataSource, LoraConfig, ModelConfig, MoeConfig
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
 from hecate.model.base import BaseModel
