@@ -33,7 +33,8 @@ from benchmarks.report import arguments, finish
 from testing.tiny_run import save_random_llama, write_samples
 
 ROOT = Path(__file__).resolve().parent.parent
-PROGRAM = ROOT / "tests" / "mock_cuda" / "hot_path_rank.py"
+PROGRAM = Path("tests", "mock_cuda", "hot_path_rank.py")
+"""in a checkout: each one has the probes for its own code"""
 COUNTED = (1, 3)
 """the layers of the runs that count"""
 TIMED = (2, 6)
@@ -74,7 +75,7 @@ def run(checkout: Path, folder: Path, overrides: Mapping[str, Sequence[str]], *,
             "TRITON_INTERPRET": "1",
         }
         # -P: the folder of the program is not searched for modules.
-        command = [sys.executable, "-P", str(PROGRAM), str(runs)]
+        command = [sys.executable, "-P", str(checkout / PROGRAM), str(runs)]
         done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"hot_path: a run of {checkout} failed ({done.returncode}):\n{done.stderr[-3000:]}")
