@@ -27,6 +27,7 @@ from hecate.report.metrics import (
     Record,
     eval_record,
     event_record,
+    of_experts,
     reshard_record,
     step_record,
 )
@@ -126,19 +127,10 @@ class Reports:
         if not (self._progress and self._metrics) or event.step % self._config.logging_steps:
             return
         self._record(step_record(event))
-        self._progress.step(
-            StepLine(
-                event.step,
-                result.loss,
-                result.aux_loss,
-                event.learning_rate,
-                event.tokens / event.seconds,
-                event.imbalance,
-                event.static_imbalance,
-                event.seconds,
-                result.why_skipped,
-            )
-        )
+        aux_loss, imbalance, static_imbalance = of_experts(event)
+        speed = event.tokens / event.seconds
+        rate, seconds, skipped = event.learning_rate, event.seconds, result.why_skipped
+        self._progress.step(StepLine(event.step, result.loss, aux_loss, rate, speed, imbalance, static_imbalance, seconds, skipped))
 
     def evaluated(self, step: int, found: Evaluation) -> None:
         """Record and show an evaluation."""

@@ -40,7 +40,7 @@ def show_summary(folder: Path, state: TrainState, measured: Measured, seconds: f
         ("time", f"{seconds:.0f} s, of which training {measured.train_seconds:.0f} s"),
         *facts,
     ]
-    if measured.last:
+    if measured.last and any(measured.last.loads.values()):
         shown.append(("expert loads", _drawn(folder / "expert_load.png", measured.last)))
     print_summary(measured.before.scores if measured.before else None, measured.last.scores if measured.last else {}, shown)
 
