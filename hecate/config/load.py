@@ -16,8 +16,8 @@ from hecate.config.files.hub import with_local_paths
 from hecate.config.files.paths import name_of_source
 from hecate.config.files.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
+from hecate.config.rules.implied import with_implied
 from hecate.config.rules.keys import check_values
-from hecate.config.rules.lora import plain_lora
 from hecate.config.rules.of_apps import section_rules
 from hecate.config.scalars import NULLS
 from hecate.config.schema import LEAF_TYPES, REQUIRED, SECTIONS, Config, DataSource
@@ -79,7 +79,7 @@ def load_config(
             values[key] = read_sources(node, key, source, report)
         else:
             values[key] = read_value(_current(key, node), LEAF_TYPES[key], key, source, report)
-    values = plain_lora(values, report.add)
+    values = with_implied(values, report.add)
     brought = section_rules()
     for rules in brought:
         values = rules.derived(values, report)

@@ -34,7 +34,7 @@ SMALL = [
     *("max_steps=4", "save_steps=2", "data.seq_len=128", "micro_batch_size=1"),
     *("gradient_accumulation_steps=1", "model.dtype=float32"),
 ]
-OVER_LLAMA = "hecate train finetune model.name_or_path=/models/SmolLM2-1.7B data.train=chats.jsonl output_dir=runs/mistral"
+OVER_LLAMA = "hecate train mixlora model.name_or_path=/models/SmolLM2-1.7B data.train=chats.jsonl output_dir=runs/mistral"
 STORY = ("README.md", *(f"docs/use/{page}.md" for page in ("moe_lora", "adapters", "answers", "data", "report", "launch")))
 """the pages whose commands follow each other: a later page uses what those of an earlier one have left"""
 ALONE = ("docs/use/doctor.md", "docs/use/topology.md")

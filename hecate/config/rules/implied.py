@@ -1,4 +1,4 @@
-"""What `adapter: lora` makes of the section `moe`, and which keys are about experts and have no meaning with it."""
+"""Values that others imply: with `adapter: lora` there are no experts, and adapters of several sources are as many as the sources."""
 
 from __future__ import annotations
 
@@ -16,10 +16,16 @@ _PAIRS = ("plain", "fixed_a")
 """values of `lora.pairs` whose A and B are the adapter's own; those of the others are made of what experts share"""
 
 
-def plain_lora(values: Mapping[str, Any], add: Add) -> dict[str, Any]:
-    """Return the values with those that `adapter: lora` implies. Keys that contradict it are reported."""
-    if values.get("adapter") != "lora":
-        return dict(values)
+def with_implied(values: Mapping[str, Any], add: Add) -> dict[str, Any]:
+    """Return the values with those that they imply. Keys that contradict these are reported."""
+    if values.get("adapter") == "lora":
+        return _plain_lora(values, add)
+    if values.get("moe.router.input") == "given" and isinstance(sources := values.get("data.train"), tuple):
+        return {"moe.num_experts": len(sources), **values}
+    return dict(values)
+
+
+def _plain_lora(values: Mapping[str, Any], add: Add) -> dict[str, Any]:
     hint = "leave it out, or set adapter=mixture"
     for key, value in values.items():
         of_experts = key.startswith("moe.") or (key.startswith("fssdp.") and key not in _OF_ALL_RANKS)
