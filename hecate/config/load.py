@@ -158,7 +158,10 @@ def _with_defaults(config: Config) -> MoeConfig:
 
 
 def _find_file(path_or_name: str) -> str:
-    """The path of a preset if this is the name of one and of no file."""
+    """The path of a preset if this is the name of one and of no file; of a run's folder, that of its configuration."""
+    of_run = os.path.join(path_or_name, "config.yaml")
+    if os.path.isdir(path_or_name) and os.path.isfile(of_run):
+        return of_run
     is_path = os.sep in path_or_name or path_or_name.endswith((".yaml", ".yml")) or os.path.exists(path_or_name)
     return path_or_name if is_path else os.fspath(run_presets().get(path_or_name, path_or_name))
 
@@ -187,9 +190,7 @@ def read_mapping(file: str, *, missing: str, empty: str) -> Mapping:
             raise refuse("stands where the configuration must be", "give the configuration or run first, then key=value") from None
         raise refuse("no such file", missing) from None
     except IsADirectoryError:
-        of_run = os.path.join(file, "config.yaml")
-        which = f"{of_run}, and resume=true to go on with that run" if os.path.isfile(of_run) else "the path of a YAML file"
-        raise refuse("is a folder", f"give {which}") from None
+        raise refuse("is a folder that has no config.yaml", "give the path of a YAML file, or the folder of a run") from None
     except (OSError, ValueError) as error:
         raise refuse(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > MAX_BYTES:

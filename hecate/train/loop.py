@@ -252,7 +252,7 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
     training.complete_step()
     if agreement.stop:
         outside.note(outside.profile.merge(at_end=True))
-        resume = f"hecate train {shlex.quote(str(Path(config.output_dir) / 'config.yaml'))} resume=true"
+        resume = f"hecate train {shlex.quote(config.output_dir)} resume=true"
         outside.reports.event(step, f"{STOPPED} after step {step}; go on with: {resume}")
         return False
     if agreement.regroup and outside.membership is not None:

@@ -9,7 +9,7 @@ from hecate.config.problems import Add
 from hecate.config.schema import LEAVES
 
 NO_EXPERTS = {"moe.unit": "linear", "moe.num_experts": 0, "moe.top_k": 1, "moe.router_aux_loss_coef": 0.0}
-"""what the keys of `moe` are with `adapter: lora`, as far as they are not the defaults: each linear has an adapter, and no unit has experts"""
+"""what the keys of `moe` are with `adapter: lora`, if not the defaults: each linear has an adapter, and no unit has experts"""
 _OF_ALL_RANKS = ("fssdp.redundancy",)
 """keys of `fssdp` that mean something where all ranks hold the same: whether they go on when one is lost"""
 _PAIRS = ("plain", "fixed_a")
