@@ -168,6 +168,17 @@ class MetricsWriter:
         """Whether there is such a record, as "eval", of so many steps done."""
         return any(its_step == step and parse_json(line).get("kind") == kind for line, its_step in self._read())
 
+    def scores_after(self, step: int) -> dict[str, EvalScore]:
+        """By source, what the last evaluation after so many steps has found; empty: none is recorded."""
+        found: dict[str, EvalScore] = {}
+        for line, its_step in self._read():
+            if its_step == step and (record := parse_json(line)).get("kind") == "eval":
+                found = {
+                    name: EvalScore(math.nan if score["loss"] is None else score["loss"], score["accuracy"], score["samples"])
+                    for name, score in record["sources"].items()
+                }
+        return found
+
     def steps_without_record(self, last: int, every: int) -> list[int]:
         """The steps up to `last` that should have a record, of which there is one every so many steps, and have none."""
         found = {its_step for line, its_step in self._read() if its_step is not None and parse_json(line).get("kind") == "step"}

@@ -18,7 +18,7 @@ from hecate.io.durable import replace_file
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.cluster.mesh import Mesh
 from hecate.parallel.values.traces import TraceWriter
-from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent
+from hecate.report.events import EvalScore, Evaluation, Rebuilt, Resharding, StepEvent
 from hecate.report.metrics import (
     REGROUPED,
     RESUMED,
@@ -138,6 +138,10 @@ class Reports:
         if self._progress and self._metrics:
             self._record(eval_record(step, found.scores))
             self._progress.evaluated(step, found.scores)
+
+    def scores_after(self, step: int) -> dict[str, EvalScore]:
+        """By source, what is recorded of the last evaluation after so many steps, by this process or one before it."""
+        return self._metrics.scores_after(step) if self._metrics else {}
 
     def lacks_evaluation(self, step: int) -> bool:
         """Whether nobody has recorded an evaluation after so many steps. Only the first rank knows of those of another process."""

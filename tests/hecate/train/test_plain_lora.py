@@ -186,11 +186,13 @@ def test_a_run_says_nothing_of_experts_and_leaves_an_adapter_of_peft(workshop: P
     given = [f"model.name_or_path={workshop}/model", f"data={{train: {workshop}/up.train.jsonl, eval: {workshop}/up.eval.jsonl}}"]
     given += [f"output_dir={folder}", "data.seq_len=64", "eval.on_start=true", "nproc=2", "model.dtype=float64"]
     done = run("train", "lora", *given, "num_train_epochs=null", "max_steps=3", "micro_batch_size=1", "gradient_accumulation_steps=1")
+    again = run("train", folder, "resume=true", "max_steps=4").stdout
+    assert re.search(r"loss before (→|->) after", again), f"the table of a resumed run lacks what was measured before the first step\n{again}"
     page = workshop / "page.html"
     run("report", folder, "-o", page)
     shown = re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     planned = run("plan", "lora", *given[:2], "data.seq_len=64", "--ranks", "2").stdout
-    texts = {"output": done.stdout + done.stderr, "card": (folder / "adapter" / "README.md").read_text(), "page": shown, "plan": planned}
+    texts = {"output": done.stdout + done.stderr + again, "card": (folder / "adapter" / "README.md").read_text(), "page": shown, "plan": planned}
     for name, text in texts.items():
         assert not (found := OF_MIXTURES.findall(text)), f"{name}: {found}\n{text}"
     assert "loss" in shown
