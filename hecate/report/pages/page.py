@@ -303,7 +303,7 @@ def _memory(run: RunRecords, planned: PlannedMemory | str) -> str:
         text += " The mark is what `hecate plan` predicts."
         if not planned.on_gpu:
             text += " Measured is all that is resident on the host, with torch and other libraries; the plan counts tensors alone."
-        rows = [[name, bytes_text(size)] for name, size in planned.parts.items()]
+        rows = [[name, bytes_text(size)] for name, size in planned.parts.items() if size]
         parts = table(["planned, on the fullest rank in its fullest phase", "bytes"], rows)
     return section("Memory", figure("peak memory", bar_chart(bars, "peak memory by rank", bytes_text), text), parts)
 
