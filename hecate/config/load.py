@@ -73,13 +73,7 @@ def load_config(
             given.pop(other, None)  # the run gets another length, in whichever unit
     given.update(overriding)
 
-    values: dict[str, Any] = {}
-    for key, (node, source) in given.items():
-        if key in _SOURCES:
-            values[key] = read_sources(node, key, source, report)
-        else:
-            values[key] = read_value(_current(key, node), LEAF_TYPES[key], key, source, report)
-    values = with_implied(values, report.add)
+    values = with_implied(_read_values(given, report), report.add)
     brought = section_rules()
     for rules in brought:
         values = rules.derived(values, report)
@@ -105,6 +99,16 @@ def load_config(
     data = replace(config.data, train=_named(config.data.train), eval=_named(config.data.eval))
     lora = replace(config.lora, alpha=float(config.lora.stored_alpha)) if config.lora.gradient_rule != "row_norm" else config.lora
     return replace(config, data=data, lora=lora, moe=_with_defaults(config))
+
+
+def _read_values(given: dict[str, tuple[Node, str]], report: Report) -> dict[str, Any]:
+    """The typed values of keys, or INVALID where one has a problem, which is reported."""
+    return {
+        key: read_sources(node, key, source, report)
+        if key in _SOURCES
+        else read_value(_current(key, node), LEAF_TYPES[key], key, source, report)
+        for key, (node, source) in given.items()
+    }
 
 
 def saved_config(text: str) -> Config:

@@ -113,7 +113,7 @@ def _prove_hecate(arguments: list[str], in_sentence: bool) -> None:
     if verb == "eval" and config is not None and (config.startswith("/models/") or re.fullmatch(r"runs/[a-z-]+", config)):
         config = "runs/first/config.yaml"  # the folder of a model or of a run stands for the configuration
     if config is not None:
-        _prove_run(config, overrides, complete="..." not in arguments and verb != "plan")
+        _prove_run(config, overrides, complete="..." not in arguments and verb != "plan" and not in_sentence)
     elif verb == "sweep":
         load_run_sweep(str(ROOT / STANDS_FOR.get(str(given["file"]), str(given["file"]))), overrides)
     elif verb == "export" and given["to"] is not None:
@@ -150,8 +150,6 @@ def _prove_run(config: str, overrides: Sequence[str], *, complete: bool) -> None
     """
     values = dict(one.partition("=")[::2] for one in overrides)
     readers = config.startswith("runs/") or config == "CONFIG"
-    if config.startswith("runs/"):
-        assert config.endswith("/config.yaml"), f"{config}: a run's configuration is config.yaml in its folder"
     name = "mixlora" if readers else STANDS_FOR.get(config, config)
     if readers or not complete:
         values = {"model.name_or_path": "...", "data.train": "...", "output_dir": "runs/first"} | values

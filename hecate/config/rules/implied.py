@@ -20,7 +20,8 @@ def with_implied(values: Mapping[str, Any], add: Add) -> dict[str, Any]:
     """Return the values with those that they imply. Keys that contradict these are reported."""
     if values.get("adapter") == "lora":
         return _plain_lora(values, add)
-    if values.get("moe.router.input") == "given" and isinstance(sources := values.get("data.train"), tuple):
+    by_source = values.get("moe.router.input") == "given" and values.get("moe.allocation") is None
+    if by_source and isinstance(sources := values.get("data.train"), tuple):
         return {"moe.num_experts": len(sources), **values}
     return dict(values)
 

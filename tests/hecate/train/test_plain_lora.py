@@ -15,7 +15,6 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hecate.config import load_config
-from hecate.errors import UserError
 from hecate.parallel.planners.policies import auto
 from hecate.ranks.sockets import tcp_sockets
 from hecate.train.steps import step as step_module
@@ -214,33 +213,3 @@ def test_a_run_says_nothing_of_experts_and_leaves_an_adapter_of_peft(workshop: P
     run("export", folder, "--to", "merged", "-o", workshop / "merged")
     merged = AutoModelForCausalLM.from_pretrained(workshop / "merged", dtype=torch.float64)(tokens).logits
     torch.testing.assert_close(merged, after, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("override", "said"),
-    [
-        ("moe.num_experts=4", "moe.num_experts: is about experts, of which there are none with adapter=lora"),
-        ("moe.router.dense=true", "moe.router.dense: is about experts"),
-        ("fssdp.policy=full", "fssdp.policy: is about experts"),
-        ("lora.pairs=nola", "lora.pairs: must be plain or fixed_a with adapter=lora, got nola"),
-        ("lora.r=[4,2]", "lora.r: must be one number with adapter=lora"),
-    ],
-)
-def test_what_is_about_experts_is_refused(workshop: Path, override: str, said: str) -> None:
-    given = [f"model.name_or_path={workshop}/model", f"data.train={workshop}/texts.jsonl", f"output_dir={workshop}/runs/refused"]
-    with pytest.raises(UserError, match=re.escape(said)):
-        load_config("lora", [*given, override], claim_output=False)
-
-
-def test_a_runs_own_configuration_is_read_back(workshop: Path) -> None:
-    given = [f"model.name_or_path={workshop}/model", f"data.train={workshop}/texts.jsonl", f"output_dir={workshop}/runs/read"]
-    from hecate.config.effective import to_yaml
-
-    config = load_config("lora", given, claim_output=False)
-    (workshop / "own.yaml").write_text(to_yaml(config), encoding="utf-8")
-    assert load_config(workshop / "own.yaml", claim_output=False) == config
-
-
-def test_adapters_of_several_sources_are_as_many_as_the_sources(workshop: Path) -> None:
-    given = [f"model.name_or_path={workshop}/model", f"data.train=[{workshop}/up.train.jsonl, {workshop}/echo.train.jsonl]"]
-    assert load_config("adapters", [*given, f"output_dir={workshop}/runs/many"], claim_output=False).moe.num_experts == 2
