@@ -270,8 +270,8 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
     }
     nodes = topology.num_nodes if topology.num_nodes > 1 else 0  # a ring over the ranks crosses from each node to another once
     none_D = np.zeros(topology.world_size)  # of a run without experts
-    served_tokens_D = np.max([none_D, *(one.served_tokens_D for one in groups)], axis=0) / together
-    most_tokens_D = np.max([none_D, *(one.most_tokens_D for one in groups)], axis=0) / together
+    served_tokens_D = np.max([none_D, *(np.asarray(one.served_tokens_D) for one in groups)], axis=0) / together
+    most_tokens_D = np.max([none_D, *(np.asarray(one.most_tokens_D) for one in groups)], axis=0) / together
     others_GD = [_others(one, group, run) for one, group in zip(groups, run.groups, strict=True)]
     return PolicyForecast(
         policy=policy,
