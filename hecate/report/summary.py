@@ -131,7 +131,7 @@ def training_report(rows: Sequence[TrainableRow]) -> tuple[str, dict[str, Any]]:
         *([f"pools of all layers: {_amount(blocks)}", f"  {_sizes('block', blocks)}, {_owners(blocks)}"] if blocks else []),
         *_section(f"routers: {_amount(routers)}", _lines({layer: _sizes("router", of) for layer, of in _by_layer(routers).items()})),
         *_section(
-            f"{'attention adapters' if experts else 'adapters'}: {_amount(adapters)}",
+            f"{'attention adapters' if experts or routers else 'adapters'}: {_amount(adapters)}",
             _lines({k: _adapters(of) for k, of in _by_layer(adapters).items()}),
         ),
         *([f"{NON_EXPERTS}: {_amount(others)}"] if others else []),
