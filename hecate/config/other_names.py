@@ -23,7 +23,10 @@ KEYS: dict[str, str] = {
     "micro_batch_size": "batch_size per_device_train_batch_size train_batch_size",
     "eval.batch_size": "per_device_eval_batch_size eval_batch_size",
     "learning_rate": "lr",
+    "optim": "optimizer",
     "lr_scheduler_type": "lr_scheduler",
+    "lr_scheduler_kwargs.min_lr_rate": "min_lr_rate min_lr_ratio cosine_min_lr_ratio",
+    "lr_scheduler_kwargs.decay_ratio": "num_decay_steps lr_decay_ratio",
     "adam_beta1": "adam_beta_1",
     "adam_beta2": "adam_beta_2",
     "adam_epsilon": "adam_eps",
@@ -59,7 +62,6 @@ _WRITE: dict[str, str] = {
     "finetuning_type": "leave it out; moe.family says what is trained: mixlora, moe_lora or full",
     "stage": "leave it out; hecate trains on answers (supervised fine-tuning) and on plain text",
     "adapter": "leave it out; moe.family says what is trained, and lora.init_from an adapter to go on from",
-    "optim optimizer": "leave it out; the optimizer is AdamW",
     "fsdp fsdp_config deepspeed": "leave it out; experts are sharded always, "
     "and with moe.family=moe_lora all else by model.shard_non_experts=true",
     "expert_parallel_size": "leave it out; fssdp.policy=static_ep is static expert parallelism, auto is what hecate is for",
