@@ -274,7 +274,7 @@ class Config:
     """The optimizer. adamw: torch's AdamW. muon: torch's Muon for matrices within layers, and AdamW for all else. adamw_8bit: bitsandbytes'
     AdamW, whose moments of matrices of 4,096 numbers or more have 8 bits. adafactor: torch's Adafactor. lion: bitsandbytes' Lion. Those of
     bitsandbytes need the extra `optim`, and run on GPUs and CPUs. Each matrix of an expert is stepped by itself, as if it were a parameter
-    of its own, on its owner alone. See docs/use/optimizers.md."""
+    of its own, on its owner alone. See docs/design/training.md."""
     learning_rate: float = field(default=2e-4, metadata=key(POSITIVE))
     """The optimizer's peak learning rate. With muon see muon.adjust_lr_fn. With adafactor the largest step as a share of a matrix's root
     mean square, which counts as 0.001 at least: torch's own is 0.01. With lion a third to a tenth of AdamW's is usual."""

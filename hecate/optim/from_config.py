@@ -5,9 +5,8 @@ from __future__ import annotations
 from hecate.config import Config
 from hecate.config.sections import OPTIMIZERS
 from hecate.optim.adamw import AdamW
-from hecate.optim.optimizer import LearningRate
+from hecate.optim.optimizer import LearningRate, schedule
 from hecate.optim.rule import GradientRule
-from hecate.optim.schedule import schedule
 
 
 def gradient_rule(config: Config) -> GradientRule:

@@ -17,9 +17,8 @@ from hecate.experts.mixlora import MixLoraExperts
 from hecate.experts.pairs.sources.plain import PlainPairs
 from hecate.kernels.common.ffn import FfnBase, FfnShape
 from hecate.optim import bitsandbytes_steps
-from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters, schedule
 from hecate.optim.rule import kind_of_parameter
-from hecate.optim.schedule import schedule
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES

@@ -10,8 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from hecate.optim.adamw import AdamW
-from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.optim.schedule import schedule
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, schedule
 from hecate.train.steps.step_totals import exchange_totals
 from testing.ranks import run_ranks
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from hecate.optim.schedule import schedule
+from hecate.optim.optimizer import schedule
 
 
 def test_warm_up_rises_in_equal_parts_to_the_peak() -> None:
