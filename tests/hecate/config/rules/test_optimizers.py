@@ -23,7 +23,7 @@ def test_the_optimizers_are_files_of_a_folder(folder: Path) -> None:
     assert {key for key in LEAVES if key.startswith("muon.")} == {"muon.momentum", "muon.adjust_lr_fn", "muon.adamw_learning_rate"}
     with pytest.raises(ConfigError, match="optim: must be one of adamw, muon, adamw_8bit, adafactor, lion, got adamw_torch"):
         load(MINIMAL, "optim=adamw_torch")
-    with pytest.raises(ConfigError, match="optimizer: unknown key; write optim"):
+    with pytest.raises(ConfigError, match=r"optimizer: unknown key\n.*write optim"):
         load(MINIMAL, "optimizer=lion")
 
 
@@ -54,7 +54,7 @@ def test_a_key_that_is_not_read_is_refused(folder: Path, good: str, bad: str, me
 def test_a_schedule_says_what_it_needs(folder: Path, kind: str, key: str) -> None:
     whole = f"lr_scheduler_kwargs.{key}"
     assert getattr(load(MINIMAL, f"lr_scheduler_type={kind}", f"{whole}=0.3").lr_scheduler_kwargs, key) == 0.3
-    with pytest.raises(ConfigError, match=f"{whole}: must be given with lr_scheduler_type={kind}; add {whole}=0.1"):
+    with pytest.raises(ConfigError, match=rf"{whole}: must be given with lr_scheduler_type={kind}\n.*add {whole}=0.1"):
         load(MINIMAL, f"lr_scheduler_type={kind}")
 
 
