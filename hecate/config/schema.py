@@ -22,7 +22,8 @@ MEGATRON_EP = "megatron_ep"
 """the policy that uses Megatron's own MoE layers instead of hecate's"""
 
 if TYPE_CHECKING:
-    PolicyName = OptimizerName = str
+    PolicyName = str
+    OptimizerName = str
 else:  # each is a file of a folder, of which checkers do not know
     PolicyName = Literal[*registered_names("hecate.parallel.planners.policies", POLICY_ORDER), MEGATRON_EP]
     OptimizerName = Literal[*OPTIMIZERS]

@@ -360,8 +360,9 @@ class ExpertOptimizer:
         ]
 
     def _spec(self, name: str, parameter: Tensor) -> ParameterSpec:
-        chunk = self._chunks.get(name.rpartition(".")[0])
-        return ParameterSpec(tuple(parameter.shape), kind_of_parameter(name, parameter) if chunk is None else None, chunk or ())
+        unit = name.rpartition(".")[0]
+        is_expert = unit in self._chunks or name in self.owned or name in self.backups
+        return ParameterSpec(tuple(parameter.shape), None if is_expert else kind_of_parameter(name, parameter), self._chunks.get(unit, ()))
 
     def _kept(self, name: str, parameter: Tensor) -> dict[str, RowSpec]:
         """What the rule keeps of a parameter of this name like this one, in the order in which it travels."""

@@ -326,9 +326,10 @@ def unit_costs(
     hiding = layer.all_linears if kind.over_linears else layer.linears  # what is computed while experts travel
     weights = sum(outputs * inputs for _, outputs, inputs in hiding)
     costs = []
+    ffn: tuple[TensorSpec, ...] = ()
     for sizes in all_sizes:
         if isinstance(sizes, LinearSizes):
-            inputs, ffn, place = sizes.inputs, (), UnitPlace(sizes.inputs, sizes.outputs, len(all_sizes), at_beginning=True)
+            inputs, place = sizes.inputs, UnitPlace(sizes.inputs, sizes.outputs, len(all_sizes), at_beginning=True)
         else:
             inputs, ffn, place = layer.hidden, sizes.specs(), ffn_place(layer.hidden)
         pairs = _pair_sizes(sizes, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hecate.parallel.values.optimizer_state import ParameterSpec, StateSpec, of_each
@@ -25,7 +26,7 @@ def _step(_settings: None, adamw: AdamW, _peak: float) -> Step:
 
     def step(stepped: Sequence[Stepped], learning_rate: float) -> None:
         for decay, group in adamw.by_decay(tensors_of(stepped)):
-            step_with(lambda values, decay=decay: Adafactor(values, lr=learning_rate, weight_decay=decay), group)
+            step_with(partial(Adafactor, lr=learning_rate, weight_decay=decay), group)
 
     return step
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from hecate.config.ranges import POSITIVE, Range, key
@@ -49,9 +50,9 @@ def _step(settings: MuonConfig, adamw: AdamW, peak: float) -> Step:
 
     def step(stepped: Sequence[Stepped], learning_rate: float) -> None:
         each = tensors_of(stepped)
-        given = {"lr": learning_rate, "weight_decay": adamw.weight_decay, "momentum": settings.momentum}
         hidden = [one for one in each if _is_hidden_matrix(one.spec)]
-        step_with(lambda values: Muon(values, **given, adjust_lr_fn=settings.adjust_lr_fn), hidden)
+        configured = partial(Muon, momentum=settings.momentum, adjust_lr_fn=settings.adjust_lr_fn)
+        step_with(partial(configured, lr=learning_rate, weight_decay=adamw.weight_decay), hidden)
         adamw.step([one for one in each if not _is_hidden_matrix(one.spec)], adamw_share * learning_rate)
 
     return step

@@ -185,7 +185,9 @@ def trained_on_ranks(rank: int, world: int, optim: str) -> dict[str, Tensor]:
     dist.all_gather_object(rows, {name: optimizer.row(one) for name, one in optimizer.owned.items()})
     everywhere = {name: row for of_rank in rows for name, row in of_rank.items()}
     assert len(everywhere) == EXPERTS
-    assert len(optimizer.backups) > 0 or world == 1
+    backed: list[list[str]] = [[] for _ in range(world)]
+    dist.all_gather_object(backed, [*optimizer.backups])
+    assert sorted(name for of_rank in backed for name in of_rank) == (sorted(everywhere) if world > 1 else [])
     for name, backup in optimizer.backups.items():
         row = optimizer.row(backup)
         assert row.keys() == everywhere[name].keys()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from hecate.config import load_config
+from hecate.ranks.sockets import tcp_sockets
+from hecate.train.training import Training
 from testing.ranks import run_ranks
 from testing.tiny_run import STEPS, make_workshop
-from tests.hecate.elastic.losing import DEATH_STEP, VICTIM, Dead, die_in, make_run, regroup, steps_until
-from tests.hecate.train.in_process import Losses, train_until
+from tests.hecate.elastic.losing import DEATH_STEP, VICTIM, Dead, die_in, regroup, steps_until
+from tests.hecate.train.in_process import Losses, ranks_of_default_group, settings_of, train_until
 
 ORDERED = (
     "deterministic=true",
     "model.dtype=float32",
-    "micro_batch_size=6",
+    "micro_batch_size=3",
     "lora.r=128",  # of matrices of 4,096 numbers and more
     "learning_rate=1e-3",
     "weight_decay=0.1",
@@ -25,23 +29,18 @@ OTHERS = ("muon", "adamw_8bit", "adafactor", "lion")
 slow = pytest.mark.slow
 
 
-def ordered(world: int, optim: str) -> tuple[str, ...]:
-    """The same sequences in a step at every number of ranks."""
-    return (*ORDERED, f"optim={optim}", f"micro_batch_size={6 // world}")
-
-
 @pytest.fixture(scope="module")
 def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_workshop(tmp_path_factory.mktemp("workshop")))
 
 
 @pytest.mark.parametrize("optim", [pytest.param(optim, marks=slow if optim in ("adafactor", "lion") else ()) for optim in OTHERS])
-def test_two_ranks_then_three_then_one_end_with_the_bits_of_one(workshop: str, optim: str) -> None:
-    whole = run_ranks(1, train_until, workshop, f"{optim}-whole", STEPS, ordered(1, optim))[0]
+def test_two_ranks_then_three_then_one_end_with_the_bits_of_two(workshop: str, optim: str) -> None:
+    whole = run_ranks(2, train_until, workshop, f"{optim}-whole", STEPS, (*ORDERED, f"optim={optim}"))[0]
     parts: Losses = []
     for world, until in ((2, 2), (3, 4), (1, STEPS)):
         resume = ("resume=true",) if parts else ()
-        parts += run_ranks(world, train_until, workshop, optim, until, (*ordered(world, optim), *resume))[0]
+        parts += run_ranks(world, train_until, workshop, optim, until, (*ORDERED, f"optim={optim}", *resume))[0]
     assert parts == whole
     assert whole[0][0] - whole[-1][0] > 1e-3, "it must have learnt, or nothing was shown"
     assert (Path(workshop) / f"runs/{optim}/checkpoint-4/rank-00002-of-00003.safetensors").is_file()
@@ -50,7 +49,9 @@ def test_two_ranks_then_three_then_one_end_with_the_bits_of_one(workshop: str, o
 def with_a_loss(rank: int, world: int, workshop: str, optim: str, phase: str) -> Losses:
     """Losses of a run on three ranks, of which one is lost unless `phase` is empty."""
     losses: dict[int, tuple[float, float, float]] = {}
-    run = make_run(workshop, f"{optim}-{phase or 'undisturbed'}", rank, world, *ordered(world, optim), "fssdp.redundancy=1")
+    settings = settings_of(workshop, f"{optim}-{phase or 'undisturbed'}", (*ORDERED, f"optim={optim}", "fssdp.redundancy=1"))
+    ranks = replace(ranks_of_default_group(rank, world), connections=frozenset(tcp_sockets()))
+    run = Training(load_config(f"{workshop}/config.yaml", settings, claim_output=False), ranks)
     steps_until(run, DEATH_STEP, losses)
     if rank == VICTIM and phase:
         die_in(phase)
