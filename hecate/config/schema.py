@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from hecate.config.expert_keys import LoraConfig, MoeConfig
 from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE, WHOLE, Range, key
-from hecate.config.sections import with_sections
+from hecate.config.sections import OPTIMIZERS, with_sections
 from hecate.io.registry import registered_names
 from hecate.parallel.values.expert_kinds import Family
 from hecate.parallel.values.policy_names import POLICY_ORDER
@@ -23,8 +23,10 @@ MEGATRON_EP = "megatron_ep"
 
 if TYPE_CHECKING:
     PolicyName = str
+    OptimizerName = str
 else:  # each is a file of a folder, of which checkers do not know
     PolicyName = Literal[*registered_names("hecate.parallel.planners.policies", POLICY_ORDER), MEGATRON_EP]
+    OptimizerName = Literal[*OPTIMIZERS]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -234,6 +236,16 @@ class RayConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """What lr_scheduler_type needs beside the warm-up."""
+
+    min_lr_rate: float | None = field(default=None, metadata=key(SHARE))
+    """With cosine_with_min_lr, which needs it, and wsd: the learning rate after the last step, as a share of the peak. null: 0."""
+    decay_ratio: float | None = field(default=None, metadata=key(Range(0, 1, low_open=True)))
+    """With wsd, which needs it: the share of max_steps, at the end, in which the learning rate falls as a half cosine. 0.1 is usual."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """The whole configuration of a run, as `load_config` returns it. Each section that an app brings is a further field."""
 
@@ -262,21 +274,32 @@ class Config:
     """The number of sequences per rank in one forward and backward pass."""
     gradient_accumulation_steps: int = field(default=1, metadata=key(COUNT))
     """The number of forward and backward passes per optimizer step."""
+    optim: OptimizerName = "adamw"
+    """The optimizer. adamw: torch's AdamW. muon: torch's Muon for matrices within layers, and AdamW for all else. adamw_8bit: bitsandbytes'
+    AdamW, whose moments of matrices of 4,096 numbers or more have 8 bits. adafactor: torch's Adafactor. lion: bitsandbytes' Lion. Those of
+    bitsandbytes need the extra `optim`, and run on GPUs and CPUs. Each matrix of an expert is stepped by itself, as if it were a parameter
+    of its own, on its owner alone. See docs/design/training.md."""
     learning_rate: float = field(default=2e-4, metadata=key(POSITIVE))
-    """AdamW's peak learning rate."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """The shape of the learning-rate curve after warm-up."""
+    """The optimizer's peak learning rate. With muon see muon.adjust_lr_fn. With adafactor the largest step as a share of a matrix's root
+    mean square, which counts as 0.001 at least: torch's own is 0.01. With lion a third to a tenth of AdamW's is usual."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup", "cosine_with_min_lr", "wsd", "inverse_sqrt"] = (
+        "cosine"
+    )
+    """The shape of the learning-rate curve after warm-up. constant is constant_with_warmup. wsd (warm-up, stable, decay): constant, and at
+    the end the half cosine of lr_scheduler_kwargs. inverse_sqrt: sqrt(w / (w + s)) in step s after the w steps of warm-up; without
+    any w is 10,000."""
+    lr_scheduler_kwargs: ScheduleConfig = field(default_factory=ScheduleConfig)
     warmup_ratio: float = field(default=0.0, metadata=key(SHARE))
     """The share of max_steps over which the learning rate rises linearly to its peak."""
     weight_decay: float = field(default=0.0, metadata=key(AT_LEAST_ZERO))
-    """AdamW's decoupled weight decay."""
+    """The optimizer's decoupled weight decay: in each step weights lose this share of them times the learning rate."""
     weight_decay_exclude: tuple[str, ...] = ()
     """Kinds of parameters without weight decay: any of norms, biases, routers. Many other trainers exclude norms and biases, which are
     trained only with model.train_non_experts or front_end megatron; to compare with them, give [norms, biases]."""
     adam_beta1: float = field(default=0.9, metadata=key(Range(0, 1, high_open=True)))
-    """AdamW's decay rate of the mean of the gradients."""
+    """The decay rate of the mean of the gradients, of adamw, adamw_8bit, and what muon has AdamW step; lion's share of it in a step."""
     adam_beta2: float = field(default=0.999, metadata=key(Range(0, 1, high_open=True)))
-    """AdamW's decay rate of the mean of the squared gradients."""
+    """The decay rate of the mean of the squared gradients, of the same. With lion that of the mean of the gradients: 0.99 is usual."""
     adam_epsilon: float = field(default=1e-8, metadata=key(POSITIVE))
     """The constant that AdamW adds to the root of the mean squared gradient before dividing by it."""
     max_grad_norm: float | None = field(default=1.0, metadata=key(POSITIVE))

@@ -1,10 +1,10 @@
-"""The sections of the configuration that apps bring, and gradient rules: their keys. What goes together with those of apps is in
+"""The sections of the configuration that apps bring, and optimizers: their keys. What goes together with those of apps is in
 `hecate.config.rules.of_apps`.
 
 An app is found by its name, as a front end is (`hecate.model.front_ends`), so where hecate is installed without it, its sections are
 unknown. Each section is a package of its app. Its module `settings` has the section's dataclass, `SETTINGS`, and imports nothing of
-`hecate.config` but `ranges`; its module `rules` has `RULES`. The file of a gradient rule (`hecate.optim.rules`), whose section has its
-name, has `SETTINGS` in the same way.
+`hecate.config` but `ranges`; its module `rules` has `RULES`. The file of an optimizer (`hecate.optim.rules`) that has keys of its own has
+`SETTINGS` in the same way, and the section has its name.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ APPS = {"rounds": "hecate.apps.federate.section", "privacy": "hecate.apps.federa
 IN_TRAININGS = ("privacy",)
 """those of them that add something to every training (`hecate.train.extensions.of_apps`)"""
 _RULES = "hecate.optim.rules"
+OPTIMIZERS = {
+    name: import_module(f"{_RULES}.{name}") for name in registered_names(_RULES, ("adamw", "muon", "adamw_8bit", "adafactor", "lion"))
+}
+"""each value of `optim` -> its module"""
 
 
 def _installed() -> dict[str, ModuleType]:
@@ -30,7 +34,7 @@ def _installed() -> dict[str, ModuleType]:
         except ModuleNotFoundError as error:
             if error.name is None or not _app(section).startswith(error.name):
                 raise
-    return found | {name: import_module(f"{_RULES}.{name}") for name in registered_names(_RULES)}
+    return found | {name: module for name, module in OPTIMIZERS.items() if hasattr(module, "SETTINGS")}
 
 
 def _app(section: str) -> str:
@@ -38,7 +42,7 @@ def _app(section: str) -> str:
 
 
 SETTINGS = _installed()
-"""section -> the module with its dataclass, of the apps that are installed and of gradient rules"""
+"""section -> the module with its dataclass, of the apps that are installed and of optimizers"""
 
 
 def with_sections(core: type) -> type:

@@ -20,7 +20,7 @@ from hecate.engine.protocol import ExpertEngine
 from hecate.optim.optimizer import MASTER, ExpertOptimizer
 from hecate.parallel.cluster.backup_ranks import backup_ranks
 from hecate.parallel.comm.aborts import read
-from hecate.parallel.comm.reshard import RowSpec, reshard
+from hecate.parallel.comm.reshard import reshard
 from hecate.parallel.values.units import Unit, expert_name
 
 
@@ -77,7 +77,7 @@ def _new_backups(
     if backups:
         store = engine.shards.stores[unit]
         rows = {expert: optimizer.row(parameter) for expert, parameter in zip(store.experts, store.parameters, strict=True)}
-        specs = optimizer.row_specs(RowSpec((store.chunk_numel,), store.owned.dtype))
+        specs = optimizer.chunk_specs(unit, store.owned)
         owner_E, *backup_BE = holders(engine, unit, backups)
         for backup_E in backup_BE:
             done = reshard(rows, specs, owner_E, backup_E, engine.shards.groups.experts, store.device)

@@ -28,7 +28,7 @@ from hecate.engine.protocol import ExpertEngine
 from hecate.errors import UserError
 from hecate.optim.optimizer import MASTER, ExpertOptimizer
 from hecate.parallel.comm.aborts import read
-from hecate.parallel.comm.reshard import RowSpec, reshard
+from hecate.parallel.comm.reshard import reshard
 from hecate.parallel.values.units import expert_name
 
 _MOST_TRIES = 3
@@ -190,7 +190,7 @@ def _restore(engine: ExpertEngine, optimizer: ExpertOptimizer, holder_CN: np.nda
     for unit, store in engine.shards.stores.items():
         end = start + engine.shards.chunked[unit].num_experts
         of_unit, start = slice(start, end), end
-        specs = optimizer.row_specs(RowSpec((store.chunk_numel,), store.owned.dtype))
+        specs = optimizer.chunk_specs(unit, store.owned)
         for damaged_N, holder_N in zip(damaged_CN, holder_CN, strict=True):
             damaged_E = damaged_N[of_unit]
             source_N = holder_CN[np.maximum(right_N, 0), np.arange(len(right_N))]

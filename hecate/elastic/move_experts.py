@@ -11,14 +11,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hecate import faults
+from hecate.config.sections import OPTIMIZERS
 from hecate.elastic.backups import copy_to_backup_ranks
 from hecate.engine.protocol import ExpertEngine
 from hecate.errors import UserError
 from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
 from hecate.parallel.comm.aborts import read
-from hecate.parallel.comm.reshard import RowSpec, reshard
-from hecate.parallel.cost.expert_cost import STATE_NUMBERS
+from hecate.parallel.comm.reshard import reshard
 from hecate.parallel.plan.sharding import better_owners, owned_bytes, owned_slots
+from hecate.parallel.values.optimizer_state import expert_spec, owner_bytes
 from hecate.parallel.values.units import Unit, expert_name
 from hecate.report.events import Move, Resharding
 
@@ -35,7 +36,10 @@ def check_room(engine: ExpertEngine) -> None:
         size = owned_bytes(given.cost)
         number[size] = number.get(size, 0) + given.owner_LE.size
     for pool in engine.shards.pools.values():
-        size = float((STATE_NUMBERS + 1) * pool.layout().trainable_numel * pool.dtype.itemsize)  # a gradient, too
+        layout, state = pool.layout(), engine.shards.config.state or OPTIMIZERS["adamw"].STATE
+        size = (
+            owner_bytes(state, expert_spec(layout.trainable), pool.dtype.itemsize) + layout.trainable_numel * pool.dtype.itemsize
+        )  # a gradient, too
         number[size] = number.get(size, 0) + pool.num_experts
     if inputs:
         owned_slots(number, inputs[0][1].topology.memory)
@@ -88,8 +92,7 @@ def move_experts(engine: ExpertEngine, optimizer: ExpertOptimizer, owners: dict[
         rows: dict[int, dict[str, Tensor]] = {
             expert: optimizer.row(parameter) for expert, parameter in zip(store.experts, store.parameters, strict=True)
         }
-        chunk = RowSpec((store.chunk_numel,), store.owned.dtype)
-        done = reshard(rows, optimizer.row_specs(chunk), before, after, engine.shards.groups.experts, store.device)
+        done = reshard(rows, optimizer.chunk_specs(unit, store.owned), before, after, engine.shards.groups.experts, store.device)
         faults.at("move")
         frozen_bytes = engine.shards.change_owners(unit, after, {expert: tensors.pop(MASTER) for expert, tensors in done.rows.items()})
         states = {expert_name(unit, expert): tensors for expert, tensors in done.rows.items()}

@@ -31,7 +31,7 @@ from hecate.errors import UserError
 from hecate.optim.norm_limit import norm_limit
 from hecate.optim.optimizer import MASTER, ExpertOptimizer, owned_parameters
 from hecate.parallel.cluster.topology import Topology
-from hecate.parallel.comm.reshard import RowSpec, reshard
+from hecate.parallel.comm.reshard import reshard
 from hecate.parallel.values.placement import contiguous_owners, redealt_owners
 from hecate.parallel.values.units import Unit, expert_name
 from hecate.ranks.ranks import Ranks
@@ -240,7 +240,7 @@ def _deal(
     dealt: ExpertStates = {}
     moved = 0
     for unit, store in parts.engine.shards.stores.items():
-        specs = optimizer.row_specs(RowSpec((store.chunk_numel,), store.owned.dtype))
+        specs = optimizer.chunk_specs(unit, store.owned)
         dealt[unit] = {}
         for first in range(0, ranks.world_size, size):
             target_E = first + owners[unit]
@@ -288,7 +288,7 @@ def _send_replicated(
     start = 0
     for name, parameter in optimizer.alike.items():
         received[name] = {}
-        for key, spec in optimizer.row_specs(RowSpec(tuple(parameter.shape), parameter.dtype)).items():
+        for key, spec in optimizer.row_specs(name, parameter).items():
             if key != MASTER and name not in facts["stepped"]:
                 continue
             end = start + spec.num_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hecate.config import Config
 from hecate.config.files.topology import AUTO, build_topology, whole_topology
+from hecate.config.sections import OPTIMIZERS
 from hecate.engine.step_plans import EngineConfig, SlotsByMemory
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cluster.topology_cards import SeenTopology
@@ -29,6 +30,7 @@ def engine_config(
         memory_slots=config.fssdp.memory_slots,
         slots_by_memory=slots_by_memory,
         max_imbalance=config.fssdp.max_imbalance,
+        state=None if config.optim == "adamw" else OPTIMIZERS[config.optim].STATE,
         top_k=config.moe.experts_per_token,
         non_moe_flops=non_moe_flops,
         plan=config.fssdp.plan,

@@ -23,6 +23,7 @@ from hecate.parallel.transfer.residency import FrozenMove, Residency, expected_u
 from hecate.parallel.transfer.transfer_plan import TransferPlan, plan_transfer
 from hecate.parallel.values.layout import ChunkSize
 from hecate.parallel.values.loads import LoadHistory, imbalance
+from hecate.parallel.values.optimizer_state import State, expert_spec, owner_bytes
 from hecate.parallel.values.placement import Placement, everything_everywhere, owners_only
 from hecate.parallel.values.units import Unit
 
@@ -49,6 +50,8 @@ class EngineConfig:
     None, memory is ample or not known."""
     max_imbalance: float | None = None
     """The planner's limit for the imbalance of a layer: see `PlanInput.max_imbalance`."""
+    state: State | None = None
+    """What the optimizer keeps of an expert; None: AdamW's two moments, as `ExpertFamily.cost` has it."""
     top_k: int = 1
     non_moe_flops: float = 0.0
     """The forward FLOPs per rank and micro-step of what hides a layer's gather (its attention)."""
@@ -440,6 +443,9 @@ class StepPlans:
 
     def _cost(self, family: ExpertFamily, non_moe_flops: float) -> LayerCost:
         cost = family.cost(self.config.top_k, non_moe_flops)
+        if self.config.state is not None:
+            number_bytes = family.no_chunks().element_size()
+            cost = replace(cost, state_bytes=owner_bytes(self.config.state, expert_spec(family.layout().trainable), number_bytes))
         return replace(cost, on_every_rank=True) if self.config.on_every_rank else cost
 
     def _served(self, unit: Unit, loads_EW: np.ndarray) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from hecate.optim.rule import Stepped
+from hecate.optim.rules.adamw import STATE
 from hecate.parallel.comm.device_tables import copy_to
-from hecate.parallel.comm.reshard import RowSpec
+from hecate.parallel.values.optimizer_state import ParameterSpec, StateSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +26,17 @@ class AdamW:
     exclude: tuple[str, ...] = ()
     """The kinds of parameters without weight decay (`Stepped.kind`)."""
 
-    def state_specs(self, parameter: RowSpec) -> dict[str, RowSpec]:
-        """Two moments and the number of steps, which torch counts in float32."""
-        return {"exp_avg": parameter, "exp_avg_sq": parameter, "step": RowSpec((), torch.float32)}
+    def state_specs(self, parameter: ParameterSpec) -> dict[str, StateSpec]:
+        return STATE(parameter)
+
+    def by_decay(self, stepped: Sequence[Stepped]) -> Iterator[tuple[float, list[Stepped]]]:
+        """The weight decays, and the parameters that each is for; nothing for none."""
+        for decay, excluded in ((self.weight_decay, False), (0.0, True)):
+            if group := [parameter for parameter in stepped if (parameter.kind in self.exclude) == excluded]:
+                yield decay, group
 
     def step(self, stepped: Sequence[Stepped], learning_rate: float) -> None:
-        for excluded in (False, True):
-            group = [parameter for parameter in stepped if (parameter.kind in self.exclude) == excluded]
-            if not group:
-                continue
+        for decay, group in self.by_decay(stepped):
             counts = [parameter.state["step"] for parameter in group]
             adamw(
                 [parameter.value for parameter in group],
@@ -47,7 +50,7 @@ class AdamW:
                 beta1=self.beta1,
                 beta2=self.beta2,
                 lr=learning_rate,
-                weight_decay=0.0 if excluded else self.weight_decay,
+                weight_decay=decay,
                 eps=self.epsilon,
                 maximize=False,
             )

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 from hecate.config import Config
-from hecate.errors import UserError
-from hecate.io.registry import registered
+from hecate.config.sections import OPTIMIZERS
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import LearningRate, schedule
 from hecate.optim.rule import GradientRule
 
-RULES: dict[str, Callable[[Any, AdamW], GradientRule | None]] = registered("hecate.optim.rules", "RULE")
-"""the rules beside AdamW, by the sections of their settings"""
-
 
 def gradient_rule(config: Config) -> GradientRule:
-    """The rule by which a run's parameters are stepped: AdamW, unless the section of another one says so.
-
-    Raises:
-        UserError: the sections of several do.
-    """
+    """The rule by which a run's parameters are stepped, that of `optim`."""
     adamw = AdamW(
         weight_decay=config.weight_decay,
         beta1=config.adam_beta1,
@@ -29,12 +18,10 @@ def gradient_rule(config: Config) -> GradientRule:
         epsilon=config.adam_epsilon,
         exclude=config.weight_decay_exclude,
     )
-    made = {name: make(getattr(config, name), adamw) for name, make in RULES.items()}
-    chosen = {name: rule for name, rule in made.items() if rule is not None}
-    if len(chosen) > 1:
-        raise UserError(f"{', '.join(chosen)}: parameters are stepped by one rule, not by several\n  leave the keys of all but one out")
-    return next(iter(chosen.values()), adamw)
+    module = OPTIMIZERS[config.optim]
+    return GradientRule(module.STATE, module.STEP(getattr(config, config.optim, None), adamw, config.learning_rate))
 
 
 def learning_rate(config: Config) -> LearningRate:
-    return LearningRate(config.learning_rate, schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio))
+    after, shape = config.lr_scheduler_kwargs, (config.lr_scheduler_type, config.max_steps, config.warmup_ratio)
+    return LearningRate(config.learning_rate, schedule(*shape, min_lr_rate=after.min_lr_rate or 0.0, decay_ratio=after.decay_ratio or 0.0))

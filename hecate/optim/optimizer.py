@@ -23,29 +23,40 @@ from hecate.model.parameter_parts import TensorParts
 from hecate.optim.rule import GradientRule, Stepped, kind_of_parameter
 from hecate.parallel.comm.reshard import RowSpec
 from hecate.parallel.values.layout import TensorSpec
+from hecate.parallel.values.optimizer_state import ParameterSpec
 from hecate.parallel.values.units import Unit, expert_name
 
 MASTER = "master"
 
 
-def schedule(kind: str, max_steps: int, warmup_ratio: float) -> Callable[[int], float]:
+def schedule(
+    kind: str, max_steps: int, warmup_ratio: float, *, min_lr_rate: float = 0.0, decay_ratio: float = 0.0
+) -> Callable[[int], float]:
     """The factor of the peak learning rate in step 0, 1, ...
 
-    Linear warm-up lasts ceil(warmup_ratio * max_steps) steps, as in transformers, and its first step is not zero; cosine and linear
-    reach zero after the last step.
+    Linear warm-up lasts ceil(warmup_ratio * max_steps) steps, as in transformers, and its first step is not zero. After it the factors are
+    those of transformers' schedules.
 
     Args:
-        kind: cosine, linear or constant: what follows the warm-up.
+        kind: a value of lr_scheduler_type: what follows the warm-up.
+        min_lr_rate: the factor after the last step, of cosine_with_min_lr and wsd.
+        decay_ratio: the share of the steps, at the end, in which wsd falls.
     """
     warmup = math.ceil(warmup_ratio * max_steps)
+    start = max_steps - math.ceil(decay_ratio * max_steps) if kind == "wsd" else warmup
 
     def factor(step: int) -> float:
         if step < warmup:
             return (step + 1) / (warmup + 1)
-        done = min(1.0, (step - warmup) / max(1, max_steps - warmup))
-        if kind == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * done))
-        return 1 - done if kind == "linear" else 1.0
+        if step < start or kind.startswith("constant"):
+            return 1.0
+        if kind == "inverse_sqrt":
+            return 1 / math.sqrt(1 + (step - warmup) / (warmup or 10_000))
+        done = min(1.0, (step - start) / max(1, max_steps - start))
+        if kind == "linear":
+            return 1 - done
+        cosine = 0.5 * (1 + math.cos(math.pi * done))
+        return cosine if kind == "cosine" else min_lr_rate + (1 - min_lr_rate) * cosine
 
     return factor
 
@@ -272,9 +283,8 @@ class ExpertOptimizer:
             for kind, held in (("owned", self.owned), ("replicated", self.alike)):
                 for name, parameter in held.items():
                     parameter.copy_(tensors[f"{kind}/{name}"])
-                    self.set_state(
-                        parameter, {key: tensor.clone() for key, tensor in self._saved(f"{kind}/{name}", parameter, tensors).items()}
-                    )
+                    state = {key: f"{kind}/{name}/{key}" for key in self._kept(name, parameter)}
+                    self.set_state(parameter, {key: tensors[saved].clone() for key, saved in state.items() if saved in tensors})
             for name, parameter in self.parts.parameters.items() if self.parts else ():
                 self._load_part(name, parameter, tensors)
         self.steps_done = steps_done
@@ -282,24 +292,24 @@ class ExpertOptimizer:
     def _load_part(self, name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor]) -> None:
         assert self.parts is not None
         value = self.parts.part_of(name, tensors[f"replicated/{name}"]).contiguous()
-        cut = {key for key, spec in self._rule.state_specs(_spec(value)).items() if spec.shape == tuple(value.shape)}
-        saved = self._saved(f"replicated/{name}", parameter, tensors)
-        state = {key: self.parts.part_of(name, tensor).contiguous() if key in cut else tensor.clone() for key, tensor in saved.items()}
+        state = {}
+        for key, spec in self._kept(name, value).items():
+            if (saved := tensors.get(f"replicated/{name}/{key}")) is not None:
+                state[key] = self.parts.part_of(name, saved).contiguous() if spec.shape == tuple(value.shape) else saved.clone()
         parameter.copy_(value)
         self.set_state(parameter, state)
-
-    def _saved(self, name: str, parameter: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state of a parameter among `state_tensors`; empty if it was never stepped."""
-        names = {key: f"{name}/{key}" for key in self._rule.state_specs(_spec(parameter))}
-        return {key: tensors[saved] for key, saved in names.items() if saved in tensors}
 
     def row(self, parameter: Tensor) -> dict[str, Tensor]:
         """A parameter as its owner and its backup rank have it: `MASTER`, and its state if it was ever stepped."""
         return {MASTER: parameter.detach(), **self._state.get(parameter, {})}
 
-    def row_specs(self, chunk: RowSpec) -> dict[str, RowSpec]:
-        """What `row` holds for a parameter like `chunk`, once it was stepped."""
-        return {MASTER: chunk, **self._rule.state_specs(chunk)}
+    def row_specs(self, name: str, parameter: Tensor) -> dict[str, RowSpec]:
+        """What `row` holds for a parameter of this name like this one, once it was stepped."""
+        return {MASTER: RowSpec(tuple(parameter.shape), parameter.dtype), **self._kept(name, parameter)}
+
+    def chunk_specs(self, unit: Unit, chunks: Tensor) -> dict[str, RowSpec]:
+        """`row_specs` of each expert of a unit. chunks: [experts, numbers]."""
+        return self.row_specs(expert_name(unit, 0), chunks.new_empty(chunks.shape[1:], device="meta"))
 
     def replace_owned(
         self, owned: dict[str, nn.Parameter], states: Mapping[str, Mapping[str, Tensor]], *, keep_leaving: bool = False
@@ -343,23 +353,30 @@ class ExpertOptimizer:
         experts = [*self.owned.items(), *self.backups.items()]
         others = self.replicated | (self.parts.parameters if self.parts else {})
         return [
-            Stepped(name, parameter, parameter.grad, self._state_of(parameter), None, self._chunks.get(name.rpartition(".")[0], ()))
-            for name, parameter in experts
+            Stepped(name, parameter, parameter.grad, self._state_of(name, parameter), spec.kind, spec.chunk)
+            for name, parameter in [*experts, *others.items()]
             if parameter.grad is not None
-        ] + [
-            Stepped(name, parameter, parameter.grad, self._state_of(parameter), kind_of_parameter(name, parameter))
-            for name, parameter in others.items()
-            if parameter.grad is not None
+            for spec in [self._spec(name, parameter)]
         ]
 
-    def _state_of(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+    def _spec(self, name: str, parameter: Tensor) -> ParameterSpec:
+        unit = name.rpartition(".")[0]
+        is_expert = unit in self._chunks or name in self.owned or name in self.backups
+        return ParameterSpec(tuple(parameter.shape), None if is_expert else kind_of_parameter(name, parameter), self._chunks.get(unit, ()))
+
+    def _kept(self, name: str, parameter: Tensor) -> dict[str, RowSpec]:
+        """What the rule keeps of a parameter of this name like this one, in the order in which it travels."""
+        specs = self._rule.state_specs(self._spec(name, parameter))
+        return {key: RowSpec(spec.shape, getattr(torch, spec.dtype) if spec.dtype else parameter.dtype) for key, spec in specs.items()}
+
+    def _state_of(self, name: str, parameter: nn.Parameter) -> dict[str, Tensor]:
         if parameter not in self._state:
             self._state[parameter] = {
                 # In the parameter's strides, as torch's own optimizers have it.
-                key: torch.zeros_like(parameter)
-                if spec == _spec(parameter)
+                key: torch.zeros_like(parameter, dtype=spec.dtype)
+                if spec.shape == tuple(parameter.shape)
                 else torch.zeros(spec.shape, dtype=spec.dtype, device=parameter.device if spec.shape else "cpu")
-                for key, spec in self._rule.state_specs(_spec(parameter)).items()
+                for key, spec in self._kept(name, parameter).items()
             }
         return self._state[parameter]
 
@@ -371,10 +388,6 @@ class ExpertOptimizer:
 def _number(name: str) -> int:
     """The expert's number in its unit, from its name."""
     return int(name.rpartition(".")[2])
-
-
-def _spec(parameter: Tensor) -> RowSpec:
-    return RowSpec(tuple(parameter.shape), parameter.dtype)
 
 
 def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:

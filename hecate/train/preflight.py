@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hecate.config import Config
 from hecate.config.rules.of_apps import refuse_training, require_packages
+from hecate.config.rules.optimizers import require_optimizer
 from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
 from hecate.io.plain_files import refuse_links
@@ -37,6 +38,7 @@ def check_machine(config: Config) -> None:
     check_attention(config.model)
     check_trackers(config.report_to)
     require_packages(config)
+    require_optimizer(config)
 
 
 def check_kernels(kernels: str) -> None:

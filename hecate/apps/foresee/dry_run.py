@@ -9,19 +9,20 @@ from typing import Any
 import numpy as np
 
 from hecate.apps.foresee.sharding_groups import simulate_groups, sum_over_groups
+from hecate.config.sections import OPTIMIZERS
 from hecate.errors import UserError
 from hecate.model.sizes.memory import PHASES, MemoryPart, first_owners, memory_parts, owned_blocks, owned_experts
 from hecate.model.sizes.replica_slots import replica_slots
 from hecate.model.sizes.run_shape import ExpertLayers, PoolShape, RunShape
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
-from hecate.parallel.cost.expert_cost import STATE_NUMBERS
 from hecate.parallel.plan.measured_modes import execution_of
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulate.simulated_step import Setting, StepBytes
 from hecate.parallel.simulate.simulator import Simulated, mean_modes, simulate
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.transfer.residency import Residency
+from hecate.parallel.values.optimizer_state import expert_spec, owner_bytes
 from hecate.parallel.values.traces import Trace
 
 STEPS, SAMPLED_LAYERS = 6, 2
@@ -214,8 +215,10 @@ def _check_recorded(run: RunShape, trace: Trace) -> None:
 
 def _simulate_pool(run: RunShape, pool: PoolShape) -> Simulated:
     """One gather of a whole pool to every rank, and one reduction, which nothing hides: the first layer needs it, and so does the last."""
-    block = float(pool.numel * run.master_bytes)
-    cost = LayerCost(trainable_bytes=block, chunk_numel=pool.numel, state_bytes=STATE_NUMBERS * block)
+    block, state = float(pool.numel * run.master_bytes), OPTIMIZERS[run.config.optim].STATE
+    cost = LayerCost(
+        trainable_bytes=block, chunk_numel=pool.numel, state_bytes=owner_bytes(state, expert_spec(pool.specs), run.master_bytes)
+    )
     no_tokens = np.zeros((1, 1, pool.blocks, run.topology.world_size), dtype=np.int64)
     owner_E = first_owners(pool.blocks, run)
 
@@ -251,7 +254,8 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
     trained_again = 4 / 3 if run.config.gradient_checkpointing and run.config.moe.kind.ffn == "trained" else again
     reduced_bytes = _all_reduced_bytes(run)
     owned_bytes_D = sum(
-        (owned_experts(group, run) * group.cost.reduced_bytes for group in run.groups), owned_blocks(run) * run.master_bytes
+        (owned_experts(group, run) * group.cost.reduced_bytes for group in run.groups),
+        owned_blocks(run, lambda pool: pool.numel) * run.master_bytes,
     )
     summed_messages = sum(group.number for group in run.groups if group.cost.reduced_bytes) + len(pools)
     sum_seconds, summed = sum_over_groups(owned_bytes_D, summed_messages, topology, run.mesh)

@@ -19,6 +19,7 @@ from hecate.config.ranges import COUNT, POSITIVE, WHOLE
 from hecate.config.rules.deterministic import check_deterministic
 from hecate.config.rules.megatron import check_megatron, check_megatron_ep
 from hecate.config.rules.of_apps import section_rules
+from hecate.config.rules.optimizers import check_optimizer
 from hecate.config.rules.pairs import check_pairs, largest_rank
 from hecate.config.rules.replay import check_replay
 from hecate.config.rules.routers import check_router
@@ -55,6 +56,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     check_router(values, add)
     check_replay(values, add)
     check_deterministic(values, add)
+    check_optimizer(values, add)
     _check_separate(values, add)
     _check_evaluation(values, add)
     _check_fssdp(values, add)

@@ -5,16 +5,19 @@ Activations, and what a GPU's memory holds beside tensors, are estimated; everyt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from hecate.config.sections import OPTIMIZERS
 from hecate.model.sizes.gpu_memory import CONTEXT_BYTES, rounding_bytes
-from hecate.model.sizes.run_shape import ExpertLayers, RunShape
+from hecate.model.sizes.replicated_tensors import replicated_bytes_of
+from hecate.model.sizes.run_shape import ExpertLayers, PoolShape, RunShape
 from hecate.parallel.cluster.backup_ranks import backup_ranks
 from hecate.parallel.cluster.mesh import owners_topology
-from hecate.parallel.cost.expert_cost import STATE_NUMBERS
 from hecate.parallel.values.expert_kinds import MIXES_ON_EVERY_RANK
+from hecate.parallel.values.optimizer_state import ParameterSpec, expert_spec, kept_tensors, owner_bytes
 from hecate.parallel.values.placement import owners_by_memory
 
 PHASES = ("forward", "backward", "optimizer")
@@ -73,7 +76,10 @@ def memory_parts(
         held, gradients, backward = (each[largest_D, np.arange(world)] for each in (held_3D, gradients_3D, backward_3D))
     elif config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
         gradients = fullest + owned
-    blocks, each_pool = owned_blocks(run) * run.master_bytes, [pool.blocks * pool.numel * run.master_bytes for pool in run.pools]
+    blocks, each_pool = (
+        owned_blocks(run, lambda pool: pool.numel) * run.master_bytes,
+        [pool.blocks * pool.numel * run.master_bytes for pool in run.pools],
+    )
     pools, nothing = sum(each_pool), np.zeros(world)
     # Autograd adds up the gradient of a whole pool, of one layer after the other, and then adds it to that of earlier micro-steps.
     gradients = gradients + (2 if micro_steps > 1 else 1) * pools + max(each_pool, default=0)
@@ -84,13 +90,18 @@ def memory_parts(
     replicated = np.full(world, float((run.replicated_parameters + run.parts_parameters) * run.master_bytes))
     seeded = np.full(world, float(run.seeded_parameters * run.master_bytes))
     sent, backups = _backup_bytes(run, owned + blocks)
+    state = OPTIMIZERS[config.optim].STATE
+    experts_state = sum((owned_experts(group, run) * group.cost.state_bytes for group in run.groups), nothing)
+    blocks_state = owned_blocks(run, lambda pool: owner_bytes(state, expert_spec(pool.specs), run.master_bytes))
+    backups_state = _backup_bytes(run, experts_state + blocks_state)[1]
+    replicated_state = np.full(world, replicated_bytes_of(run))
     return [
         MemoryPart("base weights", _base_bytes(run)),
         *([MemoryPart("frozen experts", np.stack([frozen] * 3))] if frozen.any() else []),
-        MemoryPart("owned experts, moments", np.stack([STATE_NUMBERS * owned] * 3)),
-        *([MemoryPart("owned blocks of pools, moments", np.stack([STATE_NUMBERS * blocks] * 3))] if pools else []),
-        *([MemoryPart("backups of other ranks' experts, moments", np.stack([STATE_NUMBERS * backups] * 3))] if backups.any() else []),
-        MemoryPart("routers, adapters, moments" if run.groups else "adapters, moments", np.stack([STATE_NUMBERS * replicated] * 3)),
+        MemoryPart("owned experts, moments", np.stack([experts_state] * 3)),
+        *([MemoryPart("owned blocks of pools, moments", np.stack([blocks_state] * 3))] if pools else []),
+        *([MemoryPart("backups of other ranks' experts, moments", np.stack([backups_state] * 3))] if backups.any() else []),
+        MemoryPart("routers, adapters, moments" if run.groups else "adapters, moments", np.stack([replicated_state] * 3)),
         *([MemoryPart("seeded parts of pairs", np.stack([seeded] * 3))] if seeded.any() else []),
         MemoryPart("replicas", np.stack([replicas, held, nothing])),
         *([MemoryPart("pools", np.stack([np.full(world, float(pools))] * 2 + [nothing]))] if pools else []),
@@ -178,9 +189,11 @@ def _beside_tensors(run: RunShape, others_GD: list[np.ndarray]) -> list[MemoryPa
         routers = sum(group.number for group in run.groups)
     elif not run.config.moe.kind.has_pairs:
         adapters = 0
-    tensors = np.full(run.topology.world_size, float(base + (STATE_NUMBERS + 1) * (adapters + routers)))
+    state = OPTIMIZERS[run.config.optim].STATE
+    kept = max(kept_tensors(state, ParameterSpec((hidden, hidden), kind)) for kind in (None, "routers") for hidden in (1, 1 << 10))
+    tensors = np.full(run.topology.world_size, float(base + (2 + kept) * (adapters + routers)))
     for group, others_D in zip(run.groups, others_GD, strict=True):
-        tensors += (STATE_NUMBERS + 1) * owned_experts(group, run) + 2 * others_D
+        tensors += (2 + group.kept_tensors) * owned_experts(group, run) + 2 * others_D
     return [
         MemoryPart(BESIDE_TENSORS[0], np.stack([run.is_gpu_D * float(CONTEXT_BYTES)] * 3)),
         MemoryPart(BESIDE_TENSORS[1], np.stack([run.is_gpu_D * rounding_bytes(tensors)] * 3)),
@@ -198,12 +211,12 @@ def _base_bytes(run: RunShape) -> np.ndarray:
     return np.repeat(np.array([[while_running], [while_running], [for_good]]) * run.dtype_bytes, world, axis=1)
 
 
-def owned_blocks(run: RunShape) -> np.ndarray:
-    """Return how many numbers of pools each rank owns, float64 [ranks]."""
+def owned_blocks(run: RunShape, size: Callable[[PoolShape], float]) -> np.ndarray:
+    """Return the sizes of the blocks of pools that each rank owns together, float64 [ranks], by the size of a block of each pool."""
     memory = owners_topology(run.topology, run.mesh).memory
     owned = np.zeros(len(memory))
     for pool in run.pools:
-        owned += pool.numel * np.bincount(owners_by_memory(pool.blocks, memory), minlength=len(memory))
+        owned += size(pool) * np.bincount(owners_by_memory(pool.blocks, memory), minlength=len(memory))
     return np.tile(owned, run.mesh.num_sharding_groups)
 
 

@@ -14,6 +14,7 @@ from hecate.config import Config, find_model
 from hecate.config.files.presets import find_preset
 from hecate.config.files.topology import AUTO
 from hecate.config.rules.of_apps import single_sequences
+from hecate.config.sections import OPTIMIZERS
 from hecate.data.files.user_features import users_of
 from hecate.errors import UserError
 from hecate.experts.pairs.source_table import PAIR_SOURCES, trains_a
@@ -23,7 +24,7 @@ from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cluster.topology_cards import RankDevice, SeenTopology, topology_of_devices
 from hecate.parallel.cluster.topology_file import load_topology
 from hecate.parallel.cost.cost_model import LayerCost
-from hecate.parallel.cost.expert_cost import UnitPlace, expert_layer_cost, ffn_place, number_bytes
+from hecate.parallel.cost.expert_cost import STATE_NUMBERS, UnitPlace, expert_layer_cost, ffn_place, number_bytes
 from hecate.parallel.values.expert_kinds import (
     MIXES_ON_EVERY_RANK,
     PROJECTIONS,
@@ -33,6 +34,8 @@ from hecate.parallel.values.expert_kinds import (
     UnitSizes,
     gate_parameters,
 )
+from hecate.parallel.values.layout import TensorSpec
+from hecate.parallel.values.optimizer_state import expert_spec, kept_tensors, owner_bytes
 from hecate.parallel.values.sequence_shares import sequences_by_speed, slowest_of_each
 from hecate.parallel.values.units import FFN
 from hecate.ranks.processor import computes_bfloat16
@@ -59,6 +62,8 @@ class ExpertLayers:
     """The number of the decoder layers' kind: groups of the same layers have the same number."""
     computed_numel: int = 0
     """The numbers of pairs that are computed for each replica (`PairSizes.computed_numel`)."""
+    kept_tensors: int = STATE_NUMBERS - 1
+    """The number of tensors that the optimizer keeps of an expert."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,12 @@ class PoolShape:
     """A pool that the experts of several units train in (`PairSizes.pooled`)."""
 
     blocks: int
-    numel: int
-    """The numbers of a block."""
+    specs: tuple[TensorSpec, ...]
+    """The tensors of a block."""
+
+    @property
+    def numel(self) -> int:
+        return sum(spec.numel for spec in self.specs)
 
 
 @dataclass(frozen=True)
@@ -294,7 +303,7 @@ def pool_shapes(base: BaseShape, config: Config) -> tuple[PoolShape, ...]:
         consumers.update({unit: number for unit in _units(layer, config) if number})
     found, check = [], PAIR_SOURCES[config.lora.pairs].check_pool
     for (_, sizes), blocks in consumers.items():
-        if pooled := _pair_sizes(sizes, config).pooled_numel:
+        if pooled := _pair_sizes(sizes, config).pooled:
             assert check is not None, config.lora.pairs
             check(config.lora.shape, blocks)
             found.append(PoolShape(blocks, pooled))
@@ -303,9 +312,9 @@ def pool_shapes(base: BaseShape, config: Config) -> tuple[PoolShape, ...]:
 
 def unit_costs(
     layer: LayerShape, config: Config, dtype_bytes: int, master_bytes: int, sequences: float
-) -> list[tuple[int, LayerCost, int]]:
-    """Return the inputs of each unit of a layer, the cost with which the engine plans (`hecate.experts.family.ExpertFamily.cost`), and how
-    many numbers of pairs are computed for each replica (`PairSizes.computed_numel`).
+) -> list[tuple[int, LayerCost, int, int]]:
+    """Return the inputs of each unit of a layer, the cost with which the engine plans (`hecate.experts.family.ExpertFamily.cost`), how many
+    numbers of pairs are computed for each replica (`PairSizes.computed_numel`), and how many tensors are kept of an expert.
 
     Args:
         sequences: whose attention hides transfers, on the slowest device.
@@ -317,21 +326,24 @@ def unit_costs(
     hiding = layer.all_linears if kind.over_linears else layer.linears  # what is computed while experts travel
     weights = sum(outputs * inputs for _, outputs, inputs in hiding)
     costs = []
+    ffn: tuple[TensorSpec, ...] = ()
     for sizes in all_sizes:
         if isinstance(sizes, LinearSizes):
-            inputs, ffn, place = sizes.inputs, 0, UnitPlace(sizes.inputs, sizes.outputs, len(all_sizes), at_beginning=True)
+            inputs, place = sizes.inputs, UnitPlace(sizes.inputs, sizes.outputs, len(all_sizes), at_beginning=True)
         else:
-            inputs, ffn, place = layer.hidden, sum(spec.numel for spec in sizes.specs()), ffn_place(layer.hidden)
+            inputs, ffn, place = layer.hidden, sizes.specs(), ffn_place(layer.hidden)
         pairs = _pair_sizes(sizes, config)
         cost = expert_layer_cost(
-            kind.parameters(ffn, pairs.trained_numel, pairs.flops, pairs.spared_flops),
+            kind.parameters(sum(spec.numel for spec in ffn), pairs.trained_numel, pairs.flops, pairs.spared_flops),
             place=place,
             top_k=config.moe.experts_per_token,
             number=number_bytes(kind, master=master_bytes, computed=dtype_bytes),
             non_moe_flops=2.0 * weights * sequences * config.data.seq_len / config.model.tensor_parallel,
             on_every_rank=config.deterministic or (kind.over_linears and config.moe.router.mixes in MIXES_ON_EVERY_RANK),
         )
-        costs.append((inputs, cost, pairs.computed_numel))
+        state, expert = OPTIMIZERS[config.optim].STATE, expert_spec(kind.layout(ffn, pairs).trainable)
+        cost = replace(cost, state_bytes=owner_bytes(state, expert, master_bytes))
+        costs.append((inputs, cost, pairs.computed_numel, kept_tensors(state, expert)))
     return costs
 
 
@@ -351,7 +363,7 @@ def _pair_sizes(sizes: UnitSizes, config: Config) -> PairSizes:
     return PAIR_SOURCES[config.lora.pairs].sizes(sizes, config.moe.kind.projections(config.lora.target_modules), config.lora.shape)
 
 
-def _groups(layers: list[tuple[int, list[tuple[int, LayerCost, int]]]]) -> tuple[ExpertLayers, ...]:
+def _groups(layers: list[tuple[int, list[tuple[int, LayerCost, int, int]]]]) -> tuple[ExpertLayers, ...]:
     """The units of layers that are alike, by their cost.
 
     Args:
@@ -360,20 +372,25 @@ def _groups(layers: list[tuple[int, list[tuple[int, LayerCost, int]]]]) -> tuple
     alike = Counter((number, tuple(units)) for number, units in layers if number)
     groups = []
     for stack, ((number, units), count) in enumerate(alike.items()):
-        for (inputs, cost, computed), per_layer in Counter(units).items():
-            groups.append(ExpertLayers(number, count * per_layer, cost, inputs, per_layer, stack, computed))
+        for (inputs, cost, computed, kept), per_layer in Counter(units).items():
+            groups.append(ExpertLayers(number, count * per_layer, cost, inputs, per_layer, stack, computed, kept))
     return tuple(groups)
 
 
 def adapter_parameters(layer: LayerShape, config: Config, experts: int) -> tuple[int, int]:
     """Return the parameters of A and of B of the plain LoRA pairs in a layer whose units have so many experts; 0 if a kind has none."""
+    adapted = adapted_linears(layer, config, experts)
+    return config.lora.rank * sum(inputs for inputs, _ in adapted), config.lora.rank * sum(outputs for _, outputs in adapted)
+
+
+def adapted_linears(layer: LayerShape, config: Config, experts: int) -> list[tuple[int, int]]:
+    """Return the inputs and outputs of the linears with plain LoRA pairs in a layer whose units have so many experts."""
     kind = config.moe.kind
     if not kind.has_pairs or (kind.over_linears and experts):
-        return 0, 0
+        return []
     targets = set(config.lora.target_modules) - (set(PROJECTIONS) if layer.experts else set())  # shared experts have none
     linears = layer.all_linears if kind.over_linears else layer.linears
-    adapted = [(inputs, outputs) for name, outputs, inputs in linears if name in targets]
-    return config.lora.rank * sum(inputs for inputs, _ in adapted), config.lora.rank * sum(outputs for _, outputs in adapted)
+    return [(inputs, outputs) for name, outputs, inputs in linears if name in targets]
 
 
 def _base_shape(config: Config) -> BaseShape:

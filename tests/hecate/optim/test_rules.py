@@ -11,17 +11,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hecate.config.sections import OPTIMIZERS
 from hecate.elastic.backups import copy_to_backup_ranks
 from hecate.elastic.move_experts import move_experts
-from hecate.errors import UserError
-from hecate.optim import from_config
 from hecate.optim.adamw import AdamW
 from hecate.optim.from_config import gradient_rule, learning_rate
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
-from hecate.optim.rule import GradientRule, Stepped
-from hecate.parallel.comm.reshard import RowSpec
+from hecate.optim.rule import Stepped
+from hecate.optim.rules.muon import MuonConfig
 from hecate.parallel.cost.expert_cost import STATE_NUMBERS
 from hecate.parallel.values.layout import TensorSpec
+from hecate.parallel.values.optimizer_state import ParameterSpec, StateSpec, owner_bytes
 from testing.ranks import run_ranks
 from tests.hecate.apps.megatron.making import config_of, write_parts
 from tests.hecate.experts.making import engine
@@ -34,8 +34,8 @@ CHUNK = (TensorSpec("up_proj.A", (1, 2)), TensorSpec("up_proj.B", (3, 1)))
 class FastB:
     """A rule with one moment, by which B learns `RATIO` times as fast as all else, as in LoRA+ (arXiv 2402.12354)."""
 
-    def state_specs(self, parameter: RowSpec) -> dict[str, RowSpec]:
-        return {"velocity": parameter}
+    def state_specs(self, parameter: ParameterSpec) -> dict[str, StateSpec]:
+        return {"velocity": StateSpec(parameter.shape)}
 
     def step(self, stepped: Sequence[Stepped], learning_rate: float) -> None:
         for one in stepped:
@@ -105,29 +105,32 @@ def test_what_a_rule_keeps_moves_with_the_experts() -> None:
     run_ranks(2, _moved)
 
 
-@pytest.mark.parametrize("rule", [AdamW(weight_decay=0.0)])
-def test_a_rule_keeps_what_planners_and_forecasts_count(rule: GradientRule) -> None:
-    """Numbers of no dimension aside."""
-    kept = [spec for spec in rule.state_specs(RowSpec((7,), torch.float32)).values() if spec.shape]
-    assert sum(spec.num_bytes for spec in kept) == (STATE_NUMBERS - 1) * 7 * 4
+def test_adamw_keeps_what_planners_count_where_no_optimizer_is_known() -> None:
+    assert owner_bytes(OPTIMIZERS["adamw"].STATE, ParameterSpec((7,)), 4) == STATE_NUMBERS * 7 * 4
 
 
 def test_the_configured_rule_and_learning_rate(tmp_path: Path) -> None:
     write_parts(tmp_path)
     keys = ("weight_decay=0.1", "adam_beta1=0.8", "adam_beta2=0.95", "adam_epsilon=1e-6", "weight_decay_exclude=[norms]")
     config = config_of(tmp_path, *keys, "learning_rate=0.5", "lr_scheduler_type=constant", "warmup_ratio=0")
-    assert gradient_rule(config) == AdamW(weight_decay=0.1, beta1=0.8, beta2=0.95, epsilon=1e-6, exclude=("norms",))
+    adamw = AdamW(weight_decay=0.1, beta1=0.8, beta2=0.95, epsilon=1e-6, exclude=("norms",))
+    made = gradient_rule(config)
+    assert made.step.__self__ == adamw  # type: ignore[attr-defined]
+    assert made.state_specs(ParameterSpec((3,))) == adamw.state_specs(ParameterSpec((3,)))
     assert [learning_rate(config).of(step) for step in (0, 7)] == [0.5, 0.5]
 
 
-def test_the_section_of_a_rule_chooses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sections of the core stand for those that rules bring."""
+def test_an_optimizer_gets_its_section_and_the_peak_learning_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_parts(tmp_path)
-    config, other = config_of(tmp_path, "weight_decay=0.1"), AdamW(weight_decay=0.3)
-    found: list[tuple[object, AdamW]] = []
-    monkeypatch.setattr(from_config, "RULES", {"lora": lambda *given: found.append(given), "eval": lambda *_: other})
-    assert gradient_rule(config) is other
-    assert found == [(config.lora, AdamW(weight_decay=0.1))]
-    monkeypatch.setattr(from_config, "RULES", {"lora": lambda *_: other, "eval": lambda *_: other})
-    with pytest.raises(UserError, match=r"^lora, eval: parameters are stepped by one rule"):
-        gradient_rule(config)
+    config = config_of(tmp_path, "optim=muon", "muon.momentum=0.9", "weight_decay=0.1", "learning_rate=0.5")
+    found: list[tuple[object, ...]] = []
+    monkeypatch.setattr(OPTIMIZERS["muon"], "STEP", lambda *given: found.append(given))
+    assert gradient_rule(config).state_specs is OPTIMIZERS["muon"].STATE
+    assert found == [(MuonConfig(momentum=0.9), AdamW(weight_decay=0.1), 0.5)]
+
+
+def test_the_schedule_gets_its_section(tmp_path: Path) -> None:
+    write_parts(tmp_path)
+    after = ("lr_scheduler_kwargs.decay_ratio=0.5", "lr_scheduler_kwargs.min_lr_rate=0.2")
+    rate = learning_rate(config_of(tmp_path, "lr_scheduler_type=wsd", *after, "max_steps=8", "learning_rate=0.5"))
+    assert [rate.of(step) for step in (0, 4, 6, 8)] == pytest.approx([0.5, 0.5, 0.3, 0.1])

@@ -15,7 +15,14 @@ from hecate.errors import UserError, install_hint
 _DISTRIBUTION = "hecate-moe"
 _NAMESAKE = "hecate"
 """a distribution of this name is another project's, whose package has the same name"""
-_EXTRAS = {"ray": "ray", "megatron": "megatron-core", "report": "matplotlib", "quickstart": "reasoning-gym", "merge": "scikit-learn"}
+_EXTRAS = {
+    "ray": "ray",
+    "megatron": "megatron-core",
+    "report": "matplotlib",
+    "quickstart": "reasoning-gym",
+    "merge": "scikit-learn",
+    "optim": "bitsandbytes",
+}
 """extra -> the distribution that it is about"""
 _GPU_DRIVER = Path("/proc/driver/nvidia/version")
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hecate.apps.foresee.dry_run import forecast
+from hecate.config.sections import OPTIMIZERS
 from hecate.data.batches import Batch
 from hecate.engine.step_plans import EngineConfig
 from hecate.errors import UserError
@@ -28,13 +29,16 @@ from hecate.model.insert import insert_experts, non_moe_flops_per_token
 from hecate.model.sizes.gpu_memory import CONTEXT_BYTES, rounding_bytes
 from hecate.model.sizes.memory import PHASES, _chunk_bytes, memory_parts
 from hecate.model.sizes.pair_check import check_pair_sizes
-from hecate.model.sizes.run_shape import PoolShape, RunShape, run_shape
-from hecate.optim.adamw import AdamW
-from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
+from hecate.model.sizes.replicated_tensors import replicated_tensors
+from hecate.model.sizes.run_shape import RunShape, run_shape
+from hecate.optim.from_config import gradient_rule
+from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.values.expert_kinds import LoraShape
+from hecate.parallel.values.layout import TensorSpec
+from hecate.parallel.values.optimizer_state import expert_spec, owner_bytes
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups, expert_groups
 from hecate.train.build import insertion_plan
@@ -167,7 +171,7 @@ def test_a_pool_is_owned_in_blocks_and_held_as_a_whole(tmp_path: Path, micro_ste
     write_model(tmp_path)
     sizes = ("lora.r=3", "moe.num_experts=[4,0,4]", "lora.target_modules=[gate_proj,up_proj,down_proj]")
     run = shape_of(tmp_path, "lora.pairs=shards", *sizes, f"gradient_accumulation_steps={micro_steps}")
-    assert run.pools == (PoolShape(8, 240),)
+    assert [(pool.blocks, pool.numel) for pool in run.pools] == [(8, 240)]
     parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.array([0.0, 1.0])], np.array([16.0, 16.0]))}
     assert not parts["owned experts, moments"].any()
     assert not parts["replicas"].any()
@@ -221,11 +225,13 @@ def test_rematerialized_replicas_are_those_of_the_layers_under_way(tmp_path: Pat
     assert parts["gradients"][1].tolist() == [(2 + 6) * 960 + replicated, (3 + 6) * 960 + replicated]
 
 
-def _held(rank: int, world: int, folder: str, dtype: str, cases: list[tuple[str, int]]) -> list[dict[str, int]]:
+def _held(
+    rank: int, world: int, folder: str, dtype: str, cases: list[tuple[str, int]], overrides: tuple[str, ...] = ()
+) -> list[dict[str, int]]:
     """Bytes of this rank after a step and at the beginning of the next, by policy and size of sharding groups."""
     from transformers import AutoModelForCausalLM
 
-    config, found = config_for(Path(folder), *EVERY_EXPERT, dtype=dtype), []
+    config, found = config_for(Path(folder), *EVERY_EXPERT, *overrides, dtype=dtype), []
     tokens = torch.arange(16)[None]
     batch = Batch(tokens % 32, tokens % 32, tokens, torch.ones_like(tokens), tokens + 16 * rank, torch.zeros_like(tokens))
     for policy, shard_size in cases:
@@ -235,9 +241,7 @@ def _held(rank: int, world: int, folder: str, dtype: str, cases: list[tuple[str,
         engine = EngineConfig(POLICIES[policy], local_topology(world, cuda=False), top_k=5)
         moe = insert_experts(model, find_gated_ffns(model), insertion_plan(config, 3), engine, groups)
         replicated = moe.replicated_parameters()
-        optimizer = ExpertOptimizer(
-            Trainables(owned_parameters(moe.engine), replicated), AdamW(weight_decay=0.0), LearningRate(0.1), torch.device("cpu")
-        )
+        optimizer = ExpertOptimizer(Trainables.of(moe), gradient_rule(config), LearningRate(0.1), torch.device("cpu"))
         train_step(
             moe, head, optimizer, StepBatches(number=0, micro_batches=[batch], num_labels=32), StepRules(aux_coef=0.01, max_grad_norm=None)
         )
@@ -273,6 +277,36 @@ def test_every_rank_holds_what_was_planned(tmp_path: Path, dtype: str) -> None:
         for rank in range(2):
             for name, measured in found[rank][index].items():
                 assert measured == parts[name][PHASES.index("forward"), rank], f"{name}, rank {rank}, {policy}, groups of {shard_size}"
+
+
+WIDE = ("lora.r=300", "lora.target_modules=[q_proj,v_proj,gate_proj,up_proj,down_proj]")
+"""so that some matrices have moments of 8 bits, and others have not"""
+
+
+@pytest.mark.parametrize("overrides", [(), WIDE, (*WIDE, "moe.router.bias=learned"), ("moe.unit=linear", *WIDE), ("lora.pairs=nola",)])
+@pytest.mark.parametrize("optim", ["muon", "adamw_8bit", "adafactor", "lion"])
+def test_every_rank_keeps_of_every_optimizer_what_was_planned(tmp_path: Path, optim: str, overrides: tuple[str, ...]) -> None:
+    write_model(tmp_path)
+    own = (*overrides, f"optim={optim}")
+    if "moe.unit=linear" in overrides:
+        run = shape_of(tmp_path, *EVERY_EXPERT, *own)
+        kept = [owner_bytes(OPTIMIZERS[optim].STATE, expert_spec(chunk), 4) for chunk in ([*linear_chunks(run)])]
+        assert sum(group.cost.state_bytes * group.number for group in run.groups) == 2 * sum(kept)
+        return
+    (found,) = run_ranks(1, _held, str(tmp_path), "float32", [("static_ep", 1)], own)
+    run = shape_of(tmp_path, *EVERY_EXPERT, *own, ranks=1)
+    parts = {part.name: part.bytes_PD for part in memory_parts(run, [np.zeros(1)], np.full(1, 16.0))}
+    for name in ("owned experts, moments", "routers, adapters, moments"):
+        assert found[0][name] == parts[name][0, 0], name
+    tensors = replicated_tensors(run)
+    assert sum(one.numel * number for one, number in tensors.items()) == run.replicated_parameters
+
+
+def linear_chunks(run: RunShape) -> list[tuple[TensorSpec, ...]]:
+    """Of an expert of each linear of a layer."""
+    targets = run.config.lora.target_modules
+    linears = [(outputs, inputs) for name, outputs, inputs in run.base.layers[0].all_linears if name in targets]
+    return [(TensorSpec("linear.A", (300, inputs)), TensorSpec("linear.B", (outputs, 300))) for outputs, inputs in linears]
 
 
 def _saved(rank: int, world_size: int, folder: str, dtype: str, checkpointing: bool) -> tuple[int, int]:

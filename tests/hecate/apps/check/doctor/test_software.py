@@ -42,15 +42,11 @@ def test_the_other_project_of_the_same_name_is_found(monkeypatch: pytest.MonkeyP
 
 
 def test_extras_that_are_missing_say_how_they_are_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        metadata,
-        "version",
-        _versions(ray="2.60.0", matplotlib="3.11", **{"megatron-core": None, "reasoning-gym": "0.1.25", "scikit-learn": "1.9.1"}),
-    )
+    others = {"megatron-core": None, "reasoning-gym": "0.1.25", "scikit-learn": "1.9.1", "bitsandbytes": "0.50"}
+    monkeypatch.setattr(metadata, "version", _versions(ray="2.60.0", matplotlib="3.11", **others))
     found = software.extras()
-    assert found.what.startswith(
-        "ray (2.60.0), report (3.11), quickstart (0.1.25), merge (1.9.1); not installed: megatron (in hecate's checkout: pip install"
-    )
+    there = "ray (2.60.0), report (3.11), quickstart (0.1.25), merge (1.9.1), optim (0.50)"
+    assert found.what.startswith(f"{there}; not installed: megatron (in hecate's checkout: pip install")
 
 
 @pytest.mark.parametrize(
