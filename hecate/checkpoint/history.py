@@ -125,7 +125,8 @@ def prune(
     if len(kept) < keep:
         return deleted
     for_good = retained((_step(folder) for folder in folders), retain_steps) if retain_steps else set()
-    for_good |= {best} - {None}
+    if best is not None:
+        for_good.add(best)
     if retain_hours:
         for_good |= retained_by_time({_step(folder): _saved_at(folder) for folder in folders}, retain_hours)
     for folder in folders[folders.index(kept[-1]) + 1 :]:

@@ -46,8 +46,8 @@ def value_of(metric: str, found: Evaluation) -> float:
 
 def ends_early(config: Config, state: TrainState) -> bool:
     """Whether the evaluations so far end the run before its last step."""
-    best, patience = state.best, config.early_stopping_patience
-    return patience is not None and best.metric == config.best_metric and best.without >= patience
+    patience = config.early_stopping_patience
+    return patience is not None and state.best.metric == config.best_metric and state.best.without >= patience
 
 
 def step_to_leave(config: Config, state: TrainState) -> int:
