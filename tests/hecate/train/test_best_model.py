@@ -224,7 +224,7 @@ def test_a_real_run_leaves_the_model_of_its_least_loss_and_hecate_eval_finds_tha
     from hecate.apps.answers.compare import Questions, compare
     from hecate.ranks.ranks import join_ranks
 
-    given = ("data.eval=[]", "data.eval_share=0.2", "max_steps=8", "learning_rate=3", "save_total_limit=null")
+    given = ("data.eval=[]", "data.eval_share=0.2", "max_steps=3", "learning_rate=3", "metric_for_best_model=up.train.loss")
     config = configured(workshop, "real", *ASKS, *given)
     with join_ranks() as ranks:
         assert train(config, ranks)
@@ -232,11 +232,14 @@ def test_a_real_run_leaves_the_model_of_its_least_loss_and_hecate_eval_finds_tha
         (figures,) = compare(config, [f"{workshop}/runs/real"], Questions(), ranks)
     lines = Path(workshop, "runs/real/metrics.jsonl").read_text(encoding="utf-8").splitlines()
     evals = [record for record in map(json.loads, lines) if record["kind"] == "eval"]
-    means = [sum(one["loss"] for one in record["sources"].values()) / 2 for record in evals]
-    best = evals[means.index(min(means))]
-    assert best["step"] < 8, "or nothing was shown"
+    losses = [record["sources"]["up.train"]["loss"] for record in evals]
+    best = evals[losses.index(min(losses))]
+    assert best["step"] < 3, "or nothing was shown"
     assert steps_on_card(workshop, "real") == best["step"]
-    assert f"loss {min(means):.4g} after step {best['step']}; the run leaves the model of step {best['step']}" in shown.out + shown.err
+    assert (
+        f"up.train.loss {min(losses):.4g} after step {best['step']}; the run leaves the model of step {best['step']}"
+        in shown.out + shown.err
+    )
     for name, one in best["sources"].items():
         assert figures.tasks[name].figures["loss"] == pytest.approx(one["loss"], abs=1e-5)
         assert figures.tasks[name].samples == one["samples"] < 40
