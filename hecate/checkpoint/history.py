@@ -101,6 +101,7 @@ def prune(
     retain_steps: int | None = None,
     retain_hours: int | None = None,
     warn: Callable[[str], None] = _log.warning,
+    best: int | None = None,
 ) -> list[Path]:
     """Delete the checkpoints older than the `keep` newest whole ones. Returns the deleted folders, oldest last.
 
@@ -112,6 +113,7 @@ def prune(
         retain_steps: see `retained`; these are not deleted. None: none.
         retain_hours: see `retained_by_time`; these are not deleted, either. None: none.
         warn: called with a text for each damaged checkpoint that does not count, once in a process.
+        best: the step of the best model, whose checkpoint is not deleted; None: none is known.
     """
     assert keep >= 1, keep
     deleted: list[Path] = []
@@ -123,6 +125,8 @@ def prune(
     if len(kept) < keep:
         return deleted
     for_good = retained((_step(folder) for folder in folders), retain_steps) if retain_steps else set()
+    if best is not None:
+        for_good.add(best)
     if retain_hours:
         for_good |= retained_by_time({_step(folder): _saved_at(folder) for folder in folders}, retain_hours)
     for folder in folders[folders.index(kept[-1]) + 1 :]:

@@ -166,7 +166,8 @@ def _commit(save: SaveUnderWay, warnings: list[str]) -> None:
     note_damage(final, None)
     if config.save_total_limit is not None:
         try:
-            prune(final.parent, config.save_total_limit, config.save_retain_steps, config.save_retain_hours, warnings.append)
+            best = save.meta["best"]["step"]
+            prune(final.parent, config.save_total_limit, config.save_retain_steps, config.save_retain_hours, warnings.append, best)
         except CheckpointError as error:  # the new checkpoint is there, and the run can go on
             warnings.append(f"{error}; the next save tries again")
 

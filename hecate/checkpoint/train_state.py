@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hecate.checkpoint.files import CheckpointError, UnreadableError
 from hecate.checkpoint.history import manifests, remove_stale_staging
-from hecate.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from hecate.checkpoint.manifest import MANIFEST, Manifest, read_manifest, step_of
 from hecate.checkpoint.meta import CHAT_TEMPLATE, config_values, owners_of, reading_meta
 from hecate.checkpoint.save import checkpoint_folder
 from hecate.checkpoint.shard import read_tensors
@@ -28,6 +28,7 @@ from hecate.data.separate_streams import Stream
 from hecate.engine.protocol import ExpertEngine
 from hecate.engine.shards import ExpertShards
 from hecate.errors import UserError
+from hecate.optim.best_model import NOTHING_KNOWN, BestModel
 from hecate.optim.norm_limit import with_norm
 from hecate.optim.optimizer import ExpertOptimizer, owned_parameters
 from hecate.parallel.transfer.residency import Residency
@@ -74,6 +75,7 @@ class TrainState:
     """The loads of the last steps (`LoadHistory.snapshot`)."""
     grad_norms: tuple[float, ...] = ()
     """The last finite gradient norms, oldest first (`hecate.optim.norm_limit`)."""
+    best: BestModel = NOTHING_KNOWN
 
     @staticmethod
     def at_start(parts: TrainedParts) -> TrainState:
@@ -124,11 +126,12 @@ class TrainState:
             "stream": dict(self.stream),
             "history": history.state_dict(),
             "grad_norms": list(self.grad_norms),
+            "best": asdict(self.best),
         }
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> TrainState:
-        """The state that `to_json` gave. Checkpoints of early versions have neither counts of skipped steps nor gradient norms."""
+        """The state that `to_json` gave. Checkpoints of early versions have no skipped steps, gradient norms or best model."""
         history = LoadHistory(max(1, len(value["history"])))
         history.load_state_dict(value["history"])
         if not 1 <= int(value["rows_per_step"]) <= _MOST_SEQUENCES:
@@ -143,6 +146,7 @@ class TrainState:
             sequences_per_step=int(value["rows_per_step"]),
             history=history.snapshot(),
             grad_norms=tuple(map(float, value.get("grad_norms", ()))),
+            best=BestModel.from_json(value.get("best", {})),
         )
 
 
@@ -160,11 +164,14 @@ class LoadedState:
     on."""
 
 
-def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState:
+def load_state(config: Config, ranks: Ranks, parts: TrainedParts, step: int | None = None) -> LoadedState:
     """Load the newest checkpoint that all ranks can read into `parts`, and return its state. Every rank must call it.
 
     Any number of ranks may have written the checkpoint: experts are dealt anew where a sharding group had another number of ranks. A step
     keeps its number of sequences.
+
+    Args:
+        step: load the checkpoint of this step, or none; None: of any.
 
     Raises:
         NoCheckpointError: there is none.
@@ -177,14 +184,15 @@ def load_state(config: Config, ranks: Ranks, parts: TrainedParts) -> LoadedState
     passed_over: list[tuple[str, str]] = []
     # Rank 0 says which checkpoint is tried next: each rank's own listing of the folder might name others, and then ranks would wait for
     # each other in different collectives.
-    candidates = manifests(root) if ranks.is_first else None
+    candidates = (one for one in manifests(root) if step in (None, step_of(one[0].name))) if ranks.is_first else None
     while True:
         found = next(candidates, None) if candidates else None
         own_name = found[0].name.encode() if found else b""
         name = ranks.broadcast_from(0, own_name if ranks.is_first else None).decode()
         if not name:
             reasons = [f"  {reason}" for _, reason in passed_over[:4]]
-            raise NoCheckpointError("\n".join([f"{root} has no checkpoint that can be read", *reasons]))
+            what = f"{root} has no checkpoint" if step is None else f"{checkpoint_folder(root, step)}, of the best model, is no checkpoint"
+            raise NoCheckpointError("\n".join([f"{what} that can be read", *reasons]))
         folder = root / name
         described = _described(folder, found[1] if found else None, config, parts)
         read: tuple[dict[str, Tensor], dict[Unit, Residency]] | CheckpointError | None

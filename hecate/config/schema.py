@@ -106,7 +106,11 @@ class DataConfig:
     train: tuple[DataSource, ...] = field(metadata=key(computes=False))
     """The training data: one path, or a list of paths and mappings {path, name, weight, format, fields}. Left out with rounds.clients."""
     eval: tuple[DataSource, ...] = field(default=(), metadata=key(computes=False))
-    """The evaluation data, in the same form. Empty: no evaluation."""
+    """The evaluation data, in the same form. Empty: no evaluation, unless eval_share is given."""
+    eval_share: float | None = field(default=None, metadata=key(Range(0, 1, high_open=True)))
+    """The share of its samples that each item of data.train without an item of its name in data.eval gives up: they are evaluated under its
+    name, and not trained on. A digest of a sample's messages, tools or text decides, so that copies are on one side, whatever the order,
+    files, seed, ranks or model. null or 0: none."""
     seq_len: int = field(default=512, metadata=key(Range(2, MAX_INT)))
     """Tokens in one sequence of a batch."""
     packing: bool = True
@@ -136,6 +140,17 @@ class DataConfig:
     it to quarantine-NAME.jsonl in output_dir, or quarantine-eval-NAME.jsonl if it is held out; stop at other faults. error: stop at every
     fault. skip: leave out every sample with a fault, in the same way. truncate: shorten a sample that is too long to seq_len and count it;
     stop at other faults."""
+
+    @property
+    def held_out(self) -> tuple[DataSource, ...]:
+        """The items of `train` that give up `eval_share` of their samples."""
+        named = {source.name for source in self.eval}
+        return tuple(source for source in self.train if source.name not in named) if self.eval_share else ()
+
+    @property
+    def evaluated(self) -> tuple[DataSource, ...]:
+        """All items that are evaluated: `eval`, then `held_out`."""
+        return (*self.eval, *self.held_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,11 +328,24 @@ class Config:
     logging_steps: int = field(default=1, metadata=key(COUNT, computes=False))
     """The number of steps between two records of metrics."""
     eval_steps: int | None = field(default=None, metadata=key(COUNT, computes=False))
-    """The number of steps between two evaluations. null: evaluate only at the end. Without data.eval there is no evaluation."""
+    """The number of steps between two evaluations. null: evaluate only at the end. Without data.eval and data.eval_share there is no
+    evaluation."""
+    metric_for_best_model: str | None = field(default=None, metadata=key(computes=False))
+    """The evaluated number by which the best model is known: loss (the mean of all evaluated sources' losses), exact (the mean of their
+    shares of exact answers, with eval.generate), NAME.loss or NAME.exact. Less is better of a loss, more of a share. The best model so far
+    is saved at once, and save_total_limit keeps it. null: no model is called the best, unless early_stopping_patience or
+    load_best_model_at_end is given: then by loss."""
+    load_best_model_at_end: bool = field(default=False, metadata=key(computes=False))
+    """Leave the best model (metric_for_best_model) at the end of the run, in place of the last one."""
+    early_stopping_patience: int | None = field(default=None, metadata=key(COUNT, computes=False))
+    """The number of evaluations in a row without an improvement of metric_for_best_model after which the run ends. null: it ends at its
+    last step."""
+    early_stopping_threshold: float = field(default=0.0, metadata=key(AT_LEAST_ZERO, computes=False))
+    """With early_stopping_patience: an evaluation counts as an improvement if it is better than the best before it by more than this."""
     save_steps: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """The number of steps between two checkpoints. null: save only at the end."""
     save_total_limit: int | None = field(default=None, metadata=key(COUNT, computes=False))
-    """How many of the latest checkpoints to keep. null: all."""
+    """How many of the latest checkpoints to keep, beside that of the best model (metric_for_best_model). null: all."""
     save_retain_steps: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """With save_total_limit: in each stretch of so many steps the first checkpoint is kept for good, beside the latest ones. null: none."""
     save_retain_hours: int | None = field(default=None, metadata=key(COUNT, computes=False))
@@ -358,6 +386,12 @@ class Config:
     """The number of local ranks to start. null: one per GPU, or 2 without a GPU. Unused under torchrun, which starts the ranks itself."""
     eval: EvalConfig = field(default_factory=EvalConfig, metadata=key(computes=False))
     ray: RayConfig = field(default_factory=RayConfig, metadata=key(computes=False))
+
+    @property
+    def best_metric(self) -> str | None:
+        """The name of the number by which the best model is known; None: the run looks for none."""
+        asked = self.load_best_model_at_end or self.early_stopping_patience is not None
+        return self.metric_for_best_model or ("loss" if asked else None)
 
 
 if not TYPE_CHECKING:  # checkers know the core's keys alone

@@ -20,6 +20,7 @@ import xxhash
 
 from hecate.config import DataSource
 from hecate.config.files.paths import data_files, file_form
+from hecate.data.files.formats import Sample
 from hecate.data.files.user_features import UserFeatures
 from hecate.errors import UserError
 from hecate.io.durable import replace_file
@@ -68,6 +69,13 @@ def unwritable(folder: str | Path, error: Exception) -> UserError:
         f"tokenized data cannot be written to {folder}: {reason}\n"
         "name another folder with data.cache, or set it to null, so that each rank keeps them in its memory"
     )
+
+
+def sample_digest(sample: Sample) -> int:
+    """A digest of what a sample says, from 0 to 2^64 - 1: of its messages and tools or its text, and of nothing else in its record."""
+    assert sample.messages is not None or sample.text is not None, "a sample of a new kind needs its own contents here"
+    said = [sample.messages, sample.tools, sample.text]
+    return xxhash.xxh3_64_intdigest(json.dumps(said, sort_keys=True, default=str).encode())
 
 
 def digest_of_files(path: str, folder: Path) -> list[list[str]]:

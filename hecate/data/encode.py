@@ -21,6 +21,7 @@ from hecate.config import DataSource
 from hecate.data.chat.conversations import Span, TemplateRefusal, render, require_chat_template
 from hecate.data.chat.plain_specials import cuts, marked, tokens_of_pieces
 from hecate.data.chat.written import Shapes, require_learned, unwritten
+from hecate.data.content import sample_digest
 from hecate.data.files.formats import Fault, Sample, read_samples
 from hecate.data.files.syntax import bad_sample_error
 from hecate.data.files.user_features import UserFeatures
@@ -58,7 +59,8 @@ class EncodedSample:
 
     pieces: list[Encoded]  # one, or the pieces of a long document
     truncated: bool  # whether it was shortened
-    unread: tuple[str, ...] = ()  # names of its keys of which no tokens are made
+    unread: tuple[str, ...]  # names of its keys of which no tokens are made
+    digest: int  # of its content (`sample_digest`)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,7 @@ class EncodedSource(Samples):
     features: str = ""  # the digest of the users' features
     routed: NDArray[np.int16] | None = None  # [tokens, MoE layers, top_k], see `Encoded.routed`; None: nothing depends on them
     content: str = ""  # what `digest` returns, where that is known already
+    digests: NDArray[np.uint64] | None = None  # [samples], of the content of each; the pieces of one document have the same
 
     def sample(self, index: int) -> Encoded:
         part = slice(self.starts[index], self.starts[index + 1])
@@ -191,6 +194,7 @@ def encode_source(
         UserError: as `encode_samples`; or no sample is left.
     """
     pieces: list[Encoded] = []
+    digests: list[int] = []
     faults: list[Fault] = []
     kept = truncated = 0
     unread: Counter[str] = Counter()
@@ -200,6 +204,7 @@ def encode_source(
             faults.append(item)
         else:
             pieces += item.pieces
+            digests += [item.digest] * len(item.pieces)
             kept, truncated = kept + 1, truncated + item.truncated
             unread.update(item.unread)
 
@@ -219,6 +224,7 @@ def encode_source(
         users=None if users is None else np.array([piece.user for piece in pieces], dtype=np.int64),
         features="" if users is None else users.digest(),
         routed=None if routing is None else np.concatenate([piece.routed for piece in pieces if piece.routed is not None]),
+        digests=np.array(digests, dtype=np.uint64),
     )
 
 
@@ -325,7 +331,7 @@ def _encoded(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_cut
     pieces = [_first_tokens(item, seq_len)] if cut else _pieces(item, seq_len)
     if item.routed is not None:
         require_length(item.routed, sum(len(piece.input_ids) for piece in pieces), item.whole)
-    return EncodedSample(pieces, cut, item.unread)
+    return EncodedSample(pieces, cut, item.unread, sample_digest(item.sample))
 
 
 def _tokenized(

@@ -11,7 +11,7 @@ from hecate.data.files.indexed import IndexedSource
 from hecate.data.files.syntax import no_answers
 from hecate.data.pack import pack
 from hecate.data.sequences import PackedSequence, build_sequence, empty_sequence, piece_of
-from hecate.data.sources import TokenSource
+from hecate.data.sources import SourcePart, TokenSource
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,9 @@ def generation_items(
     Raises:
         UserError: the file holds documents.
     """
-    if isinstance(source, IndexedSource):
+    if isinstance(source.whole if isinstance(source, SourcePart) else source, IndexedSource):
         raise no_answers(source.path)
+    assert not isinstance(source, IndexedSource)
     lines: list[int] = source.lines.tolist()
     kept = dict.fromkeys(lines, -1) if source.users is None else dict(zip(lines, source.users.tolist(), strict=True))
     items: list[GenerationItem] = []

@@ -5,6 +5,7 @@ rules for samples that are too long or bad. So another run, or the same one afte
 
     KEY/ids.i32, targets.i32        the tokens and targets of all samples, end to end
     KEY/starts.i64, numbers.i64     as `EncodedSource.starts` and `lines`; users.i64 likewise
+    KEY/digests.u64                 as `EncodedSource.digests`
     KEY/routed.i16                  as `EncodedSource.routed`, if routing is read
     KEY/sums.u64                    checksums of blocks of ids, of targets and, if routing is read, of routed [2 or 3, blocks]
     KEY/skipped.jsonl               the samples that were left out, if any, as a quarantine file; `file` is the index of its file
@@ -58,7 +59,7 @@ from hecate.io.durable import delete_files, new_folder, write_durable
 from hecate.io.plain_files import read_plain, require_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
-_VERSION = 4
+_VERSION = 5
 """The version of the files and of how samples become tokens; a change of either needs another number."""
 _BLOCK = 1 << 14
 """The number of tokens in a block, which has a checksum of its own."""
@@ -66,7 +67,9 @@ _BUFFERED = 1 << 20
 """The tokens in memory while a source is written."""
 _QUIET = 10.0
 """The seconds before a line says that a source is being written; between two such lines it takes six times as long."""
-_ARRAYS = {"starts.i64": np.int64, "numbers.i64": np.int64, "users.i64": np.int64, "sums.u64": np.uint64, "skipped.jsonl": np.uint8}
+_ARRAYS = {"starts.i64": np.int64, "numbers.i64": np.int64, "digests.u64": np.uint64, "users.i64": np.int64, "sums.u64": np.uint64} | {
+    "skipped.jsonl": np.uint8
+}
 """The files that are compared with their checksums when a source is opened; tokens are compared when they are first used."""
 
 
@@ -236,7 +239,7 @@ def _write_samples(
                 first, skipped = first or item, skipped + 1
                 left_out.write(quarantined(replace(item, file=number[item.file])))
             else:
-                arrays.add(item.pieces)
+                arrays.add(item)
                 kept, truncated = kept + 1, truncated + item.truncated
                 unread.update(item.unread)
             if time.monotonic() > said:
@@ -253,10 +256,11 @@ class _Arrays:
     """The arrays of a source that is being written, of which a bounded part is in memory."""
 
     def __init__(self, staging: Path, more: list[str]) -> None:
-        self._paths = [staging / name for name in (*_TOKENS, "numbers.i64", *more)]
+        self._paths = [staging / name for name in (*_TOKENS, "numbers.i64", "digests.u64", *more)]
         self._files: dict[str, BinaryIO] = {}
         self._opened = ExitStack()
         self._pieces: list[Encoded] = []
+        self._digests: list[int] = []  # of the content of each piece's sample
         self._tokens = 0  # that the files hold
         self._waiting = 0  # about how much memory the pieces take, in tokens with their targets
 
@@ -274,8 +278,10 @@ class _Arrays:
                     file.flush()
                     os.fsync(file.fileno())
 
-    def add(self, pieces: list[Encoded]) -> None:
+    def add(self, item: EncodedSample) -> None:
+        pieces = item.pieces
         self._pieces += pieces
+        self._digests += [item.digest] * len(pieces)
         routed = sum(piece.routed.nbytes for piece in pieces if piece.routed is not None)
         self._waiting += sum(len(piece.input_ids) for piece in pieces) + routed // 8  # a token and its target have 8 bytes
         if self._waiting + 16 * len(self._pieces) > _BUFFERED:  # a piece takes memory of its own, too
@@ -289,13 +295,14 @@ class _Arrays:
             "targets.i32": np.concatenate([np.zeros(0, np.int32), *(piece.targets for piece in pieces)]),
             "starts.i64": ends,
             "numbers.i64": np.array([piece.line for piece in pieces], np.int64),
+            "digests.u64": np.array(self._digests, np.uint64),
             "users.i64": np.array([piece.user for piece in pieces], np.int64),
             "routed.i16": np.concatenate([np.zeros(0, np.int16), *(piece.routed.ravel() for piece in pieces if piece.routed is not None)]),
         }
         for name, file in self._files.items():
             file.write(columns[name].tobytes())
         self._tokens += sum(len(piece.input_ids) for piece in pieces)
-        self._waiting, self._pieces = 0, []
+        self._waiting, self._pieces, self._digests = 0, [], []
 
 
 _TOKENS = {"ids.i32": np.int32, "targets.i32": np.int32, "starts.i64": np.int64}
@@ -321,12 +328,12 @@ def _open(place: Path, source: DataSource, features: str, routing: RoutingShape 
             name: _mapped(place / name, kind) for name, kind in (_TOKENS | _ARRAYS).items() if name in _TOKENS or name in meta["sums"]
         }
         ids, targets, starts = (arrays[name] for name in _TOKENS)
-        numbers, users = arrays["numbers.i64"], arrays.get("users.i64")
+        numbers, digests, users = arrays["numbers.i64"], arrays["digests.u64"], arrays.get("users.i64")
         if any(_sum(arrays[name]) != checksum for name, checksum in meta["sums"].items()):
             return None
         routed = _routed(place, routing) if routing else None
         tokens = [len(ids), len(targets), starts[-1], *([] if routed is None else [len(routed)])]
-        if any(count != meta["tokens"] for count in tokens) or len(numbers) != len(starts) - 1:
+        if any(count != meta["tokens"] for count in tokens) or {len(numbers), len(digests)} != {len(starts) - 1}:
             return None
         sums = arrays["sums.u64"].reshape(2 if routed is None else 3, -1)
         first = meta["first"] and Fault(str(meta["first"][0]), meta["first"][1], meta["first"][2])
@@ -343,6 +350,7 @@ def _open(place: Path, source: DataSource, features: str, routing: RoutingShape 
             features=features,
             routed=routed,
             content=meta["content"],
+            digests=digests,
             folder=place,
             sums=sums,
             compared=np.zeros(sums.shape[1], np.bool_),

@@ -24,6 +24,7 @@ from hecate.report.events import EvalScore, Resharding, StepEvent
 
 Record = dict[str, Any]
 SAVED, STOPPED, RESUMED, REGROUPED, REPLANNED = "saved ", "stopped by a signal", "resumed after", "ranks go on", "re-planned"
+ENDED_EARLY = "ended early"
 """in the texts of events: by these words a report knows what happened"""
 
 

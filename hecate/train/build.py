@@ -19,11 +19,12 @@ from hecate.checkpoint.train_state import TrainedParts
 from hecate.config import Config, DataSource
 from hecate.data.chat.templates import choose_template
 from hecate.data.content import cache_folder
-from hecate.data.encode import BadSamples
+from hecate.data.encode import BadSamples, EncodedSource
+from hecate.data.files.indexed import IndexedSource
 from hecate.data.files.user_features import UserFeatures, users_of
 from hecate.data.routed_experts import RoutingShape
 from hecate.data.separate_streams import SeparateStreams, Stream
-from hecate.data.sources import TokenSource, read_source
+from hecate.data.sources import TokenSource, hold_out, read_source
 from hecate.data.stream import TrainStream
 from hecate.elastic.move_experts import check_room
 from hecate.engine.from_config import engine_config, job_topology
@@ -61,6 +62,7 @@ class RunParts:
     optimizer: ExpertOptimizer
     stream: Stream
     eval_sources: list[TokenSource]
+    """Those of `DataConfig.evaluated`, in that order."""
     output: TrainedOutput
     """What the run leaves at its end."""
     dense_flops: float
@@ -106,8 +108,11 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     users = users_of(config)
     _say(ranks, "reading the data")
     # Held-out data are routed by the router, whether they bring a routing or not.
-    train_sources = encode_sources(config.data.train, config, base, ranks, users, routing_shape(config, base), quarantine="quarantine")
+    whole = encode_sources(config.data.train, config, base, ranks, users, routing_shape(config, base), quarantine="quarantine")
     eval_sources = encode_sources(config.data.eval, config, base, ranks, users, quarantine="quarantine-eval")
+    train_sources, held_out = hold_out(config.data, whole)
+    for part in held_out:
+        _say(ranks, f"data.eval_share: {len(part):,} of {len(part.whole):,} samples of {part.name} are evaluated, and not trained on")
     stream = _stream_of(config, train_sources, ranks)
     if not config.resume:
         for _ in range(config.data.skip_steps):
@@ -124,7 +129,8 @@ def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) 
     optimizer = ExpertOptimizer(Trainables.of(moe), gradient_rule(config), learning_rate(config), ranks.device)
     dense_flops = moe.engine.shards.config.non_moe_flops / config.micro_batch_size
     features_UF = None if users is None else on_device(users, ranks)
-    return RunParts(config, base, moe, optimizer, stream, eval_sources, output, dense_flops, moe.drawn_digest, features_UF)
+    sources = [*eval_sources, *held_out]
+    return RunParts(config, base, moe, optimizer, stream, sources, output, dense_flops, moe.drawn_digest, features_UF)
 
 
 def on_device(users: UserFeatures, ranks: Ranks) -> Tensor:
@@ -279,7 +285,7 @@ def encode_sources(
     routing: RoutingShape | None = None,
     *,
     quarantine: str | None = None,
-) -> list[TokenSource]:
+) -> list[EncodedSource | IndexedSource]:
     """Tokenize data sources. Rank 0 says how many samples were left out.
 
     Args:

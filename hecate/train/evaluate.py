@@ -51,6 +51,7 @@ def evaluate(
     Experts are everywhere meanwhile, unless they stay with their owners (`Engine.runs_in_lockstep`): ranks then go forward together.
 
     Args:
+        sources: those of `config.data.evaluated`, in that order.
         features_UF: the vectors of all users, [users, width], on the model's device; None: no router decides by users.
         heard: called with the answers that were counted, if any were.
         recorded: called with what this rank's routers have done.
@@ -136,7 +137,7 @@ def _exact(
     forward pass over few rows takes nearly as long as one over many; those of sources that are experts by themselves are not."""
     questions = {
         source.name: generation_items(source, named.format, base.tokenizer, config.eval.max_samples, named.fields)
-        for source, named in zip(sources, config.data.eval, strict=True)
+        for source, named in zip(sources, config.data.evaluated, strict=True)
     }
     shares: dict[str, float] = {}
     for names in [[name] for name in questions] if config.moe.by_source else [list(questions)]:

@@ -37,6 +37,7 @@ from hecate.ranks.ranks import Ranks, loss_in_words, lost_a_peer
 from hecate.report.events import Evaluation, Rebuilt
 from hecate.report.metrics import REPLANNED, STOPPED
 from hecate.report.run_report import Reports
+from hecate.train.best_model import end_in_words, ends_early, step_to_leave
 from hecate.train.run_summary import Measured, show_summary
 from hecate.train.steps.step_profile import StepProfile
 from hecate.train.training import Training
@@ -131,8 +132,8 @@ def train(
                     measured.before = _evaluate(training, outside).scores
                 if _evaluates_late(training, outside.reports):
                     measured.last = _evaluate(training, outside)
-                if training.run_state.completed >= config.max_steps:
-                    facts = _finish(training, outside)
+                if _is_over(training):
+                    facts = _finish(training, outside, measured)
                 elif not _one_step(training, outside, measured):
                     return False
             except Exception as error:  # any: after an abort, whatever still uses the old group can fail in any way
@@ -201,7 +202,16 @@ def _evaluates_late(training: Training, reports: Reports) -> bool:
     state = training.run_state
     if state.completed < state.step or not _evaluation_is_due(training):
         return False
+    if training.parts.config.best_metric is not None:
+        counted = (state.best.metric, state.best.evaluated)
+        return training.ranks.all_max(float(counted != (training.parts.config.best_metric, state.step))) > 0
     return training.ranks.all_max(float(training.ranks.is_first and reports.lacks_evaluation(state.step))) > 0
+
+
+def _is_over(training: Training) -> bool:
+    """Whether everything is done after the last step that the run takes."""
+    state = training.run_state
+    return state.completed == state.step and (state.step >= training.parts.config.max_steps or ends_early(training.parts.config, state))
 
 
 def _evaluation_is_due(training: Training) -> bool:
@@ -212,17 +222,24 @@ def _evaluation_is_due(training: Training) -> bool:
     return step == config.max_steps or (config.eval_steps is not None and step % config.eval_steps == 0)
 
 
-def _finish(training: Training, outside: _Outside) -> list[tuple[str, str]]:
+def _finish(training: Training, outside: _Outside, measured: Measured) -> list[tuple[str, str]]:
     """Write what the run leaves, and return what the summary says of it, as names and values. It can be done again after a loss."""
     faults.at("output")
-    written = training.parts.output.replace(Path(training.parts.config.output_dir), training.parts.moe, training.ranks)
+    config, state = training.parts.config, training.run_state
+    written = training.leave()
     faults.at("output")
+    said = end_in_words(config, state)
+    for text in said.values():
+        outside.reports.event(state.step, text)
+    if step_to_leave(config, state) != state.step:  # whose last evaluation was of other parameters than it leaves
+        measured.last = training.evaluate()
     peaks = peak_memory(training.ranks.device)
     fullest = training.ranks.all_most(list(map(float, peaks.values())))
     outside.note(outside.profile.merge(at_end=True))
     return [
         *((label, f"{most / 2**30:.2f} GiB on the fullest rank") for label, most in zip(peaks, fullest, strict=True)),
         (training.parts.output.name, str(written)),
+        *said.items(),
         *(line for one in training.additions if training.ranks.is_first for line in one.outcome(training.parts, training.run_state.step)),
     ]
 
@@ -240,12 +257,16 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
     if agreement.replan:
         _replan(training, outside)
     step = training.run_state.step
-    done = step == config.max_steps
     if config.fssdp.reshard_interval and step % config.fssdp.reshard_interval == 0:
         _reshard(training, config.fssdp.reshard_interval, outside)
-    if done or agreement.stop or (config.save_steps and step % config.save_steps == 0):
+    evaluates = not agreement.stop and _evaluation_is_due(training)
+    if evaluates and config.best_metric is not None:  # before the save, which holds what came of it
+        measured.last = _evaluate(training, outside)
+    done = step == config.max_steps or ends_early(config, training.run_state)
+    is_best = config.best_metric is not None and training.run_state.best.step == step
+    if done or agreement.stop or is_best or (config.save_steps and step % config.save_steps == 0):
         _save(training, outside, last=done or agreement.stop)
-    if not agreement.stop and _evaluation_is_due(training):  # after the save, so that an evaluation that fails costs no steps
+    if evaluates and config.best_metric is None:  # after the save, so that an evaluation that fails costs no steps
         measured.last = _evaluate(training, outside)
     for expert in training.copies.take_restored():
         outside.reports.event(step, f"memory has changed by itself: expert {expert}; it is restored from another rank's copy")
@@ -321,6 +342,7 @@ def _evaluate(training: Training, outside: _Outside) -> Evaluation:
     faults.at("evaluate")
     found = training.evaluate()
     outside.reports.evaluated(training.run_state.step, found)
+    training.judge(found)
     return found
 
 

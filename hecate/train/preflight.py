@@ -95,7 +95,7 @@ def check_data(config: Config) -> None:
     if config.model.front_end == "transformers":
         check_template([*data.train, *data.eval], find_model(config.model.name_or_path), data.chat_template, data.on_bad_sample)
     if config.eval.generate:
-        check_answers(data.eval)
+        check_answers(data.evaluated)
     users, cache = users_of(config), cache_folder(data.cache)
     check_syntax(data.train, data.on_bad_sample, users, cache, routed=config.moe.replay is not None)
     check_syntax(data.eval, data.on_bad_sample, users, cache)

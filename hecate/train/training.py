@@ -36,6 +36,7 @@ from hecate.parallel.values.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.report.events import DenseWork, Evaluation, Rebuilt, Resharding, StepEvent, StepResult
 from hecate.report.run_report import RunFacts, trainable_rows
+from hecate.train.best_model import ends_early, judged, step_to_leave
 from hecate.train.build import build_parts, shard_layers_again
 from hecate.train.evaluate import evaluate
 from hecate.train.extensions.copies import ComparedCopies
@@ -253,6 +254,26 @@ class Training:
             config = replace(config, eval=replace(config.eval, max_samples=min(most)))
         return evaluate(config, self.ranks, parts.base, parts.moe, parts.eval_sources, parts.features_UF)
 
+    def judge(self, found: Evaluation) -> None:
+        """Count an evaluation after the last step in what is known of the best model."""
+        self.state = judged(self.parts.config, self.ranks, self.run_state, found)
+
+    def leave(self) -> Path:
+        """Write what the run leaves, and return its folder. It can be done again after a loss.
+
+        Raises:
+            UserError: the best checkpoint is to be left and cannot be read, or the disk refuses.
+        """
+        parts, step = self.parts, step_to_leave(self.parts.config, self.run_state)
+        if step != self.run_state.step:
+            try:
+                load_state(parts.config, self.ranks, parts.trained, step)
+            except NoCheckpointError as error:
+                raise UserError(f"{error}\n  resume=true load_best_model_at_end=false leaves the last model") from error
+        # What is written says for how many steps it was trained.
+        output = parts.output if step == parts.config.max_steps else output_of(replace(parts.config, max_steps=step), parts.base)
+        return output.replace(Path(parts.config.output_dir), parts.moe, self.ranks)
+
     def reshard(self, steps: int) -> Resharding | None:
         """Move experts to better owners, if `steps` more steps repay it; at most the run's remaining steps count.
 
@@ -392,7 +413,9 @@ def _notes_of_routers(moe: MoeConfig) -> list[str]:
 def _notes_of_resume(config: Config, state: TrainState) -> list[str]:
     """What the user of a resumed run should know of its length."""
     then, now, notes = saved_max_steps(Path(config.output_dir), state.step), config.max_steps, []
-    if state.step >= now:
+    if ends_early(config, state):
+        notes.append(f"this run has ended early, after step {state.step}; to train on, give a larger early_stopping_patience, or null")
+    elif state.step >= now:
         more = max(2 * now, state.step + 1)
         notes.append(f"all {now} steps of this run are done; to train on, resume it with more: max_steps={more}, or num_train_epochs=...")
     elif then != now and config.lr_scheduler_type != "constant":

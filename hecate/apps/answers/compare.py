@@ -31,6 +31,7 @@ from hecate.data.evaluation import GenerationItem
 from hecate.data.files.choices import ChoiceItem
 from hecate.data.files.synthetic_tasks import has_verifiers, verdict
 from hecate.data.files.user_features import users_of
+from hecate.data.sources import hold_out
 from hecate.errors import UserError, install_hint
 from hecate.model.base import BaseChoice, BaseModel
 from hecate.model.files.load import pick_dtype, resolve_model
@@ -84,13 +85,13 @@ def compare(config: Config | None, names: Sequence[str], questions: Questions, r
     """Evaluate models, one after another. Every rank must call it.
 
     Args:
-        config: whose data.eval is used, and how it computes; None: only `questions` are asked.
+        config: whose `data.evaluated` is used, and how it computes; None: only `questions` are asked.
         names: folders of what was trained, or `BASE`.
 
     Raises:
         UserError: there is nothing to evaluate on, a name stands for two things, or a model cannot be opened or evaluated.
     """
-    sources = [source.name for source in config.data.eval] if config is not None else []
+    sources = [source.name for source in config.data.evaluated] if config is not None else []
     named = [*sources, *questions.choices, *(questions.lm_eval.names if questions.lm_eval is not None else ())]
     if not named:
         raise UserError(
@@ -100,7 +101,7 @@ def compare(config: Config | None, names: Sequence[str], questions: Questions, r
         raise UserError(f"{twice[0]}: two files or tasks have this name, and figures are shown by name; rename one")
     if questions.record_routing is not None and (len(sources), len(names), ranks.world_size) != (1, 1, 1):
         raise UserError(
-            f"--record-routing: records one file by one model in one process, but there are {len(sources)} items of data.eval, "
+            f"--record-routing: records one file by one model in one process, but there are {len(sources)} evaluated sources, "
             f"{len(names)} models and {ranks.world_size} ranks\n  name one of each"
         )
     found: list[ModelFigures] = []
@@ -166,7 +167,7 @@ def _figures(
     asks = bool(questions.choices) or questions.lm_eval is not None
     opened = as_opened(folder, base, moe, ranks) if asks else None  # first, since it may refuse
     tasks: dict[str, TaskFigures] = {}
-    if config is not None and config.data.eval:
+    if config is not None and config.data.evaluated:
         tasks |= _held_out(config, base, moe, ranks, name, questions.record_routing)
     if opened is not None:
         batch_size, most = (_BATCH, None) if config is None else (config.eval.batch_size, config.eval.max_samples)
@@ -259,7 +260,8 @@ def _held_out(
     users = users_of(config) if name != BASE else None
     if name != BASE:
         require_users(Path(name), moe, users)
-    sources = encode_sources(config.data.eval, config, base, ranks, users)
+    _, held_out = hold_out(config.data, encode_sources(config.data.held_out, config, base, ranks, users))
+    sources = [*encode_sources(config.data.eval, config, base, ranks, users), *held_out]
     verified: dict[str, float] = {}
 
     def heard(source: str, items: Sequence[GenerationItem], answers: Sequence[str]) -> None:
@@ -271,7 +273,7 @@ def _held_out(
     features_UF = None if users is None else on_device(users, ranks)
     scores = evaluate(config, ranks, base, moe, sources, features_UF, heard, None if record is None else record.note).scores
     if record is not None and record_routing is not None:
-        written = record.write(record_routing, sources[0], config.data.eval[0])
+        written = record.write(record_routing, sources[0], config.data.evaluated[0])
         _log.info(f"hecate: {written} records with their routing are in {record_routing}")
     found = {}
     for source, score in scores.items():

@@ -16,6 +16,7 @@ from hecate.config.files.paths import ADAPTER_CONFIG, INDEXED_SUFFIXES, adapter_
 from hecate.config.files.presets import chat_templates, preset_names
 from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
+from hecate.config.rules.best_model import check_best_model
 from hecate.config.rules.deterministic import check_deterministic
 from hecate.config.rules.megatron import check_megatron, check_megatron_ep
 from hecate.config.rules.of_apps import section_rules
@@ -57,11 +58,12 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     check_replay(values, add)
     check_deterministic(values, add)
     check_optimizer(values, add)
+    check_best_model(values, add)
     _check_separate(values, add)
     _check_evaluation(values, add)
     _check_fssdp(values, add)
     _check_retained(values, add)
-    _check_sources("data.train", values, add, exist=inputs and trains)
+    _check_sources("data.train", values, add, exist=inputs and (trains or bool(values.get("data.eval_share"))))
     _check_sources("data.eval", values, add, exist=inputs)
     _check_template(values, add, exists=inputs)
     _check_target_modules(values, add)
@@ -204,12 +206,12 @@ def _check_separate(values: Mapping[str, Any], add: Add) -> None:
 
 
 def _check_evaluation(values: Mapping[str, Any], add: Add) -> None:
-    if values.get("data.eval", True):
+    if values.get("data.eval", True) or values.get("data.eval_share", True):
         return
     if values.get("eval.generate"):
-        add("eval.generate", "needs data.eval, which is empty", "name evaluation data, or set it to false")
+        add("eval.generate", "needs data.eval, which is empty", "name evaluation data, give data.eval_share, or set it to false")
     if values.get("eval_steps") is not None:
-        add("eval_steps", "needs data.eval, which is empty", "name evaluation data, or set it to null")
+        add("eval_steps", "needs data.eval, which is empty", "name evaluation data, give data.eval_share, or set it to null")
 
 
 def _check_fssdp(values: Mapping[str, Any], add: Add) -> None:

@@ -44,6 +44,15 @@ class IndexedSource(Samples):
             ids = np.append(ids, np.int32(self.end))
         return Encoded(ids[:-1], ids[1:], document)
 
+    @property
+    def digests(self) -> NDArray[np.uint64]:
+        """A digest of the ids of each sample's document, uint64 [samples]."""
+        documents = np.unique(self.lines)
+        bounds = self.files.bounds
+        ids = (self.files.ids[bounds[document - 1] : bounds[document]].astype(np.int32) for document in documents.tolist())
+        digests = np.array([xxhash.xxh3_64_intdigest(one.tobytes()) for one in ids], np.uint64)
+        return digests[np.searchsorted(documents, self.lines)]
+
     def digest(self) -> str:
         """Return the xxh3-64 hash of all tokens and cuts, by which a resume detects that the data or the tokenizer changed."""
         digest = xxhash.xxh3_64(f"{self.content} {self.end}".encode())

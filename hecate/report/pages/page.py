@@ -17,7 +17,7 @@ import numpy as np
 from hecate.errors import UserError
 from hecate.io.durable import replace_output
 from hecate.parallel.values.policy_names import current_name
-from hecate.report.metrics import REGROUPED, REPLANNED, RESUMED, SAVED, STOPPED
+from hecate.report.metrics import ENDED_EARLY, REGROUPED, REPLANNED, RESUMED, SAVED, STOPPED
 from hecate.report.pages.expert_pictures import expert_sections
 from hecate.report.pages.page_parts import NOT_RECORDED, bytes_text, figure, not_recorded, section, table
 from hecate.report.pages.style import STYLE
@@ -135,7 +135,9 @@ def _state(run: RunRecords) -> str:
     if last >= most:
         return f"{last} of {most}, finished"
     texts = [str(event.get("text")) for event in run.events]
-    turns = [text for text in texts if text.startswith((STOPPED, RESUMED))]
+    turns = [text for text in texts if text.startswith((STOPPED, RESUMED, ENDED_EARLY))]
+    if turns and turns[-1].startswith(ENDED_EARLY):
+        return f"{last} of {most}, finished: {ENDED_EARLY}"
     stopped = turns and turns[-1].startswith(STOPPED)
     return f"{last} of {most}, " + ("stopped" if stopped else "under way, or ended without a word")
 

@@ -114,6 +114,14 @@ def test_prune_counts_no_checkpoint_with_a_bad_tensor_and_reads_each_once(tmp_pa
     assert holds(tmp_path / "checkpoint-3", shards_of(3.0))
 
 
+def test_prune_keeps_the_best_beside_the_latest(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step, shards_of(float(step)))
+    assert [path.name for path in prune(tmp_path, 2, best=2)] == ["checkpoint-3", "checkpoint-1"]
+    assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-5"]
+    assert [path.name for path in prune(tmp_path, 1, best=5)] == ["checkpoint-4", "checkpoint-2"]
+
+
 def test_one_in_each_stretch_of_steps_is_kept_for_good_and_stays_the_same_one(tmp_path: Path) -> None:
     kept = {}
     for step in range(2, 25, 2):

@@ -72,7 +72,8 @@ def _data(config: Config) -> Finding:
         check_data(config)
     except UserError as error:
         return problem(str(error), "mend the data")
-    return ok(f"{len(config.data.train)} for training, {len(config.data.eval)} held out")
+    share = f", and {config.data.eval_share:g} of the samples of {len(config.data.held_out)}" if config.data.held_out else ""
+    return ok(f"{len(config.data.train)} for training, {len(config.data.eval)} held out{share}")
 
 
 def _kernels_and_attention(config: Config) -> Finding:

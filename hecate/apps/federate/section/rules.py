@@ -27,6 +27,10 @@ _EXPERTS: dict[str, Any] = {"moe.unit": "linear", "moe.router.input": "given", "
 _REPLACED = {
     "data.train": "give each client its data",
     "data.eval": "give each client its eval",
+    "data.eval_share": "give each client its eval",
+    "metric_for_best_model": "all rounds are evaluated, and their figures are kept",
+    "load_best_model_at_end": "the result of each round is kept",
+    "early_stopping_patience": "there are rounds.count rounds",
     "max_steps": "give rounds.local_steps",
     "num_train_epochs": "give rounds.local_steps",
     "moe.num_experts": "there are as many as clients",
