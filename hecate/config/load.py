@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hecate.config import other_names
 from hecate.config.effective import leaves_of
 from hecate.config.expert_keys import DEFAULT_EXPERTS, DEFAULT_TOP_K, MoeConfig
+from hecate.config.files.dataset_info import dataset_info_source
 from hecate.config.files.hub import with_local_paths
 from hecate.config.files.paths import name_of_source
 from hecate.config.files.presets import run_presets
@@ -83,6 +84,7 @@ def load_config(
         values = rules.derived(values, report)
     if not inputs:
         values = {**_UNREAD, **values}
+    values = _described_by_others(values, report, exist={"data.train": inputs and trains, "data.eval": inputs})
     if values.get("hub") is True:
         values = with_local_paths(values, report.add, may_fetch=claim_output, trains=trains, inputs=inputs)
         for rules in brought:
@@ -103,6 +105,25 @@ def load_config(
     data = replace(config.data, train=_named(config.data.train), eval=_named(config.data.eval))
     lora = replace(config.lora, alpha=float(config.lora.stored_alpha)) if config.lora.gradient_rule != "row_norm" else config.lora
     return replace(config, data=data, lora=lora, moe=_with_defaults(config))
+
+
+def _described_by_others(values: dict[str, Any], report: Report, exist: dict[str, bool]) -> dict[str, Any]:
+    """The values with what LLaMA-Factory's dataset_info.json says of data sets that sources name in it."""
+    found = dict(values)
+    for key in _SOURCES:
+        if not isinstance(values.get(key), tuple):
+            continue
+        sources = []
+        for at, source in enumerate(values[key]):
+            try:
+                sources.append(dataset_info_source(source, must_exist=exist[key]))
+            except UserError as error:
+                what, _, hint = str(error).partition("\n")
+                report.add(f"{key}[{at}].path", what, hint)
+                found[key] = INVALID
+        if found[key] is not INVALID:
+            found[key] = tuple(sources)
+    return found
 
 
 def saved_config(text: str) -> Config:

@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from hecate.config import DataSource
 from hecate.config.files.paths import data_files
-from hecate.data.content import digest_of_files, tokenizer_digest, unwritable
+from hecate.data.content import described_source, digest_of_files, tokenizer_digest, unwritable
 from hecate.data.encode import (
     STOP_AT_BAD_SAMPLES,
     BadSamples,
@@ -58,7 +58,7 @@ from hecate.io.durable import delete_files, new_folder, write_durable
 from hecate.io.plain_files import read_plain, require_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
-_VERSION = 4
+_VERSION = 5
 """The version of the files and of how samples become tokens; a change of either needs another number."""
 _BLOCK = 1 << 14
 """The number of tokens in a block, which has a checksum of its own."""
@@ -119,8 +119,8 @@ def cached_source(
     rules: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size, "on_bad_sample": bad.rule}
     files, features = data_files(source.path), "" if users is None else users.digest()
     contents = digest_of_files(source.path, folder)
-    described = {"version": _VERSION, "files": contents, "format": source.format} | rules
-    described |= {"fields": asdict(source.fields) if source.fields else None, "tokenizer": tokenizer_digest(tokenizer), "users": features}
+    described = {"version": _VERSION, "files": contents} | described_source(source) | rules
+    described |= {"tokenizer": tokenizer_digest(tokenizer), "users": features}
     described |= {} if routing is None else {"routing": [list(routing.experts_per_layer), routing.top_k]}
     key = xxhash.xxh3_128_hexdigest(dump_json(described))
     place = folder / key
