@@ -89,7 +89,7 @@ class DataSource:
     """One item of data.train or data.eval."""
 
     path: str
-    """A local data file (JSONL, JSON, CSV, Parquet, Arrow, or plain text in .txt and .md; see docs/use/data.md), a folder of them, a pattern
+    """A local data file (JSONL, JSON, CSV, Parquet, Arrow, plain text in .txt or .md; see docs/use/data.md), a folder of them, a pattern
     such as data/*.jsonl, PREFIX for one of Megatron's indexed data sets, PREFIX.idx and PREFIX.bin, whose documents are ids of the model's
     tokenizer, or FOLDER/dataset_info.json:NAME for a data set that LLaMA-Factory's file describes. A relative path starts from the working
     directory, not from the config file."""
@@ -106,9 +106,9 @@ class DataSource:
     delimiter: str | None = None
     """The sign between the cells of CSV files. null: a comma, semicolon, tab or bar, whichever parts the first line and the next alike."""
     sample_by: Literal["file", "paragraph", "length"] | None = None
-    """What of plain text (.txt, .md) is one sample. file: a whole file, cut into pieces where it has more than data.seq_len tokens. paragraph:
-    the lines up to the next empty one. length: pieces of data.seq_len tokens, of which one may hold the end of a file and the beginning of
-    the next. null: file, and the run says so."""
+    """What of plain text (.txt, .md) is one sample. file: a whole file, cut where it has more than data.seq_len tokens. paragraph: lines up
+    to an empty one. length: data.seq_len tokens, which may be the end of a file and the beginning of the next. null: file, and the run
+    says so."""
     roles_to_train: tuple[str, ...] | None = None
     """As data.roles_to_train, for this item alone. null: as data.roles_to_train says."""
     train_on_eos: Literal["turn", "all", "last", "none"] | None = None
@@ -129,8 +129,8 @@ class DataConfig:
     """The roles whose turns of chats are learned: any of system, developer, user, assistant and tool. A turn's own train or weight counts
     for more, so that with [] only turns are learned that say so. It belongs to the data, so a run is not resumed with others."""
     train_on_eos: Literal["turn", "all", "last", "none"] = field(default="turn", metadata=key(computes=False))
-    """Where the mark that ends a turn is learned, such as <|im_end|>. turn: behind each turn that is learned. last: behind the last of these.
-    all: behind every turn. none: nowhere. It belongs to the data, so a run is not resumed with another."""
+    """Where the mark that ends a turn, such as <|im_end|>, is learned. turn: behind each turn that is learned. last: behind the last of
+    these. all: behind every turn. none: nowhere. It belongs to the data, so a run is not resumed with another."""
     chat_template: str | None = field(default=None, metadata=key(computes=False))
     """The chat template in which conversations are written, in training and by all commands that use what was trained: a Jinja file, or the
     name of one in configs/chat_templates, such as qwen3. null: the tokenizer's own, or one of ours for a model whose own writes earlier

@@ -96,7 +96,7 @@ def _fits(value: Any, key: str) -> bool:
     if key in _TURNS:
         return _are_turns(value, key)
     if key == "input_ids":
-        return isinstance(value, list) and bool(value) and all(type(item) is int and item >= 0 for item in value)
+        return isinstance(value, list) and bool(value) and all(type(item) is int and 0 <= item < 1 << 31 for item in value)
     return isinstance(value, str) and bool(value.strip())
 
 
