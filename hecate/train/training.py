@@ -362,7 +362,7 @@ class Training:
         samples = f"{sum(len(source) for source in parts.stream.sources)} samples"
         what = "the source of the most sequences" if config.data.separate else samples
         self.notes.append(f"{epochs:g} epochs of {what} are {steps} steps")
-        if self.ranks.is_first and (few := few_steps(parts.stream, epochs)):
+        if self.ranks.is_first and (few := few_steps(epochs, parts.stream)):
             self.notes.append(few)
 
     def _copy_backups(self) -> None:
@@ -406,7 +406,7 @@ _FEW_STEPS = 10
 """Fewer steps than this hardly train: most of them are warm-up, and the rest see the end of the learning rate's curve."""
 
 
-def few_steps(stream: Stream, epochs: float) -> str | None:
+def few_steps(epochs: float, stream: Stream) -> str | None:
     """Say that the data make a run of fewer than ten steps, and what would make it longer; None: they do not."""
     steps = steps_of_epochs(epochs, stream)
     if steps >= _FEW_STEPS:

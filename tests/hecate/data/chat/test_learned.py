@@ -67,7 +67,7 @@ def test_roles_marks_and_ends_are_those_of_the_reference(tmp_path: Path, chatml:
         learned = [marks.get(turn, message["role"] in roles) for turn, message in enumerate(TALK)]
         source = Source(str(write_jsonl(tmp_path / "a.jsonl", [{"messages": said}])), roles_to_train=roles, train_on_eos=eos)
         if not any(learned):
-            with pytest.raises(UserError, match="a.jsonl:1: there is no token to learn"):
+            with pytest.raises(UserError, match=r"a\.jsonl:1: there is no token to learn"):
                 encode_source(source, tokenizer, seq_len=2000, vocab_size=60_000)
             continue
         (sample,) = encode_source(source, tokenizer, seq_len=2000, vocab_size=60_000)

@@ -111,6 +111,28 @@ def test_a_cell_of_a_csv_file_may_be_long() -> None:
     assert row == (2, {"text": "a" * 200_000}, "")
 
 
+@pytest.mark.parametrize(
+    ("content", "delimiter", "record"),
+    [
+        ("text;note, short\n1,5;a\n", None, {"text": "1,5", "note, short": "a"}),
+        ("text,note; short\na,b\n", None, {"text": "a", "note; short": "b"}),
+        ("text|note\na|b\n", None, {"text": "a", "note": "b"}),
+        ("text^note\na,b^c\n", "^", {"text": "a,b", "note": "c"}),
+        ('text;note\n"a\n;b";c\n', None, {"text": "a\n;b", "note": "c"}),
+        ("text;note,\na;b\n", ";", {"text": "a", "note,": "b"}),
+    ],
+)
+def test_any_sign_may_part_the_cells_of_a_table(tmp_path: Path, content: str, delimiter: str | None, record: dict[str, str]) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    assert [read.value for read in read_records(str(tmp_path / "a.csv"), delimiter=delimiter)] == [record]
+
+
+def test_a_table_of_one_column_may_have_another_sign(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question^answer\n1^2\n")
+    with pytest.raises(UserError, match=r"\nif another sign parts its cells, say which: \{path: \.\.\., delimiter: '\^'\}\n"):
+        list(read_samples(tmp_path / "a.csv"))
+
+
 def test_folders_and_patterns_are_read_by_name_and_numbered_through(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "_hidden.jsonl", ".more.jsonl", "README.md", "c.txt"):
         (tmp_path / name).write_text("".join(f'{{"text": "{name}{i}"}}\n' for i in range(2)))
