@@ -76,18 +76,17 @@ def load_config(
     values: dict[str, Any] = {}
     for key, (node, source) in given.items():
         if key in _SOURCES:
-            values[key] = read_sources(node, key, source, report)
+            exist = inputs and (trains or key != "data.train")
+            values[key] = _described(read_sources(node, key, source, report), key, report, exist=exist)
         else:
             values[key] = read_value(_current(key, node), LEAF_TYPES[key], key, source, report)
-    brought = section_rules()
-    for rules in brought:
+    for rules in section_rules():
         values = rules.derived(values, report)
     if not inputs:
         values = {**_UNREAD, **values}
-    values = _described_by_others(values, report, exist={"data.train": inputs and trains, "data.eval": inputs})
     if values.get("hub") is True:
         values = with_local_paths(values, report.add, may_fetch=claim_output, trains=trains, inputs=inputs)
-        for rules in brought:
+        for rules in section_rules():
             values = rules.localised(values)
     for key in (key for key in REQUIRED if key not in values):
         report.add(key, "must be given", f"add it to the file, or {key}=... to the command line")
@@ -107,23 +106,17 @@ def load_config(
     return replace(config, data=data, lora=lora, moe=_with_defaults(config))
 
 
-def _described_by_others(values: dict[str, Any], report: Report, exist: dict[str, bool]) -> dict[str, Any]:
-    """The values with what LLaMA-Factory's dataset_info.json says of data sets that sources name in it."""
-    found = dict(values)
-    for key in _SOURCES:
-        if not isinstance(values.get(key), tuple):
-            continue
-        sources = []
-        for at, source in enumerate(values[key]):
-            try:
-                sources.append(dataset_info_source(source, must_exist=exist[key]))
-            except UserError as error:
-                what, _, hint = str(error).partition("\n")
-                report.add(f"{key}[{at}].path", what, hint)
-                found[key] = INVALID
-        if found[key] is not INVALID:
-            found[key] = tuple(sources)
-    return found
+def _described(sources: Any, key: str, report: Report, *, exist: bool) -> Any:
+    """The sources with what LLaMA-Factory's dataset_info.json says of those that name it; INVALID: one has a problem."""
+    found = []
+    for at, source in enumerate(sources if isinstance(sources, tuple) else ()):
+        try:
+            found.append(dataset_info_source(source, must_exist=exist))
+        except UserError as error:
+            what, _, hint = str(error).partition("\n")
+            report.add(f"{key}[{at}].path", what, hint)
+            return INVALID
+    return tuple(found) if isinstance(sources, tuple) else sources
 
 
 def saved_config(text: str) -> Config:

@@ -112,10 +112,8 @@ def tokenizer_digest(tokenizer: Any) -> str:
 
 def described_source(source: DataSource) -> dict[str, Any]:
     """All that a source's records, and what is learned of them, depend on beside the contents of its files."""
-    described = asdict(source)
-    for name in ("path", "name", "weight"):
-        del described[name]
-    return described
+    described = {name: value for name, value in asdict(source).items() if name not in ("path", "name", "weight")}
+    return described | {"roles_to_train": None if source.roles_to_train is None else list(source.roles_to_train)}
 
 
 def check_mark(source: DataSource, users: UserFeatures | None, folder: Path, *, routed: bool = False) -> Path:

@@ -362,7 +362,7 @@ class Training:
         samples = f"{sum(len(source) for source in parts.stream.sources)} samples"
         what = "the source of the most sequences" if config.data.separate else samples
         self.notes.append(f"{epochs:g} epochs of {what} are {steps} steps")
-        if self.ranks.is_first and (few := few_steps(epochs, parts.stream)):
+        if self.ranks.is_first and not parts.config.resume and (few := few_steps(epochs, parts.stream)):
             self.notes.append(few)
 
     def _copy_backups(self) -> None:

@@ -149,8 +149,7 @@ def read_samples(
 
     Args:
         names: the names that the records have for the formats' keys. `auto` then takes only formats that read all of these keys.
-        routed: a record that brings no routing (`hecate.data.routed_experts`) is a Fault, too.
-        reading: as of `read_records`.
+        routed: a record that brings no routing (`hecate.data.routed_experts`) is a Fault, too. `reading` is as of `read_records`.
 
     Raises:
         UserError: `format` is unknown, or does not read a key of `names`; a file cannot be read or is empty; no record is of a

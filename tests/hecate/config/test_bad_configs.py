@@ -152,7 +152,7 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"data": "{train: '*.csv'}"}, "data.train[0].path", "no file matches *.csv"),
     ({"data": "{train: {path: a.jsonl, fields: {question: prompt}}}"}, "data.train[0].fields.question", "unknown key"),
     ({"data": "{train: {path: a.jsonl, fields: prompt}}"}, "data.train[0].fields", "must be a mapping or null, got prompt"),
-    ({"data": "{train: {path: a.jsonl, format: csv}}"}, "data.train[0].format", "alpaca, sharegpt, text, got csv"),
+    ({"data": "{train: {path: a.jsonl, format: csv}}"}, "data.train[0].format", "alpaca, sharegpt, text, tokens, got csv"),
     ({"fssdp": "{plan: true_loads}"}, "fssdp.plan", "must be one of history, calibrated, exact"),
     # keys that must fit each other
     ({"fssdp": "{plan: calibrated, prefetch: 0}"}, "fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated"),

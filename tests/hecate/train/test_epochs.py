@@ -62,7 +62,9 @@ def test_an_adapter_says_after_how_many_steps_of_its_epochs_it_was_written(works
 def test_a_run_of_epochs_has_steps_and_says_how_to_go_on_when_they_are_done(workshop: str) -> None:
     (found,) = run_ranks(1, begin_and_go_on, workshop)
     begun, again, finished, longer = found
-    assert (begun[0], begun[2]) == (2, ["0.2 epochs of 240 samples are 2 steps"])
+    counted, few = begun[2]
+    assert (begun[0], counted) == (2, "0.2 epochs of 240 samples are 2 steps")
+    assert few.startswith("few data: 2 steps are too few to learn much, because a step takes 32 sequences")
     assert again == (2, begun[1], []), "the learning rate is on the curve of two steps, however the length was given"
     assert finished[2] == ["all 2 steps of this run are done; to train on, resume it with more: max_steps=4, or num_train_epochs=..."]
     assert longer[2] == [

@@ -114,7 +114,8 @@ def test_a_cell_of_a_csv_file_may_be_long() -> None:
 @pytest.mark.parametrize(
     ("content", "delimiter", "record"),
     [
-        ("text;note, short\n1,5;a\n", None, {"text": "1,5", "note, short": "a"}),
+        ("text;note, short\n1;a\n", None, {"text": "1", "note, short": "a"}),
+        ("text;note, short\n1,5;a\n", ";", {"text": "1,5", "note, short": "a"}),
         ("text,note; short\na,b\n", None, {"text": "a", "note; short": "b"}),
         ("text|note\na|b\n", None, {"text": "a", "note": "b"}),
         ("text^note\na,b^c\n", "^", {"text": "a,b", "note": "c"}),
