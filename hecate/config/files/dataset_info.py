@@ -25,14 +25,7 @@ _TAGS = {
     "content_tag": ("value", "content"),
 }
 """Tags, and the values that hecate's reader of turns knows; the first is LLaMA-Factory's default."""
-_REFUSED = {
-    "ranking": "it holds preferences (ranking), and hecate does not train on them",
-    "script_url": "it is made by a script, and hecate runs no code of data",
-    "cloud_file_name": "it lies in a cloud; fetch it, and name the file",
-    "subset": "subset is not read; name the files of the subset by a path of their own",
-    "folder": "folder is not read; name the files by a path of their own",
-    "num_samples": "num_samples is not read; make a file of as many records",
-}
+_UNREAD = ("ranking", "script_url", "cloud_file_name", "subset", "folder", "num_samples")
 _MEDIA = ("images", "videos", "audios")
 
 
@@ -71,10 +64,8 @@ def dataset_info_source(source: dict[str, Any], *, must_exist: bool) -> dict[str
 def _described(file: str) -> dict[str, Any]:
     try:
         entries = parse_json(read_plain(file))
-    except OSError as error:
-        raise UserError(f"{shorten(file)} cannot be read: {error.strerror or error}") from error
-    except JsonError as error:
-        raise UserError(f"{shorten(file)} is not valid JSON: {error}") from error
+    except (OSError, JsonError) as error:
+        raise UserError(f"{shorten(file)} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if not isinstance(entries, dict):
         raise UserError(f"{shorten(file)} must hold an object that describes a data set under each name")
     return entries
@@ -85,42 +76,34 @@ def _source_of(entry: Any, folder: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise ValueError("it is described by no object")
     columns, tags = entry.get("columns") or {}, entry.get("tags") or {}
-    for key, why in _REFUSED.items():
-        if entry.get(key):
-            raise ValueError(why)
+    if unread := [key for key in _UNREAD if entry.get(key)] or ["split"] * (entry.get("split", "train") != "train"):
+        raise ValueError(f"hecate does not read its key {unread[0]}; name files of prompts and good answers by their own path")
     if media := [key for key in _MEDIA if columns.get(key)]:
         raise ValueError(f"its records have {media[0]}, and hecate reads text only")
     if columns.get("kto_tag", "kto_tag") not in ("kto_tag", "label"):
         raise ValueError(
             f"its column {columns['kto_tag']} says which answers are bad ones (kto_tag); call it label, and these are left out"
         )
-    if entry.get("split", "train") != "train":
-        raise ValueError(f"split {entry['split']} is not read; name the files of the split by a path of their own")
     path = entry.get("hf_hub_url") or entry.get("file_name")
     if not isinstance(path, str):
         raise ValueError("neither file_name nor hf_hub_url says where it is")
-    if not entry.get("hf_hub_url"):
-        path = os.path.join(folder, path)
+    where = {"path": path if entry.get("hf_hub_url") else os.path.join(folder, path)}
     kind = entry.get("formatting", "alpaca")
     if kind not in ("alpaca", "sharegpt", "openai"):
         raise ValueError(f"its formatting {kind} is not known; alpaca, sharegpt and openai are")
-    return {"path": path} | (_alpaca(columns) if kind == "alpaca" else _chats(columns, tags))
-
-
-def _alpaca(columns: dict[str, Any]) -> dict[str, Any]:
+    if kind != "alpaca":
+        return where | _chats(columns, tags)
     if columns and not columns.get("response"):  # a document in the column of the prompt, as for continued pre-training
-        return {"format": "text", "fields": _names({"prompt": "text"}, columns)}
-    return {"format": "alpaca", "fields": _names(_ALPACA | _OF_ALL, columns)}
+        return where | {"format": "text", "fields": _names({"prompt": "text"}, columns)}
+    return where | {"format": "alpaca", "fields": _names(_ALPACA | _OF_ALL, columns)}
 
 
 def _chats(columns: dict[str, Any], tags: dict[str, Any]) -> dict[str, Any]:
     for tag, known in _TAGS.items():
         if tags.get(tag, known[0]) not in known:
             raise ValueError(f"its {tag} is {tags[tag]}, and hecate reads {' or '.join(known)}; rename it in the file")
-    of_openai = tags.get("role_tag") == "role"
-    kind, key = ("messages", "messages") if of_openai else ("sharegpt", "conversations")
-    named = {"messages": "conversations"} | columns  # the column's name where none is given
-    return {"format": kind, "fields": _names({"messages": key} | _OF_ALL, named)}
+    kind, key = ("messages", "messages") if tags.get("role_tag") == "role" else ("sharegpt", "conversations")
+    return {"format": kind, "fields": _names({"messages": key} | _OF_ALL, {"messages": "conversations"} | columns)}
 
 
 def _names(known: dict[str, str], columns: dict[str, Any]) -> dict[str, str] | None:

@@ -176,9 +176,8 @@ def read_samples(
             sample = parse(value)
             _refuse_unwanted(sample, record.value, renamed)
             _refuse_lone_surrogates(sample)
-            if users is not None and (problem := users.problem(sample["extra"])):
-                raise BadRecord(problem)
-            if routed and (problem := why_no_routing(sample["extra"])):
+            problem = users.problem(sample["extra"]) if users is not None else ""
+            if problem := problem or (why_no_routing(sample["extra"]) if routed else ""):
                 raise BadRecord(problem)
         except _UnknownFormat as error:  # is bad if a later record is of a known one
             unknown, held_bytes = unknown or error, held_bytes + len(record.raw)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from hecate.config import DataSource
 from hecate.config.files.paths import data_files, file_form, indexed_prefix
@@ -14,19 +13,9 @@ _BOM = b"\xef\xbb\xbf"
 _SAMPLES = {"file": "a sample for each file", "paragraph": "a sample for each paragraph", "length": "samples of data.seq_len tokens"}
 
 
-class TextBlock(NamedTuple):
-    """A part of a file, as a record."""
-
-    line: int
-    """The line in which it begins, from 1."""
-    value: dict[str, str]
-    reason: str
-    """Why it cannot be used; empty: it can."""
-    raw: bytes
-
-
-def read_text_blocks(lines: Iterable[bytes], name: str, *, by_paragraph: bool) -> Iterator[TextBlock]:
-    """Yield the paragraphs of a file, which empty lines part, or the file as one. A file without text is one record without text.
+def read_text_blocks(lines: Iterable[bytes], name: str, *, by_paragraph: bool) -> Iterator[tuple[int, bytes]]:
+    """Yield the paragraphs of a file, which empty lines part, or the file as one, each with the line in which it begins. A file without
+    text is one record without text.
 
     Raises:
         UserError: a record has more bytes than any may have.
@@ -36,7 +25,7 @@ def read_text_blocks(lines: Iterable[bytes], name: str, *, by_paragraph: bool) -
     for number, line in enumerate(lines, 1):
         if by_paragraph and not line.strip():
             if block:
-                yield _text_block(begin, b"".join(block).rstrip(b"\r\n"))
+                yield begin, b"".join(block).rstrip(b"\r\n")
                 block, size, found = [], 0, True
             continue
         if not block:
@@ -47,16 +36,7 @@ def read_text_blocks(lines: Iterable[bytes], name: str, *, by_paragraph: bool) -
             mend = "put an empty line between its parts" if by_paragraph else "set sample_by: paragraph for it, or cut the file"
             raise UserError(f"{name}:{begin}: the text has more than {LONGEST_RECORD >> 20} MiB, which are too many for one record\n{mend}")
     if block or not found:
-        text = b"".join(block)
-        yield _text_block(begin, text.rstrip(b"\r\n") if by_paragraph else text)
-
-
-def _text_block(line: int, raw: bytes) -> TextBlock:
-    try:
-        return TextBlock(line, {"text": raw.decode("utf-8")}, "", raw)
-    except UnicodeDecodeError as error:
-        at = line + raw.count(b"\n", 0, error.start)
-        return TextBlock(line, {"text": ""}, f"not UTF-8 in line {at} of the file", raw)
+        yield begin, b"".join(block).rstrip(b"\r\n" if by_paragraph else b"")
 
 
 def plain_text_in_words(source: DataSource) -> str | None:

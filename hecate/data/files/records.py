@@ -104,8 +104,12 @@ def _records_of(file: str, delimiter: str | None, *, by_paragraph: bool) -> Iter
             for line, value, reason in read_csv(bounded_lines(text, file), file, delimiter or _DELIMITERS[form]):
                 yield Record(file, line, 0, value, reason)
         elif form == "text":
-            for block in read_text_blocks(bounded_lines(stream, file), file, by_paragraph=by_paragraph):
-                yield Record(file, block.line, 0, block.value, block.reason, block.raw)
+            for line, raw in read_text_blocks(bounded_lines(stream, file), file, by_paragraph=by_paragraph):
+                try:
+                    yield Record(file, line, 0, {"text": raw.decode("utf-8")}, text=raw)
+                except UnicodeDecodeError as error:
+                    at = line + raw.count(b"\n", 0, error.start)
+                    yield Record(file, line, 0, {}, f"not UTF-8 in line {at} of the file", raw)
         elif form != "jsonl" and _first_sign(stream, file) == b"[":
             for element in read_array(stream, file):
                 reason = "" if isinstance(element.value, dict) else f"a JSON {json_name(element.value)} where an object is needed"

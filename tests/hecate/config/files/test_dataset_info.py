@@ -61,10 +61,10 @@ def test_a_described_data_set_is_read(tmp_path: Path, entry: dict[str, Any], rec
 @pytest.mark.parametrize(
     ("entry", "told"),
     [
-        ({"file_name": "d", "ranking": True}, "it holds preferences"),
-        ({"script_url": "x"}, "it is made by a script"),
-        ({"file_name": "d", "num_samples": 5}, "num_samples is not read"),
-        ({"file_name": "d", "split": "test"}, "split test is not read"),
+        ({"file_name": "d", "ranking": True}, "hecate does not read its key ranking"),
+        ({"script_url": "x"}, "hecate does not read its key script_url"),
+        ({"file_name": "d", "num_samples": 5}, "hecate does not read its key num_samples"),
+        ({"file_name": "d", "split": "test"}, "hecate does not read its key split"),
         ({"file_name": "d", "columns": {"images": "pictures"}}, "its records have images"),
         ({"file_name": "d", "columns": {"kto_tag": "good"}}, r"its column good says which answers are bad ones \(kto_tag\)"),
         (
@@ -98,5 +98,5 @@ def test_names_files_and_what_the_source_says_itself(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: No such file"):
         dataset_info_source(gone, must_exist=True)
     (tmp_path / "dataset_info.json").write_text("{")
-    with pytest.raises(UserError, match="is not valid JSON"):
+    with pytest.raises(UserError, match=r"dataset_info\.json cannot be read"):
         dataset_info_source({"path": f"{tmp_path}/dataset_info.json:a"}, must_exist=True)
