@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hecate.config import other_names
 from hecate.config.effective import leaves_of
 from hecate.config.expert_keys import DEFAULT_EXPERTS, DEFAULT_TOP_K, MoeConfig
+from hecate.config.files.dataset_info import dataset_info_source
 from hecate.config.files.hub import with_local_paths
 from hecate.config.files.paths import name_of_source
 from hecate.config.files.presets import run_presets
@@ -73,7 +74,7 @@ def load_config(
             given.pop(other, None)  # the run gets another length, in whichever unit
     given.update(overriding)
 
-    values = with_implied(_read_values(given, report), report.add)
+    values = with_implied(_read_values(given, report, inputs=inputs, trains=trains), report.add)
     brought = section_rules()
     for rules in brought:
         values = rules.derived(values, report)
@@ -102,14 +103,29 @@ def load_config(
     return replace(config, data=data, lora=lora, moe=_with_defaults(config))
 
 
-def _read_values(given: dict[str, tuple[Node, str]], report: Report) -> dict[str, Any]:
+def _read_values(given: dict[str, tuple[Node, str]], report: Report, *, inputs: bool, trains: bool) -> dict[str, Any]:
     """The typed values of keys, or INVALID where one has a problem, which is reported."""
-    return {
-        key: read_sources(node, key, source, report)
-        if key in _SOURCES
-        else read_value(_current(key, node), LEAF_TYPES[key], key, source, report)
-        for key, (node, source) in given.items()
-    }
+    values: dict[str, Any] = {}
+    for key, (node, source) in given.items():
+        if key in _SOURCES:
+            exist = inputs and (trains or key != "data.train")
+            values[key] = _described(read_sources(node, key, source, report), key, report, exist=exist)
+        else:
+            values[key] = read_value(_current(key, node), LEAF_TYPES[key], key, source, report)
+    return values
+
+
+def _described(sources: Any, key: str, report: Report, *, exist: bool) -> Any:
+    """The sources with what LLaMA-Factory's dataset_info.json says of those that name it; INVALID: one has a problem."""
+    found = []
+    for at, source in enumerate(sources if isinstance(sources, tuple) else ()):
+        try:
+            found.append(dataset_info_source(source, must_exist=exist))
+        except UserError as error:
+            what, _, hint = str(error).partition("\n")
+            report.add(f"{key}[{at}].path", what, hint)
+            return INVALID
+    return tuple(found) if isinstance(sources, tuple) else sources
 
 
 def saved_config(text: str) -> Config:

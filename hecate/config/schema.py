@@ -8,7 +8,7 @@ A new key needs a change in this file only, or in `expert_keys.py` for the secti
 """
 
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
 from hecate.config.expert_keys import LoraConfig, MoeConfig
@@ -18,6 +18,8 @@ from hecate.io.registry import registered_names
 from hecate.parallel.values.expert_kinds import Family
 from hecate.parallel.values.policy_names import POLICY_ORDER
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""the roles of a conversation's messages, as chat templates name them"""
 MEGATRON_EP = "megatron_ep"
 """the policy that uses Megatron's own MoE layers instead of hecate's"""
 
@@ -77,6 +79,9 @@ class FieldNames:
     text: str | None = None
     system: str | None = None
     tools: str | None = None
+    input_ids: str | None = None
+    labels: str | None = None
+    loss_mask: str | None = None
     user: str | None = None
     routed_experts: str | None = None
 
@@ -86,25 +91,36 @@ class DataSource:
     """One item of data.train or data.eval."""
 
     path: str
-    """A local data file (JSONL, JSON, CSV, Parquet, Arrow; see docs/use/data.md), a folder of them, a pattern such as data/*.jsonl, or
-    PREFIX for one of Megatron's indexed data sets, PREFIX.idx and PREFIX.bin, whose documents are ids of the model's tokenizer. A relative
-    path starts from the working directory, not from the config file."""
+    """A local data file (JSONL, JSON, CSV, Parquet, Arrow, plain text in .txt or .md; see docs/use/data.md), a folder of them, a pattern
+    such as data/*.jsonl, PREFIX for one of Megatron's indexed data sets, PREFIX.idx and PREFIX.bin, whose documents are ids of the model's
+    tokenizer, or FOLDER/dataset_info.json:NAME for a data set that LLaMA-Factory's file describes. A relative path starts from the working
+    directory, not from the config file."""
     name: str = ""
     """The source's name in logs, metrics and results: [A-Za-z0-9._-], 1 to 64 characters, unique in its list.
     Left out: the file's name without its last suffix."""
     weight: float = 1.0
     """The source's share of the mixture, relative to the other sources' weights."""
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = "auto"
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens"] = "auto"
     """The format of the records. auto: the keys of the first record decide."""
     fields: FieldNames | None = None
     """The names that the records have for the keys of their format, such as {prompt: question, completion: answer}. null: the format's
     own."""
+    delimiter: str | None = None
+    """The sign between the cells of CSV files. null: a comma, semicolon, tab or bar, whichever parts the first line and the next alike."""
+    sample_by: Literal["file", "paragraph", "length"] | None = None
+    """What of plain text (.txt, .md) is one sample. file: a whole file, cut where it has more than data.seq_len tokens. paragraph: lines up
+    to an empty one. length: data.seq_len tokens, which may be the end of a file and the beginning of the next. null: file, and the run
+    says so."""
+    roles_to_train: tuple[str, ...] | None = None
+    """As data.roles_to_train, for this item alone. null: as data.roles_to_train says."""
+    train_on_eos: Literal["turn", "all", "last", "none"] | None = None
+    """As data.train_on_eos, for this item alone. null: as data.train_on_eos says."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     train: tuple[DataSource, ...] = field(metadata=key(computes=False))
-    """The training data: one path, or a list of paths and mappings {path, name, weight, format, fields}. Left out with rounds.clients."""
+    """The training data: one path, or a list of paths and mappings {path, name, weight, ...}. Left out with rounds.clients."""
     eval: tuple[DataSource, ...] = field(default=(), metadata=key(computes=False))
     """The evaluation data, in the same form. Empty: no evaluation, unless eval_share is given."""
     eval_share: float | None = field(default=None, metadata=key(Range(0, 1, high_open=True)))
@@ -115,6 +131,12 @@ class DataConfig:
     """Tokens in one sequence of a batch."""
     packing: bool = True
     """Put several samples into one sequence; none attends to another."""
+    roles_to_train: tuple[str, ...] = field(default=("assistant",), metadata=key(computes=False))
+    """The roles whose turns of chats are learned: any of system, developer, user, assistant and tool. A turn's own train or weight counts
+    for more, so that with [] only turns are learned that say so. It belongs to the data, so a run is not resumed with others."""
+    train_on_eos: Literal["turn", "all", "last", "none"] = field(default="turn", metadata=key(computes=False))
+    """Where the mark that ends a turn, such as <|im_end|>, is learned. turn: behind each turn that is learned. last: behind the last of
+    these. all: behind every turn. none: nowhere. It belongs to the data, so a run is not resumed with another."""
     chat_template: str | None = field(default=None, metadata=key(computes=False))
     """The chat template in which conversations are written, in training and by all commands that use what was trained: a Jinja file, or the
     name of one in configs/chat_templates, such as qwen3. null: the tokenizer's own, or one of ours for a model whose own writes earlier
@@ -151,6 +173,17 @@ class DataConfig:
     def evaluated(self) -> tuple[DataSource, ...]:
         """All items that are evaluated: `eval`, then `held_out`."""
         return (*self.eval, *self.held_out)
+
+    def settled(self, sources: tuple[DataSource, ...]) -> tuple[DataSource, ...]:
+        """The sources with what they leave to the whole of the data."""
+        return tuple(
+            replace(
+                source,
+                roles_to_train=self.roles_to_train if source.roles_to_train is None else source.roles_to_train,
+                train_on_eos=source.train_on_eos or self.train_on_eos,
+            )
+            for source in sources
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from hecate.io.own_folder import ours_alone
 from hecate.io.plain_files import open_plain, read_plain
 from hecate.io.strict_json import JsonError, dump_json, parse_json
 
-_CHECKS = 4
+_CHECKS = 5
 """The version of the check of records; another check has another number."""
 _READ = 1 << 24
 """The bytes of a data file that are in memory while it is digested."""
@@ -118,9 +118,15 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
+def described_source(source: DataSource) -> dict[str, Any]:
+    """All that a source's records, and what is learned of them, depend on beside the contents of its files."""
+    described = {name: value for name, value in asdict(source).items() if name not in ("path", "name", "weight")}
+    return described | {"roles_to_train": None if source.roles_to_train is None else list(source.roles_to_train)}
+
+
 def check_mark(source: DataSource, users: UserFeatures | None, folder: Path, *, routed: bool = False) -> Path:
     """The file that exists once all records of a source have been found good. Raises UserError: a data file cannot be read."""
-    described = {"version": _CHECKS, "files": digest_of_files(source.path, folder), "format": source.format}
-    described |= {"fields": asdict(source.fields) if source.fields else None, "users": "" if users is None else users.digest()}
+    described = {"version": _CHECKS, "files": digest_of_files(source.path, folder), "users": "" if users is None else users.digest()}
+    described |= described_source(source)
     described |= {"routed": True} if routed else {}
     return folder / "checked" / xxhash.xxh3_128_hexdigest(dump_json(described))

@@ -8,7 +8,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
@@ -18,11 +18,13 @@ import xxhash
 from numpy.typing import NDArray
 
 from hecate.config import DataSource
-from hecate.data.chat.conversations import Span, TemplateRefusal, render, require_chat_template
-from hecate.data.chat.plain_specials import cuts, marked, tokens_of_pieces
-from hecate.data.chat.written import Shapes, require_learned, unwritten
+from hecate.data.chat.conversations import Span
+from hecate.data.chat.learned import learned_turns
+from hecate.data.chat.plain_specials import tokens_of_pieces
+from hecate.data.chat.sample_text import SampleText, text_to_tokenize
+from hecate.data.chat.written import Shapes
 from hecate.data.content import sample_digest
-from hecate.data.files.formats import Fault, Sample, read_samples
+from hecate.data.files.formats import Fault, Sample, samples_of
 from hecate.data.files.syntax import bad_sample_error
 from hecate.data.files.user_features import UserFeatures
 from hecate.data.quarantine import write_quarantine
@@ -252,9 +254,10 @@ def encode_samples(
 ) -> Iterator[EncodedSample | Fault]:
     """Read the samples of a source and encode them, in order; one that is left out is a Fault.
 
-    Conversations are rendered by the tokenizer's chat template, and the targets are the assistant's tokens and the marks that
-    end its turns. Documents get the tokenizer's special tokens and an end-of-sequence token, every token is a target, and they
-    are cut into pieces of seq_len tokens. Tokens after the last target are dropped, because nothing is learned from them.
+    Conversations are rendered by the tokenizer's chat template, and the targets are the tokens of the turns that are learned
+    (`hecate.data.chat.learned`). Documents get the tokenizer's special tokens and an end-of-sequence token, every token is a target, and
+    they are cut into pieces of seq_len tokens, with `sample_by: length` without regard to where one ends. Rows of token ids are taken as
+    they are. Tokens after the last target are dropped, because nothing is learned from them.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -270,7 +273,8 @@ def encode_samples(
         UserError: a bad sample, as `on_bad_sample` says; an unusable file, tokenizer or template.
     """
     _refuse_unusable(source, tokenizer, on_bad_sample)
-    for item in _tokenized(source, tokenizer, users, routing):
+    items = _tokenized(source, tokenizer, users, routing)
+    for item in _of_one_length(items, seq_len) if source.sample_by == "length" else items:
         try:
             yield _encoded(item, seq_len, vocab_size, may_cut=on_bad_sample == "truncate")
         except (_BadSample, BadRoutingError) as bad:
@@ -307,17 +311,6 @@ class _Tokenized:
     unread: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class SampleText:
-    """A sample as the tokenizer gets it."""
-
-    sample: Sample
-    text: str
-    spans: list[Span] | None  # of characters to learn; None: the whole text
-    lost: list[str]  # names of what the chat template does not write
-    cut: tuple[int, ...] = ()  # where the tokenizer gets the text in pieces
-
-
 def _encoded(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_cut: bool) -> EncodedSample:
     """The pieces that one tokenized sample is trained on. Raises _BadSample if it cannot be used."""
     if isinstance(item, Fault):
@@ -325,7 +318,7 @@ def _encoded(item: _Tokenized | Fault, seq_len: int, vocab_size: int, *, may_cut
     largest = max(int(np.max(item.input_ids)), int(np.max(item.targets)))
     if largest >= vocab_size:
         raise _BadSample(f"token id {largest} is beyond the model's vocabulary of {vocab_size}")
-    cut = item.sample.messages is not None and len(item.input_ids) > seq_len
+    cut = not item.sample.is_document and len(item.input_ids) > seq_len
     if cut and not may_cut:
         raise _LongSample(f"{len(item.input_ids)} tokens are more than data.seq_len {seq_len}")
     pieces = [_first_tokens(item, seq_len)] if cut else _pieces(item, seq_len)
@@ -338,42 +331,19 @@ def _tokenized(
     source: DataSource, tokenizer: Any, users: UserFeatures | None, routing: RoutingShape | None
 ) -> Iterator[_Tokenized | Fault]:
     """Yield each sample, tokenized up to its last target, or a Fault if it is broken or has no target."""
-    samples = read_samples(source.path, source.format, users, source.fields)
-    stripping = [token_id for token_id, added in tokenizer.added_tokens_decoder.items() if added.rstrip]
+    samples = samples_of(source, users)
+    rule = learned_turns(source, tokenizer)
     shapes: Shapes = {}
     splits = bool(getattr(tokenizer, "split_special_tokens", False))
     used = {name for name, needed in (("user", users), ("routed_experts", routing)) if needed is not None}
     while group := list(islice(samples, _SAMPLES_PER_CALL)):
-        ready = [item if isinstance(item, Fault) else text_to_tokenize(item, tokenizer, shapes, splits=splits) for item in group]
-        good = [item for item in ready if not isinstance(item, Fault)]
-        if not good:
-            yield from (item for item in ready if isinstance(item, Fault))
-            continue
-        is_chat = good[0].spans is not None
-        tokens = tokenizer(
-            [item.text for item in good],
-            add_special_tokens=not is_chat,  # a chat template writes its own
-            return_offsets_mapping=is_chat,
-            return_attention_mask=False,
-            split_special_tokens=splits and not is_chat,  # of a conversation, the template writes some
-            verbose=False,
-        )
-        position = 0
+        ready = [item if isinstance(item, Fault) else text_to_tokenize(item, tokenizer, shapes, rule, splits=splits) for item in group]
+        tokens = _ids_and_learned([item for item in ready if not isinstance(item, Fault)], tokenizer, splits=splits)
         for item in ready:
             if isinstance(item, Fault):
                 yield item
                 continue
-            sample = item.sample
-            ids = np.array(tokens["input_ids"][position], dtype=np.int32)
-            if item.spans is None:
-                ids = _ended(ids, tokenizer)
-                learned = np.ones(len(ids), dtype=bool)
-            else:
-                offsets = np.array(tokens["offset_mapping"][position], dtype=np.int64).reshape(-1, 2)
-                if item.cut:
-                    ids, offsets = tokens_of_pieces(tokenizer, item.text, item.cut)
-                learned = _inside(item.spans, _without_stripped(offsets, item.text, np.isin(ids, stripping)))
-            position += 1
+            sample, (ids, learned) = item.sample, next(tokens)
             targets = np.where(learned[1:], ids[1:], np.int32(IGNORED))
             end = _end_of_targets(targets)
             if end == 0:
@@ -390,37 +360,54 @@ def _tokenized(
                 yield _Tokenized(ids[:end], targets[:end], sample, user, len(ids), routed, unread)
 
 
-def text_to_tokenize(sample: Sample, tokenizer: Any, shapes: Shapes, *, splits: bool = False) -> SampleText | Fault:
-    """Return a sample as the tokenizer gets it, or why there is nothing to be learned of it.
+def _ids_and_learned(items: Sequence[SampleText], tokenizer: Any, *, splits: bool) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_]]]:
+    """Yield the token ids, [n], of each of some samples of one source, and which of them are learned, bool [n]."""
+    if not items:
+        return
+    if items[0].sample.tokens is not None:
+        yield from ((item.sample.tokens.ids, item.sample.tokens.learned) for item in items if item.sample.tokens is not None)
+        return
+    is_chat = items[0].spans is not None
+    stripping = [token_id for token_id, added in tokenizer.added_tokens_decoder.items() if added.rstrip]
+    tokens = tokenizer(
+        [item.text for item in items],
+        add_special_tokens=not is_chat,  # a chat template writes its own
+        return_offsets_mapping=is_chat,
+        return_attention_mask=False,
+        split_special_tokens=splits and not is_chat,  # of a conversation, the template writes some
+        verbose=False,
+    )
+    for position, item in enumerate(items):
+        ids = np.array(tokens["input_ids"][position], dtype=np.int32)
+        if item.spans is None:
+            ids = _ended(ids, tokenizer)
+            yield ids, np.ones(len(ids), dtype=bool)
+            continue
+        offsets = np.array(tokens["offset_mapping"][position], dtype=np.int64).reshape(-1, 2)
+        if item.cut:
+            ids, offsets = tokens_of_pieces(tokenizer, item.text, item.cut)
+        yield ids, _inside(item.spans, _without_stripped(offsets, item.text, np.isin(ids, stripping)))
 
-    Args:
-        tokenizer: only its chat template is used.
-        shapes: see `hecate.data.chat.written.unwritten`.
-        splits: take what reads like a special token in its texts for plain text.
 
-    Raises:
-        UserError: the sample is a conversation, and there is no chat template.
-    """
-    if sample.text is not None:
-        return SampleText(sample, sample.text, None, []) if sample.text.strip() else sample.fault("the text is empty")
-    assert sample.messages is not None
-    require_chat_template(tokenizer, sample.file)
-    answers = [message for message in sample.messages[sample.given :] if message["role"] == "assistant"]
-    if not answers:
-        return sample.fault("there is no token to learn: the conversation has no assistant turn")
-    if not all(message["content"].strip() or message.get("tool_calls") for message in answers):
-        return sample.fault("an assistant turn is empty")
-    if sample.messages[0]["role"] == "assistant":
-        return sample.fault("the conversation begins with an assistant turn, which answers nothing")
-    messages = marked(sample.messages, tokenizer) if splits else sample.messages
-    try:
-        whole, spans = render(tokenizer, messages, tools=sample.tools, given=sample.given)
-        learned = (turn for turn, message in enumerate(messages) if message["role"] == "assistant" and turn >= sample.given)
-        lost = unwritten(tokenizer, messages, sample.tools, whole, dict(zip(learned, spans, strict=True)), shapes)
-        text, spans, cut = cuts(whole, spans) if splits else (whole, spans, ())
-        return SampleText(sample, text, spans, require_learned(messages, sample.given, lost), cut)
-    except TemplateRefusal as refusal:
-        return sample.fault(f"the chat template cannot be used for training on this conversation: {refusal}")
+def _of_one_length(items: Iterator[_Tokenized | Fault], seq_len: int) -> Iterator[_Tokenized | Fault]:
+    """Lay documents end to end, and yield pieces of seq_len tokens and what is left. A piece is of the document in which it begins."""
+    rest: NDArray[np.int32] = np.zeros(0, np.int32)  # tokens of `last`, of which the first has been a target already if there was a piece
+    last: _Tokenized | None = None
+    for item in items:
+        if isinstance(item, Fault):
+            yield item
+            continue
+        ids = np.concatenate([rest, item.input_ids, item.targets[-1:]])
+        behind = (len(ids) - 1) // seq_len * seq_len
+        for start in range(0, behind, seq_len):
+            yield _piece_of_ids(item if last is None or start >= len(rest) else last, ids[start : start + seq_len + 1])
+        last, rest = item if last is None or behind >= len(rest) else last, ids[behind:]
+    if last is not None and len(rest) > 1:
+        yield _piece_of_ids(last, rest)
+
+
+def _piece_of_ids(item: _Tokenized, ids: NDArray[np.int32]) -> _Tokenized:
+    return replace(item, input_ids=ids[:-1], targets=ids[1:])
 
 
 def _ended(ids: NDArray[np.int32], tokenizer: Any) -> NDArray[np.int32]:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hecate.config.schema import FieldNames
+from hecate.config import DataSource
 from hecate.data.chat.conversations import render_answer, require_chat_template
-from hecate.data.files.formats import Sample, read_samples
+from hecate.data.files.formats import Sample, samples_of
 from hecate.data.files.indexed import IndexedSource
 from hecate.data.files.syntax import no_answers
 from hecate.data.pack import pack
@@ -61,9 +61,7 @@ def share_of_rank(sequences: Sequence[PackedSequence], rank: int, world_size: in
     return [mine[start : start + sequences_per_batch] for start in range(0, len(mine), sequences_per_batch)]
 
 
-def generation_items(
-    source: TokenSource, format: str, tokenizer: Any, max_items: int | None = None, names: FieldNames | None = None
-) -> list[GenerationItem]:
+def generation_items(source: TokenSource, named: DataSource, tokenizer: Any, max_items: int | None = None) -> list[GenerationItem]:
     """Return a prompt for each conversation that `read_source` kept, or for the first `max_items`, in file order.
 
     The prompt is everything before the last assistant turn, followed by the generation prompt; the answer is that turn's content, or all
@@ -71,7 +69,7 @@ def generation_items(
     The file is read again. A conversation whose last assistant turn calls tools has no text for an answer and gets no prompt.
 
     Args:
-        names: as `read_samples`.
+        named: the source as the configuration has it.
 
     Raises:
         UserError: the file holds documents.
@@ -82,7 +80,7 @@ def generation_items(
     lines: list[int] = source.lines.tolist()
     kept = dict.fromkeys(lines, -1) if source.users is None else dict(zip(lines, source.users.tolist(), strict=True))
     items: list[GenerationItem] = []
-    for sample in read_samples(source.path, format, names=names):
+    for sample in samples_of(named):
         if max_items is not None and len(items) >= max_items:
             break
         if not isinstance(sample, Sample) or sample.number not in kept:

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from hecate.config import DataSource
 from hecate.config.files.paths import data_files
-from hecate.data.content import digest_of_files, tokenizer_digest, unwritable
+from hecate.data.content import described_source, digest_of_files, tokenizer_digest, unwritable
 from hecate.data.encode import (
     STOP_AT_BAD_SAMPLES,
     BadSamples,
@@ -122,8 +122,8 @@ def cached_source(
     rules: dict[str, Any] = {"seq_len": seq_len, "vocab_size": vocab_size, "on_bad_sample": bad.rule}
     files, features = data_files(source.path), "" if users is None else users.digest()
     contents = digest_of_files(source.path, folder)
-    described = {"version": _VERSION, "files": contents, "format": source.format} | rules
-    described |= {"fields": asdict(source.fields) if source.fields else None, "tokenizer": tokenizer_digest(tokenizer), "users": features}
+    described = {"version": _VERSION, "files": contents} | described_source(source) | rules
+    described |= {"tokenizer": tokenizer_digest(tokenizer), "users": features}
     described |= {} if routing is None else {"routing": [list(routing.experts_per_layer), routing.top_k]}
     key = xxhash.xxh3_128_hexdigest(dump_json(described))
     place = folder / key

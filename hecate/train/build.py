@@ -21,6 +21,7 @@ from hecate.data.chat.templates import choose_template
 from hecate.data.content import cache_folder
 from hecate.data.encode import BadSamples, EncodedSource
 from hecate.data.files.indexed import IndexedSource
+from hecate.data.files.plain_text import plain_text_in_words
 from hecate.data.files.user_features import UserFeatures, users_of
 from hecate.data.routed_experts import RoutingShape
 from hecate.data.separate_streams import SeparateStreams, Stream
@@ -298,6 +299,9 @@ def encode_sources(
     if config.data.split_special_tokens:
         tokenizer = copy(tokenizer)
         tokenizer.split_special_tokens = True
+    if ranks.is_first:
+        for said in filter(None, map(plain_text_in_words, sources)):
+            _say(ranks, said)
     return [
         read_source(
             source,
@@ -313,5 +317,5 @@ def encode_sources(
             routing=routing,
             cache=cache,
         )
-        for source in sources
+        for source in config.data.settled(sources)
     ]

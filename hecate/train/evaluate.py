@@ -136,7 +136,7 @@ def _exact(
     """The share of exact answers of each source that has questions. Questions of all sources are answered together, by length, since a
     forward pass over few rows takes nearly as long as one over many; those of sources that are experts by themselves are not."""
     questions = {
-        source.name: generation_items(source, named.format, base.tokenizer, config.eval.max_samples, named.fields)
+        source.name: generation_items(source, named, base.tokenizer, config.eval.max_samples)
         for source, named in zip(sources, config.data.evaluated, strict=True)
     }
     shares: dict[str, float] = {}

@@ -93,7 +93,8 @@ def check_data(config: Config) -> None:
     if data.chat_template is not None:
         check_template_file(data.chat_template)
     if config.model.front_end == "transformers":
-        check_template([*data.train, *data.eval], find_model(config.model.name_or_path), data.chat_template, data.on_bad_sample)
+        named = data.settled((*data.train, *data.eval))
+        check_template(named, find_model(config.model.name_or_path), data.chat_template, data.on_bad_sample)
     if config.eval.generate:
         check_answers(data.evaluated)
     users, cache = users_of(config), cache_folder(data.cache)

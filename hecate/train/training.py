@@ -383,6 +383,8 @@ class Training:
         samples = f"{sum(len(source) for source in parts.stream.sources)} samples"
         what = "the source of the most sequences" if config.data.separate else samples
         self.notes.append(f"{epochs:g} epochs of {what} are {steps} steps")
+        if self.ranks.is_first and not parts.config.resume and (few := few_steps(epochs, parts.stream)):
+            self.notes.append(few)
 
     def _copy_backups(self) -> None:
         if redundancy := self.parts.config.fssdp.redundancy:
@@ -421,6 +423,25 @@ def _notes_of_resume(config: Config, state: TrainState) -> list[str]:
     elif then != now and config.lr_scheduler_type != "constant":
         notes.append(f"max_steps was {then} and is {now}: from step {state.step} on, the learning rate is on the curve of {now} steps")
     return notes
+
+
+_FEW_STEPS = 10
+"""Fewer steps than this hardly train: most of them are warm-up, and the rest see the end of the learning rate's curve."""
+
+
+def few_steps(epochs: float, stream: Stream) -> str | None:
+    """Say that the data make a run of fewer than ten steps, and what would make it longer; None: they do not."""
+    steps = steps_of_epochs(epochs, stream)
+    if steps >= _FEW_STEPS:
+        return None
+    sequences = epochs * stream.sequences_per_epoch()
+    fewer = int(sequences // _FEW_STEPS)
+    smaller = f"let a step take at most {fewer} (micro_batch_size, gradient_accumulation_steps, ranks), or " if fewer else ""
+    return (
+        f"few data: {steps} steps are too few to learn much, because a step takes {stream.sequences_per_step} sequences and "
+        f"{epochs:g} epochs have about {sequences:.0f}\n"
+        f"  for {_FEW_STEPS} steps {smaller}set num_train_epochs={math.ceil(epochs * _FEW_STEPS * stream.sequences_per_step / sequences):g}"
+    )
 
 
 def steps_of_epochs(epochs: float, stream: Stream) -> int:

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from hecate.config import DataSource
+from hecate.data.files.formats import how_read
 from hecate.data.files.records import read_records
 from hecate.data.routed_experts import KEY, routing_text
 from hecate.data.sequences import PackedSequence
@@ -68,7 +69,7 @@ class RoutingRecord:
         key = KEY if named.fields is None or named.fields.routed_experts is None else named.fields.routed_experts
 
         def lines() -> Iterator[bytes]:
-            for record in read_records(named.path):
+            for record in read_records(named.path, **how_read(named)):
                 if record.number in by_record:
                     value = record.value | {key: routing_text(np.concatenate(by_record[record.number]))}
                     yield json_line(value).encode() + b"\n"

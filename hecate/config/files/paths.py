@@ -4,8 +4,6 @@ import glob
 import importlib.util
 import os
 import re
-import shlex
-import sys
 from pathlib import Path
 
 from hecate.config.files.hub import hub_hint
@@ -21,10 +19,18 @@ TRAINED_HINT = "give the folder of a run, a checkpoint, an adapter or a whole mo
 INDEXED_SUFFIXES = (".idx", ".bin")
 """the endings of the two files of one of Megatron's indexed data sets"""
 
-FORMS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow"}
-"""the endings of data files, and the forms that they say; a text form may also be compressed, and then ends in .gz"""
-_PLAIN_TEXT = (".txt", ".md")
-"""endings of files that are no records, but text itself"""
+FORMS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".md": "text",
+}
+"""the endings of data files, and the forms that they say; a form that is no table of Arrow's may be compressed, and then ends in .gz"""
 _BESIDE_ARROW = ("dataset_info.json", "dataset_dict.json", "state.json")
 """what the library `datasets` writes beside Arrow files"""
 
@@ -116,7 +122,8 @@ def file_form(path: str) -> str | None:
 def data_files(path: str) -> list[str]:
     """Return the files that a source's path names: itself, the data files in the folder, or the files that match the pattern, by name.
 
-    Files in a folder whose names begin with a dot or an underscore, or do not end as a data file's, are none; its folders are not entered.
+    Files in a folder whose names begin with a dot or an underscore, or do not end as a data file's, are none; nor is plain text beside
+    others. Its folders are not entered.
     Raises UserError: there is none, or a folder holds several forms.
     """
     if os.path.isdir(path):
@@ -133,14 +140,6 @@ def data_files(path: str) -> list[str]:
     return found
 
 
-def plain_text_hint(files: str) -> str:
-    """How files of plain text, given by a path or a pattern, become a data file with a document each."""
-    quoted = "*".join(shlex.quote(part) if part else "" for part in files.split("*"))
-    program = "import json, sys; [print(json.dumps({'text': open(name).read()})) for name in sys.argv[1:]]"
-    python = shlex.quote(sys.executable)  # `python` may not be on PATH
-    return f'plain text is read from records with the key text; this makes them: {python} -c "{program}" {quoted} > text.jsonl'
-
-
 def _files_in(folder: str) -> list[str]:
     try:
         names = sorted(os.listdir(folder))
@@ -149,11 +148,11 @@ def _files_in(folder: str) -> list[str]:
     files = [name for name in names if file_form(name) and name[0] not in "._" and os.path.isfile(os.path.join(folder, name))]
     if any(file_form(name) == "arrow" for name in files):
         files = [name for name in files if name not in _BESIDE_ARROW]
+    if any(file_form(name) != "text" for name in files):  # a data set has a README.md beside it, and a license
+        files = [name for name in files if file_form(name) != "text"]
     if not files or files == ["dataset_dict.json"]:
         inside = [name for name in names if os.path.isdir(os.path.join(folder, name)) and name[0] not in "._"]
         hint = f"data files end in {', '.join(FORMS)}"
-        if plain := [name for name in names if name.endswith(_PLAIN_TEXT)]:
-            hint += f"\n{plain_text_hint(os.path.join(folder, '*' + Path(plain[0]).suffix))}"
         if inside:
             hint = f"it has folders: name one of them, such as {os.path.join(folder, inside[0])}"
         raise UserError(f"no data file in the folder {shorten(folder)}\n{hint}")

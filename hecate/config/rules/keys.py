@@ -6,13 +6,13 @@
 import os
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hecate.config.expert_keys import DEFAULT_EXPERTS, DEFAULT_TOP_K
 from hecate.config.files.hub import hub_hint
-from hecate.config.files.paths import ADAPTER_CONFIG, INDEXED_SUFFIXES, adapter_in, data_files, find_model, indexed_prefix
+from hecate.config.files.paths import ADAPTER_CONFIG, INDEXED_SUFFIXES, adapter_in, data_files, file_form, find_model, indexed_prefix
 from hecate.config.files.presets import chat_templates, preset_names
 from hecate.config.problems import Add, did_you_mean, or_default, shorten
 from hecate.config.ranges import COUNT, POSITIVE, WHOLE
@@ -24,7 +24,7 @@ from hecate.config.rules.optimizers import check_optimizer
 from hecate.config.rules.pairs import check_pairs, largest_rank
 from hecate.config.rules.replay import check_replay
 from hecate.config.rules.routers import check_router
-from hecate.config.schema import LEAVES, MEGATRON_EP, RANGES
+from hecate.config.schema import LEAVES, MEGATRON_EP, RANGES, ROLES, DataSource
 from hecate.errors import UserError
 from hecate.parallel.values.expert_kinds import kind_of
 
@@ -65,6 +65,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     _check_retained(values, add)
     _check_sources("data.train", values, add, exist=inputs and (trains or bool(values.get("data.eval_share"))))
     _check_sources("data.eval", values, add, exist=inputs)
+    _check_roles("data.roles_to_train", values.get("data.roles_to_train", ()), add)
     _check_template(values, add, exists=inputs)
     _check_target_modules(values, add)
     _check_names(values, add)
@@ -266,6 +267,7 @@ def _check_sources(key: str, values: Mapping[str, Any], add: Add, *, exist: bool
             add(f"{at}.format", f"applies to text files only, got {source.format}", "leave it out: an indexed data set holds token ids")
         if prefix is not None and source.fields is not None:
             add(f"{at}.fields", "applies to files of records only", "leave it out: an indexed data set holds token ids")
+        _check_reading(at, source, paths, add)
         if source.weight not in POSITIVE:
             add(f"{at}.weight", f"must be {POSITIVE}, got {source.weight}", "leave the source out to give it no weight")
         if not SLUG.fullmatch(source.name):
@@ -275,6 +277,25 @@ def _check_sources(key: str, values: Mapping[str, Any], add: Add, *, exist: bool
             what = f"{source.name} is already the name of {key}[{first_of[source.name]}]"
             add(f"{at}.name", what, "give each source its own name: {path: ..., name: ...}")
         first_of.setdefault(source.name, i)
+
+
+def _check_reading(at: str, source: DataSource, paths: list[str], add: Add) -> None:
+    """Check how the text of a source's files is read."""
+    forms = {file_form(path) for path in paths}
+    if source.sample_by is not None and paths and forms != {"text"}:
+        add(f"{at}.sample_by", "applies to plain text only, to files that end in .txt or .md", "leave it out: a record is a sample")
+    if source.delimiter is not None:
+        if len(source.delimiter) != 1 or source.delimiter in '"\r\n':
+            add(f"{at}.delimiter", f"must be one sign, no quote, got {shorten(source.delimiter)}", 'a tab is written "\\t"')
+        elif paths and not forms <= {"csv", "tsv"}:
+            add(f"{at}.delimiter", "applies to CSV files only, which end in .csv or .tsv", "leave it out")
+    _check_roles(f"{at}.roles_to_train", source.roles_to_train or (), add)
+
+
+def _check_roles(key: str, roles: Sequence[str], add: Add) -> None:
+    for i, role in enumerate(roles):
+        if role not in ROLES:
+            add(f"{key}[{i}]", f"must be one of {', '.join(ROLES)}, got {shorten(role)}", "human is user, and gpt is assistant")
 
 
 def _check_target_modules(values: Mapping[str, Any], add: Add) -> None:

@@ -1,6 +1,6 @@
 """Render conversations with the tokenizer's chat template, and find which characters belong to the assistant's turns."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -54,7 +54,9 @@ def no_chat_template(where: str) -> UserError:
     )
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] = (), given: int = 0) -> tuple[str, list[Span]]:
+def render(
+    tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] = (), turns: Collection[int] | None = None
+) -> tuple[str, list[Span]]:
     """Return the conversation as one string, and the character span of each assistant turn: its content, its calls of tools, and its
     end-of-turn mark.
 
@@ -64,7 +66,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] 
 
     Args:
         tools: what the assistant may call, as the template takes it.
-        given: how many messages are a prompt; the assistant's turns among them have no span.
+        turns: the indices of the assistant's turns whose spans are wanted; None: of all.
 
     Raises:
         TemplateRefusal: the template refuses this conversation, or rewrites earlier turns once later ones follow.
@@ -72,7 +74,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, tools: Sequence[Any] 
     whole = _apply(tokenizer, messages, tools)
     spans = []
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant" or turn < given:
+        if message["role"] != "assistant" or (turns is not None and turn not in turns):
             continue
         prompt = render_prompt(tokenizer, messages[:turn], tools)
         upto = whole if turn + 1 == len(messages) else _apply(tokenizer, messages[: turn + 1], tools)
@@ -120,16 +122,22 @@ def render_answer(tokenizer: Any, messages: Sequence[Message], tools: Sequence[A
     return RenderedAnswer(prompt, "", turn, "")
 
 
-def turn_end(tokenizer: Any) -> int | None:
-    """Return the token that ends an answer, such as that of <|im_end|>: of the tokenizer's added tokens the first that the chat template
-    writes behind an answer; None: it writes none. It may be another token than the one that ends a sequence.
+def turn_mark(tokenizer: Any) -> str | None:
+    """Return the mark that ends an answer, such as <|im_end|>: of the tokenizer's added tokens the first that the chat template writes
+    behind an answer; None: it writes none. It may be another token than the one that ends a sequence.
     """
     try:
         answer = render_answer(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     except TemplateRefusal:
         return None
-    added = set(tokenizer.get_added_vocab().values())
-    return next((token for token in tokenizer(answer.after, add_special_tokens=False)["input_ids"] if token in added), None)
+    found = [(answer.after.find(token), -len(token), token) for token in tokenizer.get_added_vocab() if token and token in answer.after]
+    return min(found)[2] if found else None
+
+
+def turn_end(tokenizer: Any) -> int | None:
+    """Return the id of `turn_mark`; None: there is none."""
+    mark = turn_mark(tokenizer)
+    return None if mark is None else int(tokenizer.get_added_vocab()[mark])
 
 
 def _after(prompt: str, whole: str) -> str:

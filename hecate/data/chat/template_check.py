@@ -15,10 +15,11 @@ from typing import Any
 from hecate.config import DataSource
 from hecate.config.files.paths import indexed_prefix
 from hecate.data.chat.conversations import no_chat_template
+from hecate.data.chat.learned import LearnedTurns, learned_turns
+from hecate.data.chat.sample_text import text_to_tokenize
 from hecate.data.chat.templates import choose_template
 from hecate.data.chat.written import Shapes
-from hecate.data.encode import text_to_tokenize
-from hecate.data.files.formats import Fault, Sample, read_samples
+from hecate.data.files.formats import Fault, Sample, samples_of
 from hecate.data.files.syntax import bad_sample_error
 from hecate.io.plain_files import read_plain, read_plain_text
 
@@ -98,7 +99,8 @@ def check_template(files: Iterable[DataSource], model: Path, given: str | None, 
     has_template, template = given is not None or _has_template(model), template_of(model, given)
     for file in files:
         shapes: Shapes = {}
-        samples = iter(()) if indexed_prefix(file.path) else read_samples(file.path, file.format, None, file.fields)
+        rule: LearnedTurns | None = None
+        samples = iter(()) if indexed_prefix(file.path) else samples_of(file)
         for item in islice(samples, _RENDERED):
             if not isinstance(item, Sample):
                 continue
@@ -108,7 +110,8 @@ def check_template(files: Iterable[DataSource], model: Path, given: str | None, 
                 raise no_chat_template(file.path)
             if template is None or on_bad_sample == "skip":
                 break
-            text = text_to_tokenize(item, template, shapes)
+            rule = rule or learned_turns(file, template)
+            text = text_to_tokenize(item, template, shapes, rule)
             if isinstance(text, Fault):
                 raise bad_sample_error(text)
 

@@ -6,24 +6,19 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from hecate.config.schema import ROLES
 from hecate.data.chat.conversations import Message
 from hecate.data.files.records import json_name
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function_call": "assistant",
-}
-"""The roles of ShareGPT, with those of LLaMA-Factory, whose `function_call` has the call as JSON text."""
-_LEARNED = {"weight": 1, "loss": True, "train": True, "training": True}
-"""The keys by which other programs say whether a turn is learned, and their values for a turn that is."""
+SPEAKERS = {role: role for role in ROLES} | {"human": "user", "gpt": "assistant", "observation": "tool", "function_call": "assistant"}
+"""The names of roles in records, ShareGPT's and LLaMA-Factory's too, whose `function_call` has the call as JSON text."""
+ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")
+"""The keys under which a turn says who speaks, and what; those of OpenAI's API come first, and ShareGPT's then."""
+_OF_ANY_TURN, _OF_ANSWERS = ("train", "training"), ("weight", "loss")
+"""The keys by which other programs say whether a turn is learned: axolotl's of any turn, OpenAI's and ms-swift's of the assistant's."""
+_OF_A_PART = ("train_detail", "training_detail")
+"""Keys by which axolotl learns parts of a turn."""
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 class BadRecord(Exception):
@@ -34,7 +29,7 @@ def take_turns(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
     """Remove the list of turns from the record and return it.
 
     Raises:
-        BadRecord: there is none, or a turn has a key that would change what is to be learned.
+        BadRecord: there is none, or a turn has a key that would change what is to be learned and is not read.
     """
     require_key(record, key)
     turns = record.pop(key)
@@ -45,10 +40,9 @@ def take_turns(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
             raise BadRecord(f"{key}[{number}] is a JSON {json_name(turn)} where an object is needed")
         if turn.get("function_call"):
             raise BadRecord(f"{key}[{number}].function_call is not supported: write the call into tool_calls")
-        if turn.get("role", turn.get("from")) in ("assistant", "gpt", "function_call"):
-            for name, learned in _LEARNED.items():
-                if turn.get(name) not in (None, learned):
-                    raise BadRecord(f"{key}[{number}].{name} is not supported: every assistant turn is trained on alike")
+        for name in _OF_A_PART:
+            if turn.get(name):
+                raise BadRecord(f"{key}[{number}].{name} is not supported: a turn is learned as a whole, or not (train: true or false)")
     return turns
 
 
@@ -58,41 +52,65 @@ def require_key(record: dict[str, Any], key: str) -> None:
         raise BadRecord(f"no {key!r} in the record (its keys: {', '.join(sorted(record)) or 'none'})")
 
 
+def marks_of(turns: Sequence[dict[str, Any]], key: str) -> tuple[bool | None, ...]:
+    """What each turn says of itself: whether it is learned (`train`, `training`, `weight` or `loss`); None: nothing. Raises BadRecord."""
+    return tuple(_mark_of(turn, f"{key}[{number}]") for number, turn in enumerate(turns))
+
+
+def _mark_of(turn: dict[str, Any], where: str) -> bool | None:
+    found = {name: turn[name] for name in (*_OF_ANY_TURN, *_OF_ANSWERS) if turn.get(name) is not None}
+    for name, value in found.items():
+        if value not in (0, 1):
+            wanted = "0 or 1: an answer is learned, or not" if name == "weight" else "true or false"
+            raise BadRecord(f"{where}.{name} is {str(value)[:40]!r}: it must be {wanted}")
+        if value and name in _OF_ANSWERS and SPEAKERS.get(_of_turn(turn, ROLE_KEYS), "assistant") != "assistant":
+            raise BadRecord(f"{where}.{name} is about answers, and this turn is none: to learn it, write train: true")
+    if len(set(map(bool, found.values()))) > 1:
+        raise BadRecord(f"{where}: {' and '.join(found)} contradict each other about whether the turn is learned")
+    return next(map(bool, found.values()), None)
+
+
 def messages_of(turns: Sequence[dict[str, Any]], key: str) -> tuple[Message, ...]:
-    """Turns with role and content as the chat template gets them, with all of their other keys. Raises BadRecord."""
-    return tuple(_message(turn, f"{key}[{number}]") for number, turn in enumerate(turns))
+    """Turns, with role and content or with from and value, as the chat template gets them, with their other keys. Raises BadRecord."""
+    return tuple(_message(turn, f"{key}[{number}]", first=key == "conversations") for number, turn in enumerate(turns))
 
 
-def sharegpt_messages(turns: Sequence[dict[str, Any]], key: str) -> tuple[Message, ...]:
-    """The same of turns with from and value. Raises BadRecord."""
-    return tuple(_sharegpt_message(turn, f"{key}[{number}]") for number, turn in enumerate(turns))
-
-
-def _message(turn: dict[str, Any], where: str) -> Message:
-    role = text_of(turn, "role", where)
-    if role not in ROLES:
-        raise BadRecord(f"{where}.role is {role!r}: it must be one of {', '.join(ROLES)}")
-    calls = turn.get("tool_calls")
-    if not calls:
-        if isinstance(turn.get("content"), list):
-            raise BadRecord(f"{where}.content is a list of parts, as turns with images have it: hecate reads text, one string")
-        return {"role": role, "content": text_of(turn, "content", where)} | _others(turn, "role", "content")
-    if role != "assistant":
+def _message(turn: dict[str, Any], where: str, *, first: bool) -> Message:
+    """A turn as a message. `first` says to ask for ShareGPT's keys where a turn has none."""
+    role_key, text_key = (next((name for name in names if name in turn), names[first]) for names in (ROLE_KEYS, TEXT_KEYS))
+    speaker = text_of(turn, role_key, where)
+    if speaker not in SPEAKERS:
+        raise BadRecord(f"{where}.{role_key} is {speaker!r}: it must be one of {', '.join(SPEAKERS)}")
+    role, calls = SPEAKERS[speaker], turn.get("tool_calls")
+    if calls and role != "assistant":
         raise BadRecord(f"{where}.tool_calls is in a turn of the {role}: only the assistant calls tools")
-    content = "" if turn.get("content") is None else text_of(turn, "content", where)
-    message = {"role": role, "content": content, "tool_calls": _tool_calls(calls, f"{where}.tool_calls")}
-    return message | _others(turn, *message)
+    message: Message = {"role": role, "content": "" if calls and turn.get(text_key) is None else _content(turn, text_key, where)}
+    if calls:
+        message["tool_calls"] = _tool_calls(calls, f"{where}.tool_calls")
+    elif speaker == "function_call":
+        calls = _parsed(message["content"], f"{where}.{text_key} is")
+        message |= {"content": "", "tool_calls": _tool_calls(calls if isinstance(calls, list) else [calls], f"{where}.{text_key}")}
+    return message | _others(turn, role_key, text_key, *message, *_OF_ANY_TURN, *_OF_ANSWERS)
 
 
-def _sharegpt_message(turn: dict[str, Any], where: str) -> Message:
-    speaker, value = text_of(turn, "from", where), text_of(turn, "value", where)
-    if speaker not in SHAREGPT_ROLES:
-        raise BadRecord(f"{where}.from is {speaker!r}: it must be one of {', '.join(SHAREGPT_ROLES)}")
-    message: Message = {"role": SHAREGPT_ROLES[speaker], "content": value}
-    if speaker == "function_call":
-        calls = _parsed(value, f"{where}.value is")
-        message |= {"content": "", "tool_calls": _tool_calls(calls if isinstance(calls, list) else [calls], f"{where}.value")}
-    return message | _others(turn, "from", "value", *message)
+def _content(turn: dict[str, Any], key: str, where: str) -> str:
+    """The text of a turn; of a list of parts that are all text, the parts end to end, as chat templates write them."""
+    if not isinstance(turn.get(key), list):
+        return text_of(turn, key, where)
+    texts = []
+    for number, part in enumerate(turn[key]):
+        text = part if isinstance(part, str) else part.get("text") if isinstance(part, dict) else None
+        known = isinstance(part, str) or (isinstance(part, dict) and part.get("type", "text") in _TEXT_PARTS)
+        if not known or not isinstance(text, str):
+            raise BadRecord(f"{where}.{key} is a list of parts, of which part {number + 1} is no text, and hecate reads text only")
+        if others := sorted(_others({} if isinstance(part, str) else part, "type", "text")):
+            raise BadRecord(f"{where}.{key}: part {number + 1} has the key {others[0]!r}: of a part, only its text is read")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _of_turn(turn: dict[str, Any], names: Sequence[str]) -> Any:
+    return next((turn[name] for name in names if name in turn), None)
 
 
 def _others(turn: dict[str, Any], *read: str) -> Message:
@@ -145,7 +163,7 @@ def system_message(record: dict[str, Any], turns: Sequence[dict[str, Any]] = ())
     if not record.get("system"):
         return ()
     text = text_of(record, "system")
-    if any(turn.get("role", turn.get("from")) in ("system", "developer") for turn in turns):
+    if any(_of_turn(turn, ROLE_KEYS) in ("system", "developer") for turn in turns):
         raise BadRecord("the record has the key 'system', and a system message among its turns, too: keep one of the two")
     del record["system"]
     return ({"role": "system", "content": text},)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -71,19 +71,19 @@ def unwritten(
     return found + (_dropped(tokenizer, messages, tools, doubtful) if doubtful else [])
 
 
-def require_learned(messages: Sequence[Message], given: int, lost: Sequence[Unwritten]) -> list[str]:
+def require_learned(turns: Collection[int], lost: Sequence[Unwritten]) -> list[str]:
     """Return the names of what is not written, of which nothing is to be learned.
 
     Args:
-        given: how many messages are a prompt.
+        turns: the indices of the messages that are learned.
 
     Raises:
-        TemplateRefusal: something else is not written: tools, or what the assistant says in a turn that is to be learned.
+        TemplateRefusal: something else is not written: tools, or what is said in a turn that is to be learned.
     """
     for part in lost:
         if part.message < 0:
             raise TemplateRefusal("it writes no tools; use a template that does")
-        if part.message < given or messages[part.message]["role"] != "assistant" or not _SAID.match(part.name):
+        if part.message not in turns or not _SAID.match(part.name):
             continue
         what = "calls of tools (tool_calls)" if part.name.startswith("tool_calls") else part.name
         if part.part:

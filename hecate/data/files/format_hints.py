@@ -10,12 +10,14 @@ from typing import Any
 
 from hecate.config.scalars import not_text
 from hecate.config.schema import FieldNames
-from hecate.data.chat.turns import ROLES, SHAREGPT_ROLES
+from hecate.data.chat.turns import SPEAKERS
 
 _PLAIN = re.compile(r"\w(?:[\w ()./-]*[\w)])?")
 """The pattern of a text that YAML reads as itself in {...}."""
-_TURNS = {"messages": ("role", "content", ROLES), "conversations": ("from", "value", tuple(SHAREGPT_ROLES))}
-_ORDER = ("messages", "sharegpt", "prompt_completion", "alpaca", "text")
+_TURNS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+_ANSWERS_TO_CHOOSE = ("chosen", "rejected")
+"""The keys of preference data, which no hint takes for another key: half of these answers are bad."""
+_ORDER = ("messages", "sharegpt", "tokens", "prompt_completion", "alpaca", "text")
 _NAMED = {name.name for name in fields(FieldNames)}
 """The names that formats give to keys; what has such a name in a record seldom means another key."""
 _LONGEST = 500
@@ -32,13 +34,11 @@ def hint_for(record: Mapping[str, Any], names: Mapping[str, str], needed: Mappin
         needed: the keys that each format needs, of the formats that read all keys that `fields` names.
     """
     fitting = [(format, found) for format in _ORDER if format in needed and (found := _filled(record, names, needed[format]))]
-    if fitting:  # the one that knows most of the record's own names; documents have no question
-        _, found = min(fitting, key=lambda fit: (fit[0] == "text", len(fit[1])))
+    if fitting:  # the one that knows most of the record's own names; documents have no question, and numbers may mean anything
+        _, found = min(fitting, key=lambda fit: (_doubt(*fit), len(fit[1])))
         said = f"or say which keys they are: {in_words(found)}"
         if len(said) <= _LONGEST:
             return said
-    if any(isinstance(value, list) and value and all(type(item) is int for item in value) for value in record.values()):
-        return "token ids are not read: give the text that they are of, or an indexed data set of Megatron (docs/use/data.md)"
     return f"none of its keys has a text for what is missing: write records such as {_FORMS}"
 
 
@@ -46,7 +46,7 @@ def answers_of_preference(record: Mapping[str, Any]) -> dict[str, str] | None:
     """Return the `fields` with which the chosen answers of preference data are trained on; None: there are none."""
     chosen: Any = record.get("chosen")
     prompt: Any = record.get("prompt")
-    for key, (role, _, _) in _TURNS.items():
+    for key, (role, _) in _TURNS.items():
         if _are_turns(chosen, key) and any(turn[role] in ("user", "human") for turn in chosen):
             return {key: "chosen"}
     if not isinstance(chosen, str) and not _are_turns(chosen, "messages"):
@@ -64,9 +64,15 @@ def in_words(names: Mapping[str, str]) -> str:
     return f"{{path: ..., fields: {{{', '.join(f'{name}: {_spelled(theirs)}' for name, theirs in names.items())}}}}}"
 
 
+def _doubt(format: str, found: Mapping[str, str]) -> int:
+    if format == "tokens":
+        return 0 if re.search("id|tok", found.get("input_ids", "input_ids"), re.IGNORECASE) else 2
+    return int(format == "text")
+
+
 def _filled(record: Mapping[str, Any], names: Mapping[str, str], keys: Sequence[str]) -> dict[str, str] | None:
     """The names with those of further keys of the record, so that a format has all keys that it needs; None: the record lacks some."""
-    free = [key for key in record if key not in names.values()]
+    free = [key for key in record if key not in names.values() and key not in _ANSWERS_TO_CHOOSE]
     found = dict(names)
     for key in (key for key in keys if key not in names):
         if key in free and _fits(record[key], key):
@@ -89,15 +95,17 @@ def _best(keys: Sequence[str], record: Mapping[str, Any]) -> str | None:
 def _fits(value: Any, key: str) -> bool:
     if key in _TURNS:
         return _are_turns(value, key)
+    if key == "input_ids":
+        return isinstance(value, list) and bool(value) and all(type(item) is int and 0 <= item < 1 << 31 for item in value)
     return isinstance(value, str) and bool(value.strip())
 
 
 def _are_turns(value: Any, key: str) -> bool:
-    role, content, roles = _TURNS[key]
+    role, content = _TURNS[key]
     return (
         isinstance(value, list)
         and bool(value)
-        and all(isinstance(turn, dict) and turn.get(role) in roles and isinstance(turn.get(content), str) for turn in value)
+        and all(isinstance(turn, dict) and turn.get(role) in SPEAKERS and isinstance(turn.get(content), str) for turn in value)
     )
 
 

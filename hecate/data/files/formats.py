@@ -1,4 +1,5 @@
-"""Turn the records of data files into samples, by the formats `messages`, `prompt_completion`, `alpaca`, `sharegpt` and `text`.
+"""Turn the records of data files into samples, by the formats `messages`, `prompt_completion`, `alpaca`, `sharegpt`, `text` and
+`tokens`.
 
 A record that cannot be used is returned as a `Fault`, so that the caller can stop at it or skip it. A file that cannot be used as a whole
 raises UserError.
@@ -10,12 +11,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hecate.config import DataSource
+from hecate.config.files.paths import file_form
 from hecate.config.schema import FieldNames
 from hecate.data.chat.turns import (
     BadRecord,
+    marks_of,
     messages_of,
     require_key,
-    sharegpt_messages,
     system_message,
     take_history,
     take_tools,
@@ -24,16 +27,18 @@ from hecate.data.chat.turns import (
 )
 from hecate.data.files.format_hints import answers_of_preference, hint_for, in_words
 from hecate.data.files.records import Record, place_of, read_records
+from hecate.data.files.token_rows import TokenRow, take_token_row
 from hecate.data.files.user_features import UserFeatures
 from hecate.data.routed_experts import why_no_routing
 from hecate.errors import UserError
 
-FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text")
+FORMATS = ("auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "tokens")
 
 _KEYS = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
+    "tokens": ("input_ids",),
     "text": ("text",),
     "prompt_completion": ("prompt", "completion"),
 }
@@ -42,6 +47,7 @@ _OPTIONAL = {
     "messages": ("system", "tools"),
     "sharegpt": ("system", "tools"),
     "alpaca": ("input", "system", "history"),
+    "tokens": ("labels", "loss_mask"),
     "text": (),
     "prompt_completion": ("system", "tools"),
 }
@@ -53,7 +59,7 @@ _OF_ALL = ("user", "routed_experts")
 
 @dataclass(frozen=True)
 class Sample:
-    """One usable record: a conversation (`messages`, each at least {"role", "content"}) or a document (`text`), never both."""
+    """One usable record, one of three: a conversation (`messages`, each at least {"role", "content"}), a document (`text`), or `tokens`."""
 
     file: str
     line: int  # as `Record.line`
@@ -62,6 +68,8 @@ class Sample:
     extra: dict[str, Any] = field(default_factory=dict)  # the record's other keys, which are not trained on
     tools: tuple[Any, ...] = ()  # what the assistant may call, as the chat template takes it
     given: int = 0  # how many of the messages are a prompt, of which nothing is learned
+    marks: tuple[bool | None, ...] = ()  # what the messages say themselves of whether they are learned; None, or behind the end: nothing
+    tokens: TokenRow | None = field(default=None, compare=False)
     number: int = field(default=1, compare=False)  # as `Record.number`
     record: Record | None = field(default=None, compare=False, repr=False)
 
@@ -69,6 +77,11 @@ class Sample:
     def place(self) -> str:
         """Where it is, as errors say it."""
         return place_of(self.file, self.line)
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it may be cut into pieces, because all of it is learned."""
+        return self.messages is None and not (self.tokens is not None and self.tokens.masked)
 
     @property
     def entry(self) -> dict[str, Any] | None:
@@ -127,6 +140,7 @@ def read_samples(
     names: FieldNames | None = None,
     *,
     routed: bool = False,
+    **reading: Any,
 ) -> Iterator[Sample | Fault]:
     """Yield every record of a data file, a folder or a pattern (`hecate.data.files.records`) in order, as a `Sample` or a `Fault`.
 
@@ -135,7 +149,7 @@ def read_samples(
 
     Args:
         names: the names that the records have for the formats' keys. `auto` then takes only formats that read all of these keys.
-        routed: a record that brings no routing (`hecate.data.routed_experts`) is a Fault, too.
+        routed: a record that brings no routing (`hecate.data.routed_experts`) is a Fault, too. `reading` is as of `read_records`.
 
     Raises:
         UserError: `format` is unknown, or does not read a key of `names`; a file cannot be read or is empty; no record is of a
@@ -149,7 +163,7 @@ def read_samples(
     unseen, read, held_bytes = set(renamed), 0, 0
     held: list[Fault] = []
     unknown: _UnknownFormat | None = None
-    for record in read_records(str(path)):
+    for record in read_records(str(path), **reading):
         try:
             if record.reason:
                 raise BadRecord(record.reason)
@@ -162,9 +176,8 @@ def read_samples(
             sample = parse(value)
             _refuse_unwanted(sample, record.value, renamed)
             _refuse_lone_surrogates(sample)
-            if users is not None and (problem := users.problem(sample["extra"])):
-                raise BadRecord(problem)
-            if routed and (problem := why_no_routing(sample["extra"])):
+            problem = users.problem(sample["extra"]) if users is not None else ""
+            if problem := problem or (why_no_routing(sample["extra"]) if routed else ""):
                 raise BadRecord(problem)
         except _UnknownFormat as error:  # is bad if a later record is of a known one
             unknown, held_bytes = unknown or error, held_bytes + len(record.raw)
@@ -180,6 +193,16 @@ def read_samples(
         raise unknown
     if unseen and read:
         raise _unseen_names(str(path), {name: renamed[name] for name in unseen})
+
+
+def samples_of(source: DataSource, users: UserFeatures | None = None, *, routed: bool = False) -> Iterator[Sample | Fault]:
+    """Yield every record of a source in order; `read_samples` says how."""
+    return read_samples(source.path, source.format, users, source.fields, routed=routed, **how_read(source))
+
+
+def how_read(source: DataSource) -> dict[str, Any]:
+    """The arguments of `read_records` for a source."""
+    return {"delimiter": source.delimiter, "by_paragraph": source.sample_by == "paragraph"}
 
 
 def _unseen_names(path: str, unseen: Mapping[str, str]) -> UserError:
@@ -236,12 +259,25 @@ def _detect(value: dict[str, Any], record: Record, formats: Sequence[str], names
     which = "the known ones" if len(formats) == len(_KEYS) else "those that read the keys that fields names"
     reason = f"no known data format has the keys {', '.join(sorted(map(str, value)))[:_LONGEST] or '(none)'}"
     forms = ", ".join(f"{format} {{{', '.join(keys)}}}" for format, keys in known.items())
-    raise _UnknownFormat(reason, f"{place}: {reason}\n{which}: {forms}\n{hint_for(record.value, names, known)}")
+    hint = hint_for(record.value, names, known)
+    if len(value) == 1 and file_form(record.file) in ("csv", "tsv"):
+        hint = f"if another sign parts its cells, say which: {{path: ..., delimiter: '^'}}\n{hint}"
+    raise _UnknownFormat(reason, f"{place}: {reason}\n{which}: {forms}\n{hint}")
 
 
 def _parse_messages(record: dict[str, Any]) -> dict[str, Any]:
-    turns, tools = take_turns(record, "messages"), take_tools(record)
-    return {"messages": (*system_message(record, turns), *messages_of(turns, "messages")), "tools": tools, "extra": record}
+    return _chat(record, take_turns(record, "messages"), "messages") | {"tools": take_tools(record), "extra": record}
+
+
+def _chat(record: dict[str, Any], turns: list[dict[str, Any]], key: str) -> dict[str, Any]:
+    """The messages of a record, and what they say of themselves."""
+    system = system_message(record, turns)
+    return {"messages": (*system, *messages_of(turns, key)), "marks": _marks(len(system), marks_of(turns, key))}
+
+
+def _marks(before: int, marks: Sequence[bool | None]) -> tuple[bool | None, ...]:
+    """Marks of all messages; none where no message has one."""
+    return (*[None] * before, *marks) if any(mark is not None for mark in marks) else ()
 
 
 def _parse_prompt_completion(record: dict[str, Any]) -> dict[str, Any]:
@@ -251,7 +287,8 @@ def _parse_prompt_completion(record: dict[str, Any]) -> dict[str, Any]:
     prompt, completion = (_text_or_turns(record, key, role) for key, role in (("prompt", "user"), ("completion", "assistant")))
     given = (*system_message(record, [*prompt, *completion]), *messages_of(prompt, "prompt"))
     messages = (*given, *messages_of(completion, "completion"))
-    return {"messages": messages, "given": len(given), "tools": take_tools(record), "extra": record}
+    marks = _marks(len(given) - len(prompt), (*marks_of(prompt, "prompt"), *marks_of(completion, "completion")))
+    return {"messages": messages, "marks": marks, "given": len(given), "tools": take_tools(record), "extra": record}
 
 
 def _text_or_turns(record: dict[str, Any], key: str, role: str) -> list[dict[str, Any]]:
@@ -264,7 +301,7 @@ def _parse_sharegpt(record: dict[str, Any]) -> dict[str, Any]:
     """Tools may be given as bare descriptions of functions, as LLaMA-Factory has them; chat templates take them inside an object."""
     turns = take_turns(record, "conversations")
     tools = tuple(tool if "function" in tool else {"type": "function", "function": tool} for tool in take_tools(record))
-    return {"messages": (*system_message(record, turns), *sharegpt_messages(turns, "conversations")), "tools": tools, "extra": record}
+    return _chat(record, turns, "conversations") | {"tools": tools, "extra": record}
 
 
 def _parse_alpaca(record: dict[str, Any]) -> dict[str, Any]:
@@ -284,12 +321,17 @@ def _parse_text(record: dict[str, Any]) -> dict[str, Any]:
     return {"text": text, "extra": record}
 
 
+def _parse_tokens(record: dict[str, Any]) -> dict[str, Any]:
+    return {"tokens": take_token_row(record), "extra": record}
+
+
 _PARSERS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "messages": _parse_messages,
     "prompt_completion": _parse_prompt_completion,
     "alpaca": _parse_alpaca,
     "sharegpt": _parse_sharegpt,
     "text": _parse_text,
+    "tokens": _parse_tokens,
 }
 
 
@@ -307,10 +349,10 @@ def _refuse_unwanted(sample: dict[str, Any], record: dict[str, Any], names: Mapp
         if "messages" in sample and str(others.get(key)).lower() == "false":
             raise BadRecord(f"{key} is false: the answer is marked as a bad one, as KTO's data have it, and would be learned as a good one")
     if others.get("rejected") and not names.keys() & set(_ANSWERS):
-        named = in_words({key: key for key in _ANSWERS if key in record and key not in others})
-        raise BadRecord(
-            f"the record has the key 'rejected': hecate does not train on preferences; to train on its answer, name that: {named}"
-        )
+        mend = f"to train on its answer, name that: {in_words({key: key for key in _ANSWERS if key in record and key not in others})}"
+        if others.get("chosen"):
+            mend = "write records with a prompt and the chosen answer, and without the rejected one"
+        raise BadRecord(f"the record has the key 'rejected': hecate does not train on preferences; {mend}")
 
 
 def lone_surrogate(text: str) -> str | None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from hecate.config.schema import ROLES
 from hecate.data.chat.conversations import Message
-from hecate.data.chat.turns import ROLES
 from hecate.data.files.formats import lone_surrogate
 from hecate.data.files.records import json_object, place_of, read_records
 from hecate.errors import UserError

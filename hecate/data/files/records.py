@@ -1,4 +1,4 @@
-"""Read the records of data files of any form: JSONL, a JSON list, CSV, Parquet, Arrow; the text forms also compressed by gzip.
+"""Read the records of data files of any form: JSONL, a JSON list, CSV, plain text, Parquet, Arrow; all but the last two also gzipped.
 
 A file's ending says its form. JSONL and a JSON list are told apart by their first character, except that a .jsonl file is always JSONL.
 """
@@ -12,15 +12,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
-from hecate.config.files.paths import FORMS, data_files, file_form, plain_text_hint
+from hecate.config.files.paths import FORMS, data_files, file_form
 from hecate.data.files.json_array import read_array
+from hecate.data.files.plain_text import read_text_blocks
 from hecate.data.files.tables import Row, bounded_lines, read_arrow, read_csv, read_parquet
 from hecate.errors import UserError
 from hecate.io.plain_files import open_plain
 
 _GZIP = b"\x1f\x8b"
 _TABLES: dict[str, Callable[[str], Iterator[Row]]] = {"parquet": read_parquet, "arrow": read_arrow}
-_DELIMITERS = {"csv": ",", "tsv": "\t"}
+_DELIMITERS = {"csv": None, "tsv": "\t"}
 _HEAD = 4096
 _PADDING = 1 << 20
 """The number of zero bytes at the end of a packed file that are too many."""
@@ -52,8 +53,12 @@ def place_of(file: str, line: int) -> str:
     return f"{file}, row {line}" if file_form(file) in _TABLES else f"{file}:{line}"
 
 
-def read_records(path: str) -> Iterator[Record]:
+def read_records(path: str, *, delimiter: str | None = None, by_paragraph: bool = False) -> Iterator[Record]:
     """Yield the records of a file, of all data files of a folder, or of all files that match a pattern, in the order of their names.
+
+    Args:
+        delimiter: between the cells of CSV files; None: it is found out.
+        by_paragraph: whether a paragraph of plain text is a record, not a file.
 
     Raises:
         UserError: a file cannot be read, is empty, or cannot be read to its end.
@@ -61,14 +66,14 @@ def read_records(path: str) -> Iterator[Record]:
     number = 0
     for file in data_files(path):
         before = number
-        for record in _records_of(file):
+        for record in _records_of(file, delimiter, by_paragraph=by_paragraph):
             number += 1
             yield Record(file, record.line, number, record.value, record.reason, record.text)
         if number == before:
             raise UserError(f"{file} is empty: a data file needs at least one sample, such as one JSON object per line")
 
 
-def places_of_records(path: str, numbers: Iterable[int]) -> dict[int, str]:
+def places_of_records(path: str, numbers: Iterable[int], *, delimiter: str | None = None, by_paragraph: bool = False) -> dict[int, str]:
     """Where the records of a source with these numbers are, as errors say it; what is not there any more has no place.
 
     Raises:
@@ -78,7 +83,7 @@ def places_of_records(path: str, numbers: Iterable[int]) -> dict[int, str]:
     if len(files) == 1 and file_form(files[0]) == "jsonl":  # a line for each record, so that nothing need be read
         return {number: place_of(files[0], number) for number in missing}
     found: dict[int, str] = {}
-    records = read_records(path)
+    records = read_records(path, delimiter=delimiter, by_paragraph=by_paragraph)
     while missing and (record := next(records, None)) is not None:
         if record.number in missing:
             missing.remove(record.number)
@@ -86,7 +91,7 @@ def places_of_records(path: str, numbers: Iterable[int]) -> dict[int, str]:
     return found
 
 
-def _records_of(file: str) -> Iterator[Record]:
+def _records_of(file: str, delimiter: str | None, *, by_paragraph: bool) -> Iterator[Record]:
     """The records of one file, not numbered."""
     form = file_form(file)
     if form in _TABLES:
@@ -96,8 +101,15 @@ def _records_of(file: str) -> Iterator[Record]:
     with _opened(file) as stream:
         if form in _DELIMITERS:
             text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
-            for line, value, reason in read_csv(bounded_lines(text, file), file, _DELIMITERS[form]):
+            for line, value, reason in read_csv(bounded_lines(text, file), file, delimiter or _DELIMITERS[form]):
                 yield Record(file, line, 0, value, reason)
+        elif form == "text":
+            for line, raw in read_text_blocks(bounded_lines(stream, file), file, by_paragraph=by_paragraph):
+                try:
+                    yield Record(file, line, 0, {"text": raw.decode("utf-8")}, text=raw)
+                except UnicodeDecodeError as error:
+                    at = line + raw.count(b"\n", 0, error.start)
+                    yield Record(file, line, 0, {}, f"not UTF-8 in line {at} of the file", raw)
         elif form != "jsonl" and _first_sign(stream, file) == b"[":
             for element in read_array(stream, file):
                 reason = "" if isinstance(element.value, dict) else f"a JSON {json_name(element.value)} where an object is needed"
@@ -128,8 +140,7 @@ def _refuse_other_forms(raw: bytes, file: str, form: str | None, reason: str) ->
         raise UserError(
             f"{file}:1: {reason}\n"
             "the file's name does not say its form, so it was read as JSONL; give it the ending of its form: "
-            f"{', '.join(FORMS)}, or one with .gz\n"
-            f"{plain_text_hint(file)}"
+            f"{', '.join(FORMS)}, or one with .gz"
         )
 
 

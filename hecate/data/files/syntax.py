@@ -9,7 +9,7 @@ from pathlib import Path
 from hecate.config import DataSource
 from hecate.config.files.paths import indexed_prefix
 from hecate.data.content import check_mark
-from hecate.data.files.formats import Fault, Sample, read_samples
+from hecate.data.files.formats import Fault, Sample, samples_of
 from hecate.data.files.indexed_files import open_indexed
 from hecate.data.files.user_features import UserFeatures
 from hecate.errors import UserError
@@ -23,13 +23,13 @@ def check_answers(files: Iterable[DataSource]) -> None:
     """
     for file in files:
         indexed = indexed_prefix(file.path) is not None
-        first = None if indexed else next(iter(read_samples(file.path, file.format, None, file.fields)), None)
+        first = None if indexed else next(samples_of(file), None)
         if indexed or (isinstance(first, Sample) and first.messages is None):
             raise no_answers(str(file.path))
 
 
 def no_answers(path: str) -> UserError:
-    """What is wrong with held-out documents where answers are to be generated."""
+    """What is wrong with held-out documents and token ids where answers are to be generated."""
     return UserError(f"{path} holds documents, which have no answers to generate\n  use conversations, or set eval.generate=false")
 
 
@@ -60,7 +60,7 @@ def check_syntax(
 
 
 def _check(file: DataSource, on_bad_sample: str, users: UserFeatures | None, *, routed: bool) -> None:
-    for item in read_samples(file.path, file.format, users, file.fields, routed=routed):
+    for item in samples_of(file, users, routed=routed):
         if on_bad_sample == "skip":
             break
         if isinstance(item, Fault):

@@ -1,4 +1,4 @@
-"""Read the rows of a table as objects: CSV by Python's own reader, Parquet and Arrow by the package pyarrow, which is optional."""
+"""Read the rows of a table as objects: CSV by Python's own reader, Parquet and Arrow by the package pyarrow."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from typing import IO, Any, AnyStr, NamedTuple
 
 from hecate.data.files.json_array import LONGEST_RECORD
 from hecate.errors import UserError
 from hecate.io.plain_files import require_plain
 
-_OTHERS = (";", "\t")
-"""The signs between cells in files that spreadsheets write where a comma parts a number."""
+_DELIMITERS = (",", ";", "\t", "|")
+"""The signs that are looked for between cells."""
 _ROWS_AT_A_TIME = 64
 """The number of rows that are in memory whole: a table may have a long text once, and name it in every row."""
 _OLDEST_PYARROW = "23.0.1"
@@ -44,23 +44,21 @@ def bounded_lines(file: IO[AnyStr], name: str) -> Iterator[AnyStr]:
         yield line
 
 
-def read_csv(file: Iterable[str], name: str, delimiter: str = ",") -> Iterator[Row]:
+def read_csv(file: Iterable[str], name: str, delimiter: str | None = None) -> Iterator[Row]:
     """Yield the rows of a CSV or TSV file, whose first line names the columns. All values are text.
 
     Args:
         file: its lines, without translation of line ends. Bytes that are not UTF-8 are surrogate escapes.
-        delimiter: between cells. A comma gives way to a semicolon or a tab if these alone part the first line.
+        delimiter: between cells; None: a comma, semicolon, tab or bar, whichever parts the first line, and the second into as many.
 
     Raises:
         UserError: the first line names a column twice or not at all; or the file breaks CSV's rules.
     """
     csv.field_size_limit(LONGEST_RECORD)
     lines = iter(file)
-    head = next(lines, "")
-    if delimiter == ",":
-        delimiter = next((other for other in _OTHERS if other in head and len(next(csv.reader([head]))) == 1), delimiter)
-    rows = csv.reader(chain([head], lines), delimiter=delimiter, strict=True)
+    first = list(islice(lines, 2))
     try:
+        rows = csv.reader(chain(first, lines), delimiter=delimiter or _delimiter_of(first), strict=True)
         columns = next(rows, [])
         counts = Counter(columns)
         if bad := [column for column in columns if not column.strip() or counts[column] > 1]:
@@ -78,6 +76,16 @@ def read_csv(file: Iterable[str], name: str, delimiter: str = ",") -> Iterator[R
         ) from error
 
 
+def _delimiter_of(first: list[str]) -> str:
+    """The sign between cells, by a table's first two lines. A cell of the second may go on in further lines."""
+    try:
+        counts = {sign: [len(next(csv.reader([line], delimiter=sign), [])) for line in first] for sign in _DELIMITERS}
+    except csv.Error:  # is met again when the rows are read, and said with its line
+        return ","
+    parting = [sign for sign, cells in counts.items() if cells and cells[0] > 1]
+    return next((sign for sign in parting if len(set(counts[sign])) == 1), parting[0] if parting else ",")
+
+
 def _csv_row(line: int, columns: list[str], cells: list[str]) -> Row:
     value: dict[str, Any] = dict(zip(columns, cells, strict=False))
     if len(cells) != len(columns):
@@ -90,7 +98,7 @@ def _csv_row(line: int, columns: list[str], cells: list[str]) -> Row:
 
 
 def read_parquet(path: str) -> Iterator[Row]:
-    """Yield the rows of a Parquet file. Raises UserError: pyarrow is missing, or cannot read the file."""
+    """Yield the rows of a Parquet file. Raises UserError: pyarrow is too old, or cannot read the file."""
     arrow = _pyarrow(path)
     from pyarrow.parquet import ParquetFile
 
@@ -157,14 +165,9 @@ def _without_nulls(value: Any) -> Any:
 
 
 def _pyarrow(path: str) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-    except ImportError as error:
-        raise UserError(
-            f"{path}: Parquet and Arrow files are read by the package pyarrow, which is not installed\n"
-            f"  install it with: pip install 'pyarrow >= {_OLDEST_PYARROW}'; or write the samples as JSONL"
-        ) from error
+    import pyarrow
+    import pyarrow.ipc
+
     if list(map(int, re.findall("[0-9]+", pyarrow.__version__)[:3])) < list(map(int, _OLDEST_PYARROW.split("."))):
         raise UserError(
             f"{path}: pyarrow {pyarrow.__version__} is not used to read it, because it may run code that a file holds\n"

@@ -27,8 +27,9 @@ from hecate.checkpoint.files import CheckpointError
 from hecate.checkpoint.history import latest_good
 from hecate.checkpoint.save_run import save_state
 from hecate.checkpoint.train_state import TrainedParts, TrainState
-from hecate.config import Config, to_yaml
+from hecate.config import Config, DataSource, to_yaml
 from hecate.config.files.paths import indexed_prefix
+from hecate.data.files.formats import how_read
 from hecate.data.files.records import places_of_records
 from hecate.data.sequences import PackedSequence
 from hecate.errors import UserError
@@ -115,17 +116,18 @@ def _places(config: Config, parts: TrainedParts, sequences: Sequence[PackedSeque
     of_source: dict[int, set[int]] = {}
     for source, number in chain.from_iterable(numbers):
         of_source.setdefault(source, set()).add(number)
-    places = {source: _places_in(config.data.train[source].path, wanted) for source, wanted in of_source.items()}
+    places = {source: _places_in(config.data.train[source], wanted) for source, wanted in of_source.items()}
     return [[places[source][number] for source, number in of_sequence] for of_sequence in numbers]
 
 
-def _places_in(path: str, numbers: Collection[int]) -> dict[int, str]:
+def _places_in(source: DataSource, numbers: Collection[int]) -> dict[int, str]:
     """Where the samples of a source with these numbers, from 1, are; by their numbers where the data set has no lines or has gone."""
+    path = source.path
     if indexed_prefix(path) is not None:
         return {number: f"document {number} of {path}" for number in numbers}
     found: dict[int, str] = {}
     with suppress(UserError):
-        found = places_of_records(path, numbers)
+        found = places_of_records(path, numbers, **how_read(source))
     return {number: found.get(number, f"record {number} of {path}") for number in numbers}
 
 

@@ -152,7 +152,7 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"data": "{train: '*.csv'}"}, "data.train[0].path", "no file matches *.csv"),
     ({"data": "{train: {path: a.jsonl, fields: {question: prompt}}}"}, "data.train[0].fields.question", "unknown key"),
     ({"data": "{train: {path: a.jsonl, fields: prompt}}"}, "data.train[0].fields", "must be a mapping or null, got prompt"),
-    ({"data": "{train: {path: a.jsonl, format: csv}}"}, "data.train[0].format", "alpaca, sharegpt, text, got csv"),
+    ({"data": "{train: {path: a.jsonl, format: csv}}"}, "data.train[0].format", "alpaca, sharegpt, text, tokens, got csv"),
     ({"fssdp": "{plan: true_loads}"}, "fssdp.plan", "must be one of history, calibrated, exact"),
     # keys that must fit each other
     ({"fssdp": "{plan: calibrated, prefetch: 0}"}, "fssdp.prefetch", "must be >= 1 with fssdp.plan=calibrated"),
@@ -199,6 +199,17 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"data": "{train: []}"}, "data.train", "at least one source"),
     ({"data": "{train: [a.jsonl, a.txt]}"}, "data.train[1].name", "a is already the name of data.train[0]"),
     ({"data": "{train: {path: a.jsonl, name: 'my data'}}"}, "data.train[0].name", "got my data"),
+    ({"data": "{train: a.jsonl, roles_to_train: [gpt]}"}, "data.roles_to_train[0]", "human is user, and gpt is assistant"),
+    (
+        {"data": "{train: {path: a.jsonl, roles_to_train: [bot]}}"},
+        "data.train[0].roles_to_train[0]",
+        "must be one of system, developer, user",
+    ),
+    ({"data": "{train: a.jsonl, train_on_eos: always}"}, "data.train_on_eos", "must be one of turn, all, last, none"),
+    ({"data": "{train: {path: a.jsonl, sample_by: file}}"}, "data.train[0].sample_by", "applies to plain text only"),
+    ({"data": "{train: {path: a.txt, delimiter: ';'}}"}, "data.train[0].delimiter", "applies to CSV files only"),
+    ({"data": "{train: {path: a.jsonl, delimiter: '||'}}"}, "data.train[0].delimiter", "must be one sign"),
+    ({"data": "{train: 'no/dataset_info.json:x'}"}, "data.train[0].path", "no/dataset_info.json cannot be read"),
     # files
     ({"model": "{name_or_path: org/model}"}, "model.name_or_path", "hub: true fetches org/model from the hub"),
     ({"model": "{name_or_path: used}"}, "model.name_or_path", "no config.json"),

@@ -11,7 +11,7 @@ import pytest
 from hecate.config import ConfigError, DataSource
 from hecate.config.files.presets import run_presets
 from hecate.config.load import MAX_BYTES, load_config
-from hecate.config.schema import LEAF_TYPES, RANGES, REQUIRED, SECTIONS
+from hecate.config.schema import LEAF_TYPES, RANGES, REQUIRED, SECTIONS, FieldNames
 from hecate.parallel.values.policy_names import renamed
 from tests.hecate.config.making import MINIMAL, load
 
@@ -51,6 +51,22 @@ def test_sources_as_paths_and_mappings(folder: Path) -> None:
         DataSource(path="b.jsonl", name="sums", weight=2.0, format="alpaca"),
     )
     assert config.data.eval == (DataSource(path="b.jsonl", name="b"),)
+
+
+def test_sources_take_what_they_do_not_say_themselves_from_the_whole_of_the_data(folder: Path) -> None:
+    train = "[a.jsonl, {path: b.jsonl, roles_to_train: [], train_on_eos: last}]"
+    data = load(MINIMAL.replace("a.jsonl", train), "data.roles_to_train=[user, assistant]", "data.train_on_eos=none").data
+    first, second = data.settled(data.train)
+    assert (first.roles_to_train, first.train_on_eos) == (("user", "assistant"), "none")
+    assert (second.roles_to_train, second.train_on_eos) == ((), "last")
+
+
+def test_a_data_set_of_llama_factory_is_named_in_its_own_file(folder: Path) -> None:
+    (folder / "dataset_info.json").write_text('{"sums": {"file_name": "a.jsonl", "columns": {"prompt": "q", "response": "output"}}}')
+    data = load(MINIMAL.replace("a.jsonl", "dataset_info.json:sums"), "data.eval=[{path: 'dataset_info.json:sums', weight: 2}]").data
+    fields = FieldNames(instruction="q")
+    assert data.train == (DataSource(path="a.jsonl", name="sums", format="alpaca", fields=fields),)
+    assert data.eval == (DataSource(path="a.jsonl", name="sums", format="alpaca", fields=fields, weight=2.0),)
 
 
 def test_numbers_take_the_type_of_their_field(folder: Path) -> None:

@@ -21,6 +21,10 @@ class Source:
     weight: float = 1.0
     format: str = "auto"
     fields: FieldNames | None = None
+    delimiter: str | None = None
+    sample_by: str | None = None
+    roles_to_train: tuple[str, ...] | None = None
+    train_on_eos: str | None = None
 
 
 def write_jsonl(path: Path, records: list[Any]) -> Path:

@@ -251,7 +251,7 @@ def test_a_source_is_cached_where_a_folder_is_given(data: DataSource, folder: Pa
 
 def test_records_that_were_found_good_are_not_checked_again(tmp_path: Path, folder: Path) -> None:
     good = DataSource(path=str(write_jsonl(tmp_path / "good.jsonl", RECORDS)))
-    with mock.patch("hecate.data.files.syntax.read_samples") as read:
+    with mock.patch("hecate.data.files.syntax.samples_of") as read:
         read.side_effect = lambda *_, **__: iter(())
         for _ in range(2):
             check_syntax([good], "error", None, folder)

@@ -7,6 +7,8 @@ import gzip
 import json
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from hecate.config import load_config
 from hecate.train.training import Training
 from testing.ranks import run_ranks
@@ -24,8 +26,27 @@ def write_forms(folder: Path) -> list[str]:
         (folder / "parts" / f"{number}.jsonl.gz").write_bytes(gzip.compress("\n".join(part).encode()))
     with open(folder / "up.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([["question", "answer"], *([turn["content"] for turn in talk] for talk in talks)])
+    (folder / "other.csv").write_text((folder / "up.csv").read_text(encoding="utf-8").replace(",", "^"), encoding="utf-8")
     answers = "fields: {prompt: question, completion: answer}"
-    return [f"{folder}/up.train.jsonl", f"{folder}/up.json", f"{folder}/parts", f"{{path: {folder}/up.csv, {answers}}}"]
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    entry = {"file_name": "up.json", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    (folder / "dataset_info.json").write_text(json.dumps({"up": entry}), encoding="utf-8")
+    write_tokens(folder, talks)
+    tables = [f"{{path: {folder}/up.csv, {answers}}}", f"{{path: {folder}/other.csv, delimiter: '^', {answers}}}"]
+    others = [f"{folder}/tokens.jsonl", f"'{folder}/dataset_info.json:up'"]
+    return [f"{folder}/up.train.jsonl", f"{folder}/up.json", f"{folder}/parts", *tables, *others]
+
+
+def write_tokens(folder: Path, talks: list[list[dict[str, str]]]) -> None:
+    """The same conversations as token ids, with labels for what is behind the prompt, without the last line break."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    rows = []
+    for talk in talks:
+        ids = tokenizer(tokenizer.apply_chat_template(talk, tokenize=False).rstrip("\n"), add_special_tokens=False)["input_ids"]
+        asked = tokenizer.apply_chat_template(talk[:-1], tokenize=False, add_generation_prompt=True)
+        given = len(tokenizer(asked, add_special_tokens=False)["input_ids"])
+        rows.append({"input_ids": ids, "labels": [-100] * given + ids[given:], "attention_mask": [1] * len(ids)})
+    (folder / "tokens.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def losses(rank: int, world: int, folder: str, sources: list[str]) -> list[tuple[str, float, float]]:
@@ -42,5 +63,5 @@ def losses(rank: int, world: int, folder: str, sources: list[str]) -> list[tuple
 def test_the_first_step_is_the_same_bit_for_bit_from_files_of_all_forms(tmp_path: Path) -> None:
     folder = make_workshop(tmp_path)
     (found,) = run_ranks(1, losses, str(folder), write_forms(folder))
-    assert [kind for kind, *_ in found] == ["MappedSource"] * 4 + ["EncodedSource"]
+    assert [kind for kind, *_ in found] == ["MappedSource"] * 7 + ["EncodedSource"]
     assert len({(loss, norm) for _, loss, norm in found}) == 1

@@ -11,7 +11,7 @@ import pytest
 
 from hecate.config import load_config
 from hecate.data.stream import TrainStream
-from hecate.train.training import Training, data_in_words, steps_of_epochs
+from hecate.train.training import Training, data_in_words, few_steps, steps_of_epochs
 from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
 from tests.hecate.data.making import source_of_lengths
@@ -62,7 +62,9 @@ def test_an_adapter_says_after_how_many_steps_of_its_epochs_it_was_written(works
 def test_a_run_of_epochs_has_steps_and_says_how_to_go_on_when_they_are_done(workshop: str) -> None:
     (found,) = run_ranks(1, begin_and_go_on, workshop)
     begun, again, finished, longer = found
-    assert (begun[0], begun[2]) == (2, ["0.2 epochs of 240 samples are 2 steps"])
+    counted, few = begun[2]
+    assert (begun[0], counted) == (2, "0.2 epochs of 240 samples are 2 steps")
+    assert few.startswith("few data: 2 steps are too few to learn much, because a step takes 32 sequences")
     assert again == (2, begun[1], []), "the learning rate is on the curve of two steps, however the length was given"
     assert finished[2] == ["all 2 steps of this run are done; to train on, resume it with more: max_steps=4, or num_train_epochs=..."]
     assert longer[2] == [
@@ -83,6 +85,25 @@ def test_epochs_are_counted_in_steps_of_the_size_that_the_run_began_with(worksho
 def test_a_part_of_a_step_is_a_step(epochs: float, steps: int) -> None:
     stream = SimpleNamespace(sequences_per_epoch=lambda: 300, sequences_per_step=10)
     assert steps_of_epochs(epochs, stream) == steps  # type: ignore[arg-type]
+
+
+def test_a_run_of_few_steps_is_said_with_what_makes_it_longer() -> None:
+    """As of 300 short chats with a preset, of which two epochs are one step."""
+    stream = SimpleNamespace(sequences_per_epoch=lambda: 25, sequences_per_step=64)
+    told = few_steps(2, stream)  # type: ignore[arg-type]
+    assert told is not None
+    what, mend = told.splitlines()
+    assert "1 steps are too few to learn much, because a step takes 64 sequences and 2 epochs have about 50" in what
+    assert (
+        mend
+        == "  for 10 steps let a step take at most 5 (micro_batch_size, gradient_accumulation_steps, ranks), or set num_train_epochs=26"
+    )
+    assert steps_of_epochs(2, SimpleNamespace(sequences_per_epoch=lambda: 25, sequences_per_step=5)) == 10  # type: ignore[arg-type]
+    assert steps_of_epochs(26, stream) >= 10  # type: ignore[arg-type]
+    assert few_steps(23, stream) is not None  # type: ignore[arg-type]
+    assert few_steps(26, stream) is None  # type: ignore[arg-type]
+    tiny = SimpleNamespace(sequences_per_epoch=lambda: 3, sequences_per_step=8)
+    assert (few_steps(2, tiny) or "").endswith("\n  for 10 steps set num_train_epochs=27")  # type: ignore[arg-type]
 
 
 def test_how_often_the_steps_go_through_the_samples() -> None:

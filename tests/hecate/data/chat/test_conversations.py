@@ -42,7 +42,7 @@ def test_calls_of_tools_are_learned_and_what_the_tools_are_is_given() -> None:
     assert text.startswith("[add]<s>user\n2 + 3?<e>\n<s>assistant\n(add ")
     assert [text[start:end] for start, end in spans] == ['(add {"a": 2, "b": 3})<e>', "five<e>"]
     assert render_prompt(able, CALLING[:1], [{"name": "add"}]) == "[add]<s>user\n2 + 3?<e>\n<s>assistant\n"
-    text, spans = render(able, CALLING, given=3)
+    text, spans = render(able, CALLING, turns=[3])
     assert [text[start:end] for start, end in spans] == ["five<e>"]
 
 

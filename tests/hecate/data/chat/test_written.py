@@ -27,10 +27,14 @@ THINKING = writing("(message.reasoning_content or '') + message.content")
 TOLD = "<think>They are two.</think>2"
 
 
+def answers(messages: list[dict[str, Any]], given: int = 0) -> list[int]:
+    return [turn for turn, message in enumerate(messages) if message["role"] == "assistant" and turn >= given]
+
+
 def lost(template: str, messages: list[dict[str, Any]], tools: tuple[Any, ...] = (), given: int = 0) -> list[Unwritten]:
     tokenizer = build_byte_tokenizer(chat_template=template)
-    whole, spans = render(tokenizer, messages, tools=tools, given=given)
-    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant" and turn >= given]
+    turns = answers(messages, given)
+    whole, spans = render(tokenizer, messages, tools=tools, turns=turns)
     return unwritten(tokenizer, messages, tools, whole, dict(zip(turns, spans, strict=True)), {})
 
 
@@ -94,14 +98,14 @@ def test_calls_whose_template_wants_a_certain_form_are_tried_as_they_are() -> No
 )
 def test_what_an_answer_would_have_taught_is_refused(template: str, messages: list[Any], tools: tuple[Any, ...], told: str) -> None:
     with pytest.raises(TemplateRefusal, match=told):
-        require_learned(messages, 0, lost(template, messages, tools))
+        require_learned(answers(messages), lost(template, messages, tools))
 
 
 def test_what_describes_turns_is_named_and_so_is_what_is_dropped_of_a_prompt() -> None:
     named = [{"role": "user", "content": "1 + 1", "name": "Ada"}, *asked("2", id=7)[1:]]
-    assert require_learned(named, 0, lost(TEMPLATE, named)) == ["id of turns", "name of turns"]
+    assert require_learned(answers(named), lost(TEMPLATE, named)) == ["id of turns", "name of turns"]
     talk = [*asked(TOLD), *asked("4")]
-    assert require_learned(talk, 2, lost(R1, talk, given=2)) == ["content of turns"]
+    assert require_learned(answers(talk, 2), lost(R1, talk, given=2)) == ["content of turns"]
 
 
 def test_the_line_of_a_sample_that_would_lose_a_part_is_named(tmp_path: Path) -> None:

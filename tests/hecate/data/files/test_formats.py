@@ -56,7 +56,7 @@ def test_chat_formats_become_messages(tmp_path: Path, record: Any, messages: Any
             {"conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a"}], "image": "x.png"},
             "the record has an image (key 'image'), and hecate reads text only",
         ),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]}, "messages[0].content is a list of parts"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ASSISTANT]}, "messages[0].content is a list of parts, of"),
     ],
 )
 def test_images_are_not_left_out_in_silence(tmp_path: Path, record: Any, reason: str) -> None:
@@ -184,7 +184,11 @@ TURN = b'{"role": "assistant", "content": "a"%s}'
         (b'{"messages": [' + TURN % b', "tool_calls": [{"name": "f", "arguments": "{"}]' + b"]}\n", "arguments are not valid JSON"),
         (b'{"messages": [{"role": "user", "content": "u", "tool_calls": [{}]}]}\n', "only the assistant calls tools"),
         (b'{"messages": [{"role": "user", "content": "u"}], "tools": "[1"}\n', "tools is text that is not valid JSON"),
-        (b'{"messages": [' + TURN % b', "weight": 0' + b"]}\n", "weight is not supported"),
+        (b'{"messages": [' + TURN % b', "weight": 0.5' + b"]}\n", "weight is '0.5': it must be 0 or 1"),
+        (b'{"messages": [' + TURN % b', "weight": 1, "train": false' + b"]}\n", "train and weight contradict each other"),
+        (b'{"messages": [' + TURN % b', "train_detail": [{}]' + b"]}\n", "train_detail is not supported: a turn is learned as a whole"),
+        (b'{"messages": [{"role": "user", "content": "u", "loss": true}]}\n', "loss is about answers, and this turn is none"),
+        (b'{"messages": [{"role": "user", "content": [{"text": "u", "cache_control": 1}]}]}\n', "has the key 'cache_control'"),
     ],
 )
 def test_bad_line_is_a_fault_in_its_place(tmp_path: Path, line: bytes, reason: str) -> None:
@@ -206,7 +210,7 @@ def test_bad_line_is_a_fault_in_its_place(tmp_path: Path, line: bytes, reason: s
         ({"prompt": "u", "completion": "a", "label": False}, "prompt_completion", "label is false: the answer is marked as a bad one"),
         ({"messages": [USER, ASSISTANT], "kto_tag": "False"}, "messages", "kto_tag is false: the answer is marked as a bad one"),
         ({"prompt": "u", "completion": "a", "rejected": "b"}, "auto", "the record has the key 'rejected'"),
-        ({"messages": [USER, {**ASSISTANT, "train": False}]}, "auto", "messages[1].train is not supported"),
+        ({"messages": [USER, {**ASSISTANT, "train": "no"}]}, "auto", "messages[1].train is 'no': it must be true or false"),
         ({"conversations": [{"from": "bing", "value": "x"}]}, "sharegpt", "from is 'bing'"),
         ({"conversations": [{"from": "gpt"}]}, "sharegpt", "value is missing"),
         ({"text": True}, "text", "text is a JSON boolean"),

@@ -96,16 +96,6 @@ def test_tables_hold_the_same_records(tmp_path: Path, form: str) -> None:
         values(path)
 
 
-def test_tables_without_pyarrow_name_the_command_that_installs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for name in ("a.parquet", "a.arrow"):
-        (tmp_path / name).write_bytes(b"PAR1")
-        with pytest.raises(
-            UserError, match=rf"{name}: .*pyarrow, which is not installed\n  install it with: pip install 'pyarrow >= 23.0.1'"
-        ):
-            values(tmp_path / name)
-
-
 def test_a_pyarrow_that_may_unpickle_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", old := ModuleType("pyarrow"))
     monkeypatch.setitem(sys.modules, "pyarrow.ipc", ModuleType("pyarrow.ipc"))
@@ -119,6 +109,29 @@ def test_a_pyarrow_that_may_unpickle_is_not_used(monkeypatch: pytest.MonkeyPatch
 def test_a_cell_of_a_csv_file_may_be_long() -> None:
     (row,) = tables.read_csv(io.StringIO("text\n" + "a" * 200_000 + "\n"), "a.csv")
     assert row == (2, {"text": "a" * 200_000}, "")
+
+
+@pytest.mark.parametrize(
+    ("content", "delimiter", "record"),
+    [
+        ("text;note, short\n1;a\n", None, {"text": "1", "note, short": "a"}),
+        ("text;note, short\n1,5;a\n", ";", {"text": "1,5", "note, short": "a"}),
+        ("text,note; short\na,b\n", None, {"text": "a", "note; short": "b"}),
+        ("text|note\na|b\n", None, {"text": "a", "note": "b"}),
+        ("text^note\na,b^c\n", "^", {"text": "a,b", "note": "c"}),
+        ('text;note\n"a\n;b";c\n', None, {"text": "a\n;b", "note": "c"}),
+        ("text;note,\na;b\n", ";", {"text": "a", "note,": "b"}),
+    ],
+)
+def test_any_sign_may_part_the_cells_of_a_table(tmp_path: Path, content: str, delimiter: str | None, record: dict[str, str]) -> None:
+    (tmp_path / "a.csv").write_text(content)
+    assert [read.value for read in read_records(str(tmp_path / "a.csv"), delimiter=delimiter)] == [record]
+
+
+def test_a_table_of_one_column_may_have_another_sign(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("question^answer\n1^2\n")
+    with pytest.raises(UserError, match=r"\nif another sign parts its cells, say which: \{path: \.\.\., delimiter: '\^'\}\n"):
+        list(read_samples(tmp_path / "a.csv"))
 
 
 def test_folders_and_patterns_are_read_by_name_and_numbered_through(tmp_path: Path) -> None:
@@ -175,7 +188,7 @@ def test_a_source_is_called_after_its_files(path: str, name: str) -> None:
         ("a.json", b"[]", "a.json is empty"),
         ("a.json", b"[\0", "a.json is no text"),
         ("a.jsonl", b'[\n{"text": "a"}\n]\n', "a.jsonl:1: the file is one JSON list.*\nrename it to end in .json"),
-        ("a.txt", b"Once upon a time\n", r"a.txt:1: not valid JSON.*\nthe file's name does not say its form, so it was read as JSONL"),
+        ("a.text", b"Once upon a time\n", r"a.text:1: not valid JSON.*\nthe file's name does not say its form, so it was read as JSONL"),
         ("a.csv", b"text,text\na,b\n", "a.csv:1: the first line names column 'text' twice"),
         ("a.csv", b"text,\na,b\n", "a.csv:1: the first line leaves a column without a name"),
         ("a.csv", b'text\n"a\n', "a.csv:2: not valid CSV: unexpected end of data"),

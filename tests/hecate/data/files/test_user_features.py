@@ -89,7 +89,7 @@ def test_users_travel_with_their_samples(tmp_path: Path, byte_tokenizer: Any) ->
     assert batch.user is not None
     width = batch.user.shape[1]
     assert batch.user.tolist() == [[2] * length + [0] * length + [-1] * (width - 2 * length), [-1] * width]
-    assert [item.user for item in generation_items(encoded, "messages", byte_tokenizer)] == [2, 0, 0]
+    assert [item.user for item in generation_items(encoded, source, byte_tokenizer)] == [2, 0, 0]
     without = encode_source(source, byte_tokenizer, seq_len=64, vocab_size=300)
     moved = read_user_features(features(tmp_path, features=VALUES + 1))
     others = encode_source(source, byte_tokenizer, seq_len=64, vocab_size=300, users=moved)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hecate.config import load_config
+from hecate.config import DataSource, load_config
 from hecate.errors import UserError
 from hecate.experts.routers.by_input.token import TopKRouter
 from hecate.optim.optimizer import ExpertOptimizer
@@ -256,4 +256,4 @@ def test_a_step_of_sharded_layers_is_done_again_with_whole_ones(workshop: str) -
 
 
 def test_a_sample_whose_file_has_gone_is_named_by_its_number() -> None:
-    assert _places_in("no/such.csv", [3]) == {3: "record 3 of no/such.csv"}
+    assert _places_in(DataSource(path="no/such.csv"), [3]) == {3: "record 3 of no/such.csv"}
