@@ -49,8 +49,8 @@ from hecate.ranks.launcher_files import SURVIVAL_SETTINGS
 if TYPE_CHECKING:  # a worker imports training in its own thread, after it has started
     import torch.distributed as dist
 
-    from hecate.elastic.run_controller import BeginFacts, ReplanOrder, StepFacts
     from hecate.elastic.rebuild import Group
+    from hecate.elastic.run_controller import BeginFacts, ReplanOrder, StepFacts
     from hecate.parallel.cluster.topology import Topology
     from hecate.ranks.ranks import Ranks
 
