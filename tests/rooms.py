@@ -49,6 +49,7 @@ ROOMS = (
     "hecate.report",
     "hecate.elastic",
     "hecate.train",
+    "hecate.api",
     "hecate.launch",
     "hecate.apps.megatron",
     "hecate.apps.answers",

@@ -185,6 +185,7 @@ def test_class_names_are_unique() -> None:
 SAME_MEANING = {
     "main": "of a program, which `python -m` runs",
     "preload": "of a program that ranks are forked from",
+    "train": "a run from its beginning to its end: `hecate.api` of a program that has no ranks yet, `hecate.train.loop` on each rank",
 }
 """public functions that several modules may have, because they are the same of each"""
 

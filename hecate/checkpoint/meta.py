@@ -38,6 +38,10 @@ CHAT_TEMPLATE = "chat_template"
 """The key of the template in which the run writes conversations; an empty text: its tokenizer's own."""
 
 
+LOSS = "loss"
+"""The key of the name of a calling program's loss; it is absent where the cross-entropy was trained for."""
+
+
 def template_in(folder: Path, meta: Any) -> str:
     """Return the chat template that a run has in place of its tokenizer's own; empty: none, or its version had no such choice.
 

@@ -23,7 +23,7 @@ import torch
 from hecate.checkpoint.file_system import require_disk_room, require_durable
 from hecate.checkpoint.files import CheckpointError, UnreadableError
 from hecate.checkpoint.history import prune, set_aside
-from hecate.checkpoint.meta import CHAT_TEMPLATE, SAVED_AT
+from hecate.checkpoint.meta import CHAT_TEMPLATE, LOSS, SAVED_AT
 from hecate.checkpoint.save import checkpoint_folder, commit, discard, shard_bytes, staging_folder, write_shard
 from hecate.checkpoint.train_state import TrainedParts, TrainState
 from hecate.checkpoint.verify import first_damage, note_damage
@@ -111,6 +111,7 @@ def begin_save(config: Config, ranks: Ranks, parts: TrainedParts, state: TrainSt
     owners = {str(unit): owner_E.tolist() for unit, owner_E in shards.owners.items()}
     meta = {"config": _as_yaml(config), "owners": owners, "base_model": parts.base_digest, "drawn": parts.drawn_digest, **state.to_json()}
     meta |= {"residency": shards.residency_to_json(), SAVED_AT: int(time.time()), CHAT_TEMPLATE: parts.chat_template}
+    meta |= {LOSS: parts.loss} if parts.loss else {}
     needed = int(ranks.all_sum(torch.tensor(shard_bytes(rank, world_size, tensors) if writes else 0)))
     _do_parts(ranks, final, (lambda _: require_disk_room(final, needed)) if ranks.is_first else None)
     if not writes:

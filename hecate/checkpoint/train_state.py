@@ -18,7 +18,7 @@ from torch import Tensor
 from hecate.checkpoint.files import CheckpointError, UnreadableError
 from hecate.checkpoint.history import manifests, remove_stale_staging
 from hecate.checkpoint.manifest import MANIFEST, Manifest, read_manifest, step_of
-from hecate.checkpoint.meta import CHAT_TEMPLATE, config_values, owners_of, reading_meta
+from hecate.checkpoint.meta import CHAT_TEMPLATE, LOSS, config_values, owners_of, reading_meta
 from hecate.checkpoint.save import checkpoint_folder
 from hecate.checkpoint.shard import read_tensors
 from hecate.checkpoint.verify import note_damage
@@ -53,6 +53,8 @@ class TrainedParts:
     """The digest of what low-rank pairs draw from names (`MoeModel.drawn_digest`); empty: they draw nothing."""
     chat_template: str = ""
     """The chat template in which conversations are written; empty: the tokenizer's own."""
+    loss: str = ""
+    """The name of the calling program's loss (`hecate.api.train`); empty: cross-entropy."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +319,11 @@ def refuse_other_run(
 def _owners_of(folder: Path, manifest: Manifest, config: Config, parts: TrainedParts) -> dict[Unit, np.ndarray]:
     """The owners of this run's experts by a checkpoint, dealt anew where a sharding group had another number of ranks."""
     refuse_other_run(folder, manifest.meta, config, parts.base_digest, parts.drawn_digest, parts.chat_template)
+    if (then := manifest.meta.get(LOSS, "")) != parts.loss:
+        raise UserError(
+            f"{folder}: its run was trained for {_loss_in_words(then)}, and this one is for {_loss_in_words(parts.loss)}\n"
+            "  go on with hecate.api.train(..., loss=...) and the loss of then, or start a new run"
+        )
     engine = parts.engine
     owners = owners_of(folder, manifest)
     for unit, owner_E in engine.shards.owners.items():
@@ -325,6 +332,10 @@ def _owners_of(folder: Path, manifest: Manifest, config: Config, parts: TrainedP
     if manifest.world_size != engine.shards.world_size:
         owners = engine.shards.redealt(owners, engine.shards.world_size)
     return owners
+
+
+def _loss_in_words(name: object) -> str:
+    return f"the loss {str(name)[:80]} of a calling program" if name else "the cross-entropy"
 
 
 def _read_own_tensors(folder: Path, manifest: Manifest, optimizer: ExpertOptimizer) -> dict[str, Tensor]:

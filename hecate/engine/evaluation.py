@@ -53,19 +53,28 @@ class EvaluationPass:
         return self
 
 
-@contextmanager
-def evaluation(shards: ExpertShards, current: CurrentPass, *, in_lockstep: bool) -> Iterator[EvaluationPass]:
-    """See `Engine.evaluation`."""
-    shards.plans.place_for_evaluation(on_owners=in_lockstep)
+def everywhere(shards: ExpertShards, current: CurrentPass, *, on_owners: bool = False) -> EvaluationPass:
+    """Materialize all layers, and return the pass in which the model may then be called. Every rank must call it.
+
+    Args:
+        on_owners: experts stay with their owners (`ExpertEngine.evaluation`).
+    """
+    shards.plans.place_for_evaluation(on_owners=on_owners)
     for unit, frozen in shards.frozen.items():
         frozen.start(shards.plans.borrow_frozen(unit))
     shards.gather(*shards.families)
-    # Everything has arrived before the block begins: in it each rank may run on its own, where no other rank joins a collective.
+    # Everything has arrived before the model is called: then each rank may run on its own, where no other rank joins a collective.
     for store in shards.trained.values():
         store.replicas()
     for frozen in shards.frozen.values():
         frozen.wait()
-    forward = EvaluationPass(shards, current)
+    return EvaluationPass(shards, current)
+
+
+@contextmanager
+def evaluation(shards: ExpertShards, current: CurrentPass, *, in_lockstep: bool) -> Iterator[EvaluationPass]:
+    """See `Engine.evaluation`."""
+    forward = everywhere(shards, current, on_owners=in_lockstep)
     try:
         with current.set_to(forward):
             yield forward

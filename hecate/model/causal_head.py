@@ -6,12 +6,14 @@ Gradients of the hidden states, and of a head that is trained, are computed chun
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hecate.data.batches import PackedSamples, packed_samples
 from hecate.errors import UserError
@@ -19,6 +21,9 @@ from hecate.model.layers.attention import Way, row_multiple, use_way
 from hecate.model.layers.attention_kernels import AttentionRows
 
 _CHUNK_ROWS = 512
+
+TokenLoss = Callable[[Tensor, Tensor], Tensor]
+"""A function of logits [N, vocabulary] and labels, int64 [N], that returns each label token's loss, [N], and is differentiable."""
 
 
 class CausalHead(Protocol):
@@ -68,6 +73,8 @@ class LanguageModelHead:
         self._divisor: float = getattr(model.config, "logits_scaling", None) or 1.0
         self._way = way
         self._device: torch.device = next(model.parameters()).device
+        self.token_loss: TokenLoss | None = None
+        """The loss of label tokens; None: their cross-entropy, in less memory."""
         if way is not None:
             use_way(model, way)
         self._check(model)
@@ -108,7 +115,9 @@ class LanguageModelHead:
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
     def loss_sum(self, hidden_ND: Tensor, target_N: Tensor, weight_N: Tensor | None = None) -> Tensor:
-        """Summed cross-entropy of N label tokens, in float32 or wider; differentiable once, also in a projection that trains."""
+        """Summed loss of N label tokens, in float32 or wider; differentiable once, also in a projection that trains."""
+        if self.token_loss is not None:
+            return summed_token_loss(hidden_ND, target_N, self.logits, self.token_loss, weight_N)
         trained = [parameter for parameter in self._project.parameters() if parameter.requires_grad]
         return chunked_cross_entropy(hidden_ND, target_N, self.logits, trained, weight_N=weight_N)
 
@@ -133,6 +142,47 @@ class LanguageModelHead:
             )
         if float((packed - alone).abs().max()) > 1e-2 * float(whole.abs().max()):
             raise UserError(f"unsupported architecture: in {type(model).__name__} the samples of a packed sequence see each other")
+
+
+def head_with_loss(head: CausalHead, loss: TokenLoss | None) -> CausalHead:
+    """The head with another loss of label tokens; None: as it is. Raises UserError: it does not give whole rows of logits."""
+    if loss is None:
+        return head
+    if not isinstance(head, LanguageModelHead):
+        raise UserError("loss: a Megatron model's ranks share the vocabulary, so that none has a token's logits\n  leave the loss out")
+    other = copy(head)
+    other.token_loss = loss
+    return other
+
+
+def summed_token_loss(
+    hidden_ND: Tensor, target_N: Tensor, logits_of: Callable[[Tensor], Tensor], loss: TokenLoss, weight_N: Tensor | None = None
+) -> Tensor:
+    """Summed loss of N label tokens, in float32 or wider. The backward pass computes logits again, so that few are held at once.
+
+    Args:
+        logits_of: [n, D] -> [n, vocabulary].
+        weight_N: of each token in the sum; None: 1.
+
+    Raises:
+        UserError: `loss` gives something else than a number for each token.
+    """
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+
+    def of_chunk(hidden: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+        losses = loss(logits_of(hidden), target)
+        if not isinstance(losses, Tensor) or losses.shape != target.shape:
+            got = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise UserError(
+                f"loss: must return the loss of each of {len(target)} label tokens, got {got}\n  with cross_entropy: reduction='none'"
+            )
+        return (losses.to(wide) * weight).sum()
+
+    weights = hidden_ND.new_ones(len(target_N), dtype=wide) if weight_N is None else weight_N.to(wide)
+    total = hidden_ND.new_zeros((), dtype=wide)
+    for chunk in zip(hidden_ND.split(_CHUNK_ROWS), target_N.split(_CHUNK_ROWS), weights.split(_CHUNK_ROWS), strict=True):
+        total = total + checkpoint(of_chunk, *chunk, use_reentrant=False)
+    return total
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from hecate.engine.from_config import engine_config, job_topology
 from hecate.errors import UserError
 from hecate.io.durable import make_folder
 from hecate.model.base import BaseModel, build_base
+from hecate.model.causal_head import TokenLoss
 from hecate.model.files.load import resolve_model
 from hecate.model.files.load_moe import load_moe_model
 from hecate.model.files.model_digest import model_digest
@@ -72,11 +73,15 @@ class RunParts:
     """The digest of what was drawn when the model was built: see `MoeModel.drawn_digest`."""
     features_UF: Tensor | None = None
     """The vectors of all users, by which routers decide, on the model's device; None: no router decides by users."""
+    loss: TokenLoss | None = None
+    """The loss of the calling program that is trained for; None: cross-entropy."""
 
     @property
     def trained(self) -> TrainedParts:
         """The parts whose contents make up the run's state."""
-        return TrainedParts(self.moe.engine, self.optimizer, self.stream, self.base.digest, self.drawn_digest, self.base.chat_template)
+        loss = "" if self.loss is None else getattr(self.loss, "__qualname__", type(self.loss).__qualname__)
+        base = self.base
+        return TrainedParts(self.moe.engine, self.optimizer, self.stream, base.digest, self.drawn_digest, base.chat_template, loss)
 
 
 def build_parts(config: Config, ranks: Ranks, topology: Topology | None = None) -> RunParts:

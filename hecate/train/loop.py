@@ -26,9 +26,8 @@ from hecate.checkpoint.manifest import step_of
 from hecate.checkpoint.save_run import Saved, require_durable_folder
 from hecate.config import Config
 from hecate.elastic.mismatch_watch import MismatchWatch
-from hecate.elastic.observer import ControllerLink, Observer, RunController, begin_facts, step_facts
-from hecate.elastic.observer_thread import ObserverThread
 from hecate.elastic.rebuild import Group, Membership
+from hecate.elastic.run_controller import ControllerLink, RunController, begin_facts, step_facts
 from hecate.elastic.stragglers import SlowRanks
 from hecate.io.signals import on_signals
 from hecate.parallel.cluster.topology import Topology, local_topology
@@ -38,6 +37,7 @@ from hecate.report.events import Evaluation, Rebuilt
 from hecate.report.metrics import REPLANNED, STOPPED
 from hecate.report.run_report import Reports
 from hecate.train.best_model import end_in_words, ends_early, step_to_leave
+from hecate.train.caller import Caller
 from hecate.train.run_summary import Measured, show_summary
 from hecate.train.steps.step_profile import StepProfile
 from hecate.train.training import Training
@@ -68,8 +68,7 @@ class _Outside:
     reports: Reports
     membership: Membership | None
     controller: ControllerLink | None
-    observers: tuple[Observer, ...]
-    """Those that get reports of the run: the controller, and the thread that passes them on to an observer."""
+    caller: Caller | None
     stopping: _Stopping
     profile: StepProfile
     slow: SlowRanks | None
@@ -90,7 +89,7 @@ def train(
     joins: bool = False,
     topology: Topology | None = None,
     controller: RunController | None = None,
-    observer: Observer | None = None,
+    caller: Caller | None = None,
 ) -> bool:
     """Train as configured, then save, evaluate, export and show. Every rank must call it.
 
@@ -98,8 +97,8 @@ def train(
         membership: says with whom to go on when a rank is lost or has come; None: a lost rank is the end.
         joins: this process has come new to a run under way. It is alone in `ranks` until `membership` lets it in.
         topology: of the ranks' devices, in place of the configuration's.
-        controller: the launcher's end of the run: an observer that may also change the plan or ask for a stop.
-        observer: gets the facts of every step, in a thread of its own; whatever it does, the run goes on.
+        controller: the launcher's end of the run, which may change the plan or ask for a stop.
+        caller: the program that called `hecate.api.train`; one on every rank, or on none.
 
     Returns:
         Whether the run came to its end; False: it was asked to stop before, and has saved.
@@ -115,12 +114,12 @@ def train(
             training = _joined(config, ranks, membership)
         else:
             require_durable_folder(config, ranks)
-            training = Training(config, ranks, topology)
+            training = Training(config, ranks, topology, loss=caller.loss if caller else None)
         stack.callback(training.drop_save)
         config = training.parts.config
         reports = stack.enter_context(Reports(config, training.facts()))
         reports.begin()
-        outside = stack.enter_context(_outside(training, reports, membership, controller, observer, stopping, joins=joins))
+        outside = stack.enter_context(_outside(training, reports, membership, controller, caller, stopping, joins=joins))
         measured = Measured(before=reports.scores_after(0) or None)
         if membership is not None and not joins:
             faults.at("loaded")
@@ -135,13 +134,15 @@ def train(
                 if _is_over(training):
                     facts = _finish(training, outside, measured)
                 elif not _one_step(training, outside, measured):
-                    return False
+                    break
             except Exception as error:  # any: after an abort, whatever still uses the old group can fail in any way
                 if not _went_on_after(error, training, outside):
                     raise
-    if training.ranks.is_first:
+    if training.ranks.is_first and facts is not None:
         show_summary(Path(config.output_dir), training.run_state, measured, time.monotonic() - started, facts)
-    return True
+    if caller:
+        caller.ended(training, finished=facts is not None)
+    return facts is not None
 
 
 @contextmanager
@@ -150,7 +151,7 @@ def _outside(
     reports: Reports,
     membership: Membership | None,
     controller: RunController | None,
-    observer: Observer | None,
+    caller: Caller | None,
     stopping: _Stopping,
     *,
     joins: bool,
@@ -163,10 +164,8 @@ def _outside(
         reports.note(note)
     with ExitStack() as stack:
         link = ControllerLink(controller, say) if controller else None
-        watcher = stack.enter_context(ObserverThread(observer, say)) if observer else None
-        observers = tuple(observer for observer in (link, watcher) if observer is not None)
         profile = StepProfile(Path(config.output_dir), training.ranks, wanted=config.profile and not joins)
-        outside = _Outside(reports, membership, link, observers, stopping, profile, None if controller else SlowRanks(), MismatchWatch())
+        outside = _Outside(reports, membership, link, caller, stopping, profile, None if controller else SlowRanks(), MismatchWatch())
         stack.callback(outside.mismatches.end)
         _report_beginning(training, outside)
         yield outside
@@ -270,10 +269,15 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
         measured.last = _evaluate(training, outside)
     for expert in training.copies.take_restored():
         outside.reports.event(step, f"memory has changed by itself: expert {expert}; it is restored from another rank's copy")
+    # What a callback asks for at any of these points, all ranks do now.
+    caller_stops = outside.caller is not None and not done and training.ranks.all_max(float(outside.caller.wants_stop)) > 0
+    if caller_stops:
+        _save(training, outside, last=True)
     training.complete_step()
-    if agreement.stop:
+    if agreement.stop or caller_stops:
         outside.note(outside.profile.merge(at_end=True))
-        resume = f"hecate train {shlex.quote(config.output_dir)} resume=true"
+        own = config.output_dir
+        resume = f"train({own!r}, ['resume=true'], ...)" if outside.caller else f"hecate train {shlex.quote(own)} resume=true"
         outside.reports.event(step, f"{STOPPED} after step {step}; go on with: {resume}")
         return False
     if agreement.regroup and outside.membership is not None:
@@ -295,10 +299,10 @@ def _train_one(training: Training, outside: _Outside, measured: Measured) -> tup
             _end_save(training, outside)
             raise training.too_many_skipped(event.result)
     outside.note(outside.profile.merge())
-    if outside.observers:
-        facts = step_facts(event)
-        for observer in outside.observers:
-            observer.stepped(facts)
+    if outside.controller:
+        outside.controller.stepped(step_facts(event))
+    if outside.caller:
+        outside.caller.stepped(event)
     if outside.slow:
         tp_size = training.ranks.tp_size
         work = {rank: done for rank, done in enumerate(event.result.work_before) if done.tokens and training.shares[rank // tp_size]}
@@ -343,6 +347,8 @@ def _evaluate(training: Training, outside: _Outside) -> Evaluation:
     found = training.evaluate()
     outside.reports.evaluated(training.run_state.step, found)
     training.judge(found)
+    if outside.caller:
+        outside.caller.evaluated(training.run_state.step, found)
     return found
 
 
@@ -370,8 +376,10 @@ def _report_saved(training: Training, outside: _Outside, saved: Saved) -> None:
     step = step_of(saved.folder.name)
     assert step is not None
     outside.reports.saved(step, saved.folder)
-    for observer in outside.observers if training.ranks.is_first else ():
-        observer.saved(step, saved.folder)
+    if outside.controller and training.ranks.is_first:
+        outside.controller.saved(step, saved.folder)
+    if outside.caller:
+        outside.caller.saved(step, saved.folder)
 
 
 def _is_of_a_loss(error: Exception, ranks: Ranks) -> bool:
@@ -423,12 +431,10 @@ def _join(training: Training, next_group: Callable[[], Group | None]) -> Rebuilt
 
 def _report_beginning(training: Training, outside: _Outside) -> None:
     outside.mismatches.begin(training.ranks)
-    if not outside.observers:
+    if not outside.controller:
         return
     engine, config = training.parts.moe.engine, training.parts.config
-    facts = begin_facts(step=training.run_state.step, max_steps=config.max_steps, shares=training.shares, engine=engine)
-    for observer in outside.observers:
-        observer.begins(facts)
+    outside.controller.begins(begin_facts(step=training.run_state.step, max_steps=config.max_steps, shares=training.shares, engine=engine))
 
 
 def _say(training: Training, reports: Reports, text: str) -> None:

@@ -25,6 +25,7 @@ from hecate.elastic.layer_timer import LayerTimer
 from hecate.elastic.move_experts import reshard_if_it_pays
 from hecate.elastic.rebuild import Group, NoCopyLeft, can_catch_up, catch_up, exchange_rank_states, go_back, named, redeal
 from hecate.errors import UserError
+from hecate.model.causal_head import TokenLoss, head_with_loss
 from hecate.optim.from_config import learning_rate
 from hecate.optim.norm_limit import norm_limit
 from hecate.parallel.cluster.topology import Topology
@@ -58,20 +59,24 @@ class Training:
     the plan changes.
     """
 
-    def __init__(self, config: Config, ranks: Ranks, topology: Topology | None = None, *, joins: bool = False) -> None:
+    def __init__(
+        self, config: Config, ranks: Ranks, topology: Topology | None = None, *, joins: bool = False, loss: TokenLoss | None = None
+    ) -> None:
         """Build the run, and load its last checkpoint if the configuration says `resume`.
 
         Args:
             topology: of the ranks' devices, in place of the configuration's.
             joins: the run is under way, and this process is alone in `ranks` until it joins a group (`join`). It loads no checkpoint.
+            loss: is trained for, in place of the cross-entropy of label tokens.
 
         Raises:
-            UserError: as `build_parts`; or there is no checkpoint to resume from.
+            UserError: as `build_parts`; or there is no checkpoint to resume from, or its run or this model cannot have that loss.
         """
         # Alone, a rank would need room for all experts to re-shard them.
         built = replace(config, resume=False, fssdp=replace(config.fssdp, reshard_interval=None, shard_size=None)) if joins else config
         parts = build_parts(built, ranks, topology)
-        self.parts = replace(parts, config=replace(parts.config, resume=config.resume, fssdp=config.fssdp))
+        self.parts = replace(parts, config=replace(parts.config, resume=config.resume, fssdp=config.fssdp), loss=loss)
+        self._head = head_with_loss(parts.base.head, loss)
         self.additions = training_additions(config)
         prepare_for_order(config, ranks.device)
         self.ranks = ranks
@@ -198,7 +203,7 @@ class Training:
         compare = self.copies.of_step(step)
         return train_step(
             parts.moe,
-            parts.base.head,
+            self._head,
             parts.optimizer,
             StepBatches(
                 number=step,

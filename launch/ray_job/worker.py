@@ -49,8 +49,8 @@ from hecate.ranks.launcher_files import SURVIVAL_SETTINGS
 if TYPE_CHECKING:  # a worker imports training in its own thread, after it has started
     import torch.distributed as dist
 
-    from hecate.elastic.observer import BeginFacts, ReplanOrder, StepFacts
     from hecate.elastic.rebuild import Group
+    from hecate.elastic.run_controller import BeginFacts, ReplanOrder, StepFacts
     from hecate.parallel.cluster.topology import Topology
     from hecate.ranks.ranks import Ranks
 
@@ -290,7 +290,7 @@ class TrainingLink:
         self._events.put(CheckpointSaved(step=step, path=str(path)))
 
     def replan_order(self) -> ReplanOrder | None:
-        from hecate.elastic.observer import ReplanOrder
+        from hecate.elastic.run_controller import ReplanOrder
 
         newest = self.replan
         if newest is None:

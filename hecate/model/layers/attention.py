@@ -110,7 +110,7 @@ def _problem(way: Way, model: Any) -> str | None:
 
 
 def use_way(model: Any, way: Way) -> None:
-    """Have the model's layers compute attention in this way from now on. Only `generating` undoes it."""
+    """Have the model's layers compute attention in this way from now on. `generating` and `leave_to_transformers` undo it."""
     _register()
     model.get_decoder().config._attn_implementation = _PREFIX + way
 
@@ -119,15 +119,19 @@ def use_way(model: Any, way: Way) -> None:
 def generating(model: Any) -> Iterator[None]:
     """Until the end of the block the model computes attention as transformers does, which knows caches of keys and values."""
     config = model.get_decoder().config
-    ours = config._attn_implementation
-    if not str(ours).startswith(_PREFIX):
-        yield
-        return
-    config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
+    before = config._attn_implementation
+    leave_to_transformers(model)
     try:
         yield
     finally:
-        config._attn_implementation = ours
+        config._attn_implementation = before
+
+
+def leave_to_transformers(model: Any) -> None:
+    """Have the model's layers compute attention as transformers does, from now on, if they do it in a way of ours."""
+    config = model.get_decoder().config
+    if str(config._attn_implementation).startswith(_PREFIX):
+        config._attn_implementation = "sdpa" if model._supports_sdpa else "eager"
 
 
 def row_multiple(way: Way | None, device: torch.device, seq_len: int) -> int:

@@ -21,7 +21,7 @@ from hecate.apps.foresee.sweep import load_sweep
 from hecate.apps.sweep.results import read_result
 from hecate.apps.sweep.sweep_file import load_run_sweep
 from hecate.config import load_config, saved_config, to_yaml
-from hecate.elastic.observer import ReplanOrder
+from hecate.elastic.run_controller import ReplanOrder
 from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import parse_json
 from hecate.launch.many_runs.ledger import RunState, SweepEntry, changed_values, read_entries, write_entry

@@ -70,7 +70,7 @@ _ALL = (
     ),
     Drill(
         "R25",
-        "observers and trackers that raise or hang",
+        "trackers that raise or hang",
         "named, and the run goes on with the same result",
         "followers:bad_followers",
     ),

@@ -1,8 +1,4 @@
-"""Protocols between a run and those that follow it from outside: an observer receives reports, a controller may give orders, too.
-
-Training reports to both between steps, on every rank. An observer is called in a thread of its own (`hecate.elastic.observer_thread`). A
-controller is the launcher's own, and is called at once, because its orders are for the present ranks.
-"""
+"""The protocol between a run and the launcher's controller, which receives reports between steps, on every rank, and may give orders."""
 
 from __future__ import annotations
 
@@ -83,8 +79,11 @@ class StepFacts:
     """By unit, as text, the assignments of each expert on all ranks."""
 
 
-class Observer(Protocol):
-    """Receives reports of what a run does. Its methods are called on every rank."""
+class RunController(Protocol):
+    """The launcher's end of a run, called on every rank. All methods must return at once.
+
+    `replan_order` and `stop_requested` are called at the end of each step's backward pass, the others between steps.
+    """
 
     def begins(self, facts: BeginFacts) -> None:
         """Called when the run is built, and again when it goes on with other ranks."""
@@ -94,13 +93,6 @@ class Observer(Protocol):
 
     def saved(self, step: int, path: Path) -> None:
         """Called on rank 0 when a checkpoint is complete."""
-
-
-class RunController(Observer, Protocol):
-    """The launcher's end of a run: an observer that may give orders. All methods must return at once.
-
-    `replan_order` and `stop_requested` are called at the end of each step's backward pass, the others between steps.
-    """
 
     def replan_order(self) -> ReplanOrder | None:
         """The newest order, whether it was carried out or not. Training follows the controller of rank 0, after the step under way."""

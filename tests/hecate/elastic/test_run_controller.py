@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.config import load_config
-from hecate.elastic.observer import BeginFacts, ReplanOrder, StepFacts
+from hecate.elastic.run_controller import BeginFacts, ReplanOrder, StepFacts
 from hecate.io.strict_json import JsonError
 from hecate.ranks.groups import ExpertGroups
 from hecate.ranks.ranks import Ranks
