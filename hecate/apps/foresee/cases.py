@@ -21,8 +21,9 @@ from hecate.parallel.cost.model_shapes import ModelShape, load_model_shape
 from hecate.parallel.plan.measured_modes import execution_of
 from hecate.parallel.planners import COLLECTIVES, POLICIES, ROWS, WITH_OURS
 from hecate.parallel.simulate.simulated_step import Setting
-from hecate.parallel.simulate.simulator import Simulated, fullest_owner_bytes, simulate, slots_in_memory
+from hecate.parallel.simulate.simulator import Simulated, fullest_owner_bytes, lifetime_in, simulate, slots_in_memory
 from hecate.parallel.simulate.workloads import WORKLOADS
+from hecate.parallel.transfer.residency import expected_uses
 from hecate.parallel.values.megatron_traces import load_megatron_trace
 from hecate.parallel.values.placement import contiguous_owners
 from hecate.parallel.values.policy_names import FORMER_NAMES, current_name, renamed
@@ -130,13 +131,16 @@ class Case:
         other_bytes = model.replicated_bytes()
 
         def of_group(loads: np.ndarray, part: Topology, cost: LayerCost) -> list[Simulated]:
+            slots_D = slots_in_memory(part, cost, **sizes, other_bytes=other_bytes, rematerialize=options.execution.rematerialize)
             return simulate(
                 loads,
                 {name: ROWS[name]},
                 Setting(
                     topology=part,
                     cost=cost,
-                    slots_D=slots_in_memory(part, cost, **sizes, other_bytes=other_bytes, rematerialize=options.execution.rematerialize),
+                    slots_D=slots_D,
+                    lifetime=lifetime_in(slots_D, model.experts, expected_uses),
+                    settling=2 if cost.frozen_bytes else 1,
                     execution=options.execution,
                     max_imbalance=options.max_imbalance,
                     num_layers=num_layers,

@@ -19,6 +19,7 @@ from hecate.errors import UserError
 from hecate.experts.pairs.source_table import PAIR_SOURCES, trains_a
 from hecate.model.sizes.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cluster.mesh import Mesh, make_mesh
+from hecate.parallel.cluster.step_spread import GPU_FLOPS
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cluster.topology_cards import RankDevice, SeenTopology, topology_of_devices
 from hecate.parallel.cluster.topology_file import load_topology
@@ -39,8 +40,6 @@ from hecate.ranks.processor import computes_bfloat16
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _DRIVER = Path("/proc/driver/nvidia/gpus")
-_GPU_FLOPS = 1e13
-"""The speed from which on a device counts as a GPU and computes in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -266,7 +265,7 @@ def has_gpus(topology: Topology) -> bool:
 
 def _is_gpu(topology: Topology) -> np.ndarray:
     """bool [ranks]"""
-    return np.asarray(topology.flops) >= _GPU_FLOPS
+    return np.asarray(topology.flops) >= GPU_FLOPS
 
 
 def base_shape_of(config: Config) -> tuple[BaseShape, Config]:
@@ -425,7 +424,7 @@ def _local_cards(driver: Path) -> list[str]:
 def _dtype(config: Config, topology: Topology) -> str:
     if config.model.dtype != "auto":
         return config.model.dtype
-    if min(topology.flops) >= _GPU_FLOPS:
+    if min(topology.flops) >= GPU_FLOPS:
         return "bfloat16"
     if config.model.front_end == "megatron":
         return "float32"
