@@ -31,19 +31,24 @@ class StepSpread:
     calibrated: bool
     """whether `hecate profile` has measured the rates"""
 
-    def text(self, value: float, form: str = ".3g") -> str:
-        """A value that grows with the time, as a range: 1.30-3.92."""
-        return f"{value * self.least:{form}}-{value * self.most:{form}}"
+    def text(self, value: float) -> str:
+        """A value that grows with the time, as a range: 1.3-3.92."""
+        return f"{short(value * self.least)}-{short(value * self.most)}"
 
-    def inverse_text(self, value: float, form: str = ",.0f") -> str:
+    def inverse_text(self, value: float) -> str:
         """A value that shrinks with the time, as a range."""
-        return f"{value / self.most:{form}}-{value / self.least:{form}}"
+        return f"{short(value / self.most)}-{short(value / self.least)}"
 
     @property
     def note(self) -> str:
         """What a reader of a range must know of it."""
         unsure = "" if self.calibrated else "uncalibrated: `hecate profile` has not run on these devices; "
         return f"times are {self.least:.2f} to {self.most:.2f} times those at the topology's rates; {unsure}{self.source}"
+
+
+def short(value: float) -> str:
+    """Three digits, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
 def step_spread(topology: Topology) -> StepSpread:

@@ -130,8 +130,9 @@ _OF_FULLEST_STEP = ("replica_bytes_D", "replicas_D", "frozen_parts_D", "served_t
 def slots_in_memory(
     topology: Topology, cost: LayerCost, *, num_layers: int, num_experts: int, other_bytes: float = 0.0, rematerialize: bool = False
 ) -> np.ndarray:
-    """int64 [ranks]: replicas of others' experts for which each device has room, in each layer: those of all experts if `_PLANNED_SHARE` of
-    every device holds them, as in `hecate.model.sizes.replica_slots`; otherwise half of what is left, the other half being for activations.
+    """int64 [ranks]: replicas of others' experts for which each device has room, in each layer: half of what is left, the other half being
+    for activations; where experts have frozen parts, which stay, and `_PLANNED_SHARE` of every device holds all of them, as many slots as
+    experts (as in `hecate.model.sizes.replica_slots`).
 
     Args:
         other_bytes: what every rank holds beside its experts.
@@ -142,7 +143,8 @@ def slots_in_memory(
     one_layer = cost.replica_bytes - cost.frozen_bytes
     each = cost.frozen_bytes * num_layers + one_layer * (1 if rematerialize else num_layers)
     others = num_experts - num_experts // topology.world_size
-    if each == 0 or (other_bytes + owned + each * others <= _PLANNED_SHARE * np.asarray(topology.memory)).all():
+    holds_all = (other_bytes + owned + each * others <= _PLANNED_SHARE * np.asarray(topology.memory)).all()
+    if each == 0 or (cost.frozen_bytes and holds_all):
         return np.full(topology.world_size, num_experts)
     return np.minimum(room_D / each, num_experts).astype(np.int64)
 

@@ -25,6 +25,19 @@ def base_presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted((_CONFIGS / "bases").glob("*.yaml"))}
 
 
+def base_named(name_or_path: str) -> Path | None:
+    """Return the file of `base_presets` for a name, or for the last part of a path, such as models/Qwen3-30B-A3B; None: there is none.
+
+    A file's first line names the model that it has the sizes of: "# Sizes of Qwen/Qwen3-30B-A3B."
+    """
+    last = Path(name_or_path).name.lower()
+    for stem, path in base_presets().items():
+        model = path.read_text(encoding="utf-8").partition("\n")[0].removesuffix(".").rpartition("/")[2]
+        if last in (stem, model.lower()):
+            return path
+    return None
+
+
 def chat_templates() -> dict[str, Path]:
     """The Jinja files of conversation formats by their names, sorted."""
     return {path.stem: path for path in sorted((_CONFIGS / "chat_templates").glob("*.jinja"))}

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hecate.config import Config, find_model
-from hecate.config.files.presets import find_preset
+from hecate.config.files.presets import base_named, find_preset
 from hecate.config.files.topology import AUTO
 from hecate.config.rules.of_apps import single_sequences
 from hecate.data.files.user_features import users_of
@@ -243,8 +243,16 @@ def shape_on(config: Config, seen: SeenTopology, name: str) -> RunShape:
         ),
         pool_shapes(base, config),
         None if users is None else users.width,
-        seen.notes,
+        (*_base_notes(config.model.name_or_path), *seen.notes),
     )
+
+
+def _base_notes(name_or_path: str) -> tuple[str, ...]:
+    """What a user should know where a base's sizes stand in for a folder that is not there."""
+    base = None if Path(name_or_path).exists() else base_named(name_or_path)
+    if base is None or base.stem == name_or_path:
+        return ()
+    return (f"{name_or_path} is not there: planned with the sizes of configs/bases/{base.name}",)
 
 
 def _sequences(config: Config, topology: Topology) -> np.ndarray:

@@ -216,7 +216,7 @@ def test_a_run_whose_layers_choose_their_mode(folder: Path, micro_steps: int, ca
         assert of(found["auto"], policy).bytes == of(found["history"], policy).bytes
         np.testing.assert_allclose(of(found["auto"], policy).memory_PD, of(found["history"], policy).memory_PD)
     assert found["auto"].as_dict()["policies"][0]["plan_modes"] == found["auto"].policies[0].plan_modes
-    run_plan(found["auto"].run.config, topology="two-cpu-ranks", ranks=None, workload="rotating", trace=None, json_path=None)
+    run_plan(found["auto"].run.config, topology="two-cpu-ranks", ranks=None, loads="rotating", json_path=None)
     assert "From which loads layers were planned" in capsys.readouterr().out
 
 
@@ -280,7 +280,7 @@ def test_the_configured_policy_comes_first_and_memory_is_compared(folder: Path) 
 
 
 def test_json_and_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_plan(config_for(folder), topology="two-cpu-ranks", ranks=None, workload="zipf", trace=None, json_path=tmp_path / "plan.json")
+    run_plan(config_for(folder), topology="two-cpu-ranks", ranks=None, loads="zipf", json_path=tmp_path / "plan.json")
     shown = capsys.readouterr().out
     assert "Memory of rank" in shown
     assert "One step on two-cpu-ranks, 2 ranks, zipf loads" in shown
@@ -294,7 +294,7 @@ def test_json_and_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_the_table_of_a_gpu_says_what_is_counted_and_what_is_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_plan(config_for(folder), topology="h100-node", ranks=None, workload="zipf", trace=None, json_path=None)
+    run_plan(config_for(folder), topology="h100-node", ranks=None, loads="zipf", json_path=None)
     shown = " ".join(capsys.readouterr().out.split())
     assert "CUDA context (estimate)" in shown
     assert "allocator's rounding (at most)" in shown
@@ -330,15 +330,15 @@ def test_an_expert_larger_than_any_memory_is_planned_and_marked(folder: Path, ca
     """One device of a kilobyte: there is a plan, and it says that it does not fit."""
     place = tmp_path / "tiny.yaml"
     place.write_text("nodes: [{devices: 1, flops: 1.0e+9, memory: 1.0e+3}]\nintra_node: {bandwidth: 1.0e+9, latency: 0}")
-    run_plan(config_for(folder), topology=str(place), ranks=None, workload="zipf", trace=None, json_path=None)
+    run_plan(config_for(folder), topology=str(place), ranks=None, loads="zipf", json_path=None)
     shown = capsys.readouterr().out
     assert "does not fit: the device has 0" in shown
     assert "auto*" in shown
     place.write_text("nodes: [{devices: 1, flops: 1.0e+9, memory: 1.0e+3}]\nintra_node: {bandwidth: 0, latency: 0}")
     with pytest.raises(UserError, match=r"tiny\.yaml: intra_node\.bandwidth: must be finite and positive, got 0"):
-        run_plan(config_for(folder), topology=str(place), ranks=None, workload="zipf", trace=None, json_path=None)
+        run_plan(config_for(folder), topology=str(place), ranks=None, loads="zipf", json_path=None)
 
 
 def test_an_unknown_workload_lists_what_exists(folder: Path) -> None:
     with pytest.raises(UserError, match=r"--workload all: unknown\n  there are balanced, "):
-        run_plan(config_for(folder), topology=None, ranks=2, workload="all", trace=None, json_path=None)
+        run_plan(config_for(folder), topology=None, ranks=2, loads="all", json_path=None)
