@@ -62,7 +62,7 @@ def run_plan(
     if modes := modes_table([(one.policy, one.plan_modes) for one in found.policies]):
         console.print(modes)
     for line in purchase_lines(found):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, markup=False)
     if json_path is not None:
         try:
             json_path.write_text(json.dumps(found.as_dict() | {"purchase": purchase(found)}, indent=1) + "\n", encoding="utf-8")

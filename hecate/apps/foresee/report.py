@@ -43,7 +43,7 @@ def print_rows(rows: Sequence[Row], *, wide: bool = False) -> None:
     console = new_console(width=_WIDE if wide else width, highlight=False)
     _print_tables(console, rows, wide=wide)
     for line in _notes(rows):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, markup=False)
     by_policy = [(group[0]["policy"], mean_modes([row.get("plan_modes") for row in group])) for group in grouped(rows, ("policy",))]
     if modes := modes_table(by_policy):
         console.print(modes)

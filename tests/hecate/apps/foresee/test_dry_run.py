@@ -16,6 +16,7 @@ from hecate.apps.foresee.plan import _policy_tables, run_plan
 from hecate.errors import UserError
 from hecate.model.sizes.memory import PHASES, memory_parts
 from hecate.model.sizes.run_shape import run_shape, shape_on
+from hecate.parallel.cluster.step_spread import step_spread
 from hecate.parallel.cluster.topology import Link, Topology
 from hecate.parallel.cluster.topology_cards import SeenTopology
 from hecate.parallel.cost.cost_loops import distinct
@@ -285,7 +286,7 @@ def test_json_and_tables(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert "Memory of rank" in shown
     assert "One step on two-cpu-ranks, 2 ranks, zipf loads" in shown
     record = json.loads((tmp_path / "plan.json").read_text())
-    assert set(record) == {"model", "topology", "ranks", "shard_size", "workload", "policy", "device_memory_bytes", "policies"}
+    assert set(record) == {"model", "topology", "ranks", "shard_size", "workload", "policy", "device_memory_bytes", "policies", "purchase"}
     first = record["policies"][0]
     assert set(first) == {"policy", "step_seconds", "seconds", "bytes", "imbalance", "plan_modes", "memory", "fits_memory"}
     assert set(first["memory"]) == {"forward", "backward", "optimizer"}
@@ -309,7 +310,10 @@ def test_a_slow_machines_times_are_not_in_ms(folder: Path, speed: float, unit: s
     seconds = {"ms": 1e-3, "s": 1.0, "h": 3600.0}[unit]
     (table, *_) = _policy_tables(found, 300)
     assert table.columns[1].header == unit
-    assert float(next(iter(table.columns[1].cells))) == pytest.approx(found.policies[0].step_seconds / seconds, abs=0.05)
+    spread = step_spread(found.run.topology)
+    best, worst = (float(end.replace(",", "")) for end in str(next(iter(table.columns[1].cells))).split("-"))
+    assert best == pytest.approx(spread.least * found.policies[0].step_seconds / seconds, rel=0.005)
+    assert worst == pytest.approx(spread.most * found.policies[0].step_seconds / seconds, rel=0.005)
 
 
 @pytest.mark.parametrize("width", [60, 80, 300])
