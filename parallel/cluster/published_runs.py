@@ -25,19 +25,12 @@ class PublishedRun:
 
 
 _AUTOMODEL = "NeMo AutoModel, Performance Summary, Pre-Training: https://docs.nvidia.com/nemo/automodel/nightly/performance-summary.html"
-_AUTOMODEL_LORA = (
-    "NeMo AutoModel, Performance Summary, Fine-Tuning (LoRA): https://docs.nvidia.com/nemo/automodel/nightly/performance-summary.html"
-)
-_AUTOMODEL_2025 = (
-    "NeMo AutoModel, docs/performance-summary.md of 2025-10-02, Finetuning (LoRA): https://github.com/NVIDIA-NeMo/Automodel (01926a5c)"
-)
-_BRIDGE = (
-    "Megatron Bridge, Performance, 25.11, DGX-H100: https://github.com/NVIDIA-NeMo/Megatron-Bridge docs/performance-summary.md (00b7660b)"
-)
+_AUTOMODEL_LORA = _AUTOMODEL.replace("Pre-Training", "Fine-Tuning (LoRA)")
+_AUTOMODEL_2025 = "NeMo AutoModel, docs/performance-summary.md, LoRA, 2025-10-02: https://github.com/NVIDIA-NeMo/Automodel (01926a5c)"
+_BRIDGE = "Megatron Bridge, docs/performance-summary.md, 25.11, DGX-H100: https://github.com/NVIDIA-NeMo/Megatron-Bridge (00b7660b)"
 _ZOO = "Megatron-MoE-ModelZoo, best_practice/Qwen3/readme.md, Performance Results: https://github.com/yanring/Megatron-MoE-ModelZoo"
 _MPT_H100 = "llm-foundry, MPT Training Benchmarks, H100 80GB BF16: https://github.com/mosaicml/llm-foundry scripts/train/benchmarking"
-_MPT_A100 = "llm-foundry, MPT Training Benchmarks, A100 80GB: https://github.com/mosaicml/llm-foundry scripts/train/benchmarking"
-_MPT_A100_40 = "llm-foundry, MPT Training Benchmarks, A100 40GB: https://github.com/mosaicml/llm-foundry scripts/train/benchmarking"
+_MPT_A100, _MPT_A100_40 = (_MPT_H100.replace("H100 80GB BF16", table) for table in ("A100 80GB", "A100 40GB"))
 _TITAN = "torchtitan, docs/performance.md of 2024, Llama 3 with FSDP2 on 64 A100 (MFU): https://github.com/pytorch/torchtitan"
 _FORGE = "KempnerForge, MFU scaling, best MFU by GPU count: https://kempnerinstitute.github.io/KempnerForge/reference/benchmarks.html"
 
