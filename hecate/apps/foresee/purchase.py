@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hecate.apps.foresee.dry_run import Forecast, fits
-from hecate.parallel.cluster.step_spread import StepSpread, short, step_spread
+from hecate.parallel.cluster.step_spread import short, step_spread
 
 _AS_FAST = 1.02
 """up to this ratio of their times, two policies are called equally fast"""
@@ -70,8 +70,3 @@ def replication_line(seconds: dict[str, float], devices: int) -> list[str]:
         f"replication is enough here: full, every expert on every device, fits and takes {full / others[best]:.2f} of the time of {best}, "
         "the fastest other policy; sharding experts saves memory here, not time"
     ]
-
-
-def range_of(row: dict[str, Any]) -> StepSpread:
-    """Return the spread of a row of a simulation."""
-    return StepSpread(**row["spread"])

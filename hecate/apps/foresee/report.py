@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hecate.apps.foresee.cases import BASELINE
-from hecate.apps.foresee.purchase import range_of, replication_line
+from hecate.apps.foresee.purchase import replication_line
 from hecate.errors import UserError
 from hecate.io.terminal import new_console
+from hecate.parallel.cluster.step_spread import StepSpread
 from hecate.parallel.simulate.simulator import mean_modes
 
 Row = dict[str, Any]
@@ -68,7 +69,7 @@ def modes_table(shares: Sequence[tuple[str, dict[str, float] | None]]) -> Table 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     """Lines on what times rest on, and on policies whose rows need an explanation."""
-    spreads = {(row["topology"], range_of(row)): None for row in rows}
+    spreads = {(row["topology"], StepSpread(**row["spread"])): None for row in rows}
     lines = [f"{topology}: {spread.note}" for topology, spread in spreads]
     for case in grouped(rows, _CASE):
         seconds = {row["policy"]: float(row["step_seconds"]) for row in case if row["fits_memory"]}
@@ -124,11 +125,11 @@ def _policies(rows: Sequence[Row]) -> Table:
         memory = f"{row['memory_bytes'] / 1e9:.1f}"
         table.add_row(
             row["policy"] + _mark([row]),
-            range_of(row).text(1e3 * row["step_seconds"]),
+            StepSpread(**row["spread"]).text(1e3 * row["step_seconds"]),
             _times(row[SPEEDUP]),
             f"{row['imbalance']:.2f}",
             memory,
-            *([range_of(row).text(row[COST])] if priced else []),
+            *([StepSpread(**row["spread"]).text(row[COST])] if priced else []),
         )
     table.caption = _TOO_LARGE * bool(_mark(rows)) + _PRICED * priced
     table.caption += (
@@ -157,7 +158,7 @@ def _clusters(rows: Sequence[Row]) -> Table:
     for group, cost in zip(best, costs, strict=True):
         row, seconds = group[0], mean_seconds(group)
         speed = row["ranks"] * row["tokens_per_rank"] / seconds
-        spread = range_of(row)
+        spread = StepSpread(**row["spread"])
         cells = [row["topology"], str(row["ranks"]), row["policy"] + _mark(group), spread.text(1e3 * seconds), spread.inverse_text(speed)]
         cells.append(f"{max(one['memory_bytes'] for one in group) / 1e9:.1f}")
         if priced:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hecate.errors import UserError
+from hecate.io.plain_files import read_plain_text
+from hecate.io.strict_yaml import MOST_BYTES
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -32,7 +34,7 @@ def base_named(name_or_path: str) -> Path | None:
     """
     last = Path(name_or_path).name.lower()
     for stem, path in base_presets().items():
-        model = path.read_text(encoding="utf-8").partition("\n")[0].removesuffix(".").rpartition("/")[2]
+        model = read_plain_text(path, MOST_BYTES).partition("\n")[0].removesuffix(".").rpartition("/")[2]
         if last in (stem, model.lower()):
             return path
     return None

@@ -29,7 +29,7 @@ def comparison_page(runs: Mapping[str, RunRecords]) -> str:
         curves.append(_curves(f"held-out loss of {source}", {name: _held_out(run, source) for name, run in runs.items()}))
     rows = [[key, *(str(config.get(key, "-")) for config in configs.values())] for key in differing]
     body = (
-        section("Runs", table(["run", "records", *_CURVES.values()], [_last(name, run) for name, run in runs.items()])),
+        f"<header><h1>{len(runs)} runs</h1>{table(['run', 'records', *_CURVES.values()], [_last(*one) for one in runs.items()])}</header>",
         section("Curves", *curves),
         section("Configurations", table(["key", *runs], rows) if rows else "<p>The configurations differ in no key.</p>"),
     )

@@ -15,7 +15,7 @@ from hecate.report.pages.comparison import MOST_RUNS, comparison_page
 from hecate.report.pages.page import write_report
 from hecate.report.run_records import read_run
 from tests.hecate.report.made_runs import a_step, usual_records, write_run
-from tests.hecate.report.pages.test_page import Sound, pictures
+from tests.hecate.report.pages.sound_page import Sound, pictures
 
 
 def two_runs(folder: Path) -> dict[str, Path]:
@@ -27,7 +27,7 @@ def two_runs(folder: Path) -> dict[str, Path]:
 def test_runs_are_drawn_over_one_another(tmp_path: Path) -> None:
     page = comparison_page({name: read_run(folder) for name, folder in two_runs(tmp_path).items()})
     seen = Sound(page)
-    assert seen.headings == ["Runs", "Curves", "Configurations"]
+    assert seen.headings == ["Curves", "Configurations"]
     assert seen.outside == []
     loss = next(svg for svg in pictures(page) if svg.get("aria-label") == "training loss of each run by step")
     assert [one.get("class") for one in loss.iter() if one.tag.endswith("path")] == ["line c0", "line c1"]
