@@ -221,7 +221,7 @@ def synthetic_cases(
     if model not in preset_names("models") and base_named(model):
         raise UserError(
             f"--model {model}: is a base without experts, which a configuration gives it\n"
-            f"  hecate plan finetune model.name_or_path={model} --topology {topology}"
+            f"  hecate plan mixlora model.name_or_path={model} --topology {topology}"
         )
     shape = load_model_shape(find_preset("models", "model", model))
     if experts is not None:

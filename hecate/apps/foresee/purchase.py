@@ -17,7 +17,7 @@ def purchase_lines(found: Forecast) -> list[str]:
     spread, bill = step_spread(run.topology), purchase(found)
     devices = run.topology.world_size
     lines = [
-        f"{one.policy} on {run.topology_name}: {spread.text(one.step_seconds)} s a step of {bill['tokens_per_step']:,} tokens; tokens/s: "
+        f"{f'{one.policy} on ' * bool(run.groups)}{run.topology_name}: {spread.text(one.step_seconds)} s a step of {bill['tokens_per_step']:,} tokens; tokens/s: "
         f"{bill['tokens_per_second'][0]:,.0f} to {bill['tokens_per_second'][1]:,.0f}"
         + (f", {' to '.join(f'{rate / devices:,.0f}' for rate in bill['tokens_per_second'])} a device" if devices > 1 else "")
     ]

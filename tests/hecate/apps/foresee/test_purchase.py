@@ -119,5 +119,5 @@ def test_a_base_has_the_names_that_people_use(name: str, stem: str | None) -> No
 
 
 def test_simulate_sends_a_dense_base_to_plan() -> None:
-    with pytest.raises(UserError, match=r"--model llama-3-8b: is a base without experts.*\n  hecate plan finetune model\.name_or_path="):
+    with pytest.raises(UserError, match=r"--model llama-3-8b: is a base without experts.*\n  hecate plan mixlora model\.name_or_path="):
         synthetic_cases("h100-node", "llama-3-8b", ["zipf"], 8192)
