@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -53,9 +54,10 @@ def plan(
     trace: Annotated[
         Path | None, typer.Option(help="expert loads that a run has recorded, its folder loads, in place of a workload")
     ] = None,
+    price_per_hour: Annotated[float | None, typer.Option(help="what a device costs in an hour, in place of the topology's")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="write all figures to this file")] = None,
 ) -> None:
-    """Predict memory, bytes and time of one step of CONFIG on any topology. Loads no weights, needs no GPU.
+    """Predict memory, time and price of CONFIG on any topology. Loads no weights, needs no GPU.
 
     The model's folder may lack its weights, and model.name_or_path may be a config.json or a name such as llama-3-8b; data are not read.
     """
@@ -65,9 +67,12 @@ def plan(
     from hecate.config import load_config
     from hecate.parallel.loops.jit import plain_python
 
+    if price_per_hour is not None and not 0 < price_per_hour < math.inf:
+        raise UserError(f"--price-per-hour {price_per_hour}: must be a positive number, what a device costs in an hour")
     loaded = load_config(config, overrides or (), claim_output=False, inputs=False)
+    loads = workload if trace is None else trace
     with plain_python():  # a few plans take less time so than numba's import does
-        run_plan(loaded, topology=topology, ranks=ranks, workload=workload, trace=trace, json_path=json_path)
+        run_plan(loaded, topology=topology, ranks=ranks, loads=loads, price_per_hour=price_per_hour, json_path=json_path)
 
 
 def simulate(

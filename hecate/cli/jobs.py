@@ -192,18 +192,35 @@ def status(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="output_dir of a run, finished or not")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="HTML file to write; default: report.html in RUN")] = None,
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="output_dir of a run, finished or not; several are compared")],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="HTML file to write; default: report.html in RUN, or of several comparison.html"),
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="write the page again and again until the run is finished or Ctrl-C")] = False,
 ) -> None:
     """Write one HTML page about a run: losses, load of the experts, imbalance, time, bytes, memory, events. Needs nothing but itself."""
     from hecate.apps.foresee.planned_memory import planned_memory
     from hecate.io.plain_files import refuse_links
     from hecate.parallel.loops.jit import plain_python
-    from hecate.report.pages.page import report_page, write_page
+    from hecate.report.pages.comparison import MOST_RUNS, comparison_page
+    from hecate.report.pages.page import write_page, write_report
     from hecate.report.run_records import read_run
 
-    refuse_links(run)
-    records = read_run(run)
+    for run in runs:
+        refuse_links(run)
+    if len(runs) > 1:
+        names = [str(run) for run in runs]
+        if follow or len(set(names)) < len(runs) or len(runs) > MOST_RUNS:
+            raise UserError(f"report: --follow takes one run; a comparison, 2 to {MOST_RUNS} runs, each once; got {', '.join(names)[:300]}")
+        page = comparison_page({name: read_run(run) for name, run in zip(names, runs, strict=True)})
+        show_text(write_page(out or runs[0] / "comparison.html", page))
+        return
+    run = runs[0]
+    ranks = len(read_run(run).peak_bytes)
     with plain_python():  # a few plans take less time so than numba's import does
-        planned = planned_memory(run, len(records.peak_bytes)) if records.peak_bytes else "the run has recorded no memory"
-    show_text(write_page(out or run / "report.html", report_page(records, planned)))
+        planned = planned_memory(run, ranks) if ranks else "the run has recorded no memory"
+    place = out or run / "report.html"
+    if follow:
+        show_text(f"{place}: a browser shows it live; Ctrl-C ends it")
+    show_text(write_report(run, place, planned, follow=follow))

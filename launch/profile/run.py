@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from hecate.launch.profile.fit import Flow, Measurements, fit_link, fit_overlap,
 from hecate.launch.profile.probe import ProbeSizes
 from hecate.launch.profile.schedule import Rounds, alone_rounds, far_rounds, near_rounds
 from hecate.parallel.cluster.topology import Topology, nodes_of_hosts
+from hecate.parallel.cluster.topology_cards import card_name
 from hecate.parallel.cluster.topology_file import save_topology
 from hecate.ranks.devices import gather_texts
 from hecate.ranks.ranks import Ranks
@@ -31,7 +33,8 @@ def profile(ranks: Ranks, out: Path, sizes: ProbeSizes | None = None) -> Topolog
     sizes = sizes or probe.sizes_for(ranks.device)
     hosts = gather_texts(socket.gethostname(), ranks)
     kinds = gather_texts(probe.device_name(ranks.device), ranks)
-    topology = topology_from(measure(ranks, nodes_of_hosts(hosts), tuple(kinds), sizes))
+    found = topology_from(measure(ranks, nodes_of_hosts(hosts), tuple(kinds), sizes))
+    topology = replace(found, measured=True, card=tuple(map(card_name, kinds)) if ranks.device.type == "cuda" else ())
     if ranks.is_first:
         save_topology(topology, out, _comment(hosts, kinds, ranks.device))
     return topology

@@ -55,6 +55,10 @@ class Topology:
     """the factor by which computation and communication slow each other down while both run; 2: overlapping gains nothing"""
     price_per_hour: tuple[float, ...] = ()
     """what each rank's device costs in an hour, in any currency; empty: not known"""
+    card: tuple[str, ...] = ()
+    """the name of each rank's GPU as the driver gives it, without "NVIDIA"; empty: CPUs, or not known"""
+    measured: bool = False
+    """whether `hecate profile` has measured the rates"""
 
     def __post_init__(self) -> None:
         world = len(self.node_of_rank)
@@ -84,6 +88,8 @@ class Topology:
             raise UserError(f"topology: {world} ranks, but {len(self.price_per_hour)} values of price_per_hour")
         if not all(np.isfinite(price) and price > 0 for price in self.price_per_hour):
             raise UserError(f"topology: every price_per_hour must be positive and finite, got {self.price_per_hour}")
+        if self.card and len(self.card) != world:
+            raise UserError(f"topology: {world} ranks, but {len(self.card)} values of card")
         if not 1 <= self.overlap_slowdown <= 2:
             raise UserError(f"topology: overlap_slowdown must be from 1 to 2, got {self.overlap_slowdown}")
 
@@ -134,6 +140,7 @@ class Topology:
             nic_bandwidth=of_ranks(self.nic_bandwidth),
             memory_bandwidth=of_ranks(self.memory_bandwidth),
             price_per_hour=of_ranks(self.price_per_hour) if self.price_per_hour else (),
+            card=tuple(self.card[rank] for rank in ranks) if self.card else (),
         )
 
     def same_node(self) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from hecate.parallel.cluster.topology import CPU_DEVICE, UNKNOWN_GPU, Link, Topology, nodes_of_hosts
 
-_SUSTAINED_FLOPS, _SUSTAINED_LINK, _SUSTAINED_MEMORY = 0.6, 2 / 3, 0.9
+SUSTAINED_FLOPS, _SUSTAINED_LINK, _SUSTAINED_MEMORY = 0.6, 2 / 3, 0.9
 """what training gets of an advertised rate; configs/topologies/mixed.yaml has the same shares"""
 _SHARED_UPLINK = 12.5e9
 """bytes/s (100 Gbit/s) of a node whose cards are sold without a network adapter for each"""
@@ -121,21 +121,22 @@ def topology_of_devices(devices: Sequence[RankDevice]) -> SeenTopology:
         uplink_bandwidth=uplinks,
         nic_bandwidth=nics,
         memory_bandwidth=tuple(card.memory_bandwidth for card in cards),
+        card=tuple(card_name(name) for name in names),
     )
     seen = ", ".join(f"{count} x {name}" for name, count in Counter(names).items())
     guessed = {name for name, device in zip(names, devices, strict=True) if device.memory is None}
-    unknown = [_unknown(name, name in guessed) for name in dict.fromkeys(names) if _table_name(name) not in CARDS]
+    unknown = [_unknown(name, name in guessed) for name in dict.fromkeys(names) if card_name(name) not in CARDS]
     return SeenTopology(topology, (f"topology: {seen} on {_nodes(topology)}", *unknown, *_between_nodes(topology)))
 
 
 def _sustained(name: str) -> Card:
     """Return what training gets of a card's figures, or what it is taken for if it is unknown."""
-    card = CARDS.get(_table_name(name))
+    card = CARDS.get(card_name(name))
     if card is None:
         flops, memory, link = UNKNOWN_GPU["flops"], UNKNOWN_GPU["memory"], UNKNOWN_GPU["intra_node"].bandwidth
         return Card(flops, memory, flops / 150, link)
     return Card(
-        _SUSTAINED_FLOPS * card.bf16_flops,
+        SUSTAINED_FLOPS * card.bf16_flops,
         card.memory,
         _SUSTAINED_MEMORY * card.memory_bandwidth,
         _SUSTAINED_LINK * card.link,
@@ -143,7 +144,8 @@ def _sustained(name: str) -> Card:
     )
 
 
-def _table_name(name: str) -> str:
+def card_name(name: str) -> str:
+    """Return the name of a GPU as `CARDS` has it."""
     return name.removeprefix("NVIDIA ").strip()
 
 

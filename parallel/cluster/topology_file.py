@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,8 +18,8 @@ from hecate.io.strict_yaml import MOST_BYTES, YamlError, parse_yaml
 from hecate.parallel.cluster.topology import Link, Topology
 
 _NEEDED = ("devices", "flops", "memory")
-_OPTIONAL = ("ranks", "port", "uplink", "nic", "memory_bandwidth", "price_per_hour")
-_TOP = ("nodes", "intra_node", "inter_node", "overlap_slowdown")
+_OPTIONAL = ("ranks", "port", "uplink", "nic", "memory_bandwidth", "price_per_hour", "card")
+_TOP = ("nodes", "intra_node", "inter_node", "overlap_slowdown", "measured")
 _FIELD_OF_KEY = {"port": "port_bandwidth", "uplink": "uplink_bandwidth", "nic": "nic_bandwidth", "memory_bandwidth": "memory_bandwidth"}
 _PRICE = "price_per_hour"
 _LONGEST, _MOST_DEVICES = 200, 1 << 16
@@ -71,7 +72,13 @@ def parse_topology(text: str, path: str) -> Topology:
     uplinks = tuple(
         _number(node["uplink"], f"{path}: nodes[{n}].uplink") if "uplink" in node else inter.bandwidth for n, node in enumerate(nodes)
     )
-    priced = _are_priced(nodes, path)
+    priced, named = (_all_or_none(nodes, key, path) for key in (_PRICE, "card"))
+    cards: dict[int, str] = {}
+    for number, (node, ranks) in enumerate(zip(nodes, ranks_of_node, strict=True)):
+        if named:
+            cards |= zip(ranks, _cards(node["card"], len(ranks), f"{path}: nodes[{number}].card"), strict=True)
+    if type(measured := raw.get("measured", False)) is not bool:
+        raise UserError(f"{path}: measured must be true or false, got {repr(measured)[:60]}")
     slowdown = _number(raw.get("overlap_slowdown", 1.0), f"{path}: overlap_slowdown")
     if not 1 <= slowdown <= 2:
         raise UserError(f"{path}: overlap_slowdown must be from 1 (overlapping is free) to 2 (it gains nothing), got {slowdown}")
@@ -83,6 +90,8 @@ def parse_topology(text: str, path: str) -> Topology:
         memory_bandwidth=by_rank("memory_bandwidth", plain.memory_bandwidth),
         overlap_slowdown=slowdown,
         price_per_hour=by_rank(_PRICE) if priced else (),
+        card=tuple(cards[rank] for rank in range(world)) if named else (),
+        measured=measured,
     )
 
 
@@ -98,7 +107,7 @@ def _checked(text: str, path: str) -> tuple[dict[str, Any], list[dict[str, Any]]
     nodes = raw.get("nodes")
     if unknown or not isinstance(nodes, list) or not nodes or "intra_node" not in raw:
         raise UserError(
-            f"{path}: needs `nodes` (a list) and `intra_node`, may have `inter_node` and `overlap_slowdown`; "
+            f"{path}: needs `nodes` (a list) and `intra_node`, may have `inter_node`, `overlap_slowdown` and `measured`; "
             f"unknown: {', '.join(unknown)[:_LONGEST] or 'none'}"
         )
     for number, node in enumerate(nodes):
@@ -106,13 +115,20 @@ def _checked(text: str, path: str) -> tuple[dict[str, Any], list[dict[str, Any]]
     return raw, nodes
 
 
-def _are_priced(nodes: list[dict[str, Any]], path: str) -> bool:
-    """Whether nodes have prices. Raises UserError: some have, and some have not."""
-    priced = [number for number, node in enumerate(nodes) if _PRICE in node]
-    if priced and len(priced) < len(nodes):
-        unpriced = next(number for number in range(len(nodes)) if number not in priced)
-        raise UserError(f"{path}: nodes[{unpriced}] has no {_PRICE}, but nodes[{priced[0]}] has; give it for all nodes, or for none")
-    return bool(priced)
+def _all_or_none(nodes: list[dict[str, Any]], key: str, path: str) -> bool:
+    """Whether nodes have a key. Raises UserError: some have, and some have not."""
+    having = [number for number, node in enumerate(nodes) if key in node]
+    if having and len(having) < len(nodes):
+        lacking = next(number for number in range(len(nodes)) if number not in having)
+        raise UserError(f"{path}: nodes[{lacking}] has no {key}, but nodes[{having[0]}] has; give it for all nodes, or for none")
+    return bool(having)
+
+
+def _cards(value: Any, devices: int, where: str) -> list[str]:
+    names = value if isinstance(value, list) else [value] * devices
+    if len(names) != devices or not all(isinstance(name, str) and 1 <= len(name) <= _LONGEST for name in names):
+        raise UserError(f"{where}: must be the name of the devices, such as H100 80GB HBM3, or a list of {devices}, got {repr(value)[:60]}")
+    return names
 
 
 def save_topology(topology: Topology, path: Path, comment: str = "") -> None:
@@ -161,12 +177,17 @@ def topology_text(topology: Topology, comment: str = "") -> str:
             entries[key] = _text(values[node]) if key == "uplink" else _texts([values[rank] for rank in ranks])
         if topology.price_per_hour:
             entries[_PRICE] = _texts([topology.price_per_hour[rank] for rank in ranks])
+        if topology.card:
+            names = [topology.card[rank] for rank in ranks]
+            entries["card"] = json.dumps(names if len(set(names)) > 1 else names[0])
         lines.append("  - " + _mapping(entries))
     lines.append(f"intra_node: {_link_text(topology.intra_node)}")
     if topology.num_nodes > 1 or topology.inter_node != topology.intra_node:
         lines.append(f"inter_node: {_link_text(topology.inter_node)}")
     if topology.overlap_slowdown != 1:
         lines.append(f"overlap_slowdown: {float(topology.overlap_slowdown)!r}")
+    if topology.measured:
+        lines.append("measured: true")
     return "\n".join(lines) + "\n"
 
 

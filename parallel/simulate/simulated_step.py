@@ -98,6 +98,9 @@ class Setting:
     """predicts in place of `predicted_loads`"""
     lifetime: Lifetime = expected_uses
     """over how many steps planners pay a replica's frozen part"""
+    settling: int = 1
+    """the number of first steps that are not counted: the one that `history` plans without loads, and, with frozen parts, the one in which
+    most replicas arrive"""
     max_imbalance: float | None = None
     """see `PlanInput.max_imbalance`"""
     reshard_interval: int | None = None

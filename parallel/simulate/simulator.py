@@ -29,6 +29,7 @@ from hecate.parallel.planners import Collective, PlanInput, Planner, plan_with
 from hecate.parallel.planners.plan import check_loads
 from hecate.parallel.planners.policies.auto import plan_auto
 from hecate.parallel.simulate.simulated_step import (
+    Lifetime,
     Planned,
     Setting,
     SimulatedStep,
@@ -98,7 +99,7 @@ def simulate(
 ) -> list[Simulated]:
     """Put loads through each policy, all layers alike.
 
-    The first step, which `history` plans without loads, is counted only if it is the only one.
+    The first steps (`Setting.settling`) are not counted; if there are no others, the last one is.
 
     Args:
         loads: int64 [steps, layers, experts, source ranks]: assignments (see `hecate.parallel.values.loads`).
@@ -119,6 +120,9 @@ def simulate(
 _RESHARDING = ("hecate_paper", "auto")
 _REPLANS = {"smartmoe": (10, 2)}
 """policy -> the steps from one of its plans to the next, and the last steps whose mean loads it plans from"""
+_PLANNED_SHARE = 0.9
+_LONG_RUN = 200.0
+"""steps, to which `expected_uses` grows where replicas are never given up"""
 _OF_FULLEST_STEP = ("replica_bytes_D", "replicas_D", "frozen_parts_D", "served_tokens_D", "most_tokens_D")
 """the figures of `Simulated` that are those of the fullest step, rank by rank"""
 
@@ -127,7 +131,8 @@ def slots_in_memory(
     topology: Topology, cost: LayerCost, *, num_layers: int, num_experts: int, other_bytes: float = 0.0, rematerialize: bool = False
 ) -> np.ndarray:
     """int64 [ranks]: replicas of others' experts for which each device has room, in each layer: half of what is left, the other half being
-    for activations.
+    for activations; where experts have frozen parts, which stay, and `_PLANNED_SHARE` of every device holds all of them, as many slots as
+    experts (as in `hecate.model.sizes.replica_slots`).
 
     Args:
         other_bytes: what every rank holds beside its experts.
@@ -137,9 +142,22 @@ def slots_in_memory(
     room_D = (np.asarray(topology.memory) - other_bytes - owned).clip(0) / 2
     one_layer = cost.replica_bytes - cost.frozen_bytes
     each = cost.frozen_bytes * num_layers + one_layer * (1 if rematerialize else num_layers)
-    if each == 0:
+    others = num_experts - num_experts // topology.world_size
+    holds_all = (other_bytes + owned + each * others <= _PLANNED_SHARE * np.asarray(topology.memory)).all()
+    if each == 0 or (cost.frozen_bytes and holds_all):
         return np.full(topology.world_size, num_experts)
     return np.minimum(room_D / each, num_experts).astype(np.int64)
+
+
+def lifetime_in(slots_D: np.ndarray, num_experts: int, otherwise: Lifetime) -> Lifetime:
+    """Return over how many steps planners pay a replica's frozen part in a forecast of a long run.
+
+    Where every rank has slots for all experts, each is brought once and never given up, which training learns in its first hundred steps.
+
+    Args:
+        otherwise: where slots may run out.
+    """
+    return (lambda layers: _LONG_RUN) if (slots_D >= num_experts).all() else otherwise
 
 
 def fullest_owner_bytes(topology: Topology, cost: LayerCost, *, num_layers: int, num_experts: int) -> float:
@@ -174,7 +192,7 @@ class _PolicyRun:
     def result(self) -> Simulated:
         """Run all steps."""
         steps = [self._one_step(step) for step in range(len(self._loads))]
-        counted = steps[1:] or steps
+        counted = steps[self._setting.settling :] or steps[-1:]
         num_layers = self._loads.shape[1]
         scale = (self._setting.num_layers or num_layers) / num_layers
         return Simulated(

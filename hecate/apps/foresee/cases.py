@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 
 from hecate.apps.foresee.sharding_groups import ep_group_sizes, simulate_groups, sum_over_groups, with_sum
-from hecate.config.files.presets import find_preset
+from hecate.config.files.presets import base_named, find_preset, preset_names
 from hecate.errors import UserError
 from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cluster.step_spread import step_spread
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cluster.topology_file import load_topology
 from hecate.parallel.cost.cost_model import HISTORY, ExecutionMode, LayerCost, PlanChoice, PlanMode, RouteChoice
@@ -21,8 +22,9 @@ from hecate.parallel.cost.model_shapes import ModelShape, load_model_shape
 from hecate.parallel.plan.measured_modes import execution_of
 from hecate.parallel.planners import COLLECTIVES, POLICIES, ROWS, WITH_OURS
 from hecate.parallel.simulate.simulated_step import Setting
-from hecate.parallel.simulate.simulator import Simulated, fullest_owner_bytes, simulate, slots_in_memory
+from hecate.parallel.simulate.simulator import Simulated, fullest_owner_bytes, lifetime_in, simulate, slots_in_memory
 from hecate.parallel.simulate.workloads import WORKLOADS
+from hecate.parallel.transfer.residency import expected_uses
 from hecate.parallel.values.megatron_traces import load_megatron_trace
 from hecate.parallel.values.placement import contiguous_owners
 from hecate.parallel.values.policy_names import FORMER_NAMES, current_name, renamed
@@ -95,6 +97,7 @@ class Case:
             "workload": self.workload,
             "tokens_per_rank": self.tokens_per_rank,
             "shard_size": options.shard_size or topology.world_size,
+            "spread": asdict(step_spread(topology)),
         }
         tokens = self.tokens_per_rank * topology.world_size
         per_second = sum(topology.price_per_hour) / 3600
@@ -130,13 +133,16 @@ class Case:
         other_bytes = model.replicated_bytes()
 
         def of_group(loads: np.ndarray, part: Topology, cost: LayerCost) -> list[Simulated]:
+            slots_D = slots_in_memory(part, cost, **sizes, other_bytes=other_bytes, rematerialize=options.execution.rematerialize)
             return simulate(
                 loads,
                 {name: ROWS[name]},
                 Setting(
                     topology=part,
                     cost=cost,
-                    slots_D=slots_in_memory(part, cost, **sizes, other_bytes=other_bytes, rematerialize=options.execution.rematerialize),
+                    slots_D=slots_D,
+                    lifetime=lifetime_in(slots_D, model.experts, expected_uses),
+                    settling=2 if cost.frozen_bytes else 1,
                     execution=options.execution,
                     max_imbalance=options.max_imbalance,
                     num_layers=num_layers,
@@ -212,6 +218,11 @@ def synthetic_cases(
         UserError: a name or a file is wrong, or a number out of range.
     """
     machines = topology_named(topology, price_per_hour)
+    if model not in preset_names("models") and base_named(model):
+        raise UserError(
+            f"--model {model}: is a base without experts, which a configuration gives it\n"
+            f"  hecate plan mixlora model.name_or_path={model} --topology {topology}"
+        )
     shape = load_model_shape(find_preset("models", "model", model))
     if experts is not None:
         shape = replace(shape, experts=experts)

@@ -19,7 +19,7 @@ from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.plan.measured_modes import execution_of
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulate.simulated_step import Setting, StepBytes
-from hecate.parallel.simulate.simulator import Simulated, mean_modes, simulate
+from hecate.parallel.simulate.simulator import Simulated, lifetime_in, mean_modes, simulate
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.transfer.residency import Residency
 from hecate.parallel.values.optimizer_state import expert_spec, owner_bytes
@@ -143,7 +143,8 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
                 ),
                 max_imbalance=config.fssdp.max_imbalance,
                 window=config.fssdp.load_window,
-                lifetime=_of_long_runs,
+                lifetime=lifetime_in(slots_D, group.experts, _of_long_runs),
+                settling=2 if cost.frozen_bytes else 1,
                 num_layers=group.number,
                 choose_modes=choose_modes,
                 owner_E=owner_E,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from rich.table import Table
 
 from hecate.apps.foresee.dry_run import Forecast, PolicyForecast, fits, forecast
+from hecate.apps.foresee.purchase import purchase, purchase_lines
 from hecate.apps.foresee.report import modes_table
 from hecate.config import Config
 from hecate.errors import UserError
 from hecate.io.terminal import new_console
 from hecate.model.sizes.memory import PHASES
 from hecate.model.sizes.run_shape import run_shape
+from hecate.parallel.cluster.step_spread import step_spread
 from hecate.parallel.simulate.workloads import WORKLOADS
 from hecate.parallel.values.traces import load_trace
 
@@ -24,20 +27,32 @@ _UNITS = (("ms", 1e-3), ("s", 1.0), ("h", 3600.0))
 """in which times may be shown, and their seconds"""
 
 
-def run_plan(config: Config, *, topology: str | None, ranks: int | None, workload: str, trace: Path | None, json_path: Path | None) -> None:
-    """Print the memory of each phase on the fullest rank, and the step under every policy.
+def run_plan(
+    config: Config,
+    *,
+    topology: str | None,
+    ranks: int | None,
+    loads: str | Path,
+    json_path: Path | None,
+    price_per_hour: float | None = None,
+) -> None:
+    """Print the memory of each phase on the fullest rank, the step under every policy, and what the run would take and cost.
 
     Args:
         topology: a preset or a file that replaces the configuration's topology.
         ranks: the number of ranks, if the topology is `auto`.
-        trace: a run's folder `loads` to predict with, in place of the workload.
+        loads: the name of a workload, or a run's folder `loads` to predict with.
+        price_per_hour: of a device, in place of the topology's.
 
     Raises:
         UserError: a file is missing or damaged, a name is unknown, or the model is not supported.
     """
-    if workload not in WORKLOADS:
-        raise UserError(f"--workload {workload}: unknown\n  there are {', '.join(WORKLOADS)}")
-    found = forecast(run_shape(config, topology, ranks), workload if trace is None else load_trace(trace))
+    if isinstance(loads, str) and loads not in WORKLOADS:
+        raise UserError(f"--workload {loads}: unknown\n  there are {', '.join(WORKLOADS)}")
+    run = run_shape(config, topology, ranks)
+    if price_per_hour is not None:
+        run = replace(run, topology=replace(run.topology, price_per_hour=(price_per_hour,) * run.topology.world_size))
+    found = forecast(run, loads if isinstance(loads, str) else load_trace(loads))
     console = new_console(width=None if new_console().is_terminal else _WIDTH, highlight=False)
     for note in found.run.notes:
         console.print(note, markup=False, soft_wrap=True)
@@ -46,9 +61,11 @@ def run_plan(config: Config, *, topology: str | None, ranks: int | None, workloa
         console.print(part)
     if modes := modes_table([(one.policy, one.plan_modes) for one in found.policies]):
         console.print(modes)
+    for line in purchase_lines(found):
+        console.print(line, markup=False)
     if json_path is not None:
         try:
-            json_path.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+            json_path.write_text(json.dumps(found.as_dict() | {"purchase": purchase(found)}, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{json_path}: cannot be written: {error.strerror or error}") from error
 
@@ -96,16 +113,18 @@ def _policy_tables(found: Forecast, width: int) -> list[Table]:
         tables.append(table)
     sharing = f" in sharding groups of {run.mesh.shard_size}" if run.mesh.num_sharding_groups > 1 else ""
     tables[0].title = f"One step on {run.topology_name}, {run.topology.world_size} ranks{sharing}, {found.workload} loads"
-    tables[
-        0
-    ].caption = f"{unit}; port, uplink: MB through the busiest one; *: does not fit the devices' memory; first: the configured policy"
+    tables[0].caption = (
+        f"{unit}, as a range; its parts: at the topology's rates; port, uplink: MB through the busiest one; *: does not fit the devices' "
+        "memory; first: the configured policy"
+    )
     return tables
 
 
 def _policy_cells(one: PolicyForecast, found: Forecast, unit: float) -> list[str]:
     return [
         one.policy + "*" * (not fits(one, found.run)),
-        *(f"{seconds / unit:.1f}" for seconds in (one.step_seconds, *one.parts.values())),
+        step_spread(found.run.topology).text(one.step_seconds / unit),
+        *(f"{seconds / unit:.1f}" for seconds in one.parts.values()),
         f"{one.imbalance:.2f}",
         *(f"{size / 1e6:.1f}" for size in (one.bytes.busiest_port, one.bytes.busiest_uplink)),
         f"{one.memory_PD.max() / 1e9:.2f}",

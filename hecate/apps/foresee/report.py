@@ -12,14 +12,21 @@ from rich.console import Console
 from rich.table import Table
 
 from hecate.apps.foresee.cases import BASELINE
+from hecate.apps.foresee.purchase import replication_line
 from hecate.errors import UserError
 from hecate.io.terminal import new_console
+from hecate.parallel.cluster.step_spread import StepSpread
 from hecate.parallel.simulate.simulator import mean_modes
 
 Row = dict[str, Any]
 
+_TIE = 1.05
+"""up to this ratio of their prices, clusters are called equally cheap"""
 SPEEDUP = f"speedup_over_{BASELINE}"
 COST = "cost_per_million_tokens"
+_CASE = ("topology", "model", "experts", "tokens_per_rank", "workload")
+_MOST_NOTES = 6
+"""how many lines about single cases are printed"""
 _NARROW, _WIDE = 80, 160
 """the widths in characters of tables that are not printed to a terminal; a wide one is that wide everywhere"""
 
@@ -36,6 +43,8 @@ def print_rows(rows: Sequence[Row], *, wide: bool = False) -> None:
     width = None if new_console().is_terminal else _NARROW
     console = new_console(width=_WIDE if wide else width, highlight=False)
     _print_tables(console, rows, wide=wide)
+    for line in _notes(rows):
+        console.print(line, markup=False)
     by_policy = [(group[0]["policy"], mean_modes([row.get("plan_modes") for row in group])) for group in grouped(rows, ("policy",))]
     if modes := modes_table(by_policy):
         console.print(modes)
@@ -58,8 +67,23 @@ def modes_table(shares: Sequence[tuple[str, dict[str, float] | None]]) -> Table 
     return table
 
 
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """Lines on what times rest on, and on policies whose rows need an explanation."""
+    spreads = {(row["topology"], StepSpread(**row["spread"])): None for row in rows}
+    lines = [f"{topology}: {spread.note}" for topology, spread in spreads]
+    for case in grouped(rows, _CASE):
+        seconds = {row["policy"]: float(row["step_seconds"]) for row in case if row["fits_memory"]}
+        where = f"{case[0]['model']} on {case[0]['topology']}, {case[0]['workload']}: "
+        lines += [where + line for line in replication_line(seconds, case[0]["ranks"])]
+        all_seconds = {row["policy"]: float(row["step_seconds"]) for row in case}
+        if BASELINE in all_seconds and all_seconds.get("hecate_paper") == all_seconds[BASELINE] and case[0]["ranks"] > 1:
+            lines.append(f"{where}hecate_paper copies only experts that travel hidden behind a layer's attention: here none, as {BASELINE}")
+    few = lines[: len(spreads) + _MOST_NOTES]
+    return [*few, f"and {len(lines) - len(few)} more lines like these"] if len(lines) > len(few) else few
+
+
 def _print_tables(console: Console, rows: Sequence[Row], *, wide: bool) -> None:
-    cases = grouped(rows, ("topology", "model", "experts", "tokens_per_rank", "workload"))
+    cases = grouped(rows, _CASE)
     if len(cases) == 1:
         console.print(_detail(rows) if wide else _policies(rows))
         return
@@ -101,11 +125,11 @@ def _policies(rows: Sequence[Row]) -> Table:
         memory = f"{row['memory_bytes'] / 1e9:.1f}"
         table.add_row(
             row["policy"] + _mark([row]),
-            f"{1e3 * row['step_seconds']:.1f}",
+            StepSpread(**row["spread"]).text(1e3 * row["step_seconds"]),
             _times(row[SPEEDUP]),
             f"{row['imbalance']:.2f}",
             memory,
-            *([f"{row[COST]:.3g}"] if priced else []),
+            *([StepSpread(**row["spread"]).text(row[COST])] if priced else []),
         )
     table.caption = _TOO_LARGE * bool(_mark(rows)) + _PRICED * priced
     table.caption += (
@@ -134,15 +158,19 @@ def _clusters(rows: Sequence[Row]) -> Table:
     for group, cost in zip(best, costs, strict=True):
         row, seconds = group[0], mean_seconds(group)
         speed = row["ranks"] * row["tokens_per_rank"] / seconds
-        cells = [row["topology"], str(row["ranks"]), row["policy"] + _mark(group), f"{1e3 * seconds:.1f}", f"{speed:,.0f}"]
+        spread = StepSpread(**row["spread"])
+        cells = [row["topology"], str(row["ranks"]), row["policy"] + _mark(group), spread.text(1e3 * seconds), spread.inverse_text(speed)]
         cells.append(f"{max(one['memory_bytes'] for one in group) / 1e9:.1f}")
         if priced:
-            cells.append("-" if cost is None else f"{cost:.3g}")
+            cells.append("-" if cost is None else spread.text(cost))
         lines.append((cost is None, -speed if cost is None else cost, cells))
     for _, _, cells in sorted(lines):
         table.add_row(*cells)
     marked = any(_mark(group) for group in best)
     table.caption = _TOO_LARGE * marked + _PRICED * priced + "each cluster with the fastest of the policies that fit it"
+    known = [cost for cost in costs if cost is not None]
+    if len(known) > 1 and max(known) <= _TIE * min(known):
+        table.caption += f"\nprices tie within {max(known) / min(known) - 1:.0%}: choose by memory, and by how long you can wait"
     return table
 
 
@@ -167,7 +195,7 @@ def mean_cost(rows: Sequence[Row]) -> float | None:
 def _ranges(rows: Sequence[Row], keys: tuple[str, ...], title: str) -> Table:
     """A line for each policy, the best first: the geometric mean of all lines that `_speedups` has, the least and the largest."""
     relative = rows[0][SPEEDUP] is not None
-    table = Table(title=title if relative else title.replace(f"Speed-up over {BASELINE}", "Milliseconds a step"))
+    table = Table(title=title if relative else title.replace(f"Speed-up over {BASELINE}", "Milliseconds a step, at the topology's rates"))
     table.add_column("policy")
     for name in ("geo-mean", "least", "with", "most", "with"):
         table.add_column(name, justify="left" if name == "with" else "right")
@@ -194,7 +222,7 @@ def _figure(value: float, relative: bool) -> str:
 
 
 def _detail(rows: Sequence[Row]) -> Table:
-    table = Table(title=f"{_title(rows[0])}, {rows[0]['workload']}: one step")
+    table = Table(title=f"{_title(rows[0])}, {rows[0]['workload']}: one step, at the topology's rates")
     table.add_column("policy")
     numbers = ("ms", "speed-up", "attention", "experts", "tokens", "exposed", "optim.", "gather", "reduce")
     for name in (*numbers, "max/mean", "port MB", "uplink MB", "memory GB", "plan ms/layer"):
@@ -224,7 +252,7 @@ def _speedups(rows: Sequence[Row], keys: tuple[str, ...], title: str) -> Table:
     """Return a table with a line for each value of `keys`, a column for each policy, and the geometric mean of all lines."""
     policies = list(dict.fromkeys(row["policy"] for row in rows))
     relative = rows[0][SPEEDUP] is not None
-    table = Table(title=title if relative else title.replace(f"Speed-up over {BASELINE}", "Milliseconds a step"))
+    table = Table(title=title if relative else title.replace(f"Speed-up over {BASELINE}", "Milliseconds a step, at the topology's rates"))
     for key in keys:
         table.add_column(key)
     for policy in policies:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from hecate.config.files.hub import hub_hint
-from hecate.config.files.presets import base_presets
+from hecate.config.files.presets import base_named, base_presets
 from hecate.config.problems import shorten
 from hecate.errors import UserError
 
@@ -42,7 +42,7 @@ def find_model(name_or_path: str, *, weights: bool = True) -> Path:
 
     Args:
         weights: False where only the model's sizes are wanted: it may then also be a folder with config.json alone, a file like that, or
-            the name of one in configs/bases.
+            the name of one in configs/bases, or a path that is not there and ends in such a model's name.
 
     Raises:
         UserError: there is no such file or folder.
@@ -52,8 +52,8 @@ def find_model(name_or_path: str, *, weights: bool = True) -> Path:
     path, shown = Path(name_or_path), shorten(name_or_path)
     if not os.path.exists(path):
         known = base_presets()
-        if not weights and name_or_path in known:
-            return known[name_or_path]
+        if not weights and (base := base_named(name_or_path)):
+            return base
         sizes = "" if weights else f" To plan by sizes alone, give one of the names {', '.join(known)}."
         raise UserError(f"no such file or folder: {shown}\nGive a local path; nothing is downloaded.{hub_hint(name_or_path)}{sizes}")
     if os.path.isdir(path):

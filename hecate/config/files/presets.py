@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from hecate.errors import UserError
+from hecate.io.plain_files import read_plain_text
+from hecate.io.strict_yaml import MOST_BYTES
 
 _CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -23,6 +25,19 @@ def run_presets() -> dict[str, Path]:
 def base_presets() -> dict[str, Path]:
     """Files with the sizes of well-known base models, as transformers' config.json has them, by their names, sorted."""
     return {path.stem: path for path in sorted((_CONFIGS / "bases").glob("*.yaml"))}
+
+
+def base_named(name_or_path: str) -> Path | None:
+    """Return the file of `base_presets` for a name, or for the last part of a path, such as models/Qwen3-30B-A3B; None: there is none.
+
+    A file's first line names the model that it has the sizes of: "# Sizes of Qwen/Qwen3-30B-A3B."
+    """
+    last = Path(name_or_path).name.lower()
+    for stem, path in base_presets().items():
+        model = read_plain_text(path, MOST_BYTES).partition("\n")[0].removesuffix(".").rpartition("/")[2]
+        if last in (stem, model.lower()):
+            return path
+    return None
 
 
 def chat_templates() -> dict[str, Path]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from hecate.config import Config, find_model
-from hecate.config.files.presets import find_preset
+from hecate.config.files.presets import base_named, find_preset
 from hecate.config.files.topology import AUTO
 from hecate.config.rules.of_apps import single_sequences
 from hecate.config.sections import OPTIMIZERS
@@ -20,6 +20,7 @@ from hecate.errors import UserError
 from hecate.experts.pairs.source_table import PAIR_SOURCES, trains_a
 from hecate.model.sizes.base_shape import BaseShape, LayerShape, read_base_shape
 from hecate.parallel.cluster.mesh import Mesh, make_mesh
+from hecate.parallel.cluster.step_spread import GPU_FLOPS
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cluster.topology_cards import RankDevice, SeenTopology, topology_of_devices
 from hecate.parallel.cluster.topology_file import load_topology
@@ -42,8 +43,6 @@ from hecate.ranks.processor import computes_bfloat16
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float64": 8}
 _DRIVER = Path("/proc/driver/nvidia/gpus")
-_GPU_FLOPS = 1e13
-"""The speed from which on a device counts as a GPU and computes in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -253,8 +252,16 @@ def shape_on(config: Config, seen: SeenTopology, name: str) -> RunShape:
         ),
         pool_shapes(base, config),
         None if users is None else users.width,
-        seen.notes,
+        (*_base_notes(config.model.name_or_path), *seen.notes),
     )
+
+
+def _base_notes(name_or_path: str) -> tuple[str, ...]:
+    """What a user should know where a base's sizes stand in for a folder that is not there."""
+    base = None if Path(name_or_path).exists() else base_named(name_or_path)
+    if base is None or base.stem == name_or_path:
+        return ()
+    return (f"{name_or_path} is not there: planned with the sizes of configs/bases/{base.name}",)
 
 
 def _sequences(config: Config, topology: Topology) -> np.ndarray:
@@ -275,7 +282,7 @@ def has_gpus(topology: Topology) -> bool:
 
 def _is_gpu(topology: Topology) -> np.ndarray:
     """bool [ranks]"""
-    return np.asarray(topology.flops) >= _GPU_FLOPS
+    return np.asarray(topology.flops) >= GPU_FLOPS
 
 
 def base_shape_of(config: Config) -> tuple[BaseShape, Config]:
@@ -442,7 +449,7 @@ def _local_cards(driver: Path) -> list[str]:
 def _dtype(config: Config, topology: Topology) -> str:
     if config.model.dtype != "auto":
         return config.model.dtype
-    if min(topology.flops) >= _GPU_FLOPS:
+    if min(topology.flops) >= GPU_FLOPS:
         return "bfloat16"
     if config.model.front_end == "megatron":
         return "float32"

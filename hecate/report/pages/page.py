@@ -7,7 +7,9 @@ the run has left nothing to say.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -22,10 +24,12 @@ from hecate.report.pages.expert_pictures import expert_sections
 from hecate.report.pages.page_parts import NOT_RECORDED, bytes_text, figure, not_recorded, section, table
 from hecate.report.pages.style import STYLE
 from hecate.report.pages.svg import Bar, Line, area_chart, bar_chart, line_chart, number_text
-from hecate.report.run_records import RunRecords
+from hecate.report.run_records import RunRecords, read_run
 
 MOST_RANKS, MOST_EVENTS = 16, 40
 """how many ranks, and how many events, a page shows at once"""
+RELOAD_SECONDS = 10
+"""after which a page about a run under way is written again"""
 MOST_TASKS = 16
 """how many tasks have curves"""
 
@@ -42,11 +46,12 @@ class PlannedMemory:
     """whether the devices are GPUs"""
 
 
-def report_page(run: RunRecords, planned: PlannedMemory | str) -> str:
+def report_page(run: RunRecords, planned: PlannedMemory | str, *, reload_seconds: int | None = None) -> str:
     """Return the page.
 
     Args:
         planned: the memory that was predicted, or why nothing could be.
+        reload_seconds: after which a browser reads the page again; None: it does not.
     """
     sections = (
         _overview(run),
@@ -58,12 +63,18 @@ def report_page(run: RunRecords, planned: PlannedMemory | str) -> str:
         _memory(run, planned),
         _events(run),
     )
+    return document(f"{run.name}: report of a training run", "".join(sections), reload_seconds)
+
+
+def document(title: str, body: str, reload_seconds: int | None = None) -> str:
+    """Return a whole page of HTML sections."""
+    again = f'<meta http-equiv="refresh" content="{reload_seconds}">' if reload_seconds else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; img-src data:\">"
-        f'<link rel="icon" href="data:,"><title>{escape(run.name)}: report of a training run</title>'
-        f"<style>{STYLE}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
+        f'{again}<link rel="icon" href="data:,"><title>{escape(title)}</title>'
+        f"<style>{STYLE}</style></head><body><main>{body}</main></body></html>\n"
     )
 
 
@@ -78,6 +89,19 @@ def write_page(path: Path, page: str) -> Path:
     except OSError as error:
         raise UserError(f"{path}: the report cannot be written: {error.strerror or error}\n  give another file with -o") from error
     return path
+
+
+def write_report(folder: Path, place: Path, planned: PlannedMemory | str, *, follow: bool) -> Path:
+    """Write the report of a run and return where it is; with `follow` again every `RELOAD_SECONDS` until the run is finished or Ctrl-C.
+
+    Raises:
+        UserError: records cannot be read, or the disk refuses.
+    """
+    with suppress(KeyboardInterrupt):
+        while follow and not _state(records := read_run(folder)).endswith("finished"):
+            write_page(place, report_page(records, planned, reload_seconds=RELOAD_SECONDS))
+            time.sleep(RELOAD_SECONDS)
+    return write_page(place, report_page(read_run(folder), planned))
 
 
 def _has_experts(run: RunRecords) -> bool:

@@ -16,15 +16,17 @@ STYLE = (
     + """
 *{box-sizing:border-box}
 body{margin:0;background:var(--page);color:var(--text);font:15px/1.5 system-ui,sans-serif}
-main{max-width:1000px;margin:0 auto;padding:16px}
+main{max-width:1400px;margin:0 auto;padding:16px;columns:330px;column-gap:12px}
+header{column-span:all}
 h1{font-size:1.5rem;margin:.2em 0;overflow-wrap:anywhere}
-h2{font-size:1.15rem;margin:1.6em 0 .5em}
+h2{font-size:1.1rem;margin:.2em 0 .4em;break-after:avoid}
 h3{font-size:.95rem;margin:0 0 .3em}
 p{margin:.3em 0;overflow-wrap:anywhere}
 .dim,figcaption{color:var(--dim);font-size:.9rem}
-.tiles,.parts{display:grid;gap:12px;grid-template-columns:repeat(auto-fill,minmax(min(100%,400px),1fr))}
-.tiles{grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}
-.tile,figure,.table{background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:12px;margin:0;min-width:0}
+.tiles{display:grid;gap:12px;margin:8px 0 12px;grid-template-columns:repeat(auto-fit,minmax(150px,1fr))}
+.tile,figure,.table{break-inside:avoid;min-width:0}
+.tile,figure,.table{background:var(--card);border:1px solid var(--edge);border-radius:8px;padding:10px 12px;margin:0 0 12px}
+.tile{margin:0}
 .tile b{display:block;font-size:1.1rem;overflow-wrap:anywhere}
 .tile span{color:var(--dim);font-size:.85rem}
 .table{overflow-x:auto}
@@ -42,6 +44,5 @@ th{color:var(--dim);font-weight:600;overflow-wrap:normal}
 .cells{image-rendering:pixelated}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;margin:.3em 0}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px;background:var(--own)}
-details{grid-column:1/-1}
 """
 )

@@ -39,7 +39,7 @@ ROW_KEYS = {
         "imbalance",
     ),
     *("replica_bytes", "memory_bytes", "fits_memory", "planner_ms_per_layer", "tokens_per_second", COST, SPEEDUP),
-    *("shard_size", "baseline_shard_size", "plan_modes"),
+    *("shard_size", "baseline_shard_size", "plan_modes", "spread"),
 }
 
 
@@ -334,6 +334,7 @@ def rows(**changes: Any) -> list[dict[str, Any]]:
         "memory_bytes": 1e9,
         "fits_memory": True,
         "planner_ms_per_layer": 0.1,
+        "spread": {"least": 2.0, "most": 3.0, "source": "two runs", "calibrated": False},
     }
     return [
         common | {"policy": policy, "step_seconds": seconds, SPEEDUP: 4 / seconds, COST: None, **changes}
@@ -362,7 +363,7 @@ def test_many_models_are_shown_over_their_workloads(capsys: pytest.CaptureFixtur
     print_rows([*rows(), *rows(workload="burst", **{SPEEDUP: 9.0}), *rows(model="large")], wide=True)
     shown = capsys.readouterr().out
     assert "geometric mean over 2 workloads" in " ".join(shown.split())
-    (line,) = [line for line in shown.splitlines() if "small" in line]
+    (line,) = [line for line in shown.splitlines() if "small" in line and "│" in line]
     assert "6.00x" in line
 
 
@@ -378,7 +379,7 @@ def test_a_narrow_table_has_the_fastest_policy_first(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 80
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
-    assert cells == [["full", "1000.0", "4.00x", "1.25", "1.0"], ["static_ep", "4000.0", "1.00x", "1.25", "1.0"]]
+    assert cells == [["full", "2,000-3,000", "4.00x", "1.25", "1.0"], ["static_ep", "8,000-12,000", "1.00x", "1.25", "1.0"]]
 
 
 def test_a_narrow_table_has_a_cost_where_a_price_is_known(capsys: pytest.CaptureFixture[str]) -> None:
@@ -387,7 +388,7 @@ def test_a_narrow_table_has_a_cost_where_a_price_is_known(capsys: pytest.Capture
     assert max(map(len, shown.splitlines())) <= 80
     assert "cost: of a million tokens, in the currency of price_per_hour" in shown
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
-    assert [line[-1] for line in cells] == ["0.123", "0.123"]
+    assert [line[-1] for line in cells] == ["0.247-0.37", "0.247-0.37"]
 
 
 def test_clusters_are_compared_by_cost_and_then_by_speed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,9 +400,9 @@ def test_clusters_are_compared_by_cost_and_then_by_speed(capsys: pytest.CaptureF
     assert max(map(len, shown.splitlines())) <= 80
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
     assert [line for line in cells if len(line) == 7] == [
-        ["second", "2", "static_ep", "4000.0", "32", "1.0", "0.25"],
-        ["here", "2", "full", "1000.0", "128", "1.0", "0.5"],
-        ["third", "4", "full", "1000.0", "256", "1.0", "-"],
+        ["second", "2", "static_ep", "8,000-12,000", "10.7-16", "1.0", "0.5-0.75"],
+        ["here", "2", "full", "2,000-3,000", "42.7-64", "1.0", "1-1.5"],
+        ["third", "4", "full", "2,000-3,000", "85.3-128", "1.0", "-"],
     ]
 
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import re
-import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +21,7 @@ from hecate.report.pages.page_parts import bytes_text
 from hecate.report.run_records import MOST_BINS, read_run
 from testing.browser import NAMES, Browser, find_browser, open_page
 from tests.hecate.report.made_runs import LINEARS, a_step, usual_records, write_run
+from tests.hecate.report.pages.sound_page import Sound, pictures
 
 PLANNED = PlannedMemory(np.array([650_000.0]), {"base weights": 600_000.0, "replicas": 50_000.0}, on_gpu=False)
 SECTIONS = [
@@ -40,45 +38,6 @@ SECTIONS = [
 ]
 NEW_FIELDS = ("parts", "ranks", "static_imbalance", "copies", "new_copies", "bytes_between_nodes", "peak_bytes")
 """what earlier versions have not recorded"""
-
-
-class Sound(HTMLParser):
-    """Refuses tags that do not match; collects headings and texts."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.headings: list[str] = []
-        self.texts: list[str] = []
-        self.outside: list[str] = []
-        self.feed(page)
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        assert tag != "script"
-        self.outside += [value or "" for name, value in attributes if name in ("href", "src") and not (value or "").startswith("data:")]
-        if tag not in ("meta", "link", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attributes)
-        self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.texts.append(data)
-        if self.open and self.open[-1] == "h2":
-            self.headings.append(data)
-
-    @property
-    def text(self) -> str:
-        return " ".join(self.texts)
-
-
-def pictures(page: str) -> list[ElementTree.Element]:
-    return [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL)]
 
 
 def page_of(folder: Path, planned: PlannedMemory | str = PLANNED) -> tuple[str, Sound]:
