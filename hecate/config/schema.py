@@ -265,6 +265,8 @@ class Config:
     """The shape of the learning-rate curve after warm-up."""
     warmup_ratio: float = field(default=0.0, metadata=key(SHARE))
     """The share of max_steps over which the learning rate rises linearly to its peak."""
+    warmup_steps: int | None = field(default=None, metadata=key(WHOLE))
+    """The same as a number of steps, in the place of warmup_ratio. null: warmup_ratio says it."""
     weight_decay: float = field(default=0.0, metadata=key(AT_LEAST_ZERO))
     """AdamW's decoupled weight decay."""
     weight_decay_exclude: tuple[str, ...] = ()

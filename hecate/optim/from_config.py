@@ -37,4 +37,7 @@ def gradient_rule(config: Config) -> GradientRule:
 
 
 def learning_rate(config: Config) -> LearningRate:
-    return LearningRate(config.learning_rate, schedule(config.lr_scheduler_type, config.max_steps, config.warmup_ratio))
+    warmup, steps = config.warmup_steps, config.max_steps
+    # A schedule rounds a share up to whole steps, so half a step less leaves no room for rounding.
+    share = config.warmup_ratio if warmup is None else max(0, warmup - 0.5) / max(1, steps)
+    return LearningRate(config.learning_rate, schedule(config.lr_scheduler_type, steps, share))
