@@ -189,17 +189,18 @@ def make_tasks(
 
 def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of axolotl, LLaMA-Factory or TRL")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="RECIPE", help="new YAML file; left out, only the table is shown")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="RECIPE", help="new YAML file; left out, only the table is shown")
+    ] = None,
     drop: Annotated[list[str] | None, typer.Option(help="a key that is refused, to be left out; may be given several times")] = None,
 ) -> None:
     """Make a recipe of a configuration of axolotl, LLaMA-Factory or TRL, and say of each of its keys what becomes of it.
 
     If a key is refused nothing is written, and the exit status is 2.
     """
-    from hecate.apps.convert.convert import convert as convert_file
-    from hecate.apps.convert.convert import read, write
+    from hecate.apps.convert.convert import convert_file, write
 
-    converted = convert_file(file, read(file), drop or ())
+    converted = convert_file(file, drop or ())
     show_text(converted.table())
     if out is not None:
         write(converted, file, out)
