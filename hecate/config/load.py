@@ -65,9 +65,9 @@ def load_config(
     report = Report(file)
     presets = f"give the path of a YAML file, or one of the presets {', '.join(run_presets())}"
     root = read_mapping(file, missing=presets, empty=f"it must give at least {', '.join(REQUIRED)}")
-    if any(isinstance(name, Scalar) and name.text not in (*LEAF_TYPES, *SECTIONS) for name, _ in root.pairs):
-        if theirs := other_names.whole_file(file):
-            raise ConfigError([Problem(file, "", theirs)])
+    unknown = any(isinstance(name, Scalar) and name.text not in (*LEAF_TYPES, *SECTIONS) for name, _ in root.pairs)
+    if unknown and (theirs := other_names.whole_file(file)):
+        raise ConfigError([Problem(file, "", theirs)])
     given = {key: (node, file) for key, node in _flatten(root, "", file, report)}
     overriding = _read_overrides(overrides, report)
     for key, other in (_LENGTHS, _LENGTHS[::-1]):

@@ -18,7 +18,7 @@ _FIELDS = {"field_instruction": "instruction", "field_input": "input", "field_ou
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history", "tools": "tools"}
 """LLaMA-Factory's"""
 _READ = "path id type split name config data_files field field_messages message_property_mappings message_field_role message_field_content"
-_KNOWN = {*_READ.split(), *_FIELDS, *"ds_type roles trust_remote_code shards columns weight".split()}
+_KNOWN = {*_READ.split(), *_FIELDS, "ds_type", "roles", "trust_remote_code", "shards", "columns", "weight"}
 _FORMATS = {"alpaca": "alpaca", "completion": "text", "pretrain": "text", "None": None}
 
 
@@ -33,6 +33,8 @@ def data_of(name: str, value: Any, theirs: Theirs) -> Answer:
         gives = {key: _unique(_sources(name, value, theirs))}
         if name == "dataset_name" and holds_out(theirs):
             gives["data.eval"] = [_entry(_whole(value, theirs) | {"split": theirs.get("dataset_test_split") or "test"})]
+        if tests := _unique(_sources("dataset_mixer test", value, theirs)) if name == "dataset_mixer" else []:
+            gives["data.eval"] = tests
     except CannotSay as problem:
         return refused(str(problem))
     return carry(gives | ({"hub": True} if any(on_hub(one["path"]) for sources in gives.values() for one in sources) else {}))
@@ -64,8 +66,8 @@ def _records(path: str) -> int:
 def _sources(name: str, value: Any, theirs: Theirs) -> list[Source]:
     if name in ("dataset", "eval_dataset") and isinstance(value, str):
         return [_of_info(one.strip(), Path(str(theirs.get("dataset_dir") or "data"))) for one in value.split(",")]
-    if name == "dataset_mixer" and isinstance(value, dict):  # names and weights, whose splits stand beside
-        splits = [one for one in theirs.get("dataset_splits") or ["train"] if not one.startswith("test")]
+    if name.startswith("dataset_mixer") and isinstance(value, dict):  # names and weights, whose splits stand beside
+        splits = [one for one in theirs.get("dataset_splits") or ["train"] if one.startswith("test") == name.endswith("test")]
         value = [{"path": path, "split": split, "weight": weight} for path, weight in value.items() for split in splits]
     if isinstance(value, dict):
         if extra := sorted(value.keys() - {"datasets", "seed"}):

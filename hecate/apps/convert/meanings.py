@@ -40,8 +40,7 @@ SAME: dict[str, str] = {
 }
 """hecate's key, and what others call it"""
 LEFT: dict[str, str] = {
-    "tokenizer_name tokenizer_name_or_path tokenizer_type use_fast_tokenizer is_llama_derived_model model_type model_revision": "the model's "
-    "folder says it; with model.front_end=megatron write model.tokenizer",
+    "tokenizer_type use_fast_tokenizer is_llama_derived_model model_type": "the model's folder says it",
     "special_tokens eos_token pad_token": "the tokenizer's own are used; change them in the model's folder where they differ",
     "trust_remote_code": "models are transformers' own classes, and no code of a model's folder runs",
     "tf32": "float32 matmuls are computed in full precision",
@@ -51,25 +50,25 @@ LEFT: dict[str, str] = {
     "fsdp fsdp_config fsdp_version deepspeed": "experts are sharded always, "
     "and with moe.family=moe_lora all else by model.shard_non_experts=true",
     "expert_parallel_size": "fssdp.policy=static_ep is static expert parallelism, auto is what hecate is for",
-    "ddp_find_unused_parameters ddp_timeout ddp_backend local_rank use_ray": "hecate starts and joins the ranks; `hecate ray` does it on Ray",
+    "ddp_find_unused_parameters ddp_timeout ddp_backend local_rank use_ray": "hecate starts the ranks; `hecate ray` does it on Ray",
     "world_size": "nproc is for this machine; `hecate launch` or torchrun for each node",
     "dataloader_num_workers dataloader_pin_memory dataset_processes": "rows are read from memory, and no worker is needed",
-    "dataset_num_proc preprocessing_num_workers overwrite_cache dataset_prepared_path tokenized_path": "data are tokenized once and kept in "
-    "data.cache",
-    "dataset_dir dataset_train_split dataset_test_split dataset_config dataset_splits dataset_configs remove_unused_columns "
+    "dataset_num_proc preprocessing_num_workers overwrite_cache dataset_prepared_path tokenized_path": "data are tokenized once and "
+    "kept in data.cache",
+    "dataset_dir dataset_train_split dataset_test_split dataset_config dataset_splits remove_unused_columns "
     "dataset_text_field": "it is read with the data's name, or the keys of records say it",
-    "pad_to_sequence_len padding_free pad_to_multiple_of eval_packing eval_sample_packing packing_strategy neat_packing "
-    "group_by_length": "no sample attends to another, and padding is not trained on: the loss is the same",
+    "pad_to_sequence_len padding_free pad_to_multiple_of eval_packing eval_sample_packing packing_strategy "
+    "neat_packing": "no sample attends to another, and padding is not trained on: the loss is the same",
     "overwrite_output_dir": "a run never overwrites another: give a new output_dir, or resume=true",
     "logging_dir": "metrics.jsonl, and with report_to=[tensorboard] the folder tensorboard, are in output_dir",
     "run_name wandb_name wandb_run_id wandb_entity wandb_watch wandb_log_model hub_strategy": "output_dir names the run, and trackers read "
     "the environment",
-    "log_level plot_loss logging_first_step disable_tqdm eval_table_size eval_table_max_new_tokens eval_max_new_tokens debug": "it is about "
+    "log_level plot_loss logging_first_step disable_tqdm eval_table_size eval_table_max_new_tokens eval_max_new_tokens debug": "it changes "
     "what is shown; `hecate report` draws the run",
     "save_only_model save_safetensors": "checkpoints hold the whole run, and output_dir/adapter the adapter",
     "loss_watchdog_threshold loss_watchdog_patience": "max_skipped_steps stops a run whose loss is not finite",
     "do_train do_eval strict": "the verb says it: hecate train, hecate eval",
-    "assistant_only_loss completion_only_loss": "the loss is over answers of chats, and over all of plain text",
+    "completion_only_loss": "the loss is over answers, and over all of plain text",
     "greater_is_better": "losses are better when lower, and exact shares when higher",
 }
 """names that change nothing here, and why"""
@@ -85,6 +84,8 @@ NOT_SUPPORTED: dict[str, str] = {
     "rl pref_beta pref_loss beta max_prompt_length": "training by preferences or rewards",
     "image_max_pixels video_max_pixels processor_type skip_prepare_dataset": "images, video and sound",
     "label_smoothing_factor": "label smoothing",
+    "group_by_length": "sorting by length; data.packing wastes no tokens either",
+    "tokenizer_name tokenizer_name_or_path": "another tokenizer than the model's; with model.front_end=megatron write model.tokenizer",
     "context_parallel_size sequence_parallel_size": "context parallelism",
     "pipeline_parallel_size": "pipeline parallelism",
     "torch_compile": "compiling the model",
@@ -125,6 +126,7 @@ CONVERTED: dict[str, tuple[values.Convert, str]] = {
     "data_seed": (values.training, "write seed"),
     "val_set_size val_size": (values.training, "write data.eval_share, the share of data.train that is held out"),
     "train_on_inputs": (values.training, "leave it out; the loss is over answers of chats, and over all of plain text"),
+    "assistant_only_loss": (values.training, "leave it out; the loss is over answers of chats, and over all of plain text"),
     "loss_type": (values.training, "leave it out; nll is hecate's loss"),
     "chat_template chat_template_path": (
         values.surroundings,
@@ -140,6 +142,7 @@ CONVERTED: dict[str, tuple[values.Convert, str]] = {
         values.surroundings,
         "float16 is not supported, whose small range needs a loss scale; write model.dtype=bfloat16, or float32 where there is none",
     ),
+    "model_revision": (values.surroundings, "write the folder of that revision in model.name_or_path"),
     "report_to": (values.surroundings, ""),
     "use_tensorboard": (values.surroundings, "write report_to=[tensorboard]"),
     "use_wandb": (values.surroundings, "write report_to=[wandb]"),
@@ -155,7 +158,7 @@ DEFAULTS: dict[str, str] = {
     "LLaMA-Factory": "{finetuning_type: lora, lora_rank: 8, lora_dropout: 0.0, lora_target: all, cutoff_len: 2048, packing: false, "
     "disable_gradient_checkpointing: false, learning_rate: 5.0e-5, num_train_epochs: 3.0, per_device_train_batch_size: 8, "
     "lr_scheduler_type: linear, save_steps: 500, seed: 42}",
-    "TRL": "{use_peft: false, lora_r: 16, lora_alpha: 32, lora_dropout: 0.05, lora_target_modules: null, max_length: 1024, packing: false, "
+    "TRL": "{use_peft: false, assistant_only_loss: false, lora_r: 16, lora_alpha: 32, lora_dropout: 0.05, lora_target_modules: null, max_length: 1024, packing: false, "
     "gradient_checkpointing: true, learning_rate: 2.0e-5, num_train_epochs: 3.0, per_device_train_batch_size: 8, "
     "lr_scheduler_type: linear, logging_steps: 10, save_steps: 500, seed: 42}",
 }

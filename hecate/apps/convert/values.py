@@ -151,6 +151,9 @@ def training(name: str, value: Any, theirs: Theirs) -> Answer:
             return default("nothing is held out") if off(value) else carry({"data.eval_share": number(value)})
         case "train_on_inputs":
             return default("the loss is over answers") if off(value) else refused("the loss is over answers of chats alone: leave it out")
+        case "assistant_only_loss":
+            whole = "of chats, TRL's loss is then over the whole conversation, and hecate's over the answers"
+            return left(whole) if off(value) else default("the loss is over answers")
         case "loss_type":
             return default("nll") if value in (None, "nll", "chunked_nll") else refused("hecate has no other loss than nll")
     raise AssertionError(name)
@@ -166,6 +169,8 @@ def surroundings(name: str, value: Any, theirs: Theirs) -> Answer:
             if "{%" in word or "{{" in word or Path(word).is_file() or word in chat_templates():
                 return carry({"data.chat_template": word})
             return left("the tokenizer's own is used, which models of that name have; data.chat_template=FILE takes another")
+        case "model_revision":
+            return default("the newest") if off(value) or value == "main" else refused("write a folder with it in their file")
         case "report_to":
             return default("none") if off(value) else carry({name: [value] if isinstance(value, str) else value})
         case "wandb_project" | "use_wandb" | "use_tensorboard" | "use_mlflow" | "mlflow_tracking_uri":
