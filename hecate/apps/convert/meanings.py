@@ -158,9 +158,9 @@ DEFAULTS: dict[str, str] = {
     "LLaMA-Factory": "{finetuning_type: lora, lora_rank: 8, lora_dropout: 0.0, lora_target: all, cutoff_len: 2048, packing: false, "
     "disable_gradient_checkpointing: false, learning_rate: 5.0e-5, num_train_epochs: 3.0, per_device_train_batch_size: 8, "
     "lr_scheduler_type: linear, save_steps: 500, seed: 42}",
-    "TRL": "{use_peft: false, assistant_only_loss: false, lora_r: 16, lora_alpha: 32, lora_dropout: 0.05, lora_target_modules: null, max_length: 1024, packing: false, "
-    "gradient_checkpointing: true, learning_rate: 2.0e-5, num_train_epochs: 3.0, per_device_train_batch_size: 8, "
-    "lr_scheduler_type: linear, logging_steps: 10, save_steps: 500, seed: 42}",
+    "TRL": "{use_peft: false, assistant_only_loss: false, lora_r: 16, lora_alpha: 32, lora_dropout: 0.05, lora_target_modules: null, "
+    "max_length: 1024, packing: false, gradient_checkpointing: true, learning_rate: 2.0e-5, num_train_epochs: 3.0, "
+    "per_device_train_batch_size: 8, lr_scheduler_type: linear, logging_steps: 10, save_steps: 500, seed: 42}",
 }
 """trainer -> what it takes where a file does not say, of what hecate may take otherwise"""
 IN_PLACE = {

@@ -175,10 +175,10 @@ def test_train_shows_the_whole_table(tmp_path: Path) -> None:
 def test_the_verb(tmp_path: Path) -> None:
     file = tmp_path / "axo.yml"
     file.write_text(yaml.safe_dump(AXOLOTL | {"load_in_8bit": True}))
-    shown = run_hecate("convert", str(file))
+    shown = run_hecate(["convert", str(file)], timeout=120)
     assert shown.returncode == 2
     assert "refused (1):\n  load_in_8bit" in shown.stdout
-    made = run_hecate("convert", str(file), "-o", str(tmp_path / "r.yaml"), "--drop", "load_in_8bit")
+    made = run_hecate(["convert", str(file), "-o", str(tmp_path / "r.yaml"), "--drop", "load_in_8bit"], timeout=120)
     assert made.returncode == 0, made.stderr
     assert f"wrote {tmp_path / 'r.yaml'}" in made.stdout
 
