@@ -65,9 +65,7 @@ def load_config(
     report = Report(file)
     presets = f"give the path of a YAML file, or one of the presets {', '.join(run_presets())}"
     root = read_mapping(file, missing=presets, empty=f"it must give at least {', '.join(REQUIRED)}")
-    unknown = any(isinstance(name, Scalar) and name.text not in (*LEAF_TYPES, *SECTIONS) for name, _ in root.pairs)
-    if unknown and (theirs := other_names.whole_file(file)):
-        raise ConfigError([Problem(file, "", theirs)])
+    _refuse_other_trainers(root, file)
     given = {key: (node, file) for key, node in _flatten(root, "", file, report)}
     overriding = _read_overrides(overrides, report)
     for key, other in (_LENGTHS, _LENGTHS[::-1]):
@@ -162,6 +160,13 @@ def _find_file(path_or_name: str) -> str:
     """The path of a preset if this is the name of one and of no file."""
     is_path = os.sep in path_or_name or path_or_name.endswith((".yaml", ".yml")) or os.path.exists(path_or_name)
     return path_or_name if is_path else os.fspath(run_presets().get(path_or_name, path_or_name))
+
+
+def _refuse_other_trainers(root: Mapping, file: str) -> None:
+    """Raises ConfigError: the file is a configuration of another trainer. What becomes of each of its keys is said."""
+    unknown = any(isinstance(name, Scalar) and name.text not in (*LEAF_TYPES, *SECTIONS) for name, _ in root.pairs)
+    if unknown and (theirs := other_names.whole_file(file)):
+        raise ConfigError([Problem(file, "", theirs)])
 
 
 def read_mapping(file: str, *, missing: str, empty: str) -> Mapping:

@@ -14,7 +14,7 @@ from hecate.config.yaml_text import Scalar, parse
 
 
 @dataclass(frozen=True)
-class Answer:
+class Outcome:
     kind: Literal["carried over", "the default already", "left out", "refused"]
     text: str
     """what was written, why nothing is, or what to do"""
@@ -39,24 +39,24 @@ def off(value: Any) -> bool:
     return value in (None, False, 0, "", "none", "None", "no", "null", "default", ["none"], [], {})
 
 
-def default(text: str) -> Answer:
-    return Answer("the default already", text)
+def default(text: str) -> Outcome:
+    return Outcome("the default already", text)
 
 
-def left(why: str) -> Answer:
-    return Answer("left out", why)
+def left(why: str) -> Outcome:
+    return Outcome("left out", why)
 
 
-def refused(what_to_do: str) -> Answer:
-    return Answer("refused", what_to_do)
+def cannot(what_to_do: str) -> Outcome:
+    return Outcome("refused", what_to_do)
 
 
-def carry(gives: Mapping[str, Any], note: str = "") -> Answer:
+def carry(gives: Mapping[str, Any], note: str = "") -> Outcome:
     """Carry values over, unless this version of hecate lacks a key or refuses a value: that is said in hecate's own words."""
     new = {}
     for key, value in gives.items():
         if key not in LEAVES:
-            return refused(f"this version of hecate has no {key}")
+            return cannot(f"this version of hecate has no {key}")
         # 2e-5 is text to YAML 1.1, and a number to whoever wrote it.
         plain = LEAF_TYPES[key] not in (str, str | None)
         node, report = Scalar(value, plain, 1) if isinstance(value, str) else parse(yaml.safe_dump(value)), Report("")
@@ -64,14 +64,14 @@ def carry(gives: Mapping[str, Any], note: str = "") -> Answer:
         sources = key in ("data.train", "data.eval")
         typed = read_sources(node, key, "", report) if sources else read_value(node, LEAF_TYPES[key], key, "", report)
         if report.problems:
-            return refused(f"{key} {report.problems[0].what}")
+            return cannot(f"{key} {report.problems[0].what}")
         if typed == LEAVES[key].default:
             continue
         if key in RANGES and isinstance(typed, int | float) and typed not in RANGES[key]:
-            return refused(f"{key} must be {RANGES[key]}, got {typed}")
+            return cannot(f"{key} must be {RANGES[key]}, got {typed}")
         new[key] = value
     words = ", ".join(
         f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]}" for key, value in gives.items()
     )
     text = words + (f"; {note}" if note else "")
-    return Answer("carried over", text, new) if new else default(text)
+    return Outcome("carried over", text, new) if new else default(text)

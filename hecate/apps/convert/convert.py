@@ -10,13 +10,16 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from hecate.apps.convert import meanings
-from hecate.apps.convert.answer import Answer, Theirs, carry, default, left, off, refused
+from hecate.apps.convert.answer import Outcome, Theirs, cannot, carry, default, left, off
 from hecate.apps.convert.datasets import on_hub
+from hecate.apps.convert.values import number
 from hecate.config import load_config
+from hecate.config.load import MAX_BYTES
 from hecate.config.problems import ConfigError, shorten
 from hecate.config.schema import LEAVES, SECTIONS
 from hecate.errors import UserError
 from hecate.io.durable import replace_output
+from hecate.io.plain_files import read_plain
 from hecate.io.strict_yaml import parse_yaml
 
 _MARKS = {
@@ -31,7 +34,7 @@ def _each(table: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for names, value in table.items() for name in names.split()}
 
 
-_CONVERT: dict[str, tuple[Callable[[str, Any, Theirs], Answer], str]] = _each(meanings.CONVERTED)
+_CONVERT: dict[str, tuple[Callable[[str, Any, Theirs], Outcome], str]] = _each(meanings.CONVERTED)
 _SAME: dict[str, str] = {name: key for key, names in meanings.SAME.items() for name in names.split()}
 _LEFT, _NOT_SUPPORTED = _each(meanings.LEFT), _each(meanings.NOT_SUPPORTED)
 
@@ -39,7 +42,7 @@ _LEFT, _NOT_SUPPORTED = _each(meanings.LEFT), _each(meanings.NOT_SUPPORTED)
 @dataclass(frozen=True)
 class Converted:
     trainer: str
-    answers: Mapping[str, Answer]
+    answers: Mapping[str, Outcome]
     """by their keys; one that is not in the file stands in brackets"""
     recipe: Mapping[str, Any]
     """by hecate's dotted keys"""
@@ -51,7 +54,7 @@ class Converted:
     def table(self) -> str:
         """A line for each key, by what becomes of it."""
         lines = []
-        for kind in get_args(get_type_hints(Answer)["kind"]):
+        for kind in get_args(get_type_hints(Outcome)["kind"]):
             rows = {key: answer.text for key, answer in self.answers.items() if answer.kind == kind}
             width = max(map(len, rows), default=0)
             lines += [f"{kind} ({len(rows)}):", *(f"  {key:<{width}}  {text}" for key, text in rows.items())] if rows else []
@@ -81,7 +84,7 @@ def convert(file: Path, values: Mapping[str, Any], drop: Collection[str] = ()) -
         raise UserError(f"{file}: is neither axolotl's, LLaMA-Factory's nor TRL's by its keys\n  such files have {keys}")
     taken = meanings.defaults(trainer)
     if trainer == "LLaMA-Factory":
-        taken |= {"lora_alpha": 2 * (values.get("lora_rank") or 8), "packing": values.get("stage") == "pt"}
+        taken |= {"lora_alpha": 2 * number(values.get("lora_rank") or 8), "packing": values.get("stage") == "pt"}
     taken = {key: value for key, value in taken.items() if key not in values and off(values.get(meanings.IN_PLACE.get(key, "")))}
     theirs = Theirs(trainer, {**values, **taken})
     answers = {key if key in values else f"[{key}]": _answer(key, value, theirs) for key, value in theirs.values.items()}
@@ -95,10 +98,8 @@ def convert(file: Path, values: Mapping[str, Any], drop: Collection[str] = ()) -
     answers = {key: left("dropped, as --drop says") if key.strip("[]") in drop else answer for key, answer in answers.items()}
     recipe: dict[str, Any] = {"hub": True} if on_hub(str(theirs.get("base_model", "model_name_or_path"))) else {}
     for answer in answers.values():
-        both = (
-            {"report_to": sorted({*recipe["report_to"], *answer.gives["report_to"]})} if "report_to" in recipe.keys() & answer.gives else {}
-        )
-        recipe |= answer.gives | both
+        trackers = {*recipe.get("report_to", ()), *answer.gives.get("report_to", ())}
+        recipe |= {**answer.gives, **({"report_to": sorted(trackers)} if trackers else {})}
     return Converted(trainer, answers, recipe)
 
 
@@ -109,7 +110,7 @@ def convert_file(file: Path, drop: Collection[str] = ()) -> Converted:
         UserError: as `convert`; or it cannot be read, or holds no mapping.
     """
     try:
-        values = parse_yaml(file.read_text(encoding="utf-8-sig"))
+        values = parse_yaml(read_plain(file, MAX_BYTES).decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError, UserError) as error:
         raise UserError(f"{file}: cannot be read: {str(error).splitlines()[0][:200]}\n  give the YAML file of another trainer") from error
     if not isinstance(values, dict):
@@ -159,10 +160,13 @@ def instead(file: str) -> str:
     return f"is a configuration of {made.trainer}; hecate convert {file} -o RECIPE.yaml makes a recipe of it:\n{made.table()}"
 
 
-def _answer(key: str, value: Any, theirs: Theirs) -> Answer:
+def _answer(key: str, value: Any, theirs: Theirs) -> Outcome:
     name = key.replace("-", "_")
     if name in _CONVERT:
-        return _CONVERT[name][0](name, value, theirs)
+        try:
+            return _CONVERT[name][0](name, value, theirs)
+        except (AttributeError, TypeError, ValueError, KeyError):  # it is of a form that the trainer has not, either, or not yet
+            return cannot("its value has a form that is not known here: write it as the trainer's examples do")
     if name in _SAME or name in LEAVES:
         ours = _SAME.get(name, name)
         return default("nothing is given") if value is None else carry({ours: value})
@@ -171,4 +175,4 @@ def _answer(key: str, value: Any, theirs: Theirs) -> Answer:
     if off(value):
         return default("it is off, as in hecate")
     what = f"not supported: {_NOT_SUPPORTED[name]}" if name in _NOT_SUPPORTED else f"{shorten(key)} is not known here; see what it does"
-    return refused(what)
+    return cannot(what)

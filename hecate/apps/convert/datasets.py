@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from hecate.apps.convert.answer import Answer, Theirs, carry, default, left, off, refused
+from hecate.apps.convert.answer import Outcome, Theirs, cannot, carry, default, left, off
 from hecate.apps.convert.values import holds_out
 from hecate.config.files.paths import name_of_source
+from hecate.io.plain_files import read_plain
+from hecate.io.strict_json import parse_json
 
 Source = dict[str, Any]
 _FIELDS = {"field_instruction": "instruction", "field_input": "input", "field_output": "output", "field_system": "system"}
@@ -26,7 +27,7 @@ class CannotSay(Exception):
     """A data set that hecate cannot read as theirs does; the text says what to do."""
 
 
-def data_of(name: str, value: Any, theirs: Theirs) -> Answer:
+def data_of(name: str, value: Any, theirs: Theirs) -> Outcome:
     """datasets, dataset, dataset_name and the like, and eval_dataset."""
     key = "data.eval" if name.startswith("eval") else "data.train"
     try:
@@ -36,7 +37,7 @@ def data_of(name: str, value: Any, theirs: Theirs) -> Answer:
         if tests := _unique(_sources("dataset_mixer test", value, theirs)) if name == "dataset_mixer" else []:
             gives["data.eval"] = tests
     except CannotSay as problem:
-        return refused(str(problem))
+        return cannot(str(problem))
     return carry(gives | ({"hub": True} if any(on_hub(one["path"]) for sources in gives.values() for one in sources) else {}))
 
 
@@ -45,7 +46,7 @@ def on_hub(path: str) -> bool:
     return "/" in path and path[0] not in "./~" and not os.path.exists(path.split("/")[0])
 
 
-def max_samples(name: str, value: Any, theirs: Theirs) -> Answer:
+def max_samples(name: str, value: Any, theirs: Theirs) -> Outcome:
     """LLaMA-Factory's limit of each data set: nothing to do where all are shorter."""
     if off(value):
         return default("all records")
@@ -55,12 +56,12 @@ def max_samples(name: str, value: Any, theirs: Theirs) -> Answer:
         counts = [value + 1]
     if max(counts) <= value:
         return left(f"no data set has more: {', '.join(map(str, counts))}")
-    return refused("hecate reads whole files: give it ones with that many records, or --drop max_samples to train on all")
+    return cannot("hecate reads whole files: give it ones with that many records, or --drop max_samples to train on all")
 
 
 def _records(path: str) -> int:
-    with open(path, encoding="utf-8") as file:
-        return sum(1 for _ in file) if path.endswith(".jsonl") else len(json.load(file))
+    data = read_plain(path)
+    return len(data.splitlines()) if path.endswith(".jsonl") else len(parse_json(data))
 
 
 def _sources(name: str, value: Any, theirs: Theirs) -> list[Source]:
@@ -131,7 +132,7 @@ def _of_info(name: str, folder: Path) -> Source:
     """A data set by its name in dataset_info.json, as LLaMA-Factory has them."""
     info = folder / "dataset_info.json"
     try:
-        entry = json.loads(info.read_text(encoding="utf-8"))[name]
+        entry = parse_json(read_plain(info))[name]
     except (OSError, ValueError):
         raise CannotSay(f"{info} is not here: give the command where it is, or set dataset_dir") from None
     except KeyError:

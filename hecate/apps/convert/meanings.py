@@ -42,7 +42,7 @@ SAME: dict[str, str] = {
 LEFT: dict[str, str] = {
     "tokenizer_type use_fast_tokenizer is_llama_derived_model model_type": "the model's folder says it",
     "special_tokens eos_token pad_token": "the tokenizer's own are used; change them in the model's folder where they differ",
-    "trust_remote_code": "models are transformers' own classes, and no code of a model's folder runs",
+    "trust_remote_code code_revision": "models are transformers' own classes, and no code of a model's folder runs",
     "tf32": "float32 matmuls are computed in full precision",
     "lora_mlp_kernel lora_qkv_kernel lora_o_kernel fused_attn_kernel experts_implementation flash_attn_cross_entropy flash_attn_rms_norm "
     "use_unsloth enable_liger_kernel use_liger_kernel use_liger use_kt kt_optimize_rule cpu_infer chunk_size activation_offloading "

@@ -1,19 +1,20 @@
-"""Their values of settings as hecate's. Each function answers some keys of `meanings.CONVERTED`: (key, value, their file) -> Answer."""
+"""Their values of settings as hecate's. Each function answers some keys of `meanings.CONVERTED`: (key, value, their file) -> Outcome."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hecate.apps.convert.answer import Answer, Theirs, carry, default, left, off, refused
+from hecate.apps.convert.answer import Outcome, Theirs, cannot, carry, default, left, off
 from hecate.config.files.presets import chat_templates
 from hecate.config.schema import LEAVES
+from hecate.io.plain_files import read_plain
+from hecate.io.strict_json import parse_json
 
-Convert = Callable[[str, Any, Theirs], Answer]
+Convert = Callable[[str, Any, Theirs], Outcome]
 _OPTIMIZERS = {
     "adamw": "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused paged_adamw paged_adamw_32bit",
     "adamw_8bit": "adamw_8bit adamw_bnb_8bit adamw_torch_8bit paged_adamw_8bit",
@@ -46,23 +47,23 @@ def has_experts(theirs: Theirs) -> bool:
     """Whether the base model has experts: its config.json says it, or else its name."""
     name = str(theirs.get("base_model", "model_name_or_path"))
     try:
-        sizes = json.loads((Path(name) / "config.json").read_text(encoding="utf-8"))
+        sizes = parse_json(read_plain(Path(name) / "config.json"))
     except (OSError, ValueError):
         return bool(_MOE_NAMES.search(name))
     return any(sizes.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
-def method(name: str, value: Any, theirs: Theirs) -> Answer:
+def method(name: str, value: Any, theirs: Theirs) -> Outcome:
     """What is trained, and by what."""
     if name == "stage":
         fits = value in ("sft", "pt", None)
-        return left("answers or plain text, as the records are") if fits else refused("hecate does not learn by preferences or rewards")
+        return left("answers or plain text, as the records are") if fits else cannot("hecate does not learn by preferences or rewards")
     if "load_in" in name or name == "quantization_bit":
         many = f"hecate trains over a base in bfloat16 or float32, which takes more memory: --drop {name} does so"
-        return default("the base is not quantised") if off(value) else refused(many)
+        return default("the base is not quantised") if off(value) else cannot(many)
     if value is not True and str(value) not in ("lora", "qlora"):
         full = "hecate trains adapters and experts, no dense model as it is: write LoRA in their file, or train with moe.family=full"
-        return refused(full if off(value) or value == "full" else f"hecate has no {value}; LoRA is nearest")
+        return cannot(full if off(value) or value == "full" else f"hecate has no {value}; LoRA is nearest")
     if not has_experts(theirs):
         return carry({"moe.unit": "linear", "moe.num_experts": 1, "moe.top_k": 1}, "plain LoRA: one pair for each linear, and no router")
     config = theirs.get("model_config")
@@ -70,7 +71,7 @@ def method(name: str, value: Any, theirs: Theirs) -> Answer:
     return carry({"moe.family": "moe_lora"} | ({} if balanced else {"moe.router_aux_loss_coef": 0.0}), "the base has experts")
 
 
-def targets(name: str, value: Any, theirs: Theirs) -> Answer:
+def targets(name: str, value: Any, theirs: Theirs) -> Outcome:
     """The modules that get LoRA."""
     every = "lora.target_modules: all seven linears of a decoder layer"
     names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -84,25 +85,25 @@ def targets(name: str, value: Any, theirs: Theirs) -> Answer:
         return (
             default("none")
             if parameters or name.endswith("parameters")
-            else refused("name them")
+            else cannot("name them")
             if theirs.trainer == "axolotl"
             else carry(peft)
         )
     names = [*names, *(theirs.get("lora_target_modules") or [] if name.endswith("parameters") else parameters)]
     last = [str(one).rpartition(".")[2] for one in names]
     if any(not re.fullmatch(r"\w+", one) for one in last):
-        return refused("patterns are not supported: give the last parts of the modules' names, as a list")
+        return cannot("patterns are not supported: give the last parts of the modules' names, as a list")
     experts = has_experts(theirs)
     modules = list(dict.fromkeys(module for one in last for module in (_OF_EXPERTS.get(one, [one]) if experts else [one])))
     if experts and not {"gate_proj", "up_proj", "down_proj"} & set(modules):
-        return refused(f"hecate trains LoRA at a model's experts: name gate_proj, up_proj and down_proj, too, or --drop {name} for all")
+        return cannot(f"hecate trains LoRA at a model's experts: name gate_proj, up_proj and down_proj, too, or --drop {name} for all")
     return carry({"lora.target_modules": modules})
 
 
-def steps(name: str, value: Any, theirs: Theirs) -> Answer:
+def steps(name: str, value: Any, theirs: Theirs) -> Outcome:
     """How long the run is, and when it saves, evaluates, records and stops."""
-    worth, most = number(value), theirs.values.get("max_steps")
-    limited = isinstance(most, int) and most > 0
+    worth, most = number(value), theirs.values.get("max_steps") or 0
+    limited = most > 0
     if name == "max_steps":
         return carry({name: value}) if limited else default("the epochs say it")
     if "epochs" in name:
@@ -121,16 +122,16 @@ def steps(name: str, value: Any, theirs: Theirs) -> Answer:
         return left("their strategy does not ask for it")
     if isinstance(worth, float) and worth < 1:
         return carry({key: math.ceil(worth * most)}) if limited else left(_EPOCHS.format(key))
-    return carry({key: int(worth)}) if isinstance(worth, int | float) else refused(f"write {key}, a number of steps")
+    return carry({key: int(worth)}) if isinstance(worth, int | float) else cannot(f"write {key}, a number of steps")
 
 
-def training(name: str, value: Any, theirs: Theirs) -> Answer:
+def training(name: str, value: Any, theirs: Theirs) -> Outcome:
     """The optimizer, its schedule, and what else the steps are computed with."""
     match name:
         case "optim" | "optimizer":
             kind = next((kind for kind, words in _OPTIMIZERS.items() if str(value) in words.split()), None)
             if kind is None:
-                return refused(f"write optim, one of {', '.join(_OPTIMIZERS)}")
+                return cannot(f"write optim, one of {', '.join(_OPTIMIZERS)}")
             return default("AdamW") if "optim" not in LEAVES and kind == "adamw" else carry({"optim": kind})
         case "lr_scheduler" | "lr_scheduler_type":
             minimum = value == "cosine" and theirs.get("cosine_min_lr_ratio")
@@ -147,19 +148,19 @@ def training(name: str, value: Any, theirs: Theirs) -> Answer:
             return left("seed is that of the data, too") if same or value is None else carry({"seed": value})
         case "val_set_size" | "val_size":
             if (number(value) or 0) >= 1:
-                return refused(f"data.eval_share is a share: write {value} divided by the number of samples")
+                return cannot(f"data.eval_share is a share: write {value} divided by the number of samples")
             return default("nothing is held out") if off(value) else carry({"data.eval_share": number(value)})
         case "train_on_inputs":
-            return default("the loss is over answers") if off(value) else refused("the loss is over answers of chats alone: leave it out")
+            return default("the loss is over answers") if off(value) else cannot("the loss is over answers of chats alone: leave it out")
         case "assistant_only_loss":
             whole = "of chats, TRL's loss is then over the whole conversation, and hecate's over the answers"
             return left(whole) if off(value) else default("the loss is over answers")
         case "loss_type":
-            return default("nll") if value in (None, "nll", "chunked_nll") else refused("hecate has no other loss than nll")
+            return default("nll") if value in (None, "nll", "chunked_nll") else cannot("hecate has no other loss than nll")
     raise AssertionError(name)
 
 
-def surroundings(name: str, value: Any, theirs: Theirs) -> Answer:
+def surroundings(name: str, value: Any, theirs: Theirs) -> Outcome:
     """Types, attention, templates, trackers, and what else of the program is set."""
     word = str(value)
     match name:
@@ -170,7 +171,7 @@ def surroundings(name: str, value: Any, theirs: Theirs) -> Answer:
                 return carry({"data.chat_template": word})
             return left("the tokenizer's own is used, which models of that name have; data.chat_template=FILE takes another")
         case "model_revision":
-            return default("the newest") if off(value) or value == "main" else refused("write a folder with it in their file")
+            return default("the newest") if off(value) or value == "main" else cannot("write a folder with it in their file")
         case "report_to":
             return default("none") if off(value) else carry({name: [value] if isinstance(value, str) else value})
         case "wandb_project" | "use_wandb" | "use_tensorboard" | "use_mlflow" | "mlflow_tracking_uri":
@@ -180,12 +181,10 @@ def surroundings(name: str, value: Any, theirs: Theirs) -> Answer:
         case "plugins":
             known = ("Liger", "CutCrossEntropy", "ExpertParallel", "Kernels")
             others = [str(one) for one in value or () if not any(part in str(one) for part in known)]
-            return refused(f"hecate runs no code that a file names: {', '.join(others)}") if others else left("how it is computed")
+            return cannot(f"hecate runs no code that a file names: {', '.join(others)}") if others else left("how it is computed")
         case "model_config":
             others = sorted(set(value or ()) - {"output_router_logits"})
-            return (
-                refused(f"write {', '.join(others)} into the model's config.json") if others else left("moe.router_aux_loss_coef says it")
-            )
+            return cannot(f"write {', '.join(others)} into the model's config.json") if others else left("moe.router_aux_loss_coef says it")
     if off(value) or word == "auto":
         return default(f"{'model.dtype' if '16' in name or 'dtype' in name else 'model.attention'}=auto")
     if "attention" in name or "attn" in name:

@@ -10,7 +10,10 @@ import pytest
 import yaml
 
 from hecate.apps.convert import meanings
+from hecate.apps.convert.answer import Theirs, carry, off
 from hecate.apps.convert.convert import convert, convert_file, trainer_of, write
+from hecate.apps.convert.datasets import on_hub
+from hecate.apps.convert.values import has_experts
 from hecate.config import load_config
 from hecate.config.problems import ConfigError
 from hecate.config.schema import LEAVES
@@ -97,6 +100,8 @@ def test_a_limit_of_samples_is_left_out_where_files_are_shorter(tmp_path: Path, 
         (AXOLOTL, "load_in_4bit", True, "--drop load_in_4bit"),
         (AXOLOTL, "adapter", None, "hecate trains adapters and experts, no dense model as it is"),
         (AXOLOTL, "rl", "dpo", "not supported: training by preferences"),
+        (AXOLOTL, "datasets", [3], "its value has a form that is not known here"),
+        (AXOLOTL, "max_steps", "many", "its value has a form that is not known here"),
         (AXOLOTL, "no_such_key", 3, "no_such_key is not known here"),
         (AXOLOTL, "lora_modules_to_save", ["lm_head"], "not supported: training modules beside the adapters"),
         (AXOLOTL, "plugins", ["mine.Plugin"], "hecate runs no code that a file names: mine.Plugin"),
@@ -204,3 +209,31 @@ def test_defaults_are_those_of_transformers() -> None:
         for name, value in meanings.defaults(trainer).items():
             if name in fields and name not in own:
                 assert fields[name].default == value, (trainer, name)
+
+
+@pytest.mark.parametrize(
+    ("path", "hub"), [("A/b", True), ("A/b/data/train-*", True), ("a.jsonl", False), ("./A/b", False), ("/A/b", False), ("here/b", False)]
+)
+def test_names_on_the_hub(path: str, hub: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert on_hub(path) is hub
+
+
+@pytest.mark.parametrize(
+    ("name", "experts"),
+    [("mistralai/Mixtral-8x7B-v0.1", True), ("Qwen/Qwen3-30B-A3B", True), ("allenai/OLMoE-1B-7B", True), ("Qwen/Qwen3-8B", False)],
+)
+def test_a_model_with_experts_is_known_by_its_name_or_its_folder(name: str, experts: bool, tmp_path: Path) -> None:
+    assert has_experts(Theirs("axolotl", {"base_model": name})) is experts
+    (tmp_path / "config.json").write_text(json.dumps({"num_experts": 8 if experts else None}))
+    assert has_experts(Theirs("TRL", {"model_name_or_path": str(tmp_path)})) is experts
+
+
+def test_values_are_hecates_or_refused_in_its_words() -> None:
+    assert carry({"lora.r": 8, "seed": 0}).gives == {"lora.r": 8}
+    assert carry({"seed": 0}).kind == "the default already"
+    assert carry({"no.key": 1}).text == "this version of hecate has no no.key"
+    assert carry({"seed": "x"}).text == "seed must be an integer, got x"
+    assert off("no")
+    assert not off("lora")
