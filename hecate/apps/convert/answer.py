@@ -14,7 +14,7 @@ from hecate.config.yaml_text import Scalar, parse
 
 
 @dataclass(frozen=True)
-class Outcome:
+class KeyAnswer:
     kind: Literal["carried over", "the default already", "left out", "refused"]
     text: str
     """what was written, why nothing is, or what to do"""
@@ -39,19 +39,19 @@ def off(value: Any) -> bool:
     return value in (None, False, 0, "", "none", "None", "no", "null", "default", ["none"], [], {})
 
 
-def default(text: str) -> Outcome:
-    return Outcome("the default already", text)
+def default(text: str) -> KeyAnswer:
+    return KeyAnswer("the default already", text)
 
 
-def left(why: str) -> Outcome:
-    return Outcome("left out", why)
+def left(why: str) -> KeyAnswer:
+    return KeyAnswer("left out", why)
 
 
-def cannot(what_to_do: str) -> Outcome:
-    return Outcome("refused", what_to_do)
+def cannot(what_to_do: str) -> KeyAnswer:
+    return KeyAnswer("refused", what_to_do)
 
 
-def carry(gives: Mapping[str, Any], note: str = "") -> Outcome:
+def carry(gives: Mapping[str, Any], note: str = "") -> KeyAnswer:
     """Carry values over, unless this version of hecate lacks a key or refuses a value: that is said in hecate's own words."""
     new = {}
     for key, value in gives.items():
@@ -74,4 +74,4 @@ def carry(gives: Mapping[str, Any], note: str = "") -> Outcome:
         f"{key}={yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]}" for key, value in gives.items()
     )
     text = words + (f"; {note}" if note else "")
-    return Outcome("carried over", text, new) if new else default(text)
+    return KeyAnswer("carried over", text, new) if new else default(text)

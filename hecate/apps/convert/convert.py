@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 import yaml
 
 from hecate.apps.convert import meanings
-from hecate.apps.convert.answer import Outcome, Theirs, cannot, carry, default, left, off
+from hecate.apps.convert.answer import KeyAnswer, Theirs, cannot, carry, default, left, off
 from hecate.apps.convert.datasets import on_hub
 from hecate.apps.convert.values import number
 from hecate.config import load_config
@@ -34,7 +34,7 @@ def _each(table: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for names, value in table.items() for name in names.split()}
 
 
-_CONVERT: dict[str, tuple[Callable[[str, Any, Theirs], Outcome], str]] = _each(meanings.CONVERTED)
+_CONVERT: dict[str, tuple[Callable[[str, Any, Theirs], KeyAnswer], str]] = _each(meanings.CONVERTED)
 _SAME: dict[str, str] = {name: key for key, names in meanings.SAME.items() for name in names.split()}
 _LEFT, _NOT_SUPPORTED = _each(meanings.LEFT), _each(meanings.NOT_SUPPORTED)
 
@@ -42,7 +42,7 @@ _LEFT, _NOT_SUPPORTED = _each(meanings.LEFT), _each(meanings.NOT_SUPPORTED)
 @dataclass(frozen=True)
 class Converted:
     trainer: str
-    answers: Mapping[str, Outcome]
+    answers: Mapping[str, KeyAnswer]
     """by their keys; one that is not in the file stands in brackets"""
     recipe: Mapping[str, Any]
     """by hecate's dotted keys"""
@@ -54,7 +54,7 @@ class Converted:
     def table(self) -> str:
         """A line for each key, by what becomes of it."""
         lines = []
-        for kind in get_args(get_type_hints(Outcome)["kind"]):
+        for kind in get_args(get_type_hints(KeyAnswer)["kind"]):
             rows = {key: answer.text for key, answer in self.answers.items() if answer.kind == kind}
             width = max(map(len, rows), default=0)
             lines += [f"{kind} ({len(rows)}):", *(f"  {key:<{width}}  {text}" for key, text in rows.items())] if rows else []
@@ -160,7 +160,7 @@ def instead(file: str) -> str:
     return f"is a configuration of {made.trainer}; hecate convert {file} -o RECIPE.yaml makes a recipe of it:\n{made.table()}"
 
 
-def _answer(key: str, value: Any, theirs: Theirs) -> Outcome:
+def _answer(key: str, value: Any, theirs: Theirs) -> KeyAnswer:
     name = key.replace("-", "_")
     if name in _CONVERT:
         try:

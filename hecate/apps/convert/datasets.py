@@ -7,9 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from hecate.apps.convert.answer import Outcome, Theirs, cannot, carry, default, left, off
+from hecate.apps.convert.answer import KeyAnswer, Theirs, cannot, carry, default, left, off
 from hecate.apps.convert.values import holds_out
 from hecate.config.files.paths import name_of_source
+from hecate.errors import UserError
 from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import parse_json
 
@@ -27,7 +28,7 @@ class CannotSay(Exception):
     """A data set that hecate cannot read as theirs does; the text says what to do."""
 
 
-def data_of(name: str, value: Any, theirs: Theirs) -> Outcome:
+def data_of(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     """datasets, dataset, dataset_name and the like, and eval_dataset."""
     key = "data.eval" if name.startswith("eval") else "data.train"
     try:
@@ -46,13 +47,13 @@ def on_hub(path: str) -> bool:
     return "/" in path and path[0] not in "./~" and not os.path.exists(path.split("/")[0])
 
 
-def max_samples(name: str, value: Any, theirs: Theirs) -> Outcome:
+def max_samples(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     """LLaMA-Factory's limit of each data set: nothing to do where all are shorter."""
     if off(value):
         return default("all records")
     try:
         counts = [_records(one["path"]) for one in _sources("dataset", theirs.get("dataset"), theirs)]
-    except (CannotSay, OSError, ValueError):
+    except (CannotSay, OSError, UserError):
         counts = [value + 1]
     if max(counts) <= value:
         return left(f"no data set has more: {', '.join(map(str, counts))}")
@@ -133,7 +134,7 @@ def _of_info(name: str, folder: Path) -> Source:
     info = folder / "dataset_info.json"
     try:
         entry = parse_json(read_plain(info))[name]
-    except (OSError, ValueError):
+    except (OSError, UserError):
         raise CannotSay(f"{info} is not here: give the command where it is, or set dataset_dir") from None
     except KeyError:
         raise CannotSay(f"{name} is not in {info}") from None

@@ -1,4 +1,4 @@
-"""Their values of settings as hecate's. Each function answers some keys of `meanings.CONVERTED`: (key, value, their file) -> Outcome."""
+"""Their values of settings as hecate's. Each function answers some keys of `meanings.CONVERTED`: (key, value, their file) -> KeyAnswer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hecate.apps.convert.answer import Outcome, Theirs, cannot, carry, default, left, off
+from hecate.apps.convert.answer import KeyAnswer, Theirs, cannot, carry, default, left, off
 from hecate.config.files.presets import chat_templates
 from hecate.config.schema import LEAVES
+from hecate.errors import UserError
 from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import parse_json
 
-Convert = Callable[[str, Any, Theirs], Outcome]
+Convert = Callable[[str, Any, Theirs], KeyAnswer]
 _OPTIMIZERS = {
     "adamw": "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused paged_adamw paged_adamw_32bit",
     "adamw_8bit": "adamw_8bit adamw_bnb_8bit adamw_torch_8bit paged_adamw_8bit",
@@ -48,12 +49,12 @@ def has_experts(theirs: Theirs) -> bool:
     name = str(theirs.get("base_model", "model_name_or_path"))
     try:
         sizes = parse_json(read_plain(Path(name) / "config.json"))
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return bool(_MOE_NAMES.search(name))
-    return any(sizes.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    return isinstance(sizes, dict) and any(sizes.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
-def method(name: str, value: Any, theirs: Theirs) -> Outcome:
+def method(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     """What is trained, and by what."""
     if name == "stage":
         fits = value in ("sft", "pt", None)
@@ -71,7 +72,7 @@ def method(name: str, value: Any, theirs: Theirs) -> Outcome:
     return carry({"moe.family": "moe_lora"} | ({} if balanced else {"moe.router_aux_loss_coef": 0.0}), "the base has experts")
 
 
-def targets(name: str, value: Any, theirs: Theirs) -> Outcome:
+def targets(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     """The modules that get LoRA."""
     every = "lora.target_modules: all seven linears of a decoder layer"
     names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
@@ -100,7 +101,7 @@ def targets(name: str, value: Any, theirs: Theirs) -> Outcome:
     return carry({"lora.target_modules": modules})
 
 
-def steps(name: str, value: Any, theirs: Theirs) -> Outcome:
+def steps(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     """How long the run is, and when it saves, evaluates, records and stops."""
     worth, most = number(value), theirs.values.get("max_steps") or 0
     limited = most > 0
@@ -125,7 +126,7 @@ def steps(name: str, value: Any, theirs: Theirs) -> Outcome:
     return carry({key: int(worth)}) if isinstance(worth, int | float) else cannot(f"write {key}, a number of steps")
 
 
-def training(name: str, value: Any, theirs: Theirs) -> Outcome:
+def training(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     """The optimizer, its schedule, and what else the steps are computed with."""
     match name:
         case "optim" | "optimizer":
@@ -160,7 +161,7 @@ def training(name: str, value: Any, theirs: Theirs) -> Outcome:
     raise AssertionError(name)
 
 
-def surroundings(name: str, value: Any, theirs: Theirs) -> Outcome:
+def surroundings(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     """Types, attention, templates, trackers, and what else of the program is set."""
     word = str(value)
     match name:
