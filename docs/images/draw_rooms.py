@@ -15,6 +15,7 @@ TIERS: dict[str, dict[str, str]] = {
         "apps.sweep": "many runs,\none table",
         "apps.federate": "rounds of clients\nand a server",
         "apps.check": "doctor\nand drills",
+        "apps.convert": "configurations\nof others",
         "cli": "the verbs of\nthe command line",
     },
     "run": {
