@@ -10,8 +10,8 @@ PAGE = Path(__file__).parent / "use" / "other_trainers.md"
 HEAD = """# What are the keys of axolotl, LLaMA-Factory or TRL called?
 
 `hecate convert FILE -o RECIPE` makes a recipe of their YAML, and says what becomes of each key: carried over, the default already, left out
-with the reason, or refused with what to do; `--drop KEY` leaves a refused one out. `hecate train FILE` shows the same table. Here are keys
-with another name in hecate, and in [support.md](support.md#not-supported) those for which there is nothing.
+with the reason, or refused with what to do; `--drop KEY` leaves a refused one out. `hecate train` shows the same table. Here are keys with
+another name in hecate, and in [support.md](support.md#not-supported) those for which there is nothing.
 
 | their key | what to write |
 |---|---|
