@@ -19,7 +19,6 @@ SAME: dict[str, str] = {
     "data.roles_to_train": "roles_to_train",
     "data.train_on_eos": "train_on_eos",
     "micro_batch_size": "batch_size per_device_train_batch_size train_batch_size",
-    "eval.batch_size": "per_device_eval_batch_size eval_batch_size",
     "eval.on_start": "eval_on_start",
     "learning_rate": "lr",
     "lr_scheduler_kwargs.min_lr_rate": "cosine_min_lr_ratio",
@@ -59,6 +58,7 @@ LEFT: dict[str, str] = {
     "dataset_text_field": "it is read with the data's name, or the keys of records say it",
     "pad_to_sequence_len padding_free pad_to_multiple_of eval_packing eval_sample_packing packing_strategy "
     "neat_packing": "no sample attends to another, and padding is not trained on: the loss is the same",
+    "per_device_eval_batch_size eval_batch_size": "the held-out loss takes micro_batch_size, and eval.batch_size is of generated answers",
     "overwrite_output_dir": "a run never overwrites another: give a new output_dir, or resume=true",
     "logging_dir": "metrics.jsonl, and with report_to=[tensorboard] the folder tensorboard, are in output_dir",
     "run_name wandb_name wandb_run_id wandb_entity wandb_watch wandb_log_model hub_strategy": "output_dir names the run, and trackers read "

@@ -19,6 +19,7 @@ from hecate.config.problems import ConfigError
 from hecate.config.schema import LEAVES
 from hecate.errors import UserError
 from testing.commands import run_hecate
+from testing.tiny_run import make_workshop
 
 AXOLOTL = {"base_model": "m", "adapter": "lora", "datasets": [{"path": "a.jsonl", "type": "alpaca"}], "lora_target_linear": True}
 FACTORY = {"model_name_or_path": "m", "stage": "sft", "dataset": "a", "template": "qwen"}
@@ -237,3 +238,20 @@ def test_values_are_hecates_or_refused_in_its_words() -> None:
     assert carry({"seed": "x"}).text == "seed must be an integer, got x"
     assert off("no")
     assert not off("lora")
+
+
+def test_a_recipe_trains(tmp_path: Path) -> None:
+    """The lengths and the schedule are those of the file: two steps of warm-up, then half a cosine."""
+    make_workshop(tmp_path)
+    file = AXOLOTL | {"base_model": "./model", "datasets": [{"path": "./up.train.jsonl"}], "output_dir": "out", "num_epochs": 1}
+    file |= {"lora_r": 4, "max_steps": 4, "warmup_steps": 2, "learning_rate": "1e-3", "sequence_len": 64, "sample_packing": True}
+    (tmp_path / "axo.yml").write_text(yaml.safe_dump(file))
+    made = run_hecate(["convert", "axo.yml", "-o", "recipe.yaml"], folder=tmp_path, timeout=120)
+    assert made.returncode == 0, made.stderr
+    done = run_hecate(["train", "recipe.yaml", "nproc=1"], folder=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    rates = [one["lr"] for one in steps if "lr" in one]
+    assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 5e-4])
+    adapter = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["peft_type"], adapter["r"], adapter["lora_dropout"]) == ("LORA", 4, 0.0)
