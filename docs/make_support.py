@@ -166,10 +166,10 @@ def allowed(kind: Settings, settings: Settings) -> str:
 
 
 def not_supported() -> list[list[str]]:
-    from hecate.config.other_names import known_names
+    from hecate.apps.convert.meanings import HINTS
 
     rows = {}
-    for name, answer in known_names():
+    for name, answer in sorted(HINTS.items()):
         if answer.startswith("not supported: "):
             rows.setdefault(answer.removeprefix("not supported: ").removesuffix("; leave it out"), []).append(f"`{name}`")
     return [[what, ", ".join(names)] for what, names in rows.items()]

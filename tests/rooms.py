@@ -57,6 +57,7 @@ ROOMS = (
     "hecate.apps.sweep",
     "hecate.apps.federate",
     "hecate.apps.check",
+    "hecate.apps.convert",
     "hecate.cli",
     "hecate.__main__",
 )

@@ -15,6 +15,7 @@ TIERS: dict[str, dict[str, str]] = {
         "apps.sweep": "many runs,\none table",
         "apps.federate": "rounds of clients\nand a server",
         "apps.check": "doctor\nand drills",
+        "apps.convert": "configurations\nof others",
         "cli": "the verbs of\nthe command line",
     },
     "run": {
@@ -78,7 +79,7 @@ def main() -> None:
             )
             axis.add_patch(shape)
             centre = left + width / 2 - 0.8
-            axis.text(centre, bottom + 3.75, room, ha="center", va="center", fontsize=9, fontweight="bold")
+            axis.text(centre, bottom + 3.75, room, ha="center", va="center", fontsize=9 if len(rooms) < 8 else 7.2, fontweight="bold")
             axis.text(centre, bottom + 1.75, about, ha="center", va="center", fontsize=6.9)
     top = 6 * len(TIERS) + 0.2
     axis.annotate("", xy=(98.2, 1.0), xytext=(98.2, top), arrowprops={"arrowstyle": "-|>", "color": "#51606e", "lw": 1.4})

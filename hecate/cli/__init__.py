@@ -55,6 +55,7 @@ _VERBS: dict[str, dict[str, Callable[..., None]]] = {
         "export": models.export,
         "merge": models.merge,
         "make-tasks": models.make_tasks,
+        "convert": models.convert,
     },
 }
 for _panel, _functions in _VERBS.items():

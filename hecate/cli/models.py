@@ -1,4 +1,5 @@
-"""Verbs that write data for a model and use what a run has trained: eval, export, merge, make-tasks. `answers` has generate and chat."""
+"""Verbs that write data and recipes for a model and use what a run has trained: eval, export, merge, make-tasks, convert. `answers` has
+generate and chat."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Annotated
 import typer
 
 from hecate.cli.arguments import ConfigFile, Overrides, check_json
+from hecate.errors import USER_ERROR_EXIT
 from hecate.io.terminal import show_progress, show_text
 
 
@@ -183,3 +185,25 @@ def make_tasks(
     for written in write_tasks(folder, tasks.split(","), train_size, eval_size, seed):
         every = ", which are all the different prompts of this task" if written.exhausted else ""
         show_text(f"{written.task}: {written.train_samples} for training, {written.eval_samples} held out{every}")
+
+
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="YAML file of axolotl, LLaMA-Factory or TRL")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="RECIPE", help="new YAML file; left out, only the table is shown")
+    ] = None,
+    drop: Annotated[list[str] | None, typer.Option(help="a key that is refused, to be left out; may be given several times")] = None,
+) -> None:
+    """Make a recipe of a configuration of axolotl, LLaMA-Factory or TRL, and say of each of its keys what becomes of it.
+
+    If a key is refused nothing is written, and the exit status is 2.
+    """
+    from hecate.apps.convert.convert import convert_file, write
+
+    converted = convert_file(file, drop or ())
+    show_text(converted.table())
+    if out is not None:
+        write(converted, file, out)
+        show_text(f"wrote {out}")
+    elif converted.refused:
+        raise typer.Exit(USER_ERROR_EXIT)

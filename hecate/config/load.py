@@ -65,9 +65,7 @@ def load_config(
     """
     file = _find_file(os.fspath(path))
     report = Report(file)
-    presets = f"give the path of a YAML file, or one of the presets {', '.join(run_presets())}"
-    root = read_mapping(file, missing=presets, empty=f"it must give at least {', '.join(REQUIRED)}")
-    given = {key: (node, file) for key, node in _flatten(root, "", file, report)}
+    given = {key: (node, file) for key, node in _flatten(_root(file), "", file, report)}
     overriding = _read_overrides(overrides, report)
     for key, other in (_LENGTHS, _LENGTHS[::-1]):
         if key in overriding and other not in overriding and not _is_null(overriding[key][0]):
@@ -185,6 +183,16 @@ def _find_file(path_or_name: str) -> str:
         return of_run
     is_path = os.sep in path_or_name or path_or_name.endswith((".yaml", ".yml")) or os.path.exists(path_or_name)
     return path_or_name if is_path else os.fspath(run_presets().get(path_or_name, path_or_name))
+
+
+def _root(file: str) -> Mapping:
+    """Raises ConfigError: as `read_mapping`; or it is a configuration of another trainer, of which it is said what becomes of each key."""
+    presets = f"give the path of a YAML file, or one of the presets {', '.join(run_presets())}"
+    root = read_mapping(file, missing=presets, empty=f"it must give at least {', '.join(REQUIRED)}")
+    unknown = any(isinstance(name, Scalar) and name.text not in (*LEAF_TYPES, *SECTIONS) for name, _ in root.pairs)
+    if unknown and (theirs := other_names.whole_file(file)):
+        raise ConfigError([Problem(file, "", theirs)])
+    return root
 
 
 def read_mapping(file: str, *, missing: str, empty: str) -> Mapping:

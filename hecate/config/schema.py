@@ -339,6 +339,8 @@ class Config:
     lr_scheduler_kwargs: ScheduleConfig = field(default_factory=ScheduleConfig)
     warmup_ratio: float = field(default=0.0, metadata=key(SHARE))
     """The share of max_steps over which the learning rate rises linearly to its peak."""
+    warmup_steps: int | None = field(default=None, metadata=key(WHOLE))
+    """The same as a number of steps, in the place of warmup_ratio. null: warmup_ratio says it."""
     weight_decay: float = field(default=0.0, metadata=key(AT_LEAST_ZERO))
     """The optimizer's decoupled weight decay: in each step weights lose this share of them times the learning rate."""
     weight_decay_exclude: tuple[str, ...] = ()

@@ -23,5 +23,8 @@ def gradient_rule(config: Config) -> GradientRule:
 
 
 def learning_rate(config: Config) -> LearningRate:
-    after, shape = config.lr_scheduler_kwargs, (config.lr_scheduler_type, config.max_steps, config.warmup_ratio)
-    return LearningRate(config.learning_rate, schedule(*shape, min_lr_rate=after.min_lr_rate or 0.0, decay_ratio=after.decay_ratio or 0.0))
+    warmup, steps, after = config.warmup_steps, config.max_steps, config.lr_scheduler_kwargs
+    # A schedule rounds a share up to whole steps, so half a step less leaves no room for rounding.
+    share = config.warmup_ratio if warmup is None else max(0, warmup - 0.5) / max(1, steps)
+    ends = {"min_lr_rate": after.min_lr_rate or 0.0, "decay_ratio": after.decay_ratio or 0.0}
+    return LearningRate(config.learning_rate, schedule(config.lr_scheduler_type, steps, share, **ends))

@@ -51,6 +51,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     for rules in section_rules():
         values = rules.checked(values, add)
     _check_length(values, add)
+    _check_warmup(values, add)
     _check_experts(values, add)
     _check_kind(values, add, trains=trains)
     check_pairs(values, add)
@@ -95,6 +96,11 @@ def _check_length(values: Mapping[str, Any], add: Add) -> None:
     elif not values["max_steps"] and values["num_train_epochs"] is None:
         hint = "add one of them to the file, or max_steps=... to the command line"
         add("max_steps", "must be given, at least 1, or num_train_epochs in its place", hint)
+
+
+def _check_warmup(values: Mapping[str, Any], add: Add) -> None:
+    if values.get("warmup_steps") is not None and values.get("warmup_ratio"):
+        add("warmup_steps", "cannot be given together with warmup_ratio: both say how long the warm-up is", "keep one of the two")
 
 
 def _check_model(values: Mapping[str, Any], add: Add, *, weights: bool) -> None:

@@ -121,6 +121,8 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"max_steps": "0"}, "max_steps", "must be given, at least 1, or num_train_epochs in its place"),
     ({"max_steps": "-1"}, "max_steps", "must be >= 1 and <= 2147483647, got -1"),
     ({"num_train_epochs": "3"}, "num_train_epochs", "cannot be given together with max_steps"),
+    ({"warmup_steps": "3", "warmup_ratio": "0.1"}, "warmup_steps", "cannot be given together with warmup_ratio"),
+    ({"warmup_steps": "-1"}, "warmup_steps", "must be >= 0"),
     ({"max_steps": None, "num_train_epochs": "0"}, "num_train_epochs", "must be > 0"),
     ({"max_steps": "2147483648"}, "max_steps", "got 2147483648"),
     ({"seed": "-1"}, "seed", "must be >= 0"),

@@ -173,6 +173,7 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "learning_rate",
         "lr_scheduler_type",
         "warmup_ratio",
+        "warmup_steps",
         "weight_decay",
         "weight_decay_exclude",
         "adapter",

@@ -2,10 +2,14 @@
 
 import math
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from transformers import get_scheduler
 
+from hecate.optim.from_config import learning_rate
 from hecate.optim.optimizer import schedule
 
 
@@ -60,3 +64,14 @@ def test_the_last_step_of_a_fall_is_the_first_after_it() -> None:
     assert [wsd(step) for step in (2, 4, 5)] == [1.0, 1.0, 1.0]
     assert wsd(6) == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 5)))
     assert [wsd(step) for step in (10, 11)] == pytest.approx([0.2, 0.2])
+
+
+@pytest.mark.parametrize("max_steps", [*range(1, 60), 997, 12345])
+@pytest.mark.parametrize("warmup", [0, 1, 7, 49])
+def test_a_number_of_steps_is_that_number(max_steps: int, warmup: int) -> None:
+    rest = SimpleNamespace(min_lr_rate=None, decay_ratio=None)
+    given = {"learning_rate": 2.0, "lr_scheduler_type": "constant", "max_steps": max_steps, "warmup_ratio": 0.0, "warmup_steps": warmup}
+    config: Any = SimpleNamespace(**given, lr_scheduler_kwargs=rest)
+    rate = learning_rate(config)
+    assert [rate.of(step) for step in range(warmup)] == [2.0 * (step + 1) / (warmup + 1) for step in range(warmup)]
+    assert rate.of(warmup) == 2.0
