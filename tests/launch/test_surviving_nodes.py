@@ -107,6 +107,7 @@ def free_endpoint() -> Endpoint:
 def test_another_job_at_the_meeting_point_is_named() -> None:
     meeting = free_endpoint()
     host = MessageStore.host(meeting, JOB, SECRET)
+    assert host is not None
     joined = MessageStore.join(meeting, JOB, SECRET)
     assert joined.arrive(QUIET) == 1
     assert host.arrived([]) == [1]
@@ -114,7 +115,7 @@ def test_another_job_at_the_meeting_point_is_named() -> None:
     with pytest.raises(UserError, match="another job meets there, 'job' of 2 to 3 nodes with 2 ranks each") as caught:
         MessageStore.join(meeting, replace(JOB, ranks_per_node=4), SECRET)
     assert "--nproc-per-node" in str(caught.value)
-    with pytest.raises(UserError, match=r"which go on without a lost one\n  this node was started for .* which start again"):
+    with pytest.raises(UserError, match=r"which go on without a lost one, into runs/x\n  this node was started for .* which start again"):
         MessageStore.join(meeting, replace(JOB, survives=False), SECRET)
 
 
