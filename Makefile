@@ -82,7 +82,7 @@ test: install
 test-slow: install browser
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope -m slow
 
-# Faults, and what becomes of them: all drills in full, fifteen minutes of processor time (docs/use/drills.md).
+# Faults, and what becomes of them: all drills in full, some twenty minutes on two cores (docs/use/drills.md).
 drills: install
 	$(BIN)/hecate drill --all
 

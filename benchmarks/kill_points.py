@@ -32,7 +32,7 @@ from typing import Any
 from benchmarks.kill_plans import DEATHS, RANKS, KillPlan, goes_on, plan_of
 from benchmarks.report import arguments, as_json, machine, raw_file, replace_file, spread
 from hecate.apps.check.drill.cases.losses import Times, problem_of
-from hecate.apps.check.drill.outcome import Scope
+from hecate.apps.check.drill.outcome import Scope, TooSlow
 from hecate.apps.check.drill.ranks import Launched, begin_run
 from hecate.apps.check.drill.run import DrillFolder, drill_folder
 from hecate.checkpoint import good_checkpoints
@@ -77,7 +77,10 @@ def carried_out(plan: KillPlan, whole: Launched, scope: Scope) -> KilledRun:
     started = begin_run(
         scope, "killed", RANKS, *given, injected=plan.deaths, survives=stays, launcher=plan.launcher, restarts=0 if stays else DEATHS
     )
-    run = started.end(_LIMIT)
+    try:
+        run = started.end(_LIMIT)
+    except TooSlow:
+        run = started.ended()
     kills = [one for one in run.trace if one["what"] == "kill"]
     torn = len(_named(run.output) - {path.name for path in good_checkpoints(run.output)})
     problem = problem_of(run, whole, lost=len(kills))

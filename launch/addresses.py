@@ -75,27 +75,6 @@ def interface_of(address: str) -> str | None:
     return None
 
 
-def check_free(endpoint: Endpoint) -> None:
-    """Check that this node can listen at the meeting point.
-
-    Raises:
-        UserError: it cannot, for example because something listens there already.
-    """
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # or the connections of a job that has just ended would count
-        try:
-            trial.bind((endpoint.host, endpoint.port))
-        except OSError as error:
-            raise cannot_listen(endpoint, error) from None
-
-
-def cannot_listen(endpoint: Endpoint, error: OSError) -> UserError:
-    return UserError(
-        f"--rdzv-endpoint {endpoint.host}:{endpoint.port}: this node cannot listen at this address: {error.strerror}\n"
-        "  another job may use the port: give all nodes another one"
-    )
-
-
 def wait_for(endpoint: Endpoint, limit_seconds: float = _START_SECONDS) -> None:
     """Wait until the node at the meeting point answers.
 

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
 from hecate.config import Config
 from hecate.errors import UserError
 from hecate.io.one_writer import one_writer
-from hecate.launch.addresses import Endpoint, check_free, find_endpoint
+from hecate.launch.addresses import Endpoint, find_endpoint
 from hecate.launch.fork_server import forking
 from hecate.launch.job_secret import job_secret
 from hecate.launch.local_launcher import default_variables, launch_local, run_first
 from hecate.launch.membership.job_policy import JobPolicy
-from hecate.launch.node_messages import JobShape
+from hecate.launch.node_messages import JobShape, MessageStore
 from hecate.launch.rank_command import RankCommand
 from hecate.launch.run_folder import run_folder
 from hecate.launch.surviving_nodes import follow, lead
@@ -112,24 +113,18 @@ def launch_at(program: str, arguments: Sequence[str], job: NodesJob, meeting: En
     if meeting is None:
         with one_writer(job.output_dir):
             return launch_local(program, arguments, job.ranks_per_node, job.policy, first=job.first)
-    if meeting.on_this_node:
-        check_free(meeting)  # before the ranks' imports, which take seconds
-        # The node that leads alone claims the folder, which all nodes share: a second claim would refuse this very job.
-        with one_writer(job.output_dir):
-            return _launch_of_several(program, arguments, job, meeting, secret)
-    return _launch_of_several(program, arguments, job, meeting, secret)
-
-
-def _launch_of_several(program: str, arguments: Sequence[str], job: NodesJob, meeting: Endpoint, secret: bytes) -> int:
-    shape = JobShape(job.name, *job.nodes, job.ranks_per_node, job.policy.copied)
-    with run_folder() as folder:
+    shape = JobShape(job.name, *job.nodes, job.ranks_per_node, job.policy.copied, job.output_dir)
+    # Before the ranks' imports, which take seconds. Of several launchers on one machine the first one leads.
+    hosted = MessageStore.host(meeting, shape, secret) if meeting.on_this_node else None
+    # The node that leads alone claims the folder, which all nodes share: a second claim would refuse this very job.
+    with one_writer(job.output_dir) if hosted else nullcontext(), run_folder() as folder:
         environment = _environment(meeting, secret, job.ranks_per_node)
         with forking(folder, environment, program) as start:
             if status := run_first(start, job.first, folder):
                 return status
             own = RankCommand([*start, *arguments], environment, folder / "store", job.policy.copied)
-            if meeting.on_this_node:
-                return lead(own, shape, meeting, secret, job.policy)
+            if hosted:
+                return lead(own, shape, hosted, job.policy)
             return follow(own, shape, meeting, secret)
 
 

@@ -7,6 +7,7 @@ folder, or code.
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import time
@@ -19,13 +20,15 @@ import torch.distributed as dist
 from hecate.errors import UserError
 from hecate.io.json_records import from_json_values, to_json_values
 from hecate.io.strict_json import JsonError, parse_json
-from hecate.launch.addresses import Endpoint, cannot_listen
+from hecate.launch.addresses import Endpoint
 from hecate.launch.rank_command import Beginning
 from hecate.ranks.job_store import JobStore, StoreServer
 from hecate.ranks.launcher_files import Generation
 
 _TIMEOUT = timedelta(seconds=30)
 """how long the store may take to answer"""
+_ANSWER = timedelta(seconds=5)
+"""how long another launcher of this machine may take to answer"""
 _NUMBER = re.compile("[0-9]{1,9}")
 _OF_MEMBER = re.compile("(?:ready|here-[0-9]{1,9})-([0-9]{1,9})")
 """the name of a file that the member with this number leaves"""
@@ -50,11 +53,13 @@ class JobShape:
     ranks_per_node: int
     survives: bool
     """whether its ranks can go on without one that dies (`fssdp.redundancy`)"""
+    output_dir: str
+    """as the configuration has it; two jobs that are alike in all else differ in this"""
 
     def in_words(self) -> str:
         how = "which go on without a lost one" if self.survives else "which start again"
         nodes = f"{self.fewest}" if self.fewest == self.most else f"{self.fewest} to {self.most}"
-        return f"{self.name!r} of {nodes} nodes with {self.ranks_per_node} ranks each, {how}"
+        return f"{self.name!r} of {nodes} nodes with {self.ranks_per_node} ranks each, {how}, into {self.output_dir}"
 
 
 @dataclass(frozen=True)
@@ -111,23 +116,38 @@ class MessageStore:
         self._store = store
 
     @classmethod
-    def host(cls, meeting: Endpoint, job: JobShape, secret: bytes) -> MessageStore:
+    def host(cls, meeting: Endpoint, job: JobShape, secret: bytes) -> MessageStore | None:
         """Make the store in this process. It listens at the meeting point's address alone.
 
+        Returns:
+            None: another launcher of this job on this machine has done it.
+
         Raises:
-            UserError: it cannot, for example because something listens there since `check_free` has looked.
+            UserError: something else listens there, or this process cannot listen there for another reason.
         """
         try:
             server = StoreServer(meeting.host, meeting.port, secret)
         except OSError as error:
-            raise cannot_listen(meeting, error) from None
+            where = f"--rdzv-endpoint {meeting.host}:{meeting.port}"
+            if error.errno != errno.EADDRINUSE:
+                raise UserError(
+                    f"{where}: this node cannot listen at this address: {error.strerror}\n  give all nodes another port"
+                ) from None
+            try:
+                cls.join(meeting, job, secret, _ANSWER)
+            except dist.DistError:
+                raise UserError(f"{where}: what has listened there has just ended\n  give the same command again") from None
+            return None
         store = JobStore(server.host, server.port, secret, _TIMEOUT)
         store.set("job", json.dumps(to_json_values(job)))
         return cls(store)
 
     @classmethod
-    def join(cls, meeting: Endpoint, job: JobShape, secret: bytes) -> MessageStore:
+    def join(cls, meeting: Endpoint, job: JobShape, secret: bytes, timeout: timedelta = _TIMEOUT) -> MessageStore:
         """Connect to the store.
+
+        Args:
+            timeout: how long it may take to answer.
 
         Raises:
             UserError: another job meets there, or one with another secret.
@@ -135,7 +155,7 @@ class MessageStore:
         """
         deadline = time.monotonic() + _JOB_SECONDS
         try:
-            store = JobStore(meeting.host, meeting.port, secret, _TIMEOUT)
+            store = JobStore(meeting.host, meeting.port, secret, timeout)
             while not store.check(["job"]) and time.monotonic() < deadline:
                 time.sleep(0.1)
         except dist.DistStoreError as error:
@@ -148,7 +168,7 @@ class MessageStore:
             raise UserError(
                 f"--rdzv-endpoint {meeting.host}:{meeting.port}: another job meets there, {theirs.in_words()}\n"
                 f"  this node was started for {job.in_words()}\n"
-                "  give the same configuration, --rdzv-id, --nnodes and --nproc-per-node on all nodes"
+                "  give another port, or the same configuration, --rdzv-id, --nnodes and --nproc-per-node on all nodes"
             )
         return cls(store)
 

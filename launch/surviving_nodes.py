@@ -9,6 +9,7 @@ launchers copy to each other what the others' ranks need (`hecate.launch.node_me
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
@@ -23,6 +24,7 @@ from hecate.errors import USER_ERROR_EXIT, UserError
 from hecate.io.durable import replace_file
 from hecate.io.signals import on_signals
 from hecate.io.strict_json import JsonError
+from hecate.io.terminal import PROGRESS
 from hecate.launch.addresses import Endpoint, wait_for
 from hecate.launch.local_launcher import STOPPING, watch
 from hecate.launch.membership.job_policy import JobPolicy
@@ -57,18 +59,18 @@ _LEAVING_SECONDS = 10.0
 _STOPPED_ELSEWHERE = "hecate: a signal to another node has stopped the job, whose ranks have saved"
 
 
-def lead(own: RankCommand, job: JobShape, meeting: Endpoint, secret: bytes, policy: JobPolicy) -> int:
+def lead(own: RankCommand, job: JobShape, store: MessageStore, policy: JobPolicy) -> int:
     """Run this node's ranks and decide for all nodes; return the exit status of the run.
 
     Args:
         own: what starts this node's ranks.
-        secret: of the job (`hecate.ranks.job_store`).
+        store: where the nodes meet, in this process.
         policy: what follows when ranks are lost. The run begins with those of `job.fewest` nodes at least.
 
     Raises:
         UserError: too few nodes have come in ten minutes.
     """
-    nodes = _Nodes(MessageStore.host(meeting, job, secret), job, own)
+    nodes = _Nodes(store, job, own)
     status = 1
     try:
         nodes.wait_for_all()
@@ -124,6 +126,7 @@ class _Nodes:
         """
         began = last = time.monotonic()
         present: list[_Node] = []
+        said = ""
         while 1 + len(present) < self._job.most:
             self.exchange()
             before, present = len(present), [node for node in self._nodes.values() if not node.lost]
@@ -136,6 +139,9 @@ class _Nodes:
                     f"--nnodes {self._job.fewest}: only {1 + len(present)} have come in {_MEETING_SECONDS:.0f} s\n"
                     "  each node must be started with the same --nnodes, --rdzv-endpoint and --rdzv-id"
                 )
+            waiting = _waiting_text(1 + len(present), self._job.fewest, began + _MEETING_SECONDS - time.monotonic())
+            if waiting and waiting != said:
+                PROGRESS.info(said := waiting)
             time.sleep(_LOOK_SECONDS)
         for slot, node in enumerate(present[: self._job.most - 1], start=1):
             node.slot = slot
@@ -251,6 +257,15 @@ class _Nodes:
             self._written = orders
 
 
+def _waiting_text(present: int, fewest: int, seconds: float) -> str:
+    """The line of a launcher that waits for nodes, which changes every minute; empty once enough have come."""
+    if (more := fewest - present) <= 0:
+        return ""
+    return (
+        f"hecate: waiting for {more} more node{'s' if more > 1 else ''} ({present} of {fewest}), give up in {math.ceil(seconds / 60)} min"
+    )
+
+
 class RemoteRank:
     """The process of a rank on another node."""
 
@@ -337,6 +352,7 @@ class _OwnRanks:
         self._processes, self._devices, self._delivered = {}, {}, {}
         said, times_read = self._report(), 0
         number = store.arrive(said)
+        PROGRESS.info("hecate: this node is at the meeting point; its ranks start once all nodes are there")
         while True:
             if (times := store.times_ordered()) != times_read:
                 orders, times_read = read_orders(store.orders()), times

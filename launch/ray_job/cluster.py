@@ -21,6 +21,8 @@ from hecate.launch.run_folder import ending_with_launcher, processes_below, run_
 _CONNECT_SECONDS = 5.0
 _CONNECT_TRIES = "3"
 """number of Ray's attempts to connect, a second apart"""
+TOKEN_MODE = "token"
+"""the value of RAY_AUTH_MODE where there is none: who joins shows a token"""
 _DEFAULT_TOKEN = Path("~/.ray/auth_token")
 _LONGEST_FOLDER = 40
 """largest number of bytes in the path of Ray's folder: Ray makes sockets below it, and the path of a socket has at most 107 bytes"""
@@ -43,7 +45,7 @@ def import_ray() -> Any:
         UserError: Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_MODE", TOKEN_MODE)
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     if not sys.stdout.isatty():
         os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # no codes of colours before each line in a file
@@ -60,7 +62,7 @@ def check_token() -> None:
     Raises:
         UserError: there is none, or others can read it.
     """
-    if os.environ.get("RAY_AUTH_MODE", "token") != "token" or os.environ.get("RAY_AUTH_TOKEN"):
+    if os.environ.get("RAY_AUTH_MODE", TOKEN_MODE) != TOKEN_MODE or os.environ.get("RAY_AUTH_TOKEN"):
         return
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or _DEFAULT_TOKEN).expanduser()
     if not path.is_file():

@@ -38,6 +38,7 @@ from hecate.launch.ray_job.messages import (
     Prepared,
     Replan,
     StepsDone,
+    StepTotals,
     Stop,
     TrainingEnded,
     WorkerEvent,
@@ -199,7 +200,12 @@ class Controller:
                 return [Event(Fact.BUILT, index)]
             case CheckpointSaved():
                 self._report.checkpoint = Path(event.path).name
+                self._report.step = max(self._report.step, event.step)
                 return [Event(Fact.SAVED)]
+            case StepTotals():
+                if self._rank_at_work(device) is not None:
+                    self._report.step, self._report.totals = event.step, event
+                return []
             case StepsDone():
                 return self._add_report(device, event)
             case LeftGeneration():
@@ -231,12 +237,15 @@ class Controller:
             events.append(Event(Fact.LOST, silent, f"for {_PING_SECONDS:.0f} s", cause=Cause.HUNG))
         return events
 
+    def _rank_at_work(self, device: JobDevice) -> int | None:
+        """The rank of a device that trains in this generation; None: what it tells of steps is of an earlier one."""
+        trains = self._state.phase in (State.RUNNING, State.RESIZING, State.STOPPING)
+        return self._state.generation.rank_of(device.index) if trains else None
+
     def _add_report(self, device: JobDevice, report: StepsDone) -> list[Event]:
-        rank = self._state.generation.rank_of(device.index)
-        if rank is None or self._state.phase not in (State.RUNNING, State.RESIZING, State.STOPPING):
-            return []  # of an earlier generation
-        if report.totals is not None:
-            self._report.step, self._report.totals = report.step, report.totals
+        rank = self._rank_at_work(device)
+        if rank is None:
+            return []
         work = DenseWork(report.dense_tokens, report.dense_seconds)
         changed = self._shares.add_report(rank, report.step, work)
         if changed and self._state.phase is State.RUNNING:

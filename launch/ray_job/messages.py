@@ -53,8 +53,11 @@ class PartBuilt:
 
 @dataclass(frozen=True, kw_only=True)
 class StepTotals:
-    """Figures of the newest reported step that are the same on all ranks. Rank 0 reports them."""
+    """Figures of the newest step that are the same on all ranks. Rank 0 sends them, at most once a second."""
 
+    code: ClassVar[str] = "totals"
+    step: int
+    """number of optimizer steps done"""
     loss: float
     tokens_per_s: float
     imbalance: float
@@ -76,8 +79,6 @@ class StepsDone:
     """how long that took; this contains no waiting for other ranks"""
     step_seconds: float
     """mean duration of a step since the last report"""
-    totals: StepTotals | None
-    """the figures that all ranks share; None on all ranks but the first"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +138,7 @@ class WorkerLost:
     """a package is missing on the node"""
 
 
-WorkerEvent = WorkerUp | Prepared | PartBuilt | StepsDone | CheckpointSaved | LeftGeneration | TrainingEnded | WorkerLost
+WorkerEvent = WorkerUp | Prepared | PartBuilt | StepTotals | StepsDone | CheckpointSaved | LeftGeneration | TrainingEnded | WorkerLost
 
 
 @dataclass(frozen=True, kw_only=True)

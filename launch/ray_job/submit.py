@@ -20,7 +20,7 @@ from hecate.config.effective import leaves_of
 from hecate.errors import UserError
 from hecate.io.signals import on_signals
 from hecate.io.terminal import PROGRESS, show_text
-from hecate.launch.ray_job.cluster import WRONG_TOKEN, check_token, import_ray, refuse_if_nobody_listens
+from hecate.launch.ray_job.cluster import TOKEN_MODE, WRONG_TOKEN, check_token, import_ray, refuse_if_nobody_listens
 from hecate.launch.ray_job.driver import check_for_ray
 from hecate.launch.ray_job.upload import SUFFIXES, stage
 from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
@@ -55,7 +55,12 @@ def submit(config: Path, overrides: Sequence[str], address: str, *, working_dir:
         command = shlex.join(["python", "-m", "hecate", "ray", str(inside), *overrides])
         variables = {name: os.environ[name] for name in (COLLECTIVES_VARIABLE,) if name in os.environ}
         variables["RAY_JOB_STOP_WAIT_TIME_S"] = _STOP_SECONDS
-        job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(staged), "env_vars": variables})
+        if (mode := os.environ["RAY_AUTH_MODE"]) != TOKEN_MODE:  # a token is the nodes' own: the dashboard shows a job's variables to all
+            variables["RAY_AUTH_MODE"] = mode
+        try:
+            job = client.submit_job(entrypoint=command, runtime_env={"working_dir": str(staged), "env_vars": variables})
+        except RuntimeError as error:
+            raise _takes_no_job(address, error) from None
     PROGRESS.info(f"hecate: job {job} on {address}")
     return _follow(client, job)
 
@@ -105,8 +110,11 @@ def _client(address: str) -> Any:
     except ray.exceptions.AuthenticationError:
         raise UserError(f"{address}: {WRONG_TOKEN}") from None
     except (ConnectionError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        raise UserError(f"{address}: Ray takes no job: {text[:300]}") from None
+        raise _takes_no_job(address, error) from None
+
+
+def _takes_no_job(address: str, error: Exception) -> UserError:
+    return UserError(f"{address}: Ray takes no job: {' '.join(str(error).split())[:300]}")
 
 
 def _inside(config: Path, working_dir: Path) -> Path:

@@ -60,6 +60,8 @@ _TRACEBACK_FRAMES = 4
 _CONNECTING = "ranks-connecting"
 """the key of the number of ranks that are about to connect"""
 _LOOK_SECONDS = 0.02
+_TOTALS_SECONDS = 1.0
+"""from one event of the totals to the next: each takes Python's interpreter lock from the training thread"""
 
 
 class Worker:
@@ -215,7 +217,8 @@ class TrainingLink:
         self._interrupted: int | None = None
         """the generation that was broken off last"""
         self._events, self._report_steps = events, report_steps
-        self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
+        self._dense_tokens, self._dense_seconds, self._seconds, self._steps = 0, 0.0, 0.0, 0
+        self._max_steps, self._told = 0, -_TOTALS_SECONDS
 
     def interrupt(self, generation: int) -> None:
         """Break off the collectives of a generation, if it is the one that this process is in, or is about to join."""
@@ -256,6 +259,7 @@ class TrainingLink:
         from hecate.parallel.cluster.topology_file import topology_text
 
         topology = topology_text(facts.topology)
+        self._max_steps = facts.max_steps
         built = PartBuilt(step=facts.step, max_steps=facts.max_steps, sequences=facts.sequences, owned=facts.owned, topology=topology)
         self._events.put(built)
 
@@ -263,28 +267,30 @@ class TrainingLink:
         self._dense_tokens += facts.dense_tokens
         self._dense_seconds += facts.dense_seconds
         self._seconds += facts.seconds
-        self._tokens += facts.tokens
         self._steps += 1
-        if facts.step % self._report_steps:
-            return
-        totals = None
-        if self._rank == 0:
+        now = time.monotonic()
+        # The last step's come whatever the time, or the status of a run that has ended would be of an earlier one.
+        if self._rank == 0 and (now >= self._told + _TOTALS_SECONDS or facts.step == self._max_steps):
+            self._told = now
             totals = StepTotals(
+                step=facts.step,
                 loss=facts.loss,
-                tokens_per_s=self._tokens / self._seconds,
+                tokens_per_s=facts.tokens / facts.seconds,
                 imbalance=facts.imbalance,
                 bytes_sent=facts.bytes_sent,
                 loads={str(layer): load_E for layer, load_E in facts.loads.items()},
             )
+            self._events.put(totals)
+        if facts.step % self._report_steps:
+            return
         report = StepsDone(
             step=facts.step,
             dense_tokens=self._dense_tokens,
             dense_seconds=self._dense_seconds,
             step_seconds=self._seconds / self._steps,
-            totals=totals,
         )
         self._events.put(report)
-        self._dense_tokens, self._dense_seconds, self._seconds, self._steps, self._tokens = 0, 0.0, 0.0, 0, 0
+        self._dense_tokens, self._dense_seconds, self._seconds, self._steps = 0, 0.0, 0.0, 0
 
     def saved(self, step: int, path: Path) -> None:
         self._events.put(CheckpointSaved(step=step, path=str(path)))

@@ -72,7 +72,7 @@ def test_a_stranger_at_the_meeting_point_runs_nothing_and_joins_nothing(tmp_path
     workshop, planted = make_workshop(tmp_path), tmp_path / "planted"
     with waiting_node(workshop, f"fssdp.redundancy={redundancy}") as (node, port):
         report = NodeReport(beat=0, address="10.9.9.9", ended={}, files=(), mistakes={}, stopping=False, leaves=False)
-        shape = JobShape("other", 1, 1, 1, survives=True)
+        shape = JobShape("other", 1, 1, 1, survives=True, output_dir="x")
         forged = {
             # torch's rendezvous unpickles this key once a second.
             "torch.rendezvous.hecate": base64.b64encode(pickle.dumps(Plants(planted))),

@@ -96,7 +96,11 @@ def environment(token_file: Path, **changes: str) -> dict[str, str]:
 class RayCluster:
     """A head without devices, and nodes that have one each, known by their ids; in a process of its own (`cluster_host`)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **variables: str) -> None:
+        """
+        Args:
+            variables: of Ray's processes, in the place of those of `OF_RAYLETS`; an empty one is not set.
+        """
         self.folder = folder
         self.token_file = make_token(folder)
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -105,7 +109,7 @@ class RayCluster:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=self.environment(**OF_RAYLETS, PATH=path),
+            env={name: text for name, text in self.environment(**{**OF_RAYLETS, **variables}, PATH=path).items() if text},
             cwd=ROOT,
         )
         addresses = self._answer()
@@ -165,8 +169,9 @@ class RayCluster:
 
 
 @contextmanager
-def cluster_of(kinds: tuple[str, ...], folder: Path) -> Iterator[RayCluster]:
-    made = RayCluster(folder)
+def cluster_of(kinds: tuple[str, ...], folder: Path, **variables: str) -> Iterator[RayCluster]:
+    """A cluster with a node of each kind; `variables` as `RayCluster` has them."""
+    made = RayCluster(folder, **variables)
     try:
         for kind in kinds:
             made.add(kind)

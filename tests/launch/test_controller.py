@@ -17,6 +17,7 @@ from hecate.launch.ray_job import controller as under_test
 from hecate.launch.ray_job.controller import Controller
 from hecate.launch.ray_job.messages import (
     Begin,
+    CheckpointSaved,
     Interrupt,
     Join,
     Leave,
@@ -148,7 +149,11 @@ def stop_is_asked_for(group: Scripted) -> Sequence[tuple[int, WorkerEvent]]:
 
 
 def steps(step: int, tokens: int) -> StepsDone:
-    return StepsDone(step=step, dense_tokens=tokens, dense_seconds=1.0, step_seconds=1.0, totals=None)
+    return StepsDone(step=step, dense_tokens=tokens, dense_seconds=1.0, step_seconds=1.0)
+
+
+def totals(step: int, loss: float = 1.0) -> StepTotals:
+    return StepTotals(step=step, loss=loss, tokens_per_s=9.0, imbalance=1.0, bytes_sent=0, loads={})
 
 
 GONE = WorkerLost(text="gone")
@@ -482,13 +487,28 @@ def test_a_step_in_between_forgives(config: Config) -> None:
 
 
 def test_a_loss_that_is_not_finite_does_not_end_the_job(config: Config, tmp_path: Path) -> None:
-    totals = StepTotals(loss=float("nan"), tokens_per_s=9.0, imbalance=1.0, bytes_sent=0, loads={})
-    reported = one(0, replace(steps(5, tokens=10), totals=totals))
+    reported = one(0, totals(5, loss=float("nan")))
     status, _, shown, _ = play(config, UP, begins([0, 1, 2]), reported, each([0, 1, 2], finished(0)))
     assert status == 0
     assert (shown[-1].step, shown[-1].loss, shown[-1].tokens_per_s) == (5, None, 9.0)
     write_status(tmp_path, shown[-1])
     assert read_status(tmp_path) == shown[-1]
+
+
+def test_the_status_has_the_newest_step_whether_it_was_told_or_saved(config: Config) -> None:
+    script = (UP, begins([0, 1, 2]), one(0, totals(3)), one(0, CheckpointSaved(step=6, path="/runs/x/checkpoint-6")))
+    _, _, shown, _ = play(config, *script, each([0, 1, 2], finished(0)))
+    assert [step for step, _ in groupby(status.step for status in shown)] == [0, 6]
+    late = one(0, CheckpointSaved(step=6, path="/runs/x/checkpoint-6"))  # written beside the steps
+    _, _, shown, _ = play(config, UP, begins([0, 1, 2]), one(0, totals(8)), late, each([0, 1, 2], finished(0)))
+    assert shown[-1].step == 8
+
+
+def test_the_step_of_an_earlier_generation_is_none_of_this_one(config: Config) -> None:
+    smaller = (each([0, 2], left(0)), one(1, totals(50)), begins([0, 2], 5))
+    back = (one(1, up()), one(1, Prepared()), each([0, 2], left(1)), begins([0, 1, 2], 7))
+    _, _, shown, _ = play(config, UP, begins([0, 1, 2]), one(1, GONE), *smaller, *back, each([0, 1, 2], finished(2)))
+    assert shown[-1].step == 7
 
 
 def test_a_package_that_a_node_lacks_is_the_users_to_mend(config: Config) -> None:

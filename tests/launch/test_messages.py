@@ -37,13 +37,13 @@ from hecate.launch.ray_job.messages import (
 )
 
 ASSIGNMENT = Assignment(generation=2, rank=1, world_size=2, nodes=("a", "b"), topology=None, resume=True)
-TOTALS = StepTotals(loss=1.5, tokens_per_s=9.0, imbalance=1.25, bytes_sent=80, loads={"0": [3, 4]})
+TOTALS = StepTotals(step=4, loss=1.5, tokens_per_s=9.0, imbalance=1.25, bytes_sent=80, loads={"0": [3, 4]})
 EVENTS: list[WorkerEvent] = [
     WorkerUp(pid=1, host="h", gpus=None, versions={"torch": "2"}),
     Prepared(),
     PartBuilt(step=3, max_steps=9, sequences=(2, 1), owned=(4, 2), topology="nodes: []"),
-    StepsDone(step=4, dense_tokens=10, dense_seconds=0.5, step_seconds=0.25, totals=TOTALS),
-    StepsDone(step=4, dense_tokens=10, dense_seconds=0.5, step_seconds=0.25, totals=None),
+    TOTALS,
+    StepsDone(step=4, dense_tokens=10, dense_seconds=0.5, step_seconds=0.25),
     CheckpointSaved(step=4, path="/runs/x/checkpoint-4"),
     LeftGeneration(generation=1),
     TrainingEnded(generation=1, outcome=Outcome.FAILED, text="Traceback\n  x\nValueError: boom\n"),

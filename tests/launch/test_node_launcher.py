@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from hecate.errors import UserError
-from hecate.launch import local_launcher, node_launcher
-from hecate.launch.addresses import check_free, find_endpoint, interface_of, wait_for
+from hecate.launch import local_launcher, node_launcher, node_messages
+from hecate.launch.addresses import Endpoint, find_endpoint, interface_of, wait_for
 from hecate.launch.membership.job_policy import JobPolicy
 from hecate.launch.node_launcher import node_range
 from hecate.launch.node_messages import JobShape, MessageStore
 from hecate.ranks.launcher_files import TOKEN_VARIABLE
 from testing.tiny_run import make_workshop
 from tests.launch.cluster import ROOT
+
+
+def free_endpoint() -> Endpoint:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return find_endpoint(f"127.0.0.1:{server.getsockname()[1]}")
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +61,37 @@ def test_an_endpoint_on_this_node() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         busy = find_endpoint(f"127.0.0.1:{taken.getsockname()[1]}")
         wait_for(busy, limit_seconds=0)
-        with pytest.raises(UserError, match="cannot listen"):
-            check_free(busy)
-        with pytest.raises(UserError, match="cannot listen at this address"):  # it was free when it was looked at
-            MessageStore.host(busy, JobShape("a", 1, 1, 1, survives=False), b"secret")
-    check_free(busy)
     with pytest.raises(UserError, match="no answer for"):
         wait_for(busy, limit_seconds=0)
+
+
+JOB = JobShape("a", 2, 2, 1, survives=False, output_dir="runs/x")
+
+
+def test_the_first_of_two_launchers_on_a_machine_leads_and_the_second_one_comes_to_it() -> None:
+    meeting = free_endpoint()
+    assert MessageStore.host(meeting, JOB, b"secret") is not None
+    assert MessageStore.host(meeting, JOB, b"secret") is None
+    with pytest.raises(UserError, match="another job meets there, 'a' of 2 nodes with 1 ranks each, which start again, into runs/x"):
+        MessageStore.host(meeting, replace(JOB, output_dir="runs/y"), b"secret")
+    with pytest.raises(UserError, match="give all nodes the same --token-file"):
+        MessageStore.host(meeting, JOB, b"another")
+
+
+def test_a_meeting_point_where_something_else_listens_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_messages, "_ANSWER", timedelta(seconds=0.1))
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match="another program may use the port"):
+        MessageStore.host(find_endpoint(f"127.0.0.1:{taken.getsockname()[1]}"), JOB, b"secret")
+    with (
+        pytest.raises(UserError, match="has just ended\n  give the same command again"),
+        mock.patch.object(node_messages, "StoreServer", side_effect=OSError(errno.EADDRINUSE, "in use")),
+    ):
+        MessageStore.host(free_endpoint(), JOB, b"secret")
+    with (
+        pytest.raises(UserError, match="this node cannot listen at this address: Permission denied"),
+        mock.patch.object(node_messages, "StoreServer", side_effect=OSError(errno.EACCES, "Permission denied")),
+    ):
+        MessageStore.host(free_endpoint(), JOB, b"secret")
 
 
 MISTAKES = {
@@ -68,7 +100,10 @@ MISTAKES = {
     "another number of devices": (["topology={workshop}/three.yaml"], "3 devices"),
     "a topology for a job that may shrink": (["--nnodes", "1:2", "topology={workshop}/three.yaml"], "topology=auto"),
     "no secret": (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:{port}"], "--token-file: several nodes need a secret"),
-    "a port in use": (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:{port}", "--token-file", "{workshop}/token"], "cannot listen"),
+    "a port in use": (
+        ["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:{port}", "--token-file", "{workshop}/token"],
+        "another program may use the port",
+    ),
 }
 
 

@@ -175,6 +175,28 @@ def test_a_job_is_submitted_and_its_exit_status_comes_back(cluster: RayCluster, 
     assert steps_of(run) == [1, 2, 3]
 
 
+def test_a_job_submitted_to_a_cluster_without_authentication_joins_it_so(tmp_path: Path) -> None:
+    """Neither the variable nor a token is on the cluster's nodes, so the job has what its submitter was told to set."""
+    folder, none = make_workshop(tmp_path), {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "none")}
+    with cluster_of(("only",), folder, RAY_AUTH_MODE="", **none) as cluster:
+        given = ["max_steps=3", "ray.workers=1", "--address", cluster.dashboard]
+        with cluster.job("submit", folder / "runs" / "open", *given, RAY_AUTH_MODE="disabled", **none) as job:
+            assert job.end(150) == 0, job.output[-4000:]
+    assert "step 3/3" in job.output
+
+
+def test_a_run_that_ends_well_prints_no_trace_and_its_status_has_the_last_step(cluster: RayCluster, workshop: Path) -> None:
+    run = workshop / "runs" / "well"
+    with cluster.job("ray", run, "max_steps=3", "ray.workers=2", "ray.labels=['kind=fast']", "--address", cluster.address) as job:
+        assert job.end(150) == 0, job.output[-4000:]
+    last = [line for line in job.lines if line.strip()][-1]
+    assert "(Worker pid" in last, "the summary is the last that is printed"
+    assert not re.search(r"Traceback|Exception raised|frame #|TCPStore", job.output)
+    status = read_status(run)
+    assert (status.step, status.max_steps) == (3, 3), "of a run that is shorter than ray.report_steps"
+    assert status.loss is not None
+
+
 def test_killing_the_launcher_leaves_nothing(cluster: RayCluster, workshop: Path) -> None:
     run, temporary = workshop / "runs" / "orphaned", workshop / "temporary"
     temporary.mkdir()

@@ -155,7 +155,7 @@ class OnNodes(OnMachine):
     def begin(self) -> SurvivingRanks:
         own = mock.create_autospec(RankCommand, instance=True)
         own.store, own.start.side_effect = self.store, lambda *_: StandIn()
-        job = JobShape("job", 1, 2, 2, survives=self.policy.copied)
+        job = JobShape("job", 1, 2, 2, survives=self.policy.copied, output_dir="x")
         self.monkeypatch.setattr(surviving_nodes, "_LOOK_SECONDS", 0.0)
         waiting = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: self.follow())
         self.monkeypatch.setattr(surviving_nodes, "time", waiting)

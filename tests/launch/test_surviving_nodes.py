@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -29,12 +30,14 @@ from hecate.launch.addresses import Endpoint
 from hecate.launch.membership.job_policy import JobPolicy
 from hecate.launch.node_messages import JobOrders, JobShape, MemberOrder, MessageStore, NodeReport, read_orders, read_report
 from hecate.launch.rank_command import Beginning, RankCommand
-from hecate.launch.surviving_nodes import _Nodes, _OwnRanks
+from hecate.launch.surviving_nodes import _Nodes, _OwnRanks, _waiting_text
 from hecate.launch.surviving_ranks import SurvivingRanks
 from hecate.ranks.launcher_files import Generation, arrival_file, error_file, read_generation, ready_file
+from testing.processes import OVERRIDES, losses, read_rest, read_until, running
+from testing.tiny_run import STEPS, make_workshop
 from tests.launch.stand_ins import StandIn
 
-JOB = JobShape("job", 2, 3, 2, survives=True)
+JOB = JobShape("job", 2, 3, 2, survives=True, output_dir="runs/x")
 SECRET = b"of this test" * 3
 QUIET = NodeReport(beat=0, address="10.0.0.2", ended={}, files=(), mistakes={}, stopping=False, leaves=False)
 ORDERS = JobOrders(generation=Generation(0, (0, 1, 2, 3), (0, 1, 2, 3)), arrived=(), members={}, lost=(), status=None)
@@ -104,6 +107,7 @@ def free_endpoint() -> Endpoint:
 def test_another_job_at_the_meeting_point_is_named() -> None:
     meeting = free_endpoint()
     host = MessageStore.host(meeting, JOB, SECRET)
+    assert host is not None
     joined = MessageStore.join(meeting, JOB, SECRET)
     assert joined.arrive(QUIET) == 1
     assert host.arrived([]) == [1]
@@ -111,7 +115,7 @@ def test_another_job_at_the_meeting_point_is_named() -> None:
     with pytest.raises(UserError, match="another job meets there, 'job' of 2 to 3 nodes with 2 ranks each") as caught:
         MessageStore.join(meeting, replace(JOB, ranks_per_node=4), SECRET)
     assert "--nproc-per-node" in str(caught.value)
-    with pytest.raises(UserError, match=r"which go on without a lost one\n  this node was started for .* which start again"):
+    with pytest.raises(UserError, match=r"which go on without a lost one, into runs/x\n  this node was started for .* which start again"):
         MessageStore.join(meeting, replace(JOB, survives=False), SECRET)
 
 
@@ -228,6 +232,50 @@ def test_too_few_nodes_are_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(surviving_nodes, "_MEETING_SECONDS", 0.05)
     with pytest.raises(UserError, match="--nnodes 2: only 1 have come in 0 s"):
         Leading(tmp_path).nodes.wait_for_all()
+
+
+def test_a_launcher_that_waits_for_nodes_says_for_how_many_and_how_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_once(monkeypatch)
+    monkeypatch.setattr(surviving_nodes, "_MEETING_SECONDS", 850.0)
+    leading, came = Leading(tmp_path), []
+
+    def a_node_comes(_: float) -> None:
+        if len(came) == 3:
+            leading.words.store.arrive(QUIET)
+        came.append(time.monotonic())
+
+    monkeypatch.setattr(surviving_nodes, "time", SimpleNamespace(monotonic=time.monotonic, sleep=a_node_comes))
+    leading.nodes.wait_for_all()
+    assert capsys.readouterr().out == "hecate: waiting for 1 more node (1 of 2), give up in 15 min\n", "once, and not for a third node"
+
+
+@pytest.mark.parametrize(
+    ("present", "fewest", "seconds", "text"),
+    [
+        (1, 2, 839.0, "waiting for 1 more node (1 of 2), give up in 14 min"),
+        (2, 4, 31.0, "waiting for 2 more nodes (2 of 4), give up in 1 min"),
+        (2, 2, 31.0, ""),
+    ],
+)
+def test_the_words_of_a_launcher_that_waits(present: int, fewest: int, seconds: float, text: str) -> None:
+    assert _waiting_text(present, fewest, seconds).removeprefix("hecate: ") == text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("redundancy", [0, 1])
+def test_two_launchers_on_one_machine_train_together(tmp_path: Path, redundancy: int) -> None:
+    workshop, meeting = make_workshop(tmp_path), free_endpoint()
+    shape = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", f"{meeting.host}:{meeting.port}"]
+    given = [str(workshop / "config.yaml"), *OVERRIDES, f"output_dir={workshop}/runs/two", f"fssdp.redundancy={redundancy}", *shape]
+    command = [sys.executable, "-m", "hecate", "launch", *given]
+    with running(command, tmp_path / "first", HECATE_TOKEN="x" * 32) as first:
+        read_until(first, "waiting for 1 more node (1 of 2)")
+        with running(command, tmp_path / "second", HECATE_TOKEN="x" * 32) as second:
+            assert "this node is at the meeting point" in read_rest(second)
+        assert "on rank 1" in read_rest(first)
+    assert sorted(losses(workshop / "runs" / "two")) == list(range(1, STEPS + 1))
 
 
 def test_more_nodes_than_the_job_takes_wait_for_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

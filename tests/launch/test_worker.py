@@ -6,12 +6,13 @@ import os
 import queue
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 from unittest import mock
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.config import load_config, to_yaml
+from hecate.elastic.observer import BeginFacts, StepFacts
 from hecate.launch.ray_job import worker as worker_module
 from hecate.launch.ray_job.messages import (
     Assignment,
@@ -32,6 +34,7 @@ from hecate.launch.ray_job.messages import (
     PartBuilt,
     Prepared,
     StepsDone,
+    StepTotals,
     Stop,
     TrainingEnded,
     WorkerEvent,
@@ -139,10 +142,33 @@ def test_ranks_begin_as_they_are_told_and_tell_of_every_step(crew: Crew) -> None
     assert sum(begun[0].owned) == 3 * 2, "experts times layers"
     reports = [[worker.until(StepsDone) for _ in range(STEPS)] for worker in (first, second)]
     assert [[report.step for report in told] for told in reports] == [list(range(1, STEPS + 1))] * 2
-    assert all(report.totals for report in reports[0])
-    assert not any(report.totals for report in reports[1]), "the first rank tells what all know"
     for worker in (first, second):
         assert worker.until(TrainingEnded) == TrainingEnded(generation=0, outcome=Outcome.FINISHED)
+
+
+def totals_told(rank: int, seconds: Sequence[float], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps of which a rank sends the totals, where it reports each tenth step, of a run whose steps end at these moments."""
+    clock = iter(seconds)
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    events: queue.SimpleQueue[WorkerEvent] = queue.SimpleQueue()
+    begins = Assignment(generation=0, rank=rank, world_size=2, nodes=("a", "a"), topology=None, resume=False)
+    link = TrainingLink(events, 10, begins, lambda _: dist.HashStore())
+    topology = local_topology(2, cuda=False)
+    link.begins(BeginFacts(step=0, max_steps=len(seconds), sequences=(1, 1), owned=(1, 1), topology=topology))
+    for step in range(1, len(seconds) + 1):
+        facts = StepFacts(
+            step=step, seconds=0.5, dense_tokens=1, dense_seconds=0.1, loss=1.0, tokens=8, imbalance=1.0, bytes_sent=0, loads={}
+        )
+        link.stepped(facts)
+    told = [events.get() for _ in range(events.qsize())]
+    assert all(one.tokens_per_s == 16 for one in told if isinstance(one, StepTotals))
+    return [one.step for one in told if isinstance(one, StepTotals)]
+
+
+def test_the_first_rank_tells_its_step_once_a_second_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert totals_told(0, [10.0, 10.4, 11.1, 11.2, 11.3], monkeypatch) == [1, 3, 5]
+    assert totals_told(0, [10.0, 12.0, 14.0], monkeypatch) == [1, 2, 3], "slow steps are told one by one"
+    assert totals_told(1, [10.0, 12.0, 14.0], monkeypatch) == [], "the first rank tells what all know"
 
 
 @pytest.mark.parametrize("crew", [ENDLESS], indirect=True)

@@ -75,4 +75,6 @@ _ALL = (
         "followers:bad_followers",
     ),
 )
+TASTE = "R1"
+"""the drill that `hecate drill` does, in its short form, where nothing else is asked for"""
 DRILLS: dict[str, Drill] = {drill.name: drill for drill in _ALL}

@@ -25,6 +25,10 @@ class Scope:
         return Path(self.folder)
 
 
+class TooSlow(Exception):
+    """A limit of the wall clock has passed, which a loaded machine may do as well as a defect; the text says which."""
+
+
 @dataclass(frozen=True)
 class DrillOutcome:
     """What became of a drill's cases."""
@@ -37,10 +41,17 @@ class DrillOutcome:
     """details, such as times in ms; the same names in every run"""
     failures: tuple[str, ...] = ()
     """what went otherwise than expected, a line each"""
+    too_slow: tuple[str, ...] = ()
+    """what a limit of the wall clock leaves open, a line each"""
 
     @property
     def ok(self) -> bool:
         return self.total > 0 and self.passed == self.total
+
+    @property
+    def undecided(self) -> bool:
+        """Whether nothing went otherwise than expected, and a limit of the wall clock leaves something open."""
+        return not self.ok and not self.failures and bool(self.too_slow)
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,15 @@ class DrillCase:
     name: str
     problem: str = ""
     """empty: all was as expected"""
+    too_slow: str = ""
+    """which limit of the wall clock has passed, where all else was as expected; empty: none"""
+
+    def __post_init__(self) -> None:
+        _MADE.append(self)
+
+
+_MADE: list[DrillCase] = []
+"""all cases of this process, which does one drill: what is known of a drill that ends before it has summed them up"""
 
 
 def outcome_of(cases: Sequence[DrillCase], seen: str, counts: Mapping[str, float] | None = None) -> DrillOutcome:
@@ -59,8 +79,21 @@ def outcome_of(cases: Sequence[DrillCase], seen: str, counts: Mapping[str, float
         seen: what was seen if all went as expected.
     """
     failures = tuple(f"{one.name}: {one.problem}" for one in cases if one.problem)
-    seen = f"{len(failures)} of {len(cases)} went otherwise" if failures else seen
-    return DrillOutcome(seen, len(cases) - len(failures), len(cases), dict(counts or {}), failures)
+    too_slow = tuple(f"{one.name}: {one.too_slow}" for one in cases if one.too_slow and not one.problem)
+    if failures:
+        seen = f"{len(failures)} of {len(cases)} went otherwise"
+    elif too_slow:
+        seen = f"not decided: the machine was too slow for {len(too_slow)} of {len(cases)}; all others went as expected"
+    return DrillOutcome(seen, len(cases) - len(failures) - len(too_slow), len(cases), dict(counts or {}), failures, too_slow)
+
+
+def outcome_so_far(why: str) -> DrillOutcome:
+    """The outcome of this process's drill, which a limit of the wall clock has ended in the midst of a case.
+
+    Args:
+        why: which limit.
+    """
+    return outcome_of([*_MADE, DrillCase("the case under way", too_slow=why)], "")
 
 
 def worst(values: Sequence[float]) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -64,11 +65,16 @@ def _workshop(folder: str) -> None:
 
 
 def _drill(function: str, scope: str, result: str) -> None:
-    from hecate.apps.check.drill.outcome import Scope
+    from hecate.apps.check.drill.outcome import Scope, TooSlow, outcome_so_far
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what it has started ends on the way out
     given = json.loads(scope)
-    outcome = found(function)(Scope(**{**given, "start": tuple(given["start"])}))
+    try:
+        outcome = found(function)(Scope(**{**given, "start": tuple(given["start"])}))
+    except (TooSlow, subprocess.TimeoutExpired) as late:
+        outcome = outcome_so_far(str(late))
+    except SystemExit:  # of the handler above
+        outcome = outcome_so_far("the drill had not ended when its time was over")
     _leave(Path(result), vars(outcome))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hecate.apps.check.drill.armed import Injected, to_text
 from hecate.apps.check.drill.launchers import Launcher, LaunchRequest
-from hecate.apps.check.drill.outcome import Scope
+from hecate.apps.check.drill.outcome import Scope, TooSlow
 from hecate.apps.check.drill.program import name_of
 from hecate.checkpoint import committed, read_manifest
 from hecate.checkpoint.shard import read_tensors
@@ -61,7 +61,8 @@ def call_on_ranks(scope: Scope, world: int, function: Callable[..., Any], *argum
         function: at the top of a module of this room. Its arguments must be JSON values.
 
     Raises:
-        RankFailed: a rank failed, or had not ended after `timeout` seconds.
+        RankFailed: a rank failed.
+        TooSlow: none failed, and one had not ended after `timeout` seconds.
     """
     folder = _new_folder(scope, "call")
     results = [folder / f"result-{rank}" for rank in range(world)]
@@ -77,6 +78,8 @@ def call_on_ranks(scope: Scope, world: int, function: Callable[..., Any], *argum
             if any(process.poll() not in (None, 0) for process in processes):
                 deadline = min(deadline, time.monotonic() + 3.0)  # the others may say more of the reason
             if time.monotonic() > deadline:
+                if all(process.poll() in (None, 0) for process in processes):
+                    raise TooSlow(f"{function.__name__} on {world} ranks had not ended after {timeout:.0f} s")
                 break
             time.sleep(0.01)
     finally:
@@ -138,21 +141,34 @@ class Running:
         """Wait until the run has printed something.
 
         Raises:
-            TimeoutError: it has not, or has ended.
+            AssertionError: it has ended before.
+            TooSlow: it has not in time.
         """
         deadline = time.monotonic() + timeout
         while words not in self.printed():
-            if time.monotonic() > deadline or self.process.poll() is not None:
-                raise TimeoutError(f"the run did not print {words!r}: {self.printed()[-500:]}")
+            ended = self.process.poll() is not None
+            if ended and words not in self.printed():
+                raise AssertionError(f"the run ended before it printed {words!r}: {self.printed()[-500:]}")
+            if not ended and time.monotonic() > deadline:
+                raise TooSlow(f"a run had not printed {words!r} after {timeout:.0f} s")
             time.sleep(0.01)
 
     def end(self, timeout: float = 120.0) -> Launched:
-        """Wait for the end of the run; after the timeout it is killed."""
+        """Wait for the end of the run.
+
+        Raises:
+            TooSlow: it has not come after the timeout, so the run was killed.
+        """
         try:
-            status = self.process.wait(timeout)
+            self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            status = self.process.wait()
+            raise TooSlow(f"a run had not ended after {timeout:.0f} s") from None
+        return self.ended()
+
+    def ended(self) -> Launched:
+        """What became of the run, which has ended or was killed."""
+        status = self.process.wait()
         lines = self.trace.read_text(encoding="utf-8").splitlines() if self.trace.exists() else []
         return Launched(status, self.printed(), self.output, sorted(map(json.loads, lines), key=lambda one: one["time"]))
 

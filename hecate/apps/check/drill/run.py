@@ -102,7 +102,11 @@ def _run_one(drill: Drill, scope: Scope) -> DrillReport:
     seconds = time.monotonic() - started
     if result.exists():
         value = json.loads(result.read_text(encoding="utf-8"))
-        return DrillReport(drill, DrillOutcome(**{**value, "failures": tuple(value["failures"])}), seconds)
+        texts = {name: tuple(value[name]) for name in ("failures", "too_slow")}
+        return DrillReport(drill, DrillOutcome(**{**value, **texts}), seconds)
+    if status is None:
+        why = f"the drill had not ended after {_LIMIT:.0f} s, nor {_ENDING:.0f} s after the signal to end"
+        return DrillReport(drill, DrillOutcome("not decided: the machine was too slow", 0, 1, too_slow=(why,)), seconds)
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    reason = f"had not ended after {_LIMIT:.0f} s" if status is None else f"ended with status {status}"
-    return DrillReport(drill, DrillOutcome(f"the drill itself {reason}", 0, 1, failures=tuple(lines[-3:])), seconds)
+    failures = tuple(lines[-3:]) or ("it printed nothing",)
+    return DrillReport(drill, DrillOutcome(f"the drill itself ended with status {status}", 0, 1, failures=failures), seconds)

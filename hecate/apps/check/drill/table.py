@@ -25,7 +25,7 @@ def list_text(drills: Iterable[Drill]) -> str:
 def report_text(report: DrillReport) -> str:
     """The rows of one drill: its state and counts, fault, what was expected, what was seen, and what failed."""
     drill, outcome = report.drill, report.outcome
-    lines = [f"{drill.name:4} {drill_state(outcome):9} {outcome.passed:>6}/{outcome.total:<6} {report.seconds:6.1f} s  {drill.fault}"]
+    lines = [f"{drill.name:4} {drill_state(outcome):11} {outcome.passed:>6}/{outcome.total:<6} {report.seconds:6.1f} s  {drill.fault}"]
     figures = ", ".join(f"{name} {value:.4g}" for name, value in outcome.counts.items())
     for label, text in (("expected", drill.expected), ("seen", outcome.seen), ("figures", figures)):
         if text:
@@ -34,6 +34,7 @@ def report_text(report: DrillReport) -> str:
     lines += [f"     failed: {text}" for text in shown]
     if len(outcome.failures) > len(shown):
         lines.append(f"     and {len(outcome.failures) - len(shown)} more")
+    lines += [f"     too slow: {text}" for text in outcome.too_slow]
     return "\n".join(lines)
 
 
@@ -41,7 +42,7 @@ def proof_text(report: DrillReport) -> str:
     """Whether a drill has failed without its feature, as it must."""
     outcome, feature = report.outcome, PROOFS[report.drill.name].feature
     found = "passes all the same" if outcome.ok else f"fails, {outcome.total - outcome.passed} of {outcome.total} cases"
-    first = "" if outcome.ok else f"\n     {(outcome.failures or (outcome.seen,))[0][:300]}"
+    first = "" if outcome.ok else f"\n     {(outcome.failures or outcome.too_slow or (outcome.seen,))[0][:300]}"
     return f"{report.drill.name:4} without {feature}: {found} ({report.seconds:.1f} s){first}"
 
 
@@ -62,7 +63,7 @@ def summary_text(reports: Sequence[DrillReport]) -> str:
 
 
 def drill_state(outcome: DrillOutcome) -> str:
-    return "passed" if outcome.ok else "failed"
+    return "passed" if outcome.ok else "not decided" if outcome.undecided else "failed"
 
 
 def proofs_json(reports: Sequence[DrillReport]) -> dict[str, Any]:
@@ -74,7 +75,7 @@ def proofs_json(reports: Sequence[DrillReport]) -> dict[str, Any]:
             "failed": not report.outcome.ok,
             "failed_cases": report.outcome.total - report.outcome.passed,
             "cases": report.outcome.total,
-            "first_failure": (report.outcome.failures or ("",))[0],
+            "first_failure": (report.outcome.failures or report.outcome.too_slow or ("",))[0],
         }
         for report in reports
     ]

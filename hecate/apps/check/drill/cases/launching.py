@@ -129,8 +129,7 @@ def signals(scope: Scope) -> DrillOutcome:
             problem = f"the last step is {last}, the checkpoints are {[path.name for path in newest]}"
         elif "Traceback" in ended.log:
             problem = "a traceback was printed"
-        elif seconds > _EXIT_SECONDS and not scope.quick:
-            problem = f"it took {seconds:.1f} s"
-        cases.append(DrillCase(name, problem))
+        overdue = seconds > _EXIT_SECONDS and not scope.quick
+        cases.append(DrillCase(name, problem, f"it took {seconds:.1f} s" if overdue else ""))
     seen = "the step under way is finished and saved, exit status 128 + the signal's number"
     return outcome_of(cases, seen, {"exit_worst_ms": worst(took)})

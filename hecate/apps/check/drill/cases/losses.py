@@ -277,7 +277,7 @@ class Times:
 
 
 def timely(what: str, took: float, limit: float) -> DrillCase:
-    return DrillCase(f"{what} in {limit:.0f} ms", "" if took <= limit else f"took {took:.0f} ms")
+    return DrillCase(f"{what} in {limit:.0f} ms", too_slow="" if took <= limit else f"took {took:.0f} ms")
 
 
 def problem_of(run: Launched, whole: Launched, lost: int) -> str:
