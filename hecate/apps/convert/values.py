@@ -66,7 +66,7 @@ def method(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
         full = "hecate trains adapters and experts, no dense model as it is: write LoRA in their file, or train with moe.family=full"
         return cannot(full if off(value) or value == "full" else f"hecate has no {value}; LoRA is nearest")
     if not has_experts(theirs):
-        return carry({"moe.unit": "linear", "moe.num_experts": 1, "moe.top_k": 1}, "plain LoRA: one pair for each linear, and no router")
+        return carry({"adapter": "lora"}, "plain LoRA")
     config = theirs.get("model_config")
     balanced = theirs.get("router_aux_loss_coef") or (isinstance(config, dict) and config.get("output_router_logits"))
     return carry({"moe.family": "moe_lora"} | ({} if balanced else {"moe.router_aux_loss_coef": 0.0}), "the base has experts")

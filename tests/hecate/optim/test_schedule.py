@@ -1,7 +1,6 @@
 """The schedules at their corners, worked by hand; and beside transformers' own."""
 
 import math
-
 from types import SimpleNamespace
 from typing import Any
 
