@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from hecate.config import load_config, to_yaml
-from hecate.elastic.observer import BeginFacts, StepFacts
+from hecate.elastic.run_controller import BeginFacts, StepFacts
 from hecate.launch.ray_job import worker as worker_module
 from hecate.launch.ray_job.messages import (
     Assignment,

@@ -16,12 +16,14 @@ from hecate.apps.convert.values import number
 from hecate.config import load_config
 from hecate.config.load import MAX_BYTES
 from hecate.config.problems import ConfigError, shorten
-from hecate.config.schema import LEAVES, SECTIONS
+from hecate.config.schema import LEAVES
 from hecate.errors import UserError
 from hecate.io.durable import replace_output
 from hecate.io.plain_files import read_plain
 from hecate.io.strict_yaml import parse_yaml
 
+_OURS = ("model", "data", "lora", "moe", "fssdp")
+"""sections of hecate's configurations that no other trainer has as mappings"""
 _MARKS = {
     "axolotl": ("base_model", "datasets sequence_len sample_packing adapter lora_target_linear val_set_size num_epochs", 2),
     "LLaMA-Factory": ("model_name_or_path", "finetuning_type stage cutoff_len template lora_target dataset dataset_dir lora_rank", 2),
@@ -63,7 +65,7 @@ class Converted:
 
 def trainer_of(values: Mapping[Any, Any]) -> str | None:
     """Whose configuration it is, by its keys; None: it has sections of hecate's, or too little of any."""
-    if any(section in SECTIONS and isinstance(value, dict) for section, value in values.items()):
+    if any(section in _OURS and isinstance(value, dict) for section, value in values.items()):
         return None
     found = (name for name, (key, marks, least) in _MARKS.items() if key in values and len(set(marks.split()) & set(values)) >= least)
     return next(found, None)
