@@ -79,8 +79,7 @@ def load_config(
     if not inputs:
         values = {**_UNREAD, **values}
     if values.get("hub") is True:
-        reads = trains or bool(values.get("data.eval_share"))
-        values = with_local_paths(values, report.add, may_fetch=claim_output, trains=reads, inputs=inputs)
+        values = with_local_paths(values, report.add, may_fetch=claim_output, trains=trains, inputs=inputs)
         for rules in brought:
             values = rules.localised(values)
     for key in (key for key in REQUIRED if key not in values):

@@ -18,18 +18,18 @@ def judged(config: Config, ranks: Ranks, state: TrainState, found: Evaluation) -
     """The state in which an evaluation after its step is counted, if the run looks for its best model. Every rank must call it.
 
     Raises:
-        UserError: as `value_of`.
+        UserError: as `metric_value`.
     """
     if config.best_metric is None or state.step == 0:
         return state
-    value = value_of(config.best_metric, found)
+    value = metric_value(config.best_metric, found)
     best = state.best.after(config.best_metric, value, state.step, threshold=config.early_stopping_threshold)
     # After a loss some ranks may have counted it before, as other ranks had computed it: the first rank's word holds.
     agreed = ranks.broadcast_from(0, dump_json(asdict(best)) if ranks.is_first else None)
     return replace(state, best=BestModel.from_json(parse_json(agreed)))
 
 
-def value_of(metric: str, found: Evaluation) -> float:
+def metric_value(metric: str, found: Evaluation) -> float:
     """The number `loss`, `exact`, `NAME.loss` or `NAME.exact` of an evaluation; without a name, the mean of the sources that have it.
 
     Raises:

@@ -42,7 +42,7 @@ def with_local_paths(
     Args:
         add: is called with the key, the problem and a hint for each name that cannot be had. The value is INVALID then.
         may_fetch: False on all ranks but the one whose launcher has fetched: they find what is in the cache.
-        trains: whether data.train is read; it stays as it is otherwise.
+        trains: whether data.train is read, of which data.eval_share reads a part in any case; it stays as it is otherwise.
         inputs: whether any data are read.
     """
     found = dict(values)
@@ -54,7 +54,7 @@ def with_local_paths(
             what, _, hint = str(error).partition("\n")
             add(MODEL, what, hint)
             found[MODEL] = INVALID
-    read = SOURCES if trains else SOURCES[1:]
+    read = SOURCES if trains or values.get("data.eval_share") else SOURCES[1:]
     for key in read if inputs else ():
         if isinstance(sources := values.get(key), tuple):
             fetched = tuple(_of_source(source, f"{key}[{at}].path", add, may_fetch=may_fetch) for at, source in enumerate(sources))

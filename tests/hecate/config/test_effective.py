@@ -163,6 +163,7 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "model.train_non_experts",
         "data.separate",
         "data.skip_steps",
+        "data.eval_share",
         "data.seq_len",
         "data.packing",
         "seed",

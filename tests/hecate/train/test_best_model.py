@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from hecate.config import Config, load_config
 from hecate.errors import UserError
 from hecate.report.events import EvalScore, Evaluation
-from hecate.train.best_model import value_of
+from hecate.train.best_model import metric_value
 from hecate.train.loop import train
 from hecate.train.training import Training
 from testing.ranks import run_ranks
@@ -248,9 +248,9 @@ def test_a_real_run_leaves_the_model_of_its_least_loss_and_hecate_eval_finds_tha
 def test_a_number_of_an_evaluation_by_its_name() -> None:
     scores = {"a.b": EvalScore(1.0, 0.5, 3), "c": EvalScore(2.0, None, 3)}
     found = Evaluation(scores, {})
-    assert [value_of(name, found) for name in ("loss", "exact", "a.b.loss", "a.b.exact", "c.loss")] == [1.5, 0.5, 1.0, 0.5, 2.0]
+    assert [metric_value(name, found) for name in ("loss", "exact", "a.b.loss", "a.b.exact", "c.loss")] == [1.5, 0.5, 1.0, 0.5, 2.0]
     with pytest.raises(UserError, match=r"c\.exact is not known"):
-        value_of("c.exact", found)
+        metric_value("c.exact", found)
 
 
 def test_another_share_is_another_run(workshop: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hecate.config import ConfigError
+from hecate.config.rules.best_model import check_best_model
 from tests.hecate.config.making import MINIMAL, load
 
 EVALUATED = ("data.eval=b.jsonl", "eval_steps=5")
@@ -66,3 +67,9 @@ def test_an_item_of_data_eval_with_the_name_of_one_of_data_train_takes_the_place
 @pytest.mark.parametrize("share", ["1", "-0.1", "2"])
 def test_a_share_leaves_something(folder: Path, share: str) -> None:
     assert "data.eval_share: must be >= 0 and < 1" in problem(f"data.eval_share={share}")
+
+
+def test_keys_that_have_a_problem_already_are_passed_over() -> None:
+    problems: list[str] = []
+    check_best_model({"load_best_model_at_end": True, "data.eval": ()}, lambda key, what, hint: problems.append(key))
+    assert not problems
