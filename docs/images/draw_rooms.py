@@ -25,6 +25,7 @@ TIERS: dict[str, dict[str, str]] = {
         "report": "progress, metrics,\npictures",
         "elastic": "lost, joining,\nmoved, backed up",
         "train": "the step,\nthe loop",
+        "api": "training\nas a call",
         "launch": "start ranks, watch,\nreplace them",
     },
     "a model with\nexperts in it": {

@@ -53,7 +53,7 @@ class EvaluationPass:
         return self
 
 
-def everywhere(shards: ExpertShards, current: CurrentPass, *, on_owners: bool = False) -> EvaluationPass:
+def materialized(shards: ExpertShards, current: CurrentPass, *, on_owners: bool = False) -> EvaluationPass:
     """Materialize all layers, and return the pass in which the model may then be called. Every rank must call it.
 
     Args:
@@ -74,7 +74,7 @@ def everywhere(shards: ExpertShards, current: CurrentPass, *, on_owners: bool = 
 @contextmanager
 def evaluation(shards: ExpertShards, current: CurrentPass, *, in_lockstep: bool) -> Iterator[EvaluationPass]:
     """See `Engine.evaluation`."""
-    forward = everywhere(shards, current, on_owners=in_lockstep)
+    forward = materialized(shards, current, on_owners=in_lockstep)
     try:
         with current.set_to(forward):
             yield forward

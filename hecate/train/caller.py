@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from hecate.engine.evaluation import everywhere
+from hecate.engine.evaluation import materialized
 from hecate.errors import UserError
 from hecate.model.causal_head import TokenLoss
 from hecate.model.layers.attention import leave_to_transformers
@@ -111,6 +111,6 @@ def _callable_model(training: Training) -> nn.Module | None:
     told = moe.separate_experts or moe.user_width is not None
     if training.ranks.world_size > 1 or told or parts.config.model.front_end != "transformers":
         return None
-    moe.engine.current.now = everywhere(moe.engine.shards, moe.engine.current)
+    moe.engine.current.now = materialized(moe.engine.shards, moe.engine.current)
     leave_to_transformers(parts.base.model)
     return parts.base.model

@@ -138,11 +138,16 @@ def train(
             except Exception as error:  # any: after an abort, whatever still uses the old group can fail in any way
                 if not _went_on_after(error, training, outside):
                     raise
-    if training.ranks.is_first and facts is not None:
+    if facts is not None and training.ranks.is_first:
         show_summary(Path(config.output_dir), training.run_state, measured, time.monotonic() - started, facts)
+    return _ended(training, caller, finished=facts is not None)
+
+
+def _ended(training: Training, caller: Caller | None, *, finished: bool) -> bool:
+    """Give the calling program, if there is one, what the run has done, and return `finished`."""
     if caller:
-        caller.ended(training, finished=facts is not None)
-    return facts is not None
+        caller.ended(training, finished=finished)
+    return finished
 
 
 @contextmanager

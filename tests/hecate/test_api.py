@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from hecate.api import Callback, Result, train
-from hecate.apps.answers.inference import answering
+from hecate.apps.answers.opened import open_trained
 from hecate.config import load_config
 from hecate.errors import UserError
+from hecate.model.base import BaseChoice
+from hecate.ranks.ranks import join_ranks
 from hecate.report.events import Evaluation, StepEvent
 from hecate.train.caller import Caller
 from testing.ranks import run_ranks
@@ -80,8 +82,8 @@ def test_the_result_has_scores_and_the_adapter(workshop: Path, whole: tuple[Resu
     records = [json.loads(line) for line in (workshop / "runs/whole/metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {one["step"]: one["loss"] for one in records if one["kind"] == "step"} == result.losses
     assert set(result.evaluations) == {0, 6}
-    assert set(result.evaluations[6]) == {"up", "echo"}
-    assert result.evaluations[6]["up"].loss < result.evaluations[0]["up"].loss
+    assert set(result.evaluations[6]) == {"up.eval", "echo.eval"}
+    assert result.evaluations[6]["up.eval"].loss < result.evaluations[0]["up.eval"].loss
     assert result.output == workshop / "runs/whole/adapter"
     assert (result.output / "adapter_model.safetensors").exists()
 
@@ -94,15 +96,17 @@ def test_the_model_of_the_result_is_that_of_its_adapter(workshop: Path, whole: t
     with torch.no_grad():
         ours = result.model(input_ids=ids).logits
         answer = result.model.generate(ids, max_new_tokens=3, do_sample=False)  # type: ignore[operator]
-        with answering(result.output) as opened, opened.moe.engine.evaluation():
-            model = opened.base.model.double()
-            assert torch.allclose(model(input_ids=ids).logits.double(), ours.double(), atol=1e-4)
-            assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), answer)  # type: ignore[operator]
+        with join_ranks() as ranks:
+            opened = open_trained(result.output, ranks, BaseChoice(dtype="float64"))
+            with opened.moe.engine.evaluation():
+                model = opened.base.model
+                assert torch.allclose(model(input_ids=ids).logits, ours, atol=1e-4)  # the adapter's file is in float32
+                assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), answer)  # type: ignore[operator]
 
 
 def test_callbacks_are_told_in_order(whole: tuple[Result, Heard]) -> None:
     result, heard = whole
-    both = "['echo', 'up']"
+    both = "['echo.eval', 'up.eval']"
     assert heard.told == [f"evaluate 0 {both}", *(f"step {step}" for step in range(1, 7)), "save 6", f"evaluate 6 {both}"]
     assert heard.results == [result]
 
@@ -113,7 +117,7 @@ def test_callbacks_are_told_in_order(whole: tuple[Result, Heard]) -> None:
         ("step 2", ()),
         ("save 2", ("save_steps=2",)),
         ("save 2", ("save_steps=2", "save_async=false")),
-        ("evaluate 2 ['echo', 'up']", ("eval_steps=2",)),
+        ("evaluate 2 ['echo.eval', 'up.eval']", ("eval_steps=2",)),
     ],
 )
 def test_a_callback_stops_the_run_after_the_step_and_it_goes_on_exactly(
