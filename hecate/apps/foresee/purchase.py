@@ -15,12 +15,13 @@ def purchase_lines(found: Forecast) -> list[str]:
     """Return lines about the configured policy: a step, tokens/s, prices of a million tokens and of the run, and what times rest on."""
     run, one = found.run, found.policies[0]
     spread, bill = step_spread(run.topology), purchase(found)
-    devices = run.topology.world_size
-    lines = [
-        f"{f'{one.policy} on ' * bool(run.groups)}{run.topology_name}: {spread.text(one.step_seconds)} s a step of {bill['tokens_per_step']:,} tokens; tokens/s: "
-        f"{bill['tokens_per_second'][0]:,.0f} to {bill['tokens_per_second'][1]:,.0f}"
-        + (f", {' to '.join(f'{rate / devices:,.0f}' for rate in bill['tokens_per_second'])} a device" if devices > 1 else "")
-    ]
+    devices, rates = run.topology.world_size, bill["tokens_per_second"]
+    step = (
+        f"{one.policy} on {run.topology_name}" if run.groups else run.topology_name,
+        f": {spread.text(one.step_seconds)} s a step of {bill['tokens_per_step']:,} tokens; tokens/s: {rates[0]:,.0f} to {rates[1]:,.0f}",
+        f", {rates[0] / devices:,.0f} to {rates[1] / devices:,.0f} a device" if devices > 1 else "",
+    )
+    lines = ["".join(step)]
     if steps := run.config.max_steps:
         lines.append(f"the run of {steps:,} steps: {spread.text(steps * one.step_seconds / 3600)} h")
     else:

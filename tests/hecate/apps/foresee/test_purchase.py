@@ -74,6 +74,14 @@ def test_without_price_and_length_plan_says_how_to_give_them() -> None:
     assert "prices: give --price-per-hour" in shown
 
 
+def test_plain_lora_is_priced_without_a_policy() -> None:
+    arguments = ["plan", "lora", "model.name_or_path=llama-3-8b", "data.train=x.jsonl", "max_steps=10", "--topology", "h100-node"]
+    shown = " ".join(CliRunner().invoke(app, arguments, catch_exceptions=False).output.split())
+    assert " h100-node: " in shown
+    assert "auto on" not in shown
+    assert "replication is enough" not in shown, "there are no experts"
+
+
 @pytest.mark.parametrize("price", ["0", "-1", "nan", "inf"])
 def test_a_price_is_a_positive_number(price: str) -> None:
     result = CliRunner().invoke(app, ["plan", "qwen3_30b_a3b", "--price-per-hour", price])
