@@ -251,7 +251,7 @@ def test_a_recipe_trains(tmp_path: Path) -> None:
     done = run_hecate(["train", "recipe.yaml", "nproc=1"], folder=tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr
     steps = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    rates = [one["lr"] for one in steps if "lr" in one]
+    rates = [one["learning_rate"] for one in steps if one["kind"] == "step"]
     assert rates == pytest.approx([1e-3 / 3, 2e-3 / 3, 1e-3, 5e-4])
     adapter = json.loads((tmp_path / "out" / "adapter" / "adapter_config.json").read_text())
     assert (adapter["peft_type"], adapter["r"], adapter["lora_dropout"]) == ("LORA", 4, 0.0)
