@@ -120,7 +120,7 @@ def train(
         reports = stack.enter_context(Reports(config, training.facts()))
         reports.begin()
         outside = stack.enter_context(_outside(training, reports, membership, controller, observer, stopping, joins=joins))
-        measured = Measured()
+        measured = Measured(before=reports.scores_after(0) or None)
         if membership is not None and not joins:
             faults.at("loaded")
             membership.loaded()
@@ -128,7 +128,7 @@ def train(
         while facts is None:
             try:
                 if _evaluates_first(training, lacks=not joins and measured.before is None):
-                    measured.before = _evaluate(training, outside)
+                    measured.before = _evaluate(training, outside).scores
                 if _evaluates_late(training, outside.reports):
                     measured.last = _evaluate(training, outside)
                 if training.run_state.completed >= config.max_steps:
@@ -252,7 +252,7 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
     training.complete_step()
     if agreement.stop:
         outside.note(outside.profile.merge(at_end=True))
-        resume = f"hecate train {shlex.quote(str(Path(config.output_dir) / 'config.yaml'))} resume=true"
+        resume = f"hecate train {shlex.quote(config.output_dir)} resume=true"
         outside.reports.event(step, f"{STOPPED} after step {step}; go on with: {resume}")
         return False
     if agreement.regroup and outside.membership is not None:

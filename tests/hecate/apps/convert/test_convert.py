@@ -196,7 +196,7 @@ def test_the_table_of_meanings() -> None:
     tables = (meanings.SAME.values(), meanings.LEFT, meanings.NOT_SUPPORTED, meanings.CONVERTED)
     names = [name for table in tables for group in table for name in group.split()]
     assert len(names) == len(set(names)) >= 250
-    assert not {name for name in meanings.HINTS if name in LEAVES} - {"optim"}
+    assert not {name for name in meanings.HINTS if name in LEAVES} - {"optim", "adapter"}
     for trainer in meanings.DEFAULTS:
         assert meanings.defaults(trainer).keys() <= set(names) | set(LEAVES)
 
