@@ -68,7 +68,7 @@ class GradientRule:
     """Steps parameters, which are all that have a gradient on this rank, at a learning rate. Autograd records nothing of it."""
 
 
-def tensors_of(stepped: Iterable[Stepped]) -> list[Stepped]:
+def stepped_tensors(stepped: Iterable[Stepped]) -> list[Stepped]:
     """The tensors of experts' chunks, as views, with what is kept of each (`of_each`); and other parameters as they are."""
     found: list[Stepped] = []
     for one in stepped:

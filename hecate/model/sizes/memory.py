@@ -76,10 +76,8 @@ def memory_parts(
         held, gradients, backward = (each[largest_D, np.arange(world)] for each in (held_3D, gradients_3D, backward_3D))
     elif config.fssdp.per_micro_step:  # gradients are reduced at once, and owners accumulate them
         gradients = fullest + owned
-    blocks, each_pool = (
-        owned_blocks(run, lambda pool: pool.numel) * run.master_bytes,
-        [pool.blocks * pool.numel * run.master_bytes for pool in run.pools],
-    )
+    blocks = owned_blocks(run, lambda pool: pool.numel * run.master_bytes)
+    each_pool = [pool.blocks * pool.numel * run.master_bytes for pool in run.pools]
     pools, nothing = sum(each_pool), np.zeros(world)
     # Autograd adds up the gradient of a whole pool, of one layer after the other, and then adds it to that of earlier micro-steps.
     gradients = gradients + (2 if micro_steps > 1 else 1) * pools + max(each_pool, default=0)
@@ -90,18 +88,10 @@ def memory_parts(
     replicated = np.full(world, float((run.replicated_parameters + run.parts_parameters) * run.master_bytes))
     seeded = np.full(world, float(run.seeded_parameters * run.master_bytes))
     sent, backups = _backup_bytes(run, owned + blocks)
-    state = OPTIMIZERS[config.optim].STATE
-    experts_state = sum((owned_experts(group, run) * group.cost.state_bytes for group in run.groups), nothing)
-    blocks_state = owned_blocks(run, lambda pool: owner_bytes(state, expert_spec(pool.specs), run.master_bytes))
-    backups_state = _backup_bytes(run, experts_state + blocks_state)[1]
-    replicated_state = np.full(world, replicated_bytes_of(run))
     return [
         MemoryPart("base weights", _base_bytes(run)),
         *([MemoryPart("frozen experts", np.stack([frozen] * 3))] if frozen.any() else []),
-        MemoryPart("owned experts, moments", np.stack([experts_state] * 3)),
-        *([MemoryPart("owned blocks of pools, moments", np.stack([blocks_state] * 3))] if pools else []),
-        *([MemoryPart("backups of other ranks' experts, moments", np.stack([backups_state] * 3))] if backups.any() else []),
-        MemoryPart("routers, adapters, moments" if run.groups else "adapters, moments", np.stack([replicated_state] * 3)),
+        *_with_moments(run),
         *([MemoryPart("seeded parts of pairs", np.stack([seeded] * 3))] if seeded.any() else []),
         MemoryPart("replicas", np.stack([replicas, held, nothing])),
         *([MemoryPart("pools", np.stack([np.full(world, float(pools))] * 2 + [nothing]))] if pools else []),
@@ -109,6 +99,20 @@ def memory_parts(
         MemoryPart("gradients", np.stack([nothing, gradients + replicated, owned + blocks + replicated + sent + backups])),
         MemoryPart("activations (estimate)", np.stack([forward, backward, nothing])),
         *_beside_tensors(run, others_GD if frozen_GD is None else frozen_GD),
+    ]
+
+
+def _with_moments(run: RunShape) -> list[MemoryPart]:
+    """Return what trains, with what the optimizer keeps of it; the same in all phases."""
+    state, world = OPTIMIZERS[run.config.optim].STATE, run.topology.world_size
+    experts = sum((owned_experts(group, run) * group.cost.state_bytes for group in run.groups), np.zeros(world))
+    blocks = owned_blocks(run, lambda pool: owner_bytes(state, expert_spec(pool.specs), run.master_bytes))
+    backups = _backup_bytes(run, experts + blocks)[1]
+    return [
+        MemoryPart("owned experts, moments", np.stack([experts] * 3)),
+        *([MemoryPart("owned blocks of pools, moments", np.stack([blocks] * 3))] if run.pools else []),
+        *([MemoryPart("backups of other ranks' experts, moments", np.stack([backups] * 3))] if backups.any() else []),
+        MemoryPart("routers, adapters, moments" if run.groups else "adapters, moments", np.full((3, world), replicated_bytes_of(run))),
     ]
 
 

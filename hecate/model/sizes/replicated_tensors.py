@@ -6,7 +6,7 @@ from collections import Counter
 
 from hecate.config.sections import OPTIMIZERS
 from hecate.experts.pairs.source_table import trains_a
-from hecate.model.sizes.run_shape import RunShape, adapted_linears
+from hecate.model.sizes.run_shape import RunShape, linears_with_adapters
 from hecate.parallel.values.optimizer_state import ParameterSpec, owner_bytes
 
 
@@ -26,7 +26,7 @@ def replicated_tensors(run: RunShape) -> Counter[ParameterSpec]:
     for group in run.groups if config.moe.trains_routers and run.user_width is None else ():
         found[ParameterSpec((group.experts, group.inputs), "routers")] += group.number
     for layer, experts in zip(run.base.layers, config.moe.experts_per_layer(len(run.base.layers)), strict=True):
-        for inputs, outputs in adapted_linears(layer, config, experts):
+        for inputs, outputs in linears_with_adapters(layer, config, experts):
             found.update([ParameterSpec((outputs, rank)), *[ParameterSpec((rank, inputs))] * trains_a(config.lora.shape)])
         if run.trains_non_experts and run.tensor_parallel == 1:
             found.update(ParameterSpec((outputs, inputs)) for _, outputs, inputs in layer.linears)

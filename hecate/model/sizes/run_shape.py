@@ -386,11 +386,11 @@ def _groups(layers: list[tuple[int, list[tuple[int, LayerCost, int, int]]]]) -> 
 
 def adapter_parameters(layer: LayerShape, config: Config, experts: int) -> tuple[int, int]:
     """Return the parameters of A and of B of the plain LoRA pairs in a layer whose units have so many experts; 0 if a kind has none."""
-    adapted = adapted_linears(layer, config, experts)
+    adapted = linears_with_adapters(layer, config, experts)
     return config.lora.rank * sum(inputs for inputs, _ in adapted), config.lora.rank * sum(outputs for _, outputs in adapted)
 
 
-def adapted_linears(layer: LayerShape, config: Config, experts: int) -> list[tuple[int, int]]:
+def linears_with_adapters(layer: LayerShape, config: Config, experts: int) -> list[tuple[int, int]]:
     """Return the inputs and outputs of the linears with plain LoRA pairs in a layer whose units have so many experts."""
     kind = config.moe.kind
     if not kind.has_pairs or (kind.over_linears and experts):

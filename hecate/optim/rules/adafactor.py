@@ -22,10 +22,10 @@ def _of_one(parameter: ParameterSpec) -> dict[str, StateSpec]:
 def _step(_settings: None, adamw: AdamW, _peak: float) -> Step:
     from torch.optim import Adafactor
 
-    from hecate.optim.rule import step_with, tensors_of
+    from hecate.optim.rule import step_with, stepped_tensors
 
     def step(stepped: Sequence[Stepped], learning_rate: float) -> None:
-        for decay, group in adamw.by_decay(tensors_of(stepped)):
+        for decay, group in adamw.by_decay(stepped_tensors(stepped)):
             step_with(partial(Adafactor, lr=learning_rate, weight_decay=decay), group)
 
     return step

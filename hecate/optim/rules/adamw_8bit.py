@@ -24,10 +24,10 @@ def _of_one(parameter: ParameterSpec) -> dict[str, StateSpec]:
 
 def _step(_settings: None, adamw: AdamW, _peak: float) -> Step:
     from hecate.optim.bitsandbytes_steps import byte_values, in_memory, updates
-    from hecate.optim.rule import tensors_of
+    from hecate.optim.rule import stepped_tensors
 
     def step(stepped: Sequence[Stepped], learning_rate: float) -> None:
-        for decay, group in adamw.by_decay(tensors_of(stepped)):
+        for decay, group in adamw.by_decay(stepped_tensors(stepped)):
             for one in group:
                 one.state["step"] += 1
                 memory, betas = in_memory(one.gradient, one.value, one.state["state1"], one.state["state2"]), (adamw.beta1, adamw.beta2)

@@ -44,12 +44,12 @@ def _of_one(parameter: ParameterSpec) -> dict[str, StateSpec]:
 def _step(settings: MuonConfig, adamw: AdamW, peak: float) -> Step:
     from torch.optim import Muon
 
-    from hecate.optim.rule import step_with, tensors_of
+    from hecate.optim.rule import step_with, stepped_tensors
 
     adamw_share = (settings.adamw_learning_rate or peak) / peak
 
     def step(stepped: Sequence[Stepped], learning_rate: float) -> None:
-        each = tensors_of(stepped)
+        each = stepped_tensors(stepped)
         hidden = [one for one in each if _is_hidden_matrix(one.spec)]
         configured = partial(Muon, momentum=settings.momentum, adjust_lr_fn=settings.adjust_lr_fn)
         step_with(partial(configured, lr=learning_rate, weight_decay=adamw.weight_decay), hidden)

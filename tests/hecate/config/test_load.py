@@ -154,7 +154,20 @@ def test_a_byte_order_mark_and_a_document_start_are_no_matter(folder: Path) -> N
 def test_keys_of_the_design_are_there() -> None:
     assert set(REQUIRED) == {"model.name_or_path", "data.train", "output_dir"}
     inner = {"lora.nola", "lora.shards", "moe.router", "rounds.refine", "rounds.server", "rounds.codec"}
-    assert set(SECTIONS) == {"model", "data", "lora", "moe", "fssdp", "eval", "ray", "rounds", "privacy", *inner}
+    assert set(SECTIONS) == {
+        "model",
+        "data",
+        "lora",
+        "moe",
+        "fssdp",
+        "eval",
+        "ray",
+        "rounds",
+        "privacy",
+        "muon",
+        "lr_scheduler_kwargs",
+        *inner,
+    }
 
 
 def test_every_number_has_a_range() -> None:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hecate.config.sections import OPTIMIZERS
 from hecate.optim.adamw import AdamW
 from hecate.optim.rule import GradientRule
+from hecate.optim.rules import adafactor, adamw_8bit, lion, muon
+from hecate.optim.rules import adamw as plain_adamw
 
 PEAK, ADAMW_PEAK, DECAY, BETAS, EPSILON = 0.02, 0.005, 0.1, (0.8, 0.95), 1e-6
-OPTIM = ("adamw", "muon", "adamw_8bit", "adafactor", "lion")
+OPTIM = {"adamw": plain_adamw, "muon": muon, "adamw_8bit": adamw_8bit, "adafactor": adafactor, "lion": lion}
+"""each in a file of its name"""
 BY_BITSANDBYTES = ("adamw_8bit", "lion")
 
 
@@ -26,7 +28,7 @@ def dtype_of(optim: str) -> torch.dtype:
 
 def rule(optim: str, exclude: tuple[str, ...] = (), **settings: Any) -> GradientRule:
     """As the configuration makes it, with the numbers above."""
-    module = OPTIMIZERS[optim]
+    module = OPTIM[optim]
     if optim == "muon":
         settings = {"adamw_learning_rate": ADAMW_PEAK, **settings}
     of_section = module.SETTINGS(**settings) if hasattr(module, "SETTINGS") else None

@@ -20,12 +20,12 @@ ORDERED = (
     "model.dtype=float32",
     "micro_batch_size=3",
     "lora.r=128",  # of matrices of 4,096 numbers and more
-    "learning_rate=1e-3",
     "weight_decay=0.1",
     "lr_scheduler_type=wsd",
     "lr_scheduler_kwargs.decay_ratio=0.5",
 )
-OTHERS = ("muon", "adamw_8bit", "adafactor", "lion")
+OTHERS = {"muon": "1e-2", "adamw_8bit": "1e-3", "adafactor": "0.3", "lion": "1e-3"}
+"""with a learning rate"""
 slow = pytest.mark.slow
 
 
@@ -36,11 +36,13 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("optim", [pytest.param(optim, marks=slow if optim in ("adafactor", "lion") else ()) for optim in OTHERS])
 def test_two_ranks_then_three_then_one_end_with_the_bits_of_two(workshop: str, optim: str) -> None:
-    whole = run_ranks(2, train_until, workshop, f"{optim}-whole", STEPS, (*ORDERED, f"optim={optim}"))[0]
+    whole = run_ranks(2, train_until, workshop, f"{optim}-whole", STEPS, (*ORDERED, f"optim={optim}", f"learning_rate={OTHERS[optim]}"))[0]
     parts: Losses = []
     for world, until in ((2, 2), (3, 4), (1, STEPS)):
         resume = ("resume=true",) if parts else ()
-        parts += run_ranks(world, train_until, workshop, optim, until, (*ORDERED, f"optim={optim}", *resume))[0]
+        parts += run_ranks(
+            world, train_until, workshop, optim, until, (*ORDERED, f"optim={optim}", f"learning_rate={OTHERS[optim]}", *resume)
+        )[0]
     assert parts == whole
     assert whole[0][0] - whole[-1][0] > 1e-3, "it must have learnt, or nothing was shown"
     assert (Path(workshop) / f"runs/{optim}/checkpoint-4/rank-00002-of-00003.safetensors").is_file()
@@ -49,7 +51,9 @@ def test_two_ranks_then_three_then_one_end_with_the_bits_of_two(workshop: str, o
 def with_a_loss(rank: int, world: int, workshop: str, optim: str, phase: str) -> Losses:
     """Losses of a run on three ranks, of which one is lost unless `phase` is empty."""
     losses: dict[int, tuple[float, float, float]] = {}
-    settings = settings_of(workshop, f"{optim}-{phase or 'undisturbed'}", (*ORDERED, f"optim={optim}", "fssdp.redundancy=1"))
+    settings = settings_of(
+        workshop, f"{optim}-{phase or 'undisturbed'}", (*ORDERED, f"optim={optim}", f"learning_rate={OTHERS[optim]}", "fssdp.redundancy=1")
+    )
     ranks = replace(ranks_of_default_group(rank, world), connections=frozenset(tcp_sockets()))
     run = Training(load_config(f"{workshop}/config.yaml", settings, claim_output=False), ranks)
     steps_until(run, DEATH_STEP, losses)
