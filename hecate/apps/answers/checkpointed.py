@@ -14,7 +14,7 @@ from hecate.checkpoint import latest_good, read_manifest
 from hecate.checkpoint.manifest import MANIFEST, Manifest, step_of
 from hecate.checkpoint.meta import config_text, template_in
 from hecate.checkpoint.shard import read_tensors
-from hecate.checkpoint.train_state import refuse_other_run
+from hecate.checkpoint.train_state import refuse_other_run, state_of
 from hecate.config import Config, FssdpConfig, saved_config
 from hecate.errors import UserError
 from hecate.model.base import BaseChoice, BaseModel
@@ -24,6 +24,7 @@ from hecate.model.moe_model import MoeModel
 from hecate.optim.optimizer import owned_parameters
 from hecate.parallel.cluster.topology import local_topology
 from hecate.ranks.ranks import Ranks
+from hecate.report.run_records import read_run_config
 from hecate.train.build import build_moe, config_of_model, front_end
 
 
@@ -37,6 +38,13 @@ def newest_checkpoint(run_folder: Path) -> tuple[Path, int] | None:
     found = latest_good(run_folder)
     step = None if found is None else step_of(found.name)
     return None if found is None or step is None else (found, step)
+
+
+def best_left_by(run_folder: Path, newest: Path) -> int | None:
+    """The step of the best model that a run's newest checkpoint knows, if the run leaves that; None: it leaves its last, or knows none."""
+    if not read_run_config(run_folder / "config.yaml").get("load_best_model_at_end"):
+        return None
+    return state_of(newest, read_manifest(newest)).best.step
 
 
 def model_of_checkpoint(folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[Config, BaseModel, MoeModel]:

@@ -17,7 +17,7 @@ from hecate.adapters.format_table import format_of, read_adapter
 from hecate.adapters.formats.whole_model import is_model_folder
 from hecate.adapters.sets.merging import merge_adapters
 from hecate.apps.answers.bake_user import bake_user
-from hecate.apps.answers.checkpointed import is_checkpoint, newest_checkpoint, write_checkpointed
+from hecate.apps.answers.checkpointed import best_left_by, is_checkpoint, newest_checkpoint, write_checkpointed
 from hecate.checkpoint.history import OUTPUTS
 from hecate.config import Config
 from hecate.config.files.paths import ADAPTER_CONFIG
@@ -34,7 +34,8 @@ RUN_CONFIG = "config.yaml"
 def find_trained(path: Path, *, says: bool = True) -> Path:
     """Return the folder that a path means: an adapter, adapters of several sources, a model, or a checkpoint.
 
-    A run's folder means what the run left at its end, or its newest checkpoint if it has gone on since, or was stopped before. A whole
+    A run's folder means what the run left at its end, or its newest checkpoint if it has gone on since, or was stopped before. A best model
+    that was left (load_best_model_at_end) is still meant where the newest checkpoint knows of no better one. A whole
     model does not say after which step it was written, so that it is taken even if the run has gone on.
 
     Args:
@@ -54,7 +55,7 @@ def find_trained(path: Path, *, says: bool = True) -> Path:
             "  it was stopped before its first checkpoint (save_steps); start it again"
         )
     after = _steps_of(left) if left is not None else None
-    if left is not None and (newest is None or after is None or newest[1] <= after):
+    if left is not None and (newest is None or after is None or newest[1] <= after or after == best_left_by(path, newest[0])):
         taken = left
     else:
         assert newest is not None
