@@ -12,7 +12,7 @@ from hecate.train.loop import _one_step
 
 
 def test_ranks_that_left_their_group_and_found_no_other_do_not_go_on() -> None:
-    training, outside = mock.MagicMock(saving=None), mock.MagicMock()
+    training, outside = mock.MagicMock(saving=None), mock.MagicMock(caller=None)
     training.run_state = SimpleNamespace(step=1, completed=0)  # the step is done, and what follows it is not
     training.parts.config = SimpleNamespace(max_steps=9, fssdp=SimpleNamespace(reshard_interval=None), save_steps=None, eval_steps=None)
     training.ranks.all_most.return_value = [0.0, 1.0, 0.0, 0.0, 0.0]  # some rank has seen that others have come
