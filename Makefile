@@ -47,8 +47,10 @@ $(STAMP): $(FIRST)
 
 quickstart: install-quickstart
 	@$(BIN)/hecate make-tasks data/quickstart --tasks chain_sum,gcd,letter_counting,count_bits,number_sorting --train-size 2000 --eval-size 40
-	@rm -rf runs/quickstart
-	$(BIN)/hecate train configs/quickstart.yaml
+	@# A run that was stopped goes on; one that has ended is done again.
+	@if test -e runs/quickstart/adapter || ! test -e runs/quickstart/config.yaml; then rm -rf runs/quickstart; fi
+	@if test -e runs/quickstart; then set -x; $(BIN)/hecate train runs/quickstart resume=true; \
+	else set -x; $(BIN)/hecate train configs/quickstart.yaml; fi
 	@test -d runs/quickstart/adapter || { echo 'The run stopped before its end; the line above says how to resume it.'; exit 1; }
 	@echo
 	@echo 'Ask it:  $(BIN)/hecate generate runs/quickstart/adapter "4 + 3 =" --system sum'

@@ -6,6 +6,9 @@ over to each other after each step (`benchmarks.handover`). Both have one thread
 
 The data are as many rows as a step has, each of as many tokens as a sequence, so that no side pads and each step of both trains on all of
 them. So the losses of both sides are those of one training, and the benchmark ends without a result where they differ.
+
+A start is the processor seconds of both ranks of a side from the beginning of their processes to the end of their first step: imports, the
+model, the adapter and the data, without a launcher. Both sides find their tokens where an earlier start has left them.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from typing import Any
 
 from benchmarks.handover import WorkerGroup, take_steps
 from benchmarks.peers.venv import peer_python
-from benchmarks.ratios import Budget, speedup, until_narrow
+from benchmarks.ratios import Budget, of_times, speedup, until_narrow
 from benchmarks.report import arguments, finish
 from benchmarks.whole_run import ONE_PROCESS, ROOT
 
@@ -34,7 +37,8 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 PEER = ("trl", ["trl==1.16.0"], [])
 WARM_UP = 3
 """steps of each side that are not counted"""
-ENOUGH = Budget(half_width=0.02, rounds=60)
+ENOUGH, STARTS = Budget(half_width=0.02, rounds=60), Budget(half_width=0.05, rounds=20)
+"""of steps, and of starts"""
 NEAR = 2e-3
 """the largest difference of two losses, relative: float32 sums in other orders, over some sixty steps of AdamW"""
 
@@ -84,13 +88,14 @@ def ours(folder: Path) -> None:
 
     torch.set_num_threads(1)
     settings = {
+        "adapter": "lora",
         "model.name_or_path": folder / "model",
         "model.dtype": "float32",
         "data.train": folder / "train.jsonl",
         "data.seq_len": LENGTH,
         "data.packing": False,
         "data.on_bad_sample": "error",
-        "data.cache": None,
+        "data.cache": folder / "tokens",
         "output_dir": folder / "ours",
         "max_steps": 100_000,
         "micro_batch_size": ROWS,
@@ -102,10 +107,6 @@ def ours(folder: Path) -> None:
         "lora.dropout": 0.0,
         "lora.target_modules": list(LINEARS),
         "lora.init_from": folder / "adapter",
-        "moe.unit": "linear",
-        "moe.num_experts": 1,
-        "moe.top_k": 1,
-        "moe.router_aux_loss_coef": 0.0,
     }
     given = [f"{name}={json.dumps(str(value) if isinstance(value, Path) else value)}" for name, value in settings.items()]
     losses: list[float] = []
@@ -113,7 +114,7 @@ def ours(folder: Path) -> None:
         training = Training(load_config(folder / "config.yaml", given, claim_output=False), ranks)
 
         def step() -> float:
-            started = time.process_time()
+            started = time.process_time() if losses else 0.0  # the first step's seconds are those since the process has begun
             losses.append(training.train_one().result.loss)
             return time.process_time() - started
 
@@ -122,14 +123,10 @@ def ours(folder: Path) -> None:
             (folder / "ours.json").write_text(json.dumps(losses), encoding="utf-8")
 
 
-def compare(folder: Path, budget: Budget) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """The processor seconds and the seconds by the clock of both sides' steps.
-
-    Raises:
-        SystemExit: their losses are not those of one training.
-    """
+def commands_of(folder: Path) -> dict[str, list[str]]:
+    """What starts a rank of each side."""
     setting = {"model": str(folder / "model"), "length": LENGTH, "rows": ROWS, "learning_rate": LEARNING_RATE}
-    commands = {
+    return {
         "hecate": [sys.executable, "-m", "benchmarks.beside_trl", "--ours", str(folder)],
         "trl": [
             str(peer_python(*PEER, beside_ours=True)),
@@ -138,6 +135,28 @@ def compare(folder: Path, budget: Budget) -> tuple[dict[str, list[float]], dict[
             json.dumps(setting),
         ],
     }
+
+
+def starts(folder: Path, budget: Budget) -> dict[str, list[float]]:
+    """The processor seconds of both sides from the beginning of their processes to the end of the first step."""
+    commands = commands_of(folder)
+
+    def take(name: str) -> float:
+        with WorkerGroup(commands[name], RANKS, ONE_PROCESS, ROOT) as side:
+            return side.step()
+
+    for name in commands:
+        take(name)  # it leaves what later starts find: compiled modules and tokens
+    return until_narrow(take, list(commands), [("hecate", "trl")], budget)
+
+
+def compare(folder: Path, budget: Budget) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """The processor seconds and the seconds by the clock of both sides' steps.
+
+    Raises:
+        SystemExit: their losses are not those of one training.
+    """
+    commands = commands_of(folder)
     with ExitStack() as stack:
         sides = {name: stack.enter_context(WorkerGroup(command, RANKS, ONE_PROCESS, ROOT)) for name, command in commands.items()}
         for side in sides.values():
@@ -166,11 +185,12 @@ def main() -> None:
         ours(Path(sys.argv[2]))
         return
     options = arguments(__doc__ or "").parse_args()
-    budget = Budget(ENOUGH.half_width, 4) if options.quick else ENOUGH
+    budget, of_starts = (Budget(each.half_width, 4) if options.quick else each for each in (ENOUGH, STARTS))
     with tempfile.TemporaryDirectory(prefix="hecate-") as name:
         folder = Path(name)
         make_inputs(folder)
         seconds, clock = compare(folder, budget)
+        started = starts(folder, of_starts)
     rows = [
         {
             "side": side,
@@ -178,12 +198,14 @@ def main() -> None:
             "clock_seconds_median": statistics.median(clock[side]),
             "processor_seconds": seconds[side],
             "clock_seconds": clock[side],
+            "start_processor_seconds": started[side],
         }
         for side in seconds
     ]
     summary = {
         "tokens_per_processor_s_over_trl": speedup(seconds["hecate"], seconds["trl"], budget),
         "tokens_per_s_over_trl": speedup(clock["hecate"], clock["trl"], budget),
+        "processor_seconds_to_the_first_step_over_trl": of_times(started["hecate"], started["trl"], of_starts),
     }
     finish("beside_trl", rows, summary, options.json)
 

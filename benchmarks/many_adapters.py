@@ -1,4 +1,4 @@
-"""Eight adapters trained at once over one base (`configs/recipes/many_adapters.yaml`) beside eight runs of one adapter each.
+"""Eight adapters trained at once over one base (`configs/adapters.yaml`) beside eight runs of one adapter each.
 
     python -m benchmarks.many_adapters [--quick] [--json FILE]
 
@@ -31,7 +31,7 @@ from hecate.data.files.synthetic_tasks import write_tasks
 from testing.ranks import run_ranks
 
 TASKS = ("chain_sum", "gcd", "letter_counting", "count_bits", "number_sorting", "products", "number_filtering", "spell_backward")
-RECIPE = ROOT / "configs" / "recipes" / "many_adapters.yaml"
+RECIPE = ROOT / "configs" / "adapters.yaml"
 ENOUGH = Budget(half_width=0.03, rounds=24)
 STEPS = 8
 """of a whole run"""

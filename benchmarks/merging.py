@@ -3,7 +3,7 @@
     python -m benchmarks.merging [--quick] [--resume] [--json FILE]
 
 `hecate train` trains LoRAs of rank 8 on the FFNs of SmolLM2-135M-Instruct, for three small tasks of reasoning-gym at once
-(`configs/recipes/many_adapters.yaml`), on two ranks in bfloat16. `hecate merge` makes one adapter of them by each method, and `hecate eval`
+(`configs/adapters.yaml`), on two ranks in bfloat16. `hecate merge` makes one adapter of them by each method, and `hecate eval`
 lets each adapter, and the base model, answer the held-out questions of all tasks. Then a mixture of 16 experts a layer (MixLoRA) is
 trained on the three tasks together, and shrunk to 8. Each is written to the file (benchmarks/results/merging.json) as soon as it is
 measured; a call with `--resume` goes on with what is missing, and with a training where it was. A call without it begins anew. The
@@ -133,7 +133,7 @@ def train(folder: Path, size: Size) -> None:
         SystemExit: the training has failed.
     """
     if not (folder / "run" / "adapters").is_dir():
-        config = whole_run.ROOT / "configs" / "recipes" / "many_adapters.yaml"
+        config = whole_run.ROOT / "configs" / "adapters.yaml"
         _train(config, folder / "run", {"moe.num_experts": len(TASKS), "max_steps": size.steps})
 
 

@@ -329,6 +329,21 @@ def beside_trl(recording: Mapping[str, Any]) -> Pieces:
     return [f"{_between(found, key)}, so {VERDICTS[found[f'{key}_verdict']]}"]
 
 
+def _compared(keys: Sequence[str]) -> Callable[[Mapping[str, Any]], Pieces]:
+    """Of a recording, its ratios of these names, each with its interval and what may be said of it."""
+
+    def said(recording: Mapping[str, Any]) -> Pieces:
+        found = recording["summary"]
+        return [f"{_between(found, key)}, {VERDICTS[found[f'{key}_verdict']]}" for key in keys]
+
+    return said
+
+
+def train_step(recording: Mapping[str, Any]) -> Pieces:
+    memory = f"{recording['summary']['peak_memory_over_moe_peft']:.2f} (less is better)"
+    return [*_compared(["tokens_per_s_over_moe_peft"])(recording), memory]
+
+
 def paper(recording: Mapping[str, Any]) -> Pieces:
     found = recording["summary"]
     inside = [round(12 * found[f"share_inside_{which}"]) for which in ("published_ranges", "least_of_draws", "most_of_draws")]
@@ -401,7 +416,14 @@ SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
     "docs/use/federated.md": {"federated": federated},
     "docs/use/adapters.md": {"merging": merging},
     "docs/design/planners.md": {"plan_quality": plan_quality, "paper": paper_under_other_loads},
-    "README.md": {"paper": paper, "beside_trl": beside_trl},
+    "README.md": {
+        "paper": paper,
+        "beside_trl": beside_trl,
+        "train_step": train_step,
+        "moe_layer_beside_megatron": _compared(["zipf_speedup_over_megatron_ep", "balanced_speedup_over_megatron_ep"]),
+        "moe_layer_beside_fsdp2": _compared(["zipf_speedup_over_fsdp2"]),
+        "slow_link": _compared([f"slow_link_speedup_over_{rival}" for rival in ("static_ep", "ep_per_choice", "full")]),
+    },
     "docs/use/deterministic.md": {"deterministic": deterministic},
     "docs/use/drills.md": {"faults": faults, "effective_time": effective_time},
     "docs/design/placement.md": {"replay": replay, "beside_compiler": beside_compiler},

@@ -20,13 +20,15 @@ from trl import SFTConfig, SFTTrainer
 
 
 class _Turns(TrainerCallback):
-    """Waits for a line before each step, and answers with the step's processor seconds. The training stops where the input ends."""
+    """Waits for a line before each step, and answers with the step's processor seconds; the first one's are those since the process has
+    begun. The training stops where the input ends."""
 
     def __init__(self) -> None:
         self._started = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._wait(control)
+        self._started = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         print(f"took {time.process_time() - self._started!r}", flush=True)

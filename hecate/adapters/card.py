@@ -35,7 +35,7 @@ _TRANSFORMERS = """    from transformers import AutoModelForCausalLM, AutoTokeni
 def how_trained(config: Config) -> dict[str, Any]:
     """Return what an adapter's description says about its training, as JSON values: under `extra`, by the name `training`."""
     return {
-        "family": config.moe.kind.name,
+        **({} if config.adapter == "lora" else {"family": config.moe.kind.name}),
         "steps": config.max_steps,
         "micro_batch_size": config.micro_batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,

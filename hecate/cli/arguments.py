@@ -30,7 +30,7 @@ def complete_config(incomplete: str) -> list[str]:
 
 ConfigFile = Annotated[
     Path,
-    typer.Argument(metavar="CONFIG", help="the run's YAML file, or the name of a preset, such as finetune", autocompletion=complete_config),
+    typer.Argument(metavar="CONFIG", help="the run's YAML file, or the name of a preset, such as mixlora", autocompletion=complete_config),
 ]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="values that replace those of the file", autocompletion=complete_override)

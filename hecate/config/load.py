@@ -16,6 +16,7 @@ from hecate.config.files.hub import with_local_paths
 from hecate.config.files.paths import name_of_source
 from hecate.config.files.presets import run_presets
 from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
+from hecate.config.rules.implied import with_implied
 from hecate.config.rules.keys import check_values
 from hecate.config.rules.of_apps import section_rules
 from hecate.config.scalars import NULLS
@@ -72,12 +73,7 @@ def load_config(
             given.pop(other, None)  # the run gets another length, in whichever unit
     given.update(overriding)
 
-    values: dict[str, Any] = {}
-    for key, (node, source) in given.items():
-        if key in _SOURCES:
-            values[key] = read_sources(node, key, source, report)
-        else:
-            values[key] = read_value(_current(key, node), LEAF_TYPES[key], key, source, report)
+    values = with_implied(_read_values(given, report), report.add)
     brought = section_rules()
     for rules in brought:
         values = rules.derived(values, report)
@@ -103,6 +99,16 @@ def load_config(
     data = replace(config.data, train=_named(config.data.train), eval=_named(config.data.eval))
     lora = replace(config.lora, alpha=float(config.lora.stored_alpha)) if config.lora.gradient_rule != "row_norm" else config.lora
     return replace(config, data=data, lora=lora, moe=_with_defaults(config))
+
+
+def _read_values(given: dict[str, tuple[Node, str]], report: Report) -> dict[str, Any]:
+    """The typed values of keys, or INVALID where one has a problem, which is reported."""
+    return {
+        key: read_sources(node, key, source, report)
+        if key in _SOURCES
+        else read_value(_current(key, node), LEAF_TYPES[key], key, source, report)
+        for key, (node, source) in given.items()
+    }
 
 
 def saved_config(text: str) -> Config:
@@ -156,7 +162,10 @@ def _with_defaults(config: Config) -> MoeConfig:
 
 
 def _find_file(path_or_name: str) -> str:
-    """The path of a preset if this is the name of one and of no file."""
+    """The path of a preset if this is the name of one and of no file; of a run's folder, that of its configuration."""
+    of_run = os.path.join(path_or_name, "config.yaml")
+    if os.path.isdir(path_or_name) and os.path.isfile(of_run):
+        return of_run
     is_path = os.sep in path_or_name or path_or_name.endswith((".yaml", ".yml")) or os.path.exists(path_or_name)
     return path_or_name if is_path else os.fspath(run_presets().get(path_or_name, path_or_name))
 
@@ -185,9 +194,7 @@ def read_mapping(file: str, *, missing: str, empty: str) -> Mapping:
             raise refuse("stands where the configuration must be", "give the configuration or run first, then key=value") from None
         raise refuse("no such file", missing) from None
     except IsADirectoryError:
-        of_run = os.path.join(file, "config.yaml")
-        which = f"{of_run}, and resume=true to go on with that run" if os.path.isfile(of_run) else "the path of a YAML file"
-        raise refuse("is a folder", f"give {which}") from None
+        raise refuse("is a folder that has no config.yaml", "give the path of a YAML file, or the folder of a run") from None
     except (OSError, ValueError) as error:
         raise refuse(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if len(raw) > MAX_BYTES:

@@ -58,7 +58,6 @@ _WRITE: dict[str, str] = {
     "load_best_model_at_end": "keep checkpoints with save_total_limit, and choose by the losses in metrics.jsonl",
     "finetuning_type": "leave it out; moe.family says what is trained: mixlora, moe_lora or full",
     "stage": "leave it out; hecate trains on answers (supervised fine-tuning) and on plain text",
-    "adapter": "leave it out; moe.family says what is trained, and lora.init_from an adapter to go on from",
     "optim optimizer": "leave it out; the optimizer is AdamW",
     "fsdp fsdp_config deepspeed": "leave it out; experts are sharded always, "
     "and with moe.family=moe_lora all else by model.shard_non_experts=true",

@@ -239,6 +239,9 @@ class Config:
 
     model: ModelConfig
     data: DataConfig
+    adapter: Literal["mixture", "lora"] = "mixture"
+    """What is trained beside the base model. mixture: the experts that the section moe describes. lora: one pair for each linear that
+    lora.target_modules names, as PEFT's LoRA has it; every rank trains all of them, and the section moe is left out."""
     output_dir: str = field(metadata=key(computes=False))
     """The folder for all files that the run writes. It must not exist or must be empty, unless resume is true. Its last component
     is the run's name: [A-Za-z0-9._-], 1 to 64 characters."""

@@ -30,12 +30,13 @@ SAVED, STOPPED, RESUMED, REGROUPED, REPLANNED = "saved ", "stopped by a signal",
 def step_record(event: StepEvent) -> Record:
     """What one optimizer step did. Numbers that are not finite become null."""
     result = event.result
+    aux_loss, imbalance, static_imbalance = of_experts(event)
     totals = {unit: np.asarray(loads_ED).sum(axis=1) for unit, loads_ED in sorted(result.loads.items())}
     return {
         "kind": "step",
         "step": int(event.step),
         "loss": _finite(result.loss),
-        "aux_loss": _finite(result.aux_loss),
+        "aux_loss": None if aux_loss is None else _finite(aux_loss),
         "learning_rate": _finite(event.learning_rate),
         "grad_norm": _finite(result.grad_norm),
         "skipped": bool(result.skipped),
@@ -44,8 +45,8 @@ def step_record(event: StepEvent) -> Record:
         "step_seconds": _finite(event.seconds),
         "parts": {part: _finite(seconds) for part, seconds in event.parts.items()},
         "ranks": len(result.peak_bytes),
-        "imbalance": _finite(event.imbalance),
-        "static_imbalance": _finite(event.static_imbalance),
+        "imbalance": None if imbalance is None else _finite(imbalance),
+        "static_imbalance": None if static_imbalance is None else _finite(static_imbalance),
         "copies": int(event.copies),
         "new_copies": int(event.new_copies),
         "bytes_sent": int(event.result.bytes_sent),
@@ -57,6 +58,13 @@ def step_record(event: StepEvent) -> Record:
         "loads": {str(unit): total_E.tolist() for unit, total_E in totals.items()},
         "layer_balance": {str(unit): max_over_mean(total_E) for unit, total_E in totals.items()},
     }
+
+
+def of_experts(event: StepEvent) -> tuple[float, float, float] | tuple[None, None, None]:
+    """The load-balancing loss, the imbalance, and that of static expert parallelism; None where there are no experts."""
+    if not event.result.loads:
+        return None, None, None
+    return event.result.aux_loss, event.imbalance, event.static_imbalance
 
 
 def eval_record(step: int, scores: Mapping[str, EvalScore]) -> Record:
@@ -159,6 +167,17 @@ class MetricsWriter:
     def has_record(self, kind: str, step: int) -> bool:
         """Whether there is such a record, as "eval", of so many steps done."""
         return any(its_step == step and parse_json(line).get("kind") == kind for line, its_step in self._read())
+
+    def scores_after(self, step: int) -> dict[str, EvalScore]:
+        """By source, what the last evaluation after so many steps has found; empty: none is recorded."""
+        found: dict[str, EvalScore] = {}
+        for line, its_step in self._read():
+            if its_step == step and (record := parse_json(line)).get("kind") == "eval":
+                found = {
+                    name: EvalScore(math.nan if score["loss"] is None else score["loss"], score["accuracy"], score["samples"])
+                    for name, score in record["sources"].items()
+                }
+        return found
 
     def steps_without_record(self, last: int, every: int) -> list[int]:
         """The steps up to `last` that should have a record, of which there is one every so many steps, and have none."""

@@ -28,12 +28,13 @@ class StepLine:
     step: int
     """steps done, this one among them"""
     loss: float
-    aux_loss: float
+    aux_loss: float | None
+    """None, as the next ones: there are no experts"""
     learning_rate: float
     tokens_per_s: float
-    imbalance: float
+    imbalance: float | None
     """largest over mean load of the ranks"""
-    static_imbalance: float
+    static_imbalance: float | None
     """what it would have been under static expert parallelism"""
     step_seconds: float
     skipped: str = ""
@@ -163,12 +164,13 @@ def _on_terminal() -> bool:
 
 
 def _figures(values: StepLine) -> list[tuple[str, str]]:
+    aux, imbalance, static = values.aux_loss, values.imbalance, values.static_imbalance
     return [
         ("loss", f"{values.loss:.3f}"),
-        ("aux", f"{values.aux_loss:.2f}"),
+        *([] if aux is None else [("aux", f"{aux:.2f}")]),
         ("lr", f"{values.learning_rate:.1e}"),
         ("tok/s", f"{values.tokens_per_s:.0f}"),
-        ("imbalance", f"{values.imbalance:.2f} (static EP {values.static_imbalance:.2f})"),
+        *([] if imbalance is None else [("imbalance", f"{imbalance:.2f} (static EP {static:.2f})")]),
     ]
 
 

@@ -18,7 +18,7 @@ from hecate.io.durable import replace_file
 from hecate.model.moe_model import MoeModel
 from hecate.parallel.cluster.mesh import Mesh
 from hecate.parallel.values.traces import TraceWriter
-from hecate.report.events import Evaluation, Rebuilt, Resharding, StepEvent
+from hecate.report.events import EvalScore, Evaluation, Rebuilt, Resharding, StepEvent
 from hecate.report.metrics import (
     REGROUPED,
     RESUMED,
@@ -27,6 +27,7 @@ from hecate.report.metrics import (
     Record,
     eval_record,
     event_record,
+    of_experts,
     reshard_record,
     step_record,
 )
@@ -126,19 +127,10 @@ class Reports:
         if not (self._progress and self._metrics) or event.step % self._config.logging_steps:
             return
         self._record(step_record(event))
-        self._progress.step(
-            StepLine(
-                event.step,
-                result.loss,
-                result.aux_loss,
-                event.learning_rate,
-                event.tokens / event.seconds,
-                event.imbalance,
-                event.static_imbalance,
-                event.seconds,
-                result.why_skipped,
-            )
-        )
+        aux_loss, imbalance, static_imbalance = of_experts(event)
+        speed = event.tokens / event.seconds
+        rate, seconds, skipped = event.learning_rate, event.seconds, result.why_skipped
+        self._progress.step(StepLine(event.step, result.loss, aux_loss, rate, speed, imbalance, static_imbalance, seconds, skipped))
 
     def evaluated(self, step: int, found: Evaluation) -> None:
         """Record and show an evaluation."""
@@ -146,6 +138,10 @@ class Reports:
         if self._progress and self._metrics:
             self._record(eval_record(step, found.scores))
             self._progress.evaluated(step, found.scores)
+
+    def scores_after(self, step: int) -> dict[str, EvalScore]:
+        """By source, what is recorded of the last evaluation after so many steps, by this process or one before it."""
+        return self._metrics.scores_after(step) if self._metrics else {}
 
     def lacks_evaluation(self, step: int) -> bool:
         """Whether nobody has recorded an evaluation after so many steps. Only the first rank knows of those of another process."""

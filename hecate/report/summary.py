@@ -130,7 +130,10 @@ def training_report(rows: Sequence[TrainableRow]) -> tuple[str, dict[str, Any]]:
         *_section(f"experts: {_amount(experts)}", _expert_lines(experts)),
         *([f"pools of all layers: {_amount(blocks)}", f"  {_sizes('block', blocks)}, {_owners(blocks)}"] if blocks else []),
         *_section(f"routers: {_amount(routers)}", _lines({layer: _sizes("router", of) for layer, of in _by_layer(routers).items()})),
-        *_section(f"attention adapters: {_amount(adapters)}", _lines({k: _adapters(of) for k, of in _by_layer(adapters).items()})),
+        *_section(
+            f"{'attention adapters' if experts or routers else 'adapters'}: {_amount(adapters)}",
+            _lines({k: _adapters(of) for k, of in _by_layer(adapters).items()}),
+        ),
         *([f"{NON_EXPERTS}: {_amount(others)}"] if others else []),
         *_section("held by each rank", _lines({owner: _amount(of) for owner, of in by_owner.items()})),
     ]

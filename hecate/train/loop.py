@@ -119,7 +119,7 @@ def train(
         reports = stack.enter_context(Reports(config, training.facts()))
         reports.begin()
         outside = stack.enter_context(_outside(training, reports, membership, controller, caller, stopping, joins=joins))
-        measured = Measured()
+        measured = Measured(before=reports.scores_after(0) or None)
         if membership is not None and not joins:
             faults.at("loaded")
             membership.loaded()
@@ -127,7 +127,7 @@ def train(
         while facts is None:
             try:
                 if _evaluates_first(training, lacks=not joins and measured.before is None):
-                    measured.before = _evaluate(training, outside)
+                    measured.before = _evaluate(training, outside).scores
                 if _evaluates_late(training, outside.reports):
                     measured.last = _evaluate(training, outside)
                 if training.run_state.completed >= config.max_steps:
@@ -260,7 +260,7 @@ def _one_step(training: Training, outside: _Outside, measured: Measured) -> bool
     training.complete_step()
     if agreement.stop or caller_stops:
         outside.note(outside.profile.merge(at_end=True))
-        own = str(Path(config.output_dir) / "config.yaml")
+        own = config.output_dir
         resume = f"train({own!r}, ['resume=true'], ...)" if outside.caller else f"hecate train {shlex.quote(own)} resume=true"
         outside.reports.event(step, f"{STOPPED} after step {step}; go on with: {resume}")
         return False

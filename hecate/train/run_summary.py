@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hecate.checkpoint.train_state import TrainState
-from hecate.report.events import Evaluation
+from hecate.report.events import EvalScore, Evaluation
 from hecate.report.pages.heatmap import write_heatmap
 from hecate.report.summary import print_summary
 
@@ -19,7 +19,8 @@ Fact = tuple[str, str]
 class Measured:
     """What is shown of a run beside its state."""
 
-    before: Evaluation | None = None
+    before: dict[str, EvalScore] | None = None
+    """The scores of the evaluation before the first step, of this process or of one that it goes on from."""
     last: Evaluation | None = None
     train_seconds: float = 0.0
     tokens: int = 0
@@ -40,9 +41,9 @@ def show_summary(folder: Path, state: TrainState, measured: Measured, seconds: f
         ("time", f"{seconds:.0f} s, of which training {measured.train_seconds:.0f} s"),
         *facts,
     ]
-    if measured.last:
+    if measured.last and any(measured.last.loads.values()):
         shown.append(("expert loads", _drawn(folder / "expert_load.png", measured.last)))
-    print_summary(measured.before.scores if measured.before else None, measured.last.scores if measured.last else {}, shown)
+    print_summary(measured.before, measured.last.scores if measured.last else {}, shown)
 
 
 def _drawn(path: Path, evaluation: Evaluation) -> str:

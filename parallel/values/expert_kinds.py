@@ -219,7 +219,7 @@ class ExpertKind:
 
     def one_pair_each(self, experts: Iterable[int]) -> bool:
         """Whether units with so many experts in each layer are linears with one pair each, where nothing is to be chosen."""
-        return self.over_linears and max(experts) == 1
+        return self.over_linears and max(experts) <= 1
 
     def projections(self, target_modules: Iterable[str]) -> tuple[str, ...]:
         """The projections of an expert that get a pair, in the order of its chunk."""

@@ -93,7 +93,11 @@ def redealt_owners(holders: Sequence[np.ndarray], world_size: int) -> list[np.nd
         Per layer int64 [experts].
     """
     owners = [np.where((holder_E >= 0) & (holder_E < world_size), holder_E, -1) for holder_E in holders]
-    owned_LD = np.stack([np.bincount(owner_E[owner_E >= 0], minlength=world_size) for owner_E in owners])
+    owned_LD = np.zeros((len(owners), world_size), dtype=np.int64)
+    for layer, owner_E in enumerate(owners):
+        owned_LD[layer] = np.bincount(owner_E[owner_E >= 0], minlength=world_size)
+    if not owners:
+        return owners
 
     def give(layer: int, expert: int) -> None:
         rank = int(np.lexsort((owned_LD[layer], owned_LD.sum(0)))[0])

@@ -31,7 +31,7 @@ from hecate.parallel.planners import ROWS
 from hecate.parallel.simulate.workloads import WORKLOADS
 from tests.rooms import ROOT
 
-STANDS_FOR = {"CONFIG": "finetune", "SWEEP": "examples/sweep/sweep.yaml"}
+STANDS_FOR = {"CONFIG": "mixlora", "SWEEP": "examples/sweep/sweep.yaml"}
 """what the pages write for something of the reader's, and what is tried in its place"""
 MODELS = {
     "/models/Qwen3-1.7B": "qwen2.5-7b",
@@ -61,7 +61,7 @@ def prove(words: Sequence[str], *, in_sentence: bool = False) -> None:
         while command and re.match(r"[A-Za-z_.]+=", command[0]):
             variables.append(command.pop(0))
         if not command:
-            _prove_run("finetune", variables, complete=False)  # keys and values alone
+            _prove_run("mixlora", variables, complete=False)  # keys and values alone
             return
         program, *arguments = command
         proofs: dict[str, Callable[[], None]] = {
@@ -113,7 +113,7 @@ def _prove_hecate(arguments: list[str], in_sentence: bool) -> None:
     if verb == "eval" and config is not None and (config.startswith("/models/") or re.fullmatch(r"runs/[a-z-]+", config)):
         config = "runs/first/config.yaml"  # the folder of a model or of a run stands for the configuration
     if config is not None:
-        _prove_run(config, overrides, complete="..." not in arguments and verb != "plan")
+        _prove_run(config, overrides, complete="..." not in arguments and verb != "plan" and not in_sentence)
     elif verb == "sweep":
         load_run_sweep(str(ROOT / STANDS_FOR.get(str(given["file"]), str(given["file"]))), overrides)
     elif verb == "export" and given["to"] is not None:
@@ -150,9 +150,7 @@ def _prove_run(config: str, overrides: Sequence[str], *, complete: bool) -> None
     """
     values = dict(one.partition("=")[::2] for one in overrides)
     readers = config.startswith("runs/") or config == "CONFIG"
-    if config.startswith("runs/"):
-        assert config.endswith("/config.yaml"), f"{config}: a run's configuration is config.yaml in its folder"
-    name = "finetune" if readers else STANDS_FOR.get(config, config)
+    name = "mixlora" if readers else STANDS_FOR.get(config, config)
     if readers or not complete:
         values = {"model.name_or_path": "...", "data.train": "...", "output_dir": "runs/first"} | values
     model = values.get("model.name_or_path")

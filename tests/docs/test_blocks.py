@@ -62,7 +62,7 @@ def _shown(block: Block, folder: Path) -> None:
 
 
 LISTED: dict[tuple[str, str], tuple[Callable[[Block, Path], None], str]] = {
-    ("docs/use/sweeps.md", "run: finetune"): (_sweep, "the sweep is read"),
+    ("docs/use/sweeps.md", "run: mixlora"): (_sweep, "the sweep is read"),
     ("docs/use/topology.md", "nodes:"): (_topology, "the topology is read"),
     ("docs/use/data.md", '{"tools": '): (_sample, "the record is read"),
     ("docs/use/data.md", '{"user": '): (_sample, "the record is read"),
@@ -141,17 +141,17 @@ def test_a_module_accepts_its_arguments(command: CommandLine) -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        "hecate trane finetune",
-        "hecate train finetune model.name_or_pth=/models/Qwen3-1.7B",
-        "hecate train finetune fssdp.policy=fastest",
+        "hecate trane mixlora",
+        "hecate train mixlora model.name_or_pth=/models/Qwen3-1.7B",
+        "hecate train mixlora fssdp.policy=fastest",
         "hecate train finetunes",
-        "hecate train finetune --steps 3",
+        "hecate train mixlora --steps 3",
         "hecate simulate --topology three-h100-nodes",
         "hecate simulate --policies auto",
         "hecate export runs/qwen --to gguf -o new",
         "hecate merge runs/a runs/b --method dare -o new",
         "cat questions.jsonl | hecate generate runs/qwen --promptz -",
-        "torchrun --nproc-per-node 8 -m hecate train finetune maxsteps=3",
+        "torchrun --nproc-per-node 8 -m hecate train mixlora maxsteps=3",
         "python -m benchmarks.nothing",
         "python -m benchmarks.start_stop --cycels 50",
         "make all-of-it",

@@ -34,8 +34,8 @@ SMALL = [
     *("max_steps=4", "save_steps=2", "data.seq_len=128", "micro_batch_size=1"),
     *("gradient_accumulation_steps=1", "model.dtype=float32"),
 ]
-OVER_LLAMA = "hecate train finetune model.name_or_path=/models/SmolLM2-1.7B data.train=chats.jsonl output_dir=runs/mistral"
-STORY = ("README.md", *(f"docs/use/{page}.md" for page in ("moe_lora", "adapters", "answers", "data", "report", "launch")))
+OVER_LLAMA = "hecate train mixlora model.name_or_path=/models/SmolLM2-1.7B data.train=chats.jsonl output_dir=runs/mistral"
+STORY = ("README.md", *(f"docs/use/{page}.md" for page in ("lora", "moe_lora", "adapters", "answers", "data", "report", "launch")))
 """the pages whose commands follow each other: a later page uses what those of an earlier one have left"""
 ALONE = ("docs/use/doctor.md", "docs/use/topology.md")
 SLOW = r"runs/many|runs/sixteen|^torchrun|^hecate launch"
@@ -104,7 +104,7 @@ def what_the_reader_has(tmp_path: Path) -> Path:
         config = AutoConfig.for_model(kind, **SIZES, **more, **ends)
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "models" / name)
         tokenizer.save_pretrained(tmp_path / "models" / name)
-    for name in ("chats", "more", "held_out"):
+    for name in ("chats", "more", "held_out", "a", "b"):
         write_samples(tmp_path / f"{name}.jsonl", [f"w{number}" for number in range(60)], str.upper)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"The number {i} is even or odd."}) + "\n" for i in range(80)))
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in range(3)))

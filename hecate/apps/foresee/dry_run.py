@@ -102,7 +102,7 @@ def forecast(run: RunShape, loads: str | Trace) -> Forecast:
     if isinstance(loads, Trace):
         _check_recorded(run, loads)
     config, chosen = run.config, run.config.fssdp.planner
-    names = [chosen, *(name for name in POLICIES if name != chosen)]
+    names = [chosen, *(name for name in POLICIES if name != chosen and run.groups)]
     slots_W = np.full(run.topology.world_size, config.fssdp.memory_slots) if config.fssdp.memory_slots is not None else replica_slots(run)
     # A plan's slots are the same in all sharding groups.
     slots_D = slots_W.reshape(run.mesh.num_sharding_groups, run.mesh.shard_size).min(0)
@@ -269,8 +269,9 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
         + 7.0 * (run.replicated_parameters + run.parts_parameters) * run.master_bytes / min(topology.memory_bandwidth),
     }
     nodes = topology.num_nodes if topology.num_nodes > 1 else 0  # a ring over the ranks crosses from each node to another once
-    served_tokens_D = np.max([one.served_tokens_D for one in groups], axis=0) / together
-    most_tokens_D = np.max([one.most_tokens_D for one in groups], axis=0) / together
+    none_D = np.zeros(topology.world_size)  # of a run without experts
+    served_tokens_D = np.max([none_D, *(np.asarray(one.served_tokens_D) for one in groups)], axis=0) / together
+    most_tokens_D = np.max([none_D, *(np.asarray(one.most_tokens_D) for one in groups)], axis=0) / together
     others_GD = [_others(one, group, run) for one, group in zip(groups, run.groups, strict=True)]
     return PolicyForecast(
         policy=policy,
@@ -283,7 +284,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
             + (reduced_bytes + tensor.uplink if nodes else 0.0)
             + summed.busiest_uplink,
         ),
-        imbalance=float(np.average([one.imbalance for one in groups], weights=[group.number for group in run.groups])),
+        imbalance=float(np.average([one.imbalance for one in groups], weights=[group.number for group in run.groups])) if groups else 1.0,
         memory=memory_parts(
             run,
             others_GD,
@@ -294,7 +295,7 @@ def _policy_forecast(run: RunShape, policy: str, groups: list[Simulated], pools:
             ],
             most_tokens_D,
         ),
-        plan_modes=mean_modes([one.plan_modes for one in groups], [group.number for group in run.groups]),
+        plan_modes=mean_modes([one.plan_modes for one in groups], [group.number for group in run.groups]) if groups else None,
     )
 
 

@@ -61,7 +61,7 @@ def _memory_table(found: Forecast) -> Table:
     table.add_column("")
     for phase in PHASES:
         table.add_column(phase, justify="right")
-    for part in one.memory:
+    for part in (part for part in one.memory if part.bytes_PD.any()):
         table.add_row(part.name, *(f"{value / 1e6:.1f}" for value in part.bytes_PD[:, rank]))
     table.add_section()
     table.add_row("in all", *(f"{value / 1e6:.1f}" for value in one.memory_PD[:, rank]))

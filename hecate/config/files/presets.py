@@ -15,7 +15,7 @@ def preset_names(folder: str) -> list[str]:
 
 
 def run_presets() -> dict[str, Path]:
-    """The configurations of runs by their names, sorted: starting points such as finetune, and a recipe of each system of the field."""
+    """The configurations of runs by their names, sorted: starting points such as mixlora, and a recipe of each system of the field."""
     found = [*_CONFIGS.glob("*.yaml"), *(_CONFIGS / "recipes").glob("*.yaml")]
     return {path.stem: path for path in sorted(found, key=lambda path: path.stem)}
 

@@ -117,7 +117,7 @@ def _check_experts(values: Mapping[str, Any], add: Add) -> None:
         return
     if isinstance(experts, int):
         counts = (experts,)
-        if experts not in COUNT:
+        if experts not in COUNT and (experts, values.get("adapter")) != (0, "lora"):
             add("moe.num_experts", f"must be {COUNT}, got {experts}", "")
     else:
         counts = experts

@@ -33,7 +33,7 @@ def check_router(values: Mapping[str, Any], add: Add) -> None:
     if values.get(_PREFIX + "input") == "given":
         _check_given(values, changed, add)
         return
-    if values.get("moe.unit") == "linear" and most_experts(values) == 1:
+    if values.get("moe.unit") == "linear" and most_experts(values) <= 1:
         for key in changed:
             add(key, "has no effect with one expert for each linear, where nothing is chosen", "leave it out, or raise moe.num_experts")
         return

@@ -90,7 +90,7 @@ def memory_parts(
         MemoryPart("owned experts, moments", np.stack([STATE_NUMBERS * owned] * 3)),
         *([MemoryPart("owned blocks of pools, moments", np.stack([STATE_NUMBERS * blocks] * 3))] if pools else []),
         *([MemoryPart("backups of other ranks' experts, moments", np.stack([STATE_NUMBERS * backups] * 3))] if backups.any() else []),
-        MemoryPart("routers, adapters, moments", np.stack([STATE_NUMBERS * replicated] * 3)),
+        MemoryPart("routers, adapters, moments" if run.groups else "adapters, moments", np.stack([STATE_NUMBERS * replicated] * 3)),
         *([MemoryPart("seeded parts of pairs", np.stack([seeded] * 3))] if seeded.any() else []),
         MemoryPart("replicas", np.stack([replicas, held, nothing])),
         *([MemoryPart("pools", np.stack([np.full(world, float(pools))] * 2 + [nothing]))] if pools else []),

@@ -58,7 +58,7 @@ def replica_slots(run: RunShape) -> np.ndarray:
     each rank is taken to compute as many distinct tokens as under plain expert parallelism with even loads, more than with replicas; and as
     many more as it has more tokens than the ranks have on average, since it then has more of the speed by which work is shared.
     """
-    world, most = run.topology.world_size, max(group.experts for group in run.groups)
+    world, most = run.topology.world_size, max((group.experts for group in run.groups), default=0)
     room_D = _PLANNED_SHARE * np.asarray(run.topology.memory)
     if not run.is_gpu_D.any() or (_bytes(run, np.full(world, most), run.tokens_D) <= room_D).all():
         return np.full(world, most)

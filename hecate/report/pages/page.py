@@ -52,11 +52,9 @@ def report_page(run: RunRecords, planned: PlannedMemory | str) -> str:
         _overview(run),
         _losses(run),
         _tasks(run),
-        _imbalance(run),
-        *expert_sections(run),
-        _placement(run),
+        *((_imbalance(run), *expert_sections(run), _placement(run)) if _has_experts(run) else ()),
         _time(run),
-        _bytes(run),
+        *((_bytes(run),) if _has_experts(run) else ()),
         _memory(run, planned),
         _events(run),
     )
@@ -82,6 +80,10 @@ def write_page(path: Path, page: str) -> Path:
     return path
 
 
+def _has_experts(run: RunRecords) -> bool:
+    return run.config_value("adapter") != "lora"
+
+
 def _overview(run: RunRecords) -> str:
     ranks = run.column("ranks")
     speed, imbalance, static = (run.column(name) for name in ("tokens_per_s", "imbalance", "static_imbalance"))
@@ -93,25 +95,22 @@ def _overview(run: RunRecords) -> str:
         ("loss, last", NOT_RECORDED if loss is None else f"{loss[np.isfinite(loss)][-1]:.3f}"),
         ("tokens/s, median", NOT_RECORDED if speed is None else number_text(float(np.nanmedian(speed)))),
         ("ranks", NOT_RECORDED if ranks is None else _changes(run.step_S, ranks)),
-        (
-            "imbalance (static EP)",
-            NOT_RECORDED
-            if imbalance is None
-            else f"{np.nanmean(imbalance):.2f} ({NOT_RECORDED if static is None else f'{np.nanmean(static):.2f}'})",
-        ),
     ]
+    if _has_experts(run):
+        of_static = NOT_RECORDED if static is None else f"{np.nanmean(static):.2f}"
+        tiles.append(("imbalance (static EP)", NOT_RECORDED if imbalance is None else f"{np.nanmean(imbalance):.2f} ({of_static})"))
     if skipped:
         tiles.append(("steps skipped", f"{skipped}: a loss or gradient was not finite, or a norm was a spike"))
+    of_experts = (
+        ("experts", "moe.family"),
+        ("unit", "moe.unit"),
+        ("policy", "fssdp.policy"),
+        ("plan", "fssdp.plan"),
+        ("topology", "topology"),
+    )
     facts = [
         (label, current_name(str(value)))
-        for label, key in (
-            ("base model", "model.name_or_path"),
-            ("experts", "moe.family"),
-            ("unit", "moe.unit"),
-            ("policy", "fssdp.policy"),
-            ("plan", "fssdp.plan"),
-            ("topology", "topology"),
-        )
+        for label, key in (("base model", "model.name_or_path"), *(of_experts if _has_experts(run) else (("LoRA rank", "lora.r"),)))
         if (value := run.config_value(key)) is not None
     ]
     shown = "".join(f'<div class="tile"><b>{escape(value)}</b><span>{escape(label)}</span></div>' for label, value in tiles)
@@ -162,7 +161,9 @@ def _losses(run: RunRecords) -> str:
     return section(
         "Losses",
         _one_line(run, "loss", "training loss", "Cross-entropy per label token, by step."),
-        _one_line(run, "aux_loss", "load-balancing loss", "Before its coefficient; top_k where the load is even."),
+        _one_line(run, "aux_loss", "load-balancing loss", "Before its coefficient; top_k where the load is even.")
+        if _has_experts(run)
+        else "",
         _one_line(run, "grad_norm", "norm of the gradients", "Before clipping.", from_zero=True),
         _one_line(run, "learning_rate", "learning rate", "", from_zero=True),
     )
@@ -302,7 +303,7 @@ def _memory(run: RunRecords, planned: PlannedMemory | str) -> str:
         text += " The mark is what `hecate plan` predicts."
         if not planned.on_gpu:
             text += " Measured is all that is resident on the host, with torch and other libraries; the plan counts tensors alone."
-        rows = [[name, bytes_text(size)] for name, size in planned.parts.items()]
+        rows = [[name, bytes_text(size)] for name, size in planned.parts.items() if size]
         parts = table(["planned, on the fullest rank in its fullest phase", "bytes"], rows)
     return section("Memory", figure("peak memory", bar_chart(bars, "peak memory by rank", bytes_text), text), parts)
 

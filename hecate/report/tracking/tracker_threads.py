@@ -2,13 +2,15 @@
 
 A tracker is closed at the run's end, and when the run goes back to a checkpoint or another rank begins to report.
 
-A tracker that raises, or has not returned from a call for PATIENCE seconds, is named once. One that has raised gets no more; one that is
-slow gets all that it has room for, and is given up when it has MOST_WAITING steps still to take. The end of a run waits PATIENCE seconds
-for all of them together.
+A tracker that raises, or has not returned from a call for PATIENCE seconds, is named once; the first call, which imports its library and
+may log in, has START_PATIENCE seconds. One that has raised gets no more; one that is slow gets all that it has room for, and is given up
+when it has MOST_WAITING steps still to take. The end of a run waits PATIENCE seconds for all of them together, or for those that are still
+starting until they have had START_PATIENCE.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +24,8 @@ from hecate.report.tracking.call_thread import PATIENCE, CallThread
 from hecate.report.tracking.tracked_figures import load_pictures, numbers_of
 from hecate.report.tracking.trackers import TrackedRun, Tracker
 
+START_PATIENCE = 300.0
+"""seconds that a tracker may take to start: on a busy machine, or from a network's disk, importing its library alone takes a minute"""
 MOST_WAITING = 1000
 PICTURE_STEPS = 50
 """pictures of loads are sent with the first record of a step, and then with every so many"""
@@ -65,6 +69,11 @@ class Trackers:
         until = time.monotonic() + PATIENCE
         for worker in self._workers:
             worker.wait(0.0 if worker.named else max(0.0, until - time.monotonic()))
+        if starting := [worker for worker in self._workers if worker.starting and not worker.named]:
+            self._say(f"waiting for {', '.join(worker.name for worker in starting)} to start, so that what was recorded goes there, too")
+        for worker in starting:
+            worker.wait_for_start()
+            worker.wait(PATIENCE)
         self._name_troubled(closing=True)
         self._workers = []
 
@@ -99,6 +108,7 @@ class _Worker:
         self._run = run
         self._tracker: Tracker | None = None
         """None: it is not open yet"""
+        self._since, self._start_over = time.monotonic(), threading.Event()
         self._overrun = False
         self._thread = CallThread(f"tracker {name}", MOST_WAITING)
         self._thread.hand_over(self._open)
@@ -115,6 +125,15 @@ class _Worker:
         """Wait until all is done, but no longer than this."""
         self._thread.wait(seconds)
 
+    @property
+    def starting(self) -> bool:
+        """Whether the tracker has time left to start, and has neither started nor failed."""
+        return not self._start_over.is_set() and time.monotonic() < self._since + START_PATIENCE
+
+    def wait_for_start(self) -> None:
+        """Wait while it is `starting`."""
+        self._start_over.wait(max(0.0, self._since + START_PATIENCE - time.monotonic()))
+
     def trouble(self, *, closing: bool) -> str | None:
         """What is wrong with the tracker, if anything is.
 
@@ -125,6 +144,8 @@ class _Worker:
             return f"failed: {self._thread.error}"
         if self._overrun:
             return f"is {MOST_WAITING} steps behind"
+        if not self._start_over.is_set():
+            return None if self.starting else f"has not started in {START_PATIENCE:g} s"
         if closing:
             return None if self._thread.wait(0.0) else f"has not finished {PATIENCE:g} s after the run's last word"
         return None if self._thread.silent_for < PATIENCE else f"has not answered for {PATIENCE:g} s"
@@ -139,10 +160,13 @@ class _Worker:
             self._overrun = not self._thread.hand_over(call)
 
     def _open(self) -> None:
-        tracker = self._adapter(replace(self._run, known_as=_read(self._memory) if self._run.step else None))
-        if tracker.run_id is not None:
-            replace_file(self._memory, [tracker.run_id.encode()], durable=False)
-        self._tracker = tracker
+        try:
+            tracker = self._adapter(replace(self._run, known_as=_read(self._memory) if self._run.step else None))
+            if tracker.run_id is not None:
+                replace_file(self._memory, [tracker.run_id.encode()], durable=False)
+            self._tracker = tracker
+        finally:
+            self._start_over.set()
 
 
 def _read(path: Path) -> str | None:

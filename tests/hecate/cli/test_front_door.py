@@ -40,7 +40,7 @@ def test_verbs_that_take_a_configuration_show_it_alike() -> None:
 
 
 def test_a_key_with_signs_before_it_is_answered() -> None:
-    done = CliRunner().invoke(app, ["train", "finetune", "--max_steps=3", "--lora-r=8", "--nonsense"])
+    done = CliRunner().invoke(app, ["train", "mixlora", "--max_steps=3", "--lora-r=8", "--nonsense"])
     assert isinstance(done.exception, ConfigError)
     said = {problem.key: problem.hint for problem in done.exception.problems if problem.source == "command line"}
     assert said == {
@@ -94,6 +94,6 @@ def test_a_folder_that_is_missing_is_named_before_libraries_are_loaded(command: 
 def test_plan_leaves_the_environment_of_its_process_as_it_was(tmp_path: Path) -> None:
     """Who calls it in a process of his own has the planners' loops compiled afterwards, as before."""
     before = os.environ.get("NUMBA_DISABLE_JIT")
-    done = CliRunner().invoke(app, ["plan", "finetune", "model.name_or_path=llama-3-8b", f"output_dir={tmp_path}/run", "--ranks", "2"])
+    done = CliRunner().invoke(app, ["plan", "mixlora", "model.name_or_path=llama-3-8b", f"output_dir={tmp_path}/run", "--ranks", "2"])
     assert done.exit_code == 0, done.output
     assert os.environ.get("NUMBA_DISABLE_JIT") == before

@@ -175,6 +175,7 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "warmup_ratio",
         "weight_decay",
         "weight_decay_exclude",
+        "adapter",
         "adam_beta1",
         "adam_beta2",
         "adam_epsilon",

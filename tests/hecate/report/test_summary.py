@@ -137,5 +137,5 @@ def test_any_report_is_short_and_complete(rows: list[TrainableRow]) -> None:
     assert json.loads(json.dumps(value)) == value
     assert [TrainableRow(**row) for row in value["rows"]] == rows
     assert sum(share["bytes"] for share in value["by_owner"].values()) == sum(row.count * row.bytes for row in rows)
-    totals = re.findall(r"^(?:experts|routers|attention adapters): ([0-9,]+) parameters", text, re.MULTILINE)
+    totals = re.findall(r"^(?:experts|routers|(?:attention )?adapters): ([0-9,]+) parameters", text, re.MULTILINE)
     assert sum(int(total.replace(",", "")) for total in totals) == sum(row.count * row.numel for row in rows)

@@ -14,7 +14,7 @@ from testing.ranks import run_ranks
 from testing.tiny_run import make_workshop
 from tests.hecate.train.in_process import ranks_of_default_group
 
-RECIPE = Path(__file__).parents[3] / "configs" / "recipes" / "many_adapters.yaml"
+RECIPE = Path(__file__).parents[3] / "configs" / "adapters.yaml"
 STEPS = 3
 LINEARS = ("moe.unit=linear", "lora.target_modules=[q_proj,down_proj]")
 SOURCES = {"up": "up.train.jsonl", "echo": "echo.train.jsonl", "few": "up.eval.jsonl"}

@@ -288,7 +288,7 @@ def test_a_dense_model_is_refused(workshop: Path) -> None:
 
 
 def test_the_dry_run_knows_the_recipe(workshop: Path) -> None:
-    recipe = Path(__file__).parents[3] / "configs" / "recipes" / "qwen3_moe_lora.yaml"
+    recipe = Path(__file__).parents[3] / "configs" / "moe-lora.yaml"
     given = [f"model.name_or_path={workshop}/model", f"data.train={workshop}/up.train.jsonl", f"output_dir={workshop}/runs/planned"]
     shown = run("plan", recipe, *given, "model.shard_non_experts=true", "--ranks", 2).stdout
     assert "frozen experts" in shown

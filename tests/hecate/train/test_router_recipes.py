@@ -33,16 +33,15 @@ from testing.tiny_run import make_workshop
 from tests.hecate.elastic.losing import DEATH_STEP, Dead, regroup
 from tests.hecate.train.in_process import ranks_of_default_group
 
-RECIPES = Path(__file__).parents[3] / "configs" / "recipes"
 SEQUENCES = 8
 """of a step, whatever the number of ranks"""
 
 
 OVERRIDES: dict[str, tuple[str, dict[str, str]]] = {
     "llava_mole": ("llava_mole", {}),
-    "many_adapters": ("many_adapters", {"moe.num_experts": "2"}),
+    "many_adapters": ("adapters", {"moe.num_experts": "2"}),
     "many_linears": (
-        "many_adapters",
+        "adapters",
         {"moe.num_experts": "2", "moe.unit": "linear", "lora.target_modules": "[q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj]"},
     ),
     "smora": ("smora", {"lora.r": "1", "moe.num_experts": "16", "moe.top_k": "4", "moe.router.bias_rate": "0.01"}),
@@ -68,7 +67,7 @@ def config_of(workshop: str, recipe: str, name: str, *overrides: str) -> Config:
         "fssdp.policy": "hecate_paper",
         **changed,
     }
-    return load_config(RECIPES / f"{file}.yaml", [*(f"{key}={value}" for key, value in given.items()), *overrides], claim_output=False)
+    return load_config(file, [*(f"{key}={value}" for key, value in given.items()), *overrides], claim_output=False)
 
 
 def training(rank: int, world: int, workshop: str, recipe: str, name: str, *overrides: str) -> Training:

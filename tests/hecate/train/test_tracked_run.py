@@ -51,7 +51,8 @@ def trained(rank: int, world: int, workshop: str, name: str, trackers: str) -> t
     folder = f"{workshop}/runs/{name}"
     overrides = ["max_steps=3", "data.eval=[]", "eval.generate=false", f"report_to={trackers}", f"output_dir={folder}"]
     config = load_config(f"{workshop}/config.yaml", overrides, claim_output=False)
-    with mock.patch.dict(sys.modules, modules), mock.patch.object(tracker_threads, "PATIENCE", 0.5):
+    short = mock.patch.multiple(tracker_threads, PATIENCE=0.5, START_PATIENCE=0.5)
+    with mock.patch.dict(sys.modules, modules), short:
         assert train(config, ranks_of_default_group(rank, world))
         released.set()
     return load_file(f"{folder}/adapter/adapter_model.safetensors"), steps
@@ -68,7 +69,4 @@ def test_broken_trackers_change_nothing(workshop: str) -> None:
     assert steps == [1, 2, 3]
     records = [json.loads(line) for line in (Path(workshop) / "runs/tracked/metrics.jsonl").read_text().splitlines()]
     said = sorted(record["text"] for record in records if record["kind"] == "event" and "tracker" in record["text"])
-    assert [text.split(";")[0].split(" 0.5 s")[0] for text in said] in (
-        ["tracker mlflow has not answered for", "tracker wandb failed: no route to host"],
-        ["tracker mlflow has not finished", "tracker wandb failed: no route to host"],
-    )
+    assert [text.split(";")[0] for text in said] == ["tracker mlflow has not started in 0.5 s", "tracker wandb failed: no route to host"]

@@ -14,7 +14,6 @@ from hecate.config import load_config
 from hecate.model.sizes.run_shape import run_shape
 from tests.hecate.apps.foresee.making import write_model
 
-RECIPES = Path(__file__).parents[4] / "configs" / "recipes"
 LAYERS, HIDDEN, FFN, KV = 4, 16, 24, 8
 """queries and outputs are as wide as hidden states"""
 GATED = 3 * (HIDDEN + FFN)
@@ -48,7 +47,7 @@ SYSTEMS = {
     "allora": System({(1, 8 * width) for width in LINEAR.values()}),
     "ffa_lora": System({(1, 8 * outputs) for outputs in (HIDDEN, KV, FFN)}),
     "reclora": System({(8, 8 * LINEAR["q_proj"]), (8, 8 * LINEAR["v_proj"])}),
-    "many_adapters": System({(2, 16 * GATED)}, overrides=("moe.num_experts=2",)),
+    "adapters": System({(2, 16 * GATED)}, overrides=("moe.num_experts=2",)),
 }
 
 
@@ -65,7 +64,7 @@ def test_a_recipe_is_forecast(folder: Path, recipe: str) -> None:
     system = SYSTEMS[recipe]
     given = [f"model.name_or_path={folder}/model", f"data.train=[{folder}/a.jsonl,{folder}/b.jsonl]", "data.seq_len=64"]
     given += [f"data.features={folder}/users.npz"] if recipe == "reclora" else []
-    config = load_config(RECIPES / f"{recipe}.yaml", [*given, *system.overrides], claim_output=False, inputs=False)
+    config = load_config(recipe, [*given, *system.overrides], claim_output=False, inputs=False)
     run = run_shape(config, "two-cpu-ranks", None)
     assert {(group.experts, int(group.cost.trainable_bytes) // 4) for group in run.groups} == system.numbers
     pools = {numel: sum(pool.numel == numel for pool in run.pools) for numel in {pool.numel for pool in run.pools}}

@@ -170,6 +170,7 @@ class Broken:
 def released(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Lets go, after the test, of what hangs in it; meanwhile patience is short."""
     monkeypatch.setattr(tracker_threads, "PATIENCE", 0.2)
+    monkeypatch.setattr(tracker_threads, "START_PATIENCE", 0.3)
     event = threading.Event()
     yield event
     event.set()
@@ -194,9 +195,35 @@ def test_a_tracker_that_hangs_is_named_once_and_not_waited_for(tmp_path: Path, r
     trackers.close()
     trackers.close()
     (text,) = said
-    trouble = "has not finished 0.2 s after the run's last word" if where == "close" else "has not answered for 0.2 s"
+    trouble = {
+        "open": "has not started in 0.3 s",
+        "log": "has not answered for 0.2 s",
+        "close": "has not finished 0.2 s after the run's last word",
+    }[where]
     assert text == f"tracker one {trouble}; the run goes on without it, and metrics.jsonl has everything"
     assert time.monotonic() - begun < 30, "it was waited for"
+
+
+def test_a_tracker_that_starts_slowly_gets_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It starts after the run has ended, and after the time in which any other call must have returned."""
+    monkeypatch.setattr(tracker_threads, "PATIENCE", 0.2)
+    ended, said, opened = threading.Event(), list[str](), list[Broken]()
+
+    def say(text: str) -> None:
+        said.append(text)
+        ended.set()
+
+    def slow(_: TrackedRun) -> Broken:
+        assert ended.wait(60)
+        opened.append(Broken("nowhere"))
+        return opened[0]
+
+    trackers = Trackers({"one": slow}, a_run(tmp_path), say)
+    for step in (1, 2, 3):
+        trackers.record({**STEP, "step": step})
+    trackers.close()
+    assert said == ["waiting for one to start, so that what was recorded goes there, too"]
+    assert opened[0].logged == [1, 2, 3]
 
 
 def test_a_note_that_cannot_be_read_stops_the_tracker_alone(tmp_path: Path) -> None:
