@@ -37,9 +37,9 @@ def test_the_notebook_of_the_first_hour_runs(workshop: Path, monkeypatch: pytest
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(workshop)}}).execute()
     shown = [cell.outputs[-1]["data"]["text/plain"] if cell.outputs and "data" in cell.outputs[-1] else "" for cell in code]
-    assert shown[3].startswith("(True, 4, ")
+    assert shown[3].split()[:2] == ["(True,", "4,"]
     scores = ast.literal_eval(shown[4])
-    assert set(scores) == {2, 4} or set(scores) == {0, 2, 4}
+    assert set(scores) == {2, 4}
     focal, plain = ast.literal_eval(shown[6])
     assert 0 < focal < plain
 

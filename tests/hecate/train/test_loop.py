@@ -12,7 +12,7 @@ from hecate.train.loop import _one_step
 
 
 def test_ranks_that_left_their_group_and_found_no_other_do_not_go_on() -> None:
-    training, outside = mock.MagicMock(saving=None), mock.MagicMock()
+    training, outside = mock.MagicMock(saving=None), mock.MagicMock(caller=None)
     training.run_state = SimpleNamespace(step=1, completed=0)  # the step is done, and what follows it is not
     given = {"max_steps": 9, "save_steps": None, "eval_steps": None, "best_metric": None, "early_stopping_patience": None}
     training.parts.config = SimpleNamespace(fssdp=SimpleNamespace(reshard_interval=None), **given)
