@@ -179,7 +179,6 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "lr_scheduler_type",
         "lr_scheduler_kwargs.min_lr_rate",
         "lr_scheduler_kwargs.decay_ratio",
-        "data.eval_share",
         "warmup_ratio",
         "warmup_steps",
         "weight_decay",
