@@ -76,5 +76,5 @@ def test_a_cluster_that_takes_no_job_is_named(monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setattr(submit, "_client", lambda _: Client())
-    with pytest.raises(UserError, match="http://127.0.0.1:1: Ray takes no job: Request failed with status code 500: No available agent"):
+    with pytest.raises(UserError, match="Ray takes no job: Request failed with status code 500: No available agent"):
         submit.submit(workshop / "config.yaml", [], "http://127.0.0.1:1", working_dir=workshop)
