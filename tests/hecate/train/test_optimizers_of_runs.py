@@ -24,7 +24,7 @@ ORDERED = (
     "lr_scheduler_type=wsd",
     "lr_scheduler_kwargs.decay_ratio=0.5",
 )
-OTHERS = {"muon": "1e-2", "adamw_8bit": "1e-3", "adafactor": "0.3", "lion": "1e-3"}
+OTHERS = {"muon": "0.1", "adamw_8bit": "1e-3", "adafactor": "0.3", "lion": "1e-3"}
 """with a learning rate"""
 slow = pytest.mark.slow
 
