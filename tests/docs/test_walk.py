@@ -50,6 +50,7 @@ NOT_RUN = {
     r"^hecate checkpoint": "tests/hecate/cli/test_checkpoints.py runs all three",
     r"^hecate drill": "takes minutes: tests/hecate/drill runs drills",
     r"^hecate replay-step": "needs a run that has stopped: tests/hecate/train/steps/test_skipped_steps.py has one",
+    r"^hecate plan mixtral": "takes long without compiled loops: tests/hecate/apps/foresee plans such recipes",
     r"^hecate simulate": "takes a minute for 16 ranks; test_blocks.py looks up each name in it",
     r"^hecate eval .*--tasks": "needs lm-eval: tests/hecate/apps/answers/test_compare.py has it where it is installed",
     r"^data\.train=": "an argument alone: tests/hecate/data reads such a file",

@@ -57,7 +57,7 @@ def run_plan(
     for note in found.run.notes:
         console.print(note, markup=False, soft_wrap=True)
     console.print(_memory_table(found))
-    for part in _policy_tables(found, console.width):
+    for part in _policy_tables(found, console.width) if run.groups else ():
         console.print(part)
     if modes := modes_table([(one.policy, one.plan_modes) for one in found.policies]):
         console.print(modes)
@@ -74,7 +74,8 @@ def _memory_table(found: Forecast) -> Table:
     """Return the table of the configured policy's memory on the rank that is fullest relative to its memory."""
     one, memory_D = found.policies[0], np.asarray(found.run.topology.memory)
     rank = int((one.memory_PD.max(0) / memory_D).argmax())
-    table = Table(title=f"Memory of rank {rank}, the fullest, in MB; policy {one.policy}")
+    policy = f"; policy {one.policy}" if found.run.groups else ""
+    table = Table(title=f"Memory of rank {rank}, the fullest, in MB{policy}")
     table.add_column("")
     for phase in PHASES:
         table.add_column(phase, justify="right")
