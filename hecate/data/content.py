@@ -72,7 +72,10 @@ def unwritable(folder: str | Path, error: Exception) -> UserError:
 
 
 def sample_digest(sample: Sample) -> int:
-    """A digest of what a sample says, from 0 to 2^64 - 1: of its messages and tools or its text, and of nothing else in its record."""
+    """A digest of what a sample says, from 0 to 2^64 - 1: of its messages and tools, its text or its tokens, and of nothing else in its
+    record."""
+    if (row := sample.tokens) is not None:
+        return xxhash.xxh3_64_intdigest(row.ids.tobytes() + row.learned.tobytes())
     assert sample.messages is not None or sample.text is not None, "a sample of a new kind needs its own contents here"
     said = [sample.messages, sample.tools, sample.text]
     return xxhash.xxh3_64_intdigest(json.dumps(said, sort_keys=True, default=str).encode())

@@ -109,6 +109,15 @@ def test_documents_of_an_indexed_data_set_are_held_out_by_their_ids(tmp_path: Pa
         generation_items(held, "auto", byte_tokenizer)
 
 
+def test_rows_of_tokens_are_held_out_by_their_ids_and_masks(tmp_path: Path, byte_tokenizer: Any) -> None:
+    rows = [{"input_ids": [number % 200, 1, 2, 257], "labels": [-100, 1, 2, 257]} for number in range(60)]
+    trained, held = parts_of(write_jsonl(tmp_path / "a.jsonl", [*rows, *rows]), byte_tokenizer)
+    ids = [{tuple(sample.input_ids.tolist()) for sample in part} for part in (trained, held)]
+    assert all(ids)
+    assert not ids[0] & ids[1], "copies are on one side"
+    assert len(trained) + len(held) == 120
+
+
 def test_questions_are_those_of_the_held_out_samples(tmp_path: Path, byte_tokenizer: Any) -> None:
     _, held = parts_of(chats(tmp_path, "a.jsonl", WORDS), byte_tokenizer)
     items = generation_items(held, "auto", byte_tokenizer)
