@@ -120,7 +120,7 @@ def test_rows_of_tokens_are_held_out_by_their_ids_and_masks(tmp_path: Path, byte
 
 def test_questions_are_those_of_the_held_out_samples(tmp_path: Path, byte_tokenizer: Any) -> None:
     _, held = parts_of(chats(tmp_path, "a.jsonl", WORDS), byte_tokenizer)
-    items = generation_items(held, "auto", byte_tokenizer)
+    items = generation_items(held, DataSource(path=held.path), byte_tokenizer)
     assert [item.answer_text.lower() for item in items] == texts_of(held, byte_tokenizer)
 
 
