@@ -42,8 +42,11 @@ def run_plan(config: Config, *, topology: str | None, ranks: int | None, workloa
     for note in found.run.notes:
         console.print(note, markup=False, soft_wrap=True)
     console.print(_memory_table(found))
-    for part in _policy_tables(found, console.width):
-        console.print(part)
+    if found.run.groups:
+        for part in _policy_tables(found, console.width):
+            console.print(part)
+    else:
+        console.print(f"one step on {found.run.topology_name}, {found.run.topology.world_size} ranks: {found.policies[0].step_seconds:.3g} s")
     if modes := modes_table([(one.policy, one.plan_modes) for one in found.policies]):
         console.print(modes)
     if json_path is not None:
@@ -57,7 +60,8 @@ def _memory_table(found: Forecast) -> Table:
     """Return the table of the configured policy's memory on the rank that is fullest relative to its memory."""
     one, memory_D = found.policies[0], np.asarray(found.run.topology.memory)
     rank = int((one.memory_PD.max(0) / memory_D).argmax())
-    table = Table(title=f"Memory of rank {rank}, the fullest, in MB; policy {one.policy}")
+    policy = f"; policy {one.policy}" if found.run.groups else ""
+    table = Table(title=f"Memory of rank {rank}, the fullest, in MB{policy}")
     table.add_column("")
     for phase in PHASES:
         table.add_column(phase, justify="right")
