@@ -46,7 +46,9 @@ def run_plan(config: Config, *, topology: str | None, ranks: int | None, workloa
         for part in _policy_tables(found, console.width):
             console.print(part)
     else:
-        console.print(f"one step on {found.run.topology_name}, {found.run.topology.world_size} ranks: {found.policies[0].step_seconds:.3g} s")
+        console.print(
+            f"one step on {found.run.topology_name}, {found.run.topology.world_size} ranks: {found.policies[0].step_seconds:.3g} s"
+        )
     if modes := modes_table([(one.policy, one.plan_modes) for one in found.policies]):
         console.print(modes)
     if json_path is not None:
