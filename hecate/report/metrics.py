@@ -31,13 +31,13 @@ ENDED_EARLY = "ended early"
 def step_record(event: StepEvent) -> Record:
     """What one optimizer step did. Numbers that are not finite become null."""
     result = event.result
-    aux_loss, imbalance, static_imbalance = of_experts(event)
+    aux_loss, imbalance, static_imbalance = expert_figures(event)
     totals = {unit: np.asarray(loads_ED).sum(axis=1) for unit, loads_ED in sorted(result.loads.items())}
     return {
         "kind": "step",
         "step": int(event.step),
         "loss": _finite(result.loss),
-        "aux_loss": None if aux_loss is None else _finite(aux_loss),
+        "aux_loss": _finite(aux_loss),
         "learning_rate": _finite(event.learning_rate),
         "grad_norm": _finite(result.grad_norm),
         "skipped": bool(result.skipped),
@@ -46,8 +46,8 @@ def step_record(event: StepEvent) -> Record:
         "step_seconds": _finite(event.seconds),
         "parts": {part: _finite(seconds) for part, seconds in event.parts.items()},
         "ranks": len(result.peak_bytes),
-        "imbalance": None if imbalance is None else _finite(imbalance),
-        "static_imbalance": None if static_imbalance is None else _finite(static_imbalance),
+        "imbalance": _finite(imbalance),
+        "static_imbalance": _finite(static_imbalance),
         "copies": int(event.copies),
         "new_copies": int(event.new_copies),
         "bytes_sent": int(event.result.bytes_sent),
@@ -61,7 +61,7 @@ def step_record(event: StepEvent) -> Record:
     }
 
 
-def of_experts(event: StepEvent) -> tuple[float, float, float] | tuple[None, None, None]:
+def expert_figures(event: StepEvent) -> tuple[float, float, float] | tuple[None, None, None]:
     """The load-balancing loss, the imbalance, and that of static expert parallelism; None where there are no experts."""
     if not event.result.loads:
         return None, None, None
@@ -240,6 +240,5 @@ def _step_of(line: bytes) -> int:
     return step
 
 
-def _finite(value: float) -> float | None:
-    value = float(value)
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None

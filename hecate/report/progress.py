@@ -29,7 +29,7 @@ class StepLine:
     """steps done, this one among them"""
     loss: float
     aux_loss: float | None
-    """None, as the next ones: there are no experts"""
+    """the load-balancing loss; None, as both imbalances: there are no experts"""
     learning_rate: float
     tokens_per_s: float
     imbalance: float | None

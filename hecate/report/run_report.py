@@ -27,7 +27,7 @@ from hecate.report.metrics import (
     Record,
     eval_record,
     event_record,
-    of_experts,
+    expert_figures,
     reshard_record,
     step_record,
 )
@@ -127,7 +127,7 @@ class Reports:
         if not (self._progress and self._metrics) or event.step % self._config.logging_steps:
             return
         self._record(step_record(event))
-        aux_loss, imbalance, static_imbalance = of_experts(event)
+        aux_loss, imbalance, static_imbalance = expert_figures(event)
         speed = event.tokens / event.seconds
         rate, seconds, skipped = event.learning_rate, event.seconds, result.why_skipped
         self._progress.step(StepLine(event.step, result.loss, aux_loss, rate, speed, imbalance, static_imbalance, seconds, skipped))
@@ -191,7 +191,8 @@ class Reports:
             self._write_description(facts)
         except OSError as error:
             self.note(f"{self._folder}: config.yaml and trainable.json stay as they were: {error.strerror or error}")
-        text = f"{facts.mesh.world_size} {REGROUPED} after step {done.step}, {done.moved} experts moved, {seconds:.3f} s"
+        moved = "" if self._config.adapter == "lora" else f", {done.moved} experts moved"
+        text = f"{facts.mesh.world_size} {REGROUPED} after step {done.step}{moved}, {seconds:.3f} s"
         self._record(event_record(done.step, text + (", back at the last checkpoint" if done.lost else "")))
         self._progress.note(text + (f"; back at the last checkpoint, because no copy is left of {done.lost}" if done.lost else ""))
         for warning in done.warnings:

@@ -57,7 +57,7 @@ def run_plan(
     for note in found.run.notes:
         console.print(note, markup=False, soft_wrap=True)
     console.print(_memory_table(found))
-    for part in _policy_tables(found, console.width) if run.groups else ():
+    for part in _policy_tables(found, console.width) if found.run.groups else ():
         console.print(part)
     if modes := modes_table([(one.policy, one.plan_modes) for one in found.policies]):
         console.print(modes)

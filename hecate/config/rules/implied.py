@@ -7,6 +7,7 @@ from typing import Any
 
 from hecate.config.problems import Add
 from hecate.config.schema import LEAVES
+from hecate.config.typed import INVALID
 
 NO_EXPERTS = {"moe.unit": "linear", "moe.num_experts": 0, "moe.top_k": 1, "moe.router_aux_loss_coef": 0.0}
 """what the keys of `moe` are with `adapter: lora`, if not the defaults: each linear has an adapter, and no unit has experts"""
@@ -30,12 +31,14 @@ def _plain_lora(values: Mapping[str, Any], add: Add) -> dict[str, Any]:
     hint = "leave it out, or set adapter=mixture"
     for key, value in values.items():
         of_experts = key.startswith("moe.") or (key.startswith("fssdp.") and key not in _OF_ALL_RANKS)
-        if of_experts and value not in (NO_EXPERTS.get(key, LEAVES[key].default), LEAVES[key].default):
+        if of_experts and value is not INVALID and value != NO_EXPERTS.get(key, LEAVES[key].default):
             add(key, "is about experts, of which there are none with adapter=lora", hint)
     if values.get("lora.pairs", "plain") not in _PAIRS:
         add("lora.pairs", f"must be {' or '.join(_PAIRS)} with adapter=lora, got {values['lora.pairs']}", hint)
     if isinstance(values.get("lora.r"), tuple):
         add("lora.r", "must be one number with adapter=lora, which has no experts with ranks of their own", "give one")
+    if values.get("trace"):
+        add("trace", "records the loads of experts, of which there are none with adapter=lora", "leave it out")
     if values.get("model.front_end") == "megatron":
         add("adapter", "lora needs model.front_end=transformers: Megatron's front end trains all of a model from scratch", hint)
     return {**values, **NO_EXPERTS}

@@ -116,10 +116,12 @@ def refuse_experts(names: Iterable[str], where: Path, kind: ExpertKind) -> None:
         UserError: some belong to experts, in whatever layout.
     """
     if holds_experts(names):
-        raise UserError(
-            f"{where}: the model has experts already, but moe.family {kind.name} puts experts in the place of a dense FFN\n"
-            f"  take {kinds_for(moe_base=True)}, or give a dense model"
+        why = (
+            "adapters of linears need a dense one"
+            if kind.over_linears
+            else f"moe.family {kind.name} puts experts in the place of a dense FFN"
         )
+        raise UserError(f"{where}: the model has experts already, but {why}\n  take {kinds_for(moe_base=True)}, or give a dense model")
 
 
 def no_experts(where: Path, kind: ExpertKind) -> UserError:

@@ -121,14 +121,20 @@ def test_the_steps_are_pefts_on_any_number_of_ranks(workshop: Path, world: int) 
         torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-6, atol=0)
 
 
-def _unplanned(rank: int, world: int, workshop: Path) -> int:
-    with mock.patch.object(auto, "_plan_layers", side_effect=AssertionError("something was planned")) as planned:
-        steps(training(rank, world, workshop, "unplanned"), 2)
-    return planned.call_count
+def _times_planned(rank: int, world: int, workshop: Path) -> tuple[int, int]:
+    """How often two steps of plain LoRA, and two of a mixture, have layers planned."""
+    config = load_config(workshop / "config.yaml", [f"output_dir={workshop}/runs/mixture"], claim_output=False)
+    found = []
+    for one in (training(rank, world, workshop, "unplanned"), Training(config, ranks_of_default_group(rank, world))):
+        with mock.patch.object(auto, "_plan_layers", wraps=auto._plan_layers) as planned:
+            steps(one, 2)
+        found.append(planned.call_count)
+    return found[0], found[1]
 
 
 def test_nothing_is_planned(workshop: Path) -> None:
-    assert run_ranks(2, _unplanned, workshop) == [0, 0]
+    for plain, mixture in run_ranks(2, _times_planned, workshop):
+        assert (plain, mixture > 0) == (0, True)
 
 
 def _saved(rank: int, world: int, workshop: Path) -> list[Step]:

@@ -38,7 +38,7 @@ def checks_of(load: Callable[[], Config]) -> Checks:
 
 def _configuration(config: Config) -> Finding:
     length = f"{config.max_steps} steps" if config.num_train_epochs is None else f"{config.num_train_epochs:g} epochs"
-    return ok(f"{config.moe.family}, {length}, output in {config.output_dir}")
+    return ok(f"{'lora' if config.adapter == 'lora' else config.moe.family}, {length}, output in {config.output_dir}")
 
 
 def _model(config: Config) -> Finding:

@@ -31,6 +31,8 @@ def test_nothing_is_implied_without_the_key() -> None:
         ("moe.num_experts=4", "moe.num_experts: is about experts, of which there are none with adapter=lora"),
         ("moe.router.dense=true", "moe.router.dense: is about experts"),
         ("fssdp.policy=full", "fssdp.policy: is about experts"),
+        ("moe.unit=ffn", "moe.unit: is about experts"),
+        ("trace=true", "trace: records the loads of experts"),
         ("lora.pairs=nola", "lora.pairs: must be plain or fixed_a with adapter=lora, got nola"),
         ("lora.r=[4,2]", "lora.r: must be one number with adapter=lora"),
     ],
