@@ -37,6 +37,7 @@ KEYS: dict[str, str] = {
     "lora.dropout": "lora_dropout",
     "lora.target_modules": "lora_target lora_target_modules target_modules",
     "lora.use_rslora": "use_rslora peft_use_rslora",
+    "lora.moe_rank_scaling": "moe_rank_scaling normalize_moe_lora",
     "lora.init_from": "lora_model_dir adapter_name_or_path",
     "moe.num_experts": "num_experts",
     "moe.top_k": "top_k",

@@ -21,6 +21,7 @@ def check_pairs(values: Mapping[str, Any], add: Add) -> None:
     if alpha is not None and alpha > 0 and not float(alpha).is_integer():
         add("lora.alpha", f"must be a whole number, got {alpha}", "adapter files can store no other")
     _check_ranks(values, add)
+    _check_rank_scaling(values, add)
     _check_gradient_rule(values, add)
     _check_nola(values, add)
     _check_shards(values, add)
@@ -54,6 +55,15 @@ def _check_ranks(values: Mapping[str, Any], add: Add) -> None:
     if others:
         what = f"lists the ranks of {len(ranks)} experts, but {given} gives layers {', '.join(map(str, others))}"
         add(key, what, f"give one rank for all, or every layer that has experts {len(ranks)} of them")
+
+
+def _check_rank_scaling(values: Mapping[str, Any], add: Add) -> None:
+    if not values.get("lora.moe_rank_scaling"):
+        return
+    for other, allowed in (("lora.pairs", ("plain", "fixed_a")), ("lora.gradient_rule", ("none",))):
+        if values.get(other, allowed[0]) not in allowed:
+            what = f"needs {other}={' or '.join(allowed)}, got {values[other]}"
+            add("lora.moe_rank_scaling", what, "leave it out, and give the rank that the experts' pairs are to have")
 
 
 def _check_gradient_rule(values: Mapping[str, Any], add: Add) -> None:
