@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hecate.adapters.card import GENERATE, Loading
 from hecate.adapters.description import LARGEST, Description
-from hecate.adapters.peft.targets import Targets, require_sound
+from hecate.adapters.peft.targets import Targets, listed, require_sound
 from hecate.adapters.places import Place
 from hecate.errors import UserError
 from hecate.parallel.values.expert_kinds import lora_scale
@@ -62,7 +62,7 @@ class LoraDescription(Description):
     target_parameters: tuple[str, ...] = ()
     """the ends of the dotted names of the adapted parameters, such as mlp.experts.gate_up_proj"""
     expert_r: int | None = None
-    """the rank of the experts' pairs, whose alpha is that of all (`rank_pattern`); None: `r`"""
+    """the rank of the experts' pairs, whose alpha is that of all; None: `r`"""
     modules_to_save: tuple[str, ...] = ()
     """the ends of the dotted names of the trained routers"""
     dropout: float = 0.0
@@ -83,16 +83,13 @@ class LoraDescription(Description):
         """The factor of B A x of an expert's pair."""
         return lora_scale(self.alpha, self.rank_of_experts, rslora=self.use_rslora)
 
-    @property
-    def rank_pattern(self) -> dict[str, int]:
-        """The ranks that are not `r`, by the ends of the dotted names of what has them, as PEFT writes them."""
-        return {} if self.expert_r is None else dict.fromkeys(self.target_parameters, self.expert_r)
-
     def to_json(self) -> dict[str, Any]:
         """Return adapter_config.json as PEFT reads it, with further values under the key "hecate"."""
         return {
             **self.as_lora(PEFT_TYPE, 0.0),
-            **({"rank_pattern": self.rank_pattern} if self.rank_pattern else {}),
+            # The pattern is that of the linears: of one for parameters PEFT 0.21 says that it was ignored, though it is not.
+            "r": self.rank_of_experts,
+            "rank_pattern": {} if self.expert_r is None else dict.fromkeys(listed(self.target_modules), self.r),
             # An empty list is written as one: for null, PEFT would adapt the attention projections of model types that it supports.
             "target_modules": self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules),
             "target_parameters": list(self.target_parameters),

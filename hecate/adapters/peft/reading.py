@@ -138,7 +138,7 @@ def _checked(tensors: Mapping[str, Tensor], pairs: Iterable[_Pair], grouped: Col
 
 def with_one_rank(tensors: Mapping[str, Tensor], config: LoraDescription) -> tuple[dict[str, Tensor], LoraDescription]:
     """Return an adapter whose experts may have a rank of their own as one that has one rank, and computes the same."""
-    return _with_one_rank(tensors, config, _pairs(tensors, config, config.rank_pattern, {}))
+    return _with_one_rank(tensors, config, _pairs(tensors, config, dict.fromkeys(config.target_parameters, config.rank_of_experts), {}))
 
 
 def _with_rank_of_experts(config: LoraDescription, pairs: Sequence[_Pair]) -> LoraDescription | None:
