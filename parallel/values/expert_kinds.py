@@ -111,6 +111,8 @@ class LoraShape:
     """the numbers of the source shards"""
     of_experts: tuple[tuple[int, float], ...] = ()
     """the rank and scale of each expert of a unit, where they differ; pairs are then padded to `rank`, the largest. Empty: all are alike"""
+    chosen: tuple[int, ...] = ()
+    """the experts of a unit that train; the pairs of the others are zero and stay so. Empty: all"""
 
     @property
     def widest(self) -> int:

@@ -49,7 +49,7 @@ class PeftExperts(AdapterFormat):
         projections = _in_peft(config.moe.kind.projections(config.lora.target_modules))
         routers = {_end(base, layer.block.router_path): None for layer in base.own_experts if config.moe.trains_routers}
         linears = tuple(name for name in config.lora.target_modules if name not in PROJECTIONS)
-        rank = config.lora.shape_of_experts(config.moe.experts_per_token).rank
+        rank = config.lora.shape_of_experts(config.moe).rank
         return LoraDescription(
             base_model_name_or_path=named_model(config.model.name_or_path),
             r=config.lora.rank if linears else rank,

@@ -164,7 +164,12 @@ IN_FILE: list[tuple[dict[str, str | None], str, str]] = [
     ({"model": "{name_or_path: model, shard_non_experts: true}"}, "model.shard_non_experts", "applies to moe.family=moe_lora only"),
     ({"moe": "{family: moe_lora}", "lora": "{init_from: model}"}, "lora.init_from", "no adapter_config.json in model"),
     ({"lora": "{moe_rank_scaling: true}"}, "lora.moe_rank_scaling", "applies to moe.family=moe_lora only, but the family is mixlora"),
-    ({"moe": "{family: moe_lora}", "lora": "{moe_rank_scaling: true, pairs: nola}"}, "lora.moe_rank_scaling", "plain or fixed_a, got nola"),
+    (
+        {"moe": "{family: moe_lora}", "lora": "{moe_rank_scaling: true, pairs: nola}"},
+        "lora.moe_rank_scaling",
+        "needs lora.pairs=plain, got nola",
+    ),
+    ({"moe": "{family: moe_lora}", "lora": "{experts: [1, 2, 1]}"}, "lora.experts", "lists an expert twice, got [1, 2, 1]"),
     ({"moe": "{num_experts: 4, allocation: [2, 4]}"}, "moe.allocation", "cannot be given together with moe.num_experts"),
     ({"moe": "{allocation: [2, 0, 3], top_k: 3}"}, "moe.top_k", "must be from 1 to 2, the fewest experts of a layer (moe.allocation)"),
     ({"moe": "{allocation: [0, 0]}"}, "moe.allocation", "at least one layer"),

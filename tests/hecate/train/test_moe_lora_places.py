@@ -28,6 +28,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         *("lora.target_modules=[q_proj,o_proj,gate_proj,up_proj]", "lora.moe_rank_scaling=true", "lora.use_rslora=true"),
     ),
     "a rank divided, of experts alone": ("lora.target_modules=[up_proj,down_proj]", "lora.moe_rank_scaling=true"),
+    "chosen experts": ("lora.target_modules=[q_proj,gate_proj,up_proj]", "lora.experts=[0,3]"),
 }
 """The models' tokens visit 2 experts, and r is 4."""
 
@@ -55,8 +56,9 @@ def adapter_of_a_run(workshop: Path, out: Path, *overrides: str, changed: bool =
     random = torch.Generator().manual_seed(1)
     with join_ranks() as ranks:
         begun = Training(config, ranks)
-        trained = (*begun.parts.moe.engine.shards.named_parameters().values(), *begun.parts.moe.replicated_parameters().values())
-        for parameter in trained if changed else ():
+        of_experts = begun.parts.moe.engine.shards.named_parameters().values()
+        trained = [one for one in of_experts if one.any()]  # the pair of an expert that was not chosen is all zero
+        for parameter in (*trained, *begun.parts.moe.replicated_parameters().values()) if changed else ():
             parameter.data.normal_(0, 0.3, generator=random)
         begun.parts.output.replace(out, begun.parts.moe, ranks)
     return out / "adapter"
@@ -104,6 +106,12 @@ def test_of_one_half_the_other_has_no_numbers_and_nothing_trains_for_it(workshop
     assert (of_half, of_both) == (4 * (16 + 20), 4 * (16 + 40))
 
 
+def test_only_chosen_experts_have_numbers(workshop: Path, tmp_path: Path) -> None:
+    adapter = adapter_of_a_run(workshop, tmp_path, *PLACES["chosen experts"])
+    (b,) = (one for name, one in load_file(adapter / "adapter_model.safetensors").items() if "layers.1.mlp" in name and "lora_B" in name)
+    assert [bool(of_expert.any()) for of_expert in b.view(len(b), 4, 5).unbind(2)] == [True, False, False, True, False]
+
+
 def test_the_configuration_says_which_rank_linears_and_experts_have(workshop: Path, tmp_path: Path) -> None:
     adapter = adapter_of_a_run(workshop, tmp_path, *PLACES["a rank divided"])
     said, tensors = json.loads((adapter / "adapter_config.json").read_text()), load_file(adapter / "adapter_model.safetensors")
@@ -127,6 +135,11 @@ def test_the_configuration_says_which_rank_linears_and_experts_have(workshop: Pa
         (
             ("lora.target_modules=[q_proj,gate_proj,down_proj]", "lora.moe_rank_scaling=true", "lora.init_from={divided}"),
             ("names gate_proj without up_proj, but", "has numbers for up_proj", "name both"),
+        ),
+        (("lora.experts=[4,5]",), ("lora.experts: 5, but the model has layers of 5 experts", "numbers from 0 to 4")),
+        (
+            (*PLACES["a rank divided"], "lora.experts=[0,1]", "lora.init_from={divided}"),
+            ("lora.experts: 2 is not listed, but the adapter has numbers for",),
         ),
     ],
 )
