@@ -96,9 +96,8 @@ class LoraConfig:
         """What the pairs of experts are made by. Raises UserError: r cannot be divided as configured, or a chosen expert does not exist."""
         counts = moe.num_experts if isinstance(moe.num_experts, tuple) else (moe.num_experts or 0,)
         if self.experts and max(self.experts) >= min(counts):
-            raise UserError(
-                f"lora.experts: {max(self.experts)}, but the model has layers of {min(counts)} experts\n  give numbers from 0 to {min(counts) - 1}"
-            )
+            what = f"lora.experts: {max(self.experts)}, but the model has layers of {min(counts)} experts"
+            raise UserError(f"{what}\n  give numbers from 0 to {min(counts) - 1}")
         shape = replace(self.shape, chosen=self.experts)
         if not self.moe_rank_scaling:
             return shape

@@ -36,8 +36,8 @@ class PlainPairs:
     """Plain LoRA (a `PairSource`): A and B of each projection are trained. A chunk holds them by projection, A before B.
 
     Where experts differ in rank (`LoraShape.of_experts`; 0 for those that are not `chosen`), an expert's rows of A and columns of B beyond
-    its own rank are zero. Their gradients are then zero, too, so they stay zero exactly. The pairs have one scale; what an expert's own is more than that, its B is
-    multiplied by in the pairs, but not in the chunk.
+    its own rank are zero. Their gradients are then zero, too, so they stay zero exactly. The pairs have one scale; what an expert's own is
+    more than that, its B is multiplied by in the pairs, but not in the chunk.
     """
 
     drawn_digest = ""
