@@ -18,8 +18,9 @@ from hecate.model.sizes.run_shape import run_shape
 from hecate.ranks.ranks import join_ranks
 from hecate.train.training import Training
 from testing.tiny_run import write_samples
-from tests.hecate.adapters.exporting import LIMIT, export, hecate_logits, logits_of, save_moe, transformers_logits
+from tests.hecate.adapters.exporting import IDS, LIMIT, export, hecate_logits, logits_of, save_moe, transformers_logits
 
+LOGITS = "logits.pt"
 PLACES: dict[str, tuple[str, ...]] = {
     "gate alone": ("lora.target_modules=[q_proj,gate_proj,down_proj]",),
     "up alone": ("lora.target_modules=[up_proj]",),
@@ -51,7 +52,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapter_of_a_run(workshop: Path, out: Path, *overrides: str, changed: bool = True) -> Path:
-    """The adapter of a run before its first step; `changed`: with random numbers in the place of what it began with."""
+    """The adapter of a run before its first step, beside the logits that the run computes; `changed`: with random numbers in the place of what it began with."""
     config = load_config(workshop / "config.yaml", [*overrides, f"output_dir={out}"], claim_output=False)
     random = torch.Generator().manual_seed(1)
     with join_ranks() as ranks:
@@ -60,6 +61,9 @@ def adapter_of_a_run(workshop: Path, out: Path, *overrides: str, changed: bool =
         trained = [one for one in of_experts if one.any()]  # the pair of an expert that was not chosen is all zero
         for parameter in (*trained, *begun.parts.moe.replicated_parameters().values()) if changed else ():
             parameter.data.normal_(0, 0.3, generator=random)
+        with begun.parts.moe.engine.evaluation(), torch.no_grad():
+            head = begun.parts.base.head
+            torch.save(head.logits(head.hidden(IDS, None, torch.arange(IDS.shape[1])[None])), out / LOGITS)
         begun.parts.output.replace(out, begun.parts.moe, ranks)
     return out / "adapter"
 
@@ -78,6 +82,7 @@ def test_all_readers_compute_the_same(workshop: Path, made: tuple[Path, tuple[st
     plain = logits_of(base)
     wanted = logits_of(peft.PeftModel.from_pretrained(base, adapter).eval())
     assert float((wanted - plain).abs().max()) > 1e-2, "the adapter does nothing"
+    torch.testing.assert_close(torch.load(adapter.parent / LOGITS), wanted, **LIMIT)
     torch.testing.assert_close(hecate_logits(adapter), wanted, **LIMIT)
     torch.testing.assert_close(transformers_logits(export(adapter, "merged", tmp_path / "merged")), wanted, **LIMIT)
     for form in ("per-expert", "peft"):
