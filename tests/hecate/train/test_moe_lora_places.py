@@ -52,7 +52,11 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapter_of_a_run(workshop: Path, out: Path, *overrides: str, changed: bool = True) -> Path:
-    """The adapter of a run before its first step, beside the logits that the run computes; `changed`: with random numbers in the place of what it began with."""
+    """The adapter of a run before its first step, beside the logits that the run computes.
+
+    Args:
+        changed: with random numbers in the place of what it began with.
+    """
     config = load_config(workshop / "config.yaml", [*overrides, f"output_dir={out}"], claim_output=False)
     random = torch.Generator().manual_seed(1)
     with join_ranks() as ranks:
