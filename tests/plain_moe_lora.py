@@ -48,13 +48,17 @@ def save_tiny(kind: str, folder: Path, dtype: torch.dtype = torch.float64, **cha
     AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
 
 
-def peft_model(folder: Path, rank: int, alpha: int, modules: list[str], dtype: torch.dtype = torch.float64) -> Any:
-    """The model of a folder with PEFT's adapters on its experts, and on `modules`."""
+def peft_model(
+    folder: Path, rank: int, alpha: int, modules: list[str], dtype: torch.dtype = torch.float64, *, expert_rank: int | None = None
+) -> Any:
+    """The model of a folder with PEFT's adapters on its experts, of a rank of their own if it is given, and on `modules`."""
     from peft import LoraConfig, get_peft_model
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, experts_implementation="eager")
     parameters = [f"mlp.experts.{name}" for name in PROJECTIONS]
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=modules, target_parameters=parameters)
+    if expert_rank is not None:
+        config.rank_pattern = dict.fromkeys(parameters, expert_rank)
     return get_peft_model(model, config).eval()
 
 
@@ -90,12 +94,15 @@ def biased_routers(gates: list[nn.Module], bias_E: Tensor) -> Iterator[None]:
 class PlainMoeLora:
     """Leaves for each expert's pairs, put together into the tensors that PEFT has: an idle expert has no gradient of its own."""
 
-    def __init__(self, model: Any, chunks: dict[tuple[int, int], dict[str, Tensor]], others: dict[str, Tensor]) -> None:
+    def __init__(
+        self, model: Any, chunks: dict[tuple[int, int], dict[str, Tensor]], others: dict[str, Tensor], half: int | None = None
+    ) -> None:
         """Args:
         chunks: (layer, expert) -> gate_up_proj.A [r, D], .B [2F, r], down_proj.A [r, F], .B [D, r].
         others: the model's further trained tensors, by its own names.
+        half: 0 or 1: gate_up_proj.B is [F, r], gate's or up's rows alone.
         """
-        self.model = model
+        self.model, self.half = model, half
         self.chunks = {key: {name: nn.Parameter(value.clone()) for name, value in parts.items()} for key, parts in chunks.items()}
         self.others = {name: nn.Parameter(value.clone()) for name, value in others.items()}
         self.gates = [layer.mlp.gate for layer in model.base_model.model.model.layers]
@@ -126,6 +133,11 @@ class PlainMoeLora:
                 parts = [self.chunks[layer, expert] for expert in range(experts)]
                 tensors[f"{where}.lora_A.default.weight"] = torch.cat([part[f"{name}.A"] for part in parts])
                 tensors[f"{where}.lora_B.default.weight"] = torch.stack([part[f"{name}.B"] for part in parts], dim=2).flatten(1)
+                if self.half is not None and name == "gate_up_proj":
+                    b = tensors[f"{where}.lora_B.default.weight"]
+                    rows = [torch.zeros_like(b), torch.zeros_like(b)]
+                    rows[self.half] = b
+                    tensors[f"{where}.lora_B.default.weight"] = torch.cat(rows)
         return tensors
 
     def __call__(self, **inputs: Any) -> Tensor:

@@ -111,7 +111,7 @@ def pair_shapes(moe: MoeModel, names: TensorNames) -> dict[str, tuple[int, ...]]
             for expert in range(family.num_experts):
                 place = names.pair(unit, projection, expert)
                 rows = source.lora.rank * (1 if place.expert is None else family.num_experts)
-                shapes |= {place.name_a: (rows, inputs), place.name_b: (outputs, rows)}
+                shapes |= {place.name_a: (rows, inputs), place.name_b: (outputs if place.half is None else 2 * outputs, rows)}
     return shapes
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hecate.errors import UserError
+
 
 @dataclass(frozen=True)
 class Place:
@@ -22,14 +24,25 @@ class Place:
     name_b: str
     expert: int | None = None
     """its number, where both tensors are those of all experts"""
+    half: int | None = None
+    """of joined experts: 0 for gate's rows of a B that has those of gate and up, 1 for up's; the others are zero. None: all rows"""
 
     def pair(self, tensors: Mapping[str, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-        """Return A [r, I] and B [O, r]."""
+        """Return A [r, I] and B [O, r]. Raises UserError: B has numbers in the half that is not this module's."""
         a, b = tensors[self.name_a], tensors[self.name_b]
         if self.expert is None:
             return a, b
         experts = a.shape[0] // rank
-        return expert_a(a, self.expert, experts), expert_b(b, self.expert, experts)
+        b_Or = expert_b(b, self.expert, experts)
+        if self.half is not None:
+            halves = b_Or.chunk(2)
+            if halves[1 - self.half].any():
+                wanted, other = ("gate_proj", "up_proj")[:: 1 if self.half == 0 else -1]
+                raise UserError(
+                    f"lora.target_modules names {wanted} without {other}, but {self.name_b} has numbers for {other}\n  name both"
+                )
+            b_Or = halves[self.half]
+        return expert_a(a, self.expert, experts), b_Or
 
 
 def join_a(a_ErI: Tensor) -> Tensor:
@@ -58,4 +71,6 @@ def stored(places: Sequence[Place], a_ErI: Tensor | Sequence[Tensor], b_EOr: Ten
         pairs = zip(places, a_ErI, b_EOr, strict=True)
         return {name: one for place, a_rI, b_Or in pairs for name, one in ((place.name_a, a_rI), (place.name_b, b_Or))}
     a, b = (one if isinstance(one, Tensor) else torch.stack(list(one)) for one in (a_ErI, b_EOr))
+    if (half := places[0].half) is not None:
+        b = torch.nn.functional.pad(b, (0, 0, b.shape[1] * half, b.shape[1] * (1 - half)))
     return {places[0].name_a: join_a(a), places[0].name_b: join_b(b)}

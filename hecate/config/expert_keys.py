@@ -62,6 +62,12 @@ class LoraConfig:
     shards: ShardsConfig = field(default_factory=ShardsConfig)
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead of alpha / r."""
+    moe_rank_scaling: bool = field(default=False, metadata=key(family="moe_lora"))
+    """Experts' pairs have the rank r / top_k, where top_k is the model's number of experts for each token, and all others the rank r.
+    alpha stays, so that the experts' scale, alpha over their own rank, is larger. r must be a multiple of top_k."""
+    experts: tuple[int, ...] = field(default=(), metadata=key(WHOLE, family="moe_lora"))
+    """The numbers of the experts, from 0, that train in every layer. The pairs of the others are zero and stay so, but take the memory
+    and the time of pairs that train. []: all experts train."""
     gradient_rule: PairRuleName = "none"
     """What happens to gradients on their way to A and B; see docs/results/systems.md. row_norm: that of each output row is multiplied by
     1 / sqrt(norm of the row of B A + 1 / eta^2), as in ALLoRA; it needs eta, dropout 0 and no alpha."""
@@ -75,7 +81,7 @@ class LoraConfig:
     adapters."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     """The linear layers that get an adapter: those of the FFN one per expert, those of attention one each. With moe_lora, gate_proj and
-    up_proj share one adapter, so name both or neither; shared experts get none."""
+    up_proj share one A if both are named; shared experts get none."""
 
     @property
     def shape(self) -> LoraShape:
@@ -85,6 +91,24 @@ class LoraConfig:
         of_experts = tuple((rank, lora_scale(self.stored_alpha, rank, rslora=self.use_rslora)) for rank in ranks)
         shards = ShardShape(self.shards.equivalent_rank, self.shards.per_vector, self.shards.private_rank)
         return LoraShape(self.rank, scale, self.dropout, self.pairs, self.gradient_rule, self.eta, self.nola.bases, shards, of_experts)
+
+    def shape_of_experts(self, moe: "MoeConfig") -> LoraShape:
+        """What the pairs of experts are made by. Raises UserError: r cannot be divided as configured, or a chosen expert does not exist."""
+        counts = moe.num_experts if isinstance(moe.num_experts, tuple) else (moe.num_experts or 0,)
+        if self.experts and max(self.experts) >= min(counts):
+            what = f"lora.experts: {max(self.experts)}, but the model has layers of {min(counts)} experts"
+            raise UserError(f"{what}\n  give numbers from 0 to {min(counts) - 1}")
+        shape = replace(self.shape, chosen=self.experts)
+        if not self.moe_rank_scaling:
+            return shape
+        top_k = moe.experts_per_token
+        rank, rest = divmod(self.rank, top_k)
+        if rest:
+            raise UserError(
+                f"lora.moe_rank_scaling: lora.r is {self.rank}, which cannot be divided by the {top_k} experts that a token visits\n"
+                f"  set lora.r to a multiple of {top_k}, such as {max(rank, 1) * top_k}, or lora.moe_rank_scaling to false"
+            )
+        return replace(shape, rank=rank, scale=lora_scale(self.stored_alpha, rank, rslora=self.use_rslora))
 
     @property
     def rank(self) -> int:

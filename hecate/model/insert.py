@@ -81,6 +81,8 @@ class InsertionPlan:
     user_width: int | None = None
     """The size of a user's vector (`Router.user_width`)."""
     lora: LoraShape | None = None
+    lora_of_experts: LoraShape | None = None
+    """The shape of the experts' pairs; None: `lora`."""
     target_modules: tuple[str, ...] = ()
     upcycle_noise: float = 0.0
     """The standard deviation of the noise on a copied weight, as a share of its matrix's own."""
@@ -100,7 +102,9 @@ class InsertionPlan:
 
     @property
     def choices(self) -> ExpertChoices:
-        return ExpertChoices(self.lora, self.kind.projections(self.target_modules), self.upcycle_noise, self.router.mixes)
+        return ExpertChoices(
+            self.lora_of_experts or self.lora, self.kind.projections(self.target_modules), self.upcycle_noise, self.router.mixes
+        )
 
 
 class RouterError(Exception):

@@ -261,6 +261,7 @@ def insertion_plan(config: Config, num_layers: int, user_width: int | None = Non
         router=config.moe.router,
         user_width=user_width,
         lora=config.lora.shape if kind.has_pairs else None,
+        lora_of_experts=config.lora.shape_of_experts(config.moe) if kind.has_pairs else None,
         target_modules=config.lora.target_modules if kind.has_pairs else (),
         upcycle_noise=config.moe.upcycle_noise,
         train_router=config.moe.train_router,

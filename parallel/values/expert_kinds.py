@@ -111,6 +111,8 @@ class LoraShape:
     """the numbers of the source shards"""
     of_experts: tuple[tuple[int, float], ...] = ()
     """the rank and scale of each expert of a unit, where they differ; pairs are then padded to `rank`, the largest. Empty: all are alike"""
+    chosen: tuple[int, ...] = ()
+    """the experts of a unit that train; the pairs of the others are zero and stay so. Empty: all"""
 
     @property
     def widest(self) -> int:
@@ -190,7 +192,7 @@ class ExpertKind:
     pair_backward: float = 0.0
     """see `ExpertParameters.pair_backward`: what is computed again, and two products for the gradients"""
     joins_gate_and_up: bool = False
-    """gate and up are one projection, with one pair"""
+    """gate and up are one projection, with one pair, where both are adapted"""
     of_moe_base: bool = False
     """the base model has experts and routers already, and these stand over its own"""
     output: Literal["mixlora", "mixtral", "peft", "linears"]
@@ -228,11 +230,9 @@ class ExpertKind:
             return ()
         if self.over_linears:
             return (ONLY_PROJECTION,)
-        if not self.joins_gate_and_up:
-            return tuple(name for name in PROJECTIONS if name in targets)
-        halves = {"gate_proj", "up_proj"} & targets
-        assert len(halves) != 1, sorted(targets)
-        return (GATE_UP,) * bool(halves) + ("down_proj",) * ("down_proj" in targets)
+        if self.joins_gate_and_up and targets >= {"gate_proj", "up_proj"}:
+            return (GATE_UP,) + ("down_proj",) * ("down_proj" in targets)
+        return tuple(name for name in PROJECTIONS if name in targets)
 
     def layout(self, ffn: tuple[TensorSpec, ...], pairs: PairSizes) -> ExpertLayout:
         """The tensors of one expert.

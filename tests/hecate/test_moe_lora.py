@@ -71,10 +71,30 @@ class Model:
     empty_rows: int = 0
     """rows at the end that are all padding"""
     pairs: str = "plain"
+    half: int | None = None
+    """0: of gate and up, gate alone has a pair; 1: up alone"""
+    expert_rank: int | None = None
+    """the rank of the experts' pairs, if it is another"""
+    chosen: tuple[int, ...] = ()
+    """the experts that train, if not all do"""
 
     @property
     def lora(self) -> LoraShape:
         return LoraShape(RANK, ALPHA / RANK, 0.0, self.pairs)
+
+    @property
+    def lora_of_experts(self) -> LoraShape:
+        rank = self.expert_rank or RANK
+        return LoraShape(rank, ALPHA / rank, 0.0, self.pairs, chosen=self.chosen)
+
+    @property
+    def left_out(self) -> tuple[int, ...]:
+        return tuple(expert for expert in range(EXPERTS) if self.chosen and expert not in self.chosen)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        left_out = () if self.half is None else (("up_proj", "gate_proj")[self.half],)
+        return tuple(name for name in TARGETS if name not in left_out)
 
     @property
     def name(self) -> str:
@@ -98,6 +118,14 @@ MODELS = (
     Model("qwen2_moe", empty_rows=6),
 )
 
+
+PLACED = (
+    Model("qwen3_moe", idle=True, half=0),
+    Model("mixtral", empty_rows=6, half=1),
+    Model("olmoe", expert_rank=1),
+    Model("qwen2_moe", chosen=(1, 4)),
+)
+"""LoRA at a part of the experts or of their weights, or of another rank there"""
 
 FIXED_A = Model("qwen3_moe", idle=True, empty_rows=6, pairs="fixed_a")
 
@@ -123,24 +151,28 @@ def fixed_a(layer: int, hidden: int, ffn: int) -> dict[str, Tensor]:
 
 def train_with_peft(model: Model, base: Path) -> dict[str, Tensor]:
     """All that happens in the steps, by name."""
-    wrapped = peft_model(base, RANK, ALPHA, ["q_proj", "v_proj"])
+    wrapped = peft_model(base, RANK, ALPHA, ["q_proj", "v_proj"], expert_rank=model.expert_rank)
     hidden, ffn = wrapped.config.hidden_size, wrapped.base_model.model.model.layers[0].mlp.experts.get_param().shape[2]
-    sizes = {"gate_up_proj.A": (RANK, hidden), "gate_up_proj.B": (2 * ffn, RANK), "down_proj.A": (RANK, ffn), "down_proj.B": (hidden, RANK)}
+    rank, outputs = model.expert_rank or RANK, 2 * ffn if model.half is None else ffn
+    sizes = {"gate_up_proj.A": (rank, hidden), "gate_up_proj.B": (outputs, rank), "down_proj.A": (rank, ffn), "down_proj.B": (hidden, rank)}
     trained = {name: shape for name, shape in sizes.items() if trains_a(model.lora) or name.endswith(".B")}
     chunks = {}
     for layer in range(2):
         drawn = {} if trains_a(model.lora) else fixed_a(layer, hidden, ffn)
         for expert in range(EXPERTS):
-            flat = initial(sum(a * b for a, b in trained.values()), layer, expert)
+            flat = initial(sum(a * b for a, b in trained.values()), layer, expert) * (expert not in model.left_out)
             parts = flat.split([a * b for a, b in trained.values()])
             given = {name: part.view(shape) for (name, shape), part in zip(trained.items(), parts, strict=True)}
             chunks[layer, expert] = {name: drawn[name] if name in drawn else given[name] for name in sizes}
     others = {name: initial_other(name, p.shape) for name, p in wrapped.named_parameters() if "self_attn" in name and "lora_" in name}
     if model.train_router:
         others |= {name: p.detach() for name, p in wrapped.named_parameters() if name.endswith("mlp.gate.weight")}
-    plain = PlainMoeLora(wrapped, chunks, others)
+    plain = PlainMoeLora(wrapped, chunks, others, model.half)
     if not trains_a(model.lora):
         plain.freeze_a()
+    for layer, expert in plain.chunks:
+        for parameter in plain.chunks[layer, expert].values() if expert in model.left_out else ():
+            parameter.requires_grad_(False)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     with biased_routers(plain.gates, model.bias()):
         ids = micro_batch(0, 0, range(0)).input_ids
@@ -160,17 +192,27 @@ def train_with_peft(model: Model, base: Path) -> dict[str, Tensor]:
             seen[f"{step}/norm"] = torch.tensor(clip(list(plain.parameters()), MAX_NORM), dtype=torch.float64)
             for (layer, expert), parts in plain.chunks.items():
                 if (layer, expert) in reached:
-                    seen[f"{step}/grad/{layer}.{expert}"] = torch.cat([p.grad.flatten() for p in parts.values() if p.grad is not None])
+                    seen[f"{step}/grad/{layer}.{expert}"] = torch.cat(
+                        [
+                            torch.zeros_like(p.flatten()) if expert in model.left_out else p.grad.flatten()
+                            for p in _trained(parts, model, expert)
+                        ]
+                    )
             others_trained = {name: p for name, p in plain.others.items() if p.requires_grad}
             for name, p in others_trained.items():
                 seen[f"{step}/grad/{our_name(name)}"] = p.grad.clone()  # type: ignore[union-attr]
             optimizer.step()
             optimizer.zero_grad()
             for (layer, expert), parts in plain.chunks.items():
-                seen[f"{step}/after/{layer}.{expert}"] = torch.cat([p.detach().flatten() for p in parts.values() if p.requires_grad])
+                seen[f"{step}/after/{layer}.{expert}"] = torch.cat([p.detach().flatten() for p in _trained(parts, model, expert)])
             for name, p in others_trained.items():
                 seen[f"{step}/after/{our_name(name)}"] = p.detach().clone()
     return seen
+
+
+def _trained(parts: dict[str, Tensor], model: Model, expert: int) -> list[Tensor]:
+    """What an expert's chunk holds: of one that is left out all that others train."""
+    return [p for p in parts.values() if p.requires_grad or expert in model.left_out]
 
 
 def our_name(name: str) -> str:
@@ -186,7 +228,7 @@ def peft_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("moe_lora")
     for kind in KINDS:
         save_tiny(kind, folder / kind)
-    for model in (*MODELS, FIXED_A):
+    for model in (*MODELS, *PLACED, FIXED_A):
         save_file(train_with_peft(model, folder / model.kind), folder / f"{model.name}.safetensors")
     return folder
 
@@ -221,14 +263,16 @@ def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModel
     plan = InsertionPlan(
         kind=MOE_LORA,
         lora=case.model.lora,
-        target_modules=TARGETS,
+        lora_of_experts=case.model.lora_of_experts,
+        target_modules=case.model.targets,
         train_router=case.model.train_router,
         seed=SEED,
     )
     moe = insert_experts(model, layers, plan, config, expert_groups(mesh))
     for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
         layer = unit.layer
-        chunk.data.copy_(initial(len(chunk), layer, expert))
+        if expert not in case.model.left_out:
+            chunk.data.copy_(initial(len(chunk), layer, expert))
     for (layer, module), lora in moe.attention.items():
         for matrix, parameter in (("A", lora.lora_A), ("B", lora.lora_B)):
             name = f"base_model.model.model.layers.{layer}.{module}.lora_{matrix}.default.weight"
@@ -309,6 +353,12 @@ def test_sharded_training_equals_peft_in_one_process(peft_runs: Path, world: int
     if world % 2 == 0:
         cases += [Case(MODELS[2], "static_ep", checkpointing=True, shard_layers=True), Case(MODELS[4], "full", shard_layers=True)]
         cases += [Case(MODELS[0], "hecate_paper", slots=1, rematerialize=True)]
+    run_ranks(world, _check_cases, cases, peft_runs, timeout=240)
+
+
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))])
+def test_gate_or_up_alone_another_rank_and_chosen_experts_equal_peft(peft_runs: Path, world: int) -> None:
+    cases = [Case(model, policy, slots=2) for model, policy in zip(PLACED, ("static_ep", "hecate_paper", "auto", "full"), strict=True)]
     run_ranks(world, _check_cases, cases, peft_runs, timeout=240)
 
 

@@ -102,7 +102,7 @@ def changes_of(base: StoredModel, tensors: Mapping[str, Tensor], config: LoraDes
                 continue
             place = layer, match[2]
             pairs = pairs_of_layers.get(layer, {}).get(projection)
-            change = None if pairs is None else _of_expert(match[2], pairs, config.scale)
+            change = None if pairs is None else _of_expert(match[2], pairs, config.scale_of_experts)
             if pairs is None or change is None:
                 raise UserError(f"has no pair for {projection} of layer {layer}, where the base model has {name}")
             used |= {pairs.name_a, pairs.name_b}
@@ -231,7 +231,7 @@ def _expert_pairs(tensors: Mapping[str, Tensor], config: LoraDescription) -> dic
         of_layer = found.setdefault(_required_layer(path), {})
         for projection, (name_a, name_b) in expert_names(path, config.projections).items():
             a, b = tensors[name_a], tensors[name_b]
-            of_layer[projection] = _ExpertPairs(name_a, name_b, a, b, a.shape[0] // config.r)
+            of_layer[projection] = _ExpertPairs(name_a, name_b, a, b, a.shape[0] // config.rank_of_experts)
     return found
 
 

@@ -25,7 +25,7 @@ from hecate.model.gated_ffn import decoder_layers
 from hecate.model.insert import InsertionPlan
 from hecate.model.linears import find_linears
 from hecate.model.moe_model import MoeModel
-from hecate.parallel.values.expert_kinds import LoraShape, kind_written_as
+from hecate.parallel.values.expert_kinds import GATE_UP, LoraShape, kind_written_as
 from hecate.parallel.values.units import Unit
 from hecate.ranks.ranks import Ranks
 
@@ -46,14 +46,17 @@ class PeftExperts(AdapterFormat):
 
     def describe(self, config: Config, base: BaseModel) -> LoraDescription:
         ends = {_end(base, layer.block.experts_path): None for layer in base.own_experts}
-        projections = config.moe.kind.projections(config.lora.target_modules)
+        projections = _in_peft(config.moe.kind.projections(config.lora.target_modules))
         routers = {_end(base, layer.block.router_path): None for layer in base.own_experts if config.moe.trains_routers}
+        linears = tuple(name for name in config.lora.target_modules if name not in PROJECTIONS)
+        rank = config.lora.shape_of_experts(config.moe).rank
         return LoraDescription(
             base_model_name_or_path=named_model(config.model.name_or_path),
-            r=config.lora.rank,
+            r=config.lora.rank if linears else rank,
+            expert_r=None if not linears or rank == config.lora.rank else rank,
             alpha=config.lora.stored_alpha,
             use_rslora=config.lora.use_rslora,
-            target_modules=tuple(name for name in config.lora.target_modules if name not in PROJECTIONS),
+            target_modules=linears,
             target_parameters=tuple(f"{end}.{name}" for end in ends for name in projections),
             modules_to_save=tuple(routers),
             dropout=config.lora.dropout,
@@ -69,8 +72,10 @@ class PeftExperts(AdapterFormat):
         blocks = {layer.unit: layer.block for layer in base.own_experts}
 
         def pair(unit: Unit, projection: str, expert: int) -> Place:
-            projections = moe.engine.shards.families[unit].pair_source.projections
-            return Place(*expert_names(blocks[unit].experts_path, projections)[projection], expert)
+            projections = _in_peft(moe.engine.shards.families[unit].pair_source.projections)
+            own = _HALVES.index(projection) if projection in _HALVES else None
+            name = projection if own is None else GATE_UP
+            return Place(*expert_names(blocks[unit].experts_path, projections)[name], expert, own)
 
         return TensorNames(
             pair,
@@ -79,8 +84,9 @@ class PeftExperts(AdapterFormat):
         )
 
     def compared(self, theirs: Adapter, ours: Description, base: BaseModel, moe: MoeModel) -> list[tuple[str, Any, Any]]:
-        _require_experts(theirs)
-        return super().compared(theirs, ours, base, moe)
+        assert isinstance(ours, LoraDescription)
+        found = _require_experts(theirs).rank_of_experts
+        return [*super().compared(theirs, ours, base, moe), ("lora.moe_rank_scaling, rank of experts", found, ours.rank_of_experts)]
 
     def open_for_answers(self, folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
         adapter = self.read(folder)
@@ -102,6 +108,7 @@ class PeftExperts(AdapterFormat):
 
 
 FORMAT = PeftExperts()
+_HALVES = ("gate_proj", "up_proj")
 
 
 def _require_experts(adapter: Adapter) -> LoraDescription:
@@ -137,11 +144,17 @@ def _plan(adapter: Adapter, linears: tuple[str, ...], layers: tuple[OwnExperts, 
     return InsertionPlan(
         kind=kind_written_as(FORMAT.name),
         lora=LoraShape(description.r, description.scale, 0.0),
+        lora_of_experts=LoraShape(description.rank_of_experts, description.scale_of_experts, 0.0),
         target_modules=(*linears, *projections),
         train_router=bool(routers),
         seed=0,
         kernels=choice.kernels,
     )
+
+
+def _in_peft(projections: tuple[str, ...]) -> tuple[str, ...]:
+    """The parameters that PEFT adapts for pairs of these projections, in their order: it has none for gate or up alone."""
+    return tuple(GATE_UP if name in _HALVES else name for name in projections)
 
 
 def _end(base: BaseModel, path: str) -> str:

@@ -10,6 +10,7 @@ from hecate.adapters.description import Adapter
 from hecate.adapters.folder import save_adapter
 from hecate.adapters.peft.description import LoraDescription
 from hecate.adapters.peft.per_expert import PLAIN, SPELLINGS, split_experts
+from hecate.adapters.peft.reading import with_one_rank
 from hecate.errors import UserError
 from hecate.model.files.load import base_of, read_config
 
@@ -44,7 +45,7 @@ class PerExpert(AdapterFormat):
                 "  give --to merged, which holds them, or train with moe.train_router=false"
             )
         model_type = read_config(base_of(adapter.folder, config.base_model_name_or_path)).model_type
-        tensors, described = split_experts(adapter.tensors, config, SPELLINGS.get(model_type, PLAIN))
+        tensors, described = split_experts(*with_one_rank(adapter.tensors, config), SPELLINGS.get(model_type, PLAIN))
         servers = servers_for(model_type)
         if model_type in _CHECKED:
             checked = f"{_CHECKED[model_type]} read such folders of tiny models as meant."

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from hecate.adapters.card import GENERATE, Loading
 from hecate.adapters.description import LARGEST, Description
-from hecate.adapters.peft.targets import Targets, require_sound
+from hecate.adapters.peft.targets import Targets, listed, require_sound
 from hecate.adapters.places import Place
 from hecate.errors import UserError
+from hecate.parallel.values.expert_kinds import lora_scale
 
 PEFT_TYPE = "LORA"
 PREFIX = "base_model.model"
@@ -60,6 +61,8 @@ class LoraDescription(Description):
     """the adapted linear layers"""
     target_parameters: tuple[str, ...] = ()
     """the ends of the dotted names of the adapted parameters, such as mlp.experts.gate_up_proj"""
+    expert_r: int | None = None
+    """the rank of the experts' pairs, whose alpha is that of all; None: `r`"""
     modules_to_save: tuple[str, ...] = ()
     """the ends of the dotted names of the trained routers"""
     dropout: float = 0.0
@@ -71,10 +74,22 @@ class LoraDescription(Description):
         last = {name.rpartition(".")[2] for name in self.target_parameters}
         return tuple(name for name in ("gate_up_proj", "down_proj") if name in last)
 
+    @property
+    def rank_of_experts(self) -> int:
+        return self.r if self.expert_r is None else self.expert_r
+
+    @property
+    def scale_of_experts(self) -> float:
+        """The factor of B A x of an expert's pair."""
+        return lora_scale(self.alpha, self.rank_of_experts, rslora=self.use_rslora)
+
     def to_json(self) -> dict[str, Any]:
         """Return adapter_config.json as PEFT reads it, with further values under the key "hecate"."""
         return {
             **self.as_lora(PEFT_TYPE, 0.0),
+            # The pattern is that of the linears: of one for parameters PEFT 0.21 says that it was ignored, though it is not.
+            "r": self.rank_of_experts,
+            "rank_pattern": {} if self.expert_r is None else dict.fromkeys(listed(self.target_modules), self.r),
             # An empty list is written as one: for null, PEFT would adapt the attention projections of model types that it supports.
             "target_modules": self.target_modules if isinstance(self.target_modules, str) else list(self.target_modules),
             "target_parameters": list(self.target_parameters),
@@ -87,7 +102,7 @@ class LoraDescription(Description):
         places: dict[str, Place] = {}
         for path in experts_paths(tensors):
             for projection, (name_a, name_b) in expert_names(path, self.projections).items():
-                for expert in range(tensors[name_a].shape[0] // self.r if name_a in tensors else 1):
+                for expert in range(tensors[name_a].shape[0] // self.rank_of_experts if name_a in tensors else 1):
                     places[f"{path}.{projection}.{expert}"] = Place(name_a, name_b, expert)
         of_experts = {place.name_a for place in places.values()}
         linears = (match[1] for name in tensors if name not in of_experts and (match := _LINEAR_A.fullmatch(name)))

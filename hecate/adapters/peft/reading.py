@@ -53,7 +53,8 @@ def load_lora(folder: Path) -> tuple[dict[str, Tensor], LoraDescription]:
         pairs = _pairs(tensors, config, ranks, alphas)
         tensors = _checked(tensors, pairs, grouped)
         if ranks or alphas:
-            tensors, config = _with_one_rank(tensors, config, pairs)
+            own = _with_rank_of_experts(config, pairs)
+            tensors, config = _with_one_rank(tensors, config, pairs) if own is None else (tensors, own)
         if is_per_expert(tensors):
             tensors, config = join_experts(tensors, config)
     except UserError as error:
@@ -135,6 +136,22 @@ def _checked(tensors: Mapping[str, Tensor], pairs: Iterable[_Pair], grouped: Col
     return result
 
 
+def with_one_rank(tensors: Mapping[str, Tensor], config: LoraDescription) -> tuple[dict[str, Tensor], LoraDescription]:
+    """Return an adapter whose experts may have a rank of their own as one that has one rank, and computes the same."""
+    return _with_one_rank(tensors, config, _pairs(tensors, config, dict.fromkeys(config.target_parameters, config.rank_of_experts), {}))
+
+
+def _with_rank_of_experts(config: LoraDescription, pairs: Sequence[_Pair]) -> LoraDescription | None:
+    """The description, if all experts have one rank, all linears another, and all the same alpha; None: ranks differ otherwise."""
+    experts, linears = ({(one.rank, one.alpha) for one in pairs if (one.projection is None) == plain} for plain in (False, True))
+    if len(experts) != 1 or len(linears) != 1:
+        return None
+    ((rank, alpha), (others, alpha_of_others)) = *experts, *linears
+    if alpha != alpha_of_others or rank == others:
+        return None
+    return replace(config, r=others, alpha=alpha, expert_r=rank)
+
+
 def _with_one_rank(
     tensors: Mapping[str, Tensor], config: LoraDescription, pairs: Sequence[_Pair]
 ) -> tuple[dict[str, Tensor], LoraDescription]:
@@ -143,7 +160,7 @@ def _with_one_rank(
     """
     if len(chosen := {(one.rank, one.alpha) for one in pairs} or {(config.r, config.alpha)}) == 1:
         ((rank, alpha),) = chosen
-        return dict(tensors), replace(config, r=rank, alpha=alpha)
+        return dict(tensors), replace(config, r=rank, alpha=alpha, expert_r=None)
     scales = {one: lora_scale(one.alpha, one.rank, rslora=config.use_rslora) for one in pairs}
     largest = max(one.rank for one in pairs)
     scale = next(iter(scales.values()))
@@ -162,7 +179,7 @@ def _with_one_rank(
         _log.warning(
             "ranks differ between modules (rank_pattern): all are padded with zeros to %d, and zeros stay if it is trained on", largest
         )
-    return result, replace(config, r=largest, alpha=int(scale * largest) if alike else largest, use_rslora=False)
+    return result, replace(config, r=largest, alpha=int(scale * largest) if alike else largest, use_rslora=False, expert_r=None)
 
 
 def _of(pattern: Mapping[str, int], key: str, default: int) -> int:

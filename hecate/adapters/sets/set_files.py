@@ -14,6 +14,8 @@ from hecate.adapters.description import Adapter, Description
 from hecate.adapters.folder import WEIGHTS, refuse_existing, write_adapter_folder
 from hecate.adapters.format_table import read_adapter
 from hecate.adapters.model_files import DTYPE_NAMES, blocks
+from hecate.adapters.peft.description import LoraDescription
+from hecate.adapters.peft.reading import with_one_rank
 from hecate.adapters.places import stored
 from hecate.adapters.sets.adapter_set import AdapterSet, Merged
 from hecate.adapters.sets.terms import Terms
@@ -43,6 +45,8 @@ def set_of(adapter: Adapter) -> AdapterSet:
         UserError: a tensor is missing, or no term can be taken out of such an adapter without its router.
     """
     tensors, description = adapter.tensors, adapter.description
+    if isinstance(description, LoraDescription):
+        tensors, description = with_one_rank(tensors, description)
     description.require_terms(adapter.folder)
     places = description.places(tensors)
     sizes = {}

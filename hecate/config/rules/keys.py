@@ -189,10 +189,6 @@ def _check_kind(values: Mapping[str, Any], add: Add, *, trains: bool) -> None:
     for key in ("lora.pairs", "lora.gradient_rule", "lora.use_rslora"):
         if not kind.has_pairs and key in values and values[key] != LEAVES[key].default:
             add(key, f"is about low-rank pairs, which experts of moe.family={family} do not have, got {values[key]}", "leave it out")
-    targets = set(values.get("lora.target_modules") or ())
-    if kind.joins_gate_and_up and len(targets & {"gate_proj", "up_proj"}) == 1:
-        hint = "experts of MoE models hold gate and up as one matrix with one adapter: name both, or neither"
-        add("lora.target_modules", f"names {(targets & {'gate_proj', 'up_proj'}).pop()} alone", hint)
 
 
 def _has_adapter(folder: str, values: Mapping[str, Any]) -> bool:

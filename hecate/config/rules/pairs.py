@@ -21,6 +21,7 @@ def check_pairs(values: Mapping[str, Any], add: Add) -> None:
     if alpha is not None and alpha > 0 and not float(alpha).is_integer():
         add("lora.alpha", f"must be a whole number, got {alpha}", "adapter files can store no other")
     _check_ranks(values, add)
+    _check_experts(values, add)
     _check_gradient_rule(values, add)
     _check_nola(values, add)
     _check_shards(values, add)
@@ -54,6 +55,16 @@ def _check_ranks(values: Mapping[str, Any], add: Add) -> None:
     if others:
         what = f"lists the ranks of {len(ranks)} experts, but {given} gives layers {', '.join(map(str, others))}"
         add(key, what, f"give one rank for all, or every layer that has experts {len(ranks)} of them")
+
+
+def _check_experts(values: Mapping[str, Any], add: Add) -> None:
+    chosen = values.get("lora.experts") or ()
+    if len(set(chosen)) < len(chosen):
+        add("lora.experts", f"lists an expert twice, got {list(chosen)}", "keep one of the two")
+    for key in ("lora.moe_rank_scaling", "lora.experts"):
+        for other, allowed in (("lora.pairs", "plain"), ("lora.gradient_rule", "none")):
+            if values.get(key) and values.get(other, allowed) != allowed:
+                add(key, f"needs {other}={allowed}, got {values[other]}", f"leave it out, or set {other}={allowed}")
 
 
 def _check_gradient_rule(values: Mapping[str, Any], add: Add) -> None:

@@ -367,7 +367,8 @@ def _units(layer: LayerShape, config: Config) -> Sequence[tuple[str, UnitSizes]]
 
 def _pair_sizes(sizes: UnitSizes, config: Config) -> PairSizes:
     """What is trained of the low-rank pairs of one of a unit's experts, and what they cost."""
-    return PAIR_SOURCES[config.lora.pairs].sizes(sizes, config.moe.kind.projections(config.lora.target_modules), config.lora.shape)
+    lora = config.lora.shape_of_experts(config.moe)
+    return PAIR_SOURCES[config.lora.pairs].sizes(sizes, config.moe.kind.projections(config.lora.target_modules), lora)
 
 
 def _groups(layers: list[tuple[int, list[tuple[int, LayerCost, int, int]]]]) -> tuple[ExpertLayers, ...]:

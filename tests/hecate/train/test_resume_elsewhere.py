@@ -30,6 +30,10 @@ KINDS: dict[str, tuple[str, ...]] = {
     "a rule for gradients": ("lora.gradient_rule=row_norm", "lora.eta=2.0", "lora.alpha=null", "lora.dropout=0"),
     "shards of pools": ("moe.unit=linear", "lora.pairs=shards", "lora.r=5"),
     "LoRA over frozen experts": ("moe.family=moe_lora", "moe.train_router=true", "model.name_or_path={workshop}/moe"),
+    "gate alone over chosen frozen experts": (
+        *("moe.family=moe_lora", "lora.target_modules=[q_proj,gate_proj,down_proj]", "model.name_or_path={workshop}/moe"),
+        *("lora.r=4", "lora.moe_rank_scaling=true", "lora.experts=[0,2,3]", "learning_rate=3e-2"),
+    ),
     "shards over frozen experts": ("moe.family=moe_lora", "lora.pairs=shards", "lora.r=4", "model.name_or_path={workshop}/moe"),
 }
 

@@ -40,6 +40,8 @@ def test_every_name_that_a_configuration_may_give_is_a_kind() -> None:
         (FULL, ("down_proj", "q_proj"), ()),
         (MOE_LORA, ("down_proj", "up_proj", "gate_proj"), ("gate_up_proj", "down_proj")),
         (MOE_LORA, ("down_proj", "q_proj"), ("down_proj",)),
+        (MOE_LORA, ("gate_proj", "q_proj"), ("gate_proj",)),
+        (MOE_LORA, ("up_proj", "down_proj"), ("up_proj", "down_proj")),
         (MOE_LORA, ("q_proj",), ()),
     ],
 )

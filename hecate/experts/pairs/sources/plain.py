@@ -35,9 +35,9 @@ def plain_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -
 class PlainPairs:
     """Plain LoRA (a `PairSource`): A and B of each projection are trained. A chunk holds them by projection, A before B.
 
-    Where experts differ in rank (`LoraShape.of_experts`), an expert's rows of A and columns of B beyond its own rank are zero. Their
-    gradients are then zero, too, so they stay zero exactly. The pairs have one scale; what an expert's own is more than that, its B is
-    multiplied by in the pairs, but not in the chunk.
+    Where experts differ in rank (`LoraShape.of_experts`; 0 for those that are not `chosen`), an expert's rows of A and columns of B beyond
+    its own rank are zero. Their gradients are then zero, too, so they stay zero exactly. The pairs have one scale; what an expert's own is
+    more than that, its B is multiplied by in the pairs, but not in the chunk.
     """
 
     drawn_digest = ""
@@ -84,11 +84,18 @@ class PlainPairs:
         for projection in self.projections:
             a_rI, b_Or = pairs[projection]
             if a_rI[rank:].any() or b_Or[:, rank:].any():
+                if rank == 0:
+                    raise UserError(
+                        f"lora.experts: {expert} is not listed, but the adapter has numbers for {projection} of this expert\n  list it"
+                    )
                 raise UserError(f"lora.r: expert {expert} has rank {rank}, but the adapter's pair of {projection} has more")
             parts += [a_rI.flatten(), (b_Or if factor == 1.0 else b_Or / factor).flatten()]
         return torch.cat(parts)
 
     def _rank_of(self, expert: int) -> int:
+        """0 for an expert that was not chosen to train."""
+        if self.lora.chosen and expert not in self.lora.chosen:
+            return 0
         return self.lora.of_experts[expert][0] if self.lora.of_experts else self.lora.rank
 
 
