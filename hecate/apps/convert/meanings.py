@@ -32,6 +32,7 @@ SAME: dict[str, str] = {
     "lora.alpha": "lora_alpha",
     "lora.dropout": "lora_dropout",
     "lora.use_rslora": "use_rslora peft_use_rslora",
+    "lora.moe_rank_scaling": "moe_rank_scaling normalize_moe_lora",
     "lora.init_from": "lora_model_dir adapter_name_or_path",
     "moe.num_experts": "num_experts",
     "moe.top_k": "top_k",
