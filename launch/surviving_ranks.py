@@ -107,7 +107,7 @@ class SurvivingRanks:
 
     def _see(self) -> list[Event]:
         """What has happened since the last call."""
-        present = frozenset(self._machines.present())
+        present, statuses = self._present_and_statuses()
         events = [Event(Fact.DOWN, device) for device in sorted(self._present - present)]
         events += [Event(Fact.UP, device) for device in sorted(present - self._present)]
         self._present = present
@@ -120,7 +120,7 @@ class SurvivingRanks:
                 if key not in self._seen and path.exists():
                     self._seen.add(key)
                     events.append(Event(key[0], device))
-            key, status = (Fact.ENDED, member, 0), self.processes[member].poll()
+            key, status = (Fact.ENDED, member, 0), statuses[device]
             if key not in self._seen and status is not None:
                 self._seen.add(key)
                 events.append(self._end_of(device, member, status))
@@ -134,6 +134,17 @@ class SurvivingRanks:
             said = f"for {seconds:.1f} s, as by SIGSTOP"
             events.append(Event(Fact.HALTED, device, said, more=f"kill -CONT {living[device]} lets it go on"))
         return [Event(Fact.STOP), *events] if self.stopping else events
+
+    def _present_and_statuses(self) -> tuple[frozenset[int], dict[int, int | None]]:
+        """The devices that are there, and the exit status of each one's newest process, both of one moment.
+
+        A node may be lost while the statuses are read. If its device counted as being there, others would be started in its place.
+        """
+        while True:
+            present = frozenset(self._machines.present())
+            statuses = {device: self.processes[member].poll() for device, member in self.member_on.items()}
+            if frozenset(self._machines.present()) == present:
+                return present, statuses
 
     def _end_of(self, device: int, member: int, status: int) -> Event:
         if status == 0:

@@ -199,6 +199,26 @@ def test_a_silent_node_is_lost_and_may_come_again(
     }
 
 
+def test_nothing_is_started_on_a_node_that_is_lost_while_its_processes_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once(monkeypatch)
+    leading = Leading(tmp_path)
+    surviving = leading.begin()
+    devices_before = leading.nodes.present()
+
+    def present() -> list[int]:
+        found = _Nodes.present(leading.nodes)
+        monkeypatch.setattr(surviving_nodes, "LOST_SECONDS", -1.0)  # the next message finds the node lost
+        return found
+
+    monkeypatch.setattr(leading.nodes, "present", present)
+    surviving.look()
+    assert devices_before == [0, 1, 2, 3]
+    assert read_generation(leading.files).members == (0, 1)
+    assert len(surviving.processes) == 4
+
+
 def test_a_launcher_that_was_stopped_itself_takes_nobody_for_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither it nor the store, which is in its process, could hear of the others."""
     at_once(monkeypatch)
@@ -469,7 +489,7 @@ def test_a_rank_of_the_second_node_dies_and_no_step_is_lost(tmp_path: Path) -> N
         run = begin_run(scope, "two", 4, injected=[dies], started=Started("two_nodes")).end()
         assert problem_of(run, whole, lost=1) == ""
     assert "rank 3 was killed by SIGKILL; 3 ranks go on" in run.log
-    assert "meeting point" not in run.log
+    assert "is lost" not in run.log
     assert "last checkpoint" not in run.log
 
 
