@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from itertools import count
 
 import torch
 import torch.distributed as dist
@@ -181,6 +182,8 @@ def ranks_from_environment() -> tuple[int, int] | None:
 
 _NEWEST: list[Ranks] = []
 """The ranks that this process has joined last."""
+_CONNECTED = count()
+"""How often this process has connected where torchrun's variables say."""
 
 
 @contextmanager
@@ -303,10 +306,11 @@ def connect(
     # gloo does not say which sockets are its own: they are among those that this process has more of once all groups are made.
     before = tcp_sockets()
     faults.at("connect")
-    if store is None:
-        dist.init_process_group(backend, timeout=limit, **options)
-    else:
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=limit, **options)
+    if (meeting := store) is None:
+        # torch calls the keys of every first group alike, and a process that connects again would meet the addresses of the time before.
+        torchruns, _, _ = next(iter(dist.rendezvous("env://", rank, world_size, timeout=limit)))
+        meeting = dist.PrefixStore(f"hecate-{next(_CONNECTED)}", torchruns)
+    dist.init_process_group(backend, store=meeting, rank=rank, world_size=world_size, timeout=limit, **options)
     faults.at("connect")
     groups, tensor = expert_groups(mesh, limit), tensor_groups(mesh, limit)
     faults.at("connect")

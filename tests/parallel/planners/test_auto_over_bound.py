@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import cycle, product
 
 import numpy as np
@@ -29,8 +28,7 @@ price one after the other, as they are executed."""
 def small(topology: Topology, devices: int) -> Topology:
     """The first `devices` of each node."""
     kept = sorted(rank for node in range(topology.num_nodes) for rank in topology.ranks_of_node(node)[:devices])
-    by_rank = ("node_of_rank", "flops", "memory", "port_bandwidth", "nic_bandwidth", "memory_bandwidth")
-    return replace(topology, **{name: tuple(getattr(topology, name)[rank] for rank in kept) for name in by_rank})
+    return topology.take(kept)
 
 
 def cases() -> list[tuple[str, Kind, str, PlanInput]]:
