@@ -78,6 +78,7 @@ def check_for_ray(config: Config) -> None:
         UserError: it does.
     """
     refuse_training(config)
+    _refuse_relative(config)
     if config.model.tensor_parallel > 1:
         raise UserError(
             "model.tensor_parallel: is not supported on Ray, where each rank computes its own sequences\n"
@@ -91,6 +92,18 @@ def check_for_ray(config: Config) -> None:
         raise UserError(
             "fssdp.policy: megatron_ep is not supported on Ray, where the number of ranks may change\n"
             "  choose another policy, or use hecate launch"
+        )
+
+
+def _refuse_relative(config: Config) -> None:
+    """Refuse relative paths, which would name other files on the cluster, where workers start in a copy of the working folder."""
+    paths = {"output_dir": config.output_dir, "model.name_or_path": config.model.name_or_path}
+    paths |= {f"data: {source.name}": source.path for source in (*config.data.train, *config.data.eval)}
+    wrong = [f"  {key}: {path}" for key, path in paths.items() if not Path(path).is_absolute()]
+    if wrong:
+        raise UserError(
+            "on Ray, data, models and runs are not uploaded; these must be absolute paths on a disk that all nodes share:\n"
+            + "\n".join(wrong[:6])
         )
 
 

@@ -46,7 +46,6 @@ def submit(config: Path, overrides: Sequence[str], address: str, *, working_dir:
     inside = _inside(config, working_dir)
     loaded = load_config(config, overrides, claim_output=False)
     check_for_ray(loaded)
-    _refuse_relative(loaded)
     client = _client(address)
     with tempfile.TemporaryDirectory(prefix="hecate-upload-") as folder:
         staged = Path(folder, "job")
@@ -128,13 +127,3 @@ def _named_files(config: Config, working_dir: Path) -> set[Path]:
     """The files inside the folder that values of a configuration name, such as a topology's, relative to the folder."""
     texts = [value for value in leaves_of(asdict(config)).values() if isinstance(value, str) and value.endswith(SUFFIXES)]
     return {Path(text) for text in texts if not Path(text).is_absolute() and (working_dir / text).is_file()}
-
-
-def _refuse_relative(config: Config) -> None:
-    """Refuse relative paths, which would name other files in the copy on the cluster. Raises UserError."""
-    paths = {"output_dir": config.output_dir, **{f"data: {s.name}": s.path for s in (*config.data.train, *config.data.eval)}}
-    wrong = [f"  {key}: {path}" for key, path in paths.items() if not Path(path).is_absolute()]
-    if wrong:
-        raise UserError(
-            "data and runs are not uploaded; these must be absolute paths on a disk that all nodes share:\n" + "\n".join(wrong[:6])
-        )

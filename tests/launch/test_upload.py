@@ -10,6 +10,7 @@ import pytest
 import hecate
 from hecate.errors import UserError
 from hecate.launch.ray_job import upload
+from hecate.launch.ray_job.driver import run_on_ray
 from hecate.launch.ray_job.submit import submit
 from hecate.launch.ray_job.upload import stage, uploaded_files
 
@@ -118,7 +119,7 @@ def test_a_copy_is_staged_and_bounded(tmp_path: Path, monkeypatch: pytest.Monkey
         stage(root, tmp_path / "other", named)
 
 
-CONFIG = "model: {{name_or_path: model}}\ndata: {{train: {train}}}\noutput_dir: {out}\nmax_steps: 1\n"
+CONFIG = "model: {{name_or_path: {model}}}\ndata: {{train: {train}}}\noutput_dir: {out}\nmax_steps: 1\n"
 
 
 def test_what_the_copy_on_the_cluster_would_not_have_is_refused_before_it_is_looked_for(
@@ -127,13 +128,16 @@ def test_what_the_copy_on_the_cluster_would_not_have_is_refused_before_it_is_loo
     inside, outside = tmp_path / "inside", tmp_path / "outside.yaml"
     filled(inside, ("a.jsonl", "model/config.json", "model/model.safetensors", "model/tokenizer.json"))
     monkeypatch.chdir(inside)
-    outside.write_text(CONFIG.format(train=inside / "a.jsonl", out=tmp_path / "runs"))
+    outside.write_text(CONFIG.format(train=inside / "a.jsonl", out=tmp_path / "runs", model=inside / "model"))
     with pytest.raises(UserError, match=rf"^{outside}: lies outside {inside}, which is uploaded; give --working-dir"):
         submit(outside, [], "http://127.0.0.1:9", working_dir=inside)
-    (inside / "run.yaml").write_text(CONFIG.format(train="a.jsonl", out="runs/first"))
-    with pytest.raises(UserError, match=r"must be absolute paths .*\n  output_dir: runs/first\n  data: a: a\.jsonl$"):
+    (inside / "run.yaml").write_text(CONFIG.format(train="a.jsonl", out="runs/first", model="model"))
+    relative = r"must be absolute paths .*\n  output_dir: runs/first\n  model\.name_or_path: model\n  data: a: a\.jsonl$"
+    with pytest.raises(UserError, match=relative):
         submit(inside / "run.yaml", [], "http://127.0.0.1:9", working_dir=inside)
+    with pytest.raises(UserError, match=relative):
+        run_on_ray(inside / "run.yaml", [], "127.0.0.1:9", None)
     for address in ("127.0.0.1:8265", "http://127.0.0.1"):
-        (inside / "run.yaml").write_text(CONFIG.format(train=inside / "a.jsonl", out=tmp_path / "runs"))
+        (inside / "run.yaml").write_text(CONFIG.format(train=inside / "a.jsonl", out=tmp_path / "runs", model=inside / "model"))
         with pytest.raises(UserError, match=rf"^--address: must be http://HOST:PORT .*, got '{address}'$"):
             submit(inside / "run.yaml", [], address, working_dir=inside)

@@ -64,7 +64,6 @@ def write_tasks(folder: str | Path, tasks: Sequence[str], train_size: int, eval_
     for task in tasks:
         if task not in TASKS:
             raise UserError(f"task {task!r} is unknown: it must be one of {', '.join(TASKS)}")
-    Path(folder).mkdir(parents=True, exist_ok=True)
     return [_write_task(Path(folder), task, train_size, eval_size, seed) for task in tasks]
 
 
@@ -88,6 +87,7 @@ def _write_task(folder: Path, task: str, train_size: int, eval_size: int, seed: 
         eval_samples=held_out,
         exhausted=len(records) < train_size + eval_size,
     )
+    folder.mkdir(parents=True, exist_ok=True)
     # The first prompts are the held-out ones, so that a larger training set does not change the evaluation file.
     # They carry what `verdict` judges any answer by.
     entries = [entry for _, entry in prompts.values()][:held_out]

@@ -58,24 +58,28 @@ def _plain(name: str) -> str:
 
 @contextmanager
 def one_gguf_reader() -> Iterator[None]:
-    """Let what transformers does with GGUF files take a third of the time within the block.
+    """Let what transformers does with GGUF files take a third of the time within the block, and print no bar.
 
     - The header is parsed once, out of an ordinary array: numpy's arrays over mapped files take a microsecond more for each of its million
       slices. The file is mapped all the same.
     - What the header says of configuration and tokenizer is kept, and each caller gets a copy.
     - The table of tensor names of an architecture is made once; transformers asks for it for each module of the model.
+    - transformers' setting for bars (`disable_progress_bar`), which its reader of these files does not ask, holds for that one, too.
     """
     try:
         import gguf
         from transformers import modeling_gguf_pytorch_utils as reading
+        from transformers.utils import logging
     except ImportError:  # transformers will say what to install if it is needed
         yield
         return
-    places: tuple[tuple[Any, str], ...] = ((gguf, "GGUFReader"), (gguf, "get_tensor_name_map"), (reading, "load_gguf_checkpoint"))
+    of_reading = ((reading, "load_gguf_checkpoint"), (reading, "tqdm"))
+    places: tuple[tuple[Any, str], ...] = ((gguf, "GGUFReader"), (gguf, "get_tensor_name_map"), *of_reading)
     originals = [getattr(owner, name) for owner, name in places]
-    reader, name_map, load = originals
-    for (owner, name), once in zip(places, (_once_from_arrays(reader), functools.cache(name_map), _header_once(load)), strict=True):
-        setattr(owner, name, once)
+    reader, name_map, load, _ = originals
+    within = (_once_from_arrays(reader), functools.cache(name_map), _header_once(load), logging.tqdm)
+    for (owner, name), other in zip(places, within, strict=True):
+        setattr(owner, name, other)
     try:
         yield
     finally:

@@ -51,11 +51,13 @@ def loaded(path: Path) -> Any:
     return model
 
 
-def test_configuration_and_weights_are_those_of_transformers_alone(tmp_path: Path) -> None:
+def test_configuration_and_weights_are_those_of_transformers_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_llama(tmp_path / "tiny.gguf")
     alone = loaded(tmp_path / "tiny.gguf")
+    assert "GGUF" in capsys.readouterr().err, "this test sees no bar, whoever prints one"
     with one_gguf_reader():
         once = loaded(tmp_path / "tiny.gguf")
+    assert capsys.readouterr().err == ""
     assert once.config.to_dict() == alone.config.to_dict()
     assert alone.state_dict().keys() == once.state_dict().keys()
     assert all(torch.equal(tensor, once.state_dict()[name]) for name, tensor in alone.state_dict().items())
