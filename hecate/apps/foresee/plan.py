@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def run_plan(
     if price_per_hour is not None:
         run = replace(run, topology=replace(run.topology, price_per_hour=(price_per_hour,) * run.topology.world_size))
     found = forecast(run, loads if isinstance(loads, str) else load_trace(loads))
-    console = new_console(width=None if new_console().is_terminal else _WIDTH, highlight=False)
+    console = new_console(width=None if new_console().is_terminal or "COLUMNS" in os.environ else _WIDTH, highlight=False)
     for note in found.run.notes:
         console.print(note, markup=False, soft_wrap=True)
     console.print(_memory_table(found))

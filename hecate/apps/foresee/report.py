@@ -69,8 +69,10 @@ def modes_table(shares: Sequence[tuple[str, dict[str, float] | None]]) -> Table 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
     """Lines on what times rest on, and on policies whose rows need an explanation."""
-    spreads = {(row["topology"], StepSpread(**row["spread"])): None for row in rows}
-    lines = [f"{topology}: {spread.note}" for topology, spread in spreads]
+    on: dict[StepSpread, dict[str, None]] = {}
+    for row in rows:
+        on.setdefault(StepSpread(**row["spread"]), {})[row["topology"]] = None
+    lines = [f"{', '.join(topologies)}: {spread.note}" for spread, topologies in on.items()]
     for case in grouped(rows, _CASE):
         seconds = {row["policy"]: float(row["step_seconds"]) for row in case if row["fits_memory"]}
         where = f"{case[0]['model']} on {case[0]['topology']}, {case[0]['workload']}: "
@@ -78,7 +80,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         all_seconds = {row["policy"]: float(row["step_seconds"]) for row in case}
         if BASELINE in all_seconds and all_seconds.get("hecate_paper") == all_seconds[BASELINE] and case[0]["ranks"] > 1:
             lines.append(f"{where}hecate_paper copies only experts that travel hidden behind a layer's attention: here none, as {BASELINE}")
-    few = lines[: len(spreads) + _MOST_NOTES]
+    few = lines[: len(on) + _MOST_NOTES]
     return [*few, f"and {len(lines) - len(few)} more lines like these"] if len(lines) > len(few) else few
 
 
@@ -98,7 +100,7 @@ def _print_tables(console: Console, rows: Sequence[Row], *, wide: bool) -> None:
     console.print(_speedups(rows, keys, title) if wide else _ranges(rows, keys, title))
     if len(grouped(rows, ("topology",))) > 1:
         for of_model in grouped(rows, ("model", "experts", "tokens_per_rank")):
-            console.print(_clusters(of_model))
+            console.print(_clusters(of_model, console.width))
 
 
 def write_rows(path: Path, settings: dict[str, Any], rows: Sequence[Row]) -> None:
@@ -144,16 +146,20 @@ def _in_groups(row: Row) -> str:
     return f" in groups of {size} ranks" if size is not None and size < row["ranks"] else ""
 
 
-def _clusters(rows: Sequence[Row]) -> Table:
-    """One model on several clusters, each under its fastest policy that fits, the cheapest cluster first, or else the fastest."""
+def _clusters(rows: Sequence[Row], width: int) -> Table:
+    """One model on several clusters, each under its fastest policy that fits, the cheapest cluster first, or else the fastest.
+
+    A range is broken at its dash where the table would be wider than `width`.
+    """
     best = [fastest(of_cluster) for of_cluster in grouped(rows, ("topology",))]
     costs = [mean_cost(group) for group in best]
     priced = any(cost is not None for cost in costs)
     workloads = grouped(rows, ("workload",))
     title = f"{rows[0]['model']} with {rows[0]['experts']} experts, {rows[0]['tokens_per_rank']} tokens a rank"
     table = Table(title=f"{title}, {f'mean of {len(workloads)} workloads' if len(workloads) > 1 else rows[0]['workload']}")
-    for name in ("cluster", "ranks", "policy", "ms a step", "tokens/s", "memory GB", *(["cost"] if priced else [])):
-        table.add_column(name, justify="left" if name in ("cluster", "policy") else "right")
+    header = ("cluster", "ranks", "policy", "ms a step", "tokens/s", "memory GB", *(["cost"] if priced else []))
+    for name in header:
+        table.add_column(name, justify="left" if name in ("cluster", "policy") else "right", overflow="fold")
     lines = []
     for group, cost in zip(best, costs, strict=True):
         row, seconds = group[0], mean_seconds(group)
@@ -164,8 +170,10 @@ def _clusters(rows: Sequence[Row]) -> Table:
         if priced:
             cells.append("-" if cost is None else spread.text(cost))
         lines.append((cost is None, -speed if cost is None else cost, cells))
+    widest = [max(map(len, column)) for column in zip(header, *(cells for _, _, cells in lines), strict=True)]
+    dash = "-" if 1 + sum(3 + characters for characters in widest) <= width else " - "
     for _, _, cells in sorted(lines):
-        table.add_row(*cells)
+        table.add_row(*cells[:3], *(cell.replace("-", dash) if len(cell) > 1 else cell for cell in cells[3:]))
     marked = any(_mark(group) for group in best)
     table.caption = _TOO_LARGE * marked + _PRICED * priced + "each cluster with the fastest of the policies that fit it"
     known = [cost for cost in costs if cost is not None]

@@ -113,6 +113,15 @@ def test_what_simulate_refuses(model: str) -> None:
     assert "sweep papers: no such preset\n  use one of paper" in refused("simulate", "--sweep", "papers")
 
 
+def test_a_table_of_clusters_cuts_off_nothing_at_eighty_columns() -> None:
+    given = ["--topology", "one-h100,h100-node", "--model", "qwen3-30b-a3b", "--price-per-hour", "3,3", "--policy", "full", "--steps", "1"]
+    shown = CliRunner().invoke(app, ["simulate", *given], catch_exceptions=False, env={"COLUMNS": "80"}).stdout
+    assert "ms a step" in shown
+    assert "…" not in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    assert shown.count("uncalibrated") == 1, "one note for clusters of one card"
+
+
 def test_a_dry_run_loads_neither_torch_nor_transformers(tmp_path: Path) -> None:
     write_model(tmp_path)
     config = tmp_path / "config.yaml"
