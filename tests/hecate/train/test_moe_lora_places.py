@@ -30,6 +30,7 @@ PLACES: dict[str, tuple[str, ...]] = {
     ),
     "a rank divided, of experts alone": ("lora.target_modules=[up_proj,down_proj]", "lora.moe_rank_scaling=true"),
     "chosen experts": ("lora.target_modules=[q_proj,gate_proj,up_proj]", "lora.experts=[0,3]"),
+    "other experts in each layer": ("lora.target_modules=[gate_proj,down_proj]", "lora.experts=[[4],[0,1]]"),
 }
 """The models' tokens visit 2 experts, and r is 4."""
 
@@ -121,6 +122,15 @@ def test_only_chosen_experts_have_numbers(workshop: Path, tmp_path: Path) -> Non
     assert [bool(of_expert.any()) for of_expert in b.view(len(b), 4, 5).unbind(2)] == [True, False, False, True, False]
 
 
+def test_each_layer_may_have_experts_of_its_own(workshop: Path, tmp_path: Path) -> None:
+    tensors = load_file(adapter_of_a_run(workshop, tmp_path, *PLACES["other experts in each layer"]) / "adapter_model.safetensors")
+    for layer, chosen in enumerate([[4], [0, 1]]):
+        at = f"base_model.model.model.layers.{layer}.mlp.experts"
+        for a, b in ((tensors[f"{at}{base}.lora_A.weight"], tensors[f"{at}{base}.lora_B.weight"]) for base in ("", ".base_layer")):
+            assert [expert for expert in range(5) if a.view(5, 4, -1)[expert].any()] == chosen
+            assert [expert for expert in range(5) if b.view(len(b), 4, 5)[:, :, expert].any()] == chosen
+
+
 def test_the_configuration_says_which_rank_linears_and_experts_have(workshop: Path, tmp_path: Path) -> None:
     adapter = adapter_of_a_run(workshop, tmp_path, *PLACES["a rank divided"])
     said, tensors = json.loads((adapter / "adapter_config.json").read_text()), load_file(adapter / "adapter_model.safetensors")
@@ -145,10 +155,17 @@ def test_the_configuration_says_which_rank_linears_and_experts_have(workshop: Pa
             ("lora.target_modules=[q_proj,gate_proj,down_proj]", "lora.moe_rank_scaling=true", "lora.init_from={divided}"),
             ("names gate_proj without up_proj, but", "has numbers for up_proj", "name both"),
         ),
-        (("lora.experts=[4,5]",), ("lora.experts: 5, but the model has layers of 5 experts", "numbers from 0 to 4")),
+        (("lora.experts=[4,5]",), ("lora.experts: 5, but layer 0 of the model has 5 experts", "numbers from 0 to 4")),
+        (("lora.experts=[[4],[5]]",), ("lora.experts: 5, but layer 1 of the model has 5 experts",)),
+        (("lora.experts=[[4],[]]",), ("lora.experts[1]: is [], but layer 1 of the model has 5 experts", "one of them at least")),
+        (("lora.experts=[[4]]",), ("lora.experts: has lists for 1 layers, but the model has 2 decoder layers", "one for each")),
         (
             (*PLACES["a rank divided"], "lora.experts=[0,1]", "lora.init_from={divided}"),
-            ("lora.experts: 2 is not listed, but the adapter has numbers for",),
+            ("/adapter has numbers for expert 2 of layer 0, which is not among those that train", "lora.experts"),
+        ),
+        (
+            (*PLACES["a rank divided"], "lora.experts=[[0,1,2,3,4],[0,1,2,3]]", "lora.init_from={divided}"),
+            ("/adapter has numbers for expert 4 of layer 1, which is not among those that train",),
         ),
     ],
 )
