@@ -69,10 +69,10 @@ class LoraConfig:
     """The numbers of the experts, from 0, that train in every layer; or a list of such lists, one for each decoder layer, where [] stands
     for a layer without experts. The pairs of the others are zero and stay so: they have no gradients and no optimizer state, but their
     weights are stored, gathered and computed with as those of pairs that train. null: all experts train."""
-    hottest_experts: int | None = field(default=None, metadata=key(COUNT, family="moe_lora"))
+    hottest_experts: int | None = field(default=None, metadata=key(COUNT, computes=False, family="moe_lora"))
     """In place of experts: in each layer so many experts train, those to which most tokens went by the loads in lora.loads; of equals
     those with lower numbers. The configuration in the run's folder has their numbers, and needs no loads. null: lora.experts says."""
-    loads: str | None = field(default=None, metadata=key(family="moe_lora"))
+    loads: str | None = field(default=None, metadata=key(computes=False, family="moe_lora"))
     """With hottest_experts, which needs it: the folder of a run's recorded loads (trace; docs/use/traces.md), such as runs/first/loads."""
     gradient_rule: PairRuleName = "none"
     """What happens to gradients on their way to A and B; see docs/results/systems.md. row_norm: that of each output row is multiplied by

@@ -11,9 +11,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from hecate.cli import app
 from hecate.config import load_config
 from hecate.errors import UserError
+from hecate.launch import local_launcher, node_launcher
 from hecate.model.sizes.run_shape import run_shape
 from hecate.ranks.ranks import join_ranks
 from hecate.train.training import Training
@@ -138,6 +141,51 @@ def test_the_configuration_says_which_rank_linears_and_experts_have(workshop: Pa
     at = "base_model.model.model.layers.0"
     assert len(tensors[f"{at}.self_attn.q_proj.lora_A.weight"]) == 4
     assert len(tensors[f"{at}.mlp.experts.lora_A.weight"]) == 5 * 2
+
+
+@pytest.mark.parametrize("verb", ["train", "launch"])
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        (("lora.r=5", "lora.moe_rank_scaling=true"), "lora.moe_rank_scaling: lora.r is 5"),
+        (("lora.experts=[0,5]",), "lora.experts: 5, but layer 0 of the model has 5 experts"),
+        (("lora.hottest_experts=2", "lora.loads={adapter}"), "has no recorded loads"),
+        (
+            ("lora.experts=[0,1,2,4]", "lora.init_from={adapter}"),
+            "has numbers for expert 3 of layer 0, which is not among those that train",
+        ),
+    ],
+)
+def test_before_any_rank_starts(
+    workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str, overrides: tuple[str, ...], text: str
+) -> None:
+    adapter = adapter_of_a_run(workshop, tmp_path / "begun", "lora.target_modules=[gate_proj]")
+
+    def started(*_: object, **__: object) -> int:
+        raise AssertionError("ranks were started")
+
+    monkeypatch.setattr(local_launcher, "launch_local", started)
+    monkeypatch.setattr(node_launcher, "launch", started)
+    given = [f"{workshop}/config.yaml", "nproc=1", f"output_dir={tmp_path}/new", "lora.target_modules=[gate_proj]"]
+    done = CliRunner().invoke(app, [verb, *given, *(one.format(adapter=adapter) for one in overrides)])
+    assert isinstance(done.exception, UserError), done.exception
+    assert text in str(done.exception)
+    done = CliRunner().invoke(app, [verb, *given, "lora.experts=[0,1,2,3,4]", f"lora.init_from={adapter}"])
+    assert str(done.exception) == "ranks were started", "what is right is refused, too"
+
+
+def test_only_experts_that_train_have_optimizer_state(workshop: Path, tmp_path: Path) -> None:
+    """Also after weight decay and clipping, which change what has a gradient."""
+    given = (*PLACES["other experts in each layer"], "weight_decay=0.1", f"output_dir={tmp_path}/run")
+    with join_ranks() as ranks:
+        begun = Training(load_config(workshop / "config.yaml", given, claim_output=False), ranks)
+        begun.train_one()
+        kept = begun.parts.optimizer.state_tensors()
+    with_state = {name.split("/")[1] for name in kept if name.startswith("owned/") and name.endswith("/exp_avg")}
+    assert with_state == {"0.4", "1.0", "1.1"}
+    assert {name for name, one in kept.items() if name.count("/") == 1 and name.startswith("owned/") and one.any()} == {
+        f"owned/{name}" for name in with_state
+    }
 
 
 @pytest.mark.parametrize(
