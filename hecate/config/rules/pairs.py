@@ -58,7 +58,8 @@ def _check_ranks(values: Mapping[str, Any], add: Add) -> None:
 
 
 def _check_experts(values: Mapping[str, Any], add: Add) -> None:
-    chosen, hottest, loads = (values.get(f"lora.{name}") for name in ("experts", "hottest_experts", "loads"))
+    chosen: Any = values.get("lora.experts")
+    hottest, loads = values.get("lora.hottest_experts"), values.get("lora.loads")
     listed = [one for one in chosen or () if isinstance(one, tuple | list)]
     if chosen == () or (listed and not any(listed)):
         add("lora.experts", "names no expert", "leave it out: all experts train then")

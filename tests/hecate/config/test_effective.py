@@ -200,6 +200,8 @@ def test_every_key_says_whether_it_changes_the_computation() -> None:
         "lora.shards.per_vector",
         "lora.shards.private_rank",
         "lora.use_rslora",
+        "lora.moe_rank_scaling",
+        "lora.experts",
         "lora.target_modules",
         "moe.allocation",
         "moe.family",

@@ -19,6 +19,7 @@ from hecate.errors import UserError
 from hecate.launch import local_launcher, node_launcher
 from hecate.model.sizes.run_shape import run_shape
 from hecate.ranks.ranks import join_ranks
+from hecate.report.run_report import trainable_rows
 from hecate.train.training import Training
 from testing.tiny_run import write_samples
 from tests.hecate.adapters.exporting import IDS, LIMIT, export, hecate_logits, logits_of, save_moe, transformers_logits
@@ -174,13 +175,14 @@ def test_before_any_rank_starts(
     assert str(done.exception) == "ranks were started", "what is right is refused, too"
 
 
-def test_only_experts_that_train_have_optimizer_state(workshop: Path, tmp_path: Path) -> None:
+def test_only_experts_that_train_are_counted_and_have_optimizer_state(workshop: Path, tmp_path: Path) -> None:
     """Also after weight decay and clipping, which change what has a gradient."""
     given = (*PLACES["other experts in each layer"], "weight_decay=0.1", f"output_dir={tmp_path}/run")
     with join_ranks() as ranks:
         begun = Training(load_config(workshop / "config.yaml", given, claim_output=False), ranks)
         begun.train_one()
-        kept = begun.parts.optimizer.state_tensors()
+        kept, counted = begun.parts.optimizer.state_tensors(), {row.name: row.count for row in trainable_rows(begun.parts.moe)}
+    assert (counted["layers.0.experts"], counted["layers.1.experts"]) == (1, 2)
     with_state = {name.split("/")[1] for name in kept if name.startswith("owned/") and name.endswith("/exp_avg")}
     assert with_state == {"0.4", "1.0", "1.1"}
     assert {name for name, one in kept.items() if name.count("/") == 1 and name.startswith("owned/") and one.any()} == {
