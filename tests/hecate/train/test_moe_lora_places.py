@@ -106,6 +106,15 @@ def test_a_run_begins_with_such_an_adapter_bit_for_bit(workshop: Path, made: tup
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
 
 
+@pytest.mark.parametrize("form", ["peft", "per-expert"])
+def test_a_run_begins_with_what_export_has_made_of_chosen_experts(workshop: Path, tmp_path: Path, form: str) -> None:
+    own = (*PLACES["other experts in each layer"], "lora.alpha=4")  # the scale 1, as per-expert folds it into B
+    adapter = adapter_of_a_run(workshop, tmp_path / "first", *own)
+    exported = export(adapter, form, tmp_path / form)
+    again = adapter_of_a_run(workshop, tmp_path / "again", *own, f"lora.init_from={exported}", changed=False)
+    torch.testing.assert_close(torch.load(again.parent / LOGITS), torch.load(adapter.parent / LOGITS), **LIMIT)
+
+
 def test_of_one_half_the_other_has_no_numbers_and_nothing_trains_for_it(workshop: Path, tmp_path: Path) -> None:
     adapter = adapter_of_a_run(workshop, tmp_path, "lora.target_modules=[gate_proj]")
     (b,) = (one for name, one in load_file(adapter / "adapter_model.safetensors").items() if "layers.0" in name and "lora_B" in name)

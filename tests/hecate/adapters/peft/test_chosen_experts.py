@@ -56,3 +56,19 @@ def test_numbers_for_experts_that_do_not_train_are_refused(
     expert, layer = refused
     with pytest.raises(UserError, match=rf"^lora.init_from: begun has numbers for expert {expert} of layer {layer}, which is not"):
         for_chosen_experts(given, lora)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "numbers", "said"),
+    [
+        ((), {0: [0, 1, 2], 1: [0, 1, 2]}, None),
+        ((), {0: [0, 1, 2], 1: [0, 2]}, "experts whose pairs are zeros (1, such as 1 of layer 1)"),
+        ((0, 2), {0: [0, 2], 1: [0, 2]}, None),
+        (((1,), (0, 2)), {0: [], 1: [0]}, "experts whose pairs are zeros (2, such as 1 of layer 0)"),
+    ],
+)
+def test_experts_that_would_never_train_are_named(
+    chosen: tuple[int | tuple[int, ...], ...], numbers: dict[int, list[int]], said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    for_chosen_experts(adapter(numbers), LoraShape(RANK, 1.0, 0.0, chosen=chosen))
+    assert [said in text for text in caplog.messages] == ([] if said is None else [True])
