@@ -66,7 +66,7 @@ def check_local(config: Config, check_data: Callable[[Config], None]) -> int:
     from hecate.config.files.topology import AUTO, build_topology
     from hecate.model.sizes.model_check import check_model
     from hecate.parallel.cluster.mesh import make_mesh
-    from hecate.train.preflight import check_devices, check_machine, check_resume, check_vocabulary, default_ranks
+    from hecate.train.preflight import check_devices, check_first_adapter, check_machine, check_resume, check_vocabulary, default_ranks
 
     check_resume(config)
     check_machine(config)
@@ -76,6 +76,7 @@ def check_local(config: Config, check_data: Callable[[Config], None]) -> int:
     if config.topology != AUTO:
         build_topology(config, count)
     check_model(config, count)
+    check_first_adapter(config)
     check_data(config)
     check_vocabulary(config)
     return count
@@ -118,7 +119,15 @@ def launch(
     from hecate.launch.node_launcher import NodesJob, check_job_fits, node_range
     from hecate.launch.node_launcher import launch as launch_nodes
     from hecate.model.sizes.model_check import check_model
-    from hecate.train.preflight import check_data, check_machine, check_resume, check_vocabulary, default_ranks, warn_of_cores
+    from hecate.train.preflight import (
+        check_data,
+        check_first_adapter,
+        check_machine,
+        check_resume,
+        check_vocabulary,
+        default_ranks,
+        warn_of_cores,
+    )
 
     nodes = node_range(nnodes)
     loaded = load_config(config, overrides or (), claim_output=nodes[1] == 1)
@@ -130,6 +139,7 @@ def launch(
     warn_of_cores(ranks, "--nproc-per-node" if nproc_per_node else "nproc")
     check_vocabulary(loaded)
     check_model(loaded, ranks)
+    check_first_adapter(loaded)
     arguments = [str(config), *(overrides or ())]
     job = NodesJob(
         name=rdzv_id,

@@ -121,7 +121,7 @@ def _ray_check(jobs: int) -> Callable[[Config], None]:
     from hecate.launch.ray_job.driver import check_for_ray
     from hecate.model.sizes.model_check import check_model
     from hecate.report.tracking.trackers import check_trackers
-    from hecate.train.preflight import check_data
+    from hecate.train.preflight import check_data, check_first_adapter
 
     check_once = once_for_data(check_data)
 
@@ -131,6 +131,7 @@ def _ray_check(jobs: int) -> Callable[[Config], None]:
         check_for_ray(config)
         check_trackers(config.report_to)
         check_model(config)
+        check_first_adapter(config)
         check_once(config)
 
     return check

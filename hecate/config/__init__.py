@@ -2,6 +2,7 @@
 
 from hecate.config.effective import Change, changed_computation, to_yaml
 from hecate.config.expert_keys import LoraConfig, MoeConfig, RouterConfig
+from hecate.config.files.hottest import with_experts_of_model
 from hecate.config.files.paths import adapter_in, find_model, named_model
 from hecate.config.load import load_config, saved_config
 from hecate.config.problems import ConfigError, Problem
@@ -36,4 +37,5 @@ __all__ = [
     "named_model",
     "saved_config",
     "to_yaml",
+    "with_experts_of_model",
 ]

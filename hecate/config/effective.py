@@ -68,7 +68,7 @@ def leaves_of(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _comparable(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    return [_comparable(one) for one in value] if isinstance(value, tuple | list) else value
 
 
 _LINE_BREAKS = "\n\r\x85\u2028\u2029"

@@ -65,9 +65,15 @@ class LoraConfig:
     moe_rank_scaling: bool = field(default=False, metadata=key(family="moe_lora"))
     """Experts' pairs have the rank r / top_k, where top_k is the model's number of experts for each token, and all others the rank r.
     alpha stays, so that the experts' scale, alpha over their own rank, is larger. r must be a multiple of top_k."""
-    experts: tuple[int, ...] = field(default=(), metadata=key(WHOLE, family="moe_lora"))
-    """The numbers of the experts, from 0, that train in every layer. The pairs of the others are zero and stay so, but take the memory
-    and the time of pairs that train. []: all experts train."""
+    experts: tuple[int | tuple[int, ...], ...] | None = field(default=None, metadata=key(WHOLE, family="moe_lora"))
+    """The numbers of the experts, from 0, that train in every layer; or a list of such lists, one for each decoder layer, where [] stands
+    for a layer without experts. The pairs of the others are zero and stay so: they have no gradients and no optimizer state, but their
+    weights are stored, gathered and computed with as those of pairs that train. null: all experts train."""
+    hottest_experts: int | None = field(default=None, metadata=key(COUNT, computes=False, family="moe_lora"))
+    """In place of experts: in each layer so many experts train, those to which most tokens went by the loads in lora.loads; of equals
+    those with lower numbers. The configuration in the run's folder has their numbers, and needs no loads. null: lora.experts says."""
+    loads: str | None = field(default=None, metadata=key(computes=False, family="moe_lora"))
+    """With hottest_experts, which needs it: the folder of a run's recorded loads (trace; docs/use/traces.md), such as runs/first/loads."""
     gradient_rule: PairRuleName = "none"
     """What happens to gradients on their way to A and B; see docs/results/systems.md. row_norm: that of each output row is multiplied by
     1 / sqrt(norm of the row of B A + 1 / eta^2), as in ALLoRA; it needs eta, dropout 0 and no alpha."""
@@ -83,6 +89,11 @@ class LoraConfig:
     """The linear layers that get an adapter: those of the FFN one per expert, those of attention one each. With moe_lora, gate_proj and
     up_proj share one A if both are named; shared experts get none."""
 
+    def __post_init__(self) -> None:
+        if self.experts is not None:  # OmegaConf makes lists of the inner ones
+            listed = tuple(tuple(one) if isinstance(one, list) else one for one in self.experts)
+            object.__setattr__(self, "experts", listed)
+
     @property
     def shape(self) -> LoraShape:
         """What pair sources and adapters are made by."""
@@ -93,12 +104,8 @@ class LoraConfig:
         return LoraShape(self.rank, scale, self.dropout, self.pairs, self.gradient_rule, self.eta, self.nola.bases, shards, of_experts)
 
     def shape_of_experts(self, moe: "MoeConfig") -> LoraShape:
-        """What the pairs of experts are made by. Raises UserError: r cannot be divided as configured, or a chosen expert does not exist."""
-        counts = moe.num_experts if isinstance(moe.num_experts, tuple) else (moe.num_experts or 0,)
-        if self.experts and max(self.experts) >= min(counts):
-            what = f"lora.experts: {max(self.experts)}, but the model has layers of {min(counts)} experts"
-            raise UserError(f"{what}\n  give numbers from 0 to {min(counts) - 1}")
-        shape = replace(self.shape, chosen=self.experts)
+        """What the pairs of experts are made by. Raises UserError: r cannot be divided as configured."""
+        shape = replace(self.shape, chosen=self.experts or ())
         if not self.moe_rank_scaling:
             return shape
         top_k = moe.experts_per_token

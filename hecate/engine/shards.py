@@ -164,14 +164,15 @@ class ExpertShards:
         return [expert_name(unit, expert) for unit, of_unit in self.chunked.items() for expert in range(of_unit.num_experts)]
 
     def reached(self, loads: Mapping[Unit, np.ndarray]) -> dict[Unit, np.ndarray]:
-        """Whether a token has reached each expert or, for a pool's blocks, any expert that draws on the pool: bool [chunks] by `trained`.
+        """Whether a token has reached each expert that trains or, for a pool's blocks, any expert that draws on the pool: bool [chunks] by
+        `trained`. The others have no gradient, so that their optimizer keeps nothing of them.
 
         Args:
             loads: of each unit, int64 [experts, ranks of the job].
         """
         found: dict[Unit, np.ndarray] = {}
         for unit, source in self.trained_in.items():
-            reached_E = loads[unit].sum(1) > 0
+            reached_E = (loads[unit].sum(1) > 0) & self.families[unit].trains_E
             if source != unit:
                 reached_E = found.get(source, False) | np.full(self.pools[source].num_experts, reached_E.any())
             found[source] = reached_E

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -75,6 +76,10 @@ class ExpertFamily(OwnedChunks, Protocol):
 
     def no_frozen_chunks(self) -> Tensor:
         """[0, C], of the dtype and on the device of `frozen_chunk`."""
+
+    @property
+    def trains_E(self) -> np.ndarray:
+        """bool [experts]: whether each expert trains. The gradients of the others are zero, and nobody needs them."""
 
     def cost(self, top_k: int, non_moe_flops: float) -> LayerCost:
         """The layer's cost, from which planners plan. `non_moe_flops` are the forward FLOPs of one rank that hide transfers."""
@@ -237,6 +242,12 @@ class UnitExperts(ABC):
     def frozen_chunk(self, expert: int) -> Tensor:
         """Nothing."""
         return torch.empty(0, dtype=self.site.compute_dtype, device=self.site.device)
+
+    @property
+    def trains_E(self) -> np.ndarray:
+        if self._pairs is None:
+            return np.ones(self.num_experts, dtype=bool)
+        return np.isin(np.arange(self.num_experts), self._pairs.lora.chosen_of(self.site.unit.layer, self.num_experts))
 
     def no_chunks(self) -> Tensor:
         return torch.empty((0, self._layout.trainable_numel), dtype=self.site.master_dtype, device=self.site.device)

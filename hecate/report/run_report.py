@@ -299,8 +299,9 @@ def trainable_rows(moe: MoeModel) -> list[TrainableRow]:
     rows = []
     for unit, store in moe.engine.shards.trained.items():
         owner_E, what = moe.engine.shards.owners[unit], "blocks" if unit in moe.engine.shards.pools else "experts"
+        trains_E = True if unit in moe.engine.shards.pools else moe.engine.shards.families[unit].trains_E
         for rank in range(moe.engine.shards.world_size):
-            count = int((owner_E == rank).sum())
+            count = int(((owner_E == rank) & trains_E).sum())
             if count:
                 rows.append(TrainableRow(f"layers.{unit}.{what}", count, store.chunk_numel, store.chunk_bytes, f"rank {rank}"))
     for name, parameter in moe.replicated_parameters().items():

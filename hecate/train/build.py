@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hecate.adapters.trained_output import TrainedOutput, begin_with_adapter, output_of
 from hecate.checkpoint.train_state import TrainedParts
-from hecate.config import Config, DataSource
+from hecate.config import Config, DataSource, with_experts_of_model
 from hecate.data.chat.templates import choose_template
 from hecate.data.content import cache_folder
 from hecate.data.encode import BadSamples, EncodedSource
@@ -159,17 +159,13 @@ def _say(ranks: Ranks, text: str) -> None:
 
 
 def config_of_model(config: Config, base: BaseModel) -> Config:
-    """The configuration with the numbers of layers and experts that an MoE base model already has.
-
-    Raises:
-        UserError: the configuration gives other numbers.
-    """
+    """The configuration with what it takes from an MoE base model: see `with_experts_of_model`, which says what is raised."""
     if not base.own_experts:
         return config
     blocks = {layer.block.layer: layer.block for layer in base.own_experts}
     layers = len(decoder_layers(base.model)[1])
     each = tuple(blocks[layer].num_experts if layer in blocks else 0 for layer in range(layers))
-    return replace(config, moe=config.moe.of_model(each, base.own_experts[0].block.top_k))
+    return with_experts_of_model(config, each, base.own_experts[0].block.top_k)
 
 
 def front_end(config: Config, ranks: Ranks, topology: Topology | None = None) -> BaseModel:

@@ -121,6 +121,26 @@ def check_architecture(config: Config) -> None:
         other.require()
 
 
+def check_first_adapter(config: Config) -> None:
+    """Check that the adapter that training begins with has numbers for no expert that `lora.experts` leaves out.
+
+    The ranks check more: whether it is for the configured model and experts.
+
+    Raises:
+        UserError: it has, or cannot be read; or as `hecate.model.sizes.run_shape.base_shape_of`.
+    """
+    lora = config.lora
+    if lora.init_from is None or config.resume or (lora.experts is None and lora.hottest_experts is None):
+        return
+    from hecate.adapters.format_table import read_adapter
+    from hecate.adapters.peft.chosen_experts import for_chosen_experts
+    from hecate.config import adapter_in
+    from hecate.model.sizes.run_shape import base_shape_of
+
+    _, of_model = base_shape_of(config)
+    for_chosen_experts(read_adapter(adapter_in(lora.init_from)), of_model.lora.shape_of_experts(of_model.moe))
+
+
 def check_resume(config: Config) -> None:
     """Check that there is a checkpoint to resume from, and that its run computed what the configuration says.
 

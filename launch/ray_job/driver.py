@@ -25,7 +25,7 @@ from hecate.launch.ray_job.worker import Worker
 from hecate.launch.run_folder import run_folder
 from hecate.model.sizes.model_check import check_model
 from hecate.report.tracking.trackers import check_trackers
-from hecate.train.preflight import check_architecture, check_data, check_resume
+from hecate.train.preflight import check_architecture, check_data, check_first_adapter, check_resume
 
 LOCAL = "local"
 _FOLDER_SECONDS = 10.0
@@ -49,6 +49,7 @@ def run_on_ray(config_path: Path, overrides: Sequence[str], address: str, metric
     check_trackers(config.report_to)
     check_resume(config)
     check_model(config)
+    check_first_adapter(config)
     check_data(config)
     with run_folder() as empty:  # into which torch makes a folder as soon as it is asked about a model
         check_architecture(config)

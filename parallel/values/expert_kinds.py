@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from hecate.parallel.values.layout import ExpertLayout, TensorSpec
 
@@ -111,13 +111,19 @@ class LoraShape:
     """the numbers of the source shards"""
     of_experts: tuple[tuple[int, float], ...] = ()
     """the rank and scale of each expert of a unit, where they differ; pairs are then padded to `rank`, the largest. Empty: all are alike"""
-    chosen: tuple[int, ...] = ()
-    """the experts of a unit that train; the pairs of the others are zero and stay so. Empty: all"""
+    chosen: tuple[int | tuple[int, ...], ...] = ()
+    """the experts of every unit that train, or those of each decoder layer's; the pairs of the others are zero and stay so. Empty: all"""
 
     @property
     def widest(self) -> int:
         """The rank that kernels must be able to take: under a gradient rule they multiply with two matrices B side by side."""
         return self.rank if self.gradient_rule == "none" else 2 * self.rank
+
+    def chosen_of(self, layer: int, experts: int) -> tuple[int, ...]:
+        """The experts that train of a decoder layer with so many."""
+        if not self.chosen:
+            return tuple(range(experts))
+        return cast("tuple[int, ...]", self.chosen[layer] if isinstance(self.chosen[0], tuple) else self.chosen)
 
 
 @dataclass(frozen=True)

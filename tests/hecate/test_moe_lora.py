@@ -75,8 +75,8 @@ class Model:
     """0: of gate and up, gate alone has a pair; 1: up alone"""
     expert_rank: int | None = None
     """the rank of the experts' pairs, if it is another"""
-    chosen: tuple[int, ...] = ()
-    """the experts that train, if not all do"""
+    chosen: tuple[tuple[int, ...], ...] = ()
+    """the experts of each layer that train, if not all do"""
 
     @property
     def lora(self) -> LoraShape:
@@ -88,8 +88,9 @@ class Model:
         return LoraShape(rank, ALPHA / rank, 0.0, self.pairs, chosen=self.chosen)
 
     @property
-    def left_out(self) -> tuple[int, ...]:
-        return tuple(expert for expert in range(EXPERTS) if self.chosen and expert not in self.chosen)
+    def left_out(self) -> set[tuple[int, int]]:
+        """(layer, expert) of those that do not train."""
+        return {(layer, expert) for layer, chosen in enumerate(self.chosen) for expert in range(EXPERTS) if expert not in chosen}
 
     @property
     def targets(self) -> tuple[str, ...]:
@@ -123,7 +124,7 @@ PLACED = (
     Model("qwen3_moe", idle=True, half=0),
     Model("mixtral", empty_rows=6, half=1),
     Model("olmoe", expert_rank=1),
-    Model("qwen2_moe", chosen=(1, 4)),
+    Model("qwen2_moe", chosen=((1, 4), (0, 2, 3))),
 )
 """LoRA at a part of the experts or of their weights, or of another rank there"""
 
@@ -160,7 +161,7 @@ def train_with_peft(model: Model, base: Path) -> dict[str, Tensor]:
     for layer in range(2):
         drawn = {} if trains_a(model.lora) else fixed_a(layer, hidden, ffn)
         for expert in range(EXPERTS):
-            flat = initial(sum(a * b for a, b in trained.values()), layer, expert) * (expert not in model.left_out)
+            flat = initial(sum(a * b for a, b in trained.values()), layer, expert) * ((layer, expert) not in model.left_out)
             parts = flat.split([a * b for a, b in trained.values()])
             given = {name: part.view(shape) for (name, shape), part in zip(trained.items(), parts, strict=True)}
             chunks[layer, expert] = {name: drawn[name] if name in drawn else given[name] for name in sizes}
@@ -171,7 +172,7 @@ def train_with_peft(model: Model, base: Path) -> dict[str, Tensor]:
     if not trains_a(model.lora):
         plain.freeze_a()
     for layer, expert in plain.chunks:
-        for parameter in plain.chunks[layer, expert].values() if expert in model.left_out else ():
+        for parameter in plain.chunks[layer, expert].values() if (layer, expert) in model.left_out else ():
             parameter.requires_grad_(False)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
     with biased_routers(plain.gates, model.bias()):
@@ -191,28 +192,26 @@ def train_with_peft(model: Model, base: Path) -> dict[str, Tensor]:
             seen[f"{step}/loss"] = torch.tensor(total, dtype=torch.float64)
             seen[f"{step}/norm"] = torch.tensor(clip(list(plain.parameters()), MAX_NORM), dtype=torch.float64)
             for (layer, expert), parts in plain.chunks.items():
-                if (layer, expert) in reached:
-                    seen[f"{step}/grad/{layer}.{expert}"] = torch.cat(
-                        [
-                            torch.zeros_like(p.flatten()) if expert in model.left_out else p.grad.flatten()
-                            for p in _trained(parts, model, expert)
-                        ]
-                    )
+                if (layer, expert) in reached - model.left_out:
+                    found = [p.grad.flatten() for p in parts.values() if p.grad is not None]
+                    seen[f"{step}/grad/{layer}.{expert}"] = torch.cat(found)
             others_trained = {name: p for name, p in plain.others.items() if p.requires_grad}
             for name, p in others_trained.items():
                 seen[f"{step}/grad/{our_name(name)}"] = p.grad.clone()  # type: ignore[union-attr]
             optimizer.step()
             optimizer.zero_grad()
             for (layer, expert), parts in plain.chunks.items():
-                seen[f"{step}/after/{layer}.{expert}"] = torch.cat([p.detach().flatten() for p in _trained(parts, model, expert)])
+                seen[f"{step}/after/{layer}.{expert}"] = torch.cat(
+                    [p.detach().flatten() for p in _stored(parts, (layer, expert) in model.left_out)]
+                )
             for name, p in others_trained.items():
                 seen[f"{step}/after/{our_name(name)}"] = p.detach().clone()
     return seen
 
 
-def _trained(parts: dict[str, Tensor], model: Model, expert: int) -> list[Tensor]:
+def _stored(parts: dict[str, Tensor], left_out: bool) -> list[Tensor]:
     """What an expert's chunk holds: of one that is left out all that others train."""
-    return [p for p in parts.values() if p.requires_grad or expert in model.left_out]
+    return [p for p in parts.values() if p.requires_grad or left_out]
 
 
 def our_name(name: str) -> str:
@@ -271,7 +270,7 @@ def sharded(case: Case, base: Path, world: int) -> tuple[MoeModel, LanguageModel
     moe = insert_experts(model, layers, plan, config, expert_groups(mesh))
     for (unit, expert), chunk in moe.engine.shards.named_parameters().items():
         layer = unit.layer
-        if expert not in case.model.left_out:
+        if (layer, expert) not in case.model.left_out:
             chunk.data.copy_(initial(len(chunk), layer, expert))
     for (layer, module), lora in moe.attention.items():
         for matrix, parameter in (("A", lora.lora_A), ("B", lora.lora_B)):
@@ -334,6 +333,8 @@ def check_case(rank: int, world: int, case: Case, folder: Path) -> None:
                 close(f"step {step}, {name}", p.detach(), wanted[f"{step}/after/{name}"])
             assert_groups_equal(moe, optimizer)
     assert not case.model.idle or "0/grad/0.1" not in wanted, "no expert was idle"
+    kept = optimizer.state_tensors()
+    assert not [name for name in kept if name.startswith(tuple(f"owned/{layer}.{expert}/" for layer, expert in case.model.left_out))]
 
 
 def _check_cases(rank: int, world: int, cases: list[Case], folder: Path) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from hecate.adapters.adapter_format import AdapterFormat, with_experts
+from hecate.adapters.adapter_format import AdapterFormat, ReadAdapter, with_experts
 from hecate.adapters.card import how_trained
 from hecate.adapters.description import Adapter, Description
 from hecate.adapters.folder import CONFIG, described_template, save_adapter
 from hecate.adapters.model_tensors import TensorNames, linear_path
+from hecate.adapters.peft.chosen_experts import for_chosen_experts
 from hecate.adapters.peft.description import PEFT_TYPE, LoraDescription, expert_names, linear_names, saved_name
 from hecate.adapters.peft.reading import is_lora, load_lora
 from hecate.adapters.peft.targets import adapted_linears
@@ -87,6 +88,10 @@ class PeftExperts(AdapterFormat):
         assert isinstance(ours, LoraDescription)
         found = _require_experts(theirs).rank_of_experts
         return [*super().compared(theirs, ours, base, moe), ("lora.moe_rank_scaling, rank of experts", found, ours.rank_of_experts)]
+
+    def begin(self, config: Config, base: BaseModel, moe: MoeModel, read: ReadAdapter) -> None:
+        lora = config.lora.shape_of_experts(config.moe)
+        super().begin(config, base, moe, lambda folder: for_chosen_experts(read(folder), lora))
 
     def open_for_answers(self, folder: Path, ranks: Ranks, choice: BaseChoice) -> tuple[BaseModel, MoeModel]:
         adapter = self.read(folder)

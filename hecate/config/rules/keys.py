@@ -6,7 +6,7 @@
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     """
     for key, allowed in RANGES.items():
         value = values.get(key)
-        for at, one in [(f"{key}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, tuple) else [(key, value)]:
+        for at, one in _numbers(key, value):
             # The default of max_steps is outside its range: it says that num_train_epochs is given.
             if one is not None and one not in allowed and value != LEAVES[key].default:
                 add(at, f"must be {allowed}, got {one}", "")
@@ -86,6 +86,15 @@ def check_values(values: Mapping[str, Any], add: Add, *, claim_output: bool, inp
     _check_topology(values, add)
     _check_workers(values, add)
     _check_output_dir(values, add, claim=claim_output)
+
+
+def _numbers(at: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """A key's value, or each item of a list, and of lists in it, by its place."""
+    if isinstance(value, tuple | list):
+        for number, one in enumerate(value):
+            yield from _numbers(f"{at}[{number}]", one)
+    else:
+        yield at, value
 
 
 def _check_length(values: Mapping[str, Any], add: Add) -> None:

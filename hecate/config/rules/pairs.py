@@ -58,10 +58,24 @@ def _check_ranks(values: Mapping[str, Any], add: Add) -> None:
 
 
 def _check_experts(values: Mapping[str, Any], add: Add) -> None:
-    chosen = values.get("lora.experts") or ()
-    if len(set(chosen)) < len(chosen):
-        add("lora.experts", f"lists an expert twice, got {list(chosen)}", "keep one of the two")
-    for key in ("lora.moe_rank_scaling", "lora.experts"):
+    chosen: Any = values.get("lora.experts")
+    hottest, loads = values.get("lora.hottest_experts"), values.get("lora.loads")
+    listed = [one for one in chosen or () if isinstance(one, tuple | list)]
+    if chosen == () or (listed and not any(listed)):
+        add("lora.experts", "names no expert", "leave it out: all experts train then")
+    elif listed and len(listed) < len(chosen):
+        add("lora.experts", "has numbers beside lists", "give numbers for all layers alike, or one list for each layer")
+    for of_layer in listed or [chosen or ()]:
+        if len(set(of_layer)) < len(of_layer):
+            add("lora.experts", f"lists an expert twice, got {list(of_layer)}", "keep one of the two")
+            break
+    if hottest is not None and chosen is not None:
+        add("lora.hottest_experts", "cannot be given with lora.experts, which names the experts", "leave one of the two out")
+    if hottest is not None and "lora.loads" in values and loads is None:
+        add("lora.hottest_experts", "needs lora.loads: whose loads say which experts are hot", "set lora.loads=RUN/loads")
+    if loads is not None and "lora.hottest_experts" in values and hottest is None:
+        add("lora.loads", "is read with lora.hottest_experts only", "leave it out, or set lora.hottest_experts")
+    for key in ("lora.moe_rank_scaling", "lora.experts", "lora.hottest_experts"):
         for other, allowed in (("lora.pairs", "plain"), ("lora.gradient_rule", "none")):
             if values.get(key) and values.get(other, allowed) != allowed:
                 add(key, f"needs {other}={allowed}, got {values[other]}", f"leave it out, or set {other}={allowed}")

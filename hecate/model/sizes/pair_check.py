@@ -8,7 +8,8 @@ from hecate.experts.pairs.source_table import PAIR_SOURCES
 
 
 def check_pair_sizes(config: Config, local_ranks: int | None = None) -> None:
-    """Check that the model's sizes allow the configured pools, and that this machine has room for the matrices that ranks draw.
+    """Check that the model's sizes allow the configured pools, that it has the experts that are to train and a rank can be divided as
+    configured, and that this machine has room for the matrices that ranks draw.
 
     What else is wrong with a model is left to those who load it.
 
@@ -16,13 +17,22 @@ def check_pair_sizes(config: Config, local_ranks: int | None = None) -> None:
         local_ranks: the ranks that this machine will run; None: they run elsewhere.
 
     Raises:
-        UserError: a size does not fit, or there is too little free memory.
+        UserError: a size or a number does not fit, recorded loads cannot be read, or there is too little free memory.
     """
-    source = PAIR_SOURCES[config.lora.pairs]
+    lora, source = config.lora, PAIR_SOURCES[config.lora.pairs]
+    if lora.experts is not None or lora.hottest_experts is not None or lora.moe_rank_scaling:
+        _check_experts(config)
     if source.check_pool is not None:
         _check_pools(config)
     if source.draws and local_ranks is not None:
         _check_room(config, local_ranks)
+
+
+def _check_experts(config: Config) -> None:
+    from hecate.model.sizes.run_shape import base_shape_of
+
+    _, of_model = base_shape_of(config)
+    of_model.lora.shape_of_experts(of_model.moe)
 
 
 def _check_pools(config: Config) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hecate.config import Config, find_model
+from hecate.config import Config, find_model, with_experts_of_model
 from hecate.config.files.presets import base_named, find_preset
 from hecate.config.files.topology import AUTO
 from hecate.config.rules.of_apps import single_sequences
@@ -289,11 +289,11 @@ def base_shape_of(config: Config) -> tuple[BaseShape, Config]:
     """Return the sizes of the configured model, and the configuration with the numbers of experts that the model has itself.
 
     Raises:
-        UserError: a file is missing or damaged, the model is not supported, or numbers contradict each other.
+        UserError: a file is missing or damaged, the model is not supported, numbers contradict each other; or as `with_experts_of_model`.
     """
     base = _base_shape(config)
     if base.top_k is not None:
-        config = replace(config, moe=config.moe.of_model(tuple(layer.experts for layer in base.layers), base.top_k))
+        config = with_experts_of_model(config, tuple(layer.experts for layer in base.layers), base.top_k)
     return base, config
 
 

@@ -4,7 +4,7 @@ import subprocess
 import sys
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -171,8 +171,11 @@ def test_keys_of_the_design_are_there() -> None:
 
 
 def test_every_number_has_a_range() -> None:
-    numbers = {key for key, hint in LEAF_TYPES.items() if {int, float} & {hint, *getattr(hint, "__args__", ())}}
-    assert numbers - {"moe.num_experts"} == set(RANGES)
+    def holds_numbers(hint: Any) -> bool:
+        return hint in (int, float) or any(map(holds_numbers, get_args(hint)))
+
+    numbers = {key for key, hint in LEAF_TYPES.items() if holds_numbers(hint)}
+    assert numbers - {"moe.num_experts", "moe.allocation"} == set(RANGES)
 
 
 def test_loading_imports_neither_torch_nor_numpy(folder: Path) -> None:

@@ -35,16 +35,18 @@ def plain_pairs(sizes: UnitSizes, projections: Iterable[str], lora: LoraShape) -
 class PlainPairs:
     """Plain LoRA (a `PairSource`): A and B of each projection are trained. A chunk holds them by projection, A before B.
 
-    Where experts differ in rank (`LoraShape.of_experts`; 0 for those that are not `chosen`), an expert's rows of A and columns of B beyond
+    Where experts differ in rank (`LoraShape.of_experts`; 0 for those that are not chosen), an expert's rows of A and columns of B beyond
     its own rank are zero. Their gradients are then zero, too, so they stay zero exactly. The pairs have one scale; what an expert's own is
     more than that, its B is multiplied by in the pairs, but not in the chunk.
     """
 
     drawn_digest = ""
 
-    def __init__(self, lora: LoraShape, projections: tuple[str, ...], sizes: UnitSizes) -> None:
+    def __init__(self, lora: LoraShape, projections: tuple[str, ...], sizes: UnitSizes, chosen: tuple[int, ...] | None = None) -> None:
+        """`chosen`: the experts that train; None: all."""
         assert projections, "an expert needs an adapter on at least one projection"
         self.lora = lora
+        self._chosen = chosen
         self.sizes = plain_pairs(sizes, projections, lora)
         self.projections = tuple(spec.name.removesuffix(".A") for spec in self.sizes.trained[::2])
         import torch
@@ -84,19 +86,18 @@ class PlainPairs:
         for projection in self.projections:
             a_rI, b_Or = pairs[projection]
             if a_rI[rank:].any() or b_Or[:, rank:].any():
-                if rank == 0:
-                    raise UserError(
-                        f"lora.experts: {expert} is not listed, but the adapter has numbers for {projection} of this expert\n  list it"
-                    )
                 raise UserError(f"lora.r: expert {expert} has rank {rank}, but the adapter's pair of {projection} has more")
             parts += [a_rI.flatten(), (b_Or if factor == 1.0 else b_Or / factor).flatten()]
         return torch.cat(parts)
 
     def _rank_of(self, expert: int) -> int:
         """0 for an expert that was not chosen to train."""
-        if self.lora.chosen and expert not in self.lora.chosen:
+        if self._chosen is not None and expert not in self._chosen:
             return 0
         return self.lora.of_experts[expert][0] if self.lora.of_experts else self.lora.rank
 
 
-SOURCE = SourceFacts(sizes=plain_pairs, make=lambda site, lora, projections: PlainPairs(lora, projections, site.sizes))
+SOURCE = SourceFacts(
+    sizes=plain_pairs,
+    make=lambda site, lora, projections: PlainPairs(lora, projections, site.sizes, lora.chosen_of(site.unit.layer, site.num_experts)),
+)
