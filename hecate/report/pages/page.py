@@ -178,7 +178,7 @@ def _steps_of_epoch(run: RunRecords) -> float | None:
     epoch_S = run.column("epoch")
     if epoch_S is None:
         return None
-    last = np.flatnonzero(epoch_S > 0)[-1:]
+    last = np.flatnonzero((epoch_S > 0) & (run.step_S > 0))[-1:]
     return float(run.step_S[last[0]] / epoch_S[last[0]]) if len(last) else None
 
 
@@ -262,7 +262,8 @@ def _answers(run: RunRecords) -> str:
         before = [earlier.get((name, one["prompt"], one["expected"]), "-")] if len(steps) > 1 else []
         rows.append([name, one["prompt"], one["expected"], *before, one["answer"]])
     shown = table(["task", "prompt", "expected", *(f"answer after step {step}" for step in steps)], rows)
-    return f'<div class="answers">{section("Answers", shown)}</div>'
+    text = f'<p class="dim">The first questions of each task, {len(rows)} in all; the table can be scrolled.</p>'
+    return f'<div class="answers">{section("Answers", text, shown)}</div>'
 
 
 def _said_in(record: Record) -> list[tuple[str, dict[str, str]]]:

@@ -43,7 +43,7 @@ th{color:var(--dim);font-weight:600;overflow-wrap:normal}
 .goal{stroke:var(--text);stroke-width:2}
 .cells{image-rendering:pixelated}
 .answers{column-span:all}
-.answers .table{max-height:300px;overflow:auto}
+.answers .table{max-height:260px;overflow:auto}
 .answers table{min-width:700px}
 .answers td{white-space:pre-wrap}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;margin:.3em 0}

@@ -87,6 +87,7 @@ def test_answers_of_the_first_and_the_last_evaluation_stand_side_by_side(tmp_pat
     assert seen.headings[-1] == "Answers"
     assert "task prompt expected answer after step 0 answer after step 10" in seen.text
     assert "sum 1 + 1? 2 said at 0 said at 10" in seen.text
+    assert "The first questions of each task, 1 in all" in seen.text
     assert "said at 5" not in seen.text
     other = answered(10, "said at 10", prompt="2 + 2?")  # as after a resume with other data
     assert "sum 2 + 2? 2 - said at 10" in page_of(write_run(tmp_path / "other", [records[0], other]))[1].text
