@@ -65,10 +65,8 @@ def evaluate(
             )
             tokens_of = partial(_tokens_of, base, _expert_of(config, source.name, ranks.device), features_UF)
             losses[source.name], loads[source.name] = _loss_and_loads(config, ranks, base, moe, evaluation, rows, tokens_of, recorded)
-        shown: dict[str, tuple[ShownAnswer, ...]] = {}
-        exact: dict[str, float] = {}
-        if config.eval.generate:
-            exact, shown = _exact(config, ranks, base, moe, evaluation, sources, features_UF, heard)
+        asks = config.eval.generate
+        exact, shown = _exact(config, ranks, base, moe, evaluation, sources, features_UF, heard) if asks else ({}, {})
     most = config.eval.max_samples
     scores = {
         source.name: EvalScore(

@@ -39,14 +39,13 @@ def first_answers(
     bytes_NB = torch.zeros(len(chosen), _MOST_BYTES, dtype=torch.uint8)
     for row, place in enumerate(chosen):
         if place % ranks.world_size == ranks.rank:
-            said = cut(answers[place // ranks.world_size]).encode()
-            bytes_NB[row, : len(said)] = torch.tensor(list(said), dtype=torch.uint8)
-    said_at = {place: bytes(row).rstrip(b"\0").decode() for place, row in zip(chosen, ranks.all_sum(bytes_NB).tolist(), strict=True)}
-    found = {}
-    for source, of_source in places.items():
-        questions = [(asked[place][1], said_at[place]) for place in of_source]
-        found[source] = tuple(ShownAnswer(_prompt(tokenizer, item), cut(item.answer_text), answer) for item, answer in questions)
-    return found
+            text = cut(answers[place // ranks.world_size]).encode()
+            bytes_NB[row, : len(text)] = torch.tensor(list(text), dtype=torch.uint8)
+    said = {place: bytes(row).rstrip(b"\0").decode() for place, row in zip(chosen, ranks.all_sum(bytes_NB).tolist(), strict=True)}
+    return {
+        source: tuple(ShownAnswer(_prompt(tokenizer, asked[at][1]), cut(asked[at][1].answer_text), said[at]) for at in of_source)
+        for source, of_source in places.items()
+    }
 
 
 def cut(text: str, *, at_front: bool = False) -> str:

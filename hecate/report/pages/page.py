@@ -257,10 +257,8 @@ def _answers(run: RunRecords) -> str:
         return ""
     steps = [record["step"] for record in (said if len(said) == 1 else (said[0], said[-1]))]
     earlier = {(name, one["prompt"], one["expected"]): one["answer"] for name, one in _said_in(said[0])}
-    rows = []
-    for name, one in _said_in(said[-1]):
-        before = [earlier.get((name, one["prompt"], one["expected"]), "-")] if len(steps) > 1 else []
-        rows.append([name, one["prompt"], one["expected"], *before, one["answer"]])
+    asked = [((name, one["prompt"], one["expected"]), one["answer"]) for name, one in _said_in(said[-1])]
+    rows = [[*question, *([earlier.get(question, "-")] if len(steps) > 1 else []), answer] for question, answer in asked]
     shown = table(["task", "prompt", "expected", *(f"answer after step {step}" for step in steps)], rows)
     text = f'<p class="dim">The first questions of each task, {len(rows)} in all; the table can be scrolled.</p>'
     return f'<div class="answers">{section("Answers", text, shown)}</div>'
