@@ -88,7 +88,7 @@ def start(path: str, folder: str) -> dict[str, float]:
     open_seconds, opened = timed(lambda: read_source(source, tokenizer, **rules))
     options: dict[str, Any] = {"seq_len": SEQ_LEN, "packing": True, "sequences_per_step": SEQUENCES_PER_STEP, "seed": 0}
     stream_seconds, stream = timed(lambda: TrainStream([opened], **options))
-    epoch_seconds, _ = timed(stream.sequences_per_epoch)
+    epoch_seconds, _ = timed(lambda: stream.sequences_per_epoch)
     step_seconds, _ = timed(stream.next_step)
     after = memory()
     return {

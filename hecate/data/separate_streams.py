@@ -80,9 +80,10 @@ class SeparateStreams:
         for stream, saved in zip(self._streams, state["separate"], strict=True):
             stream.load_state_dict(saved)
 
+    @property
     def sequences_per_epoch(self) -> float:
         """The number of sequences in which the source with the most of them has been gone through once."""
-        return len(self._streams) * max(stream.sequences_per_epoch() for stream in self._streams)
+        return len(self._streams) * max(stream.sequences_per_epoch for stream in self._streams)
 
     def few_samples(self) -> str | None:
         """See `TrainStream.few_samples`; of the first source that has too few."""

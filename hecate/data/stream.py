@@ -5,6 +5,7 @@ world size.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -83,6 +84,7 @@ class TrainStream:
         self._waiting = [piece_of(self.sources, source, sample) for source, sample in state["waiting"]]
         self._sequences = state["rows"]
 
+    @cached_property
     def sequences_per_epoch(self) -> float:
         """The number of sequences that an epoch makes: as many samples as all sources have together, drawn by their weights.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -73,6 +73,10 @@ class StepEvent:
 
     step: int
     """number of optimizer steps done, this one included"""
+    epoch: float
+    """how often these steps have gone through the data"""
+    epoch_samples: int | None
+    """the number of samples of an epoch; None: it ends with the longest of sources that are not mixed"""
     result: StepResult
     tokens: int
     """number of tokens of the whole step, without padding"""
@@ -109,6 +113,16 @@ class EvalScore:
 
 
 @dataclass(frozen=True)
+class ShownAnswer:
+    """A question of a held-out source and what the model has said; each text is cut where it is long, and says so."""
+
+    prompt: str
+    """as the model has read it, without special tokens"""
+    expected: str
+    answer: str
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """The results of an evaluation; the same on every rank."""
 
@@ -116,6 +130,8 @@ class Evaluation:
     """source -> its result"""
     loads: dict[str, dict[Unit, list[int]]]
     """source -> unit -> assignments of each expert"""
+    answers: dict[str, tuple[ShownAnswer, ...]] = field(default_factory=dict)
+    """source -> the answers to its first questions; without a source where nothing was generated"""
 
 
 @dataclass(frozen=True)

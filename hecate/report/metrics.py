@@ -6,11 +6,12 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from hecate.io.durable import open_to_append, replace_file, sync_folder
 from hecate.io.plain_files import open_plain
 from hecate.io.strict_json import JsonError, parse_json
 from hecate.parallel.values.loads import imbalance as max_over_mean
-from hecate.report.events import EvalScore, Resharding, StepEvent
+from hecate.report.events import EvalScore, Resharding, ShownAnswer, StepEvent
 
 Record = dict[str, Any]
 SAVED, STOPPED, RESUMED, REGROUPED, REPLANNED = "saved ", "stopped by a signal", "resumed after", "ranks go on", "re-planned"
@@ -36,6 +37,8 @@ def step_record(event: StepEvent) -> Record:
     return {
         "kind": "step",
         "step": int(event.step),
+        "epoch": _finite(event.epoch),
+        "epoch_samples": event.epoch_samples,
         "loss": _finite(result.loss),
         "aux_loss": _finite(aux_loss),
         "learning_rate": _finite(event.learning_rate),
@@ -68,13 +71,14 @@ def expert_figures(event: StepEvent) -> tuple[float, float, float] | tuple[None,
     return event.result.aux_loss, event.imbalance, event.static_imbalance
 
 
-def eval_record(step: int, scores: Mapping[str, EvalScore]) -> Record:
-    """What an evaluation after `step` optimizer steps found, by source."""
+def eval_record(step: int, scores: Mapping[str, EvalScore], answers: Mapping[str, Sequence[ShownAnswer]] = MappingProxyType({})) -> Record:
+    """What an evaluation after `step` optimizer steps found, by source. `answers`: some of those that were generated."""
     sources = {
         name: {
             "loss": _finite(score.loss),
             "accuracy": None if score.accuracy is None else _finite(score.accuracy),
             "samples": int(score.samples),
+            "answers": [asdict(one) for one in answers.get(name, ())],
         }
         for name, score in scores.items()
     }

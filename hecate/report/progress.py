@@ -27,6 +27,8 @@ class StepLine:
 
     step: int
     """steps done, this one among them"""
+    epoch: float
+    """how often they have gone through the data"""
     loss: float
     aux_loss: float | None
     """the load-balancing loss; None, as both imbalances: there are no experts"""
@@ -48,6 +50,11 @@ def duration_text(seconds: float) -> str:
         if whole >= unit:
             return f"{whole // unit}{large}{whole % unit // smaller:02d}{small}"
     return f"{whole}s"
+
+
+def epochs_text(epochs: float) -> str:
+    """2.00, or two digits of less than a tenth: 0.0031."""
+    return f"{epochs:.2f}" if epochs >= 0.1 else f"{epochs:.2g}"
 
 
 def step_text(values: StepLine, max_steps: int, eta: float) -> str:
@@ -166,6 +173,7 @@ def _on_terminal() -> bool:
 def _figures(values: StepLine) -> list[tuple[str, str]]:
     aux, imbalance, static = values.aux_loss, values.imbalance, values.static_imbalance
     return [
+        ("epoch", epochs_text(values.epoch)),
         ("loss", f"{values.loss:.3f}"),
         *([] if aux is None else [("aux", f"{aux:.2f}")]),
         ("lr", f"{values.learning_rate:.1e}"),

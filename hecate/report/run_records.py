@@ -166,6 +166,8 @@ def _check(record: Any) -> None:
         if not all(isinstance(one, dict) for one in record["sources"].values()):
             raise JsonError("one of its sources is no object")
         numbers += [one.get(name) for one in record["sources"].values() for name in ("loss", "accuracy", "samples")]
+        if not all(_are_answers(one.get("answers", [])) for one in record["sources"].values()):
+            raise JsonError("its answers are no texts")
     elif kind == "event" and not isinstance(record.get("text"), str):
         raise JsonError("it has no text")
     elif kind == "reshard":
@@ -175,6 +177,12 @@ def _check(record: Any) -> None:
         numbers += moved
     if not all(one is None or (isinstance(one, int | float) and abs(one) < _LARGEST) for one in numbers):
         raise JsonError("one of its figures is no number")
+
+
+def _are_answers(found: Any) -> bool:
+    return isinstance(found, list) and all(
+        isinstance(one, dict) and all(isinstance(one.get(name), str) for name in ("prompt", "expected", "answer")) for one in found
+    )
 
 
 @dataclass

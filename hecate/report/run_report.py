@@ -130,13 +130,14 @@ class Reports:
         aux_loss, imbalance, static_imbalance = expert_figures(event)
         speed = event.tokens / event.seconds
         rate, seconds, skipped = event.learning_rate, event.seconds, result.why_skipped
-        self._progress.step(StepLine(event.step, result.loss, aux_loss, rate, speed, imbalance, static_imbalance, seconds, skipped))
+        figures = (result.loss, aux_loss, rate, speed, imbalance, static_imbalance, seconds)
+        self._progress.step(StepLine(event.step, event.epoch, *figures, skipped))
 
     def evaluated(self, step: int, found: Evaluation) -> None:
         """Record and show an evaluation."""
         self._evaluated = step
         if self._progress and self._metrics:
-            self._record(eval_record(step, found.scores))
+            self._record(eval_record(step, found.scores, found.answers))
             self._progress.evaluated(step, found.scores)
 
     def scores_after(self, step: int) -> dict[str, EvalScore]:

@@ -25,8 +25,9 @@ from hecate.model.moe_model import MoeModel
 from hecate.parallel.comm.device_tables import copy_to
 from hecate.parallel.values.units import Unit
 from hecate.ranks.ranks import Ranks
-from hecate.report.events import EvalScore, Evaluation
+from hecate.report.events import EvalScore, Evaluation, ShownAnswer
 from hecate.train.extensions.users import with_users
+from hecate.train.first_answers import first_answers
 from hecate.train.generation import Decoding, generate
 from hecate.train.steps.passes import forward_loss, pass_tokens
 
@@ -64,7 +65,8 @@ def evaluate(
             )
             tokens_of = partial(_tokens_of, base, _expert_of(config, source.name, ranks.device), features_UF)
             losses[source.name], loads[source.name] = _loss_and_loads(config, ranks, base, moe, evaluation, rows, tokens_of, recorded)
-        exact = _exact(config, ranks, base, moe, evaluation, sources, features_UF, heard) if config.eval.generate else {}
+        asks = config.eval.generate
+        exact, shown = _exact(config, ranks, base, moe, evaluation, sources, features_UF, heard) if asks else ({}, {})
     most = config.eval.max_samples
     scores = {
         source.name: EvalScore(
@@ -74,7 +76,7 @@ def evaluate(
         )
         for source in sources
     }
-    return Evaluation(scores, loads)
+    return Evaluation(scores, loads, shown)
 
 
 def _tokens_of(base: BaseModel, expert: Tensor | None, features_UF: Tensor | None, batch: Batch) -> PassTokens:
@@ -132,14 +134,18 @@ def _exact(
     sources: Sequence[TokenSource],
     features_UF: Tensor | None,
     heard: Heard | None,
-) -> dict[str, float]:
-    """The share of exact answers of each source that has questions. Questions of all sources are answered together, by length, since a
-    forward pass over few rows takes nearly as long as one over many; those of sources that are experts by themselves are not."""
+) -> tuple[dict[str, float], dict[str, tuple[ShownAnswer, ...]]]:
+    """The share of exact answers of each source that has questions, and the first of its answers.
+
+    Questions of all sources are answered together, by length, since a forward pass over few rows takes nearly as long as one over many;
+    those of sources that are experts by themselves are not.
+    """
     questions = {
         source.name: generation_items(source, named, base.tokenizer, config.eval.max_samples)
         for source, named in zip(sources, config.data.evaluated, strict=True)
     }
     shares: dict[str, float] = {}
+    shown: dict[str, tuple[ShownAnswer, ...]] = {}
     for names in [[name] for name in questions] if config.moe.by_source else [list(questions)]:
         tokens = PassTokens(source=_expert_of(config, names[0], ranks.device)) if names else PassTokens()
 
@@ -149,6 +155,7 @@ def _exact(
         asked = [(name, item) for name in names for item in questions[name]]
         mine = asked[ranks.rank :: ranks.world_size]
         answers = _answers(config, ranks, base, [item for _, item in asked], moe.engine.runs_in_lockstep, begin)
+        shown |= first_answers(ranks, base.tokenizer, asked, answers)
         for name in names:
             said = [(item, answer) for (of, item), answer in zip(mine, answers, strict=True) if of == name]
             exact = sum(answer == item.answer_text for item, answer in said)
@@ -157,7 +164,7 @@ def _exact(
                 shares[name] = right / len(questions[name])
             if heard is not None:
                 heard(name, [item for item, _ in said], [answer for _, answer in said])
-    return shares
+    return shares, shown
 
 
 def _answers(

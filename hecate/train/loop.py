@@ -35,6 +35,7 @@ from hecate.ranks.peak_memory import peak_memory
 from hecate.ranks.ranks import Ranks, loss_in_words, lost_a_peer
 from hecate.report.events import Evaluation, Rebuilt
 from hecate.report.metrics import REPLANNED, STOPPED
+from hecate.report.progress import epochs_text
 from hecate.report.run_report import Reports
 from hecate.train.best_model import end_in_words, ends_early, step_to_leave
 from hecate.train.caller import Caller
@@ -240,7 +241,9 @@ def _finish(training: Training, outside: _Outside, measured: Measured) -> list[t
     peaks = peak_memory(training.ranks.device)
     fullest = training.ranks.all_most(list(map(float, peaks.values())))
     outside.note(outside.profile.merge(at_end=True))
+    of = "" if training.epoch_samples is None else f" of {training.epoch_samples:,} samples"
     return [
+        ("epochs", f"{epochs_text(training.epochs)}{of}"),
         *((label, f"{most / 2**30:.2f} GiB on the fullest rank") for label, most in zip(peaks, fullest, strict=True)),
         (training.parts.output.name, str(written)),
         *said.items(),

@@ -80,6 +80,8 @@ class Training:
         self.additions = training_additions(config)
         prepare_for_order(config, ranks.device)
         self.ranks = ranks
+        self._sequences_per_epoch = parts.stream.sequences_per_epoch
+        """Counted here, because counting takes longer than some steps, and ranks that join would wait for it."""
         self._clock = StepClock(ranks.device)
         self._timer = LayerTimer(parts.moe, ranks.device)
         self._work = DenseWork()
@@ -123,6 +125,16 @@ class Training:
         """The state, on a rank that has one."""
         assert self.state is not None, "this rank has not joined the run yet"
         return self.state
+
+    @property
+    def epochs(self) -> float:
+        """How often the steps done have gone through the data. A resumed run keeps its sequences of a step, whatever its ranks."""
+        return self.run_state.step * self.parts.stream.sequences_per_step / self._sequences_per_epoch
+
+    @property
+    def epoch_samples(self) -> int | None:
+        """The number of samples of an epoch; None: it ends with the longest of sources that are not mixed."""
+        return None if self.parts.config.data.separate else sum(len(source) for source in self.parts.stream.sources)
 
     def plan_for(self, topology: Topology, shares: Sequence[int] | None = None) -> None:
         """Plan for these devices from the next step on, and deal the sequences of a micro-step: by speed, or as given."""
@@ -183,6 +195,8 @@ class Training:
         copies, new = self._count_copies(result.loads)
         return StepEvent(
             step=self.state.step,
+            epoch=self.epochs,
+            epoch_samples=self.epoch_samples,
             result=result,
             tokens=tokens,
             seconds=seconds,
@@ -385,8 +399,7 @@ class Training:
         config = replace(parts.config, max_steps=steps, num_train_epochs=None)
         parts.optimizer.schedule = learning_rate(config)
         self.parts = replace(parts, config=config, output=output_of(config, parts.base))  # which says how many steps were trained
-        samples = f"{sum(len(source) for source in parts.stream.sources)} samples"
-        what = "the source of the most sequences" if config.data.separate else samples
+        what = "the source of the most sequences" if self.epoch_samples is None else f"{self.epoch_samples} samples"
         self.notes.append(f"{epochs:g} epochs of {what} are {steps} steps")
         if self.ranks.is_first and not parts.config.resume and (few := few_steps(epochs, parts.stream)):
             self.notes.append(few)
@@ -402,7 +415,7 @@ def data_in_words(stream: Stream, steps: int) -> str:
     most = 8
     sizes = [f"{source.name} {len(source):,}" for source in stream.sources]
     shown = ", ".join(sizes[:most]) + (f" and {len(sizes) - most} more" if len(sizes) > most else "")
-    epochs = steps * stream.sequences_per_step / stream.sequences_per_epoch()
+    epochs = steps * stream.sequences_per_step / stream.sequences_per_epoch
     times = f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"
     return f"samples: {shown}; {steps:,} steps of {stream.sequences_per_step:,} sequences go {times} times through them"
 
@@ -439,7 +452,7 @@ def few_steps(epochs: float, stream: Stream) -> str | None:
     steps = steps_of_epochs(epochs, stream)
     if steps >= _FEW_STEPS:
         return None
-    sequences = epochs * stream.sequences_per_epoch()
+    sequences = epochs * stream.sequences_per_epoch
     fewer = int(sequences // _FEW_STEPS)
     smaller = f"let a step take at most {fewer} (micro_batch_size, gradient_accumulation_steps, ranks), or " if fewer else ""
     return (
@@ -451,5 +464,5 @@ def few_steps(epochs: float, stream: Stream) -> str | None:
 
 def steps_of_epochs(epochs: float, stream: Stream) -> int:
     """The number of steps, at least 1, that take as many samples as so many epochs have (`TrainStream.sequences_per_epoch`)."""
-    steps = epochs * stream.sequences_per_epoch() / stream.sequences_per_step
+    steps = epochs * stream.sequences_per_epoch / stream.sequences_per_step
     return max(1, math.ceil(steps - 1e-6))  # 0.1 * 30 is more than 3

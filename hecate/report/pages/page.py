@@ -24,7 +24,8 @@ from hecate.report.pages.expert_pictures import expert_sections
 from hecate.report.pages.page_parts import NOT_RECORDED, bytes_text, figure, not_recorded, section, table
 from hecate.report.pages.style import STYLE
 from hecate.report.pages.svg import Bar, Line, area_chart, bar_chart, line_chart, number_text
-from hecate.report.run_records import RunRecords, read_run
+from hecate.report.progress import epochs_text
+from hecate.report.run_records import Record, RunRecords, read_run
 
 MOST_RANKS, MOST_EVENTS = 16, 40
 """how many ranks, and how many events, a page shows at once"""
@@ -62,6 +63,7 @@ def report_page(run: RunRecords, planned: PlannedMemory | str, *, reload_seconds
         *((_bytes(run),) if _has_experts(run) else ()),
         _memory(run, planned),
         _events(run),
+        _answers(run),
     )
     return document(f"{run.name}: report of a training run", "".join(sections), reload_seconds)
 
@@ -85,7 +87,7 @@ def write_page(path: Path, page: str) -> Path:
         UserError: the disk refuses.
     """
     try:
-        replace_output(path, [page.encode()])
+        replace_output(path, [page.encode(errors="replace")])
     except OSError as error:
         raise UserError(f"{path}: the report cannot be written: {error.strerror or error}\n  give another file with -o") from error
     return path
@@ -116,6 +118,7 @@ def _overview(run: RunRecords) -> str:
     skipped = sum(bool(re.match(r"step \d+ was skipped: ", str(event.get("text")))) for event in run.events)
     tiles = [
         ("steps", _state(run)),
+        *([] if (an_epoch := _steps_of_epoch(run)) is None else [("epochs", _epochs(run, an_epoch))]),
         ("loss, last", NOT_RECORDED if loss is None else f"{loss[np.isfinite(loss)][-1]:.3f}"),
         ("tokens/s, median", NOT_RECORDED if speed is None else number_text(float(np.nanmedian(speed)))),
         ("ranks", NOT_RECORDED if ranks is None else _changes(run.step_S, ranks)),
@@ -148,7 +151,7 @@ def _state(run: RunRecords) -> str:
 
     Events tell of steps that are not recorded themselves (`logging_steps`): the checkpoint at the end, and a stop.
     """
-    last = max([0, *run.step_S[-1:].tolist(), *(event["step"] for event in run.events)])
+    last = _last_step(run)
     if not last:
         return "none recorded yet"
     most = run.config_value("max_steps")
@@ -164,6 +167,26 @@ def _state(run: RunRecords) -> str:
         return f"{last} of {most}, finished: {ENDED_EARLY}"
     stopped = turns and turns[-1].startswith(STOPPED)
     return f"{last} of {most}, " + ("stopped" if stopped else "under way, or ended without a word")
+
+
+def _last_step(run: RunRecords) -> int:
+    return int(max([0, *run.step_S[-1:].tolist(), *(event["step"] for event in run.events)]))
+
+
+def _steps_of_epoch(run: RunRecords) -> float | None:
+    """None: not recorded."""
+    epoch_S = run.column("epoch")
+    if epoch_S is None:
+        return None
+    last = np.flatnonzero((epoch_S > 0) & (run.step_S > 0))[-1:]
+    return float(run.step_S[last[0]] / epoch_S[last[0]]) if len(last) else None
+
+
+def _epochs(run: RunRecords, steps_of_epoch: float) -> str:
+    """ "2.00 of 300 samples": also after a step that is not recorded itself."""
+    samples = run.column("epoch_samples")
+    of = "" if samples is None else f" of {samples[np.isfinite(samples)][-1]:,.0f} samples"
+    return epochs_text(_last_step(run) / steps_of_epoch) + of
 
 
 def _changes(step_S: np.ndarray, value_S: np.ndarray) -> str:
@@ -184,9 +207,11 @@ def _one_line(run: RunRecords, name: str, title: str, text: str, *, from_zero: b
 
 
 def _losses(run: RunRecords) -> str:
+    an_epoch = _steps_of_epoch(run)
+    epochs = "" if an_epoch is None else f" An epoch is {number_text(an_epoch)} steps."
     return section(
         "Losses",
-        _one_line(run, "loss", "training loss", "Cross-entropy per label token, by step."),
+        _one_line(run, "loss", "training loss", f"Cross-entropy per label token, by step.{epochs}"),
         _one_line(run, "aux_loss", "load-balancing loss", "Before its coefficient; top_k where the load is even.")
         if _has_experts(run)
         else "",
@@ -223,6 +248,24 @@ def _tasks(run: RunRecords) -> str:
             row.append("-" if not known else f"{known[0]:.3f}" if len(known) == 1 else f"{known[0]:.3f} → {known[-1]:.3f}")
         rows.append(row)
     return section("Tasks", *parts, table(["task", "loss, first → last", "exact, first → last"], rows))
+
+
+def _answers(run: RunRecords) -> str:
+    """The answers of the first evaluation that has any beside those of the last to the same questions; empty: none has."""
+    said = [record for record in run.evals if any(source.get("answers") for source in record["sources"].values())]
+    if not said:
+        return ""
+    steps = [record["step"] for record in (said if len(said) == 1 else (said[0], said[-1]))]
+    earlier = {(name, one["prompt"], one["expected"]): one["answer"] for name, one in _said_in(said[0])}
+    asked = [((name, one["prompt"], one["expected"]), one["answer"]) for name, one in _said_in(said[-1])]
+    rows = [[*question, *([earlier.get(question, "-")] if len(steps) > 1 else []), answer] for question, answer in asked]
+    shown = table(["task", "prompt", "expected", *(f"answer after step {step}" for step in steps)], rows)
+    text = f'<p class="dim">The first questions of each task, {len(rows)} in all; the table can be scrolled.</p>'
+    return f'<div class="answers">{section("Answers", text, shown)}</div>'
+
+
+def _said_in(record: Record) -> list[tuple[str, dict[str, str]]]:
+    return [(name, one) for name, source in record["sources"].items() for one in source.get("answers", [])]
 
 
 def _imbalance(run: RunRecords) -> str:

@@ -42,6 +42,10 @@ th{color:var(--dim);font-weight:600;overflow-wrap:normal}
 .area{opacity:.85}
 .goal{stroke:var(--text);stroke-width:2}
 .cells{image-rendering:pixelated}
+.answers{column-span:all}
+.answers .table{max-height:260px;overflow:auto}
+.answers table{min-width:700px}
+.answers td{white-space:pre-wrap}
 .legend{display:flex;flex-wrap:wrap;gap:2px 14px;margin:.3em 0}
 .legend i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px;background:var(--own)}
 """

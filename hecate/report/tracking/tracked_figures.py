@@ -18,6 +18,7 @@ _SIDE = 256
 """pixels that the longer side of a picture has at least"""
 _STEP = {
     "loss": "train/loss",
+    "epoch": "train/epoch",
     "aux_loss": "train/aux_loss",
     "learning_rate": "train/learning_rate",
     "grad_norm": "train/grad_norm",

@@ -62,7 +62,7 @@ def test_they_go_on_where_they_were_saved() -> None:
 
 
 def test_an_epoch_is_over_when_the_longest_source_is() -> None:
-    assert build(packing=False).sequences_per_epoch() == 3 * 90
+    assert build(packing=False).sequences_per_epoch == 3 * 90
     few = build(packing=False, sequences=24).few_samples()
     assert few is not None
     assert few.startswith("c: few data: 7 samples make 7 sequences")

@@ -104,7 +104,7 @@ def test_few_samples_are_repeated_and_said() -> None:
 def test_an_epoch_is_as_many_sequences_as_its_samples_make(packing: bool, counted: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hecate.data.stream, "_COUNTED_SAMPLES", counted)
     stream = build(sources=[source_of_lengths(LENGTHS_A)], packing=packing, sequences_per_step=1)
-    expected, position = stream.sequences_per_epoch(), stream.state_dict()
+    expected, position = stream.sequences_per_epoch, stream.state_dict()
     assert stream.state_dict() == position
     sequences = 0
     while sum(stream.state_dict()["mixture"]["drawn"]) - len(stream.state_dict()["waiting"]) < 10 * len(LENGTHS_A):

@@ -27,7 +27,7 @@ RESULTS = {
     "benchmarks/": "programs of the checkout",
 }
 """where something is printed that is not logged, and what it is"""
-STEP = StepLine(1, 2.0, 0.1, 1e-4, 100.0, 1.5, 2.0, 0.5)
+STEP = StepLine(1, 0.1, 2.0, 0.1, 1e-4, 100.0, 1.5, 2.0, 0.5)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def _say_all() -> None:
 def test_the_command_shows_progress_on_one_stream_and_all_else_on_the_other(capsys: pytest.CaptureFixture[str]) -> None:
     _say_all()
     shown = capsys.readouterr()
-    assert shown.out.startswith("step 1/2  loss 2.000")
+    assert shown.out.startswith("step 1/2  epoch 0.10  loss 2.000")
     assert "\nsaved\n" in shown.out
     assert shown.out.endswith("adapter  runs/first/adapter\n")
     assert shown.err == "hecate: a node has joined\n3 samples skipped\n"

@@ -27,6 +27,8 @@ def a_step(step: int, *, units: Sequence[Unit] = FFNS, experts: int = 4, ranks: 
     result = StepResult(3.0 / step, 2.0, 0.5, False, loads, 5000, 2000, tuple(700_000 + 1000 * rank for rank in range(ranks)))
     return StepEvent(
         step=step,
+        epoch=step / 7.5,
+        epoch_samples=300,
         result=result,
         tokens=512,
         seconds=0.5,

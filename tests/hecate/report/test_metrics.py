@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hecate.errors import UserError
 from hecate.parallel.plan.sharding import ReshardGain
 from hecate.parallel.values.units import Unit
-from hecate.report.events import EvalScore, Move, Resharding, StepEvent, StepResult
+from hecate.report.events import EvalScore, Move, Resharding, ShownAnswer, StepEvent, StepResult
 from hecate.report.metrics import MetricsWriter, Record, eval_record, event_record, reshard_record, step_record
 
 DOCS = Path(__file__).parents[3] / "docs" / "use" / "metrics.md"
@@ -24,6 +24,8 @@ DOCS = Path(__file__).parents[3] / "docs" / "use" / "metrics.md"
 def a_step(step: Any = 1, **changes: Any) -> Record:
     values: dict[str, Any] = {
         "step": step,
+        "epoch": 0.25,
+        "epoch_samples": 400,
         "loss": 1.5,
         "aux_loss": 2.0,
         "learning_rate": 1e-3,
@@ -76,13 +78,13 @@ def test_what_is_not_finite_is_null(field: str, bad: float) -> None:
 
 def test_eval_record() -> None:
     scores = {"gcd": EvalScore(1.0, 0.25, 64), "text": EvalScore(math.nan, None, 3), "odd": EvalScore(2.0, math.inf, 0)}
-    assert eval_record(7, scores) == {
+    assert eval_record(7, scores, {"gcd": (ShownAnswer("4, 6?", "2", "3"),)}) == {
         "kind": "eval",
         "step": 7,
         "sources": {
-            "gcd": {"loss": 1.0, "accuracy": 0.25, "samples": 64},
-            "text": {"loss": None, "accuracy": None, "samples": 3},
-            "odd": {"loss": 2.0, "accuracy": None, "samples": 0},
+            "gcd": {"loss": 1.0, "accuracy": 0.25, "samples": 64, "answers": [{"prompt": "4, 6?", "expected": "2", "answer": "3"}]},
+            "text": {"loss": None, "accuracy": None, "samples": 3, "answers": []},
+            "odd": {"loss": 2.0, "accuracy": None, "samples": 0, "answers": []},
         },
     }
 

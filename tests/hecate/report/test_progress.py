@@ -9,10 +9,18 @@ from dataclasses import replace
 import pytest
 
 from hecate.report.events import EvalScore
-from hecate.report.progress import ETA_WINDOW, Progress, StepLine, duration_text, eval_text, step_text
+from hecate.report.progress import ETA_WINDOW, Progress, StepLine, duration_text, epochs_text, eval_text, step_text
 
 LINE = StepLine(
-    step=12, loss=1.2341, aux_loss=2.006, learning_rate=1e-3, tokens_per_s=812.4, imbalance=1.03, static_imbalance=1.4, step_seconds=2.0
+    step=12,
+    epoch=0.4,
+    loss=1.2341,
+    aux_loss=2.006,
+    learning_rate=1e-3,
+    tokens_per_s=812.4,
+    imbalance=1.03,
+    static_imbalance=1.4,
+    step_seconds=2.0,
 )
 
 
@@ -42,7 +50,8 @@ def on_terminal(term: str = "xterm-256color") -> Iterator[Terminal]:
 
 def test_the_plain_line() -> None:
     assert (
-        step_text(LINE, 60, 92.0) == "step 12/60  loss 1.234  aux 2.01  lr 1.0e-03  tok/s 812  imbalance 1.03 (static EP 1.40)  eta 1m32s"
+        step_text(LINE, 60, 92.0)
+        == "step 12/60  epoch 0.40  loss 1.234  aux 2.01  lr 1.0e-03  tok/s 812  imbalance 1.03 (static EP 1.40)  eta 1m32s"
     )
 
 
@@ -60,6 +69,13 @@ def test_durations(seconds: float, text: str) -> None:
     assert duration_text(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("epochs", "text"), [(2, "2.00"), (12.345, "12.35"), (0.1, "0.10"), (0.0999, "0.1"), (0.00314, "0.0031"), (0, "0")]
+)
+def test_epochs_in_words(epochs: float, text: str) -> None:
+    assert epochs_text(epochs) == text
+
+
 def test_the_eval_line() -> None:
     scores = {"gcd": EvalScore(0.9904, 0.4375, 64), "text": EvalScore(2.0, None, 3)}
     assert eval_text(20, scores) == "eval at step 20, loss (exact accuracy):  gcd 0.990 (0.44)  text 2.000"
@@ -71,7 +87,7 @@ def test_plain_lines_when_not_a_terminal(capsys: pytest.CaptureFixture[str]) -> 
         progress.note("saved [checkpoint-12]")
         progress.evaluated(12, {"gcd": EvalScore(1.0, None, 4)})
     assert capsys.readouterr().out.splitlines() == [
-        "step 12/60  loss 1.234  aux 2.01  lr 1.0e-03  tok/s 812  imbalance 1.03 (static EP 1.40)  eta 1m36s",
+        "step 12/60  epoch 0.40  loss 1.234  aux 2.01  lr 1.0e-03  tok/s 812  imbalance 1.03 (static EP 1.40)  eta 1m36s",
         "saved [checkpoint-12]",
         "eval at step 12, loss:  gcd 1.000",
     ]
@@ -112,7 +128,17 @@ def test_a_panel_on_a_terminal() -> None:
         progress.note("saved [bold]checkpoint-5[/bold]")
         progress.step(LINE)
         shown = terminal.screen_text().rpartition("hecate train")[2]
-    for part in ("step 12/60", "eta 1m36s", "loss 1.234", "aux 2.01", "tok/s 812", "imbalance 1.03", "eval at step 5", "gcd 4.600 (0.00)"):
+    for part in (
+        "step 12/60",
+        "epoch 0.40",
+        "eta 1m36s",
+        "loss 1.234",
+        "aux 2.01",
+        "tok/s 812",
+        "imbalance 1.03",
+        "eval at step 5",
+        "gcd 4.600 (0.00)",
+    ):
         assert part in shown, part
     assert "saved [bold]checkpoint-5[/bold]\n" in terminal.screen_text()
     assert all(len(line) <= 80 for line in re.split("[\r\n]", terminal.screen_text()))

@@ -81,15 +81,44 @@ def test_epochs_are_counted_in_steps_of_the_size_that_the_run_began_with(worksho
     assert {steps for steps, _, _ in resumed} == {30}
 
 
+def epochs_until(
+    rank: int, world: int, workshop: str, name: str, until: int, overrides: tuple[str, ...]
+) -> list[tuple[float, int | None, float]]:
+    """Of each step of a run that is begun or continued: its epoch, the samples of one, and how many samples the stream has drawn."""
+    given = [*overrides, f"output_dir={workshop}/runs/{name}"]
+    run = Training(load_config(f"{workshop}/config.yaml", given, claim_output=False), ranks_of_default_group(rank, world))
+    found = []
+    while run.run_state.step < until:
+        event = run.train_one()
+        state: Any = run.parts.stream.state_dict()
+        found.append((event.epoch, event.epoch_samples, sum(state["mixture"]["drawn"]) - len(state["waiting"])))
+    run.save()
+    return found
+
+
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_a_steps_epoch_counts_its_samples_at_every_size_of_a_resumed_run(workshop: str, packing: str) -> None:
+    own = (f"data.packing={packing}", *UNPACKED[1:])
+    whole = run_ranks(1, epochs_until, workshop, f"whole-{packing}", 5, own)[0]
+    parts = run_ranks(1, epochs_until, workshop, f"parts-{packing}", 2, own)[0]
+    parts += run_ranks(3, epochs_until, workshop, f"parts-{packing}", 4, (*own, "resume=true"))[1]
+    parts += run_ranks(2, epochs_until, workshop, f"parts-{packing}", 5, (*own, "resume=true"))[0]
+    assert parts == whole
+    for epoch, samples, drawn in whole:
+        assert samples == 240
+        assert epoch == (drawn / 240 if packing == "false" else pytest.approx(drawn / 240, rel=0.1))
+    assert whole[-1][0] > 0.1
+
+
 @pytest.mark.parametrize(("epochs", "steps"), [(0.1, 3), (0.11, 4), (1, 30), (0.001, 1)])
 def test_a_part_of_a_step_is_a_step(epochs: float, steps: int) -> None:
-    stream = SimpleNamespace(sequences_per_epoch=lambda: 300, sequences_per_step=10)
+    stream = SimpleNamespace(sequences_per_epoch=300, sequences_per_step=10)
     assert steps_of_epochs(epochs, stream) == steps  # type: ignore[arg-type]
 
 
 def test_a_run_of_few_steps_is_said_with_what_makes_it_longer() -> None:
     """As of 300 short chats with a preset, of which two epochs are one step."""
-    stream = SimpleNamespace(sequences_per_epoch=lambda: 25, sequences_per_step=64)
+    stream = SimpleNamespace(sequences_per_epoch=25, sequences_per_step=64)
     told = few_steps(2, stream)  # type: ignore[arg-type]
     assert told is not None
     what, mend = told.splitlines()
@@ -98,11 +127,11 @@ def test_a_run_of_few_steps_is_said_with_what_makes_it_longer() -> None:
         mend
         == "  for 10 steps let a step take at most 5 (micro_batch_size, gradient_accumulation_steps, ranks), or set num_train_epochs=26"
     )
-    assert steps_of_epochs(2, SimpleNamespace(sequences_per_epoch=lambda: 25, sequences_per_step=5)) == 10  # type: ignore[arg-type]
+    assert steps_of_epochs(2, SimpleNamespace(sequences_per_epoch=25, sequences_per_step=5)) == 10  # type: ignore[arg-type]
     assert steps_of_epochs(26, stream) >= 10  # type: ignore[arg-type]
     assert few_steps(23, stream) is not None  # type: ignore[arg-type]
     assert few_steps(26, stream) is None  # type: ignore[arg-type]
-    tiny = SimpleNamespace(sequences_per_epoch=lambda: 3, sequences_per_step=8)
+    tiny = SimpleNamespace(sequences_per_epoch=3, sequences_per_step=8)
     assert (few_steps(2, tiny) or "").endswith("\n  for 10 steps set num_train_epochs=27")  # type: ignore[arg-type]
 
 

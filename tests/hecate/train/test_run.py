@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from html import escape
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hecate.parallel.values.traces import load_trace
+from hecate.train.first_answers import MOST_ANSWERS
 from testing.byte_tokenizer import build_byte_tokenizer
 from testing.tiny_run import STEPS
 from tests.hecate.train.command_line import hecate, kill_rank_1_after, losses, records, run, train_arguments, workshop
@@ -60,6 +62,21 @@ def test_a_page_about_the_run_has_its_plan(workshop: Path, whole: subprocess.Com
     text = page.read_text(encoding="utf-8")
     assert f"{STEPS} of {STEPS}, finished" in text
     assert "The mark is what `hecate plan` predicts." in text
+    assert f"answer after step 0</th><th>answer after step {STEPS}</th>" in text
+    before, after = records(workshop, "whole", "eval")
+    shown = [(name, one) for record in (before, after) for name, source in record["sources"].items() for one in source["answers"]]
+    assert [name for name, _ in shown] == [name for _ in range(2) for name in ("up.eval", "echo.eval") for _ in range(MOST_ANSWERS)]
+    assert all(escape(one[part]) in text for _, one in shown for part in ("prompt", "expected", "answer"))
+    for name in ("up.eval", "echo.eval"):
+        lines = (workshop / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()[:MOST_ANSWERS]
+        asked = [[turn["content"] for turn in json.loads(line)["messages"]] for line in lines]
+        for (question, answer), one in zip(asked, after["sources"][name]["answers"], strict=True):
+            assert question in one["prompt"]
+            assert answer == one["expected"]
+    last = records(workshop, "whole", "step")[-1]
+    assert f">{last['epoch']:.2f} of {last['epoch_samples']} samples<" in text
+    assert f"epochs             {last['epoch']:.2f} of {last['epoch_samples']} samples" in whole.stdout
+    assert f"step {STEPS}/{STEPS}  epoch {last['epoch']:.2f}  loss" in whole.stdout
     assert "not recorded" not in text
 
 
@@ -72,6 +89,9 @@ def test_a_killed_run_continues_bit_for_bit(workshop: Path, whole: subprocess.Co
     assert (workshop / "runs/killed/checkpoint-2/COMMIT").is_file()
     run(*arguments, "resume=true")
     assert losses(workshop, "killed") == losses(workshop, "whole")
+    assert records(workshop, "killed", "eval")[-1] == records(workshop, "whole", "eval")[-1], "the answers, too"
+    epochs = [[record["epoch"] for record in records(workshop, name, "step")] for name in ("killed", "whole")]
+    assert epochs[0] == epochs[1]
     again, once = (load_trace(workshop / "runs" / name / "loads") for name in ("killed", "whole"))
     assert again.steps == once.steps == tuple(range(1, STEPS + 1))
     assert (again.loads == once.loads).all()

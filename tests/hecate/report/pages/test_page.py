@@ -13,14 +13,14 @@ from matplotlib.image import imread
 from hecate.apps.foresee.planned_memory import planned_memory
 from hecate.errors import UserError
 from hecate.parallel.values.units import Unit
-from hecate.report.events import EvalScore
-from hecate.report.metrics import eval_record, event_record, step_record
+from hecate.report.events import EvalScore, ShownAnswer
+from hecate.report.metrics import Record, eval_record, event_record, step_record
 from hecate.report.pages.expert_pictures import padded
 from hecate.report.pages.page import MOST_TASKS, PlannedMemory, report_page, write_page
 from hecate.report.pages.page_parts import bytes_text
 from hecate.report.run_records import MOST_BINS, read_run
 from testing.browser import NAMES, Browser, find_browser, open_page
-from tests.hecate.report.made_runs import LINEARS, a_step, usual_records, write_run
+from tests.hecate.report.made_runs import LINEARS, a_step, an_eval, usual_records, write_run
 from tests.hecate.report.pages.sound_page import Sound, pictures
 
 PLANNED = PlannedMemory(np.array([650_000.0]), {"base weights": 600_000.0, "replicas": 50_000.0}, on_gpu=False)
@@ -52,6 +52,8 @@ def test_a_page_has_every_section_and_needs_nothing_else(tmp_path: Path) -> None
     assert "prefers-color-scheme:dark" in page
     assert "not recorded" not in seen.text
     assert "12 of 12, finished" in seen.text
+    assert "1.60 of 300 samples" in seen.text, "the epochs of 12 steps, of which 7.5 are one"
+    assert "An epoch is 7.5 steps." in seen.text
     assert "2, from step 9 on 1" in seen.text, "the ranks"
     assert "4.000 → 1.500" in seen.text, "the first and the last held-out loss"
     assert "In the mean step 3 kB stayed inside nodes and 2 kB went from one node to another" in seen.text
@@ -69,6 +71,62 @@ def test_a_page_has_every_section_and_needs_nothing_else(tmp_path: Path) -> None
     # The loads of both layers, each expert's over time, and the unevenness; each with the scale of its colours.
     assert [one.shape[:2] for one in maps] == [(2, 4), (32, 1), (2, 12), (32, 1), (4, 12), (32, 1)]
     assert all(one[..., 3].min() == 1 for one in maps)
+
+
+def test_epochs_are_known_between_records_and_without_a_number_of_samples(tmp_path: Path) -> None:
+    """With logging_steps=5, after step 12; data that are not mixed have no samples of an epoch."""
+    steps = [step_record(a_step(5)) | {"epoch_samples": None}, step_record(a_step(10)) | {"epoch_samples": None}]
+    _, seen = page_of(write_run(tmp_path / "run", [*steps, event_record(12, "saved checkpoint-12")]))
+    assert "1.60 epochs" in seen.text
+    assert "samples" not in seen.text
+
+
+def test_answers_of_the_first_and_the_last_evaluation_stand_side_by_side(tmp_path: Path) -> None:
+    records = [answered(step, f"said at {step}") for step in (0, 5, 10)]
+    _, seen = page_of(write_run(tmp_path / "run", [*records, step_record(a_step(10)), an_eval(12, 1.0)]))
+    assert seen.headings[-1] == "Answers"
+    assert "task prompt expected answer after step 0 answer after step 10" in seen.text
+    assert "sum 1 + 1? 2 said at 0 said at 10" in seen.text
+    assert "The first questions of each task, 1 in all" in seen.text
+    assert "said at 5" not in seen.text
+    other = answered(10, "said at 10", prompt="2 + 2?")  # as after a resume with other data
+    assert "sum 2 + 2? 2 - said at 10" in page_of(write_run(tmp_path / "other", [records[0], other]))[1].text
+    _, seen = page_of(write_run(tmp_path / "one", records[:1]))
+    assert "task prompt expected answer after step 0 sum 1 + 1? 2 said at 0" in seen.text
+    assert "Answers" not in page_of(write_run(tmp_path / "none", usual_records()))[1].headings
+
+
+def test_an_answer_that_attacks_the_page_is_text(tmp_path: Path) -> None:
+    """Of a model, a data file and a metrics.jsonl that a stranger has made; half a surrogate pair has no form in UTF-8."""
+    attacks = [
+        "</td></table><script>alert(1)</script>",
+        "<img src=x onerror=alert(1)>",
+        "<!--",
+        "&lt;script&gt;",
+        "]]><style>*{}",
+        "\ud800",
+    ]
+    for number, attack in enumerate(attacks):
+        folder = write_run(
+            tmp_path / str(number), [answered(0, attack, prompt=attack, expected=attack, source=attack), answered(1, attack)]
+        )
+        plain = write_run(tmp_path / f"{number} plain", [answered(0, "x", source="x"), answered(1, "x")])
+        page, seen = page_of(folder)
+        assert page.count("<") == page_of(plain)[0].count("<"), "a text made an element"
+        assert attack in seen.text
+        write_page(tmp_path / "page.html", page)
+
+
+@pytest.mark.parametrize("answers", [{}, ["x"], [{"prompt": "a", "expected": "b"}], [{"prompt": "a", "expected": "b", "answer": 1}], None])
+def test_answers_that_are_no_texts_are_refused(tmp_path: Path, answers: object) -> None:
+    record = answered(0, "x")
+    record["sources"]["sum"]["answers"] = answers
+    with pytest.raises(UserError, match=r"metrics\.jsonl:1: not a record of metrics: its answers are no texts"):
+        read_run(write_run(tmp_path / "run", [record, step_record(a_step(1))]))
+
+
+def answered(step: int, answer: str, *, prompt: str = "1 + 1?", expected: str = "2", source: str = "sum") -> Record:
+    return eval_record(step, {source: EvalScore(1.0, 0.5, 8)}, {source: (ShownAnswer(prompt, expected, answer),)})
 
 
 def test_what_was_not_recorded_is_said(tmp_path: Path) -> None:
@@ -221,7 +279,10 @@ def test_a_browser_complains_where_there_is_reason(tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [400, 1100], ids=["phone", "desk"])
 def test_a_browser_shows_it_without_complaint(tmp_path: Path, width: int) -> None:
     browser = a_browser()
-    page, _ = page_of(write_run(tmp_path / "run", usual_records()))
+    long = [ShownAnswer(f"{number}: {'word ' * 60}", "word " * 60, "word " * 60) for number in range(3)]
+    scores = {name: EvalScore(1.0, 0.5, 8) for name in ("sum", "count", "sort")}
+    answers = [eval_record(step, scores, dict.fromkeys(scores, long)) for step in (0, 12)]
+    page, _ = page_of(write_run(tmp_path / "run", [*usual_records(), *answers]))
     opened = open_page(browser, write_page(tmp_path / "page.html", page), width)
     assert opened.complaints == []
     assert opened.missing_pictures == 0
@@ -229,7 +290,7 @@ def test_a_browser_shows_it_without_complaint(tmp_path: Path, width: int) -> Non
     shot = tmp_path / "shot.png"
     shot.write_bytes(opened.shot)
     if width == 1100:
-        assert len(imread(shot)) <= 3 * 900, "a short run takes at most three screens"
+        assert len(imread(shot)) <= 3 * 800, "a short run takes at most three screens"
     seen = (imread(shot)[..., :3] * 255).round().astype(int).reshape(-1, 3)
     for colour in ((253, 231, 37), (0, 114, 178)):  # the brightest cell of a heat map; the first line's colour
         assert (np.abs(seen - colour).max(1) <= 2).any(), f"nothing on the page has the colour {colour}"

@@ -45,10 +45,11 @@ def report(adapter: Callable[[TrackedRun], Tracker], run: TrackedRun, *records: 
 def test_the_numbers_of_records() -> None:
     numbers = numbers_of(STEP)
     assert numbers["train/loss"] == STEP["loss"]
+    assert numbers["train/epoch"] == STEP["epoch"]
     assert numbers["balance/static_imbalance"] == STEP["static_imbalance"]
     assert numbers["memory/peak_bytes"] == 701_000, "of the fullest rank"
     assert numbers["speed/forward_seconds"] == 0.2
-    assert len(numbers) == 17
+    assert len(numbers) == 18
     assert numbers_of(an_eval(3, 2.0)) == {"eval/sum/loss": 2.0, "eval/sum/accuracy": 0.5, "eval/count/loss": 3.0}
     assert numbers_of(event_record(3, "saved")) == {}
     assert "train/loss" not in numbers_of({**STEP, "loss": None}), "what was not finite"
