@@ -35,7 +35,7 @@ SAME: dict[str, str] = {
     "lora.moe_rank_scaling": "moe_rank_scaling normalize_moe_lora",
     "lora.init_from": "lora_model_dir adapter_name_or_path",
     "moe.num_experts": "num_experts",
-    "moe.top_k": "top_k",
+    "moe.top_k": "top_k num_experts_per_tok",
     "moe.router_aux_loss_coef": "router_aux_loss_coef router_loss_coef",
 }
 """hecate's key, and what others call it"""
@@ -62,6 +62,7 @@ LEFT: dict[str, str] = {
     "per_device_eval_batch_size eval_batch_size": "the held-out loss takes micro_batch_size, and eval.batch_size is of generated answers",
     "overwrite_output_dir": "a run never overwrites another: give a new output_dir, or resume=true",
     "logging_dir": "metrics.jsonl, and with report_to=[tensorboard] the folder tensorboard, are in output_dir",
+    "adapter_name": "a run has one adapter, output_dir/adapter",
     "run_name wandb_name wandb_run_id wandb_entity wandb_watch wandb_log_model hub_strategy": "output_dir names the run, and trackers read "
     "the environment",
     "log_level plot_loss logging_first_step disable_tqdm eval_table_size eval_table_max_new_tokens eval_max_new_tokens debug": "it changes "
@@ -80,7 +81,8 @@ NOT_SUPPORTED: dict[str, str] = {
     "pissa_init pissa_iter pissa_convert": "PiSSA",
     "use_galore use_badam use_apollo use_adam_mini use_muon": "an optimizer by a key of its own; optim names those that there are",
     "use_llama_pro freeze_trainable_layers freeze_trainable_modules unfrozen_parameters": "training chosen layers",
-    "neftune_noise_alpha": "noise on embeddings",
+    "neftune neftune_noise_alpha": "noise on embeddings",
+    "lora_bias": "training biases beside the adapters",
     "push_to_hub hub_model_id push_dataset_to_hub": "uploading",
     "rl pref_beta pref_loss beta max_prompt_length": "training by preferences or rewards",
     "image_max_pixels video_max_pixels processor_type skip_prepare_dataset": "images, video and sound",
@@ -188,3 +190,12 @@ HINTS: dict[str, str] = {
     **{name: hint for names, (_, hint) in CONVERTED.items() for name in names.split() if hint},
 }
 """what to write in the place of each key of theirs that hecate does not have"""
+VALUE_HINTS: dict[str, dict[str, str]] = {
+    "optim": {
+        name: f"write {kind}{values.OTHERWISE.get(name, '')}"
+        for kind, names in values.OPTIMIZERS.items()
+        for name in names.split()
+        if name != kind
+    }
+}
+"""hecate's key, a value that others have for it -> what to write in its place"""

@@ -16,13 +16,18 @@ from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import parse_json
 
 Convert = Callable[[str, Any, Theirs], KeyAnswer]
-_OPTIMIZERS = {
-    "adamw": "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused paged_adamw paged_adamw_32bit",
-    "adamw_8bit": "adamw_8bit adamw_bnb_8bit adamw_torch_8bit paged_adamw_8bit",
-    "lion": "lion lion_32bit lion_pytorch",
+OPTIMIZERS = {
+    "adamw": "adamw adamw_torch adamw_torch_fused adamw_hf adamw_torch_npu_fused adamw_apex_fused adamw_anyprecision paged_adamw "
+    "paged_adamw_32bit",
+    "adamw_8bit": "adamw_8bit adamw_bnb_8bit adamw_torch_8bit adamw_torch_4bit paged_adamw_8bit",
+    "lion": "lion lion_32bit lion_pytorch paged_lion_32bit lion_8bit paged_lion_8bit",
     "adafactor": "adafactor",
     "muon": "muon",
 }
+"""hecate's optimizers, and what others call them"""
+_MORE_BITS = ", whose moments have more bits"
+OTHERWISE = {"adamw_torch_4bit": _MORE_BITS, "lion_8bit": _MORE_BITS, "paged_lion_8bit": _MORE_BITS}
+"""those that hecate computes in another way, and how"""
 _EPOCHS = "the steps of an epoch are known once data are packed: hecate train prints them, and {} can be added then"
 _OF_EXPERTS = {"w1": ["gate_proj"], "w3": ["up_proj"], "w2": ["down_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 """names of experts' projections in some models, and in PEFT's target_parameters, as hecate calls them"""
@@ -130,9 +135,11 @@ def training(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     """The optimizer, its schedule, and what else the steps are computed with."""
     match name:
         case "optim" | "optimizer":
-            kind = next((kind for kind, words in _OPTIMIZERS.items() if str(value) in words.split()), None)
+            kind = next((kind for kind, words in OPTIMIZERS.items() if str(value) in words.split()), None)
             if kind is None:
-                return cannot(f"write optim, one of {', '.join(_OPTIMIZERS)}")
+                return cannot(f"write optim, one of {', '.join(OPTIMIZERS)}")
+            if str(value) in OTHERWISE:
+                return carry({"optim": kind}, "its" + OTHERWISE[str(value)].removeprefix(", whose"))
             return default("AdamW") if "optim" not in LEAVES and kind == "adamw" else carry({"optim": kind})
         case "lr_scheduler" | "lr_scheduler_type":
             minimum = value == "cosine" and theirs.get("cosine_min_lr_ratio")
