@@ -53,8 +53,8 @@ LEFT: dict[str, str] = {
     "ddp_find_unused_parameters ddp_timeout ddp_backend local_rank use_ray": "hecate starts the ranks; `hecate ray` does it on Ray",
     "world_size": "nproc is for this machine; `hecate launch` or torchrun for each node",
     "dataloader_num_workers dataloader_pin_memory dataset_processes": "rows are read from memory, and no worker is needed",
-    "dataset_num_proc preprocessing_num_workers overwrite_cache dataset_prepared_path tokenized_path": "data are tokenized once and "
-    "kept in data.cache",
+    "dataset_num_proc preprocessing_num_workers preprocessing_batch_size data_shared_file_system "
+    "overwrite_cache dataset_prepared_path tokenized_path": "data are tokenized once and kept in data.cache",
     "dataset_dir dataset_train_split dataset_test_split dataset_config dataset_splits remove_unused_columns "
     "dataset_text_field": "it is read with the data's name, or the keys of records say it",
     "pad_to_sequence_len padding_free pad_to_multiple_of eval_packing eval_sample_packing packing_strategy "
@@ -67,6 +67,8 @@ LEFT: dict[str, str] = {
     "the environment",
     "log_level plot_loss logging_first_step disable_tqdm eval_table_size eval_table_max_new_tokens eval_max_new_tokens debug": "it changes "
     "what is shown; `hecate report` draws the run",
+    "media_dir buffer_size eval_num_beams ignore_pad_token_for_loss": "it is of images, of streaming or of generation, or is always so",
+    "eval_on_each_dataset": "each source is evaluated by itself, always",
     "save_only_model save_safetensors": "checkpoints hold the whole run, and output_dir/adapter the adapter",
     "loss_watchdog_threshold loss_watchdog_patience": "max_skipped_steps stops a run whose loss is not finite",
     "do_train do_eval strict": "the verb says it: hecate train, hecate eval",
@@ -95,6 +97,9 @@ NOT_SUPPORTED: dict[str, str] = {
     "lora_modules_to_save modules_to_save additional_target": "training modules beside the adapters; model.train_non_experts does it with "
     "moe.family=full",
     "lora_fan_in_fan_out": "transposed weights",
+    "interleave_probs": "a mixture by probabilities; the items' weight in data.train says it",
+    "default_system": "a system message that the chat template does not write; put it into the records",
+    "tool_format": "another form of tools than the chat template's",
     "curriculum_sampling sample_packing_sequentially": "another order of samples than the seed's",
     "dataset_exact_deduplication": "removing samples that are there twice",
     "rope_scaling shift_attn": "another position embedding or attention than the model's",
@@ -121,6 +126,8 @@ CONVERTED: dict[str, tuple[values.Convert, str]] = {
     "save_strategy saves_per_epoch": (values.steps, "write save_steps=N, a number of steps between checkpoints"),
     "logging_strategy": (values.steps, "write logging_steps=N, a number of steps between records"),
     "optim optimizer": (values.training, "write optim"),
+    "mix_strategy": (values.training, "leave it out; the items of data.train are mixed by their weights"),
+    "enable_thinking": (values.training, "leave it out; the chat template writes thoughts or none"),
     "lr_scheduler": (values.training, "write lr_scheduler_type"),
     "lr_scheduler_type lr_scheduler_kwargs max_grad_norm gradient_checkpointing seed": (values.training, ""),
     "gradient_clipping": (values.training, "write max_grad_norm"),
