@@ -122,12 +122,14 @@ def _template(value: Any, theirs: Theirs) -> dict[str, Any]:
     named = [
         one.get("chat_template_jinja") or one.get("chat_template") for one in entries if str(one.get("type")).startswith("chat_template")
     ]
-    wanted = list(dict.fromkeys(whole if off(name) or name == "tokenizer_default" and not whole else name for name in named))
+    own = "the tokenizer's own"
+    whole, *named = [one if off(one) else own if str(one) == "tokenizer_default" else one for one in (whole, *named)]
+    wanted = list(dict.fromkeys([*([] if off(whole) else [whole]), *((whole or own) if off(name) else name for name in named)]))
     if len(wanted) > 1:
         raise CannotSay(
             f"chat_template: all data have one, and these have {', '.join(str(one)[:40] for one in wanted)}: train on one of them"
         )
-    if not wanted or wanted[0] == whole or off(wanted[0]):
+    if not wanted or wanted[0] in (whole, own):
         return {}
     return dict(surroundings("chat_template", wanted[0], theirs).gives)
 
@@ -153,8 +155,8 @@ def _check_entry(path: str, entry: Source) -> None:
     for key, (same, what_to_do) in _ONLY.items():
         if key in given and given[key] not in same:
             raise CannotSay(f"{path}: {key} {shorten(str(given[key]))}: {what_to_do}")
-    eot = given.get("train_on_eot", "turn")
-    if eot != given.get("train_on_eos", "turn"):
+    eot = entry.get("train_on_eot")
+    if eot is not None and eot != (entry.get("train_on_eos") or "turn"):
         raise CannotSay(f"{path}: train_on_eot {eot}: hecate has one mark of a turn's end: write train_on_eos, or take it out")
     if isinstance(entry.get("type"), dict):
         raise CannotSay(f"{path}: type with a prompt of its own: write the prompts into the records, as prompt and completion")
@@ -266,7 +268,12 @@ def _of_info(name: str, folder: Path) -> Source:
     hub = entry.get("hf_hub_url")
     if not (file := entry.get("file_name")) and not hub:
         raise CannotSay(f"{name} is neither a file nor on the Hugging Face Hub: name a file")
-    made: Source = {"path": str(folder / file) if file else _of_split(hub, entry.get("split"), entry.get("subset")), "name": name}
+    made: Source = {
+        "path": _here(str(folder / file), str(entry.get("split") or "train"))
+        if file
+        else _of_split(hub, entry.get("split"), entry.get("subset")),
+        "name": name,
+    }
     for tag, known in TAGS.items():
         if tags.get(tag, known[0]) not in known and tag not in ("role_tag", "content_tag"):
             raise CannotSay(f"{name}: its {tag} is {tags[tag]}, and hecate reads {' or '.join(known)}: rename it in the file")
