@@ -9,14 +9,14 @@ from typing import Any, get_args
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hecate.config import other_names
+from hecate.config import other_names, yaml_text
 from hecate.config.effective import leaves_of
 from hecate.config.expert_keys import DEFAULT_EXPERTS, DEFAULT_TOP_K, MoeConfig
 from hecate.config.files.dataset_info import dataset_info_source
 from hecate.config.files.hub import with_local_paths
 from hecate.config.files.paths import name_of_source
 from hecate.config.files.presets import run_presets
-from hecate.config.problems import ConfigError, Problem, did_you_mean, shorten
+from hecate.config.problems import UNKNOWN, ConfigError, Problem, did_you_mean, shorten
 from hecate.config.rules.implied import with_implied
 from hecate.config.rules.keys import check_values
 from hecate.config.rules.of_apps import section_rules
@@ -148,7 +148,11 @@ def saved_config(text: str) -> Config:
 
 
 def _current(key: str, node: Node) -> Node:
-    """The node with the name that a policy has now in place of a former one."""
+    """The node with the name that a policy has now in place of a former one, and an empty list for transformers' `report_to: none`."""
+    if key == "report_to":
+        items = node.items if isinstance(node, yaml_text.Sequence) else [node]
+        none = len(items) == 1 and isinstance(items[0], Scalar) and items[0].text == "none"
+        return yaml_text.Sequence([], node.line) if none else node
     return replace(node, text=current_name(node.text)) if key == _POLICY and isinstance(node, Scalar) else node
 
 
@@ -264,7 +268,7 @@ def _read_overrides(overrides: Sequence[str], report: Report) -> dict[str, tuple
             bare = key.lstrip("-+~").replace("-", "_")
             hint = f"write {bare}=... without signs before it" if bare in LEAF_TYPES else other_names.key_hint(bare)
             hint = missing_app(key) or hint or did_you_mean(key, LEAF_TYPES) or ("--help lists the options" if key.startswith("-") else "")
-            refuse(key, "unknown key", hint)
+            refuse(key, UNKNOWN, hint)
             continue
         try:
             node = parse(text)

@@ -25,6 +25,12 @@ def key_hint(key: str) -> str:
     return "" if table is None else table.HINTS.get(key.rpartition(".")[2].replace("-", "_").lower(), "")
 
 
+def value_hint(key: str, value: str) -> str:
+    """What to write in the place of another trainer's value of a key that hecate has, too. "" if the value is not known."""
+    table = _found("meanings")
+    return "" if table is None else table.VALUE_HINTS.get(key, {}).get(value, "")
+
+
 def whole_file(file: str) -> str:
     """What becomes of each key of a file, if it is a configuration of another trainer; "": it is not."""
     app = _found("convert")

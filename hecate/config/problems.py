@@ -9,6 +9,8 @@ from hecate.errors import UserError
 
 MAX_PRINTED = 20
 MAX_SHOWN = 60
+UNKNOWN = "unknown key"
+"""what is wrong with a key that hecate does not have"""
 Add = Callable[[str, str, str], None]
 """A function that adds a problem: its key, what is wrong, and a hint."""
 
@@ -40,13 +42,18 @@ class Problem:
 
 
 class ConfigError(UserError):
-    """The configuration has the `problems`, those of lines in their order before the others, by key. The text shows the first 20."""
+    """The configuration has the `problems`, those of lines in their order before the others, by key. The text shows the first 20, and
+    every unknown key on one line."""
 
     def __init__(self, problems: Iterable[Problem]) -> None:
         self.problems = tuple(sorted(problems, key=lambda p: (p.line is None, p.line or 0, p.key, p.what)))
-        lines = [str(problem) for problem in self.problems[:MAX_PRINTED]]
-        if len(self.problems) > MAX_PRINTED:
-            lines.append(f"... and {len(self.problems) - MAX_PRINTED} more")
+        many = len(self.problems) > MAX_PRINTED
+        unknown = [problem for problem in self.problems if many and problem.what == UNKNOWN]  # a file is mended by its whole list
+        others = [problem for problem in self.problems if problem not in unknown]
+        shown = {*unknown, *others[:MAX_PRINTED]}
+        lines = [str(one).replace("\n    hint: ", "; ") if one in unknown else str(one) for one in self.problems if one in shown]
+        if len(others) > MAX_PRINTED:
+            lines.append(f"... and {len(others) - MAX_PRINTED} more")
         super().__init__("\n".join(lines))
 
     def __reduce__(self) -> tuple[Callable[..., "ConfigError"], tuple[tuple[Problem, ...]]]:

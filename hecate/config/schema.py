@@ -366,9 +366,9 @@ class Config:
     """The number of steps between two evaluations. null: evaluate only at the end. Without data.eval and data.eval_share there is no
     evaluation."""
     metric_for_best_model: str | None = field(default=None, metadata=key(computes=False))
-    """The evaluated number by which the best model is known: loss (the mean of all evaluated sources' losses), exact (the mean of their
-    shares of exact answers, with eval.generate), NAME.loss or NAME.exact. Less is better of a loss, more of a share. The best model so far
-    is saved at once, and save_total_limit keeps it. null: no model is called the best, unless early_stopping_patience or
+    """The evaluated number by which the best model is known: loss, or eval_loss (the mean of all sources' losses), exact (the mean
+    of their shares of exact answers, with eval.generate), NAME.loss or NAME.exact. Less is better of a loss, more of a share. The best
+    model so far is saved at once, and save_total_limit keeps it. null: no model is called the best, unless early_stopping_patience or
     load_best_model_at_end is given: then by loss."""
     load_best_model_at_end: bool = field(default=False, metadata=key(computes=False))
     """Leave the best model (metric_for_best_model) at the end of the run, in place of the last one."""
@@ -390,7 +390,7 @@ class Config:
     """Write checkpoints in a thread beside the training. It takes host memory for one more copy of what is saved (docs/use/survival.md)."""
     report_to: tuple[str, ...] = field(default=(), metadata=key(computes=False))
     """Experiment trackers that get what metrics.jsonl gets, and pictures of the experts' loads: any of tensorboard, wandb, mlflow and
-    trackio, which must be installed. One that fails is named and does not stop the run. See docs/use/trackers.md."""
+    trackio, which must be installed; none is as []. One that fails is named and does not stop the run. See docs/use/trackers.md."""
     trace: bool = field(default=False, metadata=key(computes=False))
     """Record each step's loads per rank, layer and expert into the folder loads in output_dir (docs/use/traces.md)."""
     profile: bool = field(default=False, metadata=key(computes=False))
@@ -426,7 +426,8 @@ class Config:
     def best_metric(self) -> str | None:
         """The name of the number by which the best model is known; None: the run looks for none."""
         asked = self.load_best_model_at_end or self.early_stopping_patience is not None
-        return self.metric_for_best_model or ("loss" if asked else None)
+        metric = self.metric_for_best_model
+        return "loss" if metric == "eval_loss" or (metric is None and asked) else metric
 
 
 if not TYPE_CHECKING:  # checkers know the core's keys alone

@@ -7,7 +7,7 @@ from types import NoneType, UnionType
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from hecate.config import other_names, scalars
-from hecate.config.problems import Problem, Refused, did_you_mean, shorten
+from hecate.config.problems import UNKNOWN, Problem, Refused, did_you_mean, shorten
 from hecate.config.schema import LEAF_TYPES, SECTIONS, DataSource
 from hecate.config.sections import missing_app
 from hecate.config.yaml_text import Mapping, Node, Scalar, Sequence
@@ -50,7 +50,7 @@ class Report:
         hint = missing_app(key) or other_names.key_hint(key) or (did_you_mean(key, known) if len(self.problems) < _MAX_HINTED else "")
         if key in LEAF_TYPES or key in SECTIONS:
             hint = f"in a file, nest it: {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
-        self.add(key, "unknown key", hint or ("the keys are: " + ", ".join(known) if len(known) < 10 else ""))
+        self.add(key, UNKNOWN, hint or ("the keys are: " + ", ".join(known) if len(known) < 10 else ""))
 
 
 def read_value(node: Node, hint: Any, key: str, source: str, report: Report) -> Any:
@@ -66,7 +66,7 @@ def read_value(node: Node, hint: Any, key: str, source: str, report: Report) -> 
         try:
             return _read_scalar(node, hint)
         except Refused as refused:
-            report.add(key, refused.what, refused.hint)
+            report.add(key, refused.what, other_names.value_hint(key, node.text) or refused.hint)
             return INVALID
     for arm in _arms(hint):
         if isinstance(node, Sequence) and get_origin(arm) is tuple:

@@ -64,7 +64,7 @@ def carry(gives: Mapping[str, Any], note: str = "") -> KeyAnswer:
         sources = key in ("data.train", "data.eval")
         typed = read_sources(node, key, "", report) if sources else read_value(node, LEAF_TYPES[key], key, "", report)
         if report.problems:
-            return cannot(f"{key} {report.problems[0].what}")
+            return cannot(f"{report.problems[0].key} {report.problems[0].what}")
         if typed == LEAVES[key].default:
             continue
         if key in RANGES and isinstance(typed, int | float) and typed not in RANGES[key]:

@@ -12,7 +12,7 @@ import yaml
 from hecate.apps.convert import meanings
 from hecate.apps.convert.answer import KeyAnswer, Theirs, cannot, carry, default, left, off
 from hecate.apps.convert.datasets import on_hub
-from hecate.apps.convert.values import number
+from hecate.apps.convert.values import CHANGE_IT, holds_out, number, some_steps
 from hecate.config import load_config
 from hecate.config.load import MAX_BYTES
 from hecate.config.problems import ConfigError, shorten
@@ -102,6 +102,10 @@ def convert(file: Path, values: Mapping[str, Any], drop: Collection[str] = ()) -
     for answer in answers.values():
         trackers = {*recipe.get("report_to", ()), *answer.gives.get("report_to", ())}
         recipe |= {**answer.gives, **({"report_to": sorted(trackers)} if trackers else {})}
+    asks = {"metric_for_best_model", "load_best_model_at_end", "early_stopping_patience"} & recipe.keys()
+    if asks and holds_out(theirs) and "eval_steps" not in recipe:
+        answers["[eval_steps]"] = some_steps("eval_steps")
+        recipe |= answers["[eval_steps]"].gives
     return Converted(trainer, answers, recipe)
 
 
@@ -140,9 +144,9 @@ def write(converted: Converted, file: Path, out: Path) -> None:
                 value = str(template)
             section, _, name = key.rpartition(".")
             (tree.setdefault(section, {}) if section else tree)[name] = value
-        text = f"# Made of {converted.trainer}'s {file.name} by hecate convert.\n" + yaml.safe_dump(
-            tree, sort_keys=False, allow_unicode=True
-        )
+        notes = [f"# {answer.text}\n" for answer in converted.answers.values() if answer.gives and answer.text.endswith(CHANGE_IT)]
+        head = "".join([f"# Made of {converted.trainer}'s {file.name} by hecate convert.\n", *notes])
+        text = head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         replace_output(out, [text.encode()])
         load_config(out, claim_output=False, inputs=False)
     except OSError as error:

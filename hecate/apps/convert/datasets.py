@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from glob import glob
 from pathlib import Path
 from typing import Any
 
 from hecate.apps.convert.answer import KeyAnswer, Theirs, cannot, carry, default, left, off
-from hecate.apps.convert.values import holds_out
+from hecate.apps.convert.values import CHANGE_IT, holds_out, surroundings
+from hecate.config.files.dataset_info import TAGS
 from hecate.config.files.paths import name_of_source
+from hecate.config.problems import shorten
+from hecate.data.chat.turns import SPEAKERS
 from hecate.errors import UserError
 from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import parse_json
@@ -19,8 +23,31 @@ _FIELDS = {"field_instruction": "instruction", "field_input": "input", "field_ou
 """axolotl's names"""
 _COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "system": "system", "history": "history", "tools": "tools"}
 """LLaMA-Factory's"""
-_READ = "path id type split name config data_files field field_messages message_property_mappings message_field_role message_field_content"
-_KNOWN = {*_READ.split(), *_FIELDS, "ds_type", "roles", "trust_remote_code", "shards", "columns", "weight"}
+_READ = (
+    "path id roles roles_to_train train_on_eos field_tools chat_template chat_template_jinja type split name "
+    "config data_files field field_messages message_property_mappings message_field_role message_field_content"
+)
+_KNOWN = {*_READ.split(), *_FIELDS, "ds_type", "trust_remote_code", "preprocess_shards", "columns", "weight"}
+_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "shards": ((1,), "hecate reads whole files: name one with those records"),
+    "shards_idx": ((), "hecate reads whole files: name one with those records"),
+    "revision": (("main",), "name a folder with that revision"),
+    "drop_system_message": ((), "take the system turns out of the records"),
+    "message_field_training": (("train", "training", "weight", "loss"), "call it train in the records"),
+    "message_field_training_detail": (
+        ("train_detail", "training_detail"),
+        "a turn is learned as a whole, or not: write train in the records",
+    ),
+    "field_thinking": (("reasoning_content",), "call it reasoning_content in the records"),
+    "template_thinking_key": (("reasoning_content",), "give data.chat_template=FILE, a template that reads reasoning_content"),
+    "split_thinking": ((), "write the thoughts into reasoning_content of the records"),
+    "conversation": ((), "take it out, and name a chat_template"),
+    "eot_tokens": ((), "the chat template says what ends a turn; take it out"),
+    "temperature": ((), "hecate does not distil; take it out"),
+    "logprobs_field": ((), "hecate does not distil; take it out"),
+}
+"""axolotl's keys of an entry, their values that change nothing beside those that are off, and what to do with others"""
+_SHARE = 0.05
 _FORMATS = {"alpaca": "alpaca", "completion": "text", "pretrain": "text", "None": None}
 
 
@@ -32,14 +59,22 @@ def data_of(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     """datasets, dataset, dataset_name and the like, and eval_dataset."""
     key = "data.eval" if name.startswith("eval") else "data.train"
     try:
-        gives = {key: _unique(_sources(name, value, theirs))}
+        gives: dict[str, Any] = {key: _unique(_sources(name, value, theirs))}
+        note = ""
         if name == "dataset_name" and holds_out(theirs):
-            gives["data.eval"] = [_entry(_whole(value, theirs) | {"split": theirs.get("dataset_test_split") or "test"})]
+            split = theirs.get("dataset_test_split") or "test"
+            if split == (theirs.get("dataset_train_split") or "train") or not (on_hub(value) or _files_here(value, split)):
+                gives["data.eval_share"] = _SHARE
+                note = f"there are no files of a split {split}, and {_SHARE:.0%} of the samples are held out in its place: {CHANGE_IT}"
+            else:
+                gives["data.eval"] = _entries(_whole(value, theirs) | {"split": split})
         if tests := _unique(_sources("dataset_mixer test", value, theirs)) if name == "dataset_mixer" else []:
             gives["data.eval"] = tests
+        gives |= _template(value, theirs)
     except CannotSay as problem:
         return cannot(str(problem))
-    return carry(gives | ({"hub": True} if any(on_hub(one["path"]) for sources in gives.values() for one in sources) else {}))
+    sources = [*gives.get("data.train", ()), *gives.get("data.eval", ())]
+    return carry(gives | ({"hub": True} if any(on_hub(one["path"]) for one in sources) else {}), note)
 
 
 def on_hub(path: str) -> bool:
@@ -77,7 +112,26 @@ def _sources(name: str, value: Any, theirs: Theirs) -> list[Source]:
         value = value.get("datasets")
     if isinstance(value, str):
         value = [_whole(value, theirs) | ({"split": "train"} if holds_out(theirs) else {})]
-    return [_entry({"path": one} if isinstance(one, str) else one) for one in value or ()]
+    return [made for one in value or () for made in _entries({"path": one} if isinstance(one, str) else one)]
+
+
+def _template(value: Any, theirs: Theirs) -> dict[str, Any]:
+    """The chat template that entries of axolotl's name for themselves, which must be the same for all data."""
+    entries = [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    whole = theirs.get("chat_template_jinja", "chat_template")
+    named = [
+        one.get("chat_template_jinja") or one.get("chat_template") for one in entries if str(one.get("type")).startswith("chat_template")
+    ]
+    own = "the tokenizer's own"
+    whole, *named = [one if off(one) else own if str(one) == "tokenizer_default" else one for one in (whole, *named)]
+    wanted = list(dict.fromkeys([*([] if off(whole) else [whole]), *((whole or own) if off(name) else name for name in named)]))
+    if len(wanted) > 1:
+        raise CannotSay(
+            f"chat_template: all data have one, and these have {', '.join(str(one)[:40] for one in wanted)}: train on one of them"
+        )
+    if not wanted or wanted[0] in (whole, own):
+        return {}
+    return dict(surroundings("chat_template", wanted[0], theirs).gives)
 
 
 def _whole(path: str, theirs: Theirs) -> Source:
@@ -85,31 +139,97 @@ def _whole(path: str, theirs: Theirs) -> Source:
     return {"path": path, "config": theirs.get("dataset_config"), "split": None if split == "train" else split}
 
 
-def _entry(entry: Source) -> Source:
-    """An entry of axolotl's or TRL's lists."""
-    path, files, kind = str(entry.get("path") or entry.get("id")), entry.get("data_files"), entry.get("type")
-    unread = sorted(key for key in entry.keys() - _KNOWN if not off(entry[key]))
-    unread += ["type"] if isinstance(kind, dict) else [] if isinstance(files, str | None) else ["data_files"]
-    if unread:
+def _entries(entry: Source) -> list[Source]:
+    """An entry of axolotl's or TRL's lists, as an item for each of its files."""
+    files = entry.get("data_files")
+    if isinstance(files, list) and all(isinstance(one, str) for one in files):
+        return [_entry({**entry, "data_files": one}) for one in files]
+    return [_entry(entry)]
+
+
+def _check_entry(path: str, entry: Source) -> None:
+    """Raises CannotSay: a key of the entry asks for what hecate's data do not have."""
+    given = {key: value for key, value in entry.items() if not off(value)}
+    if "[" in (split := str(given.get("split"))):
+        raise CannotSay(f"{path}: hecate reads whole files, not {split}: name one with those records, or take split out of their file")
+    for key, (same, what_to_do) in _ONLY.items():
+        if key in given and given[key] not in same:
+            raise CannotSay(f"{path}: {key} {shorten(str(given[key]))}: {what_to_do}")
+    eot = entry.get("train_on_eot")
+    if eot is not None and eot != (entry.get("train_on_eos") or "turn"):
+        raise CannotSay(f"{path}: train_on_eot {eot}: hecate has one mark of a turn's end: write train_on_eos, or take it out")
+    if isinstance(entry.get("type"), dict):
+        raise CannotSay(f"{path}: type with a prompt of its own: write the prompts into the records, as prompt and completion")
+    if not isinstance(entry.get("data_files"), str | None):
+        raise CannotSay(f"{path}: data_files: write the files' names as a list, or entries of their own")
+    if unread := sorted(given.keys() - _KNOWN - _ONLY.keys() - {"train_on_eot"}):
         raise CannotSay(f"{path}: hecate's data have no such {', '.join(unread)}: see docs/use/data.md, and change their file")
+
+
+def _check_names(path: str, entry: Source) -> None:
+    """Raises CannotSay: a chat's roles or keys have names that hecate does not read."""
+    for role, names in (entry.get("roles") or {}).items():
+        known = {"developer", "system"} if role == "system" else {name for name, of in SPEAKERS.items() if of == role}
+        if others := sorted(map(str, {*([names] if isinstance(names, str) else names)} - known)):
+            raise CannotSay(f"{path}: roles {others[0]}: call it {role} in the records; of that hecate knows {', '.join(sorted(known))}")
+    mapping = entry.get("message_property_mappings") or {}
+    if others := sorted(key for key, name in mapping.items() if key not in ("role", "content") and name != key):
+        raise CannotSay(f"{path}: message_property_mappings {others[0]}: call it {others[0]} in the records, not {mapping[others[0]]}")
+
+
+def _entry(entry: Source) -> Source:
+    path, files, kind = str(entry.get("path") or entry.get("id")), entry.get("data_files"), entry.get("type")
+    _check_entry(path, entry)
     if files:
-        path = f"{path}/{files}" if on_hub(path) else str(files)
+        path = f"{path}/{files}" if on_hub(path) else os.path.join(path, files) if os.path.isdir(path) else files
     elif on_hub(path):
         path = _of_split(path, entry.get("split"), entry.get("name") or entry.get("config"))
+    if not on_hub(path):
+        path = _here(path, str(entry.get("split") or "train"))
     made: Source = {"path": path} | ({} if entry.get("weight") in (None, 1) else {"weight": entry["weight"]})
     kind = str(kind).partition(".")[0].partition(":")[0]
     if kind in ("chat_template", "sharegpt"):
         old = kind == "sharegpt"
+        _check_names(path, entry)
+        made |= _learned(entry)
         mapping = entry.get("message_property_mappings") or {}
         role = mapping.get("role") or entry.get("message_field_role") or ("from" if old else "role")
         content = mapping.get("content") or entry.get("message_field_content") or ("value" if old else "content")
-        return made | _chat(role, content, entry.get("field_messages") or ("conversations" if old else "messages"))
+        chat = _chat(role, content, entry.get("field_messages") or ("conversations" if old else "messages"))
+        called = {
+            ours: entry[key] for key, ours in {"field_tools": "tools", "field_system": "system"}.items() if entry.get(key, ours) != ours
+        }
+        fields = chat.get("fields", {}) | {ours: name for ours, name in called.items() if name}
+        return made | chat | ({"fields": fields} if fields else {})
     if kind not in _FORMATS:
         raise CannotSay(f"type {kind}: hecate has messages, prompt_completion, alpaca, sharegpt and text (docs/use/data.md)")
     fields = {ours: entry[key] for key, ours in _FIELDS.items() if entry.get(key)} | (
         {"text": entry["field"]} if entry.get("field") else {}
     )
     return made | ({"format": _FORMATS[kind]} if _FORMATS[kind] else {}) | ({"fields": fields} if fields else {})
+
+
+def _learned(entry: Source) -> Source:
+    """Which turns of an entry are learned, and where the mark behind them is, where axolotl's file says other than its defaults."""
+    made: Source = {}
+    roles, eos = entry.get("roles_to_train"), entry.get("train_on_eos")
+    if roles is not None and (names := [SPEAKERS.get(role, role) for role in roles]) != ["assistant"]:
+        made["roles_to_train"] = names
+    return made | ({} if eos in (None, "turn") else {"train_on_eos": eos})
+
+
+def _files_here(path: str, split: str) -> str:
+    """The files of a split in a folder of this machine, as the library datasets knows them by their names. "": there are none."""
+    inside = (f"{path}/{split}", f"{path}/{split}*", f"{path}/data/{split}*")
+    return next((one for one in inside if (os.path.isdir(one) if one.endswith(f"/{split}") else glob(one))), "")
+
+
+def _here(path: str, split: str) -> str:
+    """Raises CannotSay: the split is not that of a file, or of a folder."""
+    found = _files_here(path, split) if os.path.isdir(path) else ""
+    if not found and split != "train":
+        raise CannotSay(f"{path}: has no split {split} of its own: name the file with those records, or take split out of their file")
+    return found or path
 
 
 def _of_split(path: str, split: Any, config: Any) -> str:
@@ -139,15 +259,25 @@ def _of_info(name: str, folder: Path) -> Source:
     except KeyError:
         raise CannotSay(f"{name} is not in {info}") from None
     columns, tags = dict(entry.get("columns") or {}), entry.get("tags") or {}
-    if other := {"ranking", "num_samples", "rejected", "kto_tag", "images", "videos", "audios"} & {*entry, *columns}:
+    if other := {"ranking", "num_samples", "rejected", "kto_tag", "images", "videos", "audios", "folder", "chosen"} & {
+        key for of in (entry, columns) for key, one in of.items() if not off(one)
+    }:
         raise CannotSay(
             f"{name} has {', '.join(sorted(other))}: hecate learns text, from whole files, and not by preferences; leave it out"
         )
     hub = entry.get("hf_hub_url")
     if not (file := entry.get("file_name")) and not hub:
         raise CannotSay(f"{name} is neither a file nor on the Hugging Face Hub: name a file")
-    made: Source = {"path": str(folder / file) if file else _of_split(hub, entry.get("split"), entry.get("subset")), "name": name}
-    if entry.get("formatting") == "sharegpt":
+    made: Source = {
+        "path": _here(str(folder / file), str(entry.get("split") or "train"))
+        if file
+        else _of_split(hub, entry.get("split"), entry.get("subset")),
+        "name": name,
+    }
+    for tag, known in TAGS.items():
+        if tags.get(tag, known[0]) not in known and tag not in ("role_tag", "content_tag"):
+            raise CannotSay(f"{name}: its {tag} is {tags[tag]}, and hecate reads {' or '.join(known)}: rename it in the file")
+    if entry.get("formatting") in ("sharegpt", "openai"):
         made |= _chat(tags.get("role_tag", "from"), tags.get("content_tag", "value"), columns.pop("messages", "conversations"))
     else:
         made["format"] = "text" if set(columns) == {"prompt"} else "alpaca"

@@ -35,7 +35,7 @@ SAME: dict[str, str] = {
     "lora.moe_rank_scaling": "moe_rank_scaling normalize_moe_lora",
     "lora.init_from": "lora_model_dir adapter_name_or_path",
     "moe.num_experts": "num_experts",
-    "moe.top_k": "top_k",
+    "moe.top_k": "top_k num_experts_per_tok",
     "moe.router_aux_loss_coef": "router_aux_loss_coef router_loss_coef",
 }
 """hecate's key, and what others call it"""
@@ -53,8 +53,8 @@ LEFT: dict[str, str] = {
     "ddp_find_unused_parameters ddp_timeout ddp_backend local_rank use_ray": "hecate starts the ranks; `hecate ray` does it on Ray",
     "world_size": "nproc is for this machine; `hecate launch` or torchrun for each node",
     "dataloader_num_workers dataloader_pin_memory dataset_processes": "rows are read from memory, and no worker is needed",
-    "dataset_num_proc preprocessing_num_workers overwrite_cache dataset_prepared_path tokenized_path": "data are tokenized once and "
-    "kept in data.cache",
+    "dataset_num_proc preprocessing_num_workers preprocessing_batch_size data_shared_file_system "
+    "overwrite_cache dataset_prepared_path tokenized_path": "data are tokenized once and kept in data.cache",
     "dataset_dir dataset_train_split dataset_test_split dataset_config dataset_splits remove_unused_columns "
     "dataset_text_field": "it is read with the data's name, or the keys of records say it",
     "pad_to_sequence_len padding_free pad_to_multiple_of eval_packing eval_sample_packing packing_strategy "
@@ -62,10 +62,13 @@ LEFT: dict[str, str] = {
     "per_device_eval_batch_size eval_batch_size": "the held-out loss takes micro_batch_size, and eval.batch_size is of generated answers",
     "overwrite_output_dir": "a run never overwrites another: give a new output_dir, or resume=true",
     "logging_dir": "metrics.jsonl, and with report_to=[tensorboard] the folder tensorboard, are in output_dir",
+    "adapter_name": "a run has one adapter, output_dir/adapter",
     "run_name wandb_name wandb_run_id wandb_entity wandb_watch wandb_log_model hub_strategy": "output_dir names the run, and trackers read "
     "the environment",
     "log_level plot_loss logging_first_step disable_tqdm eval_table_size eval_table_max_new_tokens eval_max_new_tokens debug": "it changes "
     "what is shown; `hecate report` draws the run",
+    "media_dir buffer_size eval_num_beams ignore_pad_token_for_loss": "it is of images, of streaming or of generation, or is always so",
+    "eval_on_each_dataset": "each source is evaluated by itself, always",
     "save_only_model save_safetensors": "checkpoints hold the whole run, and output_dir/adapter the adapter",
     "loss_watchdog_threshold loss_watchdog_patience": "max_skipped_steps stops a run whose loss is not finite",
     "do_train do_eval strict": "the verb says it: hecate train, hecate eval",
@@ -80,7 +83,8 @@ NOT_SUPPORTED: dict[str, str] = {
     "pissa_init pissa_iter pissa_convert": "PiSSA",
     "use_galore use_badam use_apollo use_adam_mini use_muon": "an optimizer by a key of its own; optim names those that there are",
     "use_llama_pro freeze_trainable_layers freeze_trainable_modules unfrozen_parameters": "training chosen layers",
-    "neftune_noise_alpha": "noise on embeddings",
+    "neftune neftune_noise_alpha": "noise on embeddings",
+    "lora_bias": "training biases beside the adapters",
     "push_to_hub hub_model_id push_dataset_to_hub": "uploading",
     "rl pref_beta pref_loss beta max_prompt_length": "training by preferences or rewards",
     "image_max_pixels video_max_pixels processor_type skip_prepare_dataset": "images, video and sound",
@@ -93,6 +97,9 @@ NOT_SUPPORTED: dict[str, str] = {
     "lora_modules_to_save modules_to_save additional_target": "training modules beside the adapters; model.train_non_experts does it with "
     "moe.family=full",
     "lora_fan_in_fan_out": "transposed weights",
+    "interleave_probs": "a mixture by probabilities; the items' weight in data.train says it",
+    "default_system": "a system message that the chat template does not write; put it into the records",
+    "tool_format": "another form of tools than the chat template's",
     "curriculum_sampling sample_packing_sequentially": "another order of samples than the seed's",
     "dataset_exact_deduplication": "removing samples that are there twice",
     "rope_scaling shift_attn": "another position embedding or attention than the model's",
@@ -119,6 +126,8 @@ CONVERTED: dict[str, tuple[values.Convert, str]] = {
     "save_strategy saves_per_epoch": (values.steps, "write save_steps=N, a number of steps between checkpoints"),
     "logging_strategy": (values.steps, "write logging_steps=N, a number of steps between records"),
     "optim optimizer": (values.training, "write optim"),
+    "mix_strategy": (values.training, "leave it out; the items of data.train are mixed by their weights"),
+    "enable_thinking": (values.training, "leave it out; the chat template writes thoughts or none"),
     "lr_scheduler": (values.training, "write lr_scheduler_type"),
     "lr_scheduler_type lr_scheduler_kwargs max_grad_norm gradient_checkpointing seed": (values.training, ""),
     "gradient_clipping": (values.training, "write max_grad_norm"),
@@ -188,3 +197,12 @@ HINTS: dict[str, str] = {
     **{name: hint for names, (_, hint) in CONVERTED.items() for name in names.split() if hint},
 }
 """what to write in the place of each key of theirs that hecate does not have"""
+VALUE_HINTS: dict[str, dict[str, str]] = {
+    "optim": {
+        name: f"write {kind}{values.OTHERWISE.get(name, '')}"
+        for kind, names in values.OPTIMIZERS.items()
+        for name in names.split()
+        if name != kind
+    }
+}
+"""hecate's key, a value that others have for it -> what to write in its place"""

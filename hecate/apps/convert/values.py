@@ -16,14 +16,21 @@ from hecate.io.plain_files import read_plain
 from hecate.io.strict_json import parse_json
 
 Convert = Callable[[str, Any, Theirs], KeyAnswer]
-_OPTIMIZERS = {
-    "adamw": "adamw adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused paged_adamw paged_adamw_32bit",
-    "adamw_8bit": "adamw_8bit adamw_bnb_8bit adamw_torch_8bit paged_adamw_8bit",
-    "lion": "lion lion_32bit lion_pytorch",
+OPTIMIZERS = {
+    "adamw": "adamw adamw_torch adamw_torch_fused adamw_hf adamw_torch_npu_fused adamw_apex_fused adamw_anyprecision paged_adamw "
+    "paged_adamw_32bit",
+    "adamw_8bit": "adamw_8bit adamw_bnb_8bit adamw_torch_8bit adamw_torch_4bit paged_adamw_8bit",
+    "lion": "lion lion_32bit lion_pytorch paged_lion_32bit lion_8bit paged_lion_8bit",
     "adafactor": "adafactor",
     "muon": "muon",
 }
-_EPOCHS = "the steps of an epoch are known once data are packed: hecate train prints them, and {} can be added then"
+"""hecate's optimizers, and what others call them"""
+_MORE_BITS = ", whose moments have more bits"
+OTHERWISE = {"adamw_torch_4bit": _MORE_BITS, "lion_8bit": _MORE_BITS, "paged_lion_8bit": _MORE_BITS}
+"""those that hecate computes in another way, and how"""
+CHANGE_IT = "change it where that does not fit"
+_STEPS = {"eval_steps": 50, "save_steps": 500, "logging_steps": 10}
+"""how many steps stand for a share of an epoch, whose number of steps is known only once data are packed"""
 _OF_EXPERTS = {"w1": ["gate_proj"], "w3": ["up_proj"], "w2": ["down_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 """names of experts' projections in some models, and in PEFT's target_parameters, as hecate calls them"""
 _MOE_NAMES = re.compile(r"moe|mixtral|\d+x\d+b|-a\d+(\.\d+)?b|gpt-oss|deepseek-v[23]|glm-4\.\d|llama-4", re.IGNORECASE)
@@ -117,22 +124,33 @@ def steps(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     key = key.replace("saves_per_epoch", "save_steps")
     if off(value) or value == "steps" or (key == "eval_steps" and not holds_out(theirs)):
         return default(f"{key} says when") if value == "steps" else left("only at the end" if off(value) else "nothing is held out")
-    if name.endswith("_per_epoch") or value in ("epoch", "best"):
-        return left(_EPOCHS.format(key))
+    if value == "best":
+        return left("metric_for_best_model, or early_stopping_patience, has the best model saved")
+    if name.endswith("_per_epoch") or value == "epoch":
+        return some_steps(key)
     if theirs.get(name.replace("_steps", "_strategy")) in ("epoch", "no"):
         return left("their strategy does not ask for it")
     if isinstance(worth, float) and worth < 1:
-        return carry({key: math.ceil(worth * most)}) if limited else left(_EPOCHS.format(key))
+        return carry({key: math.ceil(worth * most)}) if limited else some_steps(key)
     return carry({key: int(worth)}) if isinstance(worth, int | float) else cannot(f"write {key}, a number of steps")
+
+
+def some_steps(key: str) -> KeyAnswer:
+    """A number of steps where theirs is a share of an epoch or of the run."""
+    return carry(
+        {key: _STEPS[key]}, f"no number of steps in an epoch is known before data are packed, and {_STEPS[key]} stands there: {CHANGE_IT}"
+    )
 
 
 def training(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     """The optimizer, its schedule, and what else the steps are computed with."""
     match name:
         case "optim" | "optimizer":
-            kind = next((kind for kind, words in _OPTIMIZERS.items() if str(value) in words.split()), None)
+            kind = next((kind for kind, words in OPTIMIZERS.items() if str(value) in words.split()), None)
             if kind is None:
-                return cannot(f"write optim, one of {', '.join(_OPTIMIZERS)}")
+                return cannot(f"write optim, one of {', '.join(OPTIMIZERS)}")
+            if str(value) in OTHERWISE:
+                return carry({"optim": kind}, "its" + OTHERWISE[str(value)].removeprefix(", whose"))
             return default("AdamW") if "optim" not in LEAVES and kind == "adamw" else carry({"optim": kind})
         case "lr_scheduler" | "lr_scheduler_type":
             minimum = value == "cosine" and theirs.get("cosine_min_lr_ratio")
@@ -156,6 +174,12 @@ def training(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
         case "assistant_only_loss":
             whole = "of chats, TRL's loss is then over the whole conversation, and hecate's over the answers"
             return left(whole) if off(value) else default("the loss is over answers")
+        case "mix_strategy":
+            weights = "give the items of data.train weights, or --drop mix_strategy to train on all records as they are"
+            return default("all records") if value in (None, "concat") else cannot(weights)
+        case "enable_thinking":
+            on = value in (None, True)
+            return default("as the chat template") if on else cannot("give data.chat_template=FILE, a template that writes no thoughts")
         case "loss_type":
             return default("nll") if value in (None, "nll", "chunked_nll") else cannot("hecate has no other loss than nll")
     raise AssertionError(name)

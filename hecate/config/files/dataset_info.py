@@ -15,7 +15,7 @@ _PATH = re.compile(r"(?P<file>(?:.*/)?dataset_info\.json):(?P<name>.+)")
 _ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history"}
 """Columns, and what hecate calls them, of records of alpaca's form; those of `_OF_ALL` are in records of every form."""
 _OF_ALL = {"system": "system", "tools": "tools"}
-_TAGS = {
+TAGS = {
     "user_tag": ("human", "user"),
     "assistant_tag": ("gpt", "assistant"),
     "observation_tag": ("observation", "tool"),
@@ -99,7 +99,7 @@ def _source_of(entry: Any, folder: str) -> dict[str, Any]:
 
 
 def _chats(columns: dict[str, Any], tags: dict[str, Any]) -> dict[str, Any]:
-    for tag, known in _TAGS.items():
+    for tag, known in TAGS.items():
         if tags.get(tag, known[0]) not in known:
             raise ValueError(f"its {tag} is {tags[tag]}, and hecate reads {' or '.join(known)}; rename it in the file")
     kind, key = ("messages", "messages") if tags.get("role_tag") == "role" else ("sharegpt", "conversations")

@@ -27,7 +27,7 @@ def check_best_model(values: Mapping[str, Any], add: Add) -> None:
     sources = [*named, *(source.name for source in train if share and source.name not in named)]
     known = _metrics(sources, generates=values["eval.generate"])
     metric = values.get("metric_for_best_model")
-    if metric is not None and metric not in known:
+    if metric is not None and metric not in ("eval_loss", *known):  # transformers' name of the loss
         more = "" if values["eval.generate"] else "; exact shares come with eval.generate=true"
         add("metric_for_best_model", f"no evaluation has the number {shorten(metric)}", f"there are {', '.join(known)[:200]}{more}")
 

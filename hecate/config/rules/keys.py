@@ -334,7 +334,8 @@ def _check_names(values: Mapping[str, Any], add: Add) -> None:
     for key, kinds in known.items():
         for i, kind in enumerate(values.get(key, ())):
             if kind not in kinds:
-                add(f"{key}[{i}]", f"must be one of {', '.join(kinds)}, got {shorten(kind)}", did_you_mean(kind, kinds))
+                hint = "name each that is wanted" if kind == "all" else did_you_mean(kind, kinds)
+                add(f"{key}[{i}]", f"must be one of {', '.join(kinds)}, got {shorten(kind)}", hint)
     reported = values.get("report_to", ())
     if len(set(reported)) < len(reported):
         add("report_to", "names a tracker twice", "name each once")

@@ -211,12 +211,34 @@ def test_all_problems_come_in_one_report_in_the_order_of_the_file(folder: Path) 
 
 def test_the_report_crosses_processes_and_stays_short(folder: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(MINIMAL + "".join(f"key{i}: 1\n" for i in range(200)))
+        load(MINIMAL, f"report_to=[{'wandbb,' * 199}wandbb]")
     again = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
     assert again.problems == caught.value.problems
-    assert len(again.problems) == 200
+    assert len(again.problems) == 201  # and that one is named twice
     assert str(again) == str(caught.value)
-    assert str(again).endswith("... and 180 more")
+    assert str(again).endswith("... and 181 more")
+
+
+def test_every_unknown_key_is_shown_on_one_line(folder: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(MINIMAL + "".join(f"zz{i}: 1\n" for i in range(30)) + "lora_r: 8\n", "moe.num_experts=-1")
+    lines = str(caught.value).splitlines()
+    assert [f"run.yaml:{5 + i}: zz{i}: unknown key" for i in range(30)] == [line.partition(";")[0] for line in lines[:30]]
+    assert lines[30] == "run.yaml:35: lora_r: unknown key; write lora.r"
+    assert "moe.num_experts: must be" in lines[31]
+
+
+@pytest.mark.parametrize("none", ["none", "[none]", "[]"])
+def test_no_tracker_by_transformers_word(none: str, folder: Path) -> None:
+    assert load(MINIMAL, f"report_to={none}").report_to == ()
+    assert load(f"{MINIMAL}report_to: {none}\n").report_to == ()
+
+
+def test_trackers_beside_none_and_all_of_them_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="hint: name each that is wanted"):
+        load(MINIMAL, "report_to=[all]")
+    with pytest.raises(ConfigError, match="must be one of tensorboard, wandb, mlflow, trackio, got none"):
+        load(MINIMAL, "report_to=[none,wandb]")
 
 
 def test_a_preset_is_found_by_its_name_wherever_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,10 @@ def test_every_answer_names_keys_that_exist() -> None:
         ("roles_to_train=[assistant]", "write data.roles_to_train"),
         ("evals_per_epoch=4", "write eval_steps=N, a number of steps between evaluations"),
         ("trust_remote_code=true", "leave it out; models are transformers' own classes, and no code of a model's folder runs"),
+        ("num_experts_per_tok=2", "write moe.top_k"),
+        ("lora_bias=all", "not supported: training biases beside the adapters; leave it out"),
+        ("neftune=5", "not supported: noise on embeddings; leave it out"),
+        ("adapter_name=mine", "leave it out; a run has one adapter, output_dir/adapter"),
         ("plot_loss=true", "leave it out; it changes what is shown; `hecate report` draws the run"),
     ],
 )
@@ -56,6 +60,23 @@ def test_on_the_command_line(given: str, hint: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(_file(tmp_path, ""), [given])
     assert [problem.hint for problem in caught.value.problems if problem.what == "unknown key"] == [hint]
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ("adamw_torch", "write adamw"),
+        ("adamw_torch_fused", "write adamw"),
+        ("paged_adamw_32bit", "write adamw"),
+        ("paged_adamw_8bit", "write adamw_8bit"),
+        ("adamw_bnb_8bit", "write adamw_8bit"),
+        ("lion_8bit", "write lion, whose moments have more bits"),
+    ],
+)
+def test_optimizers_by_transformers_names(value: str, hint: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(_file(tmp_path, ""), [f"optim={value}"])
+    assert [problem.hint for problem in caught.value.problems if problem.key == "optim"] == [hint]
 
 
 def test_keys_of_theirs_in_a_file_of_hecates(tmp_path: Path) -> None:
@@ -72,6 +93,7 @@ def test_keys_of_theirs_in_a_file_of_hecates(tmp_path: Path) -> None:
 def test_without_the_app_there_are_no_hints(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(other_names, "_APP", "hecate.apps.not_there")
     assert other_names.key_hint("lora_r") == ""
+    assert other_names.value_hint("optim", "adamw_torch") == ""
     assert other_names.whole_file("axo.yml") == ""
 
 

@@ -34,6 +34,11 @@ def test_without_any_no_model_is_the_best(folder: Path) -> None:
     assert "early_stopping_threshold: is read with early_stopping_patience only" in problem("early_stopping_threshold=0.1", *EVALUATED)
 
 
+def test_transformers_name_of_the_loss_is_that_of_the_mean_of_all_sources(folder: Path) -> None:
+    config = load(MINIMAL, "data.eval=[a.jsonl,b.jsonl]", "eval_steps=5", "metric_for_best_model=eval_loss")
+    assert config.best_metric == "loss"
+
+
 @pytest.mark.parametrize("metric", ["loss", "exact", "a.loss", "a.exact", "b.loss", "b.exact"])
 def test_every_number_of_an_evaluation_is_known(folder: Path, metric: str) -> None:
     given = ("data.eval_share=0.1", "eval.generate=true", f"metric_for_best_model={metric}")
@@ -45,7 +50,7 @@ def test_every_number_of_an_evaluation_is_known(folder: Path, metric: str) -> No
     [
         ("a.loss", (), "there are loss, b.loss; exact shares come with eval.generate=true"),
         ("exact", (), "there are loss, b.loss; exact shares come with eval.generate=true"),
-        ("eval_loss", ("eval.generate=true",), "there are loss, exact, b.loss, b.exact"),
+        ("eval_exact", ("eval.generate=true",), "there are loss, exact, b.loss, b.exact"),
         ("c.loss", ("data.eval_share=0.5",), "there are loss, b.loss, a.loss; exact"),
     ],
 )
