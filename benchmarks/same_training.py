@@ -133,7 +133,9 @@ def _by_step(records: Records, keys: Sequence[str]) -> dict[int, list[Any]]:
         if record["kind"] == "step":
             found.setdefault(record["step"], []).append([record[key] for key in keys])
         elif record["kind"] == "eval" and keys is COMPARED:
-            found.setdefault(record["step"], []).append(record["sources"])
+            sources = record["sources"].items()  # an earlier state of the code records no answers
+            numbers = {name: {key: value for key, value in scores.items() if key != "answers"} for name, scores in sources}
+            found.setdefault(record["step"], []).append(numbers)
     return found
 
 

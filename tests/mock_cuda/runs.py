@@ -45,8 +45,11 @@ class Runs:
         return [(record["loss"], record["aux_loss"], record["grad_norm"]) for record in self.records(name, "step")]
 
     def evaluations(self, name: str) -> list[dict[str, dict[str, Any]]]:
-        """The scores of each source in each evaluation of a run."""
-        return [record["sources"] for record in self.records(name, "eval")]
+        """The numbers of each source in each evaluation of a run."""
+        return [
+            {source: {key: value for key, value in scores.items() if key != "answers"} for source, scores in record["sources"].items()}
+            for record in self.records(name, "eval")
+        ]
 
     def records(self, name: str, kind: str) -> list[dict[str, Any]]:
         """Of one kind, from the metrics of a run."""
