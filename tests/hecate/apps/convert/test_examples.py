@@ -4,7 +4,6 @@ become recipes that `hecate plan` accepts."""
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -47,17 +46,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def converted(case: dict[str, Any]) -> tuple[Converted, list[str]]:
-    """The example, with what its user must drop and what this version has no key for; and what is refused for any other reason."""
-    file, values = Path("theirs.yaml"), case["file"]
-    first = convert(file, values, case.get("drop", ()))
-    # What `optim` and its schedules, and data.eval_share, bring as keys of hecate.
-    coming = {"val_set_size", "val_size", "optimizer", "lr_scheduler_type", "lr_scheduler_kwargs"}
-    lacking = [
-        key
-        for key in first.refused
-        if key in coming and re.search("no optim|no data.eval_share|no lr_|must be one of cosine", first.answers[key].text)
-    ]
-    made = convert(file, values, [*case.get("drop", ()), *(key.strip("[]") for key in lacking)])
+    """The example, without what its user must drop; and what is refused."""
+    made = convert(Path("theirs.yaml"), case["file"], case.get("drop", ()))
     return made, made.refused
 
 
