@@ -80,6 +80,9 @@ def rows_of(text: str, tokens: Callable[[str], list[int]]) -> list[str]:
 
 def ours(folder: Path) -> None:
     """A rank of our side, which takes as many steps as are asked for."""
+    from hecate.train.rank_main import preload
+
+    preload()  # as a rank of `hecate train` does
     import torch
 
     from hecate.config import load_config

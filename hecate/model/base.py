@@ -128,7 +128,7 @@ def build_base(
     linears: tuple[FoundLinear, ...] = ()
     own_experts: tuple[OwnExperts, ...] = ()
     model: Any
-    with one_gguf_reader():
+    with one_gguf_reader(source.gguf_file):
         if kind.of_moe_base:
             model, own_experts = load_moe_model(source, pick_dtype(dtype, device), device, kind, num_hidden_layers)
         else:

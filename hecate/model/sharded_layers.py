@@ -9,7 +9,6 @@ from torch import nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
 from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from hecate.model.gated_ffn import decoder_layers
 from hecate.model.layers.lora import LoraLinear
@@ -30,6 +29,8 @@ def shard_frozen_layers(moe: MoeModel, group: dist.ProcessGroup, whole: nn.Modul
         whole: the base model as it was loaded, in the model's type and on any device. It is needed where the layers are sharded already,
             over ranks of which some are lost: its layers then take the place of those. None: the layers are not sharded yet.
     """
+    from torch.distributed.fsdp import fully_shard  # half a second, which only this setting needs
+
     name, layers = decoder_layers(moe.model)
     decoder = moe.model.get_submodule(name.rpartition(".")[0])
     device = next(moe.model.parameters()).device
@@ -72,6 +73,8 @@ def _no_longer_sharded(module: nn.Module) -> None:
 
     torch (2.10 to 2.13) has no call for this, and refuses a module that it knows already.
     """
+    from torch.distributed.fsdp import FSDPModule
+
     assert isinstance(module, FSDPModule), type(module)
     state = module._get_fsdp_state()
     handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]

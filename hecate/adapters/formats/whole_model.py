@@ -71,7 +71,7 @@ def load_plain_model(
     held = saved if dtype == "auto" and isinstance(saved, torch.dtype) else pick_dtype(dtype, ranks.device)
     if source.gguf_file is None and num_hidden_layers is None:
         require_room(source.folder, held, ranks.device)
-    with one_gguf_reader():
+    with one_gguf_reader(source.gguf_file):
         model = load_model(source, held, ranks.device, num_hidden_layers).eval()
         tokenizer = load_tokenizer(source)
     topology = local_topology(ranks.world_size, cuda=ranks.device.type == "cuda")

@@ -57,7 +57,7 @@ def _plain(name: str) -> str:
 
 
 @contextmanager
-def one_gguf_reader() -> Iterator[None]:
+def one_gguf_reader(gguf_file: str | None) -> Iterator[None]:
     """Let what transformers does with GGUF files take a third of the time within the block, and print no bar.
 
     - The header is parsed once, out of an ordinary array: numpy's arrays over mapped files take a microsecond more for each of its million
@@ -65,7 +65,13 @@ def one_gguf_reader() -> Iterator[None]:
     - What the header says of configuration and tokenizer is kept, and each caller gets a copy.
     - The table of tensor names of an architecture is made once; transformers asks for it for each module of the model.
     - transformers' setting for bars (`disable_progress_bar`), which its reader of these files does not ask, holds for that one, too.
+
+    Args:
+        gguf_file: its name. None: nothing is changed, since importing transformers' reader would take a quarter of a second.
     """
+    if gguf_file is None:
+        yield
+        return
     try:
         import gguf
         from transformers import modeling_gguf_pytorch_utils as reading

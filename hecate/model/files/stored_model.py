@@ -44,7 +44,7 @@ class StoredModel:
 def open_stored(source: ModelSource) -> StoredModel:
     """Return the model's weights as they are stored. Raises UserError: a file cannot be read, or holds weights that are quantised."""
     if source.gguf_file is not None:
-        with one_gguf_reader():
+        with one_gguf_reader(source.gguf_file):
             model = load_model(source, torch.float32, torch.device("cpu"))
         config: Any = model.config
         config.architectures = [type(model).__name__]  # which a GGUF file does not say, and readers of a model's folder look for

@@ -20,7 +20,7 @@ def tokenizer_of(config: Config) -> Any:
     name = config.model.tokenizer
     assert name is not None
     source = ModelSource(Path(name), None) if Path(name).is_dir() else resolve_model(name)
-    with one_gguf_reader():
+    with one_gguf_reader(source.gguf_file):
         return load_tokenizer(source)
 
 

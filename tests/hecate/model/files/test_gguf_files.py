@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,7 @@ def test_configuration_and_weights_are_those_of_transformers_alone(tmp_path: Pat
     write_llama(tmp_path / "tiny.gguf")
     alone = loaded(tmp_path / "tiny.gguf")
     assert "GGUF" in capsys.readouterr().err, "this test sees no bar, whoever prints one"
-    with one_gguf_reader():
+    with one_gguf_reader("tiny.gguf"):
         once = loaded(tmp_path / "tiny.gguf")
     assert capsys.readouterr().err == ""
     assert once.config.to_dict() == alone.config.to_dict()
@@ -75,7 +77,7 @@ def test_the_header_is_parsed_once_and_a_caller_may_change_what_it_got(tmp_path:
 
     monkeypatch.setattr(gguf, "GGUFReader", Counted)
     source = resolve_model(str(tmp_path / "tiny.gguf"))
-    with one_gguf_reader():
+    with one_gguf_reader("tiny.gguf"):
         first = modeling_gguf_pytorch_utils.load_gguf_checkpoint(str(tmp_path / "tiny.gguf"))
         first["config"].clear()
         assert read_config(source).hidden_size == HIDDEN
@@ -85,9 +87,15 @@ def test_the_header_is_parsed_once_and_a_caller_may_change_what_it_got(tmp_path:
 
 def test_transformers_is_as_it_was_after_the_block() -> None:
     before = gguf.GGUFReader, gguf.get_tensor_name_map, modeling_gguf_pytorch_utils.load_gguf_checkpoint
-    with one_gguf_reader():
+    with one_gguf_reader("tiny.gguf"):
         assert gguf.GGUFReader is not before[0]
     assert before == (gguf.GGUFReader, gguf.get_tensor_name_map, modeling_gguf_pytorch_utils.load_gguf_checkpoint)
+
+
+def test_a_model_of_another_form_does_not_import_the_reader() -> None:
+    """Importing it takes a quarter of a second of each start."""
+    program = "import sys; from hecate.model.files.gguf_files import one_gguf_reader as r\nwith r(None): assert 'gguf' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(("name", "known"), [("llama", True), ("rwkv7", False), ("gpt-oss", True), ("qwen3moe", True), ("x" * 2000, False)])
