@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from hecate.errors import UserError
 from hecate.io.terminal import safe_line, show_text
@@ -15,7 +16,20 @@ from hecate.io.terminal import safe_line, show_text
 if TYPE_CHECKING:
     from hecate.checkpoint.survey import ListedCheckpoint
 
-verbs = typer.Typer(no_args_is_help=True, help="Say which checkpoints a run has, what they hold, and whether they are whole.")
+
+class _NeedsVerb(TyperGroup):
+    """Says which verbs there are to whoever names the folder alone."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands and Path(args[0]).exists():
+            ways = ", ".join(f"`hecate checkpoint {verb} {args[0]}`" for verb in self.commands)
+            raise UserError(f"checkpoint takes a verb before the folder: {ways}")
+        return super().resolve_command(ctx, args)
+
+
+verbs = typer.Typer(
+    cls=_NeedsVerb, no_args_is_help=True, help="Say which checkpoints a run has, what they hold, and whether they are whole."
+)
 _AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 

@@ -105,3 +105,9 @@ def test_what_is_no_checkpoint_is_said(tmp_path: Path) -> None:
             verb(tmp_path)
     with pytest.raises(UserError, match="is not a folder"):
         checkpoints.list_checkpoints(tmp_path / "not there")
+
+
+def test_a_folder_without_a_verb_is_answered_with_the_verbs(run: Path) -> None:
+    with pytest.raises(UserError, match=f"`hecate checkpoint list {run}`.*`hecate checkpoint verify {run}`"):
+        CliRunner().invoke(app, ["checkpoint", str(run)], catch_exceptions=False)
+    assert "No such command 'lst'" in invoked("lst", run, status=2)
