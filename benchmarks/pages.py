@@ -324,11 +324,6 @@ def merging(recording: Mapping[str, Any]) -> Pieces:
     return ["\n".join(lines), f"keeps {100 * kept / single:.0f} % of the {single:.2f} that the adapters have on their own tasks"]
 
 
-def beside_trl(recording: Mapping[str, Any]) -> Pieces:
-    found, key = recording["summary"], "tokens_per_processor_s_over_trl"
-    return [f"{_between(found, key)}, so {VERDICTS[found[f'{key}_verdict']]}"]
-
-
 def _compared(keys: Sequence[str]) -> Callable[[Mapping[str, Any]], Pieces]:
     """Of a recording, its ratios of these names, each with its interval and what may be said of it."""
 
@@ -418,7 +413,7 @@ SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
     "docs/design/planners.md": {"plan_quality": plan_quality, "paper": paper_under_other_loads},
     "README.md": {
         "paper": paper,
-        "beside_trl": beside_trl,
+        "beside_trl": _compared(["tokens_per_processor_s_over_trl", "processor_seconds_to_the_first_step_over_trl"]),
         "train_step": train_step,
         "moe_layer_beside_megatron": _compared(["zipf_speedup_over_megatron_ep", "balanced_speedup_over_megatron_ep"]),
         "moe_layer_beside_fsdp2": _compared(["zipf_speedup_over_fsdp2"]),
@@ -430,10 +425,12 @@ SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
     "docs/use/simulator.md": {"memory_plan": memory_plan, "fidelity": fidelity},
 }
 """page -> recording -> its pieces on that page"""
-SECTIONS: Mapping[str, str] = {"docs/results/systems.md": "What they reach", "docs/use/federated.md": "How they compare"}
+SECTIONS: Mapping[str, str] = {
+    "README.md": "Measured against others",
+    "docs/results/systems.md": "What they reach",
+    "docs/use/federated.md": "How they compare",
+}
 """page -> the heading under which all figures are from recordings"""
-UNRECORDED: Mapping[str, str] = {"README.md": "Measured against others"}
-"""page -> a heading under which figures name no recording, and say when they were measured instead"""
 
 
 def recording_of(name: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.pages import SAID, SECTIONS, UNRECORDED, named, pieces, recording_of
+from benchmarks.pages import SAID, SECTIONS, named, pieces, recording_of
 
 ROOT = Path(__file__).parents[2]
 FIGURE = re.compile(r"\d+\.\d+x?|\d+/\d+|\d+ %|\d+x\b")
@@ -48,17 +48,6 @@ def test_a_page_says_of_its_recordings_what_they_hold(page: str) -> None:
 @pytest.mark.parametrize("page", SECTIONS)
 def test_each_figure_names_its_recording(page: str) -> None:
     assert figures_beside(section(page, SECTIONS[page]), list(pieces(page))) == [], f"{page}: these figures name no recording"
-
-
-@pytest.mark.parametrize("page", UNRECORDED)
-def test_where_no_recording_is_committed_the_page_says_when_it_was_measured(page: str) -> None:
-    """And it names no other than those in `SAID`."""
-    text = one_line(section(page, UNRECORDED[page]))
-    for piece in pieces(page) if page in SAID else ():
-        text = text.replace(one_line(piece), " ")
-    assert figures_beside(text, []), f"{page} has no figures under {UNRECORDED[page]}: take it out of UNRECORDED"
-    assert re.search(r"on \d.* 20\d\d", text)
-    assert "benchmarks/results/" not in text
 
 
 def test_a_figure_that_no_piece_has_is_found() -> None:
