@@ -15,7 +15,7 @@ from hecate.config.yaml_text import Scalar, parse
 
 @dataclass(frozen=True)
 class KeyAnswer:
-    kind: Literal["carried over", "the default already", "left out", "refused"]
+    kind: Literal["carried over", "to be checked", "the default already", "left out", "refused"]
     text: str
     """what was written, why nothing is, or what to do"""
     gives: Mapping[str, Any] = field(default_factory=dict)
@@ -49,6 +49,12 @@ def left(why: str) -> KeyAnswer:
 
 def cannot(what_to_do: str) -> KeyAnswer:
     return KeyAnswer("refused", what_to_do)
+
+
+def to_check(gives: Mapping[str, Any], note: str) -> KeyAnswer:
+    """Carry over values that stand in the place of what theirs mean, and may not fit."""
+    answer = carry(gives, note)
+    return answer if answer.kind == "refused" else KeyAnswer("to be checked", answer.text, gives)
 
 
 def carry(gives: Mapping[str, Any], note: str = "") -> KeyAnswer:

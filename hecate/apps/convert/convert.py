@@ -12,7 +12,7 @@ import yaml
 from hecate.apps.convert import meanings
 from hecate.apps.convert.answer import KeyAnswer, Theirs, cannot, carry, default, left, off
 from hecate.apps.convert.datasets import on_hub
-from hecate.apps.convert.values import CHANGE_IT, holds_out, number, some_steps
+from hecate.apps.convert.values import holds_out, number, some_steps
 from hecate.config import load_config
 from hecate.config.load import MAX_BYTES
 from hecate.config.problems import ConfigError, shorten
@@ -60,7 +60,8 @@ class Converted:
             rows = {key: answer.text for key, answer in self.answers.items() if answer.kind == kind}
             width = max(map(len, rows), default=0)
             lines += [f"{kind} ({len(rows)}):", *(f"  {key:<{width}}  {text}" for key, text in rows.items())] if rows else []
-        return "\n".join([*lines, f"[key]: not in the file; what {self.trainer} takes then"])
+        bracketed = any(key.startswith("[") for key in self.answers)
+        return "\n".join([*lines, *([f"[key]: not in the file; what {self.trainer} takes then"] if bracketed else [])])
 
 
 def trainer_of(values: Mapping[Any, Any]) -> str | None:
@@ -144,7 +145,7 @@ def write(converted: Converted, file: Path, out: Path) -> None:
                 value = str(template)
             section, _, name = key.rpartition(".")
             (tree.setdefault(section, {}) if section else tree)[name] = value
-        notes = [f"# {answer.text}\n" for answer in converted.answers.values() if answer.gives and answer.text.endswith(CHANGE_IT)]
+        notes = [f"# {answer.text}\n" for answer in converted.answers.values() if answer.kind == "to be checked"]
         head = "".join([f"# Made of {converted.trainer}'s {file.name} by hecate convert.\n", *notes])
         text = head + yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
         replace_output(out, [text.encode()])
@@ -175,7 +176,10 @@ def _answer(key: str, value: Any, theirs: Theirs) -> KeyAnswer:
             return cannot("its value has a form that is not known here: write it as the trainer's examples do")
     if name in _SAME or name in LEAVES:
         ours = _SAME.get(name, name)
-        return default("nothing is given") if value is None else carry({ours: value})
+        of_each = "of each rank, as of each process there; nproc says how many this machine has" if ours == "micro_batch_size" else ""
+        return default("nothing is given") if value is None else carry({ours: value}, of_each)
+    if value is None and name in {**_LEFT, **_NOT_SUPPORTED}:
+        return default("nothing is given")
     if name in _LEFT:
         return left(_LEFT[name])
     if off(value):

@@ -8,7 +8,7 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-from hecate.apps.convert.answer import KeyAnswer, Theirs, cannot, carry, default, left, off
+from hecate.apps.convert.answer import KeyAnswer, Theirs, cannot, carry, default, left, off, to_check
 from hecate.apps.convert.values import CHANGE_IT, holds_out, surroundings
 from hecate.config.files.dataset_info import TAGS
 from hecate.config.files.paths import name_of_source
@@ -60,12 +60,15 @@ def data_of(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     key = "data.eval" if name.startswith("eval") else "data.train"
     try:
         gives: dict[str, Any] = {key: _unique(_sources(name, value, theirs))}
-        note = ""
+        checked, note = False, _unchanged(value, gives[key])
         if name == "dataset_name" and holds_out(theirs):
             split = theirs.get("dataset_test_split") or "test"
             if split == (theirs.get("dataset_train_split") or "train") or not (on_hub(value) or _files_here(value, split)):
                 gives["data.eval_share"] = _SHARE
-                note = f"there are no files of a split {split}, and {_SHARE:.0%} of the samples are held out in its place: {CHANGE_IT}"
+                checked, note = (
+                    True,
+                    f"there are no files of a split {split}, and {_SHARE:.0%} of the samples are held out in its place: {CHANGE_IT}",
+                )
             else:
                 gives["data.eval"] = _entries(_whole(value, theirs) | {"split": split})
         if tests := _unique(_sources("dataset_mixer test", value, theirs)) if name == "dataset_mixer" else []:
@@ -74,7 +77,18 @@ def data_of(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
     except CannotSay as problem:
         return cannot(str(problem))
     sources = [*gives.get("data.train", ()), *gives.get("data.eval", ())]
-    return carry(gives | ({"hub": True} if any(on_hub(one["path"]) for one in sources) else {}), note)
+    gives |= {"hub": True} if any(on_hub(one["path"]) for one in sources) else {}
+    return to_check(gives, note) if checked else carry(gives, note)
+
+
+def _unchanged(value: Any, sources: list[Source]) -> str:
+    """Which keys of axolotl's entries say what hecate does anyway."""
+    entries = [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
+    written = {name for source in sources for name in source}
+    same = dict.fromkeys(
+        name for one in entries for name, given in one.items() if not off(given) and name not in {"path", "type", "weight", *written}
+    )
+    return f"{', '.join(same)}: nothing else is needed for what they say" if same else ""
 
 
 def on_hub(path: str) -> bool:

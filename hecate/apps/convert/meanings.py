@@ -46,9 +46,11 @@ LEFT: dict[str, str] = {
     "tf32": "float32 matmuls are computed in full precision",
     "lora_mlp_kernel lora_qkv_kernel lora_o_kernel fused_attn_kernel experts_implementation flash_attn_cross_entropy flash_attn_rms_norm "
     "use_unsloth enable_liger_kernel use_liger_kernel use_liger use_kt kt_optimize_rule cpu_infer chunk_size activation_offloading "
-    "gradient_checkpointing_kwargs": "how it is computed changes nothing; kernels chooses hecate's way",
-    "fsdp fsdp_config fsdp_version deepspeed": "experts are sharded always, "
-    "and with moe.family=moe_lora all else by model.shard_non_experts=true",
+    "liger_rope liger_rms_norm liger_layer_norm liger_glu_activation liger_swiglu liger_cross_entropy liger_fused_linear_cross_entropy "
+    "cut_cross_entropy": "how it is computed changes nothing; kernels chooses hecate's way",
+    "gradient_checkpointing_kwargs": "how activations are computed again changes nothing",
+    "fsdp fsdp_config fsdp_version deepspeed": "experts are sharded always, and with moe.family=moe_lora all else by "
+    "model.shard_non_experts=true; for plain LoRA each rank holds the base",
     "expert_parallel_size": "fssdp.policy=static_ep is static expert parallelism, auto is what hecate is for",
     "ddp_find_unused_parameters ddp_timeout ddp_backend local_rank use_ray": "hecate starts the ranks; `hecate ray` does it on Ray",
     "world_size": "nproc is for this machine; `hecate launch` or torchrun for each node",
@@ -70,8 +72,10 @@ LEFT: dict[str, str] = {
     "media_dir buffer_size eval_num_beams ignore_pad_token_for_loss": "it is of images, of streaming or of generation, or is always so",
     "eval_on_each_dataset": "each source is evaluated by itself, always",
     "save_only_model save_safetensors": "checkpoints hold the whole run, and output_dir/adapter the adapter",
-    "loss_watchdog_threshold loss_watchdog_patience": "max_skipped_steps stops a run whose loss is not finite",
-    "do_train do_eval strict": "the verb says it: hecate train, hecate eval",
+    "loss_watchdog_threshold loss_watchdog_patience": "no key stops a run at a finite loss, so watch it: max_skipped_steps is "
+    "for losses that are not finite",
+    "do_train do_eval": "the verb says it: hecate train, hecate eval",
+    "strict": "a key that hecate does not know is refused, always",
     "completion_only_loss": "the loss is over answers, and over all of plain text",
     "greater_is_better": "losses are better when lower, and exact shares when higher",
 }
@@ -126,6 +130,7 @@ CONVERTED: dict[str, tuple[values.Convert, str]] = {
     "save_strategy saves_per_epoch": (values.steps, "write save_steps=N, a number of steps between checkpoints"),
     "logging_strategy": (values.steps, "write logging_steps=N, a number of steps between records"),
     "optim optimizer": (values.training, "write optim"),
+    "shuffle_merged_datasets": (values.training, "leave it out; samples are shuffled, by the seed"),
     "mix_strategy": (values.training, "leave it out; the items of data.train are mixed by their weights"),
     "enable_thinking": (values.training, "leave it out; the chat template writes thoughts or none"),
     "lr_scheduler": (values.training, "write lr_scheduler_type"),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hecate.apps.convert.answer import KeyAnswer, Theirs, cannot, carry, default, left, off
+from hecate.apps.convert.answer import KeyAnswer, Theirs, cannot, carry, default, left, off, to_check
 from hecate.config.files.presets import chat_templates
 from hecate.config.schema import LEAVES
 from hecate.errors import UserError
@@ -137,9 +137,8 @@ def steps(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
 
 def some_steps(key: str) -> KeyAnswer:
     """A number of steps where theirs is a share of an epoch or of the run."""
-    return carry(
-        {key: _STEPS[key]}, f"no number of steps in an epoch is known before data are packed, and {_STEPS[key]} stands there: {CHANGE_IT}"
-    )
+    unknown = f"how many steps an epoch has is not known before data are packed, and {_STEPS[key]} stands in its place: {CHANGE_IT}"
+    return to_check({key: _STEPS[key]}, unknown)
 
 
 def training(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
@@ -174,6 +173,9 @@ def training(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
         case "assistant_only_loss":
             whole = "of chats, TRL's loss is then over the whole conversation, and hecate's over the answers"
             return left(whole) if off(value) else default("the loss is over answers")
+        case "shuffle_merged_datasets":
+            shuffled = value in (None, True)
+            return default("samples are shuffled") if shuffled else cannot("hecate shuffles, by the seed: --drop it to have that")
         case "mix_strategy":
             weights = "give the items of data.train weights, or --drop mix_strategy to train on all records as they are"
             return default("all records") if value in (None, "concat") else cannot(weights)
@@ -206,7 +208,11 @@ def surroundings(name: str, value: Any, theirs: Theirs) -> KeyAnswer:
         case "plugins":
             known = ("Liger", "CutCrossEntropy", "ExpertParallel", "Kernels")
             others = [str(one) for one in value or () if not any(part in str(one) for part in known)]
-            return cannot(f"hecate runs no code that a file names: {', '.join(others)}") if others else left("how it is computed")
+            return (
+                cannot(f"hecate runs no code that a file names: {', '.join(others)}")
+                if others
+                else left("how it is computed changes nothing")
+            )
         case "model_config":
             others = sorted(set(value or ()) - {"output_router_logits"})
             return cannot(f"write {', '.join(others)} into the model's config.json") if others else left("moe.router_aux_loss_coef says it")

@@ -86,7 +86,7 @@ def test_keys_of_theirs_in_a_file_of_hecates(tmp_path: Path) -> None:
     answers = {problem.key: (problem.line, problem.hint) for problem in caught.value.problems if problem.what == "unknown key"}
     assert answers["lora_r"] == (2, "write lora.r")
     sharded = "experts are sharded always, and with moe.family=moe_lora all else by model.shard_non_experts=true"
-    assert answers["deepspeed"] == (3, f"leave it out; {sharded}")
+    assert answers["deepspeed"] == (3, f"leave it out; {sharded}; for plain LoRA each rank holds the base")
     assert answers["load_in_4bit"] == (4, "not supported: quantised base weights; leave it out")
 
 

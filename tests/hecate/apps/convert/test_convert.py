@@ -178,6 +178,21 @@ def test_train_shows_the_whole_table(tmp_path: Path) -> None:
     assert convert_file(file).table() in text
 
 
+def test_what_a_user_of_axolotl_writes_is_answered_by_what_it_means() -> None:
+    """Keys of the file of a tester who knew axolotl alone, where the table refused keys that change nothing, or gave a wrong reason."""
+    given = {"liger_rope": True, "liger_fused_linear_cross_entropy": True, "shuffle_merged_datasets": True, "loss_watchdog_threshold": 5.0}
+    answers = convert(
+        Path("f"), AXOLOTL | given | {"val_set_size": 0.1, "evals_per_epoch": 4, "deepspeed": None, "wandb_entity": None}
+    ).answers
+    assert not {key for key in given if answers[key].kind == "refused"}
+    assert answers["evals_per_epoch"].kind == "to be checked"
+    assert answers["evals_per_epoch"].gives == {"eval_steps": 50}
+    assert answers["deepspeed"].text == answers["wandb_entity"].text == "nothing is given"
+    assert "no key stops a run at a finite loss" in answers["loss_watchdog_threshold"].text
+    in_order = convert(Path("f"), AXOLOTL | {"shuffle_merged_datasets": False}).answers["shuffle_merged_datasets"]
+    assert in_order.kind == "refused"
+
+
 def test_the_verb(tmp_path: Path) -> None:
     file = tmp_path / "axo.yml"
     file.write_text(yaml.safe_dump(AXOLOTL | {"load_in_8bit": True}))
