@@ -5,6 +5,7 @@ Most experts are on few ranks. What goes over the lists takes time in proportion
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -29,6 +30,17 @@ class Replicas(NamedTuple):
 def no_replicas(experts: int, ranks: int) -> Replicas:
     shape = (experts, ranks)
     return Replicas(np.zeros(shape, np.bool_), np.zeros(experts, np.int64), np.zeros(shape, np.int32), np.zeros(shape))
+
+
+_kept = threading.local()
+
+
+def room_for_plans(experts: int, ranks: int) -> tuple[Replicas, Replicas, Replicas]:
+    """Three plans to work in, of any content: the same in every call of a thread, since fresh memory of this size takes milliseconds."""
+    if getattr(_kept, "shape", None) != (experts, ranks):
+        _kept.shape, _kept.plans = (experts, ranks), tuple(no_replicas(experts, ranks) for _ in range(3))
+    plans: tuple[Replicas, Replicas, Replicas] = _kept.plans
+    return plans
 
 
 @loop

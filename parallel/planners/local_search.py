@@ -31,6 +31,7 @@ from hecate.parallel.planners.plan_changes import (
     AMOUNT,
     CLOSED,
     DROPPED,
+    EXCHANGES,
     EXPERT,
     LEAST,
     OTHERS,
@@ -38,6 +39,7 @@ from hecate.parallel.planners.plan_changes import (
     TARGET,
     Room,
     Sums,
+    exchange,
     give_up,
     least_busy_other,
     relieve_device,
@@ -227,6 +229,15 @@ def _change(
     """Carry out a change; returns whether a replica came or went."""
     e, source, target, dropped = int(changes[x, EXPERT]), int(changes[x, SOURCE]), int(changes[x, TARGET]), int(changes[x, DROPPED])
     placed = False
+    if changes[x, EXCHANGES] > 0:
+        given, taken = replicas.quota_ED[e, source], replicas.quota_ED[dropped, target]
+        remove(replicas, e, source)
+        remove(replicas, dropped, target)
+        add(replicas, e, target)
+        add(replicas, dropped, source)
+        replicas.quota_ED[e, target] = given
+        replicas.quota_ED[dropped, source] = taken
+        return True
     if dropped >= 0:
         successor = least_busy_other(dropped, target, owner, room.busy_before_D, replicas)
         replicas.quota_ED[dropped, successor] += replicas.quota_ED[dropped, target]
@@ -255,6 +266,8 @@ def _possible(changes: np.ndarray, x: int, replicas: Replicas, room: Room) -> bo
     if dropped >= 0 and not replicas.has_ED[dropped, target]:
         return False
     if source >= 0 and not replicas.has_ED[e, source]:
+        return False
+    if changes[x, EXCHANGES] > 0 and (replicas.has_ED[e, target] or replicas.has_ED[dropped, source]):
         return False
     return dropped >= 0 or replicas.has_ED[e, target] or room.free_D[target] > 0
 
@@ -336,7 +349,7 @@ def improve(
     if not only_split:
         optimizer = optimizer_seconds(owner, topology, cost)
         fixed = replica_seconds(owner, replicas, resident, topology, cost)
-    changes, value_X = np.zeros((_MOST_CHANGES, 5)), np.empty(_MOST_CHANGES)
+    changes, value_X = np.zeros((_MOST_CHANGES, 6)), np.empty(_MOST_CHANGES)
     place, spent, each = 0, 0.0, _TRY_SECONDS + _TRY_SECONDS_A_RANK * ranks
     while place < _PLACES and spent <= allowance:
         _set_free(slots, owner, only_split, replicas, room)
@@ -344,6 +357,7 @@ def improve(
         costly = fixed - optimizer > _EXPOSED * seconds
         count = relieve_device(place, owner, sums, replicas, topology, room, changes)
         count = relieve_port(place, count, owner, replicas, loads, topology, room, changes)
+        count = exchange(place, count, owner, sums, replicas, topology, room, changes)
         if costly:
             count = give_up(place, count, owner, replicas, room, changes)
         for d in range(ranks):

@@ -9,13 +9,13 @@ from hecate.parallel.cost.cost_model import cost_numbers, topology_numbers
 from hecate.parallel.cost.cost_numbers import CostNumbers, TopologyNumbers
 from hecate.parallel.loops import jit
 from hecate.parallel.loops.array_loops import largest, total
-from hecate.parallel.loops.replica_lists import Replicas, add, copy_into, foreign, no_replicas, only_owners
+from hecate.parallel.loops.replica_lists import Replicas, add, copy_into, foreign, only_owners, room_for_plans
 from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
 from hecate.parallel.planners.policies.auto import LEAST_SEARCH, SEARCH_SHARE_AFTER_ROUTER
 from hecate.parallel.planners.rebalancing import rebalance
 
-_SLACKS = np.array([1.0, 1.05, 1.1, 1.25, 1.5, 2.0])
+_SLACKS = np.array([1.0, 1.1, 1.5])
 """how far above the mean a device's compute may stay"""
 
 
@@ -28,7 +28,7 @@ def split_anew(given: PlanInput, where_LED: np.ndarray) -> Plan:
     """
     tokens_LSE = np.ascontiguousarray(given.expected_LED.swapaxes(1, 2), dtype=np.float64)
     quota_LED = np.zeros(where_LED.shape)
-    base, trial, best = (no_replicas(given.num_experts, given.world_size) for _ in range(3))
+    base, trial, best = room_for_plans(given.num_experts, given.world_size)
     _split_layers(
         np.array(given.owner_LE, dtype=np.int64),
         tokens_LSE,

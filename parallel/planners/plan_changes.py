@@ -18,8 +18,8 @@ from hecate.parallel.loops.array_loops import where_largest
 from hecate.parallel.loops.jit import loop
 from hecate.parallel.loops.replica_lists import Replicas
 
-EXPERT, SOURCE, TARGET, DROPPED, AMOUNT = range(5)
-"""columns of a change"""
+EXPERT, SOURCE, TARGET, DROPPED, AMOUNT, EXCHANGES = range(6)
+"""columns of a change; the last: 1 where the source gets the replica that makes room, in place of its own"""
 NOBODY = -1
 OTHERS, OTHER_NODES = -1, -2
 """instead of the rank that gives assignments: all other ranks that have the expert, or those in other nodes"""
@@ -110,8 +110,48 @@ def _note(
         if dropped < 0:
             return count
     changes[count, EXPERT], changes[count, SOURCE], changes[count, TARGET] = e, source, target
-    changes[count, DROPPED], changes[count, AMOUNT] = dropped, amount
+    changes[count, DROPPED], changes[count, AMOUNT], changes[count, EXCHANGES] = dropped, amount, 0.0
     return count + 1
+
+
+@loop
+def _note_exchange(e: int, source: int, target: int, other: int, count: int, replicas: Replicas, room: Room, changes: np.ndarray) -> int:
+    """Add an exchange of two replicas: that of `e` goes to the target, that of `other` to the source. Returns how many there are."""
+    if count == len(changes) or room.free_D[target] == CLOSED:
+        return count
+    changes[count, EXPERT], changes[count, SOURCE], changes[count, TARGET] = e, source, target
+    changes[count, DROPPED], changes[count, AMOUNT], changes[count, EXCHANGES] = other, replicas.quota_ED[e, source], 1.0
+    return count + 1
+
+
+@loop
+def exchange(
+    place: int, count: int, owner: np.ndarray, sums: Sums, replicas: Replicas, topology: TopologyNumbers, room: Room, changes: np.ndarray
+) -> int:
+    """An exchange of one of the busiest device's largest replicas for one elsewhere, by which the busier of both has least to do."""
+    busy_D = room.busy_D
+    a = where_largest(busy_D)
+    if sums.served_D[a] <= LEAST:
+        return count
+    for e in range(len(owner)):
+        room.value_E[e] = replicas.quota_ED[e, a] if replicas.has_ED[e, a] and owner[e] != a else 0.0
+    e = _ranked(room.value_E, place)
+    if e < 0:
+        return count
+    each, gives = busy_D[a] / sums.served_D[a] * topology.rate_D[a], replicas.quota_ED[e, a]
+    least, best, rank = busy_D[a] * (1 - LEAST), NOBODY, NOBODY
+    for f in range(len(owner)):
+        if replicas.has_ED[f, a]:
+            continue
+        for c in range(replicas.count_E[f]):
+            b = replicas.rank_EC[f, c]
+            if b == owner[f] or replicas.has_ED[e, b]:
+                continue
+            moved = each * (gives - replicas.quota_ED[f, b])
+            after = max(busy_D[a] - moved / topology.rate_D[a], busy_D[b] + moved / topology.rate_D[b])
+            if after < least:
+                least, best, rank = after, f, b
+    return count if best < 0 else _note_exchange(e, a, rank, best, count, replicas, room, changes)
 
 
 @loop
@@ -278,6 +318,14 @@ def relieve_port(
         return count
     if out:
         count = _note(e, OTHERS, d, room.value_E[e], count, owner, replicas, room, changes)
+        if not replicas.has_ED[e, d] and room.free_D[d] == 0:
+            other, holder, fewest = _victim(d, e, owner, replicas), NOBODY, np.inf
+            for c in range(replicas.count_E[e]):
+                s = replicas.rank_EC[e, c]
+                if s != owner[e] and other >= 0 and not replicas.has_ED[other, s] and loads.tokens_SE[s, e] < fewest:
+                    holder, fewest = s, loads.tokens_SE[s, e]
+            if holder >= 0:
+                count = _note_exchange(e, holder, d, other, count, replicas, room, changes)
     else:
         most, wants = 0.0, NOBODY
         for s in range(ranks):

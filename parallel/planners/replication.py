@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 
 from hecate.parallel.cost.cost_loops import LayerLoads
 from hecate.parallel.cost.cost_numbers import TopologyNumbers
-from hecate.parallel.loops.array_loops import descending_order, total, where_largest
+from hecate.parallel.loops.array_loops import descending_order, largest, total, where_largest
 from hecate.parallel.loops.jit import loop
-from hecate.parallel.loops.replica_lists import Replicas, add, foreign
+from hecate.parallel.loops.replica_lists import Replicas, add
 
-OWNERS, WANTED, HOT, NODES = range(4)
+OWNERS, WANTED, NODES, NODES_BUT_ONE, HOTTEST = range(5)
 _WINDOW = 8
 """experts that a node weighs against each other at a time"""
 
@@ -64,25 +63,57 @@ def expert_orders(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topol
 
 
 @loop
-def bring_wanted(room: np.ndarray, least: float, orders: ExpertOrders, loads: LayerLoads, replicas: Replicas) -> None:
-    """To each rank the experts of which it has the most assignments, more than `least`, as many as it has room for."""
+def bring_wanted(room: np.ndarray, orders: ExpertOrders, loads: LayerLoads, replicas: Replicas) -> None:
+    """To each rank the experts of which it has the most assignments, as many as it has room for."""
     for d in range(len(room)):
         for i in range(min(room[d], orders.rank_DE.shape[1])):
             e = orders.rank_DE[d, i]
-            if e < 0 or loads.tokens_SE[d, e] <= least:
+            if e < 0 or loads.tokens_SE[d, e] <= 0:
                 break
             add(replicas, e, d)
 
 
 @loop
-def bring_hot(room: np.ndarray, orders: ExpertOrders, loads: LayerLoads, replicas: Replicas) -> None:
-    """To all ranks the experts that are hotter than an average rank can bear, as far as there is room."""
-    ranks = len(room)
-    left, fair = room.copy(), total(loads.load_E) / ranks
-    for i in range(len(orders.by_load_E)):
-        e = orders.by_load_E[i]
-        if loads.load_E[e] <= fair:
+def bring_hottest(
+    room: np.ndarray,
+    compute_in_rows: float,
+    cost_in_rows: float,
+    owner: np.ndarray,
+    orders: ExpertOrders,
+    loads: LayerLoads,
+    topology: TopologyNumbers,
+    replicas: Replicas,
+) -> None:
+    """To all ranks as many of the hottest experts as make the layer fastest, as far as there is room (FasterMoE's rule).
+
+    What counts is the busiest rank's assignments, once each rank serves its own of these experts, and the transfers of the experts.
+
+    Args:
+        compute_in_rows: how many rows travel in the time in which an assignment is computed.
+        cost_in_rows: how many rows travel to an expert and back in the time in which the expert travels.
+    """
+    ranks, experts = len(room), len(owner)
+    left, served_D = room.copy(), np.zeros(ranks)
+    for e in range(experts):
+        served_D[owner[e]] += loads.load_E[e] / topology.rate_D[owner[e]]
+    mean_rate = total(topology.rate_D) / ranks
+    least, best = (1.0 + compute_in_rows) * largest(served_D) * mean_rate, 0
+    for i in range(experts):
+        e, brought = orders.by_load_E[i], False
+        for d in range(ranks):
+            if left[d] > 0 and d != owner[e]:
+                left[d] -= 1
+                brought = True
+                served_D[owner[e]] -= loads.tokens_SE[d, e] / topology.rate_D[owner[e]]
+                served_D[d] += loads.tokens_SE[d, e] / topology.rate_D[d]
+        if not brought or loads.load_E[e] <= 0:
             break
+        seconds = (1.0 + compute_in_rows) * largest(served_D) * mean_rate + (i + 1) * cost_in_rows
+        if seconds < least:
+            least, best = seconds, i + 1
+    left = room.copy()
+    for i in range(best):
+        e = orders.by_load_E[i]
         for d in range(ranks):
             if left[d] > 0 and not replicas.has_ED[e, d]:
                 add(replicas, e, d)
@@ -233,12 +264,10 @@ def deal(
 @loop
 def replicate(
     rule: int,
-    share: float,
-    factor: float,
     owner: np.ndarray,
     slots: np.ndarray,
-    hidden: int,
     cost_in_rows: float,
+    compute_in_rows: float,
     orders: ExpertOrders,
     loads: LayerLoads,
     topology: TopologyNumbers,
@@ -247,38 +276,32 @@ def replicate(
     """Add to `replicas`, of owners only, what a rule says.
 
     - OWNERS: nothing.
-    - WANTED: `bring_wanted` into all slots, or with a `share` below 1 as many as travel hidden, times the share. Where `factor` is 0 and
-      all experts of other owners fit in, all of them, wanted or not: nothing is dispatched then.
-    - HOT: `bring_hot` into that share of the slots.
-    - NODES: `bring_hot` into that share of the slots, then `bring_to_nodes` into the rest; with a negative share into all but one.
-
-    An expert is wanted by more tokens than cost as much to send as the expert, times `factor`.
+    - WANTED: all experts of other owners where they fit in, wanted or not: nothing is dispatched then. Else `bring_wanted`.
+    - NODES: `bring_to_nodes` of those that are wanted by more tokens than cost half as much to send as the expert.
+    - NODES_BUT_ONE: the same of those wanted by as many as cost as much, into all slots of a rank but one.
+    - HOTTEST: `bring_hottest`.
     """
     ranks, experts = loads.tokens_SE.shape
     if rule == WANTED:
-        room, lacking = slots.copy(), np.full(ranks, experts)
+        lacking = np.full(ranks, experts)
         for e in range(experts):
             lacking[owner[e]] -= 1
         room_for_all = True
         for d in range(ranks):
-            if share < 1:
-                room[d] = min(room[d], int(hidden * share))
-            room_for_all = room_for_all and room[d] >= lacking[d]
-        if room_for_all and factor == 0:
+            room_for_all = room_for_all and slots[d] >= lacking[d]
+        if room_for_all:
             for e in range(experts):
                 for d in range(ranks):
                     if d != owner[e]:
                         add(replicas, e, d)
         else:
-            bring_wanted(room, cost_in_rows * factor if factor > 0 else 0.0, orders, loads, replicas)
-    elif rule in (HOT, NODES):
+            bring_wanted(slots, orders, loads, replicas)
+    elif rule == NODES:
+        bring_to_nodes(owner, slots, cost_in_rows / 2, orders, loads, topology, replicas)
+    elif rule == NODES_BUT_ONE:
         room = slots.copy()
-        if share > 0:
-            for d in range(ranks):
-                room[d] = math.ceil(slots[d] * share)
-            bring_hot(room, orders, loads, replicas)
-        if rule == NODES:
-            held = foreign(replicas, owner)
-            for d in range(ranks):
-                room[d] = slots[d] - held[d] - (min(slots[d], 1) if share < 0 else 0)
-            bring_to_nodes(owner, room, cost_in_rows * factor, orders, loads, topology, replicas)
+        for d in range(ranks):
+            room[d] = max(slots[d] - 1, 0)
+        bring_to_nodes(owner, room, cost_in_rows, orders, loads, topology, replicas)
+    elif rule == HOTTEST:
+        bring_hottest(slots, compute_in_rows, cost_in_rows, owner, orders, loads, topology, replicas)

@@ -12,14 +12,12 @@ from hecate.parallel.cost.cost_numbers import TopologyNumbers
 from hecate.parallel.loops.array_loops import descending_order, total, where_largest
 from hecate.parallel.loops.jit import loop
 from hecate.parallel.loops.replica_lists import Replicas, add, only_owners
-from hecate.parallel.planners.replication import ExpertOrders, bring_to_nodes, deal
+from hecate.parallel.planners.replication import ExpertOrders, deal
 
-BEST, FILLED, UNDER, SPREAD, MOVED, NEAR, DEALT, PACKED, COVERED, ALONE = range(10)
-"""the best plan so far; `fill_up`; `keep_under`; `spread` with copies in all slots, and in half of them; `copy_in_nodes`; `deal`; `pack`;
-in each node all experts that its tokens chose, as far as the slots go; no replicas"""
-ONE_NODE = (BEST, FILLED, UNDER, SPREAD, MOVED, DEALT, PACKED, ALONE)
-SEVERAL_NODES = (BEST, FILLED, NEAR, DEALT, PACKED, COVERED, ALONE)
-"""the starts in the order in which the search takes them while its time lasts, on one node and on several"""
+STARTS = 7
+BEST, FILLED, UNDER, EVEN, EVEN_SLOTS, DEALT, ALONE = range(STARTS)
+"""the best plan so far; `fill_up`; `keep_under`; `spread_over_nodes` with copies in half of the slots, and in all of them; `deal` of
+as many replicas a rank as travel hidden; no replicas"""
 
 _LEAST = 1e-6
 """as many assignments as this, or fewer, are not moved"""
@@ -30,33 +28,38 @@ _HALVINGS = 7
 @loop
 def goes_slot_by_slot(start: int) -> bool:
     """Whether making a plan takes time for each slot; else it does for each rank."""
-    return start in (SPREAD, MOVED, NEAR, DEALT)
+    return start in (EVEN, EVEN_SLOTS, DEALT)
 
 
 @loop
 def start_with(
-    start: int, owner: np.ndarray, slots: np.ndarray, orders: ExpertOrders, loads: LayerLoads, topology: TopologyNumbers, plan: Replicas
+    start: int,
+    owner: np.ndarray,
+    slots: np.ndarray,
+    hidden: int,
+    orders: ExpertOrders,
+    loads: LayerLoads,
+    topology: TopologyNumbers,
+    plan: Replicas,
 ) -> None:
-    """Fill `plan` with one of the plans from which the search begins, of those after BEST."""
+    """Fill `plan` with one of the plans from which the search begins, of those after BEST.
+
+    Args:
+        hidden: how many replicas travel to a rank while other work hides them.
+    """
     only_owners(plan, owner)
     if start == FILLED:
         fill_up(owner, slots, loads, topology, plan)
     elif start == UNDER:
         keep_under(owner, slots, loads, topology, plan)
-    elif start in (SPREAD, MOVED):
-        number = 0
-        for d in range(len(slots)):
-            number += slots[d]
-        spread(number if start == SPREAD else number // 2, owner, slots, loads, topology, plan)
-    elif start == PACKED:
-        pack_owners(owner, slots, loads, topology, plan)
+    elif start in (EVEN, EVEN_SLOTS):
+        spread_over_nodes(start == EVEN, owner, slots, loads, topology, plan)
     else:
-        if start == COVERED:
-            bring_to_nodes(owner, slots, 0.0, orders, loads, topology, plan)
-        elif start == DEALT:
-            deal(owner, slots, orders, loads, topology, plan)
-        elif start == NEAR:
-            copy_in_nodes(owner, slots, loads, topology, plan)
+        if start == DEALT:
+            room = slots.copy()
+            for d in range(len(slots)):
+                room[d] = min(slots[d], hidden)
+            deal(owner, room, orders, loads, topology, plan)
         even_quota_into(plan, loads, topology)
 
 
@@ -109,44 +112,6 @@ def fill_up(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: T
         replicas.quota_ED[e, home] -= amount
         amount_X[x] -= amount
         left_E[e] -= amount
-
-
-@loop
-def pack_owners(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas) -> None:
-    """From owners alone: whole experts by load, each to the least busy rank with room for it, at home if that is as good (SmartMoE's rule).
-
-    A rank computes no more experts than if all had the same number, so that those that get a hot one give cold ones away. Few experts
-    travel, each once. Changes `replicas`, of owners only.
-
-    Args:
-        slots: int64 [ranks]: replicas of other ranks' experts that fit.
-    """
-    experts, ranks = replicas.has_ED.shape
-    room, free = -(-experts // ranks), slots.copy()
-    count_D, busy_D = np.zeros(ranks, np.int64), np.zeros(ranks)
-    order_E = descending_order(loads.load_E)
-    for e in range(experts):
-        busy_D[owner[e]] += loads.load_E[e] / topology.rate_D[owner[e]]  # those still to come count at home
-    for i in range(experts):
-        e = order_E[i]
-        home, load = owner[e], loads.load_E[e]
-        busy_D[home] -= load / topology.rate_D[home]
-        best = home if count_D[home] < room else -1
-        for d in range(ranks):
-            if d != home and count_D[d] < room and free[d] > 0 and load > 0:
-                later, best_later = busy_D[d] + load / topology.rate_D[d], np.inf
-                if best >= 0:
-                    best_later = busy_D[best] + load / topology.rate_D[best]
-                if later < best_later * (1.0 - _LEAST):
-                    best = d
-        best = best if best >= 0 else home
-        if best != home:
-            add(replicas, e, best)
-            free[best] -= 1
-            replicas.quota_ED[e, home] = 0.0
-        replicas.quota_ED[e, best] = load
-        busy_D[best] += load / topology.rate_D[best]
-        count_D[best] += 1
 
 
 @loop
@@ -245,100 +210,77 @@ def _moved_under(
 
 
 @loop
-def spread(spare: int, owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas) -> None:
-    """`spare` more copies to the highest load per copy, then all packed by load, each to the least busy rank with room (EPLB's rule).
+def spread_over_nodes(
+    own_place: bool, owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas
+) -> None:
+    """Copies of the highest load per copy, first one for each node, then one for all nodes at a time (LAER-MoE's rule).
 
-    An expert stays at home where that is as good; its copies serve the same number of assignments. Changes `replicas`, of owners only.
+    Then all by load, each to a node that has fewest copies of its expert, and there to the least busy rank with room. Assignments are
+    split evenly over the copies in their own node, else over all. Changes `replicas`, of owners only.
 
     Args:
+        own_place: there are copies for half of the slots beside one for each owner, which takes none; else for all slots, and one at its
+            owner takes one, so that all ranks serve as many.
         slots: int64 [ranks]: replicas of other ranks' experts that fit.
     """
     experts, ranks = replicas.has_ED.shape
-    copies_E, share_E, free = np.ones(experts, np.int64), loads.load_E.copy(), slots.copy()
-    for _ in range(spare):
+    nodes, places = len(topology.uplink_N), 0
+    for d in range(ranks):
+        places += slots[d]
+    places = experts + places // 2 if own_place else places
+    each = nodes if nodes * experts <= places else 1
+    copies_E, share_E, left = np.full(experts, each), loads.load_E / each, places - experts * each
+    while left > 0:
         e = where_largest(share_E)
+        more = 1 if copies_E[e] < nodes else nodes
         if share_E[e] <= 0:
             break
-        copies_E[e] += 1
-        share_E[e] = loads.load_E[e] / copies_E[e] if copies_E[e] < ranks else 0.0
+        if more > left or copies_E[e] + more > ranks:
+            share_E[e] = 0.0
+            continue
+        copies_E[e] += more
+        left -= more
+        share_E[e] = loads.load_E[e] / copies_E[e]
     for e in range(experts):
         share_E[e] = loads.load_E[e] / copies_E[e]
-    busy_D = np.zeros(ranks)
-    for e in range(experts):
-        busy_D[owner[e]] += share_E[e] / topology.rate_D[owner[e]]  # those still to come count at home
+    free, busy_D, held_N = slots.copy(), np.zeros(ranks), np.zeros(nodes, np.int64)
     order_E = descending_order(share_E)
     for x in range(experts):
         e = order_E[x]
-        home, share = owner[e], share_E[e]
-        if share <= 0:
+        home, at_home, placed = owner[e], False, 0
+        held_N[:] = 0
+        if share_E[e] <= 0:
             break  # the rest has no tokens, and stays at home
-        busy_D[home] -= share / topology.rate_D[home]
-        placed, at_home = 0, False
         while placed < copies_E[e]:
-            best = -1 if at_home else home
+            best = -1
             for d in range(ranks):
-                if d == home or replicas.has_ED[e, d] or free[d] <= 0:
+                has = at_home if d == home else replicas.has_ED[e, d]
+                if has or (free[d] <= 0 and not (own_place and d == home)):
                     continue
-                if best < 0 or busy_D[d] + share / topology.rate_D[d] < (busy_D[best] + share / topology.rate_D[best]) * (1.0 - _LEAST):
-                    best = d
+                if best >= 0:
+                    held, least = held_N[topology.node_D[d]], held_N[topology.node_D[best]]
+                    if held > least or (held == least and busy_D[d] * topology.rate_D[best] >= busy_D[best] * topology.rate_D[d]):
+                        continue
+                best = d
             if best < 0:
                 break
             if best == home:
                 at_home = True
             else:
                 add(replicas, e, best)
+            if best != home or not own_place:
                 free[best] -= 1
-            busy_D[best] += share / topology.rate_D[best]
             placed += 1
-        each = loads.load_E[e] / placed
+            held_N[topology.node_D[best]] += 1
+            busy_D[best] += share_E[e]
+        if placed == 0:  # no rank has room
+            at_home, placed = True, 1
+            held_N[topology.node_D[home]] = 1
+        far = 0.0
+        for n in range(nodes):
+            if held_N[n] == 0:
+                far += loads.tokens_NE[n, e]
         for c in range(replicas.count_E[e]):
-            replicas.quota_ED[e, replicas.rank_EC[e, c]] = each
-        if not at_home:
-            replicas.quota_ED[e, home] = 0.0
-
-
-@loop
-def copy_in_nodes(owner: np.ndarray, slots: np.ndarray, loads: LayerLoads, topology: TopologyNumbers, replicas: Replicas) -> None:
-    """In each node, slot by slot, one more copy of the expert with the highest load of the node's tokens per copy there.
-
-    It goes to the least busy rank of the node with room. Adds to `replicas`, of owners only, and leaves the quotas to the caller.
-
-    Args:
-        slots: int64 [ranks]: replicas of other ranks' experts that fit.
-    """
-    experts, ranks = replicas.has_ED.shape
-    free, busy_D, share_E = slots.copy(), np.zeros(ranks), np.empty(experts)
-    copies_E = np.empty(experts, np.int64)
-    for e in range(experts):
-        busy_D[owner[e]] += loads.load_E[e]
-    for node in range(len(topology.uplink_N)):
-        first, last = topology.first_N[node], topology.first_N[node + 1]
-        left = 0
-        for i in range(first, last):
-            left += free[topology.member_D[i]]
-        for e in range(experts):
-            copies_E[e] = 1 if topology.node_D[owner[e]] == node else 0
-            share_E[e] = loads.tokens_NE[node, e]
-        while left > 0:
-            e = where_largest(share_E)
-            if share_E[e] <= 0:
-                break
-            best = -1
-            for i in range(first, last):
-                d = topology.member_D[i]
-                if free[d] <= 0 or replicas.has_ED[e, d]:
-                    continue
-                if best < 0 or busy_D[d] * topology.rate_D[best] < busy_D[best] * topology.rate_D[d]:
-                    best = d
-            if best < 0:
-                share_E[e] = 0.0
-                continue
-            add(replicas, e, best)
-            free[best] -= 1
-            left -= 1
-            copies_E[e] += 1
-            share = loads.tokens_NE[node, e] / copies_E[e]
-            share_E[e] = share
-            busy_D[best] += share
-            if copies_E[e] == 1:  # its tokens of this node no longer go to the owner
-                busy_D[owner[e]] -= share
+            d = replicas.rank_EC[e, c]
+            n = topology.node_D[d]
+            replicas.quota_ED[e, d] = loads.tokens_NE[n, e] / max(held_N[n], 1) + far / placed if d != home or at_home else 0.0

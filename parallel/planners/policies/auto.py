@@ -3,8 +3,8 @@ lowest predicted time.
 
 A candidate is made in two moves. *Replication* brings replicas to the ranks that hold an expert's tokens, by one of a few rules.
 *Rebalancing* then lets devices that are still too busy hand assignments of their largest experts to devices with time left, which get
-replicas of them. `CANDIDATES` is what was left of some hundreds of rules with degrees of rebalancing, after those that made little
-difference to 312 layers had been dropped (`benchmarks.plan_quality`, with the slots that memory gives and with four).
+replicas of them. `CANDIDATES` is what was left of some hundreds of rules with degrees of rebalancing, after those that made less than
+0.3 % of difference to every kind of layer had been dropped (`benchmarks.plan_ablation`, docs/design/planners.md).
 
 *Local search* then changes the best candidate, and plans as other systems make them (`hecate.parallel.planners.search_starts`), replica
 by replica (`hecate.parallel.planners.local_search`), for as long as a share of the layer's predicted seconds. It finds most where slots
@@ -27,37 +27,36 @@ from hecate.parallel.cost.cost_loops import (
 from hecate.parallel.cost.cost_model import cost_numbers, overlap_degree, topology_numbers
 from hecate.parallel.cost.cost_numbers import CostNumbers, TopologyNumbers
 from hecate.parallel.loops import jit
-from hecate.parallel.loops.array_loops import largest, total
-from hecate.parallel.loops.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners, remove
+from hecate.parallel.loops.array_loops import largest, total, where_largest
+from hecate.parallel.loops.replica_lists import Replicas, copy_into, everywhere, no_replicas, only_owners, remove, room_for_plans
 from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput, Policy
 from hecate.parallel.planners.plan_changes import LEAST
 from hecate.parallel.planners.rebalancing import rebalance
-from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, ExpertOrders, expert_orders, replicate
-from hecate.parallel.planners.search_starts import ALONE, BEST, ONE_NODE, SEVERAL_NODES, goes_slot_by_slot, start_with
+from hecate.parallel.planners.replication import HOTTEST, NODES, NODES_BUT_ONE, OWNERS, WANTED, ExpertOrders, expert_orders, replicate
+from hecate.parallel.planners.search_starts import ALONE, BEST, STARTS, goes_slot_by_slot, start_with
 
 _ALL_BUDGETS = 400
 """the most experts x ranks x budgets for which all budgets are tried: no longer than a layer of 64 experts on 32 ranks takes with one"""
 _INSIDE = -1.0
 CANDIDATES = (
-    ((NODES, 0.25, 0.25), (1.05, 2.5)),
-    ((NODES, 0.0, 0.5), (1.1, _INSIDE * 2.5)),
-    ((NODES, -1.0, 1.0), (1.05, _INSIDE * 4.0)),
-    ((WANTED, 1.0, 0.0), (_INSIDE * 1.05,)),
-    ((OWNERS, 0.0, 0.0), (1.02, 1.05, 1.1, 1.25)),
-    ((WANTED, 0.75, 0.0), (1.0,)),
-    ((WANTED, 0.5, 0.0), (1.0,)),
-    ((HOT, 1.0, 0.0), (1.0,)),
+    (NODES, (1.1, _INSIDE * 2.5)),
+    (NODES_BUT_ONE, (1.05, _INSIDE * 4.0)),
+    (WANTED, (_INSIDE * 1.05,)),
+    (OWNERS, (1.02, 1.05, 1.1, 1.25)),
+    (HOTTEST, (1.05,)),
 )
-"""`replicate`'s rule, share and factor; and degrees of rebalancing, beside none: how far above the mean a device's compute may stay;
-negative: no assignment leaves its node. Those that win most often come first: what they cost spares looking closely at others."""
+"""`replicate`'s rule, and degrees of rebalancing, beside none: how far above the mean a device's compute may stay; negative: no assignment
+leaves its node. Those that win most often come first: what they cost spares looking closely at others."""
 
 TIE = 1e-9
 """share of a layer's seconds: plans that differ by no more are equally fast"""
-SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.05, 0.02
-"""the share of a layer's predicted seconds that the search for small changes may take; less where ranks wait for the plan"""
-LEAST_SEARCH = 0.02
+SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.08, 0.05
+"""the share of a layer's predicted seconds that the search for small changes may take by its estimate; less where ranks wait for the plan"""
+LEAST_SEARCH = 0.2
 """the seconds times experts times ranks that the search may take however fast the layer is, so that small layers are searched through"""
+_EVEN = 1.005
+"""where every rank has every expert and the busiest device has at most so many times the mean to do, there is nothing to search for"""
 _PROMISING = 1.3
 """a start that takes more than so many times the seconds of the best plan is not searched from"""
 _GIVE_SECONDS = 1.2e-9
@@ -86,14 +85,15 @@ def plan_auto(given: PlanInput) -> Plan:
     owner_LE, resident_LED = np.array(given.owner_LE, dtype=np.int64), np.array(resident_LED, dtype=np.bool_)
     topology, cost = topology_numbers(given.topology), cost_numbers(given.cost, given.topology, given.execution)
     hidden = overlap_degree(given.cost, given.topology) if given.cost.expert_bytes else given.num_experts
+    compute_in_rows = _compute_in_rows(given)
     cost_in_rows = (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf
-    base, trial, best = (no_replicas(given.num_experts, given.world_size) for _ in range(3))
+    base, trial, best = room_for_plans(given.num_experts, given.world_size)
     firsts, like_L = _equal_layers(owner_LE, tokens_LSE, resident_LED)
-    owner_LE, tokens_LSE, resident_LED = owner_LE[firsts], tokens_LSE[firsts], resident_LED[firsts]
+    if len(firsts) < given.num_layers:
+        owner_LE, tokens_LSE, resident_LED = owner_LE[firsts], tokens_LSE[firsts], resident_LED[firsts]
     shape = (len(firsts), given.num_experts, given.world_size)
     where_LED, quota_LED = np.zeros(shape, np.bool_), np.zeros(shape)
     waiting = given.execution.plan == "exact"
-    rules = _AFTER_ROUTER if waiting else list(range(len(CANDIDATES)))
     first = 0
     while first < len(firsts):
         # Plain Python plans layer by layer, so that machine code takes over as soon as it is there.
@@ -106,20 +106,33 @@ def plan_auto(given: PlanInput) -> Plan:
             0 if given.num_experts * given.world_size * (most + 1) <= _ALL_BUDGETS else most,
             hidden,
             float(cost_in_rows),
+            compute_in_rows,
             np.inf if given.max_imbalance is None else float(given.max_imbalance),
             topology,
             cost,
             base,
             trial,
             best,
-            _REPLICATIONS[rules],
-            _SLACKS[rules],
+            _RULES,
+            _SLACKS,
             SEARCH_SHARE_AFTER_ROUTER if waiting else SEARCH_SHARE,
+            LEAST_SEARCH / (given.num_experts * given.world_size),
             where_LED[some],
             quota_LED[some],
         )
         first = some.stop
-    return Plan(given.owner_LE, where_LED[like_L], quota_LED[like_L])
+    if len(firsts) < given.num_layers:
+        where_LED, quota_LED = where_LED[like_L], quota_LED[like_L]
+    return Plan(given.owner_LE, where_LED, quota_LED)
+
+
+def _compute_in_rows(given: PlanInput) -> float:
+    """How many rows of a token travel in the time in which an assignment is computed."""
+    cost, topology = given.cost, given.topology
+    if not cost.row_bytes:
+        return np.inf
+    flops = cost.row_flops * (1 + cost.row_backward) / max(cost.top_k, 1) + cost.assignment_flops * (1 + cost.assignment_backward)
+    return float(flops / np.mean(topology.flops) * topology.slowest_link.bandwidth / (4 * cost.row_bytes))
 
 
 def _equal_layers(*inputs_L: np.ndarray) -> tuple[list[int], list[int]]:
@@ -127,6 +140,8 @@ def _equal_layers(*inputs_L: np.ndarray) -> tuple[list[int], list[int]]:
 
     Layers with one expert all have the same loads, and there may be hundreds of them: each plan is made once.
     """
+    if len(inputs_L[0]) == 1:
+        return [0], [0]
     places: dict[tuple[bytes, ...], int] = {}
     firsts: list[int] = []
     like_L: list[int] = []
@@ -137,11 +152,8 @@ def _equal_layers(*inputs_L: np.ndarray) -> tuple[list[int], list[int]]:
     return firsts, like_L
 
 
-_AFTER_ROUTER = [0, 3, 4]
-"""places in `CANDIDATES` of those that are made where ranks wait for the plan: half the time, and the search brings their plans near to
-those of all candidates"""
 _DEGREES = max(len(slacks) for _, slacks in CANDIDATES)
-_REPLICATIONS = np.array([rule for rule, _ in CANDIDATES])
+_RULES = np.array([rule for rule, _ in CANDIDATES])
 _SLACKS = np.array([(0.0, *slacks, *(0.0,) * (_DEGREES - len(slacks))) for _, slacks in CANDIDATES])
 
 
@@ -154,6 +166,7 @@ def _plan_layers(
     least_slots: int,
     hidden: int,
     cost_in_rows: float,
+    compute_in_rows: float,
     max_imbalance: float,
     topology: TopologyNumbers,
     cost: CostNumbers,
@@ -163,6 +176,7 @@ def _plan_layers(
     rules_R: np.ndarray,
     slacks_RS: np.ndarray,
     search_share: float,
+    least_search: float,
     where_LED: np.ndarray,
     quota_LED: np.ndarray,
 ) -> None:
@@ -184,11 +198,11 @@ def _plan_layers(
             for d in range(ranks):
                 room[d] = min(slots[d], budget)
             for r in range(len(rules_R)):
-                rule, share, factor = int(rules_R[r, 0]), rules_R[r, 1], rules_R[r, 2]
-                if rule == NODES and single:
+                rule = int(rules_R[r])
+                if rule in (NODES, NODES_BUT_ONE) and single:
                     continue
                 only_owners(base, owner)
-                replicate(rule, share, factor, owner, room, hidden, cost_in_rows, orders, loads, topology, base)
+                replicate(rule, owner, room, cost_in_rows, compute_in_rows, orders, loads, topology, base)
                 fixed = replica_seconds(owner, base, resident, topology, cost)
                 if fixed > best_seconds * (1 + TIE) and not bounded:  # rebalancing only adds replicas
                     continue
@@ -230,9 +244,9 @@ def _plan_layers(
                     ):
                         best_seconds, best_uneven = min(seconds, best_seconds), uneven
                         copy_into(tried, best)
-        if not bounded and not everywhere(best):
-            allowance = max(search_share * best_seconds, LEAST_SEARCH / (len(owner) * ranks))
-            best_seconds = _search(owner, slots, resident, orders, loads, topology, cost, allowance, best_seconds, trial, best)
+        if not bounded and not (everywhere(best) and _is_even(best, loads, topology, cost)):
+            allowance = max(search_share * best_seconds, least_search)
+            best_seconds = _search(owner, slots, resident, hidden, orders, loads, topology, cost, allowance, best_seconds, trial, best)
         if not everywhere(best):
             copy_into(best, trial)
             if _without_idle(owner, trial):
@@ -247,10 +261,20 @@ def _plan_layers(
 
 
 @jit.loop
+def _is_even(plan: Replicas, loads: LayerLoads, topology: TopologyNumbers, cost: CostNumbers) -> bool:
+    """Whether the busiest device has hardly more to do than if all shared the work by their rates."""
+    busy_D, work = busy_seconds(plan, loads, topology, cost), 0.0
+    for d in range(len(busy_D)):
+        work += busy_D[d] * topology.rate_D[d]
+    return largest(busy_D) * total(topology.rate_D) <= _EVEN * work
+
+
+@jit.loop
 def _search(
     owner: np.ndarray,
     room: np.ndarray,
     resident: np.ndarray,
+    hidden: int,
     orders: ExpertOrders,
     loads: LayerLoads,
     topology: TopologyNumbers,
@@ -268,31 +292,32 @@ def _search(
     for d in range(ranks):
         slots += room[d]
     size = ranks + len(owner)
-    starts_X = np.array(ONE_NODE) if len(topology.uplink_N) == 1 else np.array(SEVERAL_NODES)
-    begins_X = np.full(len(starts_X), np.inf)
-    for x in range(len(starts_X)):
-        start = starts_X[x]
+    begins_X = np.full(STARTS, np.inf)
+    for start in range(STARTS):
         if start in (BEST, ALONE):
-            begins_X[x] = seconds  # what they take does not decide whether the search begins from them
+            # What they take does not decide whether the search begins from them: the one comes first, the other last.
+            begins_X[start] = 0.0 if start == BEST else _PROMISING * seconds * (1 - TIE)
             continue
         given = _GIVE_SECONDS * (slots if goes_slot_by_slot(start) else ranks) * size
         begins = _EXPERT_SECONDS * len(owner) + _RANK_SECONDS * ranks + given
         if begins <= left:
             left -= begins
-            start_with(start, owner, room, orders, loads, topology, trial)
-            begins_X[x] = _plan_seconds(owner, resident, loads, topology, cost, 2 * seconds, trial)
-            if _preferred(begins_X[x], seconds, owner, resident, loads, topology, cost, trial, best):
-                seconds = min(begins_X[x], seconds)
+            start_with(start, owner, room, hidden, orders, loads, topology, trial)
+            begins_X[start] = _plan_seconds(owner, resident, loads, topology, cost, 2 * seconds, trial)
+            if _preferred(begins_X[start], seconds, owner, resident, loads, topology, cost, trial, best):
+                seconds = min(begins_X[start], seconds)
                 copy_into(trial, best)
-    for x in range(len(starts_X)):
+    for _ in range(STARTS):
         if left < _ROUND_SECONDS * size:
             break
-        if begins_X[x] > _PROMISING * seconds and starts_X[x] != BEST:
-            continue
-        if starts_X[x] == BEST:
+        start = where_largest(-begins_X)  # the most promising first
+        if begins_X[start] > _PROMISING * seconds:
+            break
+        begins_X[start] = np.inf
+        if start == BEST:
             copy_into(best, trial)
         else:
-            start_with(starts_X[x], owner, room, orders, loads, topology, trial)
+            start_with(start, owner, room, hidden, orders, loads, topology, trial)
         left -= improve(owner, room, resident, loads, topology, cost, trial, left, False)
         found = _plan_seconds(owner, resident, loads, topology, cost, seconds * (1 + 2 * TIE), trial)
         if _preferred(found, seconds, owner, resident, loads, topology, cost, trial, best):

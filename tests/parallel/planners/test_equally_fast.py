@@ -14,7 +14,7 @@ from hecate.parallel.planners import PlanInput
 from hecate.parallel.planners.plan import Plan
 from hecate.parallel.planners.policies import auto
 from hecate.parallel.planners.policies.auto import plan_auto
-from hecate.parallel.planners.replication import NODES
+from hecate.parallel.planners.replication import NODES, NODES_BUT_ONE
 from hecate.parallel.values.placement import contiguous_owners
 from testing.unit_cases import unit_topology
 
@@ -65,12 +65,12 @@ def test_of_equally_fast_candidates_the_one_that_moves_less(given_: PlanInput) -
     plan = plan_auto(given_)
     seconds, bytes_moved = float(plan.seconds(given_).total[0]), moved(plan, given_)
     for rule, slacks in auto.CANDIDATES:
-        if rule[0] == NODES and given_.topology.num_nodes == 1:
+        if rule in (NODES, NODES_BUT_ONE) and given_.topology.num_nodes == 1:
             continue
         for slack in (0.0, *slacks):
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(auto, "CANDIDATES", ((rule, (slack,)),))
-                patch.setattr(auto, "_REPLICATIONS", np.array([rule]))
+                patch.setattr(auto, "_RULES", np.array([rule]))
                 patch.setattr(auto, "_SLACKS", np.array([(0.0, slack)]))
                 alone = plan_auto(given_)
             taken = float(alone.seconds(given_).total[0])

@@ -85,7 +85,7 @@ def test_trying_and_taking_back_leaves_nothing_behind(given_: PlanInput, seed: i
     search._copy_sums(sums, before)
     expert, target = int(random.integers(experts)), int(random.integers(ranks))
     guests = np.flatnonzero(where[:, target] & ~given_.owned_LED[0][:, target] & (np.arange(experts) != expert))
-    change = np.zeros((1, 5))
+    change = np.zeros((1, 6))
     change[0, [EXPERT, SOURCE, TARGET, DROPPED, AMOUNT]] = (
         expert,
         OTHERS,

@@ -8,7 +8,7 @@ import pytest
 from hecate.parallel.cost.cost_loops import layer_loads
 from hecate.parallel.cost.cost_model import topology_numbers
 from hecate.parallel.loops.replica_lists import no_replicas, only_owners
-from hecate.parallel.planners.replication import HOT, NODES, OWNERS, WANTED, expert_orders, replicate
+from hecate.parallel.planners.replication import HOTTEST, NODES, NODES_BUT_ONE, OWNERS, WANTED, expert_orders, replicate
 from testing.unit_cases import unit_topology
 
 OWNER = np.array([0, 0, 1, 1])
@@ -18,21 +18,20 @@ TOKENS = ([5.0, 1.0, 3.0, 0.0], [2.0, 4.0, 0.0, 1.0])
 
 def brought(
     rule: int,
-    share: float,
-    factor: float,
     slots: tuple[int, ...],
     *,
     tokens: tuple[list[float], ...] = TOKENS,
     nodes: tuple[int, ...] = (0, 0),
     owner: np.ndarray = OWNER,
+    cost_in_rows: float = 3.0,
 ) -> list[list[int]]:
-    """The ranks of each expert, where one costs as much to bring as 3 tokens to send, and two travel hidden."""
+    """The ranks of each expert, where one costs as much to bring as 3 tokens to send, and a token as much to compute as to send."""
     numbers = topology_numbers(unit_topology(nodes))
     loads = layer_loads(np.array(tokens), numbers)
     replicas = no_replicas(len(owner), len(nodes))
     only_owners(replicas, owner)
     orders = expert_orders(owner, np.array(slots), loads, numbers)
-    replicate(rule, share, factor, owner, np.array(slots), 2, 3.0, orders, loads, numbers, replicas)
+    replicate(rule, owner, np.array(slots), cost_in_rows, 1.0, orders, loads, numbers, replicas)
     return [np.flatnonzero(row).tolist() for row in replicas.has_ED]
 
 
@@ -53,36 +52,43 @@ def test_ties_differ_from_rank_to_rank() -> None:
 
 
 def test_the_owners_alone() -> None:
-    assert brought(OWNERS, 0.0, 0.0, (4, 4)) == [[0], [0], [1], [1]]
+    assert brought(OWNERS, (4, 4)) == [[0], [0], [1], [1]]
 
 
 @pytest.mark.parametrize(
-    ("share", "factor", "slots", "expected"),
+    ("slots", "expected"),
     [
-        (1.0, 0.0, (1, 2), [[0, 1], [0, 1], [0, 1], [1]]),  # whatever has tokens and room
-        (1.0, 0.0, (1, 1), [[0], [0, 1], [0, 1], [1]]),  # rank 1 prefers expert 1
-        (1.0, 1.0, (4, 4), [[0], [0, 1], [1], [1]]),  # more than 3 tokens
-        (1.0, 0.0, (4, 4), [[0, 1]] * 4),  # room for all and no threshold: everything everywhere
-        (0.5, 0.0, (4, 4), [[0], [0, 1], [0, 1], [1]]),  # half of the two that travel hidden: one each
+        ((1, 2), [[0, 1], [0, 1], [0, 1], [1]]),  # whatever has tokens and room
+        ((1, 1), [[0], [0, 1], [0, 1], [1]]),  # rank 1 prefers expert 1
+        ((4, 4), [[0, 1]] * 4),  # room for all: everything everywhere
     ],
 )
-def test_wanted_experts(share: float, factor: float, slots: tuple[int, ...], expected: list[list[int]]) -> None:
-    assert brought(WANTED, share, factor, slots) == expected
+def test_wanted_experts(slots: tuple[int, ...], expected: list[list[int]]) -> None:
+    assert brought(WANTED, slots) == expected
 
 
-@pytest.mark.parametrize(("slots", "expected"), [((0, 1), [[0, 1], [0], [1], [1]]), ((1, 0), [[0], [0], [1], [1]])])
-def test_experts_hotter_than_a_rank_can_bear_go_to_all_with_room(slots: tuple[int, ...], expected: list[list[int]]) -> None:
-    """12 of 20 assignments are expert 0's, where 10 are a rank's share."""
-    assert brought(HOT, 1.0, 0.0, slots, tokens=([12.0, 2.0, 0.0, 0.0], [0.0, 0.0, 3.0, 3.0])) == expected
+@pytest.mark.parametrize(
+    ("slots", "cost_in_rows", "expected"),
+    [
+        ((4, 4), 3.0, [[0, 1], [0], [1], [1]]),  # 2 * 14 without; 2 * 10 + 3 with expert 0; each further one costs 3 and spares nothing
+        ((4, 4), 9.0, [[0], [0], [1], [1]]),  # 2 * 10 + 9 is more
+        ((1, 0), 3.0, [[0], [0], [1], [1]]),  # rank 1 has no room
+    ],
+)
+def test_as_many_of_the_hottest_go_everywhere_as_make_it_fastest(
+    slots: tuple[int, ...], cost_in_rows: float, expected: list[list[int]]
+) -> None:
+    """12 of 18 assignments are expert 0's, half of them from rank 1: rank 0 serves 14 without a replica there, else rank 1 serves 10."""
+    assert brought(HOTTEST, slots, tokens=([6.0, 2.0, 0.0, 0.0], [6.0, 0.0, 3.0, 1.0]), cost_in_rows=cost_in_rows) == expected
 
 
 def test_each_node_gets_one_copy_of_what_it_wants_most() -> None:
     """Nodes {0, 1} and {2, 3}, all experts at rank 0. Node 1's tokens want expert 1 most, then 2; both go where there is room, the first to
-    the lower rank, and the next to the less busy one. Expert 3, with 3 tokens, is not worth it."""
+    the lower rank, and the next to the less busy one. Expert 3, with 3 tokens, is not worth as many."""
     tokens = ([9.0, 0.0, 0.0, 0.0], [0.0] * 4, [0.0, 8.0, 1.0, 0.0], [0.0, 0.0, 4.0, 3.0])
     owner = np.zeros(4, dtype=np.int64)
-    found = brought(NODES, 0.0, 1.0, (4, 4, 4, 4), tokens=tokens, nodes=(0, 0, 1, 1), owner=owner)
+    found = brought(NODES, (4, 4, 4, 4), cost_in_rows=6.0, tokens=tokens, nodes=(0, 0, 1, 1), owner=owner)
     assert found == [[0], [0, 2], [0, 3], [0]]
-    # With a negative share a slot of each rank stays free.
-    found = brought(NODES, -1.0, 1.0, (1, 1, 1, 2), tokens=tokens, nodes=(0, 0, 1, 1), owner=owner)
+    # The other rule leaves a slot of each rank free.
+    found = brought(NODES_BUT_ONE, (1, 1, 1, 2), tokens=tokens, nodes=(0, 0, 1, 1), owner=owner)
     assert found == [[0], [0, 3], [0], [0]]

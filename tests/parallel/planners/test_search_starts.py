@@ -18,18 +18,14 @@ from hecate.parallel.planners.replication import expert_orders
 from hecate.parallel.planners.search_starts import (
     ALONE,
     BEST,
-    ONE_NODE,
-    SEVERAL_NODES,
+    STARTS,
     UNDER,
-    copy_in_nodes,
     fill_up,
     keep_under,
-    spread,
+    spread_over_nodes,
     start_with,
 )
 from tests.parallel.planners.auto_inputs import inputs
-
-STARTS = sorted({*ONE_NODE, *SEVERAL_NODES} - {BEST})
 
 
 def cluster(nodes: int, devices: int) -> Topology:
@@ -48,12 +44,12 @@ def started(start: int, given_: PlanInput) -> Replicas:
     slots = np.minimum(given_.slots_D, given_.num_experts)
     loads = loops.layer_loads(np.ascontiguousarray(given_.expected_LED[0].T, dtype=np.float64), numbers)
     plan = no_replicas(given_.num_experts, given_.world_size)
-    start_with(start, owner, slots, expert_orders(owner, slots, loads, numbers), loads, numbers, plan)
+    start_with(start, owner, slots, 2, expert_orders(owner, slots, loads, numbers), loads, numbers, plan)
     return plan
 
 
 @settings(deadline=None)
-@given(inputs(), st.sampled_from(STARTS))
+@given(inputs(), st.integers(BEST + 1, STARTS - 1))
 def test_each_is_a_plan(given_: PlanInput, start: int) -> None:
     plan = started(start, given_)
     where, owned = plan.has_ED, given_.owned_LED[0]
@@ -132,31 +128,32 @@ def test_no_copy_leaves_its_node() -> None:
 
 
 def test_spare_copies_go_to_the_highest_load_per_copy_and_to_the_least_busy_ranks() -> None:
-    """Two spare copies: expert 0 (60) gets both, so that each serves 20; rank 3 and rank 2 have least."""
+    """Four copies beside the owners': expert 0 (60) gets three, so that each serves 15, and then expert 1 (16) one."""
     owner, numbers = np.arange(4), topology_numbers(cluster(1, 4))
     loads = loops.layer_loads(np.tile([60.0, 16.0, 6.0, 4.0], (4, 1)) / 4, numbers)
     replicas = only(owner, 4)
-    spread(2, owner, np.ones(4, np.int64), loads, numbers, replicas)
+    spread_over_nodes(True, owner, np.full(4, 2), loads, numbers, replicas)
     quota = np.where(replicas.has_ED, replicas.quota_ED, 0.0)
-    assert quota[0].tolist() == pytest.approx([20.0, 0.0, 20.0, 20.0])
-    assert quota[1:].sum(1).tolist() == pytest.approx([16.0, 6.0, 4.0])
+    assert quota[0].tolist() == pytest.approx([15.0] * 4)
+    assert sorted(quota[1]) == pytest.approx([0.0, 0.0, 8.0, 8.0])
+    assert quota[2:].sum(1).tolist() == pytest.approx([6.0, 4.0])
 
 
-def test_an_expert_may_be_packed_away_from_its_owner() -> None:
-    """Rank 0 has two experts of 30, rank 1 none: with a slot there one of them goes, and its owner serves nothing of it."""
-    owner, numbers = np.array([0, 0]), topology_numbers(cluster(1, 2))
-    replicas = only(owner, 2)
-    spread(0, owner, np.ones(2, np.int64), loops.layer_loads(np.full((2, 2), 15.0), numbers), numbers, replicas)
-    assert np.where(replicas.has_ED, replicas.quota_ED, 0.0).sum(0).tolist() == [30.0, 30.0]
-
-
-def test_each_node_copies_what_its_own_tokens_want() -> None:
-    """The tokens of node 1 (ranks 2 and 3) want expert 0, those of node 0 expert 3; each rank has one slot."""
-    owner, numbers = np.arange(4), topology_numbers(cluster(2, 2))
-    n_SE = np.array([[0.0, 4.0, 0.0, 20.0], [0.0, 4.0, 0.0, 20.0], [30.0, 0.0, 0.0, 0.0], [30.0, 0.0, 0.0, 0.0]])
+def test_where_slots_alone_count_every_rank_serves_as_many_copies() -> None:
+    """One expert of rank 0 on four ranks with one slot each: with the owner's own place five copies, with slots alone one a rank."""
+    owner, numbers = np.zeros(1, np.int64), topology_numbers(cluster(1, 4))
+    loads = loops.layer_loads(np.full((4, 1), 10.0), numbers)
     replicas = only(owner, 4)
-    copy_in_nodes(owner, np.ones(4, np.int64), loops.layer_loads(n_SE, numbers), numbers, replicas)
-    # Node 0: expert 3 (40) to rank 1, the less busy of the two, then again (20 a copy) to rank 0. Node 1: expert 0 (60), likewise.
-    assert replicas.has_ED[3].tolist() == [True, True, False, True]
-    assert replicas.has_ED[0].tolist() == [True, False, True, True]
-    assert replicas.count_E[1:3].tolist() == [1, 1]
+    spread_over_nodes(False, owner, np.ones(4, np.int64), loads, numbers, replicas)
+    assert replicas.quota_ED[0].tolist() == [10.0] * 4
+
+
+def test_copies_go_to_the_nodes_with_fewest_and_serve_these() -> None:
+    """Expert 0 (80) has a copy in each of two nodes, of which the node's own tokens are served: 20 of node 0, 60 of node 1."""
+    owner, numbers = np.array([0, 1]), topology_numbers(cluster(2, 2))
+    n_SE = np.array([[10.0, 1.0], [10.0, 1.0], [30.0, 1.0], [30.0, 1.0]])
+    replicas = only(owner, 4)
+    spread_over_nodes(True, owner, np.array([0, 0, 2, 2]), loops.layer_loads(n_SE, numbers), numbers, replicas)
+    quota = np.where(replicas.has_ED, replicas.quota_ED, 0.0)
+    assert [quota[0, :2].sum(), quota[0, 2:].sum()] == [20.0, 60.0]
+    assert [quota[1, :2].sum(), quota[1, 2:].sum()] == [2.0, 2.0]
