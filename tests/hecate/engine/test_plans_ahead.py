@@ -5,8 +5,6 @@ from __future__ import annotations
 import gzip
 import json
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,47 +19,22 @@ from torch.profiler import record_function
 from hecate.elastic.move_experts import move_experts
 from hecate.engine.engine import Engine
 from hecate.engine.plans_ahead import THREAD, Answers, PlansAhead
-from hecate.engine.step_plans import PlannerError, StepPlans
+from hecate.engine.step_plans import PlannerError
 from hecate.optim.adamw import AdamW
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables, owned_parameters
 from hecate.parallel.cluster.topology import Link, Topology
 from hecate.parallel.cost.cost_model import LayerCost
-from hecate.parallel.loops import jit
 from hecate.parallel.planners import POLICIES, Plan, PlanInput
 from hecate.parallel.values.units import Unit
 from hecate.ranks.ranks import Ranks
 from hecate.train.steps.step_profile import BEFORE, STEPS, StepProfile
 from testing.ranks import run_ranks
-from tests.hecate import test_expert_families
+from tests.hecate.engine.planning_ahead import plans_ahead, plans_of, steps_planned
 from tests.hecate.equivalence_cases import LEARNING_RATE, WEIGHT_DECAY, Case, random_owners, sharded, step_of_rows
 from tests.hecate.experts.making import HIDDEN, engine
 
 NUM_STEPS, EVALUATED, MOVED, CHANGED = 5, 1, 2, 3
 """steps, and those after which something happens that the next one depends on"""
-
-
-@contextmanager
-def plans_ahead(wanted: bool) -> Iterator[None]:
-    """Plan ahead or not; where no machine code is ready, by plain Python alone, with which it is known that none comes."""
-    alone = nullcontext() if jit.state() == "ready" else jit.plain_python()
-    with alone, pytest.MonkeyPatch.context() as patch:
-        if not wanted:
-            patch.setattr(StepPlans, "begin_ahead", lambda *_: None)
-        yield
-
-
-def plans_of(plans: StepPlans) -> list[Any]:
-    """What the step that was begun last goes by, as lists."""
-    found: list[Any] = [sorted((str(unit), mode) for unit, mode in plans.chosen_modes.items())]
-    for unit_plan in plans.units.values():
-        plan = unit_plan.plan
-        assert plan is not None
-        found += [plan.placement.where_ED.tolist(), plan.loads_ED.tolist(), None if plan.quota_ED is None else plan.quota_ED.tolist()]
-    return found
-
-
-def _counts(plans: StepPlans) -> list[int]:
-    return [plans.made_ahead, plans.made_anew]
 
 
 def _trained(rank: int, world: int, case: Case, *, disturbed: bool) -> tuple[list[Any], dict[str, torch.Tensor], list[int]]:
@@ -86,7 +59,7 @@ def _trained(rank: int, world: int, case: Case, *, disturbed: bool) -> tuple[lis
         if disturbed and step == CHANGED:
             config = engine.shards.config
             engine.shards.config = replace(config, memory_slots=3, topology=replace(config.topology, inter_node=Link(2e7, 0.0)))
-    return found, optimizer.state_tensors(), _counts(engine.shards.plans)
+    return found, optimizer.state_tensors(), steps_planned(engine.shards.plans)
 
 
 CASES = (
@@ -130,31 +103,6 @@ WITHOUT_HISTORY = Case("llep", 8, 2, "balanced", plan="exact", prefetch=0)
 def test_in_an_ordinary_run_all_steps_but_the_first_are_planned_ahead() -> None:
     wanted = [[NUM_STEPS - 1, 1]] * (len(CASES) - 1) + [[0, 0]]  # the last case plans nothing from the history
     assert run_ranks(2, _ordinary, timeout=240) == [wanted] * 2
-
-
-def _frozen_parts(rank: int, world: int) -> None:
-    for policy, slots in (("flexmoe", 2), ("auto", 1)):
-        found = []
-        for wanted in (False, True):
-            case = test_expert_families.Case("lora", policy, slots=slots)
-            made = test_expert_families.Sharded(case, rank, world)
-            plans, planned = made.engine.shards.plans, []
-            with plans_ahead(wanted):
-                for step in range(NUM_STEPS):
-                    made.step(step)
-                    held = [(state.held_ED.tolist(), state.uses, state.fetches) for state in plans.residency.values()]
-                    planned.append([plans_of(plans), held])
-                    if step == MOVED:
-                        rng = np.random.default_rng(world)
-                        owners = {layer: rng.integers(0, world, size=len(owner_E)) for layer, owner_E in made.engine.shards.owners.items()}
-                        move_experts(made.engine, made.optimizer, owners)
-            found.append((planned, {name: tensor.tolist() for name, tensor in made.optimizer.state_tensors().items()}))
-        assert found[0] == found[1], policy
-        assert _counts(plans) == [NUM_STEPS - 2, 2], policy
-
-
-def test_what_ranks_hold_of_frozen_parts_is_known_ahead() -> None:
-    run_ranks(2, _frozen_parts, timeout=240)
 
 
 LAYERS = {Unit(0): 3, Unit(2): 5}
@@ -244,7 +192,7 @@ def test_ranks_that_rejoin_have_nothing_planned(one_rank: dist.ProcessGroup) -> 
         made.rejoin(shards.config.topology, shards.groups, shards.owners, chunks)
         assert shards.plans._ahead is None
         _step(made, 1)
-        assert _counts(shards.plans) == [0, 1]
+        assert steps_planned(shards.plans) == [0, 1]
 
 
 def test_a_timeline_shows_the_next_steps_plan_within_the_backward_pass(one_rank: dist.ProcessGroup, tmp_path: Path) -> None:
@@ -270,7 +218,7 @@ def test_a_timeline_shows_the_next_steps_plan_within_the_backward_pass(one_rank:
         for number in range(BEFORE + STEPS):
             with profile.step():
                 _step(made, number, backward)
-    assert _counts(made.shards.plans) == [BEFORE + STEPS - 1, 1]
+    assert steps_planned(made.shards.plans) == [BEFORE + STEPS - 1, 1]
     events = json.loads(gzip.decompress((tmp_path / "profile-rank-0.json.gz").read_bytes()))["traceEvents"]
 
     def named(name: str) -> list[dict[str, Any]]:
