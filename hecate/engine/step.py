@@ -1,6 +1,7 @@
 """One optimizer step of an FSSDP engine, while it lasts.
 
-    step = engine.begin_step(number, micro_steps)   plan every layer (a pure function of values that all ranks share; no message)
+    step = engine.begin_step(number, micro_steps)   plan every layer (a pure function of values that all ranks share; no message), or take
+                                                    the plans that were made during the last step's last backward pass
     micro = step.begin_micro_step(tokens)           where its loads are known (`plan` replay), exchange them and plan every layer from them
     micro.prefetch(*units)                          start the SparseAllGather of layers, before the attention that hides it
     micro.experts(unit, ...)                        wait for the replicas; dispatch what must travel; compute; combine
@@ -20,6 +21,7 @@ Whatever is called out of this order is refused (`OrderError`).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -57,6 +59,8 @@ class StepLedger:
         """The number of the micro-step that begins next."""
         self._loads_RN: HostRead | None = None
         """The loads of all units' experts by rank, int64 [ranks, N], on their way to the host; None: they are not sent yet."""
+        self._loads: dict[Unit, np.ndarray] | None = None
+        self._reading = threading.Lock()
         self._under_way: int | None = None
         """The number of the micro-step under way, from 0; None: none is under way."""
         self._counts = {
@@ -122,21 +126,34 @@ class StepLedger:
             shards.plans.note_most_served(dict(zip(most, read(most_L, shards.groups.world).tolist(), strict=True)))
 
     def start_exchange(self) -> None:
-        """Send all ranks the step's loads, which are complete after the forward pass of its last micro-step. Every rank must call it.
+        """Send all ranks the step's loads, which are complete after the forward pass of its last micro-step, and begin to plan the next
+        step from them. Every rank must call it.
 
-        The backward pass hides the exchange: on a GPU, the host reads the loads while the device is still busy with that pass. A second
-        call does nothing.
+        The backward pass hides both: on a GPU, the host reads the loads while the device is still busy with that pass. A second call does
+        nothing.
         """
         if self._counts and self._loads_RN is None:
             self._loads_RN = exchange_counts(torch.cat(list(self._counts.values())), self._shards.groups.world)
+            self._shards.plans.begin_ahead(self._loads_in_thread)
 
     def exchange_loads(self) -> dict[Unit, np.ndarray]:
         """Per layer the step's loads, int64 [experts, ranks of the job]. Every rank must call it."""
         self.start_exchange()
-        if self._loads_RN is None:
-            return {}
-        cuts = np.cumsum([len(count) for count in self._counts.values()])[:-1]
-        return dict(zip(self._counts, np.split(by_rank(self._loads_RN), cuts), strict=True))
+        return self._exchanged(self._loads_RN) if self._loads_RN is not None else {}
+
+    def _loads_in_thread(self) -> dict[Unit, np.ndarray]:
+        if self._shards.device.type == "cuda":
+            torch.cuda.set_device(self._shards.device)  # a thread begins with the first device, on which its wait would make a context
+        assert self._loads_RN is not None
+        return self._exchanged(self._loads_RN)
+
+    def _exchanged(self, loads_RN: HostRead) -> dict[Unit, np.ndarray]:
+        """The loads that were sent: one object, whichever thread asks first, since a step is known by it (`MeasuredModes.choose`)."""
+        with self._reading:
+            if self._loads is None:
+                cuts = np.cumsum([len(count) for count in self._counts.values()])[:-1]
+                self._loads = dict(zip(self._counts, np.split(by_rank(loads_RN), cuts), strict=True))
+            return self._loads
 
 
 def exchange_counts(count: Tensor, group: dist.ProcessGroup) -> HostRead:

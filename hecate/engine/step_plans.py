@@ -5,16 +5,19 @@ Nothing here sends a message or touches a tensor: all ranks of a sharding group 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
+from hecate.engine.plans_ahead import Answers, PlansAhead
 from hecate.experts.family import ExpertFamily, OwnedChunks
 from hecate.parallel.cluster.mesh import Mesh, hiding_flops, owners_topology
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost, PlanChoice, PlanMode
+from hecate.parallel.loops import jit
 from hecate.parallel.plan.after_router import best_after_router, one_layer
 from hecate.parallel.plan.measured_modes import MeasuredModes, modes_of
 from hecate.parallel.planners import POLICIES, LayerPlan, Plan, PlanInput, Planner, plan_with
@@ -154,7 +157,12 @@ class StepPlans:
         self.calibrations = 0
         """The number of plans of this step's micro-steps and layers that gave way to better ones after the router."""
         self._measured: dict[tuple[Unit, ...], MeasuredModes] = {}
-        """What choosing their modes has measured, for each tuple of layers of one shape."""
+        """What choosing their modes has measured, for each tuple of layers of one shape; never changed, but replaced."""
+        self._ahead: PlansAhead | None = None
+        """What is planned of the next step while this one runs; None: nothing is."""
+        self.made_ahead = self.waited_ahead = self.made_anew = 0
+        """The steps whose plans were all made ahead, and of these the ones that had to wait for them; and those for which some were made
+        when the step began, because there were none or they were of other values."""
         self._micro_steps = 1
         """The number of micro-steps of the step that began last."""
 
@@ -219,30 +227,71 @@ class StepPlans:
             micro_steps: in which the step's tokens come.
         """
         self.calibrations = 0
+        ahead, self._ahead = self._ahead, None
+        waits = ahead is not None and not ahead.is_ready
+        answers = Answers() if ahead is None else ahead.wait()
+        for units, given, plan in self._from_history(micro_steps, answers):
+            if plan is not None:
+                self._place_all(units, given, plan)
+            for index, unit in enumerate(units):
+                unit_plan = self.units[unit]
+                unit_plan.served_D = None
+                unit_plan.given = given, index
+                if plan is not None:
+                    unit_plan.from_history = unit_plan.plan
+        self._place_pools()
+        is_ahead = ahead is not None and answers.made == 0
+        self.made_ahead += is_ahead
+        self.waited_ahead += is_ahead and waits
+        self.made_anew += answers.made > 0
+
+    def begin_ahead(self, loads: Callable[[], dict[Unit, np.ndarray]]) -> None:
+        """Begin to plan the next step from what is known now and the loads of the step under way, after its last forward pass.
+
+        `begin` takes what was made of the values that it would plan from itself. While planners may have to wait for machine code, it
+        plans itself, because such waits count in no part of a step (`hecate.train.steps.step_clock`).
+
+        Args:
+            loads: returns the loads that the history will record, once they are there; another thread calls it.
+        """
+        if jit.state() not in ("ready", "plain") or all(self.config.execution(mode).knows_loads for mode in self.config.modes):
+            return
+        # A copy, of which the thread may change what it likes. All else that it reads never changes: sizes of experts, arrays, plans.
+        of_next = copy.copy(self)
+        of_next.units = {unit: replace(unit_plan) for unit, unit_plan in self.units.items()}
+        of_next.history, of_next._measured = self.history.copy(), dict(self._measured)
+
+        def make(answers: Answers) -> None:
+            of_next.history.record(loads())
+            of_next._from_history(of_next._micro_steps, answers)
+
+        self._ahead = PlansAhead(make)
+
+    def _from_history(self, micro_steps: int, answers: Answers) -> list[tuple[list[Unit], PlanInput, Plan | None]]:
+        """The plans of an optimizer step from the history, and what they are made from, for each group of layers of one shape and mode;
+        without a plan, if the step's own loads are to be known first."""
         self._micro_steps = micro_steps
         for unit_plan in self.units.values():
-            unit_plan.served_D = None
             if unit_plan.residency is not None:
                 # Once a step: its counts say for how many steps a replica is used, by which planners divide what fetching one costs.
                 unit_plan.residency = unit_plan.residency.after_step()
         if len(self.config.modes) > 1:
-            self._choose_modes()
+            self._choose_modes(answers)
+        made: list[tuple[list[Unit], PlanInput, Plan | None]] = []
         for units, given in self.inputs():
             if given.execution.per_micro_step and given.loads_LED is not None:
                 given = replace(given, loads_LED=given.loads_LED / micro_steps)  # a plan serves one of them
+            plan = None
             if not given.execution.knows_loads:
-                self._place_all(units, given)
-            for index, unit in enumerate(units):
-                unit_plan = self.units[unit]
-                unit_plan.given = given, index
-                if not given.execution.knows_loads:
-                    unit_plan.from_history = unit_plan.plan
-        self._place_pools()
+                plan = answers.ask((self.config.planner, given, tuple(units)), partial(self._planned, given, units))
+            made.append((units, given, plan))
+        return made
 
     def ahead(self, loads: Mapping[Unit, np.ndarray]) -> None:
         """Plan all layers of a micro-step, which will go by these plans, from its loads, int64 [experts, ranks of the group]."""
         for units, given in self.inputs():
-            self._place_all(units, replace(given, loads_LED=np.stack([loads[unit] for unit in units]).astype(np.float64)))
+            given = replace(given, loads_LED=np.stack([loads[unit] for unit in units]).astype(np.float64))
+            self._place_all(units, given, self._planned(given, units))
             for unit in units:
                 self.note_served(unit, loads[unit])
 
@@ -400,8 +449,7 @@ class StepPlans:
             everywhere = everything_everywhere(unit_plan.owner_E, self.mesh.shard_size)
             unit_plan.transfer = plan_transfer(everywhere, None, unit_plan.chunk, self.topology, self._rank)
 
-    def _place_all(self, units: Sequence[Unit], given: PlanInput) -> None:
-        plan = self._planned(given, units)
+    def _place_all(self, units: Sequence[Unit], given: PlanInput, plan: Plan) -> None:
         for index, unit in enumerate(units):
             of_layer = plan.layer(given, index)
             self.units[unit].last_planned = of_layer.placement
@@ -414,7 +462,7 @@ class StepPlans:
             raise PlannerError(_moved_owners(self.config.planner, units, given.owner_LE, plan.owner_LE))
         return plan
 
-    def _choose_modes(self) -> None:
+    def _choose_modes(self, answers: Answers) -> None:
         """Choose the mode of each layer for the step that begins, by the steps in the history."""
         modes: dict[Unit, PlanMode] = {}
         for unit_plan in self.units.values():
@@ -424,14 +472,22 @@ class StepPlans:
             recent_SLEW = self.history.recent(units)
             if recent_SLEW is None:
                 continue
-            splits, among = self.config.planner is plan_auto, self.config.modes
-            measured = self._measured.setdefault(tuple(units), MeasuredModes(self.history.window, splits=splits, modes=among))
-            chosen = measured.choose(
-                partial(self._planned, units=units), given, self.history.snapshot(), self._loads_of_groups(recent_SLEW)
+            steps, measured, among = tuple(self.history.snapshot()), self._measured.get(tuple(units)), self.config.modes
+            question = (self.config.planner, given, tuple(units), steps, measured, among)
+            chosen, self._measured[tuple(units)] = answers.ask(
+                question, partial(self._chosen, units, given, steps, self._loads_of_groups(recent_SLEW), measured)
             )
             modes.update(zip(units, chosen, strict=True))
         for unit, mode in modes.items():
             self.units[unit].mode = mode
+
+    def _chosen(
+        self, units: Sequence[Unit], given: PlanInput, steps: Sequence[object], loads_SLED: np.ndarray, measured: MeasuredModes | None
+    ) -> tuple[list[PlanMode], MeasuredModes]:
+        """The modes that the measured ones choose, and what they have measured then; they stay as they are."""
+        splits = self.config.planner is plan_auto
+        after = copy.copy(measured) if measured else MeasuredModes(self.history.window, splits=splits, modes=self.config.modes)
+        return after.choose(partial(self._planned, units=units), given, steps, loads_SLED), after
 
     def _alike(self, mode: Callable[[Unit], PlanMode]) -> list[list[Unit]]:
         """The layers in groups of one shape and mode."""

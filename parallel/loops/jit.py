@@ -25,6 +25,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -75,6 +76,7 @@ _process = _Process()
 _ROOT = Path(__file__).resolve().parents[1]
 _COMPILING = ("jit.py", "machine_code.py", "compile_loops.py")
 _loops: list[Callable[..., Any]] = []
+_loading = threading.Lock()
 
 
 def loop(function: Function) -> Function:
@@ -112,15 +114,19 @@ class Entry(Generic[P, R]):
         """numba's dispatcher; it loads what is in the folder. What is missing from it is compiled inside `compiling_in_this_process`;
         elsewhere a call raises `NoMachineCode`."""
         if self._machine_code is None:
-            from hecate.parallel.loops import machine_code
-
-            if (folder := code_folder()) is None:
-                raise machine_code.NoMachineCode
-            # Late, since numba takes seconds to import; and all at once, since any loop may be called from this entry.
-            while _loops:
-                machine_code.register_loop(_loops.pop())
-            self._machine_code = machine_code.dispatcher(self.plain, folder, compiles=lambda: _process.compiles)
+            with _loading:  # a run plans in one thread and carries plans out in another
+                self._load()
         return self._machine_code
+
+    def _load(self) -> None:
+        from hecate.parallel.loops import machine_code
+
+        if (folder := code_folder()) is None:
+            raise machine_code.NoMachineCode
+        # Late, since numba takes seconds to import; and all at once, since any loop may be called from this entry.
+        while _loops:
+            machine_code.register_loop(_loops.pop())
+        self._machine_code = machine_code.dispatcher(self.plain, folder, compiles=lambda: _process.compiles)
 
 
 def entry(function: Callable[P, R]) -> Entry[P, R]:

@@ -39,6 +39,13 @@ class LoadHistory:
         self._steps.append(loads)
         self._totals.append({unit: loads_ED.sum(1) for unit, loads_ED in loads.items()})
 
+    def copy(self) -> LoadHistory:
+        """One that holds the same iterations, and records others apart from this one."""
+        other = LoadHistory(self.window)
+        other._steps.extend(self._steps)
+        other._totals.extend(self._totals)
+        return other
+
     def recent(self, units: Sequence[Unit]) -> np.ndarray | None:
         """int64 [iterations, units, experts, source ranks], oldest first, of units with the same number of experts; None before the first
         iteration."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from hecate.config import RouterConfig
 from hecate.data.batches import Batch
+from hecate.engine.plans_ahead import THREAD
 from hecate.engine.step_plans import EngineConfig
 from hecate.experts.routers.by_input.token import TopKRouter
 from hecate.kernels.backend import Backend
@@ -296,3 +298,6 @@ def calibrating_at_whim() -> Iterator[None]:
         patch.setattr("hecate.parallel.plan.after_router.calibration_gain", lambda *_: next(whims))
         patch.setattr(MeasuredModes, "choose", choose)
         yield
+        for thread in threading.enumerate():
+            if thread.name == THREAD:  # it goes by these whims, and must not go on by those of the next case
+                thread.join()

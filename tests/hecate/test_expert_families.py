@@ -34,6 +34,7 @@ from hecate.parallel.values.expert_kinds import FfnSizes, LoraShape
 from hecate.parallel.values.units import Unit
 from hecate.ranks.groups import ExpertGroups
 from testing.ranks import run_ranks
+from tests.hecate.engine.planning_ahead import plans_ahead, plans_of, steps_planned
 from tests.hecate.equivalence_cases import random_planner, topology
 
 SHAPE = FfnShape(hidden=6, ffn=10, activation="silu")
@@ -297,3 +298,26 @@ def test_frozen_experts_under_policies_equal_one_process() -> None:
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_frozen_experts_with_a_gradient_rule_equal_one_process(world: int) -> None:
     run_ranks(world, _check_cases, [Case("row_norm", policy, slots=2) for policy in ("static_ep", "full", "random 0")], timeout=480)
+
+
+def _planned_ahead(rank: int, world: int) -> None:
+    """Steps go by the same plans, and bring the same frozen parts, whether they are planned ahead or not."""
+    for policy, slots in (("flexmoe", 2), ("auto", 1)):
+        found = []
+        for wanted in (False, True):
+            made, planned = Sharded(Case("lora", policy, slots=slots), rank, world), []
+            plans = made.engine.shards.plans
+            with plans_ahead(wanted):
+                for step in range(MOVED + 3):
+                    made.step(step)
+                    held = [(state.held_ED.tolist(), state.uses, state.fetches) for state in plans.residency.values()]
+                    planned.append([plans_of(plans), held])
+                    if step == MOVED:
+                        check_move(made, world)
+            found.append((planned, {name: tensor.tolist() for name, tensor in made.optimizer.state_tensors().items()}))
+        assert found[0] == found[1], policy
+        assert steps_planned(plans) == [MOVED + 1, 2], f"{policy}: all but the first step and the one after the move"
+
+
+def test_what_ranks_hold_of_frozen_parts_is_known_ahead() -> None:
+    run_ranks(2, _planned_ahead, timeout=240)

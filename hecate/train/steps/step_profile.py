@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch._C._profiler import _ExperimentalConfig
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from hecate.ranks.ranks import Ranks
@@ -36,7 +37,8 @@ class StepProfile:
         """Around each step."""
         if self._under_way and self._steps == BEFORE:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._ranks.device.type == "cuda" else [])]
-            self._profile = profile(activities=activities)
+            # The next step is planned in a thread of its own (`hecate.engine.plans_ahead`).
+            self._profile = profile(activities=activities, experimental_config=_ExperimentalConfig(profile_all_threads=True))
             self._profile.start()
         with record_function("hecate: step"):
             yield

@@ -30,6 +30,24 @@ def test_layers_are_predicted_together_from_what_is_kept() -> None:
     assert lasting.tolist() == [[[1, 0], [5, 0]]]
 
 
+def test_a_copy_records_apart() -> None:
+    history = LoadHistory(1)
+    for hot in (100, 9):
+        history.record({Unit(0): loads([hot, 9])})
+    other = history.copy()
+    other.record({Unit(0): loads([1, 1])})
+    assert [step[Unit(0)].tolist() for step in history.snapshot()] == [[[100, 9]], [[9, 9]]]
+    assert [step[Unit(0)].tolist() for step in other.snapshot()] == [[[9, 9]], [[1, 1]]]
+    assert other.snapshot()[0] is history.snapshot()[1], "a step is known by the object of its loads"
+    history.record({Unit(0): loads([1, 1])})
+    for one, apart in zip(
+        (history.predict([Unit(0)]), history.recent([Unit(0)])), (other.predict([Unit(0)]), other.recent([Unit(0)])), strict=True
+    ):
+        assert one is not None
+        assert apart is not None
+        assert one.tolist() == apart.tolist()
+
+
 def test_the_state_survives_json_and_goes_on_alike() -> None:
     history, resumed = LoadHistory(3), LoadHistory(3)
     for step in range(8):
