@@ -22,9 +22,8 @@ from hecate.parallel.cost.model_shapes import ModelShape, load_model_shape
 from hecate.parallel.plan.measured_modes import execution_of
 from hecate.parallel.planners import COLLECTIVES, POLICIES, ROWS, WITH_OURS
 from hecate.parallel.simulate.simulated_step import Setting
-from hecate.parallel.simulate.simulator import Simulated, fullest_owner_bytes, lifetime_in, simulate, slots_in_memory
+from hecate.parallel.simulate.simulator import USUAL_RUN_STEPS, Simulated, fullest_owner_bytes, simulate, slots_in_memory
 from hecate.parallel.simulate.workloads import WORKLOADS
-from hecate.parallel.transfer.residency import expected_uses
 from hecate.parallel.values.megatron_traces import load_megatron_trace
 from hecate.parallel.values.placement import contiguous_owners
 from hecate.parallel.values.policy_names import FORMER_NAMES, current_name, renamed
@@ -48,6 +47,9 @@ class Options:
 
     policies: tuple[str, ...] = tuple(POLICIES)
     steps: int = 12
+    """the number of steps that are simulated, of which all but the first stand for the later steps of the run"""
+    run_steps: int = USUAL_RUN_STEPS
+    """the steps of the run over which means are taken; at least those that are simulated"""
     seed: int = 0
     execution: ExecutionMode = HISTORY
     """how plans are executed, in all that their seconds depend on"""
@@ -96,6 +98,7 @@ class Case:
             "kind": model.kind,
             "workload": self.workload,
             "tokens_per_rank": self.tokens_per_rank,
+            "run_steps": max(options.run_steps, len(known._loads(options))),
             "shard_size": options.shard_size or topology.world_size,
             "spread": asdict(step_spread(topology)),
         }
@@ -141,8 +144,7 @@ class Case:
                     topology=part,
                     cost=cost,
                     slots_D=slots_D,
-                    lifetime=lifetime_in(slots_D, model.experts, expected_uses),
-                    settling=2 if cost.frozen_bytes else 1,
+                    run_steps=max(options.run_steps, len(loads)),
                     execution=options.execution,
                     max_imbalance=options.max_imbalance,
                     num_layers=num_layers,

@@ -80,8 +80,17 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         all_seconds = {row["policy"]: float(row["step_seconds"]) for row in case}
         if BASELINE in all_seconds and all_seconds.get("hecate_paper") == all_seconds[BASELINE] and case[0]["ranks"] > 1:
             lines.append(f"{where}hecate_paper copies only experts that travel hidden behind a layer's attention: here none, as {BASELINE}")
+        lines += [where + line for line in _on_first_steps(case)]
     few = lines[: len(on) + _MOST_NOTES]
     return [*few, f"and {len(lines) - len(few)} more lines like these"] if len(lines) > len(few) else few
+
+
+def _on_first_steps(case: Sequence[Row]) -> list[str]:
+    """A line on the policies whose first steps take more than twice as long as the mean step, if there are any."""
+    slow = [row for row in case if row["first_seconds"] > 2 * row["first_steps"] * row["step_seconds"]]
+    said = "; ".join(f"{row['policy']} {row['first_seconds']:.2f} s, {row['first_bytes'] / 1e9:,.1f} GB" for row in slow)
+    few = "step" if case[0]["first_steps"] == 1 else f"{case[0]['first_steps']} steps"
+    return [f"the first {few}, in the mean of {case[0]['run_steps']:,}: {said}"] if slow else []
 
 
 def _print_tables(console: Console, rows: Sequence[Row], *, wide: bool) -> None:
