@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hecate.apps.foresee.cases import BASELINE
+from hecate.apps.foresee.fsdp_ep import FSDP_EP
 from hecate.apps.foresee.purchase import replication_line
 from hecate.errors import UserError
 from hecate.io.terminal import new_console
@@ -81,6 +82,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         if BASELINE in all_seconds and all_seconds.get("hecate_paper") == all_seconds[BASELINE] and case[0]["ranks"] > 1:
             lines.append(f"{where}hecate_paper copies only experts that travel hidden behind a layer's attention: here none, as {BASELINE}")
         lines += [where + line for line in _on_first_steps(case)]
+        lines += [f"{where}{FSDP_EP} is fastest in groups of {row['shard_size']} ranks" for row in case if row["policy"] == FSDP_EP]
     few = lines[: len(on) + _MOST_NOTES]
     return [*few, f"and {len(lines) - len(few)} more lines like these"] if len(lines) > len(few) else few
 
