@@ -2,8 +2,8 @@
 
 The simulator trains LoRA over a frozen MoE base by policy auto, on 16 workloads and 4 clusters, with memory's slots and with 4. A planner
 pays a frozen part over so many steps (`frozen_lifetime`): `measured` is what training goes by
-(`hecate.parallel.transfer.residency.expected_uses`), the others are fixed. Rows are seconds of a step without attention, over those of 20
-steps.
+(`hecate.parallel.transfer.residency.expected_uses`), the others are fixed. Rows are seconds of a step without attention, the first ones
+included, over those of 20 steps.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ def main() -> None:
                 seconds = {}
                 for name, lifetime in lifetimes.items():
                     step = simulate(
-                        loads, {"auto": POLICIES["auto"]}, Setting(topology=topology, cost=frozen.cost, slots_D=slots_D, lifetime=lifetime)
+                        loads,
+                        {"auto": POLICIES["auto"]},
+                        Setting(topology=topology, cost=frozen.cost, slots_D=slots_D, lifetime=lifetime, run_steps=len(loads)),
                     )[0]
                     seconds[name] = step.step_seconds - step.seconds.attention
                 row = {"topology": place, "workload": workload, "slots": slots, "ms": 1e3 * seconds[USUAL]}
@@ -58,7 +60,7 @@ def main() -> None:
 
 
 def always(steps: float) -> Lifetime:
-    return lambda layers: steps
+    return lambda layers, steps_left: steps
 
 
 def geomean(ratios: np.ndarray) -> float:

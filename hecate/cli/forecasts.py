@@ -90,7 +90,8 @@ def simulate(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="tokens of one rank in a step")] = 8192,
     policy: Annotated[str, typer.Option(help="a name, several names separated by commas, or all")] = "all",
-    steps: Annotated[int, typer.Option(min=1, help="number of steps")] = 12,
+    steps: Annotated[int, typer.Option(min=1, help="number of steps that are simulated")] = 12,
+    run_steps: Annotated[int, typer.Option(min=1, help="number of steps of the run that means are taken over")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="seed of the workload")] = 0,
     plan: Annotated[
         str, typer.Option(help="from which loads layers are planned, as fssdp.plan: history, calibrated, exact, replay, auto")
@@ -132,6 +133,7 @@ def simulate(
         Options(
             policies=chosen_policies(policy, "--policy"),
             steps=steps,
+            run_steps=run_steps,
             seed=seed,
             execution=execution,
             choose_modes=choose_modes,

@@ -38,8 +38,8 @@ HISTORY_STEPS = 5
 """the most steps from which the next one's loads are predicted, as by `fssdp.load_window` (Hecate §3.2)"""
 Predictor = Callable[[np.ndarray], np.ndarray]
 """a function of the loads of all steps so far, int64 [steps, layers, experts, source ranks], that returns the next step's, float64"""
-Lifetime = Callable[[Sequence[Residency]], float]
-"""a function of the layers' residency that returns a number of steps"""
+Lifetime = Callable[[Sequence[Residency], int | None], float]
+"""a function of the layers' residency and of the steps that are left of the run (None: not known) that returns a number of steps"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +98,9 @@ class Setting:
     """predicts in place of `predicted_loads`"""
     lifetime: Lifetime = expected_uses
     """over how many steps planners pay a replica's frozen part"""
-    settling: int = 1
-    """the number of first steps that are not counted: the one that `history` plans without loads, and, with frozen parts, the one in which
-    most replicas arrive"""
+    run_steps: int | None = None
+    """the steps of the run over which means are taken, of which the simulated ones are the first; None: so many that the first ones do not
+    count"""
     max_imbalance: float | None = None
     """see `PlanInput.max_imbalance`"""
     reshard_interval: int | None = None
@@ -115,6 +115,12 @@ class Setting:
     """whether experts travel as parts (`sharded_gather`)"""
     owner_E: np.ndarray | None = None
     """int64 [experts]: the owner of each layer's experts at the beginning; None: runs of equal length (`contiguous_owners`)"""
+
+    @property
+    def first_steps(self) -> int:
+        """The number of steps that no later step is like: the one that `history` plans without loads, and, with frozen parts, the next one,
+        in which most replicas arrive."""
+        return 2 if self.cost.frozen_bytes else 1
 
     def of_collective(self, collective: Collective | None) -> Setting:
         """The same for a policy whose experts travel in this way."""

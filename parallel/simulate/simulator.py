@@ -29,7 +29,6 @@ from hecate.parallel.planners import Collective, PlanInput, Planner, plan_with
 from hecate.parallel.planners.plan import check_loads
 from hecate.parallel.planners.policies.auto import plan_auto
 from hecate.parallel.simulate.simulated_step import (
-    Lifetime,
     Planned,
     Setting,
     SimulatedStep,
@@ -47,11 +46,17 @@ from hecate.parallel.values.predictors import KEPT_WINDOWS, predicted_loads
 
 @dataclass(frozen=True, kw_only=True)
 class Simulated:
-    """One policy's mean over the counted steps."""
+    """One policy's mean over the steps of a run (`Setting.run_steps`), and its first steps alone."""
 
     policy: str
     seconds: StepSeconds
     bytes: StepBytes
+    first_steps: int
+    """the steps that no later step is like (`Setting.first_steps`), as far as they were simulated"""
+    first_seconds: float
+    """what these take together"""
+    first_bytes: float
+    """what all ranks send in these together"""
     imbalance: float
     """largest expert compute time of a rank over what it would be if all shared the work by their rates; mean over layers"""
     replica_bytes_D: tuple[float, ...]
@@ -99,7 +104,8 @@ def simulate(
 ) -> list[Simulated]:
     """Put loads through each policy, all layers alike.
 
-    The first steps (`Setting.settling`) are not counted; if there are no others, the last one is.
+    In the means over a run the first steps (`Setting.first_steps`) count once each, and the others that were simulated stand for all that
+    follow. Without a run's length the first are not counted, unless there are no others; then the last one is.
 
     Args:
         loads: int64 [steps, layers, experts, source ranks]: assignments (see `hecate.parallel.values.loads`).
@@ -121,8 +127,8 @@ _RESHARDING = ("hecate_paper", "auto")
 _REPLANS = {"smartmoe": (10, 2)}
 """policy -> the steps from one of its plans to the next, and the last steps whose mean loads it plans from"""
 _PLANNED_SHARE = 0.9
-_LONG_RUN = 200.0
-"""steps, to which `expected_uses` grows where replicas are never given up"""
+USUAL_RUN_STEPS = 1000
+"""steps of a run of which nobody says how long it is"""
 _OF_FULLEST_STEP = ("replica_bytes_D", "replicas_D", "frozen_parts_D", "served_tokens_D", "most_tokens_D")
 """the figures of `Simulated` that are those of the fullest step, rank by rank"""
 
@@ -147,17 +153,6 @@ def slots_in_memory(
     if each == 0 or (cost.frozen_bytes and holds_all):
         return np.full(topology.world_size, num_experts)
     return np.minimum(room_D / each, num_experts).astype(np.int64)
-
-
-def lifetime_in(slots_D: np.ndarray, num_experts: int, otherwise: Lifetime) -> Lifetime:
-    """Return over how many steps planners pay a replica's frozen part in a forecast of a long run.
-
-    Where every rank has slots for all experts, each is brought once and never given up, which training learns in its first hundred steps.
-
-    Args:
-        otherwise: where slots may run out.
-    """
-    return (lambda layers: _LONG_RUN) if (slots_D >= num_experts).all() else otherwise
 
 
 def fullest_owner_bytes(topology: Topology, cost: LayerCost, *, num_layers: int, num_experts: int) -> float:
@@ -192,17 +187,21 @@ class _PolicyRun:
     def result(self) -> Simulated:
         """Run all steps."""
         steps = [self._one_step(step) for step in range(len(self._loads))]
-        counted = steps[self._setting.settling :] or steps[-1:]
+        first, counted = steps[: self._setting.first_steps], steps[self._setting.first_steps :] or steps[-1:]
+        share_T = _shares_of_run(len(steps), self._setting)
         num_layers = self._loads.shape[1]
         scale = (self._setting.num_layers or num_layers) / num_layers
         return Simulated(
             policy=self._name,
-            seconds=StepSeconds(**_mean([step.seconds for step in counted], scale)),
-            bytes=StepBytes(**_mean([step.bytes for step in counted], scale)),
-            imbalance=float(np.mean([step.imbalance for step in counted])),
+            seconds=StepSeconds(**_mean([step.seconds for step in steps], share_T, scale)),
+            bytes=StepBytes(**_mean([step.bytes for step in steps], share_T, scale)),
+            first_steps=len(first),
+            first_seconds=scale * sum(step.seconds.total for step in first),
+            first_bytes=scale * sum(step.bytes.near + step.bytes.far for step in first),
+            imbalance=_weighted([step.imbalance for step in steps], share_T),
             **{name: tuple(np.max([getattr(step, name) for step in counted], axis=0).tolist()) for name in _OF_FULLEST_STEP},
             planner_ms_per_layer=1e3 * float(np.median(self._planner_seconds)) / num_layers,
-            plan_modes=_shares(self._modes[-len(counted) :]) if self._setting.choose_modes else None,
+            plan_modes=_modes(self._modes, share_T) if self._setting.choose_modes else None,
         )
 
     def _one_step(self, step: int) -> SimulatedStep:
@@ -233,11 +232,12 @@ class _PolicyRun:
             known_LED = loads[step].astype(np.float64)
         elif step > 0:
             known_LED = self._predicted(loads[:step]) if self._averaged is None else loads[max(step - self._averaged, 0) : step].mean(0)
+        steps_left = None if setting.run_steps is None else max(setting.run_steps - step, 1)
         given = PlanInput(
             self._owner_LE,
             known_LED,
             setting.topology,
-            replace(setting.cost, frozen_lifetime=setting.lifetime(self._residency)) if self._has_frozen else setting.cost,
+            replace(setting.cost, frozen_lifetime=setting.lifetime(self._residency, steps_left)) if self._has_frozen else setting.cost,
             setting.slots_D,
             resident_LED=held_LED,
             max_imbalance=setting.max_imbalance,
@@ -271,10 +271,25 @@ def _by_mode(modes: list[PlanMode]) -> list[tuple[PlanMode, np.ndarray]]:
     return [(mode, np.array([layer for layer, own_mode in enumerate(modes) if own_mode == mode])) for mode in dict.fromkeys(modes)]
 
 
-def _shares(modes: list[list[PlanMode]]) -> dict[str, float]:
-    flat = [mode for of_step in modes for mode in of_step]
-    return {mode: flat.count(mode) / len(flat) for mode in MODES}
+def _shares_of_run(steps: int, setting: Setting) -> np.ndarray:
+    """float64 [simulated steps]: what share of the run's steps each stands for."""
+    first = min(setting.first_steps, steps - 1 if setting.run_steps is None else steps)
+    weight_T = np.ones(steps)
+    if setting.run_steps is None:
+        weight_T[:first] = 0.0
+    else:
+        weight_T[first:] = max(setting.run_steps - first, 0) / max(steps - first, 1)
+    return np.asarray(weight_T / weight_T.sum())
 
 
-def _mean(records: list[Any], scale: float) -> dict[str, float]:
-    return {field.name: scale * float(np.mean([getattr(record, field.name) for record in records])) for field in fields(records[0])}
+def _modes(modes: list[list[PlanMode]], share_T: np.ndarray) -> dict[str, float]:
+    return {mode: _weighted([of_step.count(mode) / len(of_step) for of_step in modes], share_T) for mode in MODES}
+
+
+def _mean(records: list[Any], share_T: np.ndarray, scale: float) -> dict[str, float]:
+    return {field.name: scale * _weighted([getattr(record, field.name) for record in records], share_T) for field in fields(records[0])}
+
+
+def _weighted(values: Sequence[float], share_T: np.ndarray) -> float:
+    """The mean, which of equal values is exactly theirs."""
+    return float(values[-1] + share_T @ (np.asarray(values) - values[-1]))

@@ -139,14 +139,26 @@ def residency_from_json(value: Mapping[str, Any], fresh: Residency) -> Residency
     return found.evict()
 
 
-def expected_uses(layers: Sequence[Residency]) -> float:
-    """For how many steps a replica will be computed with if it is brought now, by what the last few tens of steps show of these layers.
+def never_gives_up(layers: Sequence[Residency]) -> bool:
+    """Whether every rank has slots for all experts that it does not own, so that it keeps each replica to the end of the run."""
+    return all(bool((layer.slots_D >= (~layer.owned_ED).sum(0)).all()) for layer in layers)
+
+
+def expected_uses(layers: Sequence[Residency], steps_left: int | None = None) -> float:
+    """For how many steps a replica will be computed with if it is brought now.
 
     Planners pay a frozen part over so many steps. A number that is too high has them fetch other replicas in each step for gains that do
-    not last; one that is too low has them fetch none.
+    not last; one that is too low has them fetch none. Where replicas are never given up, the steps that are left are what each can be used
+    for. Elsewhere the last few tens of steps of these layers show it, and no replica is used in more steps than are left.
+
+    Args:
+        steps_left: of the run, the one that is planned included, so at least 1; None: not known, and not counted on.
     """
+    most = _MOST_USES if steps_left is None else min(float(steps_left), _MOST_USES)
+    if steps_left is not None and never_gives_up(layers):
+        return most
     mean = sum(layer.uses for layer in layers) / sum(layer.fetches for layer in layers)
-    return min(max(_OF_MEAN_USES * mean, _LEAST_USES), _MOST_USES)
+    return min(max(_OF_MEAN_USES * mean, _LEAST_USES), most)
 
 
 @dataclass(frozen=True, eq=False)

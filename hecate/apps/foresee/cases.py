@@ -10,10 +10,11 @@ from typing import Any, get_args
 
 import numpy as np
 
+from hecate.apps.foresee.fsdp_ep import FSDP_EP, fsdp_ep_bytes, fsdp_ep_sizes, with_fsdp
 from hecate.apps.foresee.sharding_groups import ep_group_sizes, simulate_groups, sum_over_groups, with_sum
 from hecate.config.files.presets import base_named, find_preset, preset_names
 from hecate.errors import UserError
-from hecate.parallel.cluster.mesh import make_mesh
+from hecate.parallel.cluster.mesh import Mesh, make_mesh
 from hecate.parallel.cluster.step_spread import step_spread
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cluster.topology_file import load_topology
@@ -22,9 +23,8 @@ from hecate.parallel.cost.model_shapes import ModelShape, load_model_shape
 from hecate.parallel.plan.measured_modes import execution_of
 from hecate.parallel.planners import COLLECTIVES, POLICIES, ROWS, WITH_OURS
 from hecate.parallel.simulate.simulated_step import Setting
-from hecate.parallel.simulate.simulator import Simulated, fullest_owner_bytes, lifetime_in, simulate, slots_in_memory
+from hecate.parallel.simulate.simulator import USUAL_RUN_STEPS, Simulated, fullest_owner_bytes, simulate, slots_in_memory
 from hecate.parallel.simulate.workloads import WORKLOADS
-from hecate.parallel.transfer.residency import expected_uses
 from hecate.parallel.values.megatron_traces import load_megatron_trace
 from hecate.parallel.values.placement import contiguous_owners
 from hecate.parallel.values.policy_names import FORMER_NAMES, current_name, renamed
@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 
 BASELINE = "static_ep"
 """the policy that speed-ups compare with, in groups of the size that suits it best (`ep_group_sizes`)"""
+SIMULATED = (*POLICIES, FSDP_EP)
+"""what `all` compares: the policies that a run can have, and a baseline that is none"""
 SAMPLED_LAYERS = 4
 """the number of layers that are simulated under a synthetic workload; results are scaled to the whole model, whose layers are equal"""
 
@@ -46,8 +48,11 @@ class Options:
         UserError: several micro-steps that each gather and reduce for themselves.
     """
 
-    policies: tuple[str, ...] = tuple(POLICIES)
+    policies: tuple[str, ...] = SIMULATED
     steps: int = 12
+    """the number of steps that are simulated, of which all but the first stand for the later steps of the run"""
+    run_steps: int = USUAL_RUN_STEPS
+    """the steps of the run over which means are taken; at least those that are simulated"""
     seed: int = 0
     execution: ExecutionMode = HISTORY
     """how plans are executed, in all that their seconds depend on"""
@@ -86,7 +91,11 @@ class Case:
         """
         model, topology = self.model, self.topology
         known = replace(self, recorded=self._loads(options))  # loads are drawn once for all policies
-        found = [known._simulate(name, options, options.shard_size, begins) for name in options.policies]
+        found = []
+        for name in options.policies:
+            if begins is not None:
+                begins(name)
+            found.append(known._fsdp_ep(options) if name == FSDP_EP else known._simulate(name, options, options.shard_size))
         baseline = known.baseline(options) if BASELINE in options.policies else None
         facts = {
             "topology": self.topology_name,
@@ -96,7 +105,7 @@ class Case:
             "kind": model.kind,
             "workload": self.workload,
             "tokens_per_rank": self.tokens_per_rank,
-            "shard_size": options.shard_size or topology.world_size,
+            "run_steps": max(options.run_steps, len(known._loads(options))),
             "spread": asdict(step_spread(topology)),
         }
         tokens = self.tokens_per_rank * topology.world_size
@@ -105,6 +114,7 @@ class Case:
             facts
             | one.as_dict()
             | {
+                "shard_size": run.shard_size,
                 f"speedup_over_{BASELINE}": None if baseline is None else baseline.step_seconds / one.step_seconds,
                 "baseline_shard_size": None if baseline is None else baseline.shard_size,
                 "tokens_per_second": tokens / one.step_seconds,
@@ -118,19 +128,43 @@ class Case:
 
     def baseline(self, options: Options) -> PolicyRun:
         """Return expert parallelism as people run it: in groups of the size with the fastest step, of those that fit if there are any."""
-        runs = [self._simulate(BASELINE, options, size, None) for size in ep_group_sizes(self.topology, self.model.experts)]
+        runs = [self._simulate(BASELINE, options, size) for size in ep_group_sizes(self.topology, self.model.experts)]
         return min([run for run in runs if run.fits(self.topology)] or runs, key=lambda run: run.step_seconds)
 
-    def _simulate(self, name: str, options: Options, shard_size: int | None, begins: Callable[[str], None] | None) -> PolicyRun:
+    def _fsdp_ep(self, options: Options) -> PolicyRun:
+        """Return FSDP over experts beside expert parallelism, in groups of the size with the fastest step, of those that fit; parameters
+        are freed between the passes, or kept if there is room. If nothing fits it is what takes the least memory."""
+        model, topology, runs = self.model, self.topology, []
+        cost, sizes = self._layer_cost(options), {"num_layers": model.layers, "num_experts": model.experts}
+        for size in fsdp_ep_sizes(topology.world_size, model.experts):
+            mesh = make_mesh(topology.world_size, size)
+            static = self._in_groups(BASELINE, options, mesh)
+            for resharded in {options.execution.rematerialize, True}:
+                one = with_fsdp(static, topology, cost, mesh, replace(options.execution, rematerialize=resharded), **sizes)
+                held_bytes = model.replicated_bytes() + fsdp_ep_bytes(cost, mesh, **sizes, resharded=resharded)
+                runs.append(PolicyRun(one, held_bytes, size))
+        fitting = [run for run in runs if run.fits(topology)]
+        return min(fitting, key=lambda run: run.step_seconds) if fitting else min(runs, key=lambda run: run.held_bytes)
+
+    def _simulate(self, name: str, options: Options, shard_size: int | None) -> PolicyRun:
         """Simulate one policy in sharding groups of a size; None: all ranks are one."""
-        if begins is not None:
-            begins(name)
-        model, topology = self.model, self.topology
-        mesh = make_mesh(topology.world_size, shard_size)
-        loads, num_layers = self._loads(options), model.layers
-        cost = model.layer_cost(self.tokens_per_rank / options.execution.micro_steps)  # a gather hides behind one micro-step's attention
-        sizes = {"num_layers": num_layers, "num_experts": model.experts}
-        other_bytes = model.replicated_bytes()
+        model, topology, mesh = self.model, self.topology, make_mesh(self.topology.world_size, shard_size)
+        cost, sizes = self._layer_cost(options), {"num_layers": model.layers, "num_experts": model.experts}
+        experts_D = np.bincount(contiguous_owners(model.experts, mesh.shard_size), minlength=mesh.shard_size)
+        owned_D = np.tile(experts_D * cost.reduced_bytes * model.layers, mesh.num_sharding_groups)
+        messages = model.layers if cost.reduced_bytes else 0
+        summed = sum_over_groups(owned_D, messages, topology, mesh)
+        held_bytes = model.replicated_bytes() + fullest_owner_bytes(topology.take(range(mesh.shard_size)), cost, **sizes)
+        return PolicyRun(with_sum(self._in_groups(name, options, mesh), *summed), held_bytes, mesh.shard_size)
+
+    def _layer_cost(self, options: Options) -> LayerCost:
+        """The cost of a layer, of which a gather hides behind one micro-step's attention."""
+        return self.model.layer_cost(self.tokens_per_rank / options.execution.micro_steps)
+
+    def _in_groups(self, name: str, options: Options, mesh: Mesh) -> Simulated:
+        """Simulate one policy in sharding groups, without the sum over these."""
+        model, loads, num_layers = self.model, self._loads(options), self.model.layers
+        sizes, other_bytes = {"num_layers": num_layers, "num_experts": model.experts}, model.replicated_bytes()
 
         def of_group(loads: np.ndarray, part: Topology, cost: LayerCost) -> list[Simulated]:
             slots_D = slots_in_memory(part, cost, **sizes, other_bytes=other_bytes, rematerialize=options.execution.rematerialize)
@@ -141,8 +175,7 @@ class Case:
                     topology=part,
                     cost=cost,
                     slots_D=slots_D,
-                    lifetime=lifetime_in(slots_D, model.experts, expected_uses),
-                    settling=2 if cost.frozen_bytes else 1,
+                    run_steps=max(options.run_steps, len(loads)),
                     execution=options.execution,
                     max_imbalance=options.max_imbalance,
                     num_layers=num_layers,
@@ -151,13 +184,7 @@ class Case:
                 COLLECTIVES,
             )
 
-        (one,) = simulate_groups(loads, topology, cost, mesh, of_group)
-        experts_D = np.bincount(contiguous_owners(model.experts, mesh.shard_size), minlength=mesh.shard_size)
-        owned_D = np.tile(experts_D * cost.reduced_bytes * num_layers, mesh.num_sharding_groups)
-        messages = num_layers if cost.reduced_bytes else 0
-        summed = sum_over_groups(owned_D, messages, topology, mesh)
-        held_bytes = other_bytes + fullest_owner_bytes(topology.take(range(mesh.shard_size)), cost, **sizes)
-        return PolicyRun(with_sum(one, *summed), held_bytes, mesh.shard_size)
+        return simulate_groups(loads, self.topology, self._layer_cost(options), mesh, of_group)[0]
 
     def _loads(self, options: Options) -> np.ndarray:
         """Return the loads of all layers, or of a sample of them."""
@@ -301,7 +328,7 @@ def chosen_policies(names: str | Sequence[str], what: str) -> tuple[str, ...]:
     for name in dict.fromkeys(listed):
         if name in FORMER_NAMES:
             _log.warning(f"hecate: {renamed(what, name)}")
-    return chosen_names([current_name(name) for name in listed], tuple(POLICIES), what, more=tuple(WITH_OURS))
+    return chosen_names([current_name(name) for name in listed], SIMULATED, what, more=tuple(WITH_OURS))
 
 
 def _listed(names: str | Sequence[str]) -> list[str]:

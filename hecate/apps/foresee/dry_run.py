@@ -19,9 +19,9 @@ from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
 from hecate.parallel.plan.measured_modes import execution_of
 from hecate.parallel.planners import POLICIES
 from hecate.parallel.simulate.simulated_step import Setting, StepBytes
-from hecate.parallel.simulate.simulator import Simulated, lifetime_in, mean_modes, simulate
+from hecate.parallel.simulate.simulator import USUAL_RUN_STEPS, Simulated, mean_modes, simulate
 from hecate.parallel.simulate.workloads import WORKLOADS
-from hecate.parallel.transfer.residency import Residency
+from hecate.parallel.transfer.residency import Residency, expected_uses, never_gives_up
 from hecate.parallel.values.optimizer_state import expert_spec, owner_bytes
 from hecate.parallel.values.traces import Trace
 
@@ -143,8 +143,8 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
                 ),
                 max_imbalance=config.fssdp.max_imbalance,
                 window=config.fssdp.load_window,
-                lifetime=lifetime_in(slots_D, group.experts, _of_long_runs),
-                settling=2 if cost.frozen_bytes else 1,
+                lifetime=_of_long_runs,
+                run_steps=config.max_steps or USUAL_RUN_STEPS,
                 num_layers=group.number,
                 choose_modes=choose_modes,
                 owner_E=owner_E,
@@ -230,10 +230,10 @@ def _simulate_pool(run: RunShape, pool: PoolShape) -> Simulated:
     return simulate_groups(no_tokens, run.topology, cost, run.mesh, of_one_group)[0]
 
 
-def _of_long_runs(layers: Sequence[Residency]) -> float:
-    """Over how many steps a replica's frozen part is paid: the few steps of a forecast do not show how long replicas last, and a run that
-    comes to keep more of them must still fit into memory."""
-    return 20.0
+def _of_long_runs(layers: Sequence[Residency], steps_left: int | None) -> float:
+    """Over how many steps a replica's frozen part is paid. Where slots run out the few steps of a forecast do not show how long replicas
+    last, and a run that comes to keep more of them must still fit into memory."""
+    return expected_uses(layers, steps_left) if never_gives_up(layers) else 20.0
 
 
 def _micro_steps_together(run: RunShape) -> int:

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hecate.apps.foresee.cases import BASELINE
+from hecate.apps.foresee.fsdp_ep import FSDP_EP
 from hecate.apps.foresee.purchase import replication_line
 from hecate.errors import UserError
 from hecate.io.terminal import new_console
@@ -80,8 +81,18 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         all_seconds = {row["policy"]: float(row["step_seconds"]) for row in case}
         if BASELINE in all_seconds and all_seconds.get("hecate_paper") == all_seconds[BASELINE] and case[0]["ranks"] > 1:
             lines.append(f"{where}hecate_paper copies only experts that travel hidden behind a layer's attention: here none, as {BASELINE}")
+        lines += [where + line for line in _on_first_steps(case)]
+        lines += [f"{where}{FSDP_EP} is fastest in groups of {row['shard_size']} ranks" for row in case if row["policy"] == FSDP_EP]
     few = lines[: len(on) + _MOST_NOTES]
     return [*few, f"and {len(lines) - len(few)} more lines like these"] if len(lines) > len(few) else few
+
+
+def _on_first_steps(case: Sequence[Row]) -> list[str]:
+    """A line on the policies whose first steps take more than twice as long as the mean step, if there are any."""
+    slow = [row for row in case if row["first_seconds"] > 2 * row["first_steps"] * row["step_seconds"]]
+    said = "; ".join(f"{row['policy']} {row['first_seconds']:.2f} s, {row['first_bytes'] / 1e9:,.1f} GB" for row in slow)
+    few = "step" if case[0]["first_steps"] == 1 else f"{case[0]['first_steps']} steps"
+    return [f"the first {few}, in the mean of {case[0]['run_steps']:,}: {said}"] if slow else []
 
 
 def _print_tables(console: Console, rows: Sequence[Row], *, wide: bool) -> None:

@@ -46,7 +46,13 @@ def ep_group_sizes(topology: Topology, experts: int) -> list[int]:
 def with_sum(one: Simulated, seconds: float, moved: StepBytes) -> Simulated:
     """Return a step with the sum of the owners' gradients over the groups (`sum_over_groups`) added to it."""
     together = StepBytes(**{field.name: getattr(one.bytes, field.name) + getattr(moved, field.name) for field in fields(moved)})
-    return replace(one, seconds=replace(one.seconds, all_reduce=seconds), bytes=together)
+    return replace(
+        one,
+        seconds=replace(one.seconds, all_reduce=seconds),
+        bytes=together,
+        first_seconds=one.first_seconds + one.first_steps * seconds,
+        first_bytes=one.first_bytes + one.first_steps * (moved.near + moved.far),
+    )
 
 
 def _together(of_groups: Sequence[Simulated], groups: list[list[int]], topology: Topology) -> Simulated:
@@ -67,6 +73,9 @@ def _together(of_groups: Sequence[Simulated], groups: list[list[int]], topology:
             busiest_port=max(one.bytes.busiest_port for one in of_groups),
             busiest_uplink=max(uplinks),
         ),
+        first_steps=slowest.first_steps,
+        first_seconds=max(one.first_seconds for one in of_groups),
+        first_bytes=sum(one.first_bytes for one in of_groups),
         imbalance=float(compute.max()) / shared if shared else slowest.imbalance,
         replica_bytes_D=tuple(size for one in of_groups for size in one.replica_bytes_D),
         replicas_D=tuple(number for one in of_groups for number in one.replicas_D),

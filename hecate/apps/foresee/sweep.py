@@ -13,7 +13,7 @@ from hecate.parallel.cost.cost_model import HISTORY, ExecutionMode, PlanMode
 from hecate.parallel.simulate.workloads import WORKLOADS
 
 _TOP = (
-    *("policies", "steps", "seed", "plan", "rematerialize", "prefetch", "micro_steps", "route", "max_imbalance", "shard_size"),
+    *("policies", "steps", "run_steps", "seed", "plan", "rematerialize", "prefetch", "micro_steps", "route", "max_imbalance", "shard_size"),
     "runs",
 )
 _MOST = 10**9
@@ -37,6 +37,7 @@ def load_sweep(path: Path) -> tuple[list[Case], Options]:
     options = Options(
         policies=chosen_policies(_list(raw, "policies", str(path)), f"{path}.policies") if "policies" in raw else Options.policies,
         steps=_count(raw, "steps", str(path), Options.steps),
+        run_steps=_count(raw, "run_steps", str(path), Options.run_steps),
         seed=_count(raw, "seed", str(path), Options.seed, least=0),
         execution=execution,
         choose_modes=choose_modes,

@@ -361,6 +361,34 @@ def last_loads(past: np.ndarray) -> np.ndarray:
     return past[-1].astype(np.float64)
 
 
+def test_the_first_steps_have_their_share_of_a_run() -> None:
+    """Step 0 brings 100 bytes each way. A replica's 4 bytes and its gradient's travel in all steps, and each rank has one."""
+    cost, loads = LayerCost(trainable_bytes=4.0, frozen_bytes=100.0), np.full((4, 1, 2, 2), 8)
+
+    def full(run_steps: int | None) -> Simulated:
+        setting = Setting(topology=NODE, cost=cost, slots_D=np.full(2, 2), run_steps=run_steps)
+        return simulate(loads, {"full": POLICIES["full"]}, setting)[0]
+
+    endless = full(None)
+    assert (endless.bytes.near, endless.seconds.exposed) == (16, 8)
+    for steps in (2, 4, 50):
+        row = full(steps)
+        assert row.bytes.near == pytest.approx(16 + 200 / steps)
+        assert row.seconds.exposed == pytest.approx(8 + 100 / steps)
+        optimizer = row.seconds.optimizer
+        assert (row.first_steps, row.first_seconds, row.first_bytes) == (2, 108 + 8 + 2 * optimizer, 216 + 16)
+    assert full(1).bytes.near == (216 + 16) / 2, "no fewer than the first steps"
+
+
+@pytest.mark.parametrize(("run_steps", "held"), [(1000, 4.0), (None, 0.0), (3, 0.0)])
+def test_what_memory_holds_is_brought_as_soon_as_loads_are_known_if_the_run_is_long(run_steps: int | None, held: float) -> None:
+    """A frozen part travels as long as the rows of 100 steps that one rank sends for its expert: 8 a step, there and back, twice."""
+    cost = LayerCost(trainable_bytes=0.001, frozen_bytes=3200.0, row_bytes=1.0)
+    loads = np.full((3, 1, 8, 2), 8)
+    (row,) = simulate(loads, AUTO, Setting(topology=NODE, cost=cost, slots_D=np.full(2, 8), run_steps=run_steps))
+    assert row.frozen_parts_D == (held, held)
+
+
 @pytest.mark.parametrize("workload", ["rotating", "trained_steady"])
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)
 def test_exact_plans_are_never_slower_than_those_from_history(workload: str, kind: Kind) -> None:

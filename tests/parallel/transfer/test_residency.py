@@ -8,7 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hecate.parallel.transfer.residency import Residency, expected_uses, frozen_move, residency_from_json, residency_to_json
+from hecate.parallel.transfer.residency import (
+    Residency,
+    expected_uses,
+    frozen_move,
+    never_gives_up,
+    residency_from_json,
+    residency_to_json,
+)
 
 
 def rows(text: str) -> np.ndarray:
@@ -88,6 +95,15 @@ def test_a_replica_is_worth_the_steps_that_such_replicas_were_used_for() -> None
     # Each layer has two replicas in use, and one of ten layers fetches one in each step: 20 uses for each fetch, of which a third counts.
     assert 20 / 3 < expected_uses([fickle] + 9 * [constant]) < 8
     assert 5 < expected_uses([residency([1, 1])]) < 10, "before any step"
+
+
+def test_where_nothing_is_given_up_a_replica_is_used_to_the_end_of_the_run() -> None:
+    """Rank 0 owns four of five experts, so one slot there and four on rank 1 hold all."""
+    ample, scarce = residency([1, 4]), residency([1, 3])
+    assert (never_gives_up([ample]), never_gives_up([scarce]), never_gives_up([ample, scarce])) == (True, False, False)
+    assert [expected_uses([ample], left) for left in (1, 37, 10_000)] == [1, 37, 200]
+    assert expected_uses([ample, scarce], 10_000) == expected_uses([scarce]) == expected_uses([ample])
+    assert expected_uses([scarce], 3) == 3, "no more than are left"
 
 
 def test_a_residency_is_a_value() -> None:

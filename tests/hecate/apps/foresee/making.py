@@ -16,7 +16,7 @@ CONFIG = """
 model: {{name_or_path: {folder}/model, dtype: {dtype}}}
 data: {{train: {folder}/train.jsonl, seq_len: 16}}
 output_dir: {folder}/out
-max_steps: 1
+max_steps: 1000
 lora: {{r: 2, dropout: 0.0}}
 moe: {{num_experts: 4, top_k: 2}}
 """

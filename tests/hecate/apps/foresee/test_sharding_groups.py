@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from hecate.apps.foresee.sharding_groups import ep_group_sizes, simulate_groups, sum_over_groups
+from hecate.apps.foresee.sharding_groups import ep_group_sizes, simulate_groups, sum_over_groups, with_sum
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import Link, Topology, uniform_topology
 from hecate.parallel.cost.cost_model import LayerCost
@@ -27,6 +27,9 @@ def simulated(compute: float, imbalance: float, uplink: float, ranks: int) -> Si
         policy="auto",
         seconds=StepSeconds(attention=0.0, compute=compute, dispatch=0.0, gather=0.0, reduce=0.0, exposed=0.0, optimizer=0.0, reshard=0.0),
         bytes=StepBytes(near=compute, far=1.0, busiest_port=compute / 2, busiest_uplink=uplink),
+        first_steps=2,
+        first_seconds=3 * compute,
+        first_bytes=7.0,
         imbalance=imbalance,
         replica_bytes_D=(compute,) * ranks,
         replicas_D=(1.0,) * ranks,
@@ -57,6 +60,9 @@ def test_two_groups_are_as_slow_as_the_slower_and_send_what_both_send(nodes: tup
     assert both.seconds.compute == 10.0
     assert both.imbalance == pytest.approx(10 / 4.25)
     assert both.bytes == StepBytes(near=14.0, far=2.0, busiest_port=5.0, busiest_uplink=uplink)
+    assert (both.first_steps, both.first_seconds, both.first_bytes) == (2, 30.0, 14.0)
+    added = with_sum(both, 0.5, StepBytes(near=1.0, far=2.0, busiest_port=0.0, busiest_uplink=0.0))
+    assert (added.first_seconds, added.first_bytes) == (31.0, 20.0)
     assert both.replica_bytes_D == (10.0, 10.0, 4.0, 4.0)
     assert both.served_tokens_D == (3.0, 3.0, 5.0, 5.0)
     assert both.planner_ms_per_layer == 1 / 4

@@ -39,7 +39,7 @@ ROW_KEYS = {
         "imbalance",
     ),
     *("replica_bytes", "memory_bytes", "fits_memory", "planner_ms_per_layer", "tokens_per_second", COST, SPEEDUP),
-    *("shard_size", "baseline_shard_size", "plan_modes", "spread"),
+    *("shard_size", "baseline_shard_size", "plan_modes", "spread", "run_steps", "first_steps", "first_seconds", "first_bytes"),
 }
 
 
@@ -334,6 +334,10 @@ def rows(**changes: Any) -> list[dict[str, Any]]:
         "memory_bytes": 1e9,
         "fits_memory": True,
         "planner_ms_per_layer": 0.1,
+        "run_steps": 1000,
+        "first_steps": 1,
+        "first_seconds": 1.0,
+        "first_bytes": 0.0,
         "spread": {"least": 2.0, "most": 3.0, "source": "two runs", "calibrated": False},
     }
     return [
@@ -349,6 +353,16 @@ def test_one_case_is_shown_in_detail(capsys: pytest.CaptureFixture[str]) -> None
     (line,) = [line for line in shown.splitlines() if "full*" in line]
     assert [cell.strip() for cell in line.split("│")][2:7] == ["1000.0", "4.00x", "500.0", "500.0", "500.0"]
     assert "*: does not fit the devices' memory" in shown
+
+
+def test_slow_first_steps_are_shown_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    """Those that take more than twice as long as the mean step: 2 steps of 4 s, or of 1."""
+    for wide in (False, True):
+        print_rows(rows(first_steps=2, first_seconds=9.0, first_bytes=3e9), wide=wide)
+        shown = " ".join(capsys.readouterr().out.split())
+        assert "the first 2 steps, in the mean of 1,000: full 9.00 s, 3.0 GB" in shown
+        print_rows(rows(first_steps=2, first_seconds=4.0), wide=wide)
+        assert "the first" not in capsys.readouterr().out
 
 
 def test_many_workloads_are_shown_as_speedups(capsys: pytest.CaptureFixture[str]) -> None:
