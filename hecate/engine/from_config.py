@@ -38,6 +38,7 @@ def engine_config(
         prefetch=config.fssdp.prefetch,
         on_every_rank=config.deterministic,
         tp_size=config.model.tensor_parallel,
+        max_steps=config.max_steps or None,
     )
 
 

@@ -200,7 +200,7 @@ class Step:
         """Whether the micro-step under way has a limit for its gradients."""
         self._clipped: dict[Unit, Tensor] = {}
         """The sums of the clipped gradients of the micro-steps so far, [slots, C] for each of `ExpertShards.trained`."""
-        shards.plans.begin(micro_steps)
+        shards.plans.begin(number, micro_steps)
 
     def begin_micro_step(self, tokens: PassTokens | None = None) -> MicroStep:
         """The model's next forward pass is of these tokens; None: of any, without padding.

@@ -69,6 +69,8 @@ class EngineConfig:
     """Whether every rank has all experts and no token leaves its rank, so that results depend neither on ranks nor on placements."""
     tp_size: int = 1
     """The number of ranks in a tensor group, which are lost together."""
+    max_steps: int | None = None
+    """The steps of the run, for which frozen parts are brought; None: not known."""
 
     def execution(self, plan: PlanMode, micro_steps: int = 1) -> ExecutionMode:
         """How a layer's plans are executed in a step of so many micro-steps."""
@@ -163,6 +165,8 @@ class StepPlans:
         self.made_ahead = self.waited_ahead = self.made_anew = 0
         """The steps whose plans were all made ahead, and of these the ones that had to wait for them; and those for which some were made
         when the step began, because there were none or they were of other values."""
+        self._number = 0
+        """The number of the step that began last."""
         self._micro_steps = 1
         """The number of micro-steps of the step that began last."""
 
@@ -220,12 +224,14 @@ class StepPlans:
         """Whether each micro-step gathers and reduces a layer, or a pool, for itself."""
         return self.config.execution(self.mode(unit)).per_micro_step
 
-    def begin(self, micro_steps: int) -> None:
+    def begin(self, number: int, micro_steps: int) -> None:
         """Plan all layers of an optimizer step from the history, or prepare for plans from the loads of its micro-steps.
 
         Args:
+            number: of the step in the run, from 0.
             micro_steps: in which the step's tokens come.
         """
+        self._number = number
         self.calibrations = 0
         ahead, self._ahead = self._ahead, None
         waits = ahead is not None and not ahead.is_ready
@@ -260,6 +266,7 @@ class StepPlans:
         of_next = copy.copy(self)
         of_next.units = {unit: replace(unit_plan) for unit, unit_plan in self.units.items()}
         of_next.history, of_next._measured = self.history.copy(), dict(self._measured)
+        of_next._number = self._number + 1
 
         def make(answers: Answers) -> None:
             of_next.history.record(loads())
@@ -305,7 +312,7 @@ class StepPlans:
         inputs = []
         common = for_owners and self.mesh.num_sharding_groups > 1
         # Chosen modes may differ between sharding groups, whose owners must not.
-        mode = (lambda _: self.config.modes[0]) if for_owners else self.mode
+        mode = (lambda _: "history" if "history" in self.config.modes else self.config.modes[0]) if for_owners else self.mode
         for units in self._alike(mode):
             family, plans = self._families[units[0]], [self.units[unit] for unit in units]
             held = [unit_plan.residency for unit_plan in plans if unit_plan.residency is not None]
@@ -316,7 +323,8 @@ class StepPlans:
             hiding = hiding_flops(self.config.non_moe_flops, topology, self.config.topology)
             cost, execution = self._cost(family, hiding), self.config.execution(mode(units[0]), self._micro_steps)
             if knows_resident:
-                cost = replace(cost, frozen_lifetime=expected_uses(held) * (self._micro_steps if execution.per_micro_step else 1))
+                left = None if self.config.max_steps is None else max(self.config.max_steps - self._number, 1)
+                cost = replace(cost, frozen_lifetime=expected_uses(held, left) * (self._micro_steps if execution.per_micro_step else 1))
             given = PlanInput(
                 np.stack([unit_plan.owner_E for unit_plan in plans]),
                 None if predicted_LEW is None else self._loads_of_groups(predicted_LEW, common=common),

@@ -399,6 +399,8 @@ class Training:
         config = replace(parts.config, max_steps=steps, num_train_epochs=None)
         parts.optimizer.schedule = learning_rate(config)
         self.parts = replace(parts, config=config, output=output_of(config, parts.base))  # which says how many steps were trained
+        shards = parts.moe.engine.shards
+        shards.config = replace(shards.config, max_steps=steps)
         what = "the source of the most sequences" if self.epoch_samples is None else f"{self.epoch_samples} samples"
         self.notes.append(f"{epochs:g} epochs of {what} are {steps} steps")
         if self.ranks.is_first and not parts.config.resume and (few := few_steps(epochs, parts.stream)):

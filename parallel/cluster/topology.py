@@ -53,6 +53,8 @@ class Topology:
     """the bytes/s of each device's memory; empty: one byte per 150 FLOPs, as on the GPUs of the last ten years"""
     overlap_slowdown: float = 1.0
     """the factor by which computation and communication slow each other down while both run; 2: overlapping gains nothing"""
+    planning_slowdown: float = 1.0
+    """how many times as long the slowest host takes for a plan as the one of benchmarks/results/planner.json"""
     price_per_hour: tuple[float, ...] = ()
     """what each rank's device costs in an hour, in any currency; empty: not known"""
     card: tuple[str, ...] = ()
@@ -92,6 +94,8 @@ class Topology:
             raise UserError(f"topology: {world} ranks, but {len(self.card)} values of card")
         if not 1 <= self.overlap_slowdown <= 2:
             raise UserError(f"topology: overlap_slowdown must be from 1 to 2, got {self.overlap_slowdown}")
+        if not 0 <= self.planning_slowdown < np.inf:
+            raise UserError(f"topology: planning_slowdown must be a finite number >= 0, got {self.planning_slowdown}")
 
     @property
     def world_size(self) -> int:

@@ -19,7 +19,7 @@ from hecate.parallel.cluster.topology import Link, Topology
 
 _NEEDED = ("devices", "flops", "memory")
 _OPTIONAL = ("ranks", "port", "uplink", "nic", "memory_bandwidth", "price_per_hour", "card")
-_TOP = ("nodes", "intra_node", "inter_node", "overlap_slowdown", "measured")
+_TOP = ("nodes", "intra_node", "inter_node", "overlap_slowdown", "planning_slowdown", "measured")
 _FIELD_OF_KEY = {"port": "port_bandwidth", "uplink": "uplink_bandwidth", "nic": "nic_bandwidth", "memory_bandwidth": "memory_bandwidth"}
 _PRICE = "price_per_hour"
 _LONGEST, _MOST_DEVICES = 200, 1 << 16
@@ -82,6 +82,7 @@ def parse_topology(text: str, path: str) -> Topology:
     slowdown = _number(raw.get("overlap_slowdown", 1.0), f"{path}: overlap_slowdown")
     if not 1 <= slowdown <= 2:
         raise UserError(f"{path}: overlap_slowdown must be from 1 (overlapping is free) to 2 (it gains nothing), got {slowdown}")
+    planning = _number(raw.get("planning_slowdown", 1.0), f"{path}: planning_slowdown")
     return replace(
         plain,
         port_bandwidth=by_rank("port", plain.port_bandwidth),
@@ -89,6 +90,7 @@ def parse_topology(text: str, path: str) -> Topology:
         nic_bandwidth=by_rank("nic", tuple(uplinks[node] for node in node_of_rank)),
         memory_bandwidth=by_rank("memory_bandwidth", plain.memory_bandwidth),
         overlap_slowdown=slowdown,
+        planning_slowdown=planning,
         price_per_hour=by_rank(_PRICE) if priced else (),
         card=tuple(cards[rank] for rank in range(world)) if named else (),
         measured=measured,
@@ -107,7 +109,7 @@ def _checked(text: str, path: str) -> tuple[dict[str, Any], list[dict[str, Any]]
     nodes = raw.get("nodes")
     if unknown or not isinstance(nodes, list) or not nodes or "intra_node" not in raw:
         raise UserError(
-            f"{path}: needs `nodes` (a list) and `intra_node`, may have `inter_node`, `overlap_slowdown` and `measured`; "
+            f"{path}: needs `nodes` (a list) and `intra_node`, may have {', '.join(_TOP[2:])}; "
             f"unknown: {', '.join(unknown)[:_LONGEST] or 'none'}"
         )
     for number, node in enumerate(nodes):
@@ -186,6 +188,8 @@ def topology_text(topology: Topology, comment: str = "") -> str:
         lines.append(f"inter_node: {_link_text(topology.inter_node)}")
     if topology.overlap_slowdown != 1:
         lines.append(f"overlap_slowdown: {float(topology.overlap_slowdown)!r}")
+    if topology.planning_slowdown != 1:
+        lines.append(f"planning_slowdown: {float(topology.planning_slowdown)!r}")
     if topology.measured:
         lines.append("measured: true")
     return "\n".join(lines) + "\n"

@@ -33,6 +33,7 @@ def one_layer(given: PlanInput, index: int, loads_ED: np.ndarray, resident_ED: n
         loads_LED=loads_ED[None].astype(np.float64),
         resident_LED=None if resident_ED is None else resident_ED[None],
         present_LED=None if given.present_LED is None else given.present_LED[index : index + 1],
+        waited_for=True,
     )
 
 
@@ -62,6 +63,7 @@ def best_after_router(
         present: the plan of each layer.
         splits: whether a new split counts; the policies of other systems go by their own plans alone.
     """
+    given = replace(given, waited_for=True)
     candidates = [planner(given)]
     if splits:
         candidates.append(split_anew(given, np.stack([plan.placement.where_ED for plan in present])))

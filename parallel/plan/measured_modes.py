@@ -5,7 +5,8 @@ after the router where that pays (calibrated), and from the true loads, with a g
 the true loads, as they are executed. So history pays for the error of its prediction, and the others for planning late. A layer goes by
 whichever would have been fastest over the last steps. Under `exact` it is one of the two that plan from the true loads: calibrated, which
 is never slower than history in a step of one micro-step, unless its early gather has been in vain; with frozen parts always calibrated.
-There a better plan after the router is made only where calibrated would not be chosen without it.
+There a better plan after the router is made only where calibrated would not be chosen without it. What ranks wait for plans of `auto` is
+counted (`hecate.parallel.cost.planning_seconds`).
 No message is needed: all of it is computed from values that the ranks of a sharding group share.
 
 Shapes: S steps, M modes, L layers, E experts, D ranks.
@@ -19,6 +20,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hecate.parallel.cost.cost_model import PlanChoice, PlanMode, price_traffic
+from hecate.parallel.cost.planning_seconds import planning_seconds
 from hecate.parallel.plan.after_router import best_after_router, some_layers
 from hecate.parallel.planners import Plan, PlanInput
 from hecate.parallel.values.predictors import predicted_loads
@@ -33,7 +35,7 @@ def modes_of(choice: PlanChoice, prefetch: int = 1) -> tuple[PlanMode, ...]:
         prefetch: see `ExecutionMode.prefetch`; with 0 nothing is gathered before the router, so that `exact` has nothing to choose.
     """
     if choice == "auto":
-        return MODES
+        return ("calibrated", "history", "exact")
     return ("calibrated", "exact") if choice == "exact" and prefetch > 0 else (choice,)
 
 
@@ -107,8 +109,15 @@ def judge_step(
             _seconds(own, exact, true_LED),
         ]
     )
-    late = given.execution.micro_steps * given.topology.latency_to_all  # the ranks tell each other their counts
-    return JudgedStep(seconds_ML + np.array([[0.0], [late], [late]]), replanned_L, first.where_LED, own.where_LED)
+    # The ranks tell each other their counts, and wait for the plan. How long other policies take to plan is not counted.
+    late_M = given.execution.micro_steps * np.array(
+        [
+            (mode != "history") * given.topology.latency_to_all
+            + (planning_seconds(mode, given.num_experts, given.topology) if splits else 0.0)
+            for mode in MODES
+        ]
+    )
+    return JudgedStep(seconds_ML + late_M[:, None], replanned_L, first.where_LED, own.where_LED)
 
 
 class MeasuredModes:
@@ -143,11 +152,10 @@ class MeasuredModes:
             steps: what each step is known by; the same object, the same step.
             loads_SLED: of these steps, oldest first; may be none.
         """
-        if given.cost.frozen_bytes > 0 and "history" not in self._modes:
-            # Frozen parts stay where a plan brings them, so a layer that changed its mode would not find what the judged steps found.
-            return [self._modes[0]] * given.num_layers
-        if len(steps) < 2:
-            return [self._modes[0]] * given.num_layers
+        # Frozen parts stay where a plan brings them, so a layer that came back from late plans would not find what the judged steps found.
+        modes = [mode for mode in self._modes if mode != "exact" or given.cost.frozen_bytes == 0]
+        if len(steps) < 2 or len(modes) == 1:
+            return [modes[0]] * given.num_layers
         judged_for = (given.owner_LE.tobytes(), given.slots_D.tobytes())
         if judged_for != self._judged_for:
             self._judged, self._late_L, self._judged_for = [], None, judged_for
@@ -157,15 +165,15 @@ class MeasuredModes:
         if "history" not in self._modes:
             close_L = np.zeros_like(close_L) if self._late_L is None else self._late_L
             self._judge(planner, given, steps, loads_SLED, close_L)
-            close_L = close_L | (self._fastest() > 0)
+            close_L = close_L | (self._fastest(modes) > 0)
         self._judge(planner, given, steps, loads_SLED, close_L)
-        fastest_L = self._fastest()
+        fastest_L = self._fastest(modes)
         self._late_L = fastest_L > 0
-        return [self._modes[mode] for mode in fastest_L]
+        return [modes[mode] for mode in fastest_L]
 
-    def _fastest(self) -> np.ndarray:
-        """int64 [layers]: which of the modes was the fastest over the judged steps."""
-        seconds_ML = np.sum([judged.seconds_ML for _, judged in self._judged], axis=0)[[MODES.index(mode) for mode in self._modes]]
+    def _fastest(self, modes: Sequence[PlanMode]) -> np.ndarray:
+        """int64 [layers]: which of these modes was the fastest over the judged steps."""
+        seconds_ML = np.sum([judged.seconds_ML for _, judged in self._judged], axis=0)[[MODES.index(mode) for mode in modes]]
         return np.asarray(seconds_ML.argmin(0))
 
     def _judge(

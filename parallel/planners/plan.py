@@ -67,6 +67,8 @@ class PlanInput:
     """how the plan will be executed"""
     present_LED: np.ndarray | None = None
     """bool [layers, experts, ranks]: the replicas of the last plan, from which some policies go on; None: nothing is known of it"""
+    waited_for: bool = False
+    """whether ranks wait for the plan, as after a layer's router"""
 
     def __post_init__(self) -> None:
         layers, experts = self.owner_LE.shape

@@ -27,6 +27,7 @@ from hecate.parallel.cost.cost_model import (
 )
 from hecate.parallel.cost.flows import node_membership
 from hecate.parallel.cost.gather_bytes import PortBytes
+from hecate.parallel.cost.planning_seconds import planning_seconds
 from hecate.parallel.plan.after_router import best_after_router
 from hecate.parallel.plan.sharding import reshard_ports, reshard_seconds
 from hecate.parallel.planners import Collective, LayerPlan, Plan, PlanInput, Planner, plan_with
@@ -63,9 +64,13 @@ class StepSeconds:
     all_reduce: float = 0.0
     """the sums of the owners' gradients over sharding groups, as if nothing hid them"""
 
+    planning: float = 0.0
+    """what ranks wait for plans of `auto`; other policies' plans count as ready at once"""
+
     @property
     def total(self) -> float:
-        return self.attention + self.compute + self.dispatch + self.exposed + self.optimizer + self.reshard + self.all_reduce
+        travels = self.dispatch + self.exposed + self.reshard + self.all_reduce
+        return self.attention + self.compute + travels + self.optimizer + self.planning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +144,8 @@ class Planned:
     given: PlanInput
     times: int
     """micro-steps that gather for themselves, each of which such a plan serves"""
+    planning: float
+    """seconds that ranks wait for plans in the whole step"""
 
 
 def plan_layers(planner: Planner, given: PlanInput, layer_M: np.ndarray, true_LED: np.ndarray, mode: PlanMode, setting: Setting) -> Planned:
@@ -162,7 +169,8 @@ def plan_layers(planner: Planner, given: PlanInput, layer_M: np.ndarray, true_LE
         cost=replace(given.cost, frozen_lifetime=given.cost.frozen_lifetime * times),
         execution=execution,
     )
-    return Planned(layer_M, plan_with(planner, part), part, times)
+    waits = planning_seconds(mode, part.num_experts, part.topology) if planner is plan_auto else 0.0
+    return Planned(layer_M, plan_with(planner, part), part, times, execution.micro_steps * len(layer_M) * waits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,6 +240,7 @@ def execute(
         attention=execution.micro_steps * (1 + cost.non_moe_backward) * cost.non_moe_flops / min(topology.flops) * len(loads_LED),
         reshard=reshard_seconds(owner_before_LE, plan.owner_LE, topology, cost) if moved else 0.0,
         optimizer=float(seconds.optimizer.sum()),
+        planning=planned.planning,
         **{name: times * float(getattr(seconds, name).sum()) for name in ("compute", "dispatch", "gather", "reduce", "exposed")},
     )
     others_LED = ~planned.given.owned_LED

@@ -32,6 +32,10 @@ _TRAINED, _OF_SAMPLES, _OF_STEPS = 0.5, 0.63, 0.07
 _SAMPLES = 8
 """samples of a rank in a step"""
 _JUMP_PERIOD = 8
+_TOPIC, _LASTING = 0.8, 1.0
+"""sigma of the lognormal popularities of a topic, and of those that noise is added to"""
+_COLLAPSE_STEPS, _FIRST_SKEW, _LAST_SKEW = 100, 0.1, 2.0
+"""in how many steps a router collapses, and sigma of its lognormal popularities before and after"""
 _BURST_PERIOD, _BURST_START, _BURST_STEPS = 8, 4, 2
 _WEIGHTS, _COUNTS, _TOKENS = range(3)
 """the streams of random numbers"""
@@ -266,6 +270,47 @@ def _one_empty(size: _Size, step: int) -> np.ndarray:
     return np.where(np.arange(size.world_size) == size.seed % size.world_size, 0, size.tokens_per_rank)
 
 
+def _collapse(size: _Size, layer: int) -> Iterator[np.ndarray]:
+    """A router that collapses as training begins: nearly even popularities grow apart, and then stay."""
+    normal_E = size.random(_WEIGHTS, layer).standard_normal(size.num_experts)
+    for step in count():
+        yield np.exp((_FIRST_SKEW + (_LAST_SKEW - _FIRST_SKEW) * min(step / _COLLAPSE_STEPS, 1.0)) * normal_E)
+
+
+def _topics(period: int) -> _Profile:
+    """Other experts are popular with each new topic, which comes every `period` steps."""
+
+    def profile(size: _Size, layer: int) -> Iterator[np.ndarray]:
+        rng = size.random(_WEIGHTS, layer)
+        for step in count():
+            if step % period == 0:
+                weight_E = rng.lognormal(0.0, _TOPIC, size.num_experts)
+            yield weight_E
+
+    return profile
+
+
+def _noisy(share: float) -> _Profile:
+    """Popularities that last, times lognormal noise of this sigma, which is new in each step."""
+
+    def profile(size: _Size, layer: int) -> Iterator[np.ndarray]:
+        rng = size.random(_WEIGHTS, layer)
+        lasting_E = rng.lognormal(0.0, _LASTING, size.num_experts)
+        while True:
+            yield lasting_E * rng.lognormal(0.0, share, size.num_experts)
+
+    return profile
+
+
+DRIFTING: dict[str, Workload] = {
+    "router_collapse": _drawn(_collapse),
+    "topic_every_10": _drawn(_topics(10)),
+    "topic_every_50": _drawn(_topics(50)),
+    "noise_5": _drawn(_noisy(0.05)),
+    "noise_20": _drawn(_noisy(0.2)),
+    "noise_50": _drawn(_noisy(0.5)),
+}
+"""workloads whose loads change from step to step, by which ways to plan are compared (`benchmarks.drift`)"""
 WORKLOADS: dict[str, Workload] = {
     "balanced": _balanced,
     "one_hot_expert": _drawn(_one_hot_expert),

@@ -25,6 +25,7 @@ PARTS = {
     "dispatch": ("tokens travel", "#e3a008"),
     "exposed": ("parameters and gradients travel (not hidden)", "#c2410c"),
     "optimizer": ("optimizer", "#6b4c9a"),
+    "planning": ("ranks wait for plans", "#8a5a44"),
     "reshard": ("re-sharding", "#1b7f5c"),
     "all_reduce": ("gradients are summed over groups", "#7a8b2a"),
 }

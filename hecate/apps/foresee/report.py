@@ -249,7 +249,7 @@ def _detail(rows: Sequence[Row]) -> Table:
     for row in rows:
         seconds = row["seconds"]
         parts = ("attention", "compute", "dispatch", "exposed", "optimizer", "gather", "reduce")
-        rest = seconds["reshard"] + seconds["all_reduce"]
+        rest = seconds["reshard"] + seconds["all_reduce"] + seconds["planning"]
         table.add_row(
             row["policy"] + _mark([row]),
             f"{1e3 * row['step_seconds']:.1f}",

@@ -107,7 +107,7 @@ class ExpertParallelStep:
     ) -> None:
         self.ledger = StepLedger(shards, number, micro_steps)
         self._shards, self._current, self._layers = shards, current, layers
-        shards.plans.begin(micro_steps)
+        shards.plans.begin(number, micro_steps)
 
     def begin_micro_step(self, tokens: PassTokens | None = None) -> ExpertParallelMicroStep:
         """The model's next forward pass is of these tokens; None: of any, without padding."""

@@ -52,7 +52,7 @@ leaves its node. Those that win most often come first: what they cost spares loo
 TIE = 1e-9
 """share of a layer's seconds: plans that differ by no more are equally fast"""
 SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.08, 0.05
-"""the share of a layer's predicted seconds that the search for small changes may take by its estimate; less where ranks wait for the plan"""
+"""the share of a layer's predicted seconds that the search for small changes may take by its estimate; less where ranks wait"""
 LEAST_SEARCH = 0.2
 """the seconds times experts times ranks that the search may take however fast the layer is, so that small layers are searched through"""
 _EVEN = 1.005
@@ -93,7 +93,6 @@ def plan_auto(given: PlanInput) -> Plan:
         owner_LE, tokens_LSE, resident_LED = owner_LE[firsts], tokens_LSE[firsts], resident_LED[firsts]
     shape = (len(firsts), given.num_experts, given.world_size)
     where_LED, quota_LED = np.zeros(shape, np.bool_), np.zeros(shape)
-    waiting = given.execution.plan == "exact"
     first = 0
     while first < len(firsts):
         # Plain Python plans layer by layer, so that machine code takes over as soon as it is there.
@@ -115,7 +114,7 @@ def plan_auto(given: PlanInput) -> Plan:
             best,
             _RULES,
             _SLACKS,
-            SEARCH_SHARE_AFTER_ROUTER if waiting else SEARCH_SHARE,
+            SEARCH_SHARE_AFTER_ROUTER if given.waited_for or given.execution.knows_loads else SEARCH_SHARE,
             LEAST_SEARCH / (given.num_experts * given.world_size),
             where_LED[some],
             quota_LED[some],
@@ -183,8 +182,7 @@ def _plan_layers(
     """Fills `where_LED` and `quota_LED`; `base`, `trial` and `best` are room to work in.
 
     Budgets: all of each device's slots, at most one less than the most, ..., at most `least_slots`. With the most slots a plan is often so
-    fast that little else has to be looked at closely. The search begins with the best plan of all budgets, since it takes as long as all
-    the rest.
+    fast that little else has to be looked at closely.
     """
     bounded = max_imbalance < np.inf
     single, ranks = len(topology.uplink_N) == 1, len(topology.node_D)
@@ -244,9 +242,9 @@ def _plan_layers(
                     ):
                         best_seconds, best_uneven = min(seconds, best_seconds), uneven
                         copy_into(tried, best)
-        if not bounded and not (everywhere(best) and _is_even(best, loads, topology, cost)):
-            allowance = max(search_share * best_seconds, least_search)
-            best_seconds = _search(owner, slots, resident, hidden, orders, loads, topology, cost, allowance, best_seconds, trial, best)
+            if not bounded and not (everywhere(best) and _is_even(best, loads, topology, cost)):
+                allowance = max(search_share * best_seconds, least_search)
+                best_seconds = _search(owner, room, resident, hidden, orders, loads, topology, cost, allowance, best_seconds, trial, best)
         if not everywhere(best):
             copy_into(best, trial)
             if _without_idle(owner, trial):

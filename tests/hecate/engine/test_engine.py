@@ -214,6 +214,7 @@ def _plans(rank: int, world: int) -> None:
     loads = _step(rank, made, 1)
     assert token_bytes(made) > sent, "no token left its rank"
 
+    asked = asked[:4]  # the next step may have been planned already
     assert [given.owner_LE.tolist() for given in asked] == [[[0, 1, 2]] * 2, [[0, 0, 1, 1, 2]]] * 2
     assert [given.loads_LED is None for given in asked] == [True, True, False, False]
     for given, layers in zip(asked[2:], ([0, 5], [2]), strict=True):

@@ -44,6 +44,7 @@ def test_the_engine_plans_with_what_is_configured() -> None:
         plan="calibrated",
         rematerialize=True,
         prefetch=3,
+        max_steps=1,
     )
 
 

@@ -51,7 +51,7 @@ def test_an_equal_placement_in_a_new_object_moves_nothing() -> None:
     step_plans = plans(slots=1)
     moves = []
     for _ in range(3):
-        step_plans.begin(micro_steps=1)
+        step_plans.begin(0, micro_steps=1)
         moves.append(step_plans.fetch_frozen(LAYER))
         plan_chunks.cache_clear()  # which else returns the same placement for an equal one
     first, *others = moves
@@ -81,13 +81,13 @@ def test_other_owners_fetch_what_they_lack() -> None:
     assert move is not None
     assert (move.copies, experts_moved(move)) == (2, ([1], [0]))
     assert move.dropped == (), "what left its owner has a slot"
-    step_plans.begin(micro_steps=1)
+    step_plans.begin(0, micro_steps=1)
     fetched = step_plans.fetch_frozen(LAYER)
     assert fetched is not None
     assert fetched.copies == 0, "rank 1 holds all it needs"
     step_plans.change_owners(LAYER, np.array([0, 0, 0]))
     step_plans.change_owners(LAYER, np.array([1, 0, 1]))
-    step_plans.begin(micro_steps=1)
+    step_plans.begin(0, micro_steps=1)
     assert step_plans.fetch_frozen(LAYER) is not None, "the placement is that of before, but what is held is not"
 
 

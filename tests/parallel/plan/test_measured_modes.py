@@ -71,8 +71,8 @@ def jumping_beside_steady(steps: int) -> tuple[PlanInput, np.ndarray]:
 def test_a_layer_whose_loads_jump_plans_late_and_a_steady_one_from_history() -> None:
     given, loads_SLED = jumping_beside_steady(6)
     steps = [object() for _ in loads_SLED]
-    modes = MeasuredModes(WINDOW)
-    assert modes.choose(POLICIES["auto"], given, steps[:1], loads_SLED[:1]) == ["history"] * 2, "nothing is measured yet"
+    modes = MeasuredModes(WINDOW, modes=modes_of("auto"))
+    assert modes.choose(POLICIES["auto"], given, steps[:1], loads_SLED[:1]) == ["calibrated"] * 2, "nothing is measured yet"
     steady, jumping = modes.choose(POLICIES["auto"], given, steps, loads_SLED)
     assert steady == "history"
     assert jumping in ("calibrated", "exact")

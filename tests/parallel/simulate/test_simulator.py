@@ -392,7 +392,8 @@ def test_what_memory_holds_is_brought_as_soon_as_loads_are_known_if_the_run_is_l
 @pytest.mark.parametrize("workload", ["rotating", "trained_steady"])
 @pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.name)
 def test_exact_plans_are_never_slower_than_those_from_history(workload: str, kind: Kind) -> None:
-    """Step by step, before a step has been measured: they begin with history's gather, and may keep its plan."""
+    """But for the time that planning takes. Step by step, before a step has been measured: they begin with history's gather, and may keep
+    its plan."""
     topology = topologies()["8x1"]
     loads = WORKLOADS[workload](3, 1, topology.world_size, 16, 4096, 2, 0)
     seconds = {}
@@ -406,7 +407,7 @@ def test_exact_plans_are_never_slower_than_those_from_history(workload: str, kin
             )[0]
             for part in (loads[:2], loads[1:])
         ]
-        seconds[choice] = np.array([one.step_seconds for one in both])
+        seconds[choice] = np.array([one.step_seconds - one.seconds.planning for one in both])
     assert (seconds["exact"] <= seconds["history"] * (1 + 1e-12)).all()
     if workload == "rotating" and kind.name != "LoRA, dense base":
         assert seconds["exact"].sum() < 0.99 * seconds["history"].sum()

@@ -17,7 +17,7 @@ from hecate.apps.foresee.sweep import load_sweep
 from hecate.config.files.presets import find_preset, preset_names
 from hecate.errors import UserError
 from hecate.parallel.cost.cost_model import ExecutionMode
-from hecate.parallel.plan.measured_modes import MODES
+from hecate.parallel.plan.measured_modes import modes_of
 from hecate.parallel.values.traces import Trace, save_trace
 from hecate.parallel.values.units import Unit
 
@@ -64,7 +64,7 @@ def test_rows_are_json_of_a_fixed_form(model: str) -> None:
     assert [row["policy"] for row in rows] == ["static_ep", "full"]
     for row in json.loads(json.dumps(rows)):
         assert set(row) == ROW_KEYS
-        parts = ("attention", "compute", "dispatch", "exposed", "optimizer", "reshard", "all_reduce")
+        parts = ("attention", "compute", "dispatch", "exposed", "optimizer", "planning", "reshard", "all_reduce")
         assert row["step_seconds"] == pytest.approx(sum(row["seconds"][part] for part in parts))
         assert set(row["bytes"]) == {"near", "far", "busiest_port", "busiest_uplink"}
     assert rows[0][SPEEDUP] == 1
@@ -105,12 +105,13 @@ def test_layers_go_by_the_mode_that_was_fastest(tmp_path: Path, capsys: pytest.C
     """Loads that jump are planned late, and a table says so; where all layers have one mode there is no such table."""
     run = "runs: [{topologies: h100-node, models: gpt-moe-s, workloads: rotating, tokens_per_rank: 4096, experts: 16}]"
     (case,), options = sweep(tmp_path, f"{{plan: auto, policies: [static_ep, auto], steps: 4, {run}}}")
-    assert (options.execution, options.choose_modes) == (ExecutionMode(), MODES)
+    assert (options.execution, options.choose_modes) == (ExecutionMode(), modes_of("auto"))
     static, by_layer = case.run(options)
-    assert static["plan_modes"] == {"history": 1, "calibrated": 0, "exact": 0}, "of equally fast ones the first"
+    assert static["plan_modes"]["exact"] == 0
+    assert static["plan_modes"]["history"] > static["plan_modes"]["calibrated"], "once a step is measured, whose counts take time to tell"
     modes = by_layer["plan_modes"]
     assert sum(modes.values()) == pytest.approx(1)
-    assert 1 / 3 <= modes["history"] < 1, "in the first of three counted steps nothing is measured"
+    assert modes["history"] < 1, "loads jump"
     (history,) = case.run(replace(options, choose_modes=(), policies=("auto",)))
     assert by_layer["step_seconds"] < history["step_seconds"]
     assert history["plan_modes"] is None
@@ -324,7 +325,7 @@ def rows(**changes: Any) -> list[dict[str, Any]]:
         "workload": "zipf",
         "tokens_per_rank": 64,
         "seconds": dict.fromkeys(
-            ("attention", "compute", "dispatch", "gather", "reduce", "exposed", "optimizer", "reshard", "all_reduce"), 0.5
+            ("attention", "compute", "dispatch", "gather", "reduce", "exposed", "optimizer", "planning", "reshard", "all_reduce"), 0.5
         ),
         "shard_size": 2,
         "baseline_shard_size": 2,

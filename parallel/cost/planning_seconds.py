@@ -1,0 +1,23 @@
+"""How long the ranks of a layer wait for a plan of `auto`, by sizes alone: all ranks must choose between the ways to plan alike."""
+
+from __future__ import annotations
+
+from hecate.parallel.cluster.topology import Topology
+from hecate.parallel.cost.cost_model import PlanMode
+
+_SECONDS: dict[PlanMode, tuple[float, float]] = {
+    "history": (0.0, 0.0),
+    "calibrated": (3.0e-4, 1.7e-7),
+    "exact": (1.5e-4, 3.2e-8),
+    "replay": (1.5e-4, 3.2e-8),
+}
+"""for a layer, and for each of its experts times ranks (`benchmarks.planner`, benchmarks/results/planner.json)"""
+
+
+def planning_seconds(mode: PlanMode, experts: int, topology: Topology) -> float:
+    """Seconds of one layer in each micro-step, in which its ranks do nothing else.
+
+    History's plan counts nothing: it is made while the backward pass of the step before runs (`hecate.engine.plans_ahead`).
+    """
+    layer, each = _SECONDS[mode]
+    return topology.planning_slowdown * (layer + each * experts * topology.world_size)
