@@ -44,7 +44,7 @@ def test_more_slots_for_all_cost_little(given_: PlanInput, most: int) -> None:
 
 
 def test_more_slots_for_all_seldom_cost_anything() -> None:
-    """In small layers, where all smaller budgets are tried, in six cases of seven at least: what the search finds depends on the slots."""
+    """In small layers, where all smaller budgets are tried, in nine cases of ten at least; it is 94 of 100 in 300 cases."""
     costs = []
     for seed in range(60):
         given_ = drawn_input(seed)
@@ -52,7 +52,7 @@ def test_more_slots_for_all_seldom_cost_anything() -> None:
         by_budget = np.stack([seconds(given_, np.full(given_.world_size, slots)) for slots in range(most + 1)])
         costs += (by_budget[1:] > np.minimum.accumulate(by_budget)[1:] * (1 + 1e-9)).ravel().tolist()
     assert len(costs) > 100
-    assert np.mean(costs) <= 1 / 7
+    assert np.mean(costs) <= 0.1
 
 
 @settings(max_examples=150)
