@@ -374,6 +374,36 @@ def plan_quality(recording: Mapping[str, Any]) -> Pieces:
     ]
 
 
+def drawn_plans(recording: Mapping[str, Any]) -> Pieces:
+    found = recording["summary"]
+    over, worst = ([f"{found[f'{mode}_{which}']:.2f}" for mode in ("history", "exact")] for which in ("geomean", "worst"))
+    lost = [f"{100 * found[f'{mode}_lost']:.1f} %" for mode in ("history", "exact")]
+    return [
+        f"{found['layers']:,} layers: {over[0]} of the seconds of the best other policy from history and {over[1]} after the router",
+        f"more than half a percent slower in {lost[0]} and {lost[1]} of them, {worst[0]} and {worst[1]} times at worst",
+    ]
+
+
+def plan_ablation(recording: Mapping[str, Any]) -> Pieces:
+    rows = ["| without | plans take, over all | and at most, in |", _rule(3)]
+    for row in recording["rows"]:
+        rows.append(f"| {row['without']} | {row['over_all']:.4f} | {row['over_most']:.3f}, {row['most_in']} |")
+    return ["\n".join(rows)]
+
+
+def drift(recording: Mapping[str, Any]) -> Pieces:
+    found = recording["summary"]
+    rows = [
+        "| `fssdp.plan` | over the best other policy | at worst | more than 2 % slower in | steady loads: over the fastest way |",
+        _rule(5),
+    ]
+    for way in ("history", "calibrated", "exact", "auto"):
+        mean, worst, share = (found[f"{way}_over_best_other_{which}"] for which in ("geomean", "worst", "more_than_2_percent"))
+        steady = found[f"{way}_steady_over_fastest_way_worst"]
+        rows.append(f"| `{way}` | {mean:.3f} | {worst:.2f} | {100 * share:.0f} % | {steady:.3f} at worst |")
+    return ["\n".join(rows)]
+
+
 def memory_plan(recording: Mapping[str, Any]) -> Pieces:
     cases = len(recording["rows"])
     worst = max((row["error"] for row in recording["rows"]), key=abs)
@@ -410,7 +440,13 @@ SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
     "docs/results/systems.md": {"methods": methods, "many_adapters": many_adapters, "method_speed": method_speed, "reclora": reclora},
     "docs/use/federated.md": {"federated": federated},
     "docs/use/adapters.md": {"merging": merging},
-    "docs/design/planners.md": {"plan_quality": plan_quality, "paper": paper_under_other_loads},
+    "docs/design/planners.md": {
+        "plan_quality": plan_quality,
+        "drawn_plans": drawn_plans,
+        "drawn_plans_last_look": drawn_plans,
+        "plan_ablation": plan_ablation,
+        "paper": paper_under_other_loads,
+    },
     "README.md": {
         "paper": paper,
         "beside_trl": _compared(["tokens_per_processor_s_over_trl", "processor_seconds_to_the_first_step_over_trl"]),
@@ -421,7 +457,7 @@ SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
     },
     "docs/use/deterministic.md": {"deterministic": deterministic},
     "docs/use/drills.md": {"faults": faults, "effective_time": effective_time},
-    "docs/design/placement.md": {"replay": replay, "beside_compiler": beside_compiler},
+    "docs/design/placement.md": {"drift": drift, "replay": replay, "beside_compiler": beside_compiler},
     "docs/use/simulator.md": {"memory_plan": memory_plan, "fidelity": fidelity},
 }
 """page -> recording -> its pieces on that page"""
