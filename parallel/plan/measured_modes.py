@@ -153,9 +153,9 @@ class MeasuredModes:
             loads_SLED: of these steps, oldest first; may be none.
         """
         # Frozen parts stay where a plan brings them, so a layer that came back from late plans would not find what the judged steps found.
-        modes = [mode for mode in self._modes if mode != "exact" or given.cost.frozen_bytes == 0]
+        modes = [mode for mode in MODES if mode in self._modes and (mode != "exact" or given.cost.frozen_bytes == 0)]
         if len(steps) < 2 or len(modes) == 1:
-            return [modes[0]] * given.num_layers
+            return [self._modes[0]] * given.num_layers
         judged_for = (given.owner_LE.tobytes(), given.slots_D.tobytes())
         if judged_for != self._judged_for:
             self._judged, self._late_L, self._judged_for = [], None, judged_for

@@ -58,7 +58,7 @@ def test_simulate_chooses_the_mode_of_each_layer(model: str, tmp_path: Path) -> 
     assert result.exit_code == 0
     assert "From which loads layers were planned" in result.output
     record = json.loads((tmp_path / "rows.json").read_text())
-    assert (record["settings"]["choose_modes"], record["settings"]["execution"]["plan"]) == (["history", "calibrated", "exact"], "history")
+    assert (record["settings"]["choose_modes"], record["settings"]["execution"]["plan"]) == (["calibrated", "history", "exact"], "history")
     assert [row["policy"] for row in record["rows"]] == ["llep", "llep+ours"]
     assert all(set(row["plan_modes"]) == {"history", "calibrated", "exact"} for row in record["rows"])
     assert refused("simulate", *SMALL, model, "--plan", "late").startswith(

@@ -26,7 +26,8 @@ RECIPES = {"qwen3-30b-a3b": "qwen3_30b_a3b", "mixtral-8x7b": "mixtral_8x7b"}
 @pytest.mark.parametrize("topology", ["one-h100", "h100-node", "two-h100-nodes"])
 @pytest.mark.parametrize("base", RECIPES)
 def test_plan_and_simulate_give_one_answer(base: str, topology: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a long run: where a copy of all experts fits, `auto` comes to it and is as fast; where it does not, both say so."""
+    """Of a long run: where a copy of all experts fits, `auto` comes to it and is as fast, but for its first steps, which are in the mean of
+    a thousand; where it does not, both say so."""
     two = ("full", "auto")
     monkeypatch.setattr("hecate.apps.foresee.dry_run.POLICIES", {name: POLICIES[name] for name in two})
     with plain_python():
@@ -39,8 +40,8 @@ def test_plan_and_simulate_give_one_answer(base: str, topology: str, monkeypatch
     of_simulate = simulated["auto"]["step_seconds"] / simulated["full"]["step_seconds"]
     of_plan = planned["auto"].step_seconds / planned["full"].step_seconds
     if fitting or topology == "one-h100":
-        assert of_simulate == pytest.approx(1, abs=1e-6)
-        assert of_plan == pytest.approx(1, abs=1e-6)
+        assert of_simulate == pytest.approx(1, abs=0.02)
+        assert of_plan == pytest.approx(1, abs=0.02)
     else:
         assert of_simulate > 1.02
         assert of_plan > 1.02
