@@ -212,9 +212,11 @@ def test_a_run_whose_layers_choose_their_mode(folder: Path, micro_steps: int, ca
     assert late["history"] < 0.5
     assert of(found["auto"], "llep").step_seconds < of(found["history"], "llep").step_seconds
     for policy in ("static_ep", "full"):
-        assert of(found["auto"], policy).plan_modes == {"history": 1, "calibrated": 0, "exact": 0}
-        assert of(found["auto"], policy).parts == pytest.approx(of(found["history"], policy).parts)
-        assert of(found["auto"], policy).bytes == of(found["history"], policy).bytes
+        modes = of(found["auto"], policy).plan_modes
+        assert modes is not None
+        assert modes["history"] > 0.99, "but before a step has been measured"
+        assert of(found["auto"], policy).parts == pytest.approx(of(found["history"], policy).parts, rel=1e-2)
+        assert of(found["auto"], policy).bytes.near == pytest.approx(of(found["history"], policy).bytes.near, rel=1e-2)
         np.testing.assert_allclose(of(found["auto"], policy).memory_PD, of(found["history"], policy).memory_PD)
     assert found["auto"].as_dict()["policies"][0]["plan_modes"] == found["auto"].policies[0].plan_modes
     run_plan(found["auto"].run.config, topology="two-cpu-ranks", ranks=None, loads="rotating", json_path=None)
