@@ -48,7 +48,7 @@ ABLATIONS: dict[str, tuple[str, str, str]] = {
         for name in ("NODES", "NODES_BUT_ONE", "WANTED", "OWNERS", "HOTTEST")
     },
     **{
-        f"start {name}": (_AUTO, "if begins <= left:", f"if begins <= left and start != {number}:")
+        f"start {name}": (_AUTO, "if begins <= left and (", f"if begins <= left and start != {number} and (")
         for number, name in ((1, "FILLED"), (2, "UNDER"), (3, "EVEN"), (4, "EVEN_SLOTS"), (5, "DEALT"))
     },
     "start ALONE": (_AUTO, "if start == BEST else _PROMISING * seconds * (1 - TIE)", "if start == BEST else np.inf"),

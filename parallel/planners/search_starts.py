@@ -14,10 +14,10 @@ from hecate.parallel.loops.jit import loop
 from hecate.parallel.loops.replica_lists import Replicas, add, only_owners
 from hecate.parallel.planners.replication import ExpertOrders, deal
 
-STARTS = 7
-BEST, FILLED, UNDER, EVEN, EVEN_SLOTS, DEALT, ALONE = range(STARTS)
+STARTS = 8
+BEST, FILLED, UNDER, EVEN, EVEN_SLOTS, DEALT, HELD, ALONE = range(STARTS)
 """the best plan so far; `fill_up`; `keep_under`; `spread_over_nodes` with copies in half of the slots, and in all of them; `deal` of
-as many replicas a rank as travel hidden; no replicas"""
+as many replicas a rank as travel hidden; those whose frozen parts ranks hold; no replicas"""
 
 _LEAST = 1e-6
 """as many assignments as this, or fewer, are not moved"""
@@ -36,6 +36,7 @@ def start_with(
     start: int,
     owner: np.ndarray,
     slots: np.ndarray,
+    resident: np.ndarray,
     hidden: int,
     orders: ExpertOrders,
     loads: LayerLoads,
@@ -60,6 +61,14 @@ def start_with(
             for d in range(len(slots)):
                 room[d] = min(slots[d], hidden)
             deal(owner, room, orders, loads, topology, plan)
+        elif start == HELD and len(resident) > 0:
+            room = slots.copy()
+            for i in range(len(owner)):
+                e = orders.by_load_E[i]
+                for d in range(len(slots)):
+                    if resident[e, d] and d != owner[e] and room[d] > 0:
+                        add(plan, e, d)
+                        room[d] -= 1
         even_quota_into(plan, loads, topology)
 
 

@@ -123,8 +123,8 @@ class Setting:
 
     @property
     def first_steps(self) -> int:
-        """The number of steps that no later step is like: the one that `history` plans without loads, and the next one, in which most frozen
-        parts arrive, or, in a run of known length, no mode has been measured yet."""
+        """The number of steps that no later step is like: the one that `history` plans without loads, and the next one, in which most
+        frozen parts arrive, or, in a run of known length, no mode has been measured yet."""
         return 2 if self.cost.frozen_bytes or (self.choose_modes and self.run_steps is not None) else 1
 
     def of_collective(self, collective: Collective | None) -> Setting:

@@ -34,7 +34,7 @@ from hecate.parallel.planners.plan import Plan, PlanInput, Policy
 from hecate.parallel.planners.plan_changes import LEAST
 from hecate.parallel.planners.rebalancing import rebalance
 from hecate.parallel.planners.replication import HOTTEST, NODES, NODES_BUT_ONE, OWNERS, WANTED, ExpertOrders, expert_orders, replicate
-from hecate.parallel.planners.search_starts import ALONE, BEST, STARTS, goes_slot_by_slot, start_with
+from hecate.parallel.planners.search_starts import ALONE, BEST, HELD, STARTS, goes_slot_by_slot, start_with
 
 _ALL_BUDGETS = 400
 """the most experts x ranks x budgets for which all budgets are tried: no longer than a layer of 64 experts on 32 ranks takes with one"""
@@ -298,9 +298,9 @@ def _search(
             continue
         given = _GIVE_SECONDS * (slots if goes_slot_by_slot(start) else ranks) * size
         begins = _EXPERT_SECONDS * len(owner) + _RANK_SECONDS * ranks + given
-        if begins <= left:
+        if begins <= left and (start != HELD or len(resident) > 0):
             left -= begins
-            start_with(start, owner, room, hidden, orders, loads, topology, trial)
+            start_with(start, owner, room, resident, hidden, orders, loads, topology, trial)
             begins_X[start] = _plan_seconds(owner, resident, loads, topology, cost, 2 * seconds, trial)
             if _preferred(begins_X[start], seconds, owner, resident, loads, topology, cost, trial, best):
                 seconds = min(begins_X[start], seconds)
@@ -315,7 +315,7 @@ def _search(
         if start == BEST:
             copy_into(best, trial)
         else:
-            start_with(start, owner, room, hidden, orders, loads, topology, trial)
+            start_with(start, owner, room, resident, hidden, orders, loads, topology, trial)
         left -= improve(owner, room, resident, loads, topology, cost, trial, left, False)
         found = _plan_seconds(owner, resident, loads, topology, cost, seconds * (1 + 2 * TIE), trial)
         if _preferred(found, seconds, owner, resident, loads, topology, cost, trial, best):

@@ -44,7 +44,17 @@ def started(start: int, given_: PlanInput) -> Replicas:
     slots = np.minimum(given_.slots_D, given_.num_experts)
     loads = loops.layer_loads(np.ascontiguousarray(given_.expected_LED[0].T, dtype=np.float64), numbers)
     plan = no_replicas(given_.num_experts, given_.world_size)
-    start_with(start, owner, slots, 2, expert_orders(owner, slots, loads, numbers), loads, numbers, plan)
+    start_with(
+        start,
+        owner,
+        slots,
+        given_.resident_LED[0] if given_.resident_LED is not None else np.zeros((0, 0), np.bool_),
+        2,
+        expert_orders(owner, slots, loads, numbers),
+        loads,
+        numbers,
+        plan,
+    )
     return plan
 
 
