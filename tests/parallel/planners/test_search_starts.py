@@ -18,6 +18,7 @@ from hecate.parallel.planners.replication import expert_orders
 from hecate.parallel.planners.search_starts import (
     ALONE,
     BEST,
+    HELD,
     STARTS,
     UNDER,
     fill_up,
@@ -44,17 +45,8 @@ def started(start: int, given_: PlanInput) -> Replicas:
     slots = np.minimum(given_.slots_D, given_.num_experts)
     loads = loops.layer_loads(np.ascontiguousarray(given_.expected_LED[0].T, dtype=np.float64), numbers)
     plan = no_replicas(given_.num_experts, given_.world_size)
-    start_with(
-        start,
-        owner,
-        slots,
-        given_.resident_LED[0] if given_.resident_LED is not None else np.zeros((0, 0), np.bool_),
-        2,
-        expert_orders(owner, slots, loads, numbers),
-        loads,
-        numbers,
-        plan,
-    )
+    resident = np.zeros((0, 0), np.bool_) if given_.resident_LED is None else given_.resident_LED[0]
+    start_with(start, owner, slots, resident, 2, expert_orders(owner, slots, loads, numbers), loads, numbers, plan)
     return plan
 
 
@@ -167,3 +159,12 @@ def test_copies_go_to_the_nodes_with_fewest_and_serve_these() -> None:
     quota = np.where(replicas.has_ED, replicas.quota_ED, 0.0)
     assert [quota[0, :2].sum(), quota[0, 2:].sum()] == [20.0, 60.0]
     assert [quota[1, :2].sum(), quota[1, 2:].sum()] == [2.0, 2.0]
+
+
+def test_what_ranks_hold_is_a_plan_as_far_as_slots_go() -> None:
+    """Rank 1 holds the frozen parts of both experts of rank 0, and has one slot: it keeps the hotter one."""
+    owner, numbers = np.array([0, 0]), topology_numbers(cluster(1, 2))
+    loads = loops.layer_loads(np.array([[5.0, 9.0], [5.0, 9.0]]), numbers)
+    slots, resident, plan = np.ones(2, np.int64), np.ones((2, 2), np.bool_), no_replicas(2, 2)
+    start_with(HELD, owner, slots, resident, 2, expert_orders(owner, slots, loads, numbers), loads, numbers, plan)
+    assert plan.has_ED.tolist() == [[True, False], [True, True]]
