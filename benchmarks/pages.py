@@ -384,13 +384,6 @@ def drawn_plans(recording: Mapping[str, Any]) -> Pieces:
     ]
 
 
-def plan_ablation(recording: Mapping[str, Any]) -> Pieces:
-    rows = ["| without | plans take, over all | and at most, in |", _rule(3)]
-    for row in recording["rows"]:
-        rows.append(f"| {row['without']} | {row['over_all']:.4f} | {row['over_most']:.3f}, {row['most_in']} |")
-    return ["\n".join(rows)]
-
-
 def drift(recording: Mapping[str, Any]) -> Pieces:
     found = recording["summary"]
     rows = [
@@ -444,7 +437,6 @@ SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
         "plan_quality": plan_quality,
         "drawn_plans": drawn_plans,
         "drawn_plans_last_look": drawn_plans,
-        "plan_ablation": plan_ablation,
         "paper": paper_under_other_loads,
     },
     "README.md": {
