@@ -33,7 +33,7 @@ from benchmarks.kill_plans import DEATHS, RANKS, KillPlan, goes_on, plan_of
 from benchmarks.report import arguments, as_json, machine, raw_file, replace_file, spread
 from hecate.apps.check.drill.cases.losses import Times, problem_of
 from hecate.apps.check.drill.outcome import Scope, TooSlow
-from hecate.apps.check.drill.ranks import Launched, begin_run
+from hecate.apps.check.drill.ranks import Launched, Started, begin_run
 from hecate.apps.check.drill.run import DrillFolder, drill_folder
 from hecate.checkpoint import good_checkpoints
 
@@ -74,9 +74,8 @@ def carried_out(plan: KillPlan, whole: Launched, scope: Scope) -> KilledRun:
     """Do a run with its kills, and compare it."""
     stays = goes_on(plan.launcher)
     given = ("save_steps=1", "save_total_limit=2", f"save_async={str(plan.beside).lower()}")
-    started = begin_run(
-        scope, "killed", RANKS, *given, injected=plan.deaths, survives=stays, launcher=plan.launcher, restarts=0 if stays else DEATHS
-    )
+    by = Started(launcher=plan.launcher, restarts=0 if stays else DEATHS)
+    started = begin_run(scope, "killed", RANKS, *given, injected=plan.deaths, survives=stays, started=by)
     try:
         run = started.end(_LIMIT)
     except TooSlow:
