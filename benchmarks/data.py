@@ -116,7 +116,7 @@ def start_drawn(path: str, folder: str) -> dict[str, float]:
                 if number % _AT_ONCE == 1:
                     ids = random.integers(1000, size=(_AT_ONCE, 3), dtype=np.int32)
                 row = ids[number % _AT_ONCE]
-                yield EncodedSample([Encoded(row, row, number)], False)
+                yield EncodedSample([Encoded(row, row, number)], False, (), number)
 
     cache = cache_folder(folder)
     assert cache is not None
