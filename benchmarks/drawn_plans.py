@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.plan_quality import geomean
 from benchmarks.report import arguments, finish, spread
 from hecate.parallel.cost.cost_model import ExecutionMode, PlanMode
 from hecate.parallel.loops import jit
@@ -40,7 +41,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODES: tuple[PlanMode, ...] = ("history", "exact")
 KINDS = ("cluster", "kind", "skew", "slots", "experts", "tokens")
 LOST = 1.005
-_AUTO, _STARTS = "parallel/planners/policies/auto.py", "parallel/planners/search_starts.py"
+_AUTO = "parallel/planners/policies/auto.py"
 _SEARCH, _CHANGES = "parallel/planners/local_search.py", "parallel/planners/plan_changes.py"
 ABLATIONS: dict[str, tuple[str, str, str]] = {
     **{
@@ -119,7 +120,11 @@ def compared(indices: Sequence[int]) -> tuple[list[dict[str, Any]], dict[str, fl
             rows.append({"plan": mode, kind: value, "auto / best other": spread(found), "lost": float(np.mean(np.array(found) > LOST))})
     total: dict[str, float] = {}
     for mode, found in grouped(indices, over, lambda mode, _: mode).items():
-        total |= {f"{mode}_geomean": geomean(found), f"{mode}_worst": max(found), f"{mode}_lost": float(np.mean(np.array(found) > LOST))}
+        total |= {
+            f"{mode}_geomean": geomean(np.array(found)),
+            f"{mode}_worst": max(found),
+            f"{mode}_lost": float(np.mean(np.array(found) > LOST)),
+        }
     return rows, total | {"layers": len(indices)}
 
 
@@ -143,15 +148,13 @@ def ablations(indices: Sequence[int], quick: bool) -> list[dict[str, Any]]:
             def of_kind(mode: PlanMode, case: dict[str, object], kind: str = kind) -> str:
                 return f"{kind} {case[kind]}, {mode}"
 
-            worst |= {key: geomean(values) for key, values in grouped(indices, over, of_kind).items() if len(values) >= 20 or quick}
+            worst |= {
+                key: geomean(np.array(values)) for key, values in grouped(indices, over, of_kind).items() if len(values) >= 20 or quick
+            }
         most = max(worst, key=lambda key: worst[key])
-        rows.append({"without": name, "over_all": geomean(over), "most_in": most, "over_most": worst[most]})
+        rows.append({"without": name, "over_all": geomean(np.array(over)), "most_in": most, "over_most": worst[most]})
         print(rows[-1], flush=True)
     return rows
-
-
-def geomean(values: Sequence[float]) -> float:
-    return float(np.exp(np.log(values).mean()))
 
 
 if __name__ == "__main__":

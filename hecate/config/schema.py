@@ -199,7 +199,8 @@ class FssdpConfig:
     the router by a better one where the predicted gain exceeds the cost of the transfers that it adds. exact: the loads of the micro-step,
     which the ranks exchange after the layer's router. The history's plan is gathered early nevertheless, as with calibrated, until a plan
     that begins with nothing, and whose gather no computation hides, would have been faster over the last steps; with prefetch 0, never.
-    auto: in each step each layer goes by history, calibrated or such a late plan, whichever would have been fastest over the last steps.
+    auto: in each step each layer goes by history, calibrated or such a late plan, whichever would have been fastest over the last steps;
+    by calibrated before two steps are known, and never late with frozen parts.
     For exact and auto every step is planned again in all three ways. replay: the loads of the micro-step, known before it begins, because
     its samples bring their routing (moe.replay), so that attention hides the gather as with history."""
     rematerialize: bool = field(default=False, metadata=key(computes=False))

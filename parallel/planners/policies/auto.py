@@ -4,7 +4,7 @@ lowest predicted time.
 A candidate is made in two moves. *Replication* brings replicas to the ranks that hold an expert's tokens, by one of a few rules.
 *Rebalancing* then lets devices that are still too busy hand assignments of their largest experts to devices with time left, which get
 replicas of them. `CANDIDATES` is what was left of some hundreds of rules with degrees of rebalancing, after those that made less than
-0.3 % of difference to every kind of layer had been dropped (`benchmarks.plan_ablation`, docs/design/planners.md).
+0.3 % of difference to every kind of layer had been dropped (`benchmarks.drawn_plans --ablation`).
 
 *Local search* then changes the best candidate, and plans as other systems make them (`hecate.parallel.planners.search_starts`), replica
 by replica (`hecate.parallel.planners.local_search`), for as long as a share of the layer's predicted seconds. It finds most where slots
