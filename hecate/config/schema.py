@@ -16,7 +16,7 @@ from hecate.config.ranges import AT_LEAST_ZERO, COUNT, MAX_INT, POSITIVE, SHARE,
 from hecate.config.sections import OPTIMIZERS, with_sections
 from hecate.io.registry import registered_names
 from hecate.parallel.values.expert_kinds import Family
-from hecate.parallel.values.policy_names import POLICY_ORDER
+from hecate.parallel.values.policy_names import POLICY_ORDER, SAME_PLANS
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """the roles of a conversation's messages, as chat templates name them"""
@@ -24,6 +24,8 @@ MEGATRON_EP = "megatron_ep"
 """the policy that uses Megatron's own MoE layers instead of hecate's"""
 
 if TYPE_CHECKING:
+    from hecate.parallel.cost.cost_model import PlanChoice
+
     PolicyName = str
     OptimizerName = str
 else:  # each is a file of a folder, of which checkers do not know
@@ -194,13 +196,14 @@ class FssdpConfig:
     former name, hecate, is still read. megatron_ep, with front_end megatron: Megatron's own MoELayer with expert parallelism, for
     comparison; `hecate plan` prices it as static_ep. The others are the placement rules of the systems they are named after, with their
     split of tokens."""
-    plan: Literal["history", "calibrated", "exact", "replay", "auto"] = field(default="history", metadata=key(computes=False))
+    plan: Literal["history", "calibrated", "exact", "replay", "auto"] = field(default="auto", metadata=key(computes=False))
     """The loads that a layer's plan is made from. history: those that past steps predict. calibrated: the history's plan, replaced after
     the router by a better one where the predicted gain exceeds the cost of the transfers that it adds. exact: the loads of the micro-step,
     which the ranks exchange after the layer's router. The history's plan is gathered early nevertheless, as with calibrated, until a plan
     that begins with nothing, and whose gather no computation hides, would have been faster over the last steps; with prefetch 0, never.
     auto: in each step each layer goes by history, calibrated or such a late plan, whichever would have been fastest over the last steps;
-    by calibrated before two steps are known, and never late with frozen parts.
+    by calibrated before two steps are known, and never late with frozen parts; always by history where finding out would take longer than
+    two thirds of what the layer takes, with policies whose plans are always the same (static_ep, full), lora.pairs=shards and deterministic.
     For exact and auto every step is planned again in all three ways. replay: the loads of the micro-step, known before it begins, because
     its samples bring their routing (moe.replay), so that attention hides the gather as with history."""
     rematerialize: bool = field(default=False, metadata=key(computes=False))
@@ -243,6 +246,11 @@ class FssdpConfig:
         """Whether experts are gathered and their gradients reduced in every micro-step, not once a step. With plan auto, layers whose loads
         are steady go by history; those that do not are not foreseen here."""
         return self.rematerialize or self.plan in ("calibrated", "exact", "replay")
+
+    @property
+    def plans_depend_on_loads(self) -> bool:
+        """Whether the planner places experts by their loads."""
+        return self.planner not in SAME_PLANS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -422,6 +430,12 @@ class Config:
     """The number of local ranks to start. null: one per GPU, or 2 without a GPU. Unused under torchrun, which starts the ranks itself."""
     eval: EvalConfig = field(default_factory=EvalConfig, metadata=key(computes=False))
     ray: RayConfig = field(default_factory=RayConfig, metadata=key(computes=False))
+
+    @property
+    def plan(self) -> "PlanChoice":
+        """The loads that layers are planned from: `fssdp.plan`, of which auto is history where nothing else can be."""
+        only_history = self.deterministic or self.lora.pairs == "shards" or not self.fssdp.plans_depend_on_loads
+        return "history" if self.fssdp.plan == "auto" and only_history else self.fssdp.plan
 
     @property
     def best_metric(self) -> str | None:

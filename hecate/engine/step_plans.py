@@ -479,7 +479,7 @@ class StepPlans:
         for units, given in self.inputs():
             recent_SLEW = self.history.recent(units)
             if recent_SLEW is None:
-                continue
+                recent_SLEW = np.empty((0, len(units), given.num_experts, self.mesh.world_size), dtype=np.int64)
             steps, measured, among = tuple(self.history.snapshot()), self._measured.get(tuple(units)), self.config.modes
             question = (self.config.planner, given, tuple(units), steps, measured, among)
             chosen, self._measured[tuple(units)] = answers.ask(

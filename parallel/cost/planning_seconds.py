@@ -21,3 +21,8 @@ def planning_seconds(mode: PlanMode, experts: int, topology: Topology) -> float:
     """
     layer, each = _SECONDS[mode]
     return topology.planning_slowdown * (layer + each * experts * topology.world_size)
+
+
+def judging_seconds(experts: int, topology: Topology) -> float:
+    """Seconds in which one layer is planned again in all ways, as choosing among them does after each step."""
+    return planning_seconds("calibrated", experts, topology) + 3 * planning_seconds("exact", experts, topology)

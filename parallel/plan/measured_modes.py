@@ -20,12 +20,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hecate.parallel.cost.cost_model import PlanChoice, PlanMode, price_traffic
-from hecate.parallel.cost.planning_seconds import planning_seconds
+from hecate.parallel.cost.planning_seconds import judging_seconds, planning_seconds
 from hecate.parallel.plan.after_router import best_after_router, some_layers
 from hecate.parallel.planners import Plan, PlanInput
+from hecate.parallel.planners.policies.static_ep import plan_static_ep
 from hecate.parallel.values.predictors import predicted_loads
 
 MODES: tuple[PlanMode, ...] = ("history", "calibrated", "exact")
+_MOST_JUDGING = 2 / 3
+"""of a layer's seconds under expert parallelism: the share of a step's backward pass, in which the next step is planned"""
 
 
 def modes_of(choice: PlanChoice, prefetch: int = 1) -> tuple[PlanMode, ...]:
@@ -152,6 +155,8 @@ class MeasuredModes:
             steps: what each step is known by; the same object, the same step.
             loads_SLED: of these steps, oldest first; may be none.
         """
+        if "history" in self._modes and (given.topology.world_size == 1 or self._takes_long_to_judge(given)):
+            return ["history"] * given.num_layers
         # Frozen parts stay where a plan brings them, so a layer that came back from late plans would not find what the judged steps found.
         modes = [mode for mode in MODES if mode in self._modes and (mode != "exact" or given.cost.frozen_bytes == 0)]
         if len(steps) < 2 or len(modes) == 1:
@@ -170,6 +175,13 @@ class MeasuredModes:
         fastest_L = self._fastest(modes)
         self._late_L = fastest_L > 0
         return [modes[mode] for mode in fastest_L]
+
+    def _takes_long_to_judge(self, given: PlanInput) -> bool:
+        """Whether the next step would wait for it. Of policies other than `auto` it is not known, and not before the first step."""
+        if not self._splits or given.loads_LED is None:
+            return False
+        by_owners_L = _seconds(plan_static_ep(given), _in_mode(given, "history"), given.loads_LED)
+        return bool(judging_seconds(given.num_experts, given.topology) > _MOST_JUDGING * by_owners_L.mean())
 
     def _fastest(self, modes: Sequence[PlanMode]) -> np.ndarray:
         """int64 [layers]: which of these modes was the fastest over the judged steps."""

@@ -41,6 +41,7 @@ from hecate.parallel.simulate.simulated_step import (
 )
 from hecate.parallel.transfer.residency import Residency
 from hecate.parallel.values.placement import contiguous_owners
+from hecate.parallel.values.policy_names import SAME_PLANS
 from hecate.parallel.values.predictors import KEPT_WINDOWS, predicted_loads
 
 
@@ -187,7 +188,7 @@ class _PolicyRun:
     def result(self) -> Simulated:
         """Run all steps."""
         steps = [self._one_step(step) for step in range(len(self._loads))]
-        first, counted = steps[: self._setting.first_steps], steps[self._setting.first_steps :] or steps[-1:]
+        first = steps[: self._setting.first_steps]
         share_T = _shares_of_run(len(steps), self._setting)
         num_layers = self._loads.shape[1]
         scale = (self._setting.num_layers or num_layers) / num_layers
@@ -199,7 +200,7 @@ class _PolicyRun:
             first_seconds=scale * sum(step.seconds.total for step in first),
             first_bytes=scale * sum(step.bytes.near + step.bytes.far for step in first),
             imbalance=_weighted([step.imbalance for step in steps], share_T),
-            **{name: tuple(np.max([getattr(step, name) for step in counted], axis=0).tolist()) for name in _OF_FULLEST_STEP},
+            **{name: tuple(np.max([getattr(step, name) for step in steps], axis=0).tolist()) for name in _OF_FULLEST_STEP},
             planner_ms_per_layer=1e3 * float(np.median(self._planner_seconds)) / num_layers,
             plan_modes=_modes(self._modes, share_T) if self._setting.choose_modes else None,
         )
@@ -247,7 +248,7 @@ class _PolicyRun:
         if self._reshard_interval and (step - self._first_known) % self._reshard_interval == 0:
             found = better_owners(self._planner, [given], self._reshard_interval)
             given = given if found is None else replace(given, owner_LE=found[0][0])
-        if setting.choose_modes:
+        if setting.choose_modes and self._name not in SAME_PLANS:
             recent = slice(max(step - KEPT_WINDOWS * setting.window, 0), step)
             self._modes[-1] = self._measured.choose(partial(plan_with, self._planner), given, self._names[recent], loads[recent])
         started = time.perf_counter()

@@ -21,3 +21,7 @@ def current_name(policy: str) -> str:
 def renamed(where: str, policy: str) -> str:
     """Return the line that tells a user who wrote a former name, found at `where`, what it means now."""
     return f"{where}: the policy {policy} is called {current_name(policy)} now, as the paper's own; hecate's default is auto"
+
+
+SAME_PLANS = ("static_ep", "full")
+"""Policies that place experts without a look at loads."""

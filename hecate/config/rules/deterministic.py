@@ -16,6 +16,8 @@ _REFUSED: tuple[tuple[str, str, str], ...] = (
     ("fssdp.memory_slots", "says how many experts a rank may have, but every rank has all of them", "leave it out"),
 )
 """key, why another value than the default does not go together with it, and what to do"""
+_ALSO = {"fssdp.plan": ("history",)}
+"""values that do, beside the default"""
 
 
 def check_deterministic(values: Mapping[str, Any], add: Add) -> None:
@@ -24,7 +26,7 @@ def check_deterministic(values: Mapping[str, Any], add: Add) -> None:
     if not values.get("deterministic"):
         return
     for key, why, hint in _REFUSED:
-        if key in values and values[key] != LEAVES[key].default:
+        if key in values and values[key] not in (LEAVES[key].default, *_ALSO.get(key, ())):
             add(key, f"does not go together with deterministic: it {why}", hint)
     if values.get("kernels") == "triton":
         add("kernels", "triton does not go together with deterministic, which holds on CPUs only", "leave one of the two out")

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from hecate.config.gpt_shape import GptShape
 
 _HECATE_LAYERS_ONLY = {
-    "fssdp.plan": "history",
     "fssdp.rematerialize": False,
     "fssdp.prefetch": 1,
     "fssdp.max_imbalance": None,
@@ -80,6 +79,8 @@ def check_megatron_ep(values: Mapping[str, Any], add: Add) -> None:
     for key, default in _HECATE_LAYERS_ONLY.items():
         if key in values and values[key] != default:
             add(key, why, "leave it out")
+    if values.get("fssdp.plan", "auto") not in ("auto", "history"):
+        add("fssdp.plan", why, "leave it out")
 
 
 def _check_tensor_parallel(values: Mapping[str, Any], shape: GptShape, add: Add) -> None:

@@ -135,7 +135,7 @@ def _check_shards(values: Mapping[str, Any], add: Add) -> None:
         ("fssdp.plan", "history", "gathers in each micro-step, but", "which lives a whole step"),
     )
     for key, only, what, why in refused:
-        if values.get(key, only) != only:
+        if values.get(key, only) not in (only, LEAVES[key].default):
             add(key, f"{what} with {_SHARDS} pairs are parts of a pool, {why}", "leave it out, or use lora.pairs=plain")
     if values.get("lora.init_from") is not None:
         what = f"cannot be given with {_SHARDS}: A and B of an adapter do not say by which shards they were made"
