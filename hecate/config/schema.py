@@ -203,7 +203,8 @@ class FssdpConfig:
     that begins with nothing, and whose gather no computation hides, would have been faster over the last steps; with prefetch 0, never.
     auto: in each step each layer goes by history, calibrated or such a late plan, whichever would have been fastest over the last steps;
     by calibrated before two steps are known, and never late with frozen parts; always by history where finding out would take longer than
-    two thirds of what the layer takes, with policies whose plans are always the same (static_ep, full), lora.pairs=shards and deterministic.
+    two thirds of what the layer takes, and with lora.pairs=shards, deterministic and policies whose plans are always the same (static_ep,
+    full).
     For exact and auto every step is planned again in all three ways. replay: the loads of the micro-step, known before it begins, because
     its samples bring their routing (moe.replay), so that attention hides the gather as with history."""
     rematerialize: bool = field(default=False, metadata=key(computes=False))
