@@ -27,7 +27,7 @@ REFUSED = [
     ),
     (["max_grad_norm=1.0"], "max_grad_norm: must be null with privacy.clip, which clips already"),
     (["fssdp.policy=auto"], "fssdp.policy: must be full with privacy.clip, .*no token of it may go to another rank; got auto"),
-    (["fssdp.plan=exact"], "fssdp.plan: must be history with privacy.clip"),
+    (["fssdp.plan=exact"], "fssdp.plan: must be auto with privacy.clip"),
     (["fssdp.rematerialize=true"], "fssdp.rematerialize: must be false with privacy.clip"),
     (
         ["moe={num_experts: 2, top_k: 2, router: {input: token}}"],
