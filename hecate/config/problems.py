@@ -20,6 +20,11 @@ def or_default(values: Mapping[str, Any], key: str, default: Any) -> Any:
     return default if key in values and values[key] is None else values.get(key)
 
 
+def serves(key: str, value: Any, needed: Any) -> bool:
+    """Whether a key's value is the one that another key needs. `fssdp.plan: auto` is history wherever history is needed."""
+    return value == needed or (key, value, needed) == ("fssdp.plan", "auto", "history")
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing that is wrong with a configuration."""

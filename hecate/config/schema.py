@@ -204,9 +204,8 @@ class FssdpConfig:
     auto: in each step each layer goes by history, calibrated or such a late plan, whichever would have been fastest over the last steps;
     by calibrated before two steps are known, and never late with frozen parts; always by history where finding out would take longer than
     two thirds of what the layer takes, and with lora.pairs=shards, deterministic and policies whose plans are always the same (static_ep,
-    full).
-    For exact and auto every step is planned again in all three ways. replay: the loads of the micro-step, known before it begins, because
-    its samples bring their routing (moe.replay), so that attention hides the gather as with history."""
+    full). For exact and auto every step is planned again in all three ways. replay: the loads of the micro-step, known before it begins,
+    because its samples bring their routing (moe.replay), so that attention hides the gather as with history."""
     rematerialize: bool = field(default=False, metadata=key(computes=False))
     """Free a layer's replicas after its forward pass and gather them again before its backward pass, so that a rank holds replicas of at
     most max(1, prefetch) layers at a time. Gradients are then reduced in every micro-step."""
@@ -247,11 +246,6 @@ class FssdpConfig:
         """Whether experts are gathered and their gradients reduced in every micro-step, not once a step. With plan auto, layers whose loads
         are steady go by history; those that do not are not foreseen here."""
         return self.rematerialize or self.plan in ("calibrated", "exact", "replay")
-
-    @property
-    def plans_depend_on_loads(self) -> bool:
-        """Whether the planner places experts by their loads."""
-        return self.planner not in SAME_PLANS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,9 +427,9 @@ class Config:
     ray: RayConfig = field(default_factory=RayConfig, metadata=key(computes=False))
 
     @property
-    def plan(self) -> "PlanChoice":
-        """The loads that layers are planned from: `fssdp.plan`, of which auto is history where nothing else can be."""
-        only_history = self.deterministic or self.lora.pairs == "shards" or not self.fssdp.plans_depend_on_loads
+    def plan_choice(self) -> "PlanChoice":
+        """The loads that layers are planned from: `fssdp.plan`, where auto is history if there is nothing to choose."""
+        only_history = self.deterministic or self.lora.pairs == "shards" or self.fssdp.planner in SAME_PLANS
         return "history" if self.fssdp.plan == "auto" and only_history else self.fssdp.plan
 
     @property

@@ -33,7 +33,7 @@ def engine_config(
         state=None if config.optim == "adamw" else OPTIMIZERS[config.optim].STATE,
         top_k=config.moe.experts_per_token,
         non_moe_flops=non_moe_flops,
-        plan=config.plan,
+        plan=config.plan_choice,
         rematerialize=config.fssdp.rematerialize,
         prefetch=config.fssdp.prefetch,
         on_every_rank=config.deterministic,

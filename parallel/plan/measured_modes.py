@@ -143,7 +143,8 @@ class MeasuredModes:
     def choose(
         self, planner: Callable[[PlanInput], Plan], given: PlanInput, steps: Sequence[object], loads_SLED: np.ndarray
     ) -> list[PlanMode]:
-        """Return the mode of each layer in the next step: the fastest over the steps that are given, of equal ones the first.
+        """Return the mode of each layer in the next step: the fastest over the steps that are given, of equal ones the first. History where
+        history is among them, and judging would take longer than the backward pass or there is one rank.
 
         The last `window` steps are judged, each predicted from as many before it, so that a run that was resumed with the steps of a
         `LoadHistory` chooses as one that was not. (Of frozen parts it may find others in their places.) Those that were judged in the last
@@ -177,7 +178,7 @@ class MeasuredModes:
         return [modes[mode] for mode in fastest_L]
 
     def _takes_long_to_judge(self, given: PlanInput) -> bool:
-        """Whether the next step would wait for it. Of policies other than `auto` it is not known, and not before the first step."""
+        """Whether the next step would wait for it: not known of policies other than `auto`, nor before there are any loads."""
         if not self._splits or given.loads_LED is None:
             return False
         by_owners_L = _seconds(plan_static_ep(given), _in_mode(given, "history"), given.loads_LED)

@@ -3,8 +3,10 @@ and checkpoints may still have these."""
 
 from __future__ import annotations
 
+SAME_PLANS = ("static_ep", "full")
+"""The policies whose placements no loads change."""
 POLICY_ORDER = (
-    *("static_ep", "full"),
+    *SAME_PLANS,
     *("fastermoe", "smartmoe", "flexmoe", "eplb", "llep", "echo", "laer", "ultraep", "moonep"),
     *("hecate_paper", "auto"),
 )
@@ -21,7 +23,3 @@ def current_name(policy: str) -> str:
 def renamed(where: str, policy: str) -> str:
     """Return the line that tells a user who wrote a former name, found at `where`, what it means now."""
     return f"{where}: the policy {policy} is called {current_name(policy)} now, as the paper's own; hecate's default is auto"
-
-
-SAME_PLANS = ("static_ep", "full")
-"""Policies that place experts without a look at loads."""

@@ -124,7 +124,7 @@ def _simulate_group(run: RunShape, group: ExpertLayers, given: str | Trace, name
     """
     config = run.config
     loads = _recorded_loads(run, group, given) if isinstance(given, Trace) else _synthetic_loads(run, group, given)
-    plan, choose_modes = execution_of(config.plan, config.fssdp.prefetch)
+    plan, choose_modes = execution_of(config.plan_choice, config.fssdp.prefetch)
     owner_E = first_owners(group.experts, run)
 
     def of_one_group(loads: np.ndarray, topology: Topology, cost: LayerCost) -> list[Simulated]:
@@ -240,7 +240,7 @@ def _micro_steps_together(run: RunShape) -> int:
     """Return the number of micro-steps that are simulated at once: those that share one gather and one reduction. Where some layers' do and
     others' do not, it is all of them, and the simulator counts the others' gathers."""
     fssdp = run.config.fssdp
-    chosen = execution_of(run.config.plan, fssdp.prefetch)[1]
+    chosen = execution_of(run.config.plan_choice, fssdp.prefetch)[1]
     return 1 if fssdp.per_micro_step and not chosen else run.config.gradient_accumulation_steps
 
 

@@ -3,21 +3,19 @@
 from collections.abc import Mapping
 from typing import Any
 
-from hecate.config.problems import Add
-from hecate.config.schema import LEAVES
+from hecate.config.problems import Add, serves
 
-_REFUSED: tuple[tuple[str, str, str], ...] = (
-    ("model.front_end", "builds layers whose gradients are summed by rank", "use model.front_end=transformers"),
+_REFUSED: tuple[tuple[str, Any, str, str], ...] = (
+    ("model.front_end", "transformers", "builds layers whose gradients are summed by rank", "use model.front_end=transformers"),
     (
         "fssdp.plan",
+        "history",
         "has nothing to decide, because every rank has all experts",
         "leave it out; moe.replay=force replays a routing without it",
     ),
-    ("fssdp.memory_slots", "says how many experts a rank may have, but every rank has all of them", "leave it out"),
+    ("fssdp.memory_slots", None, "says how many experts a rank may have, but every rank has all of them", "leave it out"),
 )
-"""key, why another value than the default does not go together with it, and what to do"""
-_ALSO = {"fssdp.plan": ("history",)}
-"""values that do, beside the default"""
+"""key, the value that goes together with it, why no other does, and what to do"""
 
 
 def check_deterministic(values: Mapping[str, Any], add: Add) -> None:
@@ -25,8 +23,8 @@ def check_deterministic(values: Mapping[str, Any], add: Add) -> None:
     _check_group(values, add)
     if not values.get("deterministic"):
         return
-    for key, why, hint in _REFUSED:
-        if key in values and values[key] not in (LEAVES[key].default, *_ALSO.get(key, ())):
+    for key, needed, why, hint in _REFUSED:
+        if key in values and not serves(key, values[key], needed):
             add(key, f"does not go together with deterministic: it {why}", hint)
     if values.get("kernels") == "triton":
         add("kernels", "triton does not go together with deterministic, which holds on CPUs only", "leave one of the two out")

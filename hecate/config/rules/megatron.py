@@ -8,7 +8,7 @@ from math import gcd
 from typing import TYPE_CHECKING, Any
 
 from hecate.config.files.paths import find_model
-from hecate.config.problems import Add, shorten
+from hecate.config.problems import Add, serves, shorten
 from hecate.config.schema import MEGATRON_EP
 from hecate.errors import UserError
 from hecate.parallel.values.expert_kinds import KINDS, kind_of
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hecate.config.gpt_shape import GptShape
 
 _HECATE_LAYERS_ONLY = {
+    "fssdp.plan": "history",
     "fssdp.rematerialize": False,
     "fssdp.prefetch": 1,
     "fssdp.max_imbalance": None,
@@ -77,10 +78,8 @@ def check_megatron_ep(values: Mapping[str, Any], add: Add) -> None:
         )
     why = "belongs to hecate's own layers, which fssdp.policy=megatron_ep replaces"
     for key, default in _HECATE_LAYERS_ONLY.items():
-        if key in values and values[key] != default:
+        if key in values and not serves(key, values[key], default):
             add(key, why, "leave it out")
-    if values.get("fssdp.plan", "auto") not in ("auto", "history"):
-        add("fssdp.plan", why, "leave it out")
 
 
 def _check_tensor_parallel(values: Mapping[str, Any], shape: GptShape, add: Add) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hecate.config.expert_keys import DEFAULT_EXPERTS
-from hecate.config.problems import Add, or_default
+from hecate.config.problems import Add, or_default, serves
 from hecate.config.schema import LEAVES
 from hecate.parallel.values.expert_kinds import kind_of
 
@@ -135,7 +135,7 @@ def _check_shards(values: Mapping[str, Any], add: Add) -> None:
         ("fssdp.plan", "history", "gathers in each micro-step, but", "which lives a whole step"),
     )
     for key, only, what, why in refused:
-        if values.get(key, only) not in (only, LEAVES[key].default):
+        if not serves(key, values.get(key, only), only):
             add(key, f"{what} with {_SHARDS} pairs are parts of a pool, {why}", "leave it out, or use lora.pairs=plain")
     if values.get("lora.init_from") is not None:
         what = f"cannot be given with {_SHARDS}: A and B of an adapter do not say by which shards they were made"

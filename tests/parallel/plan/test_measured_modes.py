@@ -147,3 +147,24 @@ def test_what_is_gained_after_the_router_decides_where_history_was_wrong() -> No
     given = PlanInput(np.array([[0, 1]]), None, NODE, COST, np.full(2, 2))
     measured = MeasuredModes(WINDOW, modes=modes_of("exact"))
     assert measured.choose(hottest_everywhere, given, [object(), object()], loads_SLED) == ["calibrated"]
+
+
+@pytest.mark.parametrize(("slowdown", "late"), [(0.0, True), (1e4, False)])
+def test_layers_that_take_longer_to_judge_than_to_run_go_by_history(slowdown: float, late: bool) -> None:
+    """Of `auto`, whose planning is counted; how slow the machine's planning is decides about the same loads."""
+    given, loads_SLED = jumping_beside_steady(6)
+    topology = replace(given.topology, planning_slowdown=slowdown)
+    given = replace(given, topology=topology, loads_LED=predicted_loads(loads_SLED, WINDOW))
+    steps = [object() for _ in loads_SLED]
+    for splits in (True, False):
+        measured = MeasuredModes(WINDOW, splits=splits, modes=modes_of("auto"))
+        jumping = measured.choose(POLICIES["auto"], given, steps, loads_SLED)[1]
+        assert (jumping != "history") == (late or not splits)
+    among_late = MeasuredModes(WINDOW, splits=True, modes=modes_of("exact")).choose(POLICIES["auto"], given, steps, loads_SLED)
+    assert "history" not in among_late, "who asks for late plans gets them"
+
+
+def test_one_rank_goes_by_history_from_the_first_step() -> None:
+    given = PlanInput(np.array([[0, 0]]), None, unit_topology((0,)), COST, np.full(1, 2))
+    measured = MeasuredModes(WINDOW, splits=True, modes=modes_of("auto"))
+    assert measured.choose(POLICIES["auto"], given, [], np.empty((0, 1, 2, 1), dtype=np.int64)) == ["history"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from hecate.apps.federate.privacy.accountant import require_accountant
 from hecate.apps.federate.privacy.settings import privacy_keys
-from hecate.config.problems import Add
+from hecate.config.problems import Add, serves
 from hecate.config.rules.of_apps import SectionRules
 from hecate.config.schema import LEAVES, Config
 
@@ -17,11 +17,9 @@ _NEEDED: tuple[tuple[str, Any, str], ...] = (
     ("data.packing", False, "clips the gradient of each sample, but a packed sequence has several"),
     ("max_grad_norm", None, "clips already, and what clips the noise with the gradient afterwards makes small steps of it"),
     ("fssdp.policy", "full", "clips on the rank that has the sample, so that no token of it may go to another rank"),
-    ("fssdp.plan", "auto", "reduces the gradients of all layers after a micro-step's clip, but other plans reduce each layer's at once"),
+    ("fssdp.plan", "history", "reduces the gradients of all layers after a micro-step's clip, but other plans reduce each layer's at once"),
     ("fssdp.rematerialize", False, "needs the gradients of all layers at once, but rematerialize reduces each layer's at once"),
 )
-_ALSO = (("fssdp.plan", "history"),)
-"""what auto is under these conditions"""
 
 
 class PrivacyRules(SectionRules):
@@ -60,7 +58,7 @@ def _check_clip(clip: float | None, values: Mapping[str, Any], add: Add) -> None
     if noise and isinstance(values.get("lora.r"), tuple):
         add("lora.r", "must be one number with privacy.noise, which would fill what smaller ranks are padded with", "give one rank")
     for key, needed, why in _NEEDED:
-        if key in values and values[key] != needed and (key, values[key]) not in _ALSO:
+        if key in values and not serves(key, values[key], needed):
             shown = {None: "null", True: "true", False: "false"}
             what = f"must be {shown.get(needed, needed)} with {_CLIP}, which {why}; got {shown.get(values[key], values[key])}"
             add(key, what, f"set {key}={shown.get(needed, needed)}")

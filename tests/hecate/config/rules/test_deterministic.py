@@ -15,6 +15,15 @@ def test_every_policy_and_copies_of_experts_go_with_it(folder: Path) -> None:
     given = ("deterministic=true", "fssdp.policy=laer", "fssdp.redundancy=1", "fssdp.rematerialize=true", "moe.replay=force")
     assert load(MINIMAL, *given).deterministic
     assert not load(MINIMAL).deterministic
+    for plan in ("auto", "history"):
+        assert load(MINIMAL, "deterministic=true", f"fssdp.plan={plan}").plan_choice == "history"
+
+
+def test_layers_plan_from_history_where_there_is_nothing_to_choose(folder: Path) -> None:
+    assert load(MINIMAL).plan_choice == "auto"
+    for change in ("fssdp.policy=static_ep", "fssdp.policy=full", "lora.pairs=shards"):
+        assert load(MINIMAL, change).plan_choice == "history"
+        assert change == "lora.pairs=shards" or load(MINIMAL, change, "fssdp.plan=exact").plan_choice == "exact", "who asks for it gets it"
 
 
 @pytest.mark.parametrize(

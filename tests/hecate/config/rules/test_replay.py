@@ -26,7 +26,7 @@ def test_a_plan_from_replayed_routing_forces_the_routers_unless_they_are_only_ch
     assert load(MINIMAL).moe.replay is None
     assert load(MINIMAL, "fssdp.plan=replay").moe.replay == "force"
     assert load(MINIMAL, "fssdp.plan=replay", "moe.replay=check").moe.replay == "check"
-    assert load(MINIMAL, "moe.replay=force").plan == "auto"
+    assert load(MINIMAL, "moe.replay=force").plan_choice == "auto"
     assert load(MINIMAL, "fssdp.plan=replay").fssdp.per_micro_step
 
 

@@ -27,7 +27,7 @@ REFUSED = [
     ),
     (["max_grad_norm=1.0"], "max_grad_norm: must be null with privacy.clip, which clips already"),
     (["fssdp.policy=auto"], "fssdp.policy: must be full with privacy.clip, .*no token of it may go to another rank; got auto"),
-    (["fssdp.plan=exact"], "fssdp.plan: must be auto with privacy.clip"),
+    (["fssdp.plan=exact"], "fssdp.plan: must be history with privacy.clip"),
     (["fssdp.rematerialize=true"], "fssdp.rematerialize: must be false with privacy.clip"),
     (
         ["moe={num_experts: 2, top_k: 2, router: {input: token}}"],
@@ -47,6 +47,7 @@ def test_privacy_of_given_sources_is_allowed(folder: Path) -> None:
     config = load(MINIMAL, *PRIVATE)
     keys = privacy_keys(config)
     assert (keys.clip, keys.noise) == (1.0, 0.5)
+    assert load(MINIMAL, *PRIVATE, "fssdp.plan=history").plan_choice == config.plan_choice == "history"
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
