@@ -151,15 +151,22 @@ def test_what_is_gained_after_the_router_decides_where_history_was_wrong() -> No
 
 @pytest.mark.parametrize(("slowdown", "late"), [(0.0, True), (1e4, False)])
 def test_layers_that_take_longer_to_judge_than_to_run_go_by_history(slowdown: float, late: bool) -> None:
-    """Of `auto`, whose planning is counted; how slow the machine's planning is decides about the same loads."""
+    """Of `auto`, whose planning is counted; how slow the machine's planning is decides about the same loads. Then nothing is planned again."""
+    asked: list[PlanInput] = []
+
+    def planner(given: PlanInput) -> Plan:
+        asked.append(given)
+        return POLICIES["auto"](given)
+
     given, loads_SLED = jumping_beside_steady(6)
     topology = replace(given.topology, planning_slowdown=slowdown)
     given = replace(given, topology=topology, loads_LED=predicted_loads(loads_SLED, WINDOW))
     steps = [object() for _ in loads_SLED]
     for splits in (True, False):
         measured = MeasuredModes(WINDOW, splits=splits, modes=modes_of("auto"))
-        jumping = measured.choose(POLICIES["auto"], given, steps, loads_SLED)[1]
-        assert (jumping != "history") == (late or not splits)
+        asked.clear()
+        jumping = measured.choose(planner, given, steps, loads_SLED)[1]
+        assert bool(asked) == (jumping != "history") == (late or not splits)
     among_late = MeasuredModes(WINDOW, splits=True, modes=modes_of("exact")).choose(POLICIES["auto"], given, steps, loads_SLED)
     assert "history" not in among_late, "who asks for late plans gets them"
 
