@@ -151,7 +151,7 @@ def test_what_is_gained_after_the_router_decides_where_history_was_wrong() -> No
 
 @pytest.mark.parametrize(("slowdown", "late"), [(0.0, True), (1e4, False)])
 def test_layers_that_take_longer_to_judge_than_to_run_go_by_history(slowdown: float, late: bool) -> None:
-    """Of `auto`, whose planning is counted; how slow the machine's planning is decides about the same loads. Then nothing is planned again."""
+    """Of `auto`, whose planning is counted; how slow a machine plans decides about the same loads. Then nothing is planned again."""
     asked: list[PlanInput] = []
 
     def planner(given: PlanInput) -> Plan:
