@@ -42,21 +42,19 @@ MODES: tuple[PlanMode, ...] = ("history", "exact")
 KINDS = ("cluster", "kind", "skew", "slots", "experts", "tokens")
 LOST = 1.005
 _AUTO = "parallel/planners/policies/auto.py"
-_SEARCH, _CHANGES = "parallel/planners/local_search.py", "parallel/planners/plan_changes.py"
+_SEARCH = "parallel/planners/local_search.py"
 ABLATIONS: dict[str, tuple[str, str, str]] = {
     **{
         f"rule {name}": (_AUTO, f"    ({name}, (", f"    (OWNERS, ()), #  {name}, (")
-        for name in ("NODES", "NODES_BUT_ONE", "WANTED", "OWNERS", "HOTTEST")
+        for name in ("NODES", "NODES_BUT_ONE", "WANTED", "OWNERS")
     },
     **{
         f"start {name}": (_AUTO, "if begins <= left and (", f"if begins <= left and start != {number} and (")
         for number, name in ((1, "FILLED"), (2, "UNDER"), (3, "EVEN"), (4, "EVEN_SLOTS"), (5, "DEALT"))
     },
-    "start ALONE": (_AUTO, "if start == BEST else _PROMISING * seconds * (1 - TIE)", "if start == BEST else np.inf"),
     "change relieve_port": (_SEARCH, "        count = relieve_port(", "        count = count if count >= 0 else relieve_port("),
     "change give_up": (_SEARCH, "if costly:\n            count = give_up(", "if False:\n            count = give_up("),
     "change exchange": (_SEARCH, "        count = exchange(", "        count = count if count >= 0 else exchange("),
-    "change exchange at a port": (_CHANGES, "room.free_D[d] == 0:", "room.free_D[d] < -1:"),
     "the search": (_AUTO, "allowance = max(search_share * best_seconds, least_search)", "allowance = -1.0"),
 }
 """what is left out -> the file, and what stands there with and without it"""

@@ -368,10 +368,18 @@ def plan_quality(recording: Mapping[str, Any]) -> Pieces:
     found = recording["summary"]
     whole, one, four = (found[f"auto_over_best_policy{slots}_geomean"] for slots in ("", "_slots_1", "_slots_4"))
     worst = 100 * (found["auto_over_best_policy_worst"] - 1)
+    waits = [f"{100 * found[f'exact_planning_share_{which}']:.0f} %" for which in ("mean", "most")]
     return [
         f"`auto` takes {whole:.2f} of the seconds of the best other policy (geometric mean; {one:.2f} with one slot, {four:.2f} with four)",
         f"another policy is more than half a percent faster, {worst:.1f} % at worst",
+        f"of the seconds of `exact`, {waits[0]} are waiting for the plan on average, and {waits[1]} at most",
     ]
+
+
+def plan_ablation(recording: Mapping[str, Any]) -> Pieces:
+    rows = ["| without | seconds over all layers | most in | there |", _rule(4)]
+    rows += [f"| {row['without']} | {row['over_all']:.4f} | {row['most_in']} | {row['over_most']:.3f} |" for row in recording["rows"]]
+    return ["\n".join(rows)]
 
 
 def drawn_plans(recording: Mapping[str, Any]) -> Pieces:
@@ -436,6 +444,7 @@ SAID: Mapping[str, Mapping[str, Callable[[Mapping[str, Any]], Pieces]]] = {
     "docs/design/planners.md": {
         "plan_quality": plan_quality,
         "drawn_plans": drawn_plans,
+        "plan_ablation": plan_ablation,
         "drawn_plans_last_look": drawn_plans,
         "paper": paper_under_other_loads,
     },

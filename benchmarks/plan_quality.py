@@ -7,7 +7,8 @@ which is what people run; the bound, which is of one group, does not hold for it
 collectives of these, for which the bound does not hold either; `laer+ours` is the placement of `laer` with this project's. `history` is
 what `auto` makes of the loads of the step before, and `exact` what becomes of that plan after the routers (`fssdp.plan: exact`), when no
 step has been measured yet; `late` is a plan that begins after the routers with nothing gathered, which `exact` goes over to where that has
-been faster. All are priced on the true loads. Imbalance is the busiest device's expert compute over the mean.
+been faster. All are priced on the true loads. What ranks wait for the plan (`hecate.parallel.cost.planning_seconds`) is in the seconds of
+`exact` and `late`, and in rows of its own as a share of them. Imbalance is the busiest device's expert compute over the mean.
 
     python -m benchmarks.plan_quality [--quick] [--no-bound] [--resume] [--slots N ...] [--json FILE]
 
@@ -93,6 +94,7 @@ def compare(kind: Kind, given: PlanInput, loads: np.ndarray, *, bound: bool) -> 
     for name, mode in MODES.items():
         step = simulated(given, loads, ExecutionMode(plan=mode))
         row[f"{name}_ms"], row[f"{name}_imbalance"] = 1e3 * (step.step_seconds - step.seconds.attention), step.imbalance
+        row[f"{name}_planning_ms"] = 1e3 * step.seconds.planning
     return [row]
 
 
@@ -111,6 +113,7 @@ def compact(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         over = {f"{name} / auto": (name, "auto") for name in (*POLICIES, "grouped_ep") if name != "auto"}
         over |= {f"{policy.removesuffix('+ours')} / {policy}": (policy.removesuffix("+ours"), policy) for policy in WITH_OURS}
         over |= {f"{mode} / history": (f"{mode}_ms", "history_ms") for mode in ("exact", "late")}
+        over |= {f"planning / {mode}": (f"{mode}_planning_ms", f"{mode}_ms") for mode in ("exact", "late")}
         over |= {"auto / bound": ("auto", "bound_ms")} if "bound_ms" in rows[0] else {}
         ratios = {
             name: spread(row[one] / row[other] for row in of_case if math.isfinite(row[one]) and math.isfinite(row[other]))
@@ -144,6 +147,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, float]:
     for mode in ("exact", "late"):
         ratio = np.array([row[f"{mode}_ms"] / row["history_ms"] for row in rows])
         found |= {f"{mode}_over_history_geomean": geomean(ratio), f"{mode}_over_history_worst": float(ratio.max())}
+        share = np.array([row[f"{mode}_planning_ms"] / row[f"{mode}_ms"] for row in rows])
+        found |= {f"{mode}_planning_share_mean": float(share.mean()), f"{mode}_planning_share_most": float(share.max())}
     for place in dict.fromkeys(row["topology"] for row in rows):
         for what, full in (("light", False), ("full", True)):
             skews = [

@@ -7,9 +7,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from hecate.parallel.cost.cost_loops import TRAFFIC_ROWS, compute_seconds, exposed_seconds, replica_parts, traffic_seconds
+from hecate.parallel.cost.cost_loops import (
+    TRAFFIC_ROWS,
+    busy_seconds,
+    dispatch_seconds,
+    even_quota_into,
+    exposed_seconds,
+    layer_loads,
+    replica_parts,
+    traffic_seconds,
+)
 from hecate.parallel.cost.cost_numbers import CostNumbers, TopologyNumbers
-from hecate.parallel.cost.flow_loops import add_traffic, no_flow
+from hecate.parallel.cost.flow_loops import add_traffic
 from hecate.parallel.loops.array_loops import largest
 from hecate.parallel.loops.jit import entry, loop
 from hecate.parallel.loops.replica_lists import Replicas, fill_lists
@@ -24,6 +33,7 @@ def seconds_after_router(
     quota: np.ndarray,
     planned: np.ndarray,
     loads: np.ndarray,
+    tokens: np.ndarray,
     topology: TopologyNumbers,
     cost: CostNumbers,
     brought: CostNumbers,
@@ -38,12 +48,14 @@ def seconds_after_router(
         where: bool [experts, ranks]: the plan's replicas.
         present: bool [experts, ranks]: replicas that have been gathered.
         resident: bool [experts, ranks]: frozen parts that ranks hold; [0, 0]: only the owners'.
-        quota, planned, loads: see `add_traffic`.
+        quota, planned, loads: see `add_traffic`; of a plan that was made for the loads that came, the last two are [0, 0].
+        tokens: float64 [ranks, experts]: the loads that came.
         cost: without frozen parts, which neither plan pays again.
         brought: the cost of what is brought now, whose frozen part is paid at once.
     """
     experts, ranks = where.shape
-    replicas = Replicas(where, np.empty(experts, np.int64), np.empty((experts, ranks), np.int32), quota)
+    quotas = quota if len(quota) > 0 else np.empty((experts, ranks))
+    replicas = Replicas(where, np.empty(experts, np.int64), np.empty((experts, ranks), np.int32), quotas)
     trainable, frozen = np.empty((4, ranks)), np.empty((4, ranks))
     seconds = 0.0
     if _fill_missing(owner, present, replicas):
@@ -53,12 +65,16 @@ def seconds_after_router(
     seconds += added - exposed_seconds(cost.hides_gather, gather, topology.slowdown)
     if seconds >= enough:
         return seconds
-    if enough < np.inf and len(quota) > 0 and len(planned) == 0:
-        seconds_at_least = seconds + _least_compute(replicas, loads, topology, cost)
-        if seconds_at_least >= enough:
-            return seconds_at_least
+    if len(planned) == 0:
+        sums = layer_loads(tokens, topology)
+        if len(quota) == 0:
+            even_quota_into(replicas, sums, topology)
+        compute = largest(busy_seconds(replicas, sums, topology, cost))
+        if seconds + compute >= enough:
+            return seconds + compute
+        return seconds + compute + dispatch_seconds(replicas, sums, topology, cost, enough - seconds - compute)
     traffic, rows = np.zeros((TRAFFIC_ROWS, ranks)), np.empty((5, ranks))
-    add_traffic(where, quota, planned, loads, topology, no_flow(ranks, len(topology.uplink_N)), traffic)
+    add_traffic(where, quota, planned, loads, topology, traffic)
     compute, dispatch = traffic_seconds(traffic, everywhere, topology, cost, rows)
     return seconds + compute + dispatch
 
@@ -77,18 +93,3 @@ def _fill_missing(owner: np.ndarray, present: np.ndarray, replicas: Replicas) ->
             missing = missing or (lacks and d != owner[e])
         replicas.count_E[e] = count
     return missing
-
-
-@loop
-def _least_compute(replicas: Replicas, loads: np.ndarray, topology: TopologyNumbers, cost: CostNumbers) -> float:
-    """Seconds of expert compute on the busiest rank, where each rank serves its quotas of these loads."""
-    ranks = loads.shape[1]
-    local, served, own, rows = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.empty(ranks)
-    for e in range(len(loads)):
-        for c in range(replicas.count_E[e]):
-            d = replicas.rank_EC[e, c]
-            local[d] += min(loads[e, d], replicas.quota_ED[e, d])
-            served[d] += replicas.quota_ED[e, d]
-        for d in range(ranks):
-            own[d] += loads[e, d]
-    return largest(compute_seconds(local, served, own, topology, cost, rows))

@@ -19,169 +19,151 @@ from hecate.parallel.loops.jit import entry, loop
 
 
 class ExpertFlow(NamedTuple):
-    """How the assignments of one expert travel, as in `hecate.parallel.cost.flows.Flows`, and room to work in."""
+    """How the assignments of one expert travel: by node or by replica, and what no plan has foreseen."""
 
-    local_D: np.ndarray
-    near_sent_D: np.ndarray
-    near_served_D: np.ndarray
-    far_sent_D: np.ndarray
-    far_served_D: np.ndarray
-    sent_N: np.ndarray
+    rank_C: np.ndarray
+    """int64 [ranks]: the ranks that have the expert, as many as `copies_N` says together"""
+    copies_N: np.ndarray
+    near_share_N: np.ndarray
+    """of what leaves the ranks of a node, the share that stays in the node"""
+    near_served_C: np.ndarray
+    far_served_C: np.ndarray
+    """what each replica serves for other ranks of its node, and for other nodes, as planned"""
     served_N: np.ndarray
-    rest_D: np.ndarray
-    """assignments that no plan has foreseen"""
-    quota_D: np.ndarray
-
-
-@loop
-def no_flow(ranks: int, nodes: int) -> ExpertFlow:
-    return ExpertFlow(
-        np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(nodes), np.zeros(nodes),
-        np.zeros(ranks), np.zeros(ranks),
-    )  # fmt: skip
+    """the first of these, summed"""
+    sent_N: np.ndarray
+    """what ranks send to others of their node, of what came"""
+    rest_N: np.ndarray
+    """assignments of ranks without the expert that no plan has foreseen"""
 
 
 @loop
 def add_traffic(
-    where: np.ndarray, quota: np.ndarray, planned: np.ndarray, loads: np.ndarray, topology: TopologyNumbers, flow: ExpertFlow,
-    traffic: np.ndarray,
-) -> None:  # fmt: skip
+    where: np.ndarray, quota: np.ndarray, planned: np.ndarray, loads: np.ndarray, topology: TopologyNumbers, traffic: np.ndarray
+) -> None:
     """Add up what each rank sends and serves when all sources keep to the shares that a plan gave them.
 
     Args:
         where: bool [experts, ranks].
-        quota: float64 [experts, ranks], made for `planned`; [0, 0]: topology-aware dispatch.
+        quota: float64 [experts, ranks], zero where no replica is, made for `planned`; [0, 0]: topology-aware dispatch.
         planned: float64 [experts, ranks]: the loads that the quotas were made for; [0, 0]: those that came.
         loads: float64 [experts, ranks]: the loads that came.
-        flow: room to work in.
         traffic: float64 [7, ranks], added to (see `price_layers`).
     """
+    ranks, nodes = loads.shape[1], len(topology.uplink_N)
+    flow = ExpertFlow(
+        np.zeros(ranks, np.int64), np.zeros(nodes), np.zeros(nodes), np.zeros(ranks), np.zeros(ranks), np.zeros(nodes), np.zeros(nodes),
+        np.zeros(nodes),
+    )  # fmt: skip
+    unplanned_D = np.zeros(ranks)
     for e in range(len(loads)):
-        if len(quota) == 0:
-            _even_quota(where[e], loads[e], topology, flow)
-            _match(loads[e], flow.quota_D, topology, flow)
-            _add(flow, traffic)
-        elif len(planned) == 0:
-            _match(loads[e], quota[e], topology, flow)
-            _add(flow, traffic)
-        else:
-            _match(planned[e], quota[e], topology, flow)
-            if _rescale(loads[e], topology, flow):
-                _add(flow, traffic)
-                _even_quota(where[e], flow.rest_D, topology, flow)
-                _match(flow.rest_D, flow.quota_D, topology, flow)
-            _add(flow, traffic)
-        for d in range(loads.shape[1]):
-            traffic[OWN, d] += loads[e, d]
+        count = 0
+        flow.copies_N[:] = 0.0
+        for d in range(ranks):
+            if where[e, d]:
+                flow.rank_C[count] = d
+                flow.copies_N[topology.node_D[d]] += 1.0
+                count += 1
+        plan = unplanned_D if len(quota) == 0 else loads[e] if len(planned) == 0 else planned[e]
+        quotas = unplanned_D if len(quota) == 0 else quota[e]
+        rounding, far_served = _match(where[e], plan, quotas, count, topology, flow)
+        far_sent = _send(where[e], plan, quotas, loads[e], rounding, far_served > 0, topology, flow, traffic)
+        far_rest = 0.0
+        for n in range(nodes):
+            far_rest += flow.rest_N[n] if flow.copies_N[n] == 0 else 0.0
+        far_scale = far_sent / far_served if far_served > 0 else 0.0
+        for c in range(count):
+            d, n = flow.rank_C[c], topology.node_D[flow.rank_C[c]]
+            near_scale = flow.sent_N[n] / flow.served_N[n] if flow.served_N[n] > 0 else 0.0
+            near = flow.near_served_C[c] * near_scale + flow.rest_N[n] / flow.copies_N[n]
+            far = flow.far_served_C[c] * far_scale + far_rest / count
+            traffic[NEAR_IN, d] += near
+            traffic[FAR_IN, d] += far
+            traffic[SERVED, d] += near + far
 
 
 @loop
-def _match(load: np.ndarray, quota: np.ndarray, topology: TopologyNumbers, flow: ExpertFlow) -> None:
-    """Fill `flow` with what `hecate.parallel.cost.flows.flows` says of one expert."""
+def _match(
+    where: np.ndarray, plan: np.ndarray, quota: np.ndarray, count: int, topology: TopologyNumbers, flow: ExpertFlow
+) -> tuple[float, float]:
+    """Fill in what replicas serve of the planned loads of one expert, and the nodes' shares; returns what is rounding, and `far_served_C`
+    summed."""
     nodes, node_D = len(topology.uplink_N), topology.node_D
-    local_D, near_sent_D, near_served_D = flow.local_D, flow.near_sent_D, flow.near_served_D
-    rounding = 0.0
-    for d in range(len(load)):
-        rounding += load[d]
-    rounding *= ROUNDING
-    for d in range(len(load)):
-        local = min(load[d], quota[d])
-        sent, served = load[d] - local, quota[d] - local
-        local_D[d] = local
-        near_sent_D[d] = sent if sent > rounding else 0.0
-        near_served_D[d] = served if served > rounding else 0.0
-    if nodes == 1:
-        return
-    sent_N, served_N = flow.sent_N, flow.served_N
+    sent_N, served_N, all_planned = flow.sent_N, flow.served_N, 0.0
     for n in range(nodes):
-        sent_N[n] = 0.0
+        sent = 0.0
+        for i in range(topology.first_N[n], topology.first_N[n + 1]):
+            d = topology.member_D[i]
+            all_planned += plan[d]
+            sent += 0.0 if where[d] else plan[d]
+        sent_N[n] = sent
         served_N[n] = 0.0
-    for d in range(len(load)):
-        sent_N[node_D[d]] += near_sent_D[d]
-        served_N[node_D[d]] += near_served_D[d]
+    rounding = all_planned * ROUNDING
+    for c in range(count):
+        d = flow.rank_C[c]
+        local = min(plan[d], quota[d])
+        flow.near_served_C[c] = quota[d] - local if quota[d] - local > rounding else 0.0
+        sent_N[node_D[d]] += plan[d] - local if plan[d] - local > rounding else 0.0
+        served_N[node_D[d]] += flow.near_served_C[c]
     for n in range(nodes):
         matched = min(sent_N[n], served_N[n])
-        sent_N[n] = matched / sent_N[n] if sent_N[n] > 0 else 0.0
-        served_N[n] = matched / served_N[n] if served_N[n] > 0 else 0.0
-    for d in range(len(load)):
-        sent, served = near_sent_D[d], near_served_D[d]
-        far = sent - sent * sent_N[node_D[d]]
-        far = far if far > rounding else 0.0
-        flow.far_sent_D[d] = far
-        near_sent_D[d] = sent - far
-        far = served - served * served_N[node_D[d]]
-        far = far if far > rounding else 0.0
-        flow.far_served_D[d] = far
-        near_served_D[d] = served - far
-
-
-@loop
-def _rescale(load: np.ndarray, topology: TopologyNumbers, flow: ExpertFlow) -> bool:
-    """Make of how the planned loads of one expert travel how these do; returns whether some were not foreseen, and fills `rest_D`."""
-    nodes, node_D = len(topology.uplink_N), topology.node_D
-    sent_N, served_N = flow.sent_N, flow.served_N
-    far_sent, far_served, unforeseen = 0.0, 0.0, False
-    for n in range(nodes):
-        sent_N[n] = 0.0
+        flow.near_share_N[n] = 1.0 if nodes == 1 else matched / sent_N[n] if sent_N[n] > 0 else 0.0
+        sent_N[n] = 1.0 if nodes == 1 else matched / served_N[n] if served_N[n] > 0 else 0.0  # of what is served
         served_N[n] = 0.0
-    for d in range(len(load)):
-        served_N[node_D[d]] += flow.near_served_D[d]
-        far_served += flow.far_served_D[d]
-    for d in range(len(load)):
-        near = flow.near_sent_D[d] if served_N[node_D[d]] > 0 else 0.0
-        far = flow.far_sent_D[d] if far_served > 0 else 0.0
-        known = flow.local_D[d] + near + far
-        scale = load[d] / known if known > 0 else 0.0
-        flow.rest_D[d] = 0.0 if known > 0 else load[d]
-        unforeseen = unforeseen or flow.rest_D[d] > 0
-        flow.local_D[d] *= scale
-        flow.near_sent_D[d] = near * scale
-        flow.far_sent_D[d] = far * scale
-        sent_N[node_D[d]] += near * scale
-        far_sent += far * scale
-    for n in range(nodes):
-        served_N[n] = sent_N[n] / served_N[n] if served_N[n] > 0 else 0.0
-    far_scale = far_sent / far_served if far_served > 0 else 0.0
-    for d in range(len(load)):
-        flow.near_served_D[d] *= served_N[node_D[d]]
-        flow.far_served_D[d] *= far_scale
-    return unforeseen
+    far_served = 0.0
+    for c in range(count):
+        n = node_D[flow.rank_C[c]]
+        far = flow.near_served_C[c] - flow.near_served_C[c] * sent_N[n]
+        flow.far_served_C[c] = far if far > rounding else 0.0
+        flow.near_served_C[c] -= flow.far_served_C[c]
+        served_N[n] += flow.near_served_C[c]
+        far_served += flow.far_served_C[c]
+    return rounding, far_served
 
 
 @loop
-def _even_quota(where: np.ndarray, load: np.ndarray, topology: TopologyNumbers, flow: ExpertFlow) -> None:
-    """Fill `quota_D` as `hecate.parallel.cost.cost_loops.even_quota_into` does, for one expert."""
-    nodes, node_D = len(topology.uplink_N), topology.node_D
-    rest_N, copies_N = flow.sent_N, flow.served_N
-    for n in range(nodes):
-        rest_N[n] = 0.0
-        copies_N[n] = 0.0
-    copies, far = 0.0, 0.0
-    for d in range(len(load)):
-        if where[d]:
-            copies_N[node_D[d]] += 1.0
-            copies += 1.0
-        else:
-            rest_N[node_D[d]] += load[d]
-    for n in range(nodes):
-        if copies_N[n] > 0:
-            rest_N[n] /= copies_N[n]
-        else:
-            far += rest_N[n]
-    far /= copies
-    for d in range(len(load)):
-        flow.quota_D[d] = load[d] + rest_N[node_D[d]] + far if where[d] else 0.0
-
-
-@loop
-def _add(flow: ExpertFlow, traffic: np.ndarray) -> None:
-    for d in range(len(flow.local_D)):
-        traffic[NEAR_OUT, d] += flow.near_sent_D[d]
-        traffic[NEAR_IN, d] += flow.near_served_D[d]
-        traffic[FAR_OUT, d] += flow.far_sent_D[d]
-        traffic[FAR_IN, d] += flow.far_served_D[d]
-        traffic[LOCAL, d] += flow.local_D[d]
-        traffic[SERVED, d] += flow.local_D[d] + flow.near_served_D[d] + flow.far_served_D[d]
+def _send(
+    where: np.ndarray,
+    plan: np.ndarray,
+    quota: np.ndarray,
+    load: np.ndarray,
+    rounding: float,
+    far_is_served: bool,
+    topology: TopologyNumbers,
+    flow: ExpertFlow,
+    traffic: np.ndarray,
+) -> float:
+    """Add what ranks send of the assignments of one expert that came, and keep; fills `sent_N` and `rest_N`; returns what leaves nodes."""
+    far_sent = 0.0
+    for n in range(len(topology.uplink_N)):
+        far_share, near_is_served = 1.0 - flow.near_share_N[n], flow.served_N[n] > 0
+        rest, near_sent = 0.0, 0.0
+        for i in range(topology.first_N[n], topology.first_N[n + 1]):
+            d = topology.member_D[i]
+            local = min(plan[d], quota[d]) if where[d] else 0.0
+            sent = plan[d] - local if plan[d] - local > rounding else 0.0
+            far = sent * far_share if sent * far_share > rounding else 0.0
+            near = sent - far if near_is_served else 0.0
+            far = far if far_is_served else 0.0
+            known = local + near + far
+            traffic[OWN, d] += load[d]
+            if known > 0:
+                scale = load[d] / known
+                traffic[NEAR_OUT, d] += near * scale
+                traffic[FAR_OUT, d] += far * scale
+                near_sent += near * scale
+                far_sent += far * scale
+                kept = local * scale
+            elif where[d]:
+                kept = load[d]
+            else:
+                kept = 0.0
+                rest += load[d]
+                traffic[NEAR_OUT if flow.copies_N[n] > 0 else FAR_OUT, d] += load[d]
+            traffic[LOCAL, d] += kept
+            traffic[SERVED, d] += kept
+        flow.sent_N[n], flow.rest_N[n] = near_sent, rest
+    return far_sent
 
 
 @entry
@@ -190,6 +172,5 @@ def executed_traffic(
     traffic_LXD: np.ndarray,
 ) -> None:  # fmt: skip
     """Fill `traffic_LXD` [layers, 7, ranks], zeros, by `add_traffic`; quotas and planned loads may be [layers, 0, 0]."""
-    flow = no_flow(len(topology.node_D), len(topology.uplink_N))
     for layer in range(len(loads_LED)):
-        add_traffic(where_LED[layer], quota_LED[layer], planned_LED[layer], loads_LED[layer], topology, flow, traffic_LXD[layer])
+        add_traffic(where_LED[layer], quota_LED[layer], planned_LED[layer], loads_LED[layer], topology, traffic_LXD[layer])

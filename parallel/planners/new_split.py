@@ -12,26 +12,27 @@ from hecate.parallel.loops.array_loops import largest, total
 from hecate.parallel.loops.replica_lists import Replicas, add, copy_into, foreign, only_owners, room_for_plans
 from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
-from hecate.parallel.planners.policies.auto import LEAST_SEARCH, SEARCH_SHARE_AFTER_ROUTER
+from hecate.parallel.planners.policies.auto import LEAST_SEARCH
 from hecate.parallel.planners.rebalancing import rebalance
 
-_SLACKS = np.array([1.0, 1.1, 1.5])
-"""how far above the mean a device's compute may stay"""
+_SEARCH_SHARE = 0.02
+"""the share of a layer's seconds that the search for small changes may take, while ranks wait"""
+_SLACKS = np.array([1.1, -1.2])
+"""how far above the mean a device's compute may stay; negative: no assignment leaves its node"""
 
 
 def split_anew(given: PlanInput, where_LED: np.ndarray) -> Plan:
     """The fastest of a few splits of the given loads over a placement: topology-aware dispatch, and the same with busy devices relieved.
-    It is then improved by small changes, for as long as a plan after the router may be (`auto`).
+    It is then improved by small changes.
 
     Args:
         where_LED: bool [layers, experts, ranks], each expert at its owner.
     """
-    tokens_LSE = np.ascontiguousarray(given.expected_LED.swapaxes(1, 2), dtype=np.float64)
     quota_LED = np.zeros(where_LED.shape)
     base, trial, best = room_for_plans(given.num_experts, given.world_size)
     _split_layers(
         np.array(given.owner_LE, dtype=np.int64),
-        tokens_LSE,
+        given.tokens_LSE,
         np.array(where_LED, dtype=np.bool_),
         topology_numbers(given.topology),
         cost_numbers(given.cost, given.topology, given.execution),
@@ -75,19 +76,18 @@ def _split_layers(
         seconds = largest(busy_D) + dispatch_seconds(base, loads, topology, cost, np.inf)
         held = foreign(base, owner)  # no slot is left
         for slack in slacks:
-            if largest(busy_D) <= slack * work / rates:
-                break
-            for across in (True, False):
-                if single and not across:
-                    continue
-                copy_into(base, trial)
-                rebalance(owner, busy_D, held, slack, across, topology, trial)
-                found = _seconds_if_less(seconds, trial, loads, topology, cost)
-                if found < seconds:
-                    seconds = found
-                    copy_into(trial, best)
+            if largest(busy_D) <= abs(slack) * work / rates:
+                continue
+            if single and slack < 0:
+                continue
+            copy_into(base, trial)
+            rebalance(owner, busy_D, held, abs(slack), slack > 0, topology, trial)
+            found = _seconds_if_less(seconds, trial, loads, topology, cost)
+            if found < seconds:
+                seconds = found
+                copy_into(trial, best)
         copy_into(best, trial)
-        allowance = max(SEARCH_SHARE_AFTER_ROUTER * seconds, LEAST_SEARCH / (len(owner) * ranks))
+        allowance = max(_SEARCH_SHARE * seconds, LEAST_SEARCH / (len(owner) * ranks))
         improve(owner, held, np.zeros((0, 0), np.bool_), loads, topology, cost, trial, allowance, True)
         if _seconds_if_less(seconds, trial, loads, topology, cost) < seconds:
             copy_into(trial, best)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -96,6 +97,11 @@ class PlanInput:
             return np.ones((self.num_layers, self.num_experts, self.world_size))
         return self.loads_LED
 
+    @cached_property
+    def tokens_LSE(self) -> np.ndarray:
+        """float64 [layers, source ranks, experts]: the same for compiled loops, which read a source's loads one after the other"""
+        return np.ascontiguousarray(self.expected_LED.swapaxes(1, 2), dtype=np.float64)
+
     @property
     def owned_LED(self) -> np.ndarray:
         """bool [layers, experts, ranks]"""
@@ -185,7 +191,7 @@ class LayerPlan:
         where_ED, loads_ED = self.placement.where_ED, given.expected_LED[0]
         cost = cost_numbers(given.cost, given.topology, given.execution)
         none_ED, shape = np.zeros((0, 0)), where_ED.shape
-        fresh = self.quota_ED is None or self.loads_ED is loads_ED or np.array_equal(self.loads_ED, loads_ED)
+        fresh = self.quota_ED is None or np.array_equal(self.loads_ED, loads_ED)
         return seconds_after_router(
             contiguous(given.owner_LE[0], shape[:1], np.int64),
             contiguous(where_ED, shape, np.bool_),
@@ -193,7 +199,8 @@ class LayerPlan:
             np.zeros((0, 0), np.bool_) if given.resident_LED is None else contiguous(given.resident_LED[0], shape, np.bool_),
             none_ED if self.quota_ED is None else contiguous(self.quota_ED, shape, np.float64),
             none_ED if fresh else contiguous(self.loads_ED, shape, np.float64),
-            contiguous(loads_ED, shape, np.float64),
+            none_ED if fresh else contiguous(loads_ED, shape, np.float64),
+            given.tokens_LSE[0],
             topology_numbers(given.topology),
             cost._replace(frozen_bytes=0.0),
             cost._replace(fetched_share=1.0, route=FASTEST),  # a frozen part that comes now is paid now
@@ -222,11 +229,8 @@ def _quota_traffic(
     where_LED: np.ndarray, quota_LED: np.ndarray | None, planned_LED: np.ndarray, loads_LED: np.ndarray, topology: Topology
 ) -> np.ndarray:
     """float64 [layers, 7, ranks], where a rank serves its own assignments first, then its node's, then the others'."""
-    traffic_LXD, shape, none_LED = (
-        np.zeros((len(loads_LED), TRAFFIC_ROWS, topology.world_size)),
-        where_LED.shape,
-        np.zeros((len(loads_LED), 0, 0)),
-    )
+    shape, none_LED = where_LED.shape, np.zeros((len(loads_LED), 0, 0))
+    traffic_LXD = np.zeros((len(loads_LED), TRAFFIC_ROWS, topology.world_size))
     fresh = planned_LED is loads_LED or np.array_equal(planned_LED, loads_LED)
     executed_traffic(
         contiguous(where_LED, shape, np.bool_),

@@ -115,23 +115,13 @@ def _note(
 
 
 @loop
-def _note_exchange(e: int, source: int, target: int, other: int, count: int, replicas: Replicas, room: Room, changes: np.ndarray) -> int:
-    """Add an exchange of two replicas: that of `e` goes to the target, that of `other` to the source. Returns how many there are."""
-    if count == len(changes) or room.free_D[target] == CLOSED:
-        return count
-    changes[count, EXPERT], changes[count, SOURCE], changes[count, TARGET] = e, source, target
-    changes[count, DROPPED], changes[count, AMOUNT], changes[count, EXCHANGES] = other, replicas.quota_ED[e, source], 1.0
-    return count + 1
-
-
-@loop
 def exchange(
     place: int, count: int, owner: np.ndarray, sums: Sums, replicas: Replicas, topology: TopologyNumbers, room: Room, changes: np.ndarray
 ) -> int:
     """An exchange of one of the busiest device's largest replicas for one elsewhere, by which the busier of both has least to do."""
     busy_D = room.busy_D
     a = where_largest(busy_D)
-    if sums.served_D[a] <= LEAST:
+    if sums.served_D[a] <= LEAST or count == len(changes) or room.free_D[a] == CLOSED:
         return count
     for e in range(len(owner)):
         room.value_E[e] = replicas.quota_ED[e, a] if replicas.has_ED[e, a] and owner[e] != a else 0.0
@@ -151,7 +141,11 @@ def exchange(
             after = max(busy_D[a] - moved / topology.rate_D[a], busy_D[b] + moved / topology.rate_D[b])
             if after < least:
                 least, best, rank = after, f, b
-    return count if best < 0 else _note_exchange(e, a, rank, best, count, replicas, room, changes)
+    if best < 0:
+        return count
+    changes[count, EXPERT], changes[count, SOURCE], changes[count, TARGET] = e, a, rank
+    changes[count, DROPPED], changes[count, AMOUNT], changes[count, EXCHANGES] = best, gives, 1.0
+    return count + 1
 
 
 @loop
@@ -318,14 +312,6 @@ def relieve_port(
         return count
     if out:
         count = _note(e, OTHERS, d, room.value_E[e], count, owner, replicas, room, changes)
-        if not replicas.has_ED[e, d] and room.free_D[d] == 0:
-            other, holder, fewest = _victim(d, e, owner, replicas), NOBODY, np.inf
-            for c in range(replicas.count_E[e]):
-                s = replicas.rank_EC[e, c]
-                if s != owner[e] and other >= 0 and not replicas.has_ED[other, s] and loads.tokens_SE[s, e] < fewest:
-                    holder, fewest = s, loads.tokens_SE[s, e]
-            if holder >= 0:
-                count = _note_exchange(e, holder, d, other, count, replicas, room, changes)
     else:
         most, wants = 0.0, NOBODY
         for s in range(ranks):

@@ -8,11 +8,11 @@ import numpy as np
 
 from hecate.parallel.cost.cost_loops import LayerLoads
 from hecate.parallel.cost.cost_numbers import TopologyNumbers
-from hecate.parallel.loops.array_loops import descending_order, largest, total, where_largest
+from hecate.parallel.loops.array_loops import descending_order, where_largest
 from hecate.parallel.loops.jit import loop
 from hecate.parallel.loops.replica_lists import Replicas, add
 
-OWNERS, WANTED, NODES, NODES_BUT_ONE, HOTTEST = range(5)
+OWNERS, WANTED, NODES, NODES_BUT_ONE = range(4)
 _WINDOW = 8
 """experts that a node weighs against each other at a time"""
 
@@ -71,53 +71,6 @@ def bring_wanted(room: np.ndarray, orders: ExpertOrders, loads: LayerLoads, repl
             if e < 0 or loads.tokens_SE[d, e] <= 0:
                 break
             add(replicas, e, d)
-
-
-@loop
-def bring_hottest(
-    room: np.ndarray,
-    compute_in_rows: float,
-    cost_in_rows: float,
-    owner: np.ndarray,
-    orders: ExpertOrders,
-    loads: LayerLoads,
-    topology: TopologyNumbers,
-    replicas: Replicas,
-) -> None:
-    """To all ranks as many of the hottest experts as make the layer fastest, as far as there is room (FasterMoE's rule).
-
-    What counts is the busiest rank's assignments, once each rank serves its own of these experts, and the transfers of the experts.
-
-    Args:
-        compute_in_rows: how many rows travel in the time in which an assignment is computed.
-        cost_in_rows: how many rows travel to an expert and back in the time in which the expert travels.
-    """
-    ranks, experts = len(room), len(owner)
-    left, served_D = room.copy(), np.zeros(ranks)
-    for e in range(experts):
-        served_D[owner[e]] += loads.load_E[e] / topology.rate_D[owner[e]]
-    mean_rate = total(topology.rate_D) / ranks
-    least, best = (1.0 + compute_in_rows) * largest(served_D) * mean_rate, 0
-    for i in range(experts):
-        e, brought = orders.by_load_E[i], False
-        for d in range(ranks):
-            if left[d] > 0 and d != owner[e]:
-                left[d] -= 1
-                brought = True
-                served_D[owner[e]] -= loads.tokens_SE[d, e] / topology.rate_D[owner[e]]
-                served_D[d] += loads.tokens_SE[d, e] / topology.rate_D[d]
-        if not brought or loads.load_E[e] <= 0:
-            break
-        seconds = (1.0 + compute_in_rows) * largest(served_D) * mean_rate + (i + 1) * cost_in_rows
-        if seconds < least:
-            least, best = seconds, i + 1
-    left = room.copy()
-    for i in range(best):
-        e = orders.by_load_E[i]
-        for d in range(ranks):
-            if left[d] > 0 and not replicas.has_ED[e, d]:
-                add(replicas, e, d)
-                left[d] -= 1
 
 
 @loop
@@ -267,7 +220,6 @@ def replicate(
     owner: np.ndarray,
     slots: np.ndarray,
     cost_in_rows: float,
-    compute_in_rows: float,
     orders: ExpertOrders,
     loads: LayerLoads,
     topology: TopologyNumbers,
@@ -279,7 +231,6 @@ def replicate(
     - WANTED: all experts of other owners where they fit in, wanted or not: nothing is dispatched then. Else `bring_wanted`.
     - NODES: `bring_to_nodes` of those that are wanted by more tokens than cost half as much to send as the expert.
     - NODES_BUT_ONE: the same of those wanted by as many as cost as much, into all slots of a rank but one.
-    - HOTTEST: `bring_hottest`.
     """
     ranks, experts = loads.tokens_SE.shape
     if rule == WANTED:
@@ -303,5 +254,3 @@ def replicate(
         for d in range(ranks):
             room[d] = max(slots[d] - 1, 0)
         bring_to_nodes(owner, room, cost_in_rows, orders, loads, topology, replicas)
-    elif rule == HOTTEST:
-        bring_hottest(slots, compute_in_rows, cost_in_rows, owner, orders, loads, topology, replicas)

@@ -14,11 +14,11 @@ from hecate.parallel.loops.jit import loop
 from hecate.parallel.loops.replica_lists import Replicas, add, only_owners
 from hecate.parallel.planners.replication import ExpertOrders, deal
 
-STARTS = 8
+STARTS = 7
 """the number of starts, which are:"""
-BEST, FILLED, UNDER, EVEN, EVEN_SLOTS, DEALT, HELD, ALONE = range(STARTS)
+BEST, FILLED, UNDER, EVEN, EVEN_SLOTS, DEALT, HELD = range(STARTS)
 """the best plan so far; `fill_up`; `keep_under`; `spread_over_nodes` with copies in half of the slots, and in all of them; `deal` of
-as many replicas a rank as travel hidden; those whose frozen parts ranks hold; no replicas"""
+as many replicas a rank as travel hidden; those whose frozen parts ranks hold"""
 
 _LEAST = 1e-6
 """as many assignments as this, or fewer, are not moved"""

@@ -33,8 +33,8 @@ from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput, Policy
 from hecate.parallel.planners.plan_changes import LEAST
 from hecate.parallel.planners.rebalancing import rebalance
-from hecate.parallel.planners.replication import HOTTEST, NODES, NODES_BUT_ONE, OWNERS, WANTED, ExpertOrders, expert_orders, replicate
-from hecate.parallel.planners.search_starts import ALONE, BEST, HELD, STARTS, goes_slot_by_slot, start_with
+from hecate.parallel.planners.replication import NODES, NODES_BUT_ONE, OWNERS, WANTED, ExpertOrders, expert_orders, replicate
+from hecate.parallel.planners.search_starts import BEST, HELD, STARTS, goes_slot_by_slot, start_with
 
 _ALL_BUDGETS = 400
 """the most experts x ranks x budgets for which all budgets are tried: no longer than a layer of 64 experts on 32 ranks takes with one"""
@@ -44,7 +44,6 @@ CANDIDATES = (
     (NODES_BUT_ONE, (1.05, _INSIDE * 4.0)),
     (WANTED, (_INSIDE * 1.05,)),
     (OWNERS, (1.02, 1.05, 1.1, 1.25)),
-    (HOTTEST, (1.05,)),
 )
 """`replicate`'s rule, and degrees of rebalancing, beside none: how far above the mean a device's compute may stay; negative: no assignment
 leaves its node. Those that win most often come first: what they cost spares looking closely at others."""
@@ -76,8 +75,7 @@ def plan_auto(given: PlanInput) -> Plan:
     The moves are greedy, so with more slots they may end up worse. Where a layer is small all smaller budgets are tried as well, so that
     more slots for everyone seldom cost seconds. Of plans that are equally fast the one that moves the fewest bytes, of those the first.
     """
-    # The compiled loops read a source's loads of all experts one after the other.
-    tokens_LSE = np.ascontiguousarray(given.expected_LED.swapaxes(1, 2), dtype=np.float64)
+    tokens_LSE = given.tokens_LSE
     slots_D = np.minimum(np.array(given.slots_D, dtype=np.int64), given.num_experts)
     most = int(slots_D.max())
     resident_LED = np.zeros((given.num_layers, 0, 0), np.bool_) if given.resident_LED is None else given.resident_LED
@@ -85,7 +83,6 @@ def plan_auto(given: PlanInput) -> Plan:
     owner_LE, resident_LED = np.array(given.owner_LE, dtype=np.int64), np.array(resident_LED, dtype=np.bool_)
     topology, cost = topology_numbers(given.topology), cost_numbers(given.cost, given.topology, given.execution)
     hidden = overlap_degree(given.cost, given.topology) if given.cost.expert_bytes else given.num_experts
-    compute_in_rows = _compute_in_rows(given)
     cost_in_rows = (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf
     base, trial, best = room_for_plans(given.num_experts, given.world_size)
     firsts, like_L = _equal_layers(owner_LE, tokens_LSE, resident_LED)
@@ -105,7 +102,6 @@ def plan_auto(given: PlanInput) -> Plan:
             0 if given.num_experts * given.world_size * (most + 1) <= _ALL_BUDGETS else most,
             hidden,
             float(cost_in_rows),
-            compute_in_rows,
             np.inf if given.max_imbalance is None else float(given.max_imbalance),
             topology,
             cost,
@@ -123,15 +119,6 @@ def plan_auto(given: PlanInput) -> Plan:
     if len(firsts) < given.num_layers:
         where_LED, quota_LED = where_LED[like_L], quota_LED[like_L]
     return Plan(given.owner_LE, where_LED, quota_LED)
-
-
-def _compute_in_rows(given: PlanInput) -> float:
-    """How many rows of a token travel in the time in which an assignment is computed."""
-    cost, topology = given.cost, given.topology
-    if not cost.row_bytes:
-        return np.inf
-    flops = cost.row_flops * (1 + cost.row_backward) / max(cost.top_k, 1) + cost.assignment_flops * (1 + cost.assignment_backward)
-    return float(flops / np.mean(topology.flops) * topology.slowest_link.bandwidth / (4 * cost.row_bytes))
 
 
 def _equal_layers(*inputs_L: np.ndarray) -> tuple[list[int], list[int]]:
@@ -165,7 +152,6 @@ def _plan_layers(
     least_slots: int,
     hidden: int,
     cost_in_rows: float,
-    compute_in_rows: float,
     max_imbalance: float,
     topology: TopologyNumbers,
     cost: CostNumbers,
@@ -200,7 +186,7 @@ def _plan_layers(
                 if rule in (NODES, NODES_BUT_ONE) and single:
                     continue
                 only_owners(base, owner)
-                replicate(rule, owner, room, cost_in_rows, compute_in_rows, orders, loads, topology, base)
+                replicate(rule, owner, room, cost_in_rows, orders, loads, topology, base)
                 fixed = replica_seconds(owner, base, resident, topology, cost)
                 if fixed > best_seconds * (1 + TIE) and not bounded:  # rebalancing only adds replicas
                     continue
@@ -291,11 +277,8 @@ def _search(
         slots += room[d]
     size = ranks + len(owner)
     begins_X = np.full(STARTS, np.inf)
-    for start in range(STARTS):
-        if start in (BEST, ALONE):
-            # What they take does not decide whether the search begins from them: the one comes first, the other last.
-            begins_X[start] = 0.0 if start == BEST else _PROMISING * seconds * (1 - TIE)
-            continue
+    begins_X[BEST] = 0.0  # it comes first
+    for start in range(BEST + 1, STARTS):
         given = _GIVE_SECONDS * (slots if goes_slot_by_slot(start) else ranks) * size
         begins = _EXPERT_SECONDS * len(owner) + _RANK_SECONDS * ranks + given
         if begins <= left and (start != HELD or len(resident) > 0):

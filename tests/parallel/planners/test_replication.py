@@ -8,7 +8,7 @@ import pytest
 from hecate.parallel.cost.cost_loops import layer_loads
 from hecate.parallel.cost.cost_model import topology_numbers
 from hecate.parallel.loops.replica_lists import no_replicas, only_owners
-from hecate.parallel.planners.replication import HOTTEST, NODES, NODES_BUT_ONE, OWNERS, WANTED, expert_orders, replicate
+from hecate.parallel.planners.replication import NODES, NODES_BUT_ONE, OWNERS, WANTED, expert_orders, replicate
 from testing.unit_cases import unit_topology
 
 OWNER = np.array([0, 0, 1, 1])
@@ -25,13 +25,13 @@ def brought(
     owner: np.ndarray = OWNER,
     cost_in_rows: float = 3.0,
 ) -> list[list[int]]:
-    """The ranks of each expert, where one costs as much to bring as 3 tokens to send, and a token as much to compute as to send."""
+    """The ranks of each expert, where one costs as much to bring as 3 tokens to send."""
     numbers = topology_numbers(unit_topology(nodes))
     loads = layer_loads(np.array(tokens), numbers)
     replicas = no_replicas(len(owner), len(nodes))
     only_owners(replicas, owner)
     orders = expert_orders(owner, np.array(slots), loads, numbers)
-    replicate(rule, owner, np.array(slots), cost_in_rows, 1.0, orders, loads, numbers, replicas)
+    replicate(rule, owner, np.array(slots), cost_in_rows, orders, loads, numbers, replicas)
     return [np.flatnonzero(row).tolist() for row in replicas.has_ED]
 
 
@@ -65,21 +65,6 @@ def test_the_owners_alone() -> None:
 )
 def test_wanted_experts(slots: tuple[int, ...], expected: list[list[int]]) -> None:
     assert brought(WANTED, slots) == expected
-
-
-@pytest.mark.parametrize(
-    ("slots", "cost_in_rows", "expected"),
-    [
-        ((4, 4), 3.0, [[0, 1], [0], [1], [1]]),  # 2 * 14 without; 2 * 10 + 3 with expert 0; each further one costs 3 and spares nothing
-        ((4, 4), 9.0, [[0], [0], [1], [1]]),  # 2 * 10 + 9 is more
-        ((1, 0), 3.0, [[0], [0], [1], [1]]),  # rank 1 has no room
-    ],
-)
-def test_as_many_of_the_hottest_go_everywhere_as_make_it_fastest(
-    slots: tuple[int, ...], cost_in_rows: float, expected: list[list[int]]
-) -> None:
-    """12 of 18 assignments are expert 0's, half of them from rank 1: rank 0 serves 14 without a replica there, else rank 1 serves 10."""
-    assert brought(HOTTEST, slots, tokens=([6.0, 2.0, 0.0, 0.0], [6.0, 0.0, 3.0, 1.0]), cost_in_rows=cost_in_rows) == expected
 
 
 def test_each_node_gets_one_copy_of_what_it_wants_most() -> None:
