@@ -21,7 +21,7 @@ from hecate.parallel.cost.cost_numbers import CostNumbers, TopologyNumbers
 from hecate.parallel.cost.flow_loops import add_traffic
 from hecate.parallel.loops.array_loops import largest
 from hecate.parallel.loops.jit import entry, loop
-from hecate.parallel.loops.replica_lists import Replicas, fill_lists
+from hecate.parallel.loops.replica_lists import Replicas, fill_lists, only_owners
 
 
 @entry
@@ -37,6 +37,7 @@ def seconds_after_router(
     topology: TopologyNumbers,
     cost: CostNumbers,
     brought: CostNumbers,
+    room: Replicas,
     enough: float,
 ) -> float:
     """Seconds of experts, dispatch and backward pass, and of the gather of what is missing; if `enough` or more, `enough` or more.
@@ -52,10 +53,11 @@ def seconds_after_router(
         tokens: float64 [ranks, experts]: the loads that came.
         cost: without frozen parts, which neither plan pays again.
         brought: the cost of what is brought now, whose frozen part is paid at once.
+        room: to work in.
     """
-    experts, ranks = where.shape
-    quotas = quota if len(quota) > 0 else np.empty((experts, ranks))
-    replicas = Replicas(where, np.empty(experts, np.int64), np.empty((experts, ranks), np.int32), quotas)
+    ranks = where.shape[1]
+    only_owners(room, owner)  # the lists below hold the owners, too: whoever works in the room next takes away all that its `has_ED` says
+    replicas = Replicas(where, room.count_E, room.rank_EC, quota if len(quota) > 0 else room.quota_ED)
     trainable, frozen = np.empty((4, ranks)), np.empty((4, ranks))
     seconds = 0.0
     if _fill_missing(owner, present, replicas):

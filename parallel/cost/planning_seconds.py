@@ -7,9 +7,9 @@ from hecate.parallel.cost.cost_model import PlanMode
 
 _SECONDS: dict[PlanMode, tuple[float, float]] = {
     "history": (0.0, 0.0),
-    "calibrated": (3.0e-4, 8.5e-8),
-    "exact": (1.5e-4, 3.2e-8),
-    "replay": (1.5e-4, 3.2e-8),
+    "calibrated": (2.0e-4, 9.0e-8),
+    "exact": (1.0e-4, 3.6e-8),
+    "replay": (1.0e-4, 3.6e-8),
 }
 """for a layer, and for each of its experts times ranks (`benchmarks.planner`, benchmarks/results/planner.json)"""
 

@@ -30,7 +30,7 @@ def one_layer(given: PlanInput, index: int, loads_ED: np.ndarray, resident_ED: n
     return replace(
         given,
         owner_LE=given.owner_LE[index : index + 1],
-        loads_LED=loads_ED[None].astype(np.float64),
+        loads_LED=loads_ED[None].astype(np.float64, copy=False),
         resident_LED=None if resident_ED is None else resident_ED[None],
         present_LED=None if given.present_LED is None else given.present_LED[index : index + 1],
         waited_for=True,

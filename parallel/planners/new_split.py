@@ -12,11 +12,9 @@ from hecate.parallel.loops.array_loops import largest, total
 from hecate.parallel.loops.replica_lists import Replicas, add, copy_into, foreign, only_owners, room_for_plans
 from hecate.parallel.planners.local_search import improve
 from hecate.parallel.planners.plan import Plan, PlanInput
-from hecate.parallel.planners.policies.auto import LEAST_SEARCH
+from hecate.parallel.planners.policies.auto import LEAST_SEARCH_AFTER_ROUTER, SEARCH_SHARE_AFTER_ROUTER
 from hecate.parallel.planners.rebalancing import rebalance
 
-_SEARCH_SHARE = 0.02
-"""the share of a layer's seconds that the search for small changes may take, while ranks wait"""
 _SLACKS = np.array([1.1, -1.2])
 """how far above the mean a device's compute may stay; negative: no assignment leaves its node"""
 
@@ -87,7 +85,7 @@ def _split_layers(
                 seconds = found
                 copy_into(trial, best)
         copy_into(best, trial)
-        allowance = max(_SEARCH_SHARE * seconds, LEAST_SEARCH / (len(owner) * ranks))
+        allowance = max(SEARCH_SHARE_AFTER_ROUTER * seconds, LEAST_SEARCH_AFTER_ROUTER / (len(owner) * ranks))
         improve(owner, held, np.zeros((0, 0), np.bool_), loads, topology, cost, trial, allowance, True)
         if _seconds_if_less(seconds, trial, loads, topology, cost) < seconds:
             copy_into(trial, best)

@@ -27,6 +27,7 @@ from hecate.parallel.cost.cost_model import (
 from hecate.parallel.cost.flow_loops import executed_traffic
 from hecate.parallel.cost.flows import nothing_travels, token_split
 from hecate.parallel.cost.route_loops import FASTEST
+from hecate.parallel.loops.replica_lists import room_for_plans
 from hecate.parallel.values.placement import Placement
 
 
@@ -204,6 +205,7 @@ class LayerPlan:
             topology_numbers(given.topology),
             cost._replace(frozen_bytes=0.0),
             cost._replace(fetched_share=1.0, route=FASTEST),  # a frozen part that comes now is paid now
+            room_for_plans(*shape)[0],
             enough,
         )
 

@@ -50,9 +50,10 @@ leaves its node. Those that win most often come first: what they cost spares loo
 
 TIE = 1e-9
 """share of a layer's seconds: plans that differ by no more are equally fast"""
-SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.08, 0.05
-"""the share of a layer's predicted seconds that the search for small changes may take by its estimate; less where ranks wait"""
-LEAST_SEARCH = 0.2
+SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.08, 0.01
+"""the share of a layer's predicted seconds that the search for small changes may take by its estimate; less where ranks wait for it, since
+there it must gain more than it takes"""
+LEAST_SEARCH, LEAST_SEARCH_AFTER_ROUTER = 0.2, 0.05
 """the seconds times experts times ranks that the search may take however fast the layer is, so that small layers are searched through"""
 _EVEN = 1.005
 """where every rank has every expert and the busiest device has at most so many times the mean to do, there is nothing to search for"""
@@ -84,6 +85,9 @@ def plan_auto(given: PlanInput) -> Plan:
     topology, cost = topology_numbers(given.topology), cost_numbers(given.cost, given.topology, given.execution)
     hidden = overlap_degree(given.cost, given.topology) if given.cost.expert_bytes else given.num_experts
     cost_in_rows = (given.cost.expert_bytes + given.cost.reduced_bytes) / (4 * given.cost.row_bytes) if given.cost.row_bytes else np.inf
+    search_share, least_search = SEARCH_SHARE, LEAST_SEARCH
+    if given.waited_for or given.execution.knows_loads:
+        search_share, least_search = SEARCH_SHARE_AFTER_ROUTER, LEAST_SEARCH_AFTER_ROUTER
     base, trial, best = room_for_plans(given.num_experts, given.world_size)
     firsts, like_L = _equal_layers(owner_LE, tokens_LSE, resident_LED)
     if len(firsts) < given.num_layers:
@@ -110,8 +114,8 @@ def plan_auto(given: PlanInput) -> Plan:
             best,
             _RULES,
             _SLACKS,
-            SEARCH_SHARE_AFTER_ROUTER if given.waited_for or given.execution.knows_loads else SEARCH_SHARE,
-            LEAST_SEARCH / (given.num_experts * given.world_size),
+            search_share,
+            least_search / (given.num_experts * given.world_size),
             where_LED[some],
             quota_LED[some],
         )
