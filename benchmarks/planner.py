@@ -1,7 +1,8 @@
 """Time the planning of every policy, per layer, on one core, at four sizes, with Zipf(1.2) loads and LoRA over a frozen MoE base.
 
 A row has the median and the `spread` of the samples. `auto, after the router` is one layer's plan from its true loads, while ranks wait:
-a plan of its own, and a new split of what is there.
+a plan of its own, and a new split of what is there. The process has the settings of a rank (`RANK_SETTINGS`): fresh memory would take a
+fifth of the time at the largest size.
 
 Then time the choice of a route for one layer's experts (`fastest_route`), for placements of few and of many copies.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import os
 import statistics
+import sys
 import time
 from dataclasses import replace
 from typing import Any
@@ -20,6 +22,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import numpy as np
 
 from benchmarks.report import arguments, finish, spread
+from hecate.launch.local_launcher import RANK_SETTINGS
 from hecate.parallel.cluster.topology import Link, uniform_topology
 from hecate.parallel.cost.cost_loops import SERVED
 from hecate.parallel.cost.cost_model import ExecutionMode, LayerCost
@@ -146,4 +149,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if not RANK_SETTINGS.items() <= os.environ.items():  # the C library reads them when a process starts
+        os.execve(sys.executable, [sys.executable, "-m", "benchmarks.planner", *sys.argv[1:]], {**os.environ, **RANK_SETTINGS})
     main()

@@ -38,7 +38,7 @@ def test_a_benchmark_goes_on_with_the_rows_beside_its_recording(tmp_path: Path) 
 
 
 def test_plans_are_compared_over_the_workloads_of_a_case() -> None:
-    modes = {f"{mode}_{what}": 1.0 for mode in MODES for what in ("ms", "imbalance")}
+    modes = {f"{mode}_{what}": 1.0 for mode in MODES for what in ("ms", "imbalance", "planning_ms")}
     case = {"topology": "one", "experts": "full experts", "slots": 1}
     every = dict.fromkeys(ROWS, 4.0)
     rows = [

@@ -50,10 +50,10 @@ leaves its node. Those that win most often come first: what they cost spares loo
 
 TIE = 1e-9
 """share of a layer's seconds: plans that differ by no more are equally fast"""
-SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.08, 0.01
+SEARCH_SHARE, SEARCH_SHARE_AFTER_ROUTER = 0.08, 0.02
 """the share of a layer's predicted seconds that the search for small changes may take by its estimate; less where ranks wait for it, since
 there it must gain more than it takes"""
-LEAST_SEARCH, LEAST_SEARCH_AFTER_ROUTER = 0.2, 0.05
+LEAST_SEARCH, LEAST_SEARCH_AFTER_ROUTER = 0.2, 0.1
 """the seconds times experts times ranks that the search may take however fast the layer is, so that small layers are searched through"""
 _EVEN = 1.005
 """where every rank has every expert and the busiest device has at most so many times the mean to do, there is nothing to search for"""
