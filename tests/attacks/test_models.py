@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations.hub_kernels import lazy_load_kernel
 
 from hecate.data.chat.conversations import TemplateRefusal, _apply
 from hecate.errors import UserError
@@ -90,6 +91,20 @@ def test_a_configuration_is_refused_by_its_files_name_or_harmless(model: Path, n
         take(model)
     else:
         refusal_of(lambda: take(model), model)
+
+
+@pytest.mark.parametrize("wishes", [{}, {"attn_implementation": "flash_attention_2"}, {"_experts_implementation": "deepgemm"}])
+def test_no_kernel_is_fetched(model: Path, wishes: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Since 5.25 transformers takes kernels from a hub wherever a card has any, unless it is told otherwise."""
+
+    def fetch(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a kernel is fetched")
+
+    monkeypatch.setattr("transformers.integrations.hub_kernels.get_kernel", fetch)
+    monkeypatch.setattr("transformers.modeling_utils.PreTrainedModel.set_use_kernels", lambda _, use, *__: use and fetch())
+    change(model / "config.json", wishes)
+    take(model)
+    lazy_load_kernel("causal-conv1d", {})
 
 
 @pytest.mark.parametrize("content", ["", "[]", "null", "7", '"llama"', "{", "[" * 100_000, '{"model_type": "llama"', "\x00", "\ud800"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +91,8 @@ def read_config(source: ModelSource, num_hidden_layers: int | None = None) -> An
     with reading(source.folder, "transformers cannot read its configuration"):
         config = AutoConfig.from_pretrained(**source.arguments())
     refuse_endless_values(config.to_dict(), source.folder)
+    # What a file wishes may be a package of kernels that transformers would fetch. How attention is computed is `model.attention`.
+    config._attn_implementation = config._experts_implementation = None
     if num_hidden_layers is not None:
         text = config.get_text_config()  # of a model of text alone: itself
         if num_hidden_layers > text.num_hidden_layers:
@@ -170,7 +173,8 @@ def _loaded(loader: Any, arguments: dict[str, Any], source: ModelSource, dtype: 
         placed["use_safetensors"] = True  # what is digested is what is loaded, and nothing is unpickled
         refuse_whole_numbers(source.folder)
     with reading(source.folder, "transformers cannot load the model"):
-        model, info = loader.from_pretrained(**arguments, **placed, dtype=dtype, output_loading_info=True)
+        # Kernels from a hub would be downloaded, and be others' code.
+        model, info = loader.from_pretrained(**arguments, **placed, dtype=dtype, use_kernels=False, output_loading_info=True)
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"{source.folder}: the model has no tensor {missing[0]} ({len(missing)} missing); is the download complete?")
     model.generation_config = _end_tokens_alone(model.generation_config)
@@ -228,6 +232,8 @@ def _gguf_dequantized() -> dict[str, Any]:
 
 
 def _quiet_transformers() -> None:
+    """Keep transformers from printing, and from fetching kernels for layers that ask for them by themselves."""
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
