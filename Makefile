@@ -11,7 +11,7 @@ NAME_VERSION := -c 'import sys; print("Python %d.%d.%d" % sys.version_info[:3])'
 # longer than importing.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: install install-quickstart quickstart warm test test-slow drills gpu-check browser docs lint format clean
+.PHONY: install install-quickstart quickstart warm test test-slow drills gpu-check gpu-check-here browser docs lint format clean
 
 install: $(STAMP)
 
@@ -93,6 +93,10 @@ browser: install
 # The first ten minutes with a card (docs/use/gpu.md); needs no network once `make install` is done. Exit status 2: there is no GPU.
 gpu-check: install
 	@$(BIN)/python -m tests.gpu.check --json gpu-check.json
+
+# The same with the Python, the torch and the packages of this machine, where nothing can be installed.
+gpu-check-here:
+	@$(PYTHON) -m tests.gpu.check --json gpu-check.json
 
 # The documentation as a site in build/site; a broken link is an error.
 docs: install

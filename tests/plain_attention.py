@@ -88,6 +88,49 @@ def plain_varlen(
     return _over_samples(query, key, value, cu_seq_q, max_q, scale, window_size[0], 0.0)
 
 
+def plain_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor,
+    cum_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float,
+    window_size_left: int,
+    window_size_right: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`aten::_flash_attention_forward` [T, H, E], whose other results are nothing."""
+    assert window_size_right == 0, "not causal"
+    assert is_causal == (window_size_left == -1), "the kernel ignores a window where it is told to be causal"
+    assert torch.equal(cum_seq_q, cum_seq_k)
+    assert max_q == max_k
+    assert (dropout_p, return_debug_mask) == (0.0, False)
+    out = _over_samples(query, key, value, cum_seq_q, max_q, scale, window_size_left, 0.0)
+    return out, query.new_zeros(query.shape[1], len(query)), query.new_zeros(2), query.new_zeros(0), query.new_zeros(0)
+
+
+def plain_operators_gradients(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor, *given: Any, **named: Any
+) -> tuple[Tensor, ...]:
+    """`aten::_flash_attention_backward`: the gradients of query, key and value."""
+    bounds, _, longest, _, _, is_causal, *_ = given
+    scale, repeats = named["scale"], query.shape[1] // key.shape[1]
+    query_HTE, grad_HTE = query.transpose(0, 1), grad_out.transpose(0, 1)
+    key_HTE, value_HTE = (x.transpose(0, 1).repeat_interleave(repeats, 0) for x in (key, value))
+    mask = _within_samples(len(query), bounds, longest, -1 if is_causal else named["window_size_left"])
+    weights = (query_HTE @ key_HTE.mT * scale).masked_fill(~mask, float("-inf")).softmax(-1)
+    of_weights = grad_HTE @ value_HTE.mT
+    of_scores = scale * weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
+    of_query, of_key, of_value = of_scores @ key_HTE, of_scores.mT @ query_HTE, weights.mT @ grad_HTE
+    shared_key, shared_value = (x.unflatten(0, (-1, repeats)).sum(1).transpose(0, 1) for x in (of_key, of_value))
+    return of_query.transpose(0, 1), shared_key, shared_value
+
+
 def _over_samples(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float, before: int, softcap: float
 ) -> Tensor:
@@ -95,17 +138,21 @@ def _over_samples(
     assert bounds.dtype == torch.int32
     assert query.shape[-1] == key.shape[-1] == value.shape[-1], "kernels take one width"
     assert query.stride(-1) == 1
-    at = torch.arange(len(query), device=query.device)
-    sample = torch.searchsorted(bounds, at, right=True)
-    distance = at[:, None] - at
-    # Of a sample longer than is said the kernel would not compute the rest.
-    mask = (sample[:, None] == sample) & (distance >= 0) & (at - bounds.long()[sample - 1] < longest)[:, None]
-    if before >= 0:
-        mask = mask & (distance <= before)
+    mask = _within_samples(len(query), bounds, longest, before)
     scores = _scores(query.transpose(0, 1)[None], key.transpose(0, 1)[None], scale)
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     return _weighed(scores, mask, value.transpose(0, 1)[None])[0].transpose(0, 1)
+
+
+def _within_samples(tokens: int, bounds: Tensor, longest: int, before: int) -> Tensor:
+    """bool [T, T]: the tokens that each attends to."""
+    at = torch.arange(tokens, device=bounds.device)
+    sample = torch.searchsorted(bounds, at, right=True)
+    distance = at[:, None] - at
+    # Of a sample longer than is said the kernel would not compute the rest.
+    mask = (sample[:, None] == sample) & (distance >= 0) & (at - bounds.long()[sample - 1] < longest)[:, None]
+    return mask & (distance <= before) if before >= 0 else mask
 
 
 def _scores(query_BHSE: Tensor, key_BGSE: Tensor, scale: float) -> Tensor:

@@ -2,7 +2,8 @@
 
     python -m tests.gpu.check [--json FILE] [--only NAME,...] [--mock]
 
-Prints a table of checks (docs/use/gpu.md says what each shows) and why any of them failed or was skipped; needs no network. With `--mock`
+Prints a table of checks (docs/use/gpu.md says what each shows) and why any of them failed or was skipped; needs no network. A check whose
+packages are not installed is skipped, with their names. With `--mock`
 the checks that can do without a card run on the mock device of `tests/mock_cuda`. Exit status 0: nothing failed; 1: something failed;
 2: there is no GPU.
 """
@@ -13,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import sys
 import tempfile
 import time
@@ -33,6 +35,8 @@ LEAST_SECONDS = 30
 MOCK_GPUS, MOCK_SECONDS = 2, 3600
 NO_GPU = 2
 """exit status"""
+_MISSING = re.compile(r"ModuleNotFoundError: No module named '(?!(?:hecate|benchmarks|testing|tests)\b)([\w.]+)'")
+"""what a process of a check ends with where a package is not installed"""
 CHECKS: tuple[Check, ...] = (
     device_checks.arithmetic,
     device_checks.kernels,
@@ -75,8 +79,10 @@ def row_of(check: Check, bench: Bench) -> Row:
         figures = check(bench)
     except Skipped as skipped:
         return Row(name, "skipped", time.monotonic() - began, str(skipped))
-    except (Failed, AssertionError, OSError, ValueError, LookupError, RuntimeError) as error:
+    except (Failed, AssertionError, ImportError, OSError, ValueError, LookupError, RuntimeError) as error:
         text = str(error) if isinstance(error, Failed) else f"{type(error).__name__}: {error}"
+        if (missing := _MISSING.search(text)) is not None:
+            return Row(name, "skipped", time.monotonic() - began, f"the package {missing[1]} is not installed")
         return Row(name, "failed", time.monotonic() - began, text)
     return Row(name, "passed", time.monotonic() - began, figures=figures)
 

@@ -18,7 +18,7 @@ SANITIZER_SECONDS = 90
 def kernels(bench: Bench) -> Figures:
     """The Triton kernels, compiled for this GPU, against the formula."""
     bench.real()
-    printed = bench.program([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *KERNEL_TESTS], seconds=240)
+    printed = bench.program([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *KERNEL_TESTS], seconds=240)
     last = printed.strip().splitlines()[-1]
     if "passed" not in last:
         raise Failed(f"no test of the kernels ran: {last}")

@@ -34,22 +34,34 @@ def breaks(bench: Bench) -> Figures:
     raise RuntimeError("no such device")
 
 
+def lacks(bench: Bench) -> Figures:
+    raise Failed("exit status 1: python -m pytest\n  import gguf\nModuleNotFoundError: No module named 'gguf'\n")
+
+
+def lacks_ours(bench: Bench) -> Figures:
+    import tests.gpu.what_is_not_there  # type: ignore[import-not-found]  # noqa: F401
+
+    return {}
+
+
 def skips(bench: Bench) -> Figures:
     raise Skipped("needs 2 GPUs, and there is 1")
 
 
 def test_each_check_has_a_verdict_a_reason_and_figures(tmp_path: Path) -> None:
     bench = Bench(tmp_path, mock=True, gpus=1, seconds=60)
-    rows = [check.row_of(one, bench) for one in (passes, fails, breaks, skips)]
+    rows = [check.row_of(one, bench) for one in (passes, fails, breaks, skips, lacks, lacks_ours)]
     assert [(row.verdict, row.reason) for row in rows] == [
         ("passed", ""),
         ("failed", "losses differ\nby much"),
         ("failed", "RuntimeError: no such device"),
         ("skipped", "needs 2 GPUs, and there is 1"),
+        ("skipped", "the package gguf is not installed"),
+        ("failed", "ModuleNotFoundError: No module named 'tests.gpu.what_is_not_there'"),
     ]
     assert check.row_of(passes, Bench(tmp_path, mock=True, gpus=1, seconds=0)).verdict == "skipped", "its time was over"
     lines = check.table_of(rows).splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 6
     assert lines[0].endswith("share 0.25, kernel flash")
     assert lines[1].endswith("losses differ")
 

@@ -61,8 +61,8 @@ def way_problem(way: Way, dtype: torch.dtype, device: torch.device) -> str | Non
         return f"{name} needs a GPU of compute capability 8.0 or higher (Ampere or newer)\n  use auto or flex"
     if kernels.flash_kernel() is None:
         return (
-            f"{name}: the package flash-attn is not installed, and torch {torch.__version__} has no flash attention for packed samples\n"
-            "  pip install flash-attn --no-build-isolation, or a newer torch; or use auto or flex"
+            f"{name}: the package flash-attn is not installed, and torch {torch.__version__} was built without flash attention\n"
+            "  pip install flash-attn --no-build-isolation, or another torch; or use auto or flex"
         )
     return None
 

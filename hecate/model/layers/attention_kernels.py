@@ -219,11 +219,11 @@ class FlashKernel:
 
 @cache
 def flash_kernel() -> FlashKernel | None:
-    """Flash attention of the package flash-attn, or of torch itself; None: neither is there."""
+    """Flash attention of the package flash-attn, or of torch itself; None: the package is not installed, and torch was built without."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:
-        return torchs_flash()
+        return torchs_flash() if torch.backends.cuda.is_flash_attention_available() else None
     return package_flash(flash_attn_varlen_func)
 
 
@@ -249,15 +249,12 @@ def package_flash(function: Callable[..., Tensor]) -> FlashKernel:
     return FlashKernel(compute, has_softcap=True)
 
 
-def torchs_flash() -> FlashKernel | None:
-    """The kernel by torch's `varlen_attn`; None: this torch has none, or one without scales, windows and shared heads of keys."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    if not {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
-        return None
-    function: Callable[..., Any] = varlen_attn
+def torchs_flash() -> FlashKernel:
+    """The kernel by torch's `varlen_attn`, or by the operator below it where `varlen_attn` lacks something, as in torch 2.10 and 2.11."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    has_all = {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
+    function: Callable[..., Any] = varlen_attn if has_all else _varlen_operator
 
     def compute(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scores: Scores) -> Tensor:
         assert scores.softcap is None, "torch's flash attention has no soft cap"
@@ -275,3 +272,37 @@ def torchs_flash() -> FlashKernel | None:
         )
 
     return FlashKernel(compute, has_softcap=False)
+
+
+def _varlen_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float,
+    window_size: tuple[int, int],
+    enable_gqa: bool,
+) -> Tensor:
+    """`varlen_attn` as torch 2.12 has it. The operator takes heads of keys that heads of queries share without being told."""
+    before, after = window_size
+    found = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        cu_seq_q,
+        cu_seq_k,
+        max_q,
+        max_k,
+        0.0,  # no dropout
+        window_size == (-1, 0),  # causal
+        False,  # no mask of the dropout
+        scale=scale,
+        window_size_left=before,
+        window_size_right=after,
+    )
+    out: Tensor = found[0]
+    return out

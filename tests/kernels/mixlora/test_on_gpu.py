@@ -93,7 +93,8 @@ class Inputs:
         layer = self.layer
         leaves = {name: value.to(compute_in or value.dtype).detach().requires_grad_() for name, value in self.leaves.items()}
         base = FfnBase(*(value.to(compute_in or value.dtype) for value in self.base), layer.activation)
-        token, expert = torch.arange(layer.tokens, device="cuda") + 1000, torch.arange(layer.slots) * 3 + 1
+        token = torch.arange(layer.tokens, device="cuda") + 1000
+        expert = torch.arange(layer.slots, device="cuda") * 3 + 1
         routed = RoutedTokens(leaves["x"], self.slot, leaves["weight"], token, expert)
         pairs = {name: LowRankPairs(leaves[f"{name}.A"], leaves[f"{name}.B"], 0.5) for name in PROJECTIONS}
         y = function(routed, base, pairs, dropout=Dropout(layer.dropout, key=7) if layer.dropout else None)

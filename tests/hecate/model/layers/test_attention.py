@@ -24,7 +24,7 @@ from hecate.model.layers.attention_kernels import AttentionRows, FlashKernel, Sc
 from hecate.train.generation import Decoding, generate
 from hecate.train.steps.passes import forward_loss
 from tests.hecate.model.tiny import tiny
-from tests.plain_attention import dense_of_blocks, plain_flash, plain_flex, plain_varlen
+from tests.plain_attention import dense_of_blocks, plain_flash, plain_flex, plain_operator, plain_operators_gradients, plain_varlen
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 LENGTH = 14
@@ -75,9 +75,7 @@ class Kernels:
 def torchs_with(function: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> FlashKernel:
     with monkeypatch.context() as patched:
         patched.setattr("torch.nn.attention.varlen.varlen_attn", function)
-        kernel = torchs_flash()
-    assert kernel is not None
-    return kernel
+        return torchs_flash()
 
 
 def kernels_named(name: str, monkeypatch: pytest.MonkeyPatch) -> Kernels:
@@ -90,7 +88,21 @@ def kernels_named(name: str, monkeypatch: pytest.MonkeyPatch) -> Kernels:
             return Kernels("flex", flex=plain_flex)
         case "flash of the package":
             return Kernels("flash", flash=package_flash(plain_flash))
-    return Kernels("flash", flash=torchs_with(plain_varlen, monkeypatch))
+    return Kernels("flash", flash=torchs_with(plain_varlen if name == "flash of torch" else _varlen_of_2_11, monkeypatch))
+
+
+def _varlen_of_2_11(query: Tensor, *, scale: float | None = None, window_size: tuple[int, int] = (-1, -1)) -> Tensor:
+    """What `varlen_attn` can be given in torch 2.11. It is not called."""
+    raise AssertionError
+
+
+@pytest.fixture
+def flash_operator() -> Iterator[None]:
+    """On a CPU too, the operator that computes torch's flash attention."""
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("_flash_attention_forward", plain_operator, "CPU")
+        library.impl("_flash_attention_backward", plain_operators_gradients, "CPU")
+        yield
 
 
 def loss_and_gradients(head: LanguageModelHead, model: Any, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -101,11 +113,12 @@ def loss_and_gradients(head: LanguageModelHead, model: Any, batch: Batch) -> tup
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-@pytest.mark.parametrize("name", ["sdpa", "flex", "flex by tables", "flash of the package", "flash of torch"])
+@pytest.mark.parametrize("name", ["sdpa", "flex", "flex by tables", "flash of the package", "flash of torch", "flash of torch 2.11"])
+@pytest.mark.usefixtures("flash_operator")
 def test_every_way_gives_the_loss_and_the_gradients_of_dense_masks(name: str, model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The dense masks are transformers' own. With shared heads of keys, sliding windows shorter than samples, and soft caps."""
     kernels = kernels_named(name, monkeypatch)
-    if model_type == "gemma2" and (name == "sdpa" or name == "flash of torch"):
+    if model_type == "gemma2" and (name == "sdpa" or name.startswith("flash of torch")):
         pytest.skip("knows no soft cap")
     kernels.put_in_place(monkeypatch)
     plain, model = (tiny(model_type, num_hidden_layers=2, **MODELS[model_type]).requires_grad_() for _ in range(2))
@@ -154,11 +167,10 @@ def test_values_may_be_narrower_than_queries(monkeypatch: pytest.MonkeyPatch) ->
     torch.testing.assert_close(flash, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_torchs_flash_attention_takes_what_it_is_given() -> None:
+@pytest.mark.parametrize("old", [False, True])
+def test_torchs_flash_attention_takes_what_it_is_given(old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """By its declarations, on tensors without memory; its kernels run on a GPU only."""
-    kernel = torchs_flash()
-    if kernel is None:
-        pytest.skip(f"torch {torch.__version__} has none that does")
+    kernel = torchs_with(_varlen_of_2_11, monkeypatch) if old else torchs_flash()
     with FakeTensorMode():
         query = torch.empty(12, 4, 8, dtype=torch.bfloat16, requires_grad=True)
         key, value = (torch.empty(12, 2, 8, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
