@@ -18,7 +18,7 @@ from torch.distributed import distributed_c10d
 
 from hecate.errors import UserError
 from hecate.parallel.comm.aborts import note_abort
-from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
+from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE, may_share_gpus
 
 _FIRST_USE_LIMIT = timedelta(minutes=2)
 """The longest that the first collective of a group may take, whose ranks have all connected."""
@@ -45,11 +45,11 @@ def chosen_backend() -> str:
 
 
 def own_device(backend: str) -> torch.device:
-    """The device of this process: the GPU of its LOCAL_RANK, or the CPU without GPUs. With gloo, several processes may share a GPU."""
+    """The device of this process: the GPU of its LOCAL_RANK, which others may share (`may_share_gpus`), or the CPU without GPUs."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     number = int(os.environ.get("LOCAL_RANK", "0"))
-    return torch.device("cuda", number if backend == "nccl" else number % torch.cuda.device_count())
+    return torch.device("cuda", number % torch.cuda.device_count() if may_share_gpus(backend) else number)
 
 
 def is_nccl(group: dist.ProcessGroup | None = None) -> bool:
@@ -66,6 +66,9 @@ def first_group_options(backend: str, device: torch.device, *, urgent: bool) -> 
     if backend != "nccl":
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _RECORDED)
         return {}
+    # Experts and tokens travel on two communicators at once, and their kernels must begin in the same order on all devices. The hosts call
+    # them in the same order, and since 2.26 NCCL keeps that order on the device if it is told to.
+    os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
     return {"device_id": device, "pg_options": urgent_options(backend) if urgent else None}
 
 
@@ -110,12 +113,22 @@ def forget_groups() -> None:
 
 
 def abort_nccl() -> None:
-    """Abort all NCCL groups of this process in one operation: aborts of single communicators can wait for each other."""
+    """Abort all NCCL groups of this process at once, each in a thread of its own.
+
+    The abort of one communicator can wait for the whole device, and so for the kernel of another one that hangs, too. NCCL has a bracket
+    for several aborts, but it belongs to a thread, and torch, which opens it, aborts each group in a new one (pytorch#119797, nccl#1013).
+    """
     with ABORTING:
         if dist.is_initialized():
+            groups = list(distributed_c10d._world.pg_names)
             # Noted before the abort, which lets a waiting read return: what that has read is worthless.
-            note_abort(list(distributed_c10d._world.pg_names))
-            distributed_c10d._abort_process_group()
+            note_abort(groups)
+            threads = [threading.Thread(target=group.abort, name="abort", daemon=True) for group in groups]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            distributed_c10d._abort_process_group()  # torch forgets the groups; their communicators are aborted already
 
 
 def wait_for_all(store: dist.Store, world_size: int, device: torch.device) -> None:

@@ -41,13 +41,25 @@ JOIN_VARIABLE = "HECATE_JOIN"
 """A variable that is set for a member that joins a run under way."""
 COLLECTIVES_VARIABLE = "HECATE_COLLECTIVES"
 """The backend of all ranks' collectives, gloo or nccl. A user may set it; with gloo several ranks can share a GPU."""
+SHARED_GPU_VARIABLE = "NCCL_MULTI_RANK_GPU_ENABLE"
+"""NCCL's own variable, since 2.30: 1 lets several ranks share a GPU under NCCL, too. A user may set it."""
 LOST_PEER_EXIT = 3
 """The exit status of a rank that stops because another one is lost, so that its launcher looks further for the cause."""
-SURVIVAL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0"}
-"""Variables of ranks that go on after a loss. By default torch ends a process whose peer is lost; these abort their groups."""
+SURVIVAL_SETTINGS = {"TORCH_NCCL_ASYNC_ERROR_HANDLING": "0", "TORCH_NCCL_ENABLE_MONITORING": "0"}
+"""Variables of ranks that go on after a loss. By default torch ends a process whose peer is lost, or whose abort takes eight minutes; these
+abort their groups, and wait until that is done."""
 
 _LONGEST_FAILURE = 200
 """The most characters that a rank leaves of an error's text."""
+
+
+def may_share_gpus(backend: str | None = None) -> bool:
+    """Whether several ranks may share a GPU: with gloo they can, with NCCL if it is told so (`SHARED_GPU_VARIABLE`).
+
+    Args:
+        backend: gloo or nccl; None: the one that the environment names, else nccl.
+    """
+    return (backend or os.environ.get(COLLECTIVES_VARIABLE)) == "gloo" or os.environ.get(SHARED_GPU_VARIABLE) == "1"
 
 
 def name_process() -> None:

@@ -16,7 +16,7 @@ from hecate.config.schema import ModelConfig
 from hecate.errors import UserError
 from hecate.io.plain_files import refuse_links
 from hecate.ranks.cores import usable_cores
-from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE
+from hecate.ranks.launcher_files import COLLECTIVES_VARIABLE, SHARED_GPU_VARIABLE, may_share_gpus
 from hecate.report.tracking.trackers import check_trackers
 
 _log = logging.getLogger(__name__)
@@ -191,7 +191,7 @@ def check_vocabulary(config: Config) -> None:
 
 
 def check_devices(ranks: int, key: str) -> None:
-    """Check that there is a GPU for each rank of this machine, if it has GPUs at all. With HECATE_COLLECTIVES=gloo ranks may share one.
+    """Check that there is a GPU for each rank of this machine, if it has GPUs at all and ranks may not share one (`may_share_gpus`).
 
     Args:
         ranks: on this machine.
@@ -200,7 +200,7 @@ def check_devices(ranks: int, key: str) -> None:
     Raises:
         UserError: there are fewer GPUs than ranks.
     """
-    if os.environ.get(COLLECTIVES_VARIABLE) == "gloo" or not any(map(os.path.exists, _GPU_FILES)):
+    if may_share_gpus() or not any(map(os.path.exists, _GPU_FILES)):
         return  # without importing torch, which takes seconds
     import torch
 
@@ -208,7 +208,8 @@ def check_devices(ranks: int, key: str) -> None:
     if gpus and ranks > gpus:
         raise UserError(
             f"{key}: {ranks} ranks, but this machine has {gpus} GPUs, and each rank takes one\n"
-            f"  set {key} to {gpus} at most; {COLLECTIVES_VARIABLE}=gloo lets ranks share a GPU, which is slow"
+            f"  set {key} to {gpus} at most; {COLLECTIVES_VARIABLE}=gloo lets ranks share a GPU, which is slow,\n"
+            f"  and so does {SHARED_GPU_VARIABLE}=1 with NCCL 2.30 or newer"
         )
 
 

@@ -111,11 +111,15 @@ class MockNccl(dist.ProcessGroup):
         return name
 
     def abort(self) -> None:
-        """As NCCL's: nothing is sent or received by this group afterwards, and the device goes on with garbage."""
+        """As NCCL's: nothing is sent or received by this group afterwards, and the device goes on with garbage.
+
+        It waits for the whole device, and so for kernels of other groups that hang.
+        """
         # Destroyed, gloo would wait for the collectives under way.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(self._gloo))
         self._aborted.set()
         _stuck.discard(self)
+        wait_while_stuck()
 
     def ends(self, work: dist.Work) -> bool:
         """Wait until a collective has ended, its peer is lost, or the group is aborted; True: it has ended."""

@@ -17,11 +17,12 @@ from hecate.elastic.move_experts import refuse_different_owners
 from hecate.engine.step import exchange_counts
 from hecate.model.parameter_parts import TensorParts
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
-from hecate.parallel.comm.aborts import AbortedError, note_abort
+from hecate.parallel.comm.aborts import AbortedError, is_aborted, note_abort
 from hecate.parallel.comm.dispatch import dispatch
 from hecate.parallel.transfer.transfer_plan import TokenPlan
 from hecate.parallel.values.units import Unit
-from hecate.ranks.backend import is_nccl
+from hecate.ranks import backend
+from hecate.ranks.backend import abort_nccl, is_nccl
 from hecate.ranks.groups import TensorGroups
 from hecate.ranks.ranks import Ranks, connect, join_ranks
 from hecate.train.steps.step_totals import exchange_totals
@@ -58,6 +59,28 @@ def abort_by_many(rank: int, world: int) -> list[Any]:
 
 def test_an_abort_is_one_for_all_groups_whoever_asks_for_it() -> None:
     assert run_ranks(1, abort_by_many) == [[[None], 0, False, [True, True]]]
+
+
+class WaitsForOthers:
+    """A group of NCCL whose abort waits for the device, and so until the kernels of all groups have ended."""
+
+    def __init__(self, aborts: threading.Barrier) -> None:
+        self._aborts, self.ended = aborts, False
+
+    def abort(self) -> None:
+        self._aborts.wait(timeout=20)
+        self.ended = True
+
+
+def test_no_abort_waits_for_one_that_has_not_begun() -> None:
+    aborts, books = threading.Barrier(3), mock.Mock()
+    groups = [WaitsForOthers(aborts) for _ in range(3)]
+    books._world.pg_names = dict.fromkeys(groups, "name")
+    with mock.patch.object(backend, "distributed_c10d", books), mock.patch.object(dist, "is_initialized", return_value=True):
+        abort_nccl()
+    assert all(group.ended for group in groups), "an abort has waited in vain for the others"
+    assert all(map(is_aborted, groups))  # type: ignore[arg-type]
+    books._abort_process_group.assert_called_once_with()
 
 
 def old_ranks_abort(rank: int, world: int) -> tuple[int, bool]:

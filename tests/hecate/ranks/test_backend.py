@@ -34,6 +34,9 @@ def test_a_gpu_means_nccl_unless_gloo_is_asked_for(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
         monkeypatch.setenv(COLLECTIVES_VARIABLE, asked)
         assert (chosen_backend(), str(own_device(chosen_backend()))) == (expected, device)
+    monkeypatch.setenv(COLLECTIVES_VARIABLE, "nccl")
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    assert str(own_device("nccl")) == "cuda:1", "NCCL was told that ranks may share a GPU"
     monkeypatch.setenv(COLLECTIVES_VARIABLE, "mpi")
     with pytest.raises(UserError, match="HECATE_COLLECTIVES=mpi: must be gloo or nccl"):
         chosen_backend()

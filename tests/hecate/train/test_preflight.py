@@ -24,6 +24,11 @@ def test_more_ranks_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert str(refused.value).startswith("nproc: 3 ranks, but this machine has 2 GPUs, and each rank takes one\n  set nproc to 2 at most")
     monkeypatch.setenv("HECATE_COLLECTIVES", "gloo")
     check_devices(3, "nproc")
+    monkeypatch.setenv("HECATE_COLLECTIVES", "nccl")
+    with pytest.raises(UserError):
+        check_devices(3, "nproc")
+    monkeypatch.setenv("NCCL_MULTI_RANK_GPU_ENABLE", "1")
+    check_devices(3, "nproc")
 
 
 def test_without_gpus_any_number_of_ranks_shares_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
