@@ -1,9 +1,9 @@
 """The exchanges that collectives are made of: an uneven all-to-all, and messages between pairs of ranks that follow it.
 
-A collective over leaders is both. The second exchange starts by itself as soon as the first has arrived on this rank, in a callback of the
-first one's future: on gloo in one of its threads, on NCCL at once and on a stream of its own, so neither needs the caller. The callbacks of
-two collectives may run in another order on another rank; the messages of a second exchange therefore carry a tag that belongs to the
-collective. NCCL has no tags and needs none: its callbacks run in the order of the calls.
+A collective over leaders is both. The second exchange starts by itself as soon as the first has arrived on this rank, without the caller:
+on gloo in one of its threads, by a callback of the first one's future; on NCCL it is queued at once, on a stream that waits for the first.
+Callbacks of two collectives may run in another order on another rank; the messages of a second exchange therefore carry a tag that belongs
+to the collective. NCCL has no tags and needs none: its exchanges run in the order of the calls.
 
 Shapes: M chunks sent or received by this rank, C elements of a chunk.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -89,20 +90,28 @@ def _next_tag(group: dist.ProcessGroup) -> int:
     return next(_tags.setdefault(group, itertools.cycle(range(2**16))))
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """The stream of a GPU for all second exchanges. One, because torch keeps the memory that a stream has freed for that stream."""
+    return torch.cuda.Stream(device)
+
+
 class SecondExchange:
     """Messages between pairs of ranks; a rank without any does nothing. Every rank must make it, in the same order."""
 
     def __init__(self, exchange: Exchange, group: dist.ProcessGroup, like_nC: Tensor) -> None:
         self._exchange = exchange
-        # Made on the caller's stream and not in the callback: NCCL fills it on another, but it is read, and freed, on the caller's.
+        # Made on the caller's stream: NCCL fills it on another, but it is read, and freed, on the caller's.
         self.buffer_MC = like_nC.new_empty((len(exchange.received.expert_M), like_nC.shape[1]))
         """[M, C]: the chunks that have arrived"""
         chunk_bytes = like_nC.shape[1] * like_nC.element_size()
         self.bytes_to = [count * chunk_bytes for count in exchange.sent.count_D]
         self._group = group
         self._tag = _next_tag(group)
+        by_nccl = dist.get_backend(group) == dist.Backend.NCCL
+        self._on_side_stream = like_nC.is_cuda and by_nccl
         # gloo has collectives for GPU tensors, but no messages, and its callbacks do not order streams.
-        self._through_host = like_nC.is_cuda and dist.get_backend(group) != dist.Backend.NCCL
+        self._through_host = like_nC.is_cuda and not by_nccl
         self._works: list[dist.Work] = []
 
     def follow(self, first: FirstExchange, rows: Callable[[], Tensor]) -> Callable[[], None]:
@@ -117,6 +126,8 @@ class SecondExchange:
             return lambda: None
         if not messages:
             return first.wait
+        if self._on_side_stream:
+            return self._follow_on_side_stream(first.work, rows)
         if self._through_host:
             return lambda: self._follow_through_host(first, rows)
 
@@ -132,6 +143,18 @@ class SecondExchange:
                 work.wait()
 
         return arrive
+
+    def _follow_on_side_stream(self, first: dist.Work, rows: Callable[[], Tensor]) -> Callable[[], None]:
+        device = self.buffer_MC.device
+        side, done = _side_stream(device), torch.cuda.Event()
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            first.wait()
+            self._start(rows(), self.buffer_MC)
+            for work in self._works:  # what `rows` has made is this stream's memory, and may be used again only after the sends
+                work.wait()
+            done.record(side)
+        return lambda: torch.cuda.current_stream(device).wait_event(done)
 
     def _follow_through_host(self, first: FirstExchange, rows: Callable[[], Tensor]) -> None:
         first.wait()
@@ -149,8 +172,3 @@ class SecondExchange:
             for peer, piece in chunks.pieces
         ]
         self._works = dist.batch_isend_irecv(operations)
-        if dist.get_backend(self._group) == dist.Backend.NCCL:
-            # Under NCCL this waits nowhere but on the callback's stream, whose memory may be used again only after the sends. Under gloo
-            # it would keep gloo's own thread from receiving what peers send.
-            for work in self._works:
-                work.wait()
