@@ -253,8 +253,9 @@ def torchs_flash() -> FlashKernel:
     """The kernel by torch's `varlen_attn`, or by the operator below it where `varlen_attn` lacks something, as in torch 2.10 and 2.11."""
     from torch.nn.attention.varlen import varlen_attn
 
-    has_all = {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters)
-    function: Callable[..., Any] = varlen_attn if has_all else _varlen_operator
+    if not {"scale", "window_size", "enable_gqa"} <= set(inspect.signature(varlen_attn).parameters):
+        return FlashKernel(_by_operator, has_softcap=False)
+    function: Callable[..., Any] = varlen_attn
 
     def compute(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scores: Scores) -> Tensor:
         assert scores.softcap is None, "torch's flash attention has no soft cap"
@@ -274,33 +275,23 @@ def torchs_flash() -> FlashKernel:
     return FlashKernel(compute, has_softcap=False)
 
 
-def _varlen_operator(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> Tensor:
-    """`varlen_attn` as torch 2.12 has it. The operator takes heads of keys that heads of queries share without being told."""
-    before, after = window_size
+def _by_operator(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scores: Scores) -> Tensor:
+    """As `FlashKernel.compute`. The operator is not told which heads of queries share a head of keys: it sees it by their number."""
+    assert scores.softcap is None, "torch's flash attention has no soft cap"
+    no_dropout, causal, with_mask = 0.0, scores.window is None, False
+    before, after = -1 if scores.window is None else scores.window - 1, 0
     found = torch.ops.aten._flash_attention_forward(
         query,
         key,
         value,
-        cu_seq_q,
-        cu_seq_k,
-        max_q,
-        max_k,
-        0.0,  # no dropout
-        window_size == (-1, 0),  # causal
-        False,  # no mask of the dropout
-        scale=scale,
+        bounds,
+        bounds,
+        longest,
+        longest,
+        no_dropout,
+        causal,
+        with_mask,
+        scale=scores.scale,
         window_size_left=before,
         window_size_right=after,
     )
