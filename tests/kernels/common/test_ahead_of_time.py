@@ -15,6 +15,11 @@ from tests.kernels.compile_process import json_of
 from tests.kernels.compiled_table import complaints, read_table
 from tests.kernels.layer_cases import CASES, SPREAD
 
+BEARABLE = {
+    # Without tensor cores no block of ours does without it under both versions, and it is one value of a thread.
+    "3.6.0": ("sm_90: gated_backward_kernel: float32 ACTIVATION=silu BM=16 BN=16 BR_DOWN=128", "'stack': 8,"),
+}
+"""triton version -> the one kernel that may spill, and how much"""
 REWRITE = "if that is meant: python -m tests.kernels.compiled_table --write"
 
 
@@ -44,17 +49,18 @@ def test_it_is_what_the_table_says(spread: Any) -> None:
 
 
 def test_the_table_has_the_kernels_that_the_layers_launch_and_no_others() -> None:
-    table = read_table().get(triton.__version__)
-    if table is None:
-        pytest.skip(f"compiled.json has no rows of triton {triton.__version__}")
+    """Of each version of triton: what layers launch is the same under all."""
     names = json_of("tests.kernels.compiled_table", "--names")
-    for gpu, launched in names.items():
-        assert set(launched) == set(table[gpu]), REWRITE
+    for version, table in read_table().items():
+        for gpu, launched in names.items():
+            assert set(launched) == set(table[gpu]), f"triton {version}: {REWRITE}"
 
 
 @pytest.mark.parametrize("version", read_table())
 def test_no_kernel_of_the_table_spills(version: str) -> None:
-    assert complaints(read_table()[version]) == []
+    found = complaints(read_table()[version])
+    begins, spill = BEARABLE.get(version, ("no kernel", ""))
+    assert [line for line in found if not (line.startswith(begins) and spill in line)] == []
 
 
 def test_the_table_is_of_the_oldest_triton_and_of_a_newer() -> None:
