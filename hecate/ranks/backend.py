@@ -77,10 +77,14 @@ def urgent_options(backend: str) -> Any:
     return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if backend == "nccl" else None
 
 
-def use_once(groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
-    """Run one tiny collective of each kind on each group, so that no later one sets up connections in the midst of a training step.
+def use_once(groups: Sequence[dist.ProcessGroup], exchanging: Sequence[dist.ProcessGroup], device: torch.device) -> None:
+    """Run a tiny collective of each kind that each group has in steps, so that no later one sets up connections in the midst of a step.
 
     Every rank must call it, with its groups in the same order.
+
+    Args:
+        exchanging: those of the groups that have all-to-alls in each step. For these NCCL connects every pair of ranks, which takes
+            gigabytes of a GPU's memory; the other groups are spared that.
 
     Raises:
         DistBackendError: a collective has not ended within two minutes. The groups are unusable then.
@@ -88,8 +92,9 @@ def use_once(groups: Sequence[dist.ProcessGroup], device: torch.device) -> None:
     for number, group in enumerate(groups):
         size = dist.get_world_size(group)
         ones = torch.ones(size, dtype=torch.int32, device=device)
-        from_each = torch.zeros_like(ones)
-        dist.all_to_all_single(from_each, ones, group=group)
+        from_each = torch.zeros_like(ones) if group in exchanging else ones.clone()
+        if group in exchanging:
+            dist.all_to_all_single(from_each, ones, group=group)
         dist.all_reduce(ones, group=group)
         if not _ends(device, _FIRST_USE_LIMIT) or torch.cat([from_each, ones]).tolist() != [1] * size + [size] * size:
             raise dist.DistBackendError(

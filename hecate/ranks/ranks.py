@@ -317,7 +317,7 @@ def connect(
     layers = own_group(mesh.sharding_groups(), limit) if sharded_layers else None
     ranks = Ranks(rank, world_size, device, groups, tensor=tensor, layers=layers, store=store)
     if is_nccl(ranks.groups.world):
-        use_once(ranks.all_groups(), device)
+        use_once(ranks.all_groups(), [groups.experts, groups.tokens], device)
     else:
         ranks = replace(ranks, connections=_of_gloo(ranks, tcp_sockets() - before))
         notice_lost_machines(ranks.connections)

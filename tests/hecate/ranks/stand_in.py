@@ -33,8 +33,9 @@ class HangingEvent:
 @contextmanager
 def gloo_as_nccl() -> Iterator[dict[str, list[Any]]]:
     """In this process groups say that they are NCCL's, until the end of the block. Gives what they were made with and used for."""
-    made: dict[str, list[Any]] = {"default": [], "groups": [], "used": [], "aborted": []}
-    init, new_group, reduce, abort = dist.init_process_group, dist.new_group, dist.all_reduce, distributed_c10d._abort_process_group
+    made: dict[str, list[Any]] = {"default": [], "groups": [], "used": [], "exchanging": [], "aborted": []}
+    init, new_group, reduce, exchange = dist.init_process_group, dist.new_group, dist.all_reduce, dist.all_to_all_single
+    abort = distributed_c10d._abort_process_group
 
     def init_process_group(name: str, device_id: Any = None, pg_options: Any = None, **named: Any) -> None:
         made["default"].append((name, device_id, pg_options is not None and pg_options.urgent))
@@ -48,6 +49,10 @@ def gloo_as_nccl() -> Iterator[dict[str, list[Any]]]:
         made["used"].append(named.get("group"))
         return reduce(tensor, **named)
 
+    def all_to_all_single(*tensors: torch.Tensor, **named: Any) -> Any:
+        made["exchanging"].append(named.get("group"))
+        return exchange(*tensors, **named)
+
     def abort_all(group: Any = None) -> None:
         made["aborted"].append(group)
         abort(group)
@@ -57,6 +62,7 @@ def gloo_as_nccl() -> Iterator[dict[str, list[Any]]]:
         "init_process_group": init_process_group,
         "new_group": make_group,
         "all_reduce": all_reduce,
+        "all_to_all_single": all_to_all_single,
         "get_backend": lambda _=None: "nccl",
     }
     groups = mock.patch.multiple(dist, **names)
