@@ -8,15 +8,17 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from hecate.config import Config
 from hecate.config.files.topology import AUTO, whole_topology
+from hecate.elastic.connecting import connect_while_wanted
 from hecate.elastic.peer_watch import PeerWatch
 from hecate.elastic.rebuild import Group
 from hecate.errors import UserError
 from hecate.parallel.cluster.mesh import shard_size_for
 from hecate.parallel.cluster.topology import Topology
-from hecate.ranks.backend import forget_groups
+from hecate.ranks.backend import chosen_backend, forget_groups
 from hecate.ranks.devices import gather_devices
 from hecate.ranks.launcher_files import (
     JOIN_VARIABLE,
@@ -104,12 +106,7 @@ class LocalMembership:
         try:
             store = meeting_store(generation.number, world_size)
             store = watched(store, lambda: read_generation(self._store).number == generation.number)
-            fssdp = self._config.fssdp
-            size = shard_size_for(world_size, fssdp.shard_size, fssdp.redundancy)
-            model, rank = self._config.model, generation.members.index(self._member)
-            ranks = connect(
-                store, rank, world_size, size, model.tensor_parallel, sharded_layers=model.shard_non_experts, limit=CONNECT_LIMIT
-            )
+            ranks = self._connect(generation, store)
             # Before the next collective, which under NCCL waits for ever for a rank that is lost in it.
             self._watch.begin(generation.members, ranks)
             try:
@@ -124,6 +121,21 @@ class LocalMembership:
             _log.warning(f"hecate: member {self._member} could not join group {generation.number}: {reason}")
             forget_groups()
             return None
+
+    def _connect(self, generation: Generation, store: dist.Store) -> Ranks:
+        """Raises: DistError, or another RuntimeError: a rank was lost before all had connected."""
+        fssdp, model = self._config.fssdp, self._config.model
+        rank, world_size = generation.members.index(self._member), len(generation.members)
+        size = shard_size_for(world_size, fssdp.shard_size, fssdp.redundancy)
+
+        def make() -> Ranks:
+            sharded, limit = model.shard_non_experts, CONNECT_LIMIT
+            return connect(store, rank, world_size, size, model.tensor_parallel, sharded_layers=sharded, limit=limit)
+
+        if chosen_backend() != "nccl":
+            return make()  # gloo's waits end by its store (`watched`)
+        # A rank that joins is no reason to give up: the ranks that have connected already wait for this one until the end of a step.
+        return connect_while_wanted(make, lambda: set(generation.members) <= set(read_generation(self._store).members))
 
     def _topology(self, generation: Generation, ranks: Ranks) -> Topology:
         """The devices of a generation: those that its ranks see, or their part of a topology that the configuration names."""

@@ -110,6 +110,8 @@ def forget_groups() -> None:
     Those of NCCL are aborted, because destroying a group whose peers are lost would wait for them.
     """
     if not dist.is_initialized():
+        # Ranks meet under the number of their group, and one that failed to connect has taken a number on this rank alone.
+        distributed_c10d._world.group_count = 0
         return
     if is_nccl():
         abort_nccl()
