@@ -67,11 +67,12 @@ def train(
             f"  start it by torchrun --nproc-per-node {loaded.nproc}, or set nproc=1"
         )
     check_machine(loaded)
-    model = loaded.model
+    fssdp, model = loaded.fssdp, loaded.model
+    sharded, ctas = model.shard_non_experts, fssdp.max_ctas
     with ExitStack() as stack:
         if alone:
             stack.enter_context(one_writer(loaded.output_dir))
-        ranks = stack.enter_context(join_ranks(loaded.fssdp.shard_size, model.tensor_parallel, sharded_layers=model.shard_non_experts))
+        ranks = stack.enter_context(join_ranks(fssdp.shard_size, model.tensor_parallel, sharded_layers=sharded, max_ctas=ctas))
         if ranks.is_first:
             jit.say_with(_log.info)
         loaded = begin_or_resume(loaded, ranks, (lambda: _require_free(loaded)) if ranks.is_first else None)

@@ -223,6 +223,10 @@ class FssdpConfig:
     shard_size: int | None = field(default=None, metadata=key(COUNT, computes=False))
     """The size of a sharding group: this many neighbouring ranks share one copy of all experts. Experts and tokens move inside a group
     only, and gradients are summed over the groups. Must divide the number of ranks. null: all ranks are one group."""
+    max_ctas: int = field(default=16, metadata=key(Range(1, 64), computes=False))
+    """The most multiprocessors of a GPU that NCCL may take to send and receive expert chunks. They travel while GEMMs compute, which fill
+    the GPU, and NCCL may otherwise take 32 of an H100's 132 for milliseconds. 16 is an estimate that no card has confirmed yet: half of
+    NCCL's own limit. Without NCCL it changes nothing."""
     redundancy: int = field(default=0, metadata=key(Range(0, 2), computes=False))
     """The number of backups of each expert, 0 to 2. A backup holds the parameters and optimizer state on another rank, and on another node
     if there are several; with shard_size the other sharding groups take their place, of which there must be more. If no more ranks are lost

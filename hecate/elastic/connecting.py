@@ -58,7 +58,7 @@ def connect_while_wanted(connect: Callable[[], Ranks], wanted: Callable[[], bool
 def _run(connect: Callable[[], Ranks], result: Future[Ranks]) -> None:
     try:
         result.set_result(connect())
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001 - the waiting thread raises it
         result.set_exception(error)
 
 

@@ -129,8 +129,8 @@ class LocalMembership:
         size = shard_size_for(world_size, fssdp.shard_size, fssdp.redundancy)
 
         def make() -> Ranks:
-            sharded, limit = model.shard_non_experts, CONNECT_LIMIT
-            return connect(store, rank, world_size, size, model.tensor_parallel, sharded_layers=sharded, limit=limit)
+            sharded, ctas, limit = model.shard_non_experts, fssdp.max_ctas, CONNECT_LIMIT
+            return connect(store, rank, world_size, size, model.tensor_parallel, sharded_layers=sharded, max_ctas=ctas, limit=limit)
 
         if chosen_backend() != "nccl":
             return make()  # gloo's waits end by its store (`watched`)

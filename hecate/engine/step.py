@@ -159,7 +159,7 @@ class StepLedger:
 def exchange_counts(count: Tensor, group: dist.ProcessGroup) -> HostRead:
     """int64 [ranks, n]: every rank's counts [n], on the way to the host. Every rank of the group must call it."""
     table_RN = count.new_empty((dist.get_world_size(group), len(count)))
-    dist.all_gather(list(table_RN), count, group=group)
+    dist.all_gather_into_tensor(table_RN.view(-1), count, group=group)
     return HostRead(table_RN, group)
 
 

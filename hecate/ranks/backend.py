@@ -57,11 +57,11 @@ def is_nccl(group: dist.ProcessGroup | None = None) -> bool:
     return str(dist.get_backend(group)) == "nccl"
 
 
-def first_group_options(backend: str, device: torch.device, *, urgent: bool) -> dict[str, Any]:
+def first_group_options(backend: str, device: torch.device, options: Any) -> dict[str, Any]:
     """Arguments of `init_process_group`. With NCCL the communicators are made at once, not by the first collective of a training step.
 
     Args:
-        urgent: the default group is the one of expert chunks (`urgent_options`).
+        options: of `chunk_options` or `plain_options`.
     """
     if backend != "nccl":
         os.environ.setdefault("TORCH_FR_BUFFER_SIZE", _RECORDED)
@@ -69,12 +69,26 @@ def first_group_options(backend: str, device: torch.device, *, urgent: bool) -> 
     # Experts and tokens travel on two communicators at once, and their kernels must begin in the same order on all devices. The hosts call
     # them in the same order, and since 2.26 NCCL keeps that order on the device if it is told to.
     os.environ.setdefault("NCCL_LAUNCH_ORDER_IMPLICIT", "1")
-    return {"device_id": device, "pg_options": urgent_options(backend) if urgent else None}
+    return {"device_id": device, "pg_options": options}
 
 
-def urgent_options(backend: str) -> Any:
-    """Options of a group whose kernels a GPU starts before those of other streams, as expert chunks need it; None: the backend has none."""
-    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if backend == "nccl" else None
+def chunk_options(backend: str, max_ctas: int | None) -> Any:
+    """Options of the group of expert chunks, whose kernels a GPU starts before those of other streams; None: the backend has none.
+
+    Args:
+        max_ctas: `fssdp.max_ctas`; None: no limit but NCCL's own.
+    """
+    if backend != "nccl":
+        return None
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    if max_ctas is not None:
+        options.config.max_ctas = max_ctas
+    return options
+
+
+def plain_options(backend: str) -> Any:
+    """Options of every other group; None: the backend has none. A group split from the one of expert chunks would take that one's."""
+    return dist.ProcessGroupNCCL.Options() if backend == "nccl" else None
 
 
 def use_once(groups: Sequence[dist.ProcessGroup], exchanging: Sequence[dist.ProcessGroup], device: torch.device) -> None:

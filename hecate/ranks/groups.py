@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from hecate.parallel.cluster.mesh import Mesh
-from hecate.ranks.backend import urgent_options
+from hecate.ranks.backend import plain_options
 
 # This is long enough for one rank to evaluate while the others wait, and shorter than gloo's half hour.
 TIMEOUT = timedelta(minutes=10)
@@ -67,7 +68,7 @@ class TensorGroups:
         return dist.get_rank(self.data)
 
 
-def expert_groups(mesh: Mesh, limit: timedelta = TIMEOUT) -> ExpertGroups:
+def expert_groups(mesh: Mesh, chunks: Any = None, limit: timedelta = TIMEOUT) -> ExpertGroups:
     """Make the expert groups of this rank, which has joined the default group of `mesh.world_size` ranks. Every rank must call it.
 
     The default group carries expert chunks where there is one sharding group, and is then made with the options of such a group.
@@ -75,6 +76,7 @@ def expert_groups(mesh: Mesh, limit: timedelta = TIMEOUT) -> ExpertGroups:
     They are not made with torch's DeviceMesh, because it makes one group for a dimension, and experts and tokens need one each.
 
     Args:
+        chunks: the options of the group for expert chunks (`hecate.ranks.backend.chunk_options`).
         limit: how long the ranks may take to connect.
     """
     default = dist.group.WORLD
@@ -83,7 +85,7 @@ def expert_groups(mesh: Mesh, limit: timedelta = TIMEOUT) -> ExpertGroups:
         return ExpertGroups(experts=default, tokens=own_group([list(range(mesh.world_size))], limit))
     shards = mesh.sharding_groups()
     return ExpertGroups(
-        experts=own_group(shards, limit, urgent=True),
+        experts=own_group(shards, limit, chunks),
         tokens=own_group(shards, limit),
         replicate=own_group(mesh.replicate_groups(), limit),
         everyone=default,
@@ -97,18 +99,25 @@ def tensor_groups(mesh: Mesh, limit: timedelta = TIMEOUT) -> TensorGroups | None
     return TensorGroups(tensor=own_group(mesh.tensor_groups(), limit), data=own_group(mesh.data_groups(), limit))
 
 
-def own_group(groups: Sequence[Sequence[int]], limit: timedelta = TIMEOUT, *, urgent: bool = False) -> dist.ProcessGroup:
+def own_group(groups: Sequence[Sequence[int]], limit: timedelta = TIMEOUT, options: Any = None) -> dist.ProcessGroup:
     """Make a process group of each of `groups`, and return the one that this rank is in. Every rank must call it.
+
+    NCCL makes them by one split of the default group, whatever their number.
 
     Args:
         groups: lists of ranks. Each rank of the job is in exactly one of them.
         limit: how long the ranks may take to connect, and the group's limit for a collective until `set_limit`.
-        urgent: a GPU starts their kernels before those of other streams (`hecate.ranks.backend.urgent_options`).
+        options: of their backend; None: `hecate.ranks.backend.plain_options`.
     """
     own, backend = None, str(dist.get_backend())
+    options = options or plain_options(backend)
+    if backend == "nccl":
+        own = dist.split_group(split_ranks=[list(ranks) for ranks in groups], timeout=limit, pg_options=options)
+        assert own is not None
+        return own
     # Also the groups that this rank is not in: torch numbers groups by their calls, and its members meet under that number.
     for ranks in groups:
-        group = dist.new_group(list(ranks), timeout=limit, pg_options=urgent_options(backend) if urgent else None)
+        group = dist.new_group(list(ranks), timeout=limit, pg_options=options)
         if dist.get_rank() in ranks:
             own = group
     assert isinstance(own, dist.ProcessGroup)  # torch gives a rank outside all groups a number

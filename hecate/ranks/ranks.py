@@ -24,10 +24,12 @@ from hecate.ranks.backend import (
     ABORTING,
     abort_nccl,
     chosen_backend,
+    chunk_options,
     first_group_options,
     forget_groups,
     is_nccl,
     own_device,
+    plain_options,
     use_once,
     wait_for_all,
 )
@@ -98,9 +100,9 @@ class Ranks:
     def all_gather(self, values: Tensor) -> Tensor:
         """[ranks, ...]: the values of every rank, which must all have one shape. Every rank must call it."""
         mine = values.to(self.device)
-        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
-        dist.all_gather(parts, mine, group=self.groups.world)
-        return read(torch.stack(parts), self.groups.world)
+        table = mine.new_empty((self.world_size, *mine.shape))
+        dist.all_gather_into_tensor(table.view(-1), mine.flatten(), group=self.groups.world)
+        return read(table, self.groups.world)
 
     def broadcast_from(self, source: int, data: bytes | None) -> bytes:
         """The bytes of rank `source`, of any length. Every rank must call it; the other ranks pass None."""
@@ -187,7 +189,9 @@ _CONNECTED = count()
 
 
 @contextmanager
-def join_ranks(shard_size: int | None = None, tp_size: int = 1, *, sharded_layers: bool = False) -> Iterator[Ranks]:
+def join_ranks(
+    shard_size: int | None = None, tp_size: int = 1, *, sharded_layers: bool = False, max_ctas: int | None = None
+) -> Iterator[Ranks]:
     """Join the process group that the environment describes. A process that no launcher has started becomes a world of one rank.
 
     At the end of the block the process leaves the group, or the group that has replaced it, whatever happened. So a peer that waits for
@@ -197,6 +201,7 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1, *, sharded_layer
         shard_size: `fssdp.shard_size`.
         tp_size: `model.tensor_parallel`.
         sharded_layers: `model.shard_non_experts`.
+        max_ctas: `fssdp.max_ctas`; None: no limit but NCCL's own.
 
     Raises:
         UserError: the environment variables are no rank and world size, or name no backend that this process can have; or the two sizes
@@ -217,7 +222,7 @@ def join_ranks(shard_size: int | None = None, tp_size: int = 1, *, sharded_layer
         name_process()
     try:
         given_size = None if JOIN_VARIABLE in os.environ else shard_size
-        ranks = connect(store, rank, world_size, given_size, tp_size, sharded_layers=sharded_layers)
+        ranks = connect(store, rank, world_size, given_size, tp_size, sharded_layers=sharded_layers, max_ctas=max_ctas)
         try:
             yield ranks
         except BaseException as error:
@@ -281,6 +286,7 @@ def connect(
     tp_size: int = 1,
     *,
     sharded_layers: bool = False,
+    max_ctas: int | None = None,
     limit: timedelta = TIMEOUT,
 ) -> Ranks:
     """Make this process one of `world_size` ranks. It must belong to no process group. With NCCL all groups have been used once.
@@ -292,6 +298,7 @@ def connect(
         shard_size: `fssdp.shard_size`.
         tp_size: `model.tensor_parallel`.
         sharded_layers: `model.shard_non_experts`.
+        max_ctas: `fssdp.max_ctas`; None: no limit but NCCL's own.
         limit: how long the ranks may wait for one that does not connect. gloo cannot be interrupted while it connects.
 
     Raises:
@@ -302,7 +309,8 @@ def connect(
     device = own_device(backend)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    options = first_group_options(backend, device, urgent=mesh.num_sharding_groups == 1)
+    chunks = chunk_options(backend, max_ctas)
+    options = first_group_options(backend, device, chunks if mesh.num_sharding_groups == 1 else plain_options(backend))
     # gloo does not say which sockets are its own: they are among those that this process has more of once all groups are made.
     before = tcp_sockets()
     faults.at("connect")
@@ -312,7 +320,7 @@ def connect(
         meeting = dist.PrefixStore(f"hecate-{next(_CONNECTED)}", torchruns)
     dist.init_process_group(backend, store=meeting, rank=rank, world_size=world_size, timeout=limit, **options)
     faults.at("connect")
-    groups, tensor = expert_groups(mesh, limit), tensor_groups(mesh, limit)
+    groups, tensor = expert_groups(mesh, chunks, limit), tensor_groups(mesh, limit)
     faults.at("connect")
     layers = own_group(mesh.sharding_groups(), limit) if sharded_layers else None
     ranks = Ranks(rank, world_size, device, groups, tensor=tensor, layers=layers, store=store)

@@ -105,8 +105,9 @@ def train_as_rank(config_path: Path, overrides: Sequence[str]) -> None:
 
     try:
         faults.at("begin")
-        model = config.model
-        with join_ranks(config.fssdp.shard_size, model.tensor_parallel, sharded_layers=model.shard_non_experts) as ranks:
+        fssdp, model = config.fssdp, config.model
+        sharded, ctas = model.shard_non_experts, fssdp.max_ctas
+        with join_ranks(fssdp.shard_size, model.tensor_parallel, sharded_layers=sharded, max_ctas=ctas) as ranks:
             if ranks.is_first:
                 jit.say_with(_log.info)
             membership = local_membership(config, ranks)

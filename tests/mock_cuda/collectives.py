@@ -14,6 +14,7 @@ import ctypes
 import threading
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ class Options:
 
     def __init__(self, is_high_priority_stream: bool = False) -> None:
         self.is_high_priority_stream = is_high_priority_stream
+        self.config = SimpleNamespace(max_ctas=None)
 
 
 class OfNccl:
@@ -247,12 +249,19 @@ def install_backend() -> None:
         DEVICE_IDS.append(options.pop("device_id", None))
         plain_init(mocked[backend or "nccl"], *arguments, **options)
 
+    def split_group(split_ranks: list[list[int]], timeout: timedelta, pg_options: Options) -> dist.ProcessGroup:
+        if DEVICE_IDS[-1] is None:
+            raise RuntimeError("mock nccl: no device associated with the default group, whose communicator may not exist yet")
+        groups = [dist.new_group(ranks, timeout=timeout, pg_options=pg_options) for ranks in split_ranks]
+        return next(group for group, ranks in zip(groups, split_ranks, strict=True) if dist.get_rank() in ranks)
+
     def get_backend(group: dist.ProcessGroup | None = None) -> str:
         return names[plain_name(group)]
 
     torch.cuda.nccl.version = lambda: (2, 27, 5)  # c10d notes it of each collective of a group that is called "nccl"
     for module in (dist, distributed_c10d):
         module.init_process_group = init_process_group  # type: ignore[attr-defined]
+        module.split_group = split_group  # type: ignore[attr-defined]
         module.get_backend = get_backend  # type: ignore[attr-defined]
         module.ProcessGroupNCCL = OfNccl  # type: ignore[attr-defined]
     Event.query = lambda _: not _stuck  # type: ignore[method-assign]

@@ -13,8 +13,13 @@ from torch.distributed import distributed_c10d
 
 
 class _Options:
+    """`ProcessGroupNCCL.Options`."""
+
     def __init__(self, is_high_priority_stream: bool = False) -> None:
-        self.urgent = is_high_priority_stream
+        self.urgent, self.config = is_high_priority_stream, mock.Mock(max_ctas=None)
+
+    def given(self) -> tuple[bool, int | None]:
+        return self.urgent, self.config.max_ctas
 
 
 class HangingEvent:
@@ -37,13 +42,14 @@ def gloo_as_nccl() -> Iterator[dict[str, list[Any]]]:
     init, new_group, reduce, exchange = dist.init_process_group, dist.new_group, dist.all_reduce, dist.all_to_all_single
     abort = distributed_c10d._abort_process_group
 
-    def init_process_group(name: str, device_id: Any = None, pg_options: Any = None, **named: Any) -> None:
-        made["default"].append((name, device_id, pg_options is not None and pg_options.urgent))
+    def init_process_group(name: str, device_id: Any, pg_options: Any, **named: Any) -> None:
+        made["default"].append((name, device_id, pg_options.given()))
         init("gloo", **named)
 
-    def make_group(ranks: list[int], pg_options: Any = None, **named: Any) -> Any:
-        made["groups"].append((ranks, pg_options is not None and pg_options.urgent))
-        return new_group(ranks, **named)
+    def split_group(split_ranks: list[list[int]], timeout: Any, pg_options: Any) -> Any:
+        made["groups"].append((split_ranks, pg_options.given()))
+        groups = [new_group(ranks, timeout=timeout) for ranks in split_ranks]
+        return next(group for group, ranks in zip(groups, split_ranks, strict=True) if dist.get_rank() in ranks)
 
     def all_reduce(tensor: torch.Tensor, **named: Any) -> Any:
         made["used"].append(named.get("group"))
@@ -60,7 +66,7 @@ def gloo_as_nccl() -> Iterator[dict[str, list[Any]]]:
     cuda = mock.patch.multiple(torch.cuda, Event=HangingEvent, current_stream=lambda device: None)
     names = {
         "init_process_group": init_process_group,
-        "new_group": make_group,
+        "split_group": split_group,
         "all_reduce": all_reduce,
         "all_to_all_single": all_to_all_single,
         "get_backend": lambda _=None: "nccl",

@@ -49,7 +49,7 @@ def test_a_gpu_means_nccl_unless_gloo_is_asked_for(monkeypatch: pytest.MonkeyPat
 def start(rank: int, world: int, store: str, shard_size: int | None) -> tuple[list[Any], list[Any], list[int], list[int]]:
     dist.destroy_process_group()
     with gloo_as_nccl() as made:
-        ranks = connect(met := dist.FileStore(store, world), rank, world, shard_size, sharded_layers=True)
+        ranks = connect(met := dist.FileStore(store, world), rank, world, shard_size, sharded_layers=True, max_ctas=8)
         assert ranks.connections == frozenset(), "gloo's way to notice a loss was used"
         groups = ranks.all_groups()
         used, exchanging = ([groups.index(group) for group in made[kind]] for kind in ("used", "exchanging"))
@@ -60,15 +60,17 @@ def start(rank: int, world: int, store: str, shard_size: int | None) -> tuple[li
 
 
 def test_groups_are_made_with_their_device_and_used_once(tmp_path: Any) -> None:
-    """With one sharding group the default group carries expert chunks, and with several a group of its own does: that one is urgent."""
+    """With one sharding group the default group carries expert chunks, and with several a group of its own does. That one is urgent, and
+    takes few multiprocessors. All groups of a kind are made by one split, which every rank takes part in."""
+    chunks, plain = (True, 8), (False, None)
     for default, groups, used, exchanging in run_ranks(2, start, str(tmp_path / "one"), None):
-        assert default == [("nccl", CPU, True)]
-        assert groups == [([0, 1], False), ([0, 1], False)]
+        assert default == [("nccl", CPU, chunks)]
+        assert groups == [([[0, 1]], plain), ([[0, 1]], plain)]
         assert used == [0, 1, 2], "experts, tokens, another sharding group"
         assert exchanging == [0, 1], "only experts and tokens have all-to-alls in steps"
     for default, groups, used, exchanging in run_ranks(2, start, str(tmp_path / "two"), 1):
-        assert default == [("nccl", CPU, False)]
-        assert groups[:5] == [([0], True), ([1], True), ([0], False), ([1], False), ([0, 1], False)]
+        assert default == [("nccl", CPU, plain)]
+        assert groups == [([[0], [1]], chunks), ([[0], [1]], plain), ([[0, 1]], plain), ([[0], [1]], plain)]
         assert used == [0, 1, 2, 3, 4], "experts, tokens, replicate, everyone, another sharding group"
         assert exchanging == [0, 1]
 
