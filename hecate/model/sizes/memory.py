@@ -11,17 +11,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from hecate.config.sections import OPTIMIZERS
-from hecate.model.sizes.gpu_memory import CONTEXT_BYTES, rounding_bytes
 from hecate.model.sizes.replicated_tensors import replicated_bytes_of
 from hecate.model.sizes.run_shape import ExpertLayers, PoolShape, RunShape
 from hecate.parallel.cluster.backup_ranks import backup_ranks
+from hecate.parallel.cluster.gpu_memory import CONTEXT_BYTES, nccl_bytes, rounding_bytes
 from hecate.parallel.cluster.mesh import owners_topology
 from hecate.parallel.values.expert_kinds import MIXES_ON_EVERY_RANK
 from hecate.parallel.values.optimizer_state import ParameterSpec, expert_spec, kept_tensors, owner_bytes
 from hecate.parallel.values.placement import owners_by_memory
 
 PHASES = ("forward", "backward", "optimizer")
-BESIDE_TENSORS = ("CUDA context (estimate)", "allocator's rounding (at most)")
+BESIDE_TENSORS = ("CUDA context (estimate)", "NCCL's buffers (estimate)", "allocator's rounding (at most)")
 """The names of the parts of a GPU's memory that are no tensors."""
 _HEAD_ROWS = 512
 """The number of tokens whose logits are in memory at a time."""
@@ -198,10 +198,9 @@ def _beside_tensors(run: RunShape, others_GD: list[np.ndarray]) -> list[MemoryPa
     tensors = np.full(run.topology.world_size, float(base + (2 + kept) * (adapters + routers)))
     for group, others_D in zip(run.groups, others_GD, strict=True):
         tensors += (2 + group.kept_tensors) * owned_experts(group, run) + 2 * others_D
-    return [
-        MemoryPart(BESIDE_TENSORS[0], np.stack([run.is_gpu_D * float(CONTEXT_BYTES)] * 3)),
-        MemoryPart(BESIDE_TENSORS[1], np.stack([run.is_gpu_D * rounding_bytes(tensors)] * 3)),
-    ]
+    nccl_D = nccl_bytes(run.mesh, run.topology.node_of_rank, sharded_layers=run.config.model.shard_non_experts)
+    estimates = (float(CONTEXT_BYTES), nccl_D, rounding_bytes(tensors))
+    return [MemoryPart(name, np.stack([run.is_gpu_D * bytes_D] * 3)) for name, bytes_D in zip(BESIDE_TENSORS, estimates, strict=True)]
 
 
 def _base_bytes(run: RunShape) -> np.ndarray:

@@ -17,7 +17,7 @@ from hecate.model.sizes.run_shape import RunShape, has_gpus, shape_on
 from hecate.parallel.cluster.topology import Topology
 from hecate.parallel.cluster.topology_cards import SeenTopology
 
-_PLANNED_SHARE = 0.9
+_PLANNED_SHARE = 0.95
 """The share of a device's memory that is planned with; the rest is for what is not counted (docs/use/simulator.md), and for ranks that
 serve more tokens than others."""
 

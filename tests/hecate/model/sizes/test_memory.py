@@ -26,13 +26,13 @@ from hecate.kernels.mixlora.torch_path import _TILE_BYTES
 from hecate.model.causal_head import LanguageModelHead
 from hecate.model.gated_ffn import find_gated_ffns
 from hecate.model.insert import insert_experts, non_moe_flops_per_token
-from hecate.model.sizes.gpu_memory import CONTEXT_BYTES, rounding_bytes
 from hecate.model.sizes.memory import PHASES, _chunk_bytes, memory_parts
 from hecate.model.sizes.pair_check import check_pair_sizes
 from hecate.model.sizes.replicated_tensors import replicated_tensors
 from hecate.model.sizes.run_shape import RunShape, run_shape
 from hecate.optim.from_config import gradient_rule
 from hecate.optim.optimizer import ExpertOptimizer, LearningRate, Trainables
+from hecate.parallel.cluster.gpu_memory import CONTEXT_BYTES, nccl_bytes, rounding_bytes
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.cluster.topology import local_topology
 from hecate.parallel.planners import POLICIES
@@ -446,7 +446,8 @@ def test_a_gpu_holds_more_than_tensors(tmp_path: Path) -> None:
     replicas, rows = [np.array([1.0, 0.0])], np.array([16.0, 16.0])
     parts = {part.name: part.bytes_PD for part in memory_parts(fast, replicas, rows)}
     names = {part.name for part in memory_parts(on_cpu, replicas, rows)}
-    assert set(parts) - names == {"CUDA context (estimate)", "allocator's rounding (at most)"}
+    assert set(parts) - names == {"CUDA context (estimate)", "NCCL's buffers (estimate)", "allocator's rounding (at most)"}
+    assert (parts["NCCL's buffers (estimate)"] == [nccl_bytes(make_mesh(2), (0, 0), sharded_layers=False)[0], 0]).all()
     assert (parts["CUDA context (estimate)"] == [CONTEXT_BYTES, 0]).all()
     assert 120e6 <= CONTEXT_BYTES <= 550e6, "what is reported from machines"
     assert rounding_bytes(np.array([0, 2])).tolist() == [22 * 2**20, 22 * 2**20 + 1024]
