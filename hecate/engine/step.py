@@ -39,6 +39,7 @@ from hecate.experts.routers.router import RouterStats, Routing
 from hecate.kernels.common.assignments import RoutedTokens
 from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.device_tables import copy_to
+from hecate.parallel.comm.exchanges import all_gather_single
 from hecate.parallel.comm.host_read import HostRead
 from hecate.parallel.transfer.transfer_plan import plan_change
 from hecate.parallel.values.units import Unit
@@ -159,7 +160,7 @@ class StepLedger:
 def exchange_counts(count: Tensor, group: dist.ProcessGroup) -> HostRead:
     """int64 [ranks, n]: every rank's counts [n], on the way to the host. Every rank of the group must call it."""
     table_RN = count.new_empty((dist.get_world_size(group), len(count)))
-    dist.all_gather_into_tensor(table_RN.view(-1), count, group=group)
+    all_gather_single(table_RN.view(-1), count, group=group)
     return HostRead(table_RN, group)
 
 

@@ -20,6 +20,7 @@ from hecate.errors import UserError
 from hecate.io.process_end import die_with_parent
 from hecate.parallel.cluster.mesh import make_mesh
 from hecate.parallel.comm.aborts import is_aborted, note_abort, read
+from hecate.parallel.comm.exchanges import all_gather_single
 from hecate.ranks.backend import (
     ABORTING,
     abort_nccl,
@@ -101,7 +102,7 @@ class Ranks:
         """[ranks, ...]: the values of every rank, which must all have one shape. Every rank must call it."""
         mine = values.to(self.device)
         table = mine.new_empty((self.world_size, *mine.shape))
-        dist.all_gather_into_tensor(table.view(-1), mine.flatten(), group=self.groups.world)
+        all_gather_single(table.view(-1), mine.flatten(), group=self.groups.world)
         return read(table, self.groups.world)
 
     def broadcast_from(self, source: int, data: bytes | None) -> bytes:

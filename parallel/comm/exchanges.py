@@ -22,6 +22,9 @@ from torch import Tensor
 from hecate.parallel.transfer.routes import PeerChunks
 from hecate.parallel.transfer.transfer_plan import Exchange
 
+all_gather_single = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+"""torch's gather of one tensor from each rank into one; torch 2.13 has given it this name and warns of the older one"""
+
 
 class FirstExchange:
     """One uneven all-to-all of the chunks of one or more layers. Every rank must start it, in the same order, with the same layers."""

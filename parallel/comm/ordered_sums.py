@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hecate.parallel.comm.collectives import Handle
+from hecate.parallel.comm.exchanges import all_gather_single
 from hecate.parallel.values.summation import Block, SumOrder, TreeSum
 
 
@@ -83,7 +84,7 @@ def gather_in_order(
     # One shape for all ranks: a rank with fewer blocks than another sends something else in their place.
     sent = torch.stack([own.parts[block] for block in blocks_of[rank]] + [like_nC] * (most - len(blocks_of[rank])))
     table = sent.new_empty((world, *sent.shape))
-    work = dist.all_gather_into_tensor(table.view(-1), sent.view(-1), group=group, async_op=True)
+    work = all_gather_single(table.view(-1), sent.view(-1), group=group, async_op=True)
 
     def finish() -> Tensor:
         tree: TreeSum[Tensor] = TreeSum(size)
@@ -112,5 +113,5 @@ def sum_in_order(own: TreeSum[Tensor], order: SumOrder, like: Tensor, group: dis
     rows_of = [[peer] for peer in range(world)]
     piece = reduce_in_order(cut, rows_of, blocks_of, order.size, like.new_empty((0, width)), group).wait().total
     whole = piece.new_empty((world, width))
-    dist.all_gather_into_tensor(whole.view(-1), piece.flatten(), group=group)
+    all_gather_single(whole.view(-1), piece.flatten(), group=group)
     return whole.flatten()[:numel]

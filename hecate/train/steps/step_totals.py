@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hecate.parallel.comm.aborts import read
 from hecate.parallel.comm.device_tables import copy_to
+from hecate.parallel.comm.exchanges import all_gather_single
 
 _ROUNDING = 1e-4
 """The relative difference that sums of the squares of the same float32 numbers may have."""
@@ -63,7 +64,7 @@ def exchange_totals(
     numbers = torch.tensor([number for of_set in figures for number in of_set], dtype=torch.float64)
     own = torch.cat([losses.flatten(), *more, squares, copy_to(numbers, losses.device)])
     table_RF = own.new_empty((dist.get_world_size(group), len(own)))
-    dist.all_gather_into_tensor(table_RF.view(-1), own, group=group)
+    all_gather_single(table_RF.view(-1), own, group=group)
     rows = read(table_RF, group).tolist()
     # The columns before this one are added up. It is of the replicated parameters, which all ranks have alike, and counts once.
     end = len(own) - len(numbers) - 1
